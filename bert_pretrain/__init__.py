@@ -1,0 +1,1 @@
+"""BERT pretraining on packed rows."""

@@ -1,0 +1,1 @@
+"""Packed rows -> batches, layouts and packed training of stock models."""

@@ -1,0 +1,1 @@
+"""Length histograms, pack plans and packed datasets: NumPy, Numba and Arrow, no tensors."""
