@@ -1,0 +1,56 @@
+"""Lengths -> histogram: how many sequences have each length."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def length_histogram(lengths: ArrayLike, max_sequence_length: int | None = None) -> np.ndarray:
+    """Count the sequences of each length: (max_sequence_length + 1,) int64, indexed by length.
+
+    [2, 5, 2] with max_sequence_length=6 -> [0, 0, 2, 0, 0, 1, 0]
+
+    max_sequence_length: None takes the longest length. Histograms made with the same one add up, so the shards of a
+        data set can be counted apart.
+    Raises ValueError, naming the index, for a length that is not an integer, below 1 or above max_sequence_length.
+    """
+    lengths = as_lengths(lengths)
+    if max_sequence_length is None:
+        if not len(lengths):
+            raise ValueError("no lengths to count: give at least one sequence, or say max_sequence_length=")
+        max_sequence_length = max(int(lengths.max()), 1)
+    check_lengths(lengths, max_sequence_length)
+    return np.bincount(lengths, minlength=max_sequence_length + 1).astype(np.int64, copy=False)
+
+
+def as_lengths(lengths: ArrayLike) -> np.ndarray:
+    """Any flat list of whole numbers as an integer array; the values are not looked at."""
+    array = np.asarray(lengths)
+    if array.ndim != 1:
+        raise ValueError(f"lengths must be flat, one number per sequence; got an array of shape {array.shape}")
+    if not len(array):
+        return array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        wrong = (i for i, x in enumerate(lengths) if isinstance(x, bool) or not isinstance(x, int | np.integer))
+        culprit = next(wrong, 0)
+        raise ValueError(
+            f"lengths must be integers: index {culprit} holds {array[culprit].item()!r} (dtype {array.dtype}); "
+            "give the number of tokens of each sequence"
+        )
+    return array
+
+
+def check_lengths(lengths: np.ndarray, max_sequence_length: int) -> None:
+    """Raise ValueError for the first length outside 1..max_sequence_length."""
+    if not len(lengths):
+        return
+    if lengths.min() < 1:
+        culprit = int(np.argmax(lengths < 1))
+        raise ValueError(f"sequence {culprit} has length {lengths[culprit]}, but a length is at least 1; leave it out")
+    if lengths.max() > max_sequence_length:
+        culprit = int(np.argmax(lengths > max_sequence_length))
+        raise ValueError(
+            f"sequence {culprit} has {lengths[culprit]} tokens, more than max_sequence_length={max_sequence_length}; "
+            "truncate or split it before packing, or raise max_sequence_length"
+        )

@@ -1,0 +1,257 @@
+"""PackPlan: the strategies of a packing, how often each repeats, and the numbers that follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+FILE_FORMAT = "dataset-packing plan 1"
+
+
+@dataclass(frozen=True, eq=False)
+class PackPlan:
+    """Which lengths share a pack, and how many packs are built that way. It knows no sequence, only lengths.
+
+    strategies      repeats      packs (max_sequence_length=6)
+    (1, 2, 3)       2            [1 2 2 3 3 3] [1 2 2 3 3 3]
+    (5,)            1            [5 5 5 5 5 .]
+
+    is stored flat:  strategy_lengths = [1, 2, 3, 5]    strategy_offsets = [0, 3, 4]    repeats = [2, 1]
+
+    max_sequence_length: token slots in a pack.
+    max_sequences_per_pack: the packing depth that the plan was made under; None = no limit.
+    strategy_lengths: lengths of all strategies, end to end, ascending in each; int32.
+    strategy_offsets: (strategies + 1,) where each strategy begins in strategy_lengths; int64.
+    repeats: (strategies,) packs built from each strategy, at least 1; int64.
+    packer: the name of the packer that made the plan.
+    proven_bound: packs that the packer proved necessary; lower_bound takes it where it beats the counting bound.
+
+    Raises ValueError if a strategy does not fit into a pack: such a plan cannot exist.
+    """
+
+    max_sequence_length: int
+    max_sequences_per_pack: int | None
+    strategy_lengths: np.ndarray
+    strategy_offsets: np.ndarray
+    repeats: np.ndarray
+    packer: str
+    proven_bound: int = 0
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("strategy_lengths", np.int32), ("strategy_offsets", np.int64), ("repeats", np.int64)):
+            object.__setattr__(self, name, _frozen_array(name, getattr(self, name), dtype))
+        _check_shape(self)
+        _check_fit(self)
+
+    @classmethod
+    def from_strategies(
+        cls,
+        strategies: Iterable[Sequence[int]],
+        repeats: Sequence[int],
+        max_sequence_length: int,
+        max_sequences_per_pack: int | None = None,
+        packer: str = "custom",
+    ) -> PackPlan:
+        """A plan from tuples of lengths: from_strategies([(1, 2, 3), (5,)], [2, 1], 6)."""
+        rows = [sorted(strategy) for strategy in strategies]
+        offsets = np.cumsum([0] + [len(row) for row in rows])
+        flat = [length for row in rows for length in row]
+        return cls(max_sequence_length, max_sequences_per_pack, flat, offsets, list(repeats), packer)
+
+    # The numbers. Sums are Python integers: counts of 1e12 times lengths of 1e5 leave no room for error in float64.
+
+    @property
+    def strategies(self) -> Strategies:
+        """The strategies as tuples of ascending lengths, made when asked for."""
+        return Strategies(self.strategy_lengths, self.strategy_offsets)
+
+    @cached_property
+    def depths(self) -> np.ndarray:
+        """(strategies,) sequences in a pack of each strategy."""
+        return np.diff(self.strategy_offsets)
+
+    @cached_property
+    def num_packs(self) -> int:
+        return sum(self.repeats.tolist())
+
+    @cached_property
+    def num_sequences(self) -> int:
+        return _dot(self.repeats, self.depths)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return _dot(self.repeats, _tokens(self))
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Real tokens / token slots, in 0..1."""
+        return self.num_tokens / (self.num_packs * self.max_sequence_length)
+
+    @property
+    def packing_factor(self) -> float:
+        """Mean sequences per pack."""
+        return self.num_sequences / self.num_packs
+
+    @property
+    def max_depth(self) -> int:
+        """Sequences in the deepest pack: the sequence slots that a batch needs."""
+        return int(self.depths.max())
+
+    @cached_property
+    def lower_bound(self) -> int:
+        """Packs that no packing of these lengths can go under; exact.
+
+        Counting alone gives max(ceil(tokens / max_sequence_length), ceil(sequences / max_sequences_per_pack)).
+        """
+        bound = -(-self.num_tokens // self.max_sequence_length)
+        if self.max_sequences_per_pack is not None:
+            bound = max(bound, -(-self.num_sequences // self.max_sequences_per_pack))
+        return max(bound, self.proven_bound)
+
+    def histogram(self) -> np.ndarray:
+        """(max_sequence_length + 1,) int64: the sequences of each length that the plan places."""
+        histogram = np.zeros(self.max_sequence_length + 1, np.int64)
+        # add.at and not bincount(weights=): weights are float64 and lose counts above 2**53.
+        np.add.at(histogram, self.strategy_lengths, np.repeat(self.repeats, self.depths))
+        return histogram
+
+    def equals(self, other: PackPlan) -> bool:
+        """Same strategies, repeats, limits, packer and bound."""
+        return (
+            self.max_sequence_length == other.max_sequence_length
+            and self.max_sequences_per_pack == other.max_sequences_per_pack
+            and self.packer == other.packer
+            and self.proven_bound == other.proven_bound
+            and np.array_equal(self.strategy_lengths, other.strategy_lengths)
+            and np.array_equal(self.strategy_offsets, other.strategy_offsets)
+            and np.array_equal(self.repeats, other.repeats)
+        )
+
+    def __str__(self) -> str:
+        limit = "no limit" if self.max_sequences_per_pack is None else f"{self.max_sequences_per_pack:,}"
+        above = self.num_packs - self.lower_bound
+        verdict = f"{above:,} packs above it" if above else "met: no packing has fewer packs"
+        rows = [
+            ("packer", self.packer, ""),
+            ("max_sequence_length", f"{self.max_sequence_length:,}", "token slots in a pack"),
+            ("max_sequences_per_pack", limit, f"the deepest pack has {self.max_depth:,}"),
+            ("sequences", f"{self.num_sequences:,}", ""),
+            ("tokens", f"{self.num_tokens:,}", ""),
+            ("packs", f"{self.num_packs:,}", f"from {len(self.repeats):,} strategies"),
+            ("lower bound", f"{self.lower_bound:,}", verdict),
+            ("packing efficiency", f"{self.packing_efficiency:.5f}", "real tokens / token slots"),
+            ("packing factor", f"{self.packing_factor:.4f}", "sequences per pack"),
+        ]
+        width = max(len(value) for _, value, _ in rows)
+        return "\n".join(f"{name:<23} {value:>{width}}  {note}".rstrip() for name, value, note in rows)
+
+    def save(self, path: str | PathLike) -> None:
+        """Write the plan as JSON."""
+        content = {
+            "format": FILE_FORMAT,
+            "packer": self.packer,
+            "max_sequence_length": self.max_sequence_length,
+            "max_sequences_per_pack": self.max_sequences_per_pack,
+            "proven_bound": self.proven_bound,
+            "strategy_lengths": self.strategy_lengths.tolist(),
+            "strategy_offsets": self.strategy_offsets.tolist(),
+            "repeats": self.repeats.tolist(),
+        }
+        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike) -> PackPlan:
+        """Read what save() wrote."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = content.pop("format")
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{path} is not a saved plan; give a file that PackPlan.save() wrote") from None
+        if found != FILE_FORMAT:
+            raise ValueError(f"{path} has format {found!r}, this version reads {FILE_FORMAT!r}; make the plan again")
+        return cls(**content)
+
+
+class Strategies(Sequence):
+    """A view of flat strategies as tuples: strategies[0] -> (1, 2, 3)."""
+
+    def __init__(self, lengths: np.ndarray, offsets: np.ndarray) -> None:
+        self._lengths, self._offsets = lengths, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"strategy {index} of a plan with {len(self)} strategies")
+        index %= len(self)
+        return tuple(self._lengths[self._offsets[index] : self._offsets[index + 1]].tolist())
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, self[:3]))
+        return f"<{len(self):,} strategies: {shown}{', …' if len(self) > 3 else ''}>"
+
+
+def _frozen_array(name: str, values, dtype) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
+        raise ValueError(f"{name} must be a flat array of integers, got {array.dtype} of shape {array.shape}")
+    array = array.astype(dtype)  # a copy: the plan's arrays belong to the plan
+    array.flags.writeable = False
+    return array
+
+
+def _check_shape(plan: PackPlan) -> None:
+    """The three arrays describe at least one strategy, none of them empty or unused."""
+    offsets, strategies = plan.strategy_offsets, len(plan.repeats)
+    if not strategies:
+        raise ValueError("a plan has at least one strategy; an empty histogram cannot be packed")
+    if len(offsets) != strategies + 1 or offsets[0] != 0 or offsets[-1] != len(plan.strategy_lengths):
+        raise ValueError(
+            f"strategy_offsets must be {strategies + 1} numbers from 0 to {len(plan.strategy_lengths)}, "
+            f"one more than there are repeats; got {len(offsets)}"
+        )
+    if (np.diff(offsets) < 1).any():
+        raise ValueError(f"strategy {int(np.argmax(np.diff(offsets) < 1))} is empty; leave it out")
+    if (plan.repeats < 1).any():
+        culprit = int(np.argmax(plan.repeats < 1))
+        raise ValueError(f"strategy {culprit} repeats {plan.repeats[culprit]} times; leave out what is not used")
+
+
+def _check_fit(plan: PackPlan) -> None:
+    """Every strategy fits into a pack and keeps to the depth limit."""
+    if plan.strategy_lengths.min() < 1:
+        culprit = int(np.argmax(plan.strategy_lengths < 1))
+        strategy = int(np.searchsorted(plan.strategy_offsets, culprit, side="right")) - 1
+        raise ValueError(f"strategy {strategy} holds length {plan.strategy_lengths[culprit]}; a length is at least 1")
+    tokens = _tokens(plan)
+    if tokens.max() > plan.max_sequence_length:
+        culprit = int(np.argmax(tokens > plan.max_sequence_length))
+        raise ValueError(
+            f"strategy {culprit} {plan.strategies[culprit][:8]} has {tokens[culprit]} tokens, more than "
+            f"max_sequence_length={plan.max_sequence_length}; the packer must not fill a pack beyond that"
+        )
+    limit = plan.max_sequences_per_pack
+    if limit is not None and plan.max_depth > limit:
+        culprit = int(np.argmax(plan.depths > limit))
+        raise ValueError(
+            f"strategy {culprit} {plan.strategies[culprit][:8]} has {plan.depths[culprit]} sequences, more than "
+            f"max_sequences_per_pack={limit}; the packer must keep to it"
+        )
+
+
+def _tokens(plan: PackPlan) -> np.ndarray:
+    """(strategies,) int64: tokens in a pack of each strategy."""
+    return np.add.reduceat(plan.strategy_lengths, plan.strategy_offsets[:-1], dtype=np.int64)
+
+
+def _dot(left: np.ndarray, right: np.ndarray) -> int:
+    return sum(a * b for a, b in zip(left.tolist(), right.tolist(), strict=True))
