@@ -1,1 +1,25 @@
-"""Packed rows -> batches, layouts and packed training of stock models."""
+"""Packed rows -> batches, layouts and packed training: what stands between `packing` and a model."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from collate.layout import PackLayout
+
+if TYPE_CHECKING:
+    from collate.collator import DataCollatorWithPacking
+    from collate.trainer import PackedTrainer
+
+# transformers' Trainer takes ten seconds to import: whoever only wants a layout should not wait for it.
+_LAZY = {"DataCollatorWithPacking": "collate.collator", "PackedTrainer": "collate.trainer"}
+
+__all__ = ["DataCollatorWithPacking", "PackLayout", "PackedTrainer"]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'collate' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

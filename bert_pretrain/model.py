@@ -1,0 +1,161 @@
+"""PackedBertForPreTraining: stock BERT's parts and weights, run on packed rows without their padding.
+
+The padding is taken out once, before the embeddings; the encoder sees (1, T, D), one long row of real tokens, and its
+attention heads keep the sequences apart by the layout. Nothing is padded back: the losses gather what they need, so the
+vocabulary projection, the largest product of a small BERT, runs on predicted positions only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForPreTraining
+from transformers.utils import ModelOutput
+
+from bert_pretrain.attention import use_attention
+from bert_pretrain.loss import MLM_LOSSES, pretraining_metrics, pretraining_sums
+from collate.layout import PackLayout
+from collate.masking import IGNORED
+
+DEFAULT_ATTENTION = "sdpa"
+
+
+@dataclass
+class PackedBertOutput(ModelOutput):
+    """
+    loss: scalar, where labels or next_sentence_label were given.
+    sums: (12,) additive statistics, `bert_pretrain.loss.PretrainingSums`.
+    prediction_logits: (P, V) at the P predicted positions in order; without labels (B, L, V), as stock BERT has it.
+    seq_relationship_logits: (N, 2), one row per [CLS] in order; sequences whose label is -100 included.
+    last_hidden_state: (B, L, D) without labels, else None: training never pads back.
+    """
+
+    loss: Tensor | None = None
+    sums: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+
+
+class PackedBertForPreTraining(BertForPreTraining):
+    """BERT with MLM and NSP heads for batches of `DataCollatorWithPacking`.
+
+    Checkpoints are those of `BertForPreTraining`, tensor for tensor, in both directions. Two additions to the config:
+    `packed_attention` (a name or one per layer, default "sdpa") and `mlm_loss` ("sequence": every sequence weighs the
+    same; "token": every predicted token does).
+    """
+
+    def __init__(self, config: BertConfig):
+        mlm_loss = getattr(config, "mlm_loss", None) or MLM_LOSSES[0]
+        if mlm_loss not in MLM_LOSSES:
+            raise ValueError(f"unknown mlm_loss {mlm_loss!r}; choose from {list(MLM_LOSSES)}")
+        if config.is_decoder or config.add_cross_attention:
+            raise ValueError("packed pretraining is for encoders; set is_decoder=False and add_cross_attention=False")
+        super().__init__(config)
+        config.mlm_loss = mlm_loss
+        use_attention(
+            self,
+            getattr(config, "packed_attention", None) or DEFAULT_ATTENTION,
+            **(getattr(config, "packed_attention_options", None) or {}),
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        sequence_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cls_positions: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        denominators: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> PackedBertOutput:
+        """Run the packed rows of one batch.
+
+        input_ids, sequence_ids, position_ids, token_type_ids, labels: (B, L); cls_positions, next_sentence_label:
+        (B, S), -1 and -100 in empty slots. position_ids defaults to counting from 0 in each sequence, cls_positions to
+        each sequence's first token, token_type_ids to 0.
+        denominators: (3,) what the loss is divided by, counted over an optimizer step; None: over this batch.
+        attention_mask: refused; sequence_ids says more.
+        """
+        if attention_mask is not None or sequence_ids is None:
+            raise ValueError(
+                "PackedBertForPreTraining needs sequence_ids (1, 2, 3… within each row, 0 on padding) and takes no "
+                "attention_mask, which cannot tell sequences apart; with one per row pass the mask as sequence_ids"
+            )
+        layout = PackLayout(sequence_ids)
+        hidden_TD = self.encode(layout, input_ids, position_ids, token_type_ids)
+        cls_token = self._cls_tokens(layout, cls_positions)
+        nsp_logits_N2 = self.cls.seq_relationship(self.bert.pooler(hidden_TD[cls_token][:, None]))
+        if labels is None and next_sentence_label is None:
+            return PackedBertOutput(
+                prediction_logits=layout.pad(self.cls.predictions(hidden_TD)),
+                seq_relationship_logits=nsp_logits_N2,
+                last_hidden_state=layout.pad(hidden_TD),
+            )
+
+        labels_T = torch.full_like(layout.token_index, IGNORED) if labels is None else layout.unpad(labels)
+        predicted = (labels_T != IGNORED).nonzero().squeeze(1)
+        mlm_logits_PV = self.cls.predictions(hidden_TD[predicted])
+        labelled, nsp_labels_N = self._nsp_targets(cls_positions, next_sentence_label, cls_token)
+        sums = pretraining_sums(
+            layout,
+            mlm_logits_PV.float() if mlm_logits_PV.dtype.itemsize < 4 else mlm_logits_PV,
+            labels_T[predicted],
+            layout.sequence_of_token[predicted],
+            nsp_logits_N2[labelled].to(mlm_logits_PV.dtype if mlm_logits_PV.dtype.itemsize >= 4 else torch.float32),
+            nsp_labels_N,
+        )
+        return PackedBertOutput(
+            loss=sums.loss(self.config.mlm_loss, denominators),
+            sums=sums.stacked(),
+            prediction_logits=mlm_logits_PV,
+            seq_relationship_logits=nsp_logits_N2,
+        )
+
+    def encode(self, layout: PackLayout, input_ids, position_ids=None, token_type_ids=None) -> Tensor:
+        """(T, D): the last hidden state of every real token."""
+        if layout.num_tokens == 0:
+            # A rank that ran out of packs must still take part in the step, with a gradient of 0 for every parameter,
+            # but BERT's layers cannot run on no token: so run on one and keep none of it.
+            one = torch.zeros_like(input_ids[:1, :1])
+            return self.encode(PackLayout(one + 1), one)[:0]
+        position_ids = layout.positions if position_ids is None else position_ids
+        token_type_ids = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        embedded_1TD = self.bert.embeddings(
+            input_ids=layout.unpad(input_ids)[None],
+            position_ids=layout.unpad(position_ids)[None],
+            token_type_ids=layout.unpad(token_type_ids)[None],
+        )
+        return self.bert.encoder(embedded_1TD, layout=layout).last_hidden_state[0]
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """Losses and accuracies from summed `PackedBertOutput.sums`."""
+        return pretraining_metrics(sums, self.config.mlm_loss)
+
+    def _cls_tokens(self, layout: PackLayout, cls_positions: Tensor | None) -> Tensor:
+        """(N,) which of the T tokens the [CLS] are."""
+        if cls_positions is None:
+            return layout.cu_seqlens[:-1].long()
+        pack, slot = (cls_positions >= 0).nonzero(as_tuple=True)
+        return layout.token_of_slot[pack * layout.sequence_ids_BL.shape[1] + cls_positions[pack, slot]]
+
+    @staticmethod
+    def _nsp_targets(cls_positions, next_sentence_label, cls_token) -> tuple[Tensor, Tensor]:
+        """Which of the N [CLS] have a label, and the labels."""
+        if next_sentence_label is None:
+            nothing = cls_token[:0]
+            return nothing, nothing
+        if cls_positions is None:
+            raise ValueError("next_sentence_label (packs, sequence slots) needs cls_positions of the same shape")
+        labels_N = next_sentence_label[cls_positions >= 0]
+        labelled = (labels_N != IGNORED).nonzero().squeeze(1)
+        return labelled, labels_N[labelled]
+
+    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+        """As in transformers, but the config names the stock class, which reads the same tensors."""
+        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        self.config.architectures = [BertForPreTraining.__name__]
+        if is_main_process:
+            self.config.save_pretrained(save_directory)

@@ -1,0 +1,159 @@
+"""Pretrain BERT on a packed dataset: the run, read from top to bottom."""
+
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+
+from datasets import Dataset, load_from_disk
+from transformers import BertConfig, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from bert_pretrain.attention import ATTENTION
+from bert_pretrain.loss import MLM_LOSSES
+from bert_pretrain.model import PackedBertForPreTraining
+from bert_pretrain.tokenizer import load_tokenizer
+from collate import DataCollatorWithPacking, PackedTrainer
+from packing import packed_info
+
+logger = logging.getLogger(__name__)
+
+
+def _help(text: str, default):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One pretraining run; how to optimize it is transformers' TrainingArguments' business."""
+
+    dataset: str = field(metadata={"help": "Folder written by pack-dataset; splits train and, if there is one, test."})
+    tokenizer: str = field(metadata={"help": "Folder or name of the tokenizer that the dataset was made with."})
+    model: str | None = _help("BERT checkpoint to continue from; by default a new model is made.", None)
+    attention: str = _help(f"Attention head: {', '.join(ATTENTION)}; or one per layer, parted by commas.", "sdpa")
+    mlm_loss: str = _help(
+        "What the MLM loss is the mean of: sequence (every sequence weighs the same) or token (every predicted token).",
+        MLM_LOSSES[0],
+    )
+    mlm_probability: float = _help("Share of each sequence's tokens that are predicted.", 0.15)
+    sequences_per_step: int = _help(
+        "Sequences per optimizer step, over all devices. Packs per step follow from the packing factor, so packing "
+        "changes nothing else; per_device_train_batch_size is the most packs in one forward pass.",
+        256,
+    )
+    hidden_size: int = _help("Width of a new model.", 768)
+    num_hidden_layers: int = _help("Layers of a new model.", 12)
+    num_attention_heads: int = _help("Attention heads per layer of a new model.", 12)
+    intermediate_size: int | None = _help("Feed-forward width of a new model; by default 4 x hidden_size.", None)
+    hidden_dropout_prob: float = _help("Dropout of a new model's hidden states.", 0.1)
+    attention_probs_dropout_prob: float = _help("Dropout of a new model's attention weights.", 0.1)
+
+    def __post_init__(self) -> None:
+        if self.sequences_per_step < 1:
+            raise ValueError(f"sequences_per_step={self.sequences_per_step} must be at least 1")
+        if self.mlm_loss not in MLM_LOSSES:
+            raise ValueError(f"unknown mlm_loss {self.mlm_loss!r}; choose from {list(MLM_LOSSES)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+
+
+def pretrain(config: PretrainConfig, training: TrainingArguments) -> PackedTrainer:
+    """Train BERT on packed data; the loss is counted per sequence. Returns the trainer, its model trained and saved."""
+    set_seed(training.seed)
+    train, test = load_splits(config.dataset)
+    tokenizer = load_tokenizer(config.tokenizer)
+    model = build_model(config, len(tokenizer), tokenizer.pad_token_id, packed_info(train).max_sequence_length)
+    set_batch(config, training, train)
+
+    trainer = PackedTrainer(
+        model,
+        training,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPacking(tokenizer, mlm_probability=config.mlm_probability, seed=training.seed),
+    )
+    trainer.train(resume_from_checkpoint=_last_checkpoint(training.output_dir))
+    trainer.save_model()
+    trainer.save_state()
+    if test is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    return trainer
+
+
+def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
+    """The packed training split and, where there is one, the test (or validation) split."""
+    loaded = load_from_disk(folder)
+    if isinstance(loaded, Dataset):
+        return loaded.with_format("numpy"), None
+    if "train" not in loaded:
+        raise ValueError(f"{folder} has no split named train, only {sorted(loaded)}")
+    test = loaded.get("test", loaded.get("validation"))
+    return loaded["train"].with_format("numpy"), None if test is None else test.with_format("numpy")
+
+
+def build_model(
+    config: PretrainConfig, vocabulary_size: int, pad_token_id: int, max_sequence_length: int
+) -> PackedBertForPreTraining:
+    """A new model whose vocabulary and positions are the dataset's, or the checkpoint to continue from, checked."""
+    choices = [name.strip() for name in config.attention.split(",")]
+    attention = choices[0] if len(choices) == 1 else choices
+    if config.model is None:
+        bert = BertConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size or 4 * config.hidden_size,
+            hidden_dropout_prob=config.hidden_dropout_prob,
+            attention_probs_dropout_prob=config.attention_probs_dropout_prob,
+            max_position_embeddings=max_sequence_length,
+            pad_token_id=pad_token_id,
+            mlm_loss=config.mlm_loss,
+            packed_attention=attention,
+        )
+        return PackedBertForPreTraining(bert)
+    model = PackedBertForPreTraining.from_pretrained(config.model, mlm_loss=config.mlm_loss, packed_attention=attention)
+    if model.config.vocab_size < vocabulary_size:
+        raise ValueError(
+            f"{config.model} has a vocabulary of {model.config.vocab_size}, the tokenizer one of {vocabulary_size}; "
+            "prepare the dataset with the checkpoint's own tokenizer"
+        )
+    if model.config.max_position_embeddings < max_sequence_length:
+        raise ValueError(
+            f"{config.model} has {model.config.max_position_embeddings} positions, but the dataset is packed for "
+            f"max_sequence_length={max_sequence_length}; prepare it with a max_sequence_length the model can hold"
+        )
+    return model
+
+
+def set_batch(config: PretrainConfig, training: TrainingArguments, train: Dataset) -> None:
+    """Sequences per step -> packs per forward pass and accumulation steps, written into `training`.
+
+    256 sequences per step, packing factor 2.0, 2 devices, at most 40 packs per pass
+    -> 128 packs per step, 64 per device, 2 passes of 32.
+    """
+    if training.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={training.gradient_accumulation_steps} follows from sequences_per_step; "
+            "leave it at 1 and set sequences_per_step and per_device_train_batch_size"
+        )
+    info = packed_info(train)
+    factor = info.num_sequences / info.num_packs
+    packs_per_device = max(1, round(config.sequences_per_step / factor / training.world_size))
+    training.gradient_accumulation_steps = math.ceil(packs_per_device / training.per_device_train_batch_size)
+    training.per_device_train_batch_size = max(1, round(packs_per_device / training.gradient_accumulation_steps))
+    packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    logger.info(
+        "packing factor %.3f: %d packs (%d per device and pass, %d passes) hold about %.1f sequences; asked for %d",
+        *(factor, packs, training.per_device_train_batch_size, training.gradient_accumulation_steps),
+        *(packs * factor, config.sequences_per_step),
+    )
+
+
+def _last_checkpoint(output_dir: str) -> str | None:
+    return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None

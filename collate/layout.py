@@ -1,0 +1,137 @@
+"""Where the sequences of each pack lie: one stored fact, `sequence_ids`, and every view that attention and loss need.
+
+Shape letters: B packs, L token slots per pack, T real tokens of the batch, N sequences of the batch.
+Order is the same everywhere: pack by pack, and inside a pack from left to right.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+PADDING = 0
+"""The `sequence_ids` value of a slot that holds no token."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackLayout:
+    """The layout of a batch of packs, as lazy views that are computed once and shared by all layers.
+
+    sequence_ids_BL: (B, L) integers; 1, 2, 3… from left to right in each pack, 0 on padding.
+
+        sequence_ids [[1, 1, 1, 2, 2, 0]]
+        positions    [[0, 1, 2, 0, 1, 0]]      cu_seqlens [0, 3, 5]      lengths [3, 2]
+
+    Raises ValueError for ids that no packing produces: a sequence in two pieces, or numbers not counted up from 1.
+    (On an accelerator that check would wait for the device, so it is done for CPU tensors only: the collator's.)
+    """
+
+    sequence_ids_BL: Tensor
+
+    def __post_init__(self) -> None:
+        if self.sequence_ids_BL.dim() != 2 or self.sequence_ids_BL.is_floating_point():
+            raise ValueError(
+                f"sequence_ids must be (packs, slots) integers, got {tuple(self.sequence_ids_BL.shape)} "
+                f"{self.sequence_ids_BL.dtype}"
+            )
+        if self.sequence_ids_BL.device.type == "cpu":
+            _check_ids(self.sequence_ids_BL, self._is_start_BL)
+
+    @cached_property
+    def is_real_BL(self) -> Tensor:
+        """(B, L) bool: True where a slot holds a token."""
+        return self.sequence_ids_BL != PADDING
+
+    @cached_property
+    def _is_start_BL(self) -> Tensor:
+        """(B, L) bool: True on the first token of each sequence."""
+        previous_BL = torch.nn.functional.pad(self.sequence_ids_BL, (1, 0))[:, :-1]
+        return self.is_real_BL & (self.sequence_ids_BL != previous_BL)
+
+    @cached_property
+    def token_index(self) -> Tensor:
+        """(T,) int64: the slots that hold tokens, counted through the whole batch (pack * L + slot)."""
+        return self.is_real_BL.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def token_of_slot(self) -> Tensor:
+        """(B * L,) int64: the inverse of `token_index`; -1 on padding."""
+        is_real = self.is_real_BL.flatten()
+        return torch.where(is_real, is_real.cumsum(0) - 1, -1)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(N + 1,) int32: where each sequence begins among the T tokens, and T at the end."""
+        starts = self._is_start_BL.flatten()[self.token_index].nonzero().squeeze(1)
+        return torch.nn.functional.pad(starts, (0, 1), value=len(self.token_index)).int()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(N,) int64: tokens of each sequence."""
+        return self.cu_seqlens.diff().long()
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return len(self.token_index)
+
+    @cached_property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @cached_property
+    def sequence_of_token(self) -> Tensor:
+        """(T,) int64: which of the batch's sequences a token belongs to, from 0."""
+        return self._is_start_BL.flatten()[self.token_index].cumsum(0) - 1
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """(T,) int64: each token's place in its own sequence, from 0."""
+        tokens = torch.arange(self.num_tokens, device=self.token_index.device)
+        return tokens - self.cu_seqlens.long()[self.sequence_of_token]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(B, L) int64: each token's place in its own sequence, from 0; 0 on padding."""
+        return self.pad(self.positions_T)
+
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """(B, 1, L, L) bool, True = attend: query and key are tokens of one sequence.
+
+        [[1, 1, 2, 0]] -> 1 1 0 0
+                          1 1 0 0
+                          0 0 1 0
+                          0 0 0 0
+        """
+        same_BLL = self.sequence_ids_BL[:, :, None] == self.sequence_ids_BL[:, None, :]
+        return (same_BLL & self.is_real_BL[:, None, :])[:, None]
+
+    def attention_bias(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(B, 1, L, L) float to be added to the scores: 0 within a sequence, the type's least number elsewhere.
+
+        The least number and not -inf: a padding query has no key at all, and a softmax over -inf alone is NaN.
+        """
+        bias = torch.zeros(self.attention_mask.shape, dtype=dtype, device=self.sequence_ids_BL.device)
+        return bias.masked_fill_(~self.attention_mask, torch.finfo(dtype).min)
+
+    def unpad(self, x_BL: Tensor) -> Tensor:
+        """(B, L, …) -> (T, …): the real tokens only."""
+        return x_BL.flatten(0, 1).index_select(0, self.token_index)
+
+    def pad(self, x_T: Tensor) -> Tensor:
+        """(T, …) -> (B, L, …): the inverse of `unpad`, zero on padding."""
+        padded = x_T.new_zeros(self.sequence_ids_BL.numel(), *x_T.shape[1:])
+        return padded.index_copy(0, self.token_index, x_T).unflatten(0, self.sequence_ids_BL.shape)
+
+
+def _check_ids(sequence_ids_BL: Tensor, is_start_BL: Tensor) -> None:
+    """Refuse ids that do not count 1, 2, 3… over contiguous sequences."""
+    expected_BL = torch.where(sequence_ids_BL != PADDING, is_start_BL.cumsum(1), PADDING)
+    wrong = (sequence_ids_BL != expected_BL).nonzero()
+    if len(wrong):
+        pack, slot = wrong[0].tolist()
+        raise ValueError(
+            f"sequence_ids of pack {pack} must count 1, 2, 3… from left to right with each sequence in one piece; "
+            f"slot {slot} has {int(sequence_ids_BL[pack, slot])} where {int(expected_BL[pack, slot])} was expected"
+        )
