@@ -1,1 +1,54 @@
-"""Length histograms, pack plans and packed datasets: NumPy, Numba and Arrow, no tensors."""
+"""Length histograms, pack plans and packed datasets: NumPy, Numba and Arrow, no tensors.
+
+lengths -> length_histogram -> plan_packs -> assign;   pack_dataset does it all for a tokenized dataset.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .assignment import Assignment, assign
+    from .dataset import pack_dataset
+    from .histogram import length_histogram
+    from .info import PackedInfo, packed_info
+    from .packers import PACKERS, Packer, plan_packs
+    from .plan import PackPlan
+
+__all__ = [
+    "PACKERS",
+    "Assignment",
+    "PackPlan",
+    "PackedInfo",
+    "Packer",
+    "assign",
+    "length_histogram",
+    "pack_dataset",
+    "packed_info",
+    "plan_packs",
+]
+
+# Where each name lives. They load when first used: Numba takes a second to import, datasets three.
+_MODULES = {
+    "PACKERS": "packers",
+    "Assignment": "assignment",
+    "PackPlan": "plan",
+    "PackedInfo": "info",
+    "Packer": "packers",
+    "assign": "assignment",
+    "length_histogram": "histogram",
+    "pack_dataset": "dataset",
+    "packed_info": "info",
+    "plan_packs": "packers",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

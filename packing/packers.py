@@ -36,8 +36,10 @@ def plan_packs(
     """
     pack = find_packer(packer)
     histogram = _checked_histogram(histogram)
-    max_sequence_length = _checked_limit("max_sequence_length", max_sequence_length, len(histogram) - 1)
-    max_sequences_per_pack = _checked_limit("max_sequences_per_pack", max_sequences_per_pack, None)
+    if max_sequence_length is None:
+        max_sequence_length = len(histogram) - 1
+    max_sequence_length = checked_limit("max_sequence_length", max_sequence_length)
+    max_sequences_per_pack = checked_limit("max_sequences_per_pack", max_sequences_per_pack)
     histogram = _fitted(histogram, max_sequence_length)
     plan = pack(histogram.copy(), max_sequence_length, max_sequences_per_pack)
     _check_plan(plan, histogram, max_sequence_length, max_sequences_per_pack, packer)
@@ -73,10 +75,9 @@ def _checked_histogram(histogram: ArrayLike) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _checked_limit(name: str, value: int | None, default: int | None) -> int | None:
-    if value is None:
-        value = default
-    if value is None:
+def checked_limit(name: str, value: int | None) -> int | None:
+    """The limit as an int; None is no limit, which a pack's length must have."""
+    if value is None and name != "max_sequence_length":
         return None
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number, at least 1")

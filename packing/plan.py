@@ -136,7 +136,9 @@ class PackPlan:
     def __str__(self) -> str:
         limit = "no limit" if self.max_sequences_per_pack is None else f"{self.max_sequences_per_pack:,}"
         above = self.num_packs - self.lower_bound
-        verdict = f"{above:,} packs above it" if above else "met: no packing has fewer packs"
+        verdict = (
+            f"{above:,} {'pack' if above == 1 else 'packs'} above it" if above else "met: no packing has fewer packs"
+        )
         rows = [
             ("packer", self.packer, ""),
             ("max_sequence_length", f"{self.max_sequence_length:,}", "token slots in a pack"),

@@ -1,0 +1,83 @@
+"""What a packed dataset knows about its making, carried in its description."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import datasets
+
+PREFIX = "Packed by dataset-packing, format 1: "
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedInfo:
+    """The making of one packed dataset. It survives save_to_disk, select and shuffle, so num_packs may be more than the
+    rows that are left."""
+
+    max_sequence_length: int
+    """Token slots in a pack."""
+
+    max_sequences_per_pack: int | None
+    """The packing depth asked for; None = no limit."""
+
+    max_depth: int
+    """Sequences in the deepest pack: the sequence slots of a batch."""
+
+    token_columns: tuple[str, ...]
+    """Columns with one value per token, concatenated per pack; input_ids first."""
+
+    packer: str
+    """Name of the packer that made the plan."""
+
+    seed: int
+    """Seed of the assignment."""
+
+    source_rows: int
+    """Rows of the dataset that was packed."""
+
+    num_sequences: int
+    """Sequences in all packs: rows less what was dropped, pieces of a split counted each."""
+
+    num_packs: int
+    """Packs made."""
+
+    num_tokens: int
+    """Real tokens in all packs."""
+
+    overlong: str
+    """What was done to rows with more tokens than a pack has slots: "error", "truncate", "split" or "drop"."""
+
+    overlong_rows: tuple[int, ...] = ()
+    """The source rows to which it was done."""
+
+    overlong_tokens: int = 0
+    """Tokens that were cut off or dropped with their rows; 0 for a split."""
+
+    trimmed_rows: int = 0
+    """Rows from which padding was trimmed."""
+
+    trimmed_tokens: int = 0
+    """Padding tokens that were trimmed."""
+
+    def to_description(self) -> str:
+        return PREFIX + json.dumps(asdict(self))
+
+
+def packed_info(dataset: datasets.Dataset) -> PackedInfo:
+    """Read how a packed dataset was made. Raises ValueError for a dataset that was not packed."""
+    description = getattr(getattr(dataset, "info", None), "description", None) or ""
+    if not isinstance(description, str) or not description.startswith(PREFIX):
+        raise ValueError("this dataset was not packed: it carries no packing facts; make it with pack_dataset")
+    try:
+        facts = json.loads(description.removeprefix(PREFIX))
+    except json.JSONDecodeError:
+        raise ValueError(
+            "this dataset carries the packing facts of several packings; use packed datasets one by one, "
+            "or concatenate the sources and pack them together"
+        ) from None
+    for name in ("token_columns", "overlong_rows"):
+        facts[name] = tuple(facts[name])
+    return PackedInfo(**facts)
