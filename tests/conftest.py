@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer():
     from tokenizers import Tokenizer, models
     from transformers import BertTokenizerFast
 
@@ -15,6 +14,11 @@ def tokenizer():
         tokenizer_object=Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")),
         **dict(zip(["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"], special, strict=True)),
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
 
 
 def make_pair(rng: np.random.Generator, length: int) -> dict:

@@ -1,0 +1,110 @@
+"""One epoch of PackedTrainer over a few fixed packs. Imported by test_trainer.py, and run by it in several processes:
+
+torchrun --nproc-per-node 2 training_runs.py RESULTS.pt
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+
+import numpy as np
+import torch
+from conftest import make_pair, make_tokenizer
+from datasets import Dataset
+from reference_training import packed_rows
+from test_equivalence import MAX_LENGTH, make_models
+from transformers import TrainingArguments
+
+from collate import DataCollatorWithPacking, PackedTrainer
+
+# name: (packs, packs per forward pass, accumulated passes, mlm_loss); each step sees 16 packs, the last one fewer
+ONE_PROCESS = {
+    "1 x 16": (22, 16, 1, "sequence"),
+    "4 x 4": (22, 4, 4, "sequence"),
+    "1 x 16, token loss": (22, 16, 1, "token"),
+    "4 x 4, token loss": (22, 4, 4, "token"),
+    "17 packs": (17, 16, 1, "sequence"),
+}
+TWO_PROCESSES = {
+    "2 ranks x 2 x 4": (22, 4, 2, "sequence"),
+    "2 ranks x 2 x 4, token loss": (22, 4, 2, "token"),
+    "2 ranks x 2 x 4, 17 packs": (17, 4, 2, "sequence"),
+}
+
+
+def make_packs(count):
+    """`count` packs; those of the second forward pass of 4, rank 1's first, have no NSP target."""
+    rng = np.random.default_rng(7)
+    rows = packed_rows([make_pair(rng, int(length)) for length in rng.integers(5, 31, 80)], MAX_LENGTH)[:count]
+    assert len(rows) == count
+    for row in rows[4:8]:
+        row["next_sentence_label"] = [-100] * len(row["next_sentence_label"])
+    return Dataset.from_list(rows)
+
+
+def train(packs, packs_per_pass, passes, mlm_loss):
+    """Parameters after one epoch of SGD, the losses and metrics of each step, and the evaluation on the same packs."""
+    dataset = make_packs(packs)
+    with make_trainer(
+        mlm_loss,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        per_device_train_batch_size=packs_per_pass,
+        per_device_eval_batch_size=3,
+        gradient_accumulation_steps=passes,
+    ) as trainer:
+        trainer.train()
+        evaluation = deterministic(trainer.evaluate())
+    return {
+        "parameters": [parameter.detach().clone() for parameter in trainer.model.parameters()],
+        "steps": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "evaluation": evaluation,
+        "processes": trainer.args.world_size,
+    }
+
+
+def evaluate(dataset, packs_per_pass):
+    """Metrics of the untrained model."""
+    with make_trainer(eval_dataset=dataset, per_device_eval_batch_size=packs_per_pass) as trainer:
+        return deterministic(trainer.evaluate())
+
+
+def deterministic(metrics):
+    """Without the timings."""
+    return {k: v for k, v in metrics.items() if not k.endswith(("runtime", "per_second"))}
+
+
+@contextlib.contextmanager
+def make_trainer(mlm_loss="sequence", train_dataset=None, eval_dataset=None, **arguments):
+    _, model = make_models(mlm_loss)
+    with tempfile.TemporaryDirectory() as folder:
+        training = TrainingArguments(
+            folder,
+            num_train_epochs=1,
+            learning_rate=0.05,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            train_sampling_strategy="sequential",
+            include_num_input_tokens_seen="non_padding",
+            disable_tqdm=True,
+            use_cpu=True,
+            ddp_backend="gloo" if "LOCAL_RANK" in os.environ else None,
+            **arguments,
+        )
+        collator = DataCollatorWithPacking(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=8)
+        yield PackedTrainer(
+            model, training, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collator
+        )
+
+
+if __name__ == "__main__":
+    results = {name: train(*run) for name, run in TWO_PROCESSES.items()}
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, sys.argv[1])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
