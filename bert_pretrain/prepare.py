@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bert_pretrain.documents import DOCUMENTS, SENTENCES, Document, TokenDocuments, offsets_of, read_documents
 from bert_pretrain.examples import IS_RANDOM, OBJECTIVES, BuiltSequence
@@ -235,9 +235,11 @@ def build_split(documents: TokenDocuments, tokenizer, config: PrepareConfig, spl
 def summary_table(summary: dict[str, SplitSummary]) -> str:
     """The numbers of each split, a column each, as text.
 
-                        train       test
-    documents          24,213      1,275
-    sequences          31,019      1,640
+                                   train          test
+    documents                     24,213         1,275
+    sequences                     36,239         1,895
+    random next                    70.2%         71.0%
+    packing factor at most          2.36          2.33
     ...
     """
     rows = [
