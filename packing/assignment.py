@@ -117,8 +117,8 @@ def _count_lengths(lengths, counts):
 def _sort_by_length(lengths, free, by_length):
     """Put each sequence at the next free place of its length. Consumes free; fills by_length."""
     for i in range(len(lengths)):
-        length = np.int64(lengths[i])
-        by_length[free[length]] = i
+        length = np.uint64(lengths[i])
+        by_length[np.uint64(free[length])] = i
         free[length] += 1
 
 
@@ -140,12 +140,12 @@ def _shuffle_packs(pack_order, scratch, seed):
 def _fill_packs(pack_order, strategies, by_length, next_of_length, sequence_indices, pack_offsets):
     """Take sequences off their length, pack by pack. Consumes next_of_length; fills the last two."""
     strategy_lengths, strategy_offsets = strategies
-    filled = 0
+    filled, one = np.uint64(0), np.uint64(1)
     for pack in range(len(pack_order)):
-        strategy = pack_order[pack]
-        for slot in range(strategy_offsets[strategy], strategy_offsets[strategy + 1]):
-            length = strategy_lengths[slot]
-            sequence_indices[filled] = by_length[next_of_length[length]]
+        strategy = np.uint64(pack_order[pack])
+        for slot in range(np.uint64(strategy_offsets[strategy]), np.uint64(strategy_offsets[strategy + one])):
+            length = np.uint64(strategy_lengths[slot])
+            sequence_indices[filled] = by_length[np.uint64(next_of_length[length])]
             next_of_length[length] += 1
-            filled += 1
+            filled += one
         pack_offsets[pack + 1] = filled

@@ -70,8 +70,8 @@ def _fisher_yates(values, key):
     """Swap each value with one at or before it. Draws below a bound by Lemire's method (2019): a product, no remainder,
     and a second draw only where the first would favour small numbers."""
     state = key
-    for last in range(len(values) - 1, 0, -1):
-        bound = np.uint64(last + 1)
+    bound = np.uint64(len(values))
+    while bound > ONE:
         state += STEP
         product = (mix(state) >> HALF) * bound
         if (product & LOW_HALF) < bound:
@@ -80,4 +80,5 @@ def _fisher_yates(values, key):
                 state += STEP
                 product = (mix(state) >> HALF) * bound
         other = product >> HALF
-        values[last], values[other] = values[other], values[last]
+        bound -= ONE
+        values[bound], values[other] = values[other], values[bound]

@@ -62,8 +62,9 @@ def refuse_padding(input_ids: TokenColumn) -> None:
             raise ValueError(
                 f"the source looks padded: all {len(lengths)} rows have {lengths[0]} tokens, and "
                 f"{np.count_nonzero(runs)} of them {side} with token {suspect} "
-                f"(row {culprit} with {runs[culprit]} of it), which occurs nowhere else; tokenize without padding, keep the column attention_mask, or give "
-                f"pad_token_id=, the token to trim (if {suspect} is not padding, give the true id)"
+                f"(row {culprit} with {runs[culprit]} of it), which occurs nowhere else; tokenize without padding, "
+                "keep the column attention_mask, or give pad_token_id=, the token to trim "
+                f"(if {suspect} is not padding, give the true id)"
             )
 
 

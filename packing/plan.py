@@ -173,7 +173,7 @@ class PackPlan:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             found = content.pop("format")
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is not a saved plan; give a file that PackPlan.save() wrote") from None
         if found != FILE_FORMAT:
             raise ValueError(f"{path} has format {found!r}, this version reads {FILE_FORMAT!r}; make the plan again")

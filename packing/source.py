@@ -55,9 +55,9 @@ def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_i
     pad_token_id: trim this token at the ends of rows; only for a source without attention_mask.
     """
     table, rows = dataset.data, _chosen_rows(dataset)
-    _check_columns(table)
     if not len(dataset):
         raise ValueError("the dataset is empty: it has no rows to pack")
+    _check_columns(table)
     input_ids = read_token_column(INPUT_IDS, table.column(INPUT_IDS), rows)
     if not input_ids.lengths.all():
         culprit = int(np.argmin(input_ids.lengths != 0))
