@@ -67,17 +67,19 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0) -> Assignment:
     seed = checked_seed(seed)
     bucket_starts = _checked_buckets(plan, lengths)
     # Arrays are allocated here, not in the kernels: numpy.empty gets huge pages, which the scattered writes need.
+    # What counts sequences is uint32 while that suffices: tables that are looked up at random stay in the cache.
     index_type = np.uint32 if len(lengths) < 2**32 else np.int64
     by_length = np.empty(len(lengths), index_type)
     sequence_indices = np.empty(len(lengths), index_type)
-    _sort_by_length(lengths, bucket_starts[:-1].copy(), by_length)
+    _sort_by_length(lengths, bucket_starts[:-1].astype(index_type), by_length)
     _shuffle_each_length(by_length, bucket_starts, sequence_indices, seed)
 
     pack_order = np.repeat(np.arange(len(plan.repeats), dtype=np.uint32), plan.repeats)
     _shuffle_packs(pack_order, np.empty_like(pack_order), seed)
     pack_offsets = np.zeros(len(pack_order) + 1, np.int64)
-    strategies = (plan.strategy_lengths, plan.strategy_offsets)
-    _fill_packs(pack_order, strategies, by_length, bucket_starts[:-1].copy(), sequence_indices, pack_offsets)
+    strategies = (plan.strategy_lengths.astype(np.uint32), plan.strategy_offsets.astype(index_type))
+    next_of_length = bucket_starts[:-1].astype(index_type)
+    _fill_packs(pack_order, strategies, by_length, next_of_length, sequence_indices, pack_offsets)
     return Assignment(sequence_indices, pack_offsets)
 
 

@@ -55,7 +55,8 @@ def shuffle(values, scratch, key):
         free[bucket] += 1
     for bucket in range(BUCKETS):
         _fisher_yates(scratch[starts[bucket] : starts[bucket + 1]], make_key(key, np.uint64(bucket + 1)))
-    values[:] = scratch
+    for i in range(len(values)):  # values[:] = scratch is shorter, but takes Numba seconds to compile
+        values[i] = scratch[i]
 
 
 @njit(cache=True, nogil=True)

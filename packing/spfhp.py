@@ -68,10 +68,10 @@ def _pack_histogram(histogram, max_sequence_length, depth_limit, share):
                 else:
                     _take_out(group, groups, heads, bits)
                 copies = min(space // length, depth_limit - depth, left // packs)
-                nodes[num_nodes] = (length, copies, before)
-                groups[group] = (packs, space - copies * length, depth + copies, num_nodes, NONE)
-                num_nodes += 1
+                _write_node(nodes, num_nodes, length, copies, before)
+                _write_group(groups, group, packs, space - copies * length, depth + copies, num_nodes)
                 _keep_open(group, groups, heads, bits, depth_limit)
+                num_nodes += 1
                 left -= packs * copies
             else:
                 most = min(max_sequence_length // length, depth_limit) if share else 1
@@ -79,9 +79,9 @@ def _pack_histogram(histogram, max_sequence_length, depth_limit, share):
                 copies, more = left // packs, left % packs  # `more` packs hold one copy more
                 for packs, copies in ((more, copies + 1), (packs - more, copies)):  # noqa: B020
                     if packs > 0:
-                        nodes[num_nodes] = (length, copies, NONE)
+                        _write_node(nodes, num_nodes, length, copies, NONE)
                         space = max_sequence_length - copies * length
-                        groups[num_groups] = (packs, space, copies, num_nodes, NONE)
+                        _write_group(groups, num_groups, packs, space, copies, num_nodes)
                         _keep_open(num_groups, groups, heads, bits, depth_limit)
                         num_nodes, num_groups = num_nodes + 1, num_groups + 1
                 left = 0
@@ -92,15 +92,28 @@ def _pack_histogram(histogram, max_sequence_length, depth_limit, share):
 def _unroll(nodes, groups):
     """Write out every group's lengths, last node first, which is ascending: strategy_lengths, strategy_offsets."""
     offsets = np.zeros(len(groups) + 1, np.int64)
-    offsets[1:] = np.cumsum(groups[:, DEPTH])
+    for group in range(len(groups)):
+        offsets[group + 1] = offsets[group] + groups[group, DEPTH]
     lengths = np.empty(offsets[-1], np.int32)
     for group in range(len(groups)):
         filled, node = offsets[group], groups[group, LAST]
         while node != NONE:
             copies = nodes[node, COPIES]
-            lengths[filled : filled + copies] = nodes[node, LENGTH]
+            for slot in range(filled, filled + copies):
+                lengths[slot] = nodes[node, LENGTH]
             filled, node = filled + copies, nodes[node, BEFORE]
     return lengths, offsets
+
+
+@njit(cache=True)
+def _write_node(nodes, node, length, copies, before):
+    nodes[node, LENGTH], nodes[node, COPIES], nodes[node, BEFORE] = length, copies, before
+
+
+@njit(cache=True)
+def _write_group(groups, group, packs, space, depth, last):
+    groups[group, COUNT], groups[group, SPACE], groups[group, DEPTH] = packs, space, depth
+    groups[group, LAST], groups[group, NEXT] = last, NONE
 
 
 @njit(cache=True)
@@ -158,5 +171,7 @@ def _with_room(table, rows):
     if rows <= len(table):
         return table
     longer = np.empty((2 * len(table), table.shape[1]), np.int64)
-    longer[: len(table)] = table
+    for row in range(len(table)):  # longer[:rows] = table is one line, but takes Numba five seconds to compile
+        for column in range(table.shape[1]):
+            longer[row, column] = table[row, column]
     return longer
