@@ -168,7 +168,7 @@ def prepare_packing(
     plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, packer)
     facts = PackedInfo(
         max_sequence_length=plan.max_sequence_length,
-        max_sequences_per_pack=plan.max_sequences_per_pack,
+        max_sequences_per_pack=None if max_sequences_per_pack is None else int(max_sequences_per_pack),
         max_depth=plan.max_depth,
         token_columns=tuple(column.name for column in source.token_columns),
         packer=plan.packer,
@@ -236,7 +236,8 @@ def _gather_packs(
 def _list_array(offsets: np.ndarray, values: pa.Array, type_: pa.DataType) -> pa.Array:
     if values.type != type_.value_type:
         values = values.cast(type_.value_type)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values).cast(type_)
+    array = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    return array if array.type == type_ else array.cast(type_)  # pyarrow's cast of list<null> to itself loses values
 
 
 def _tokens_of(feature):

@@ -146,6 +146,7 @@ def test_columns_of_every_kind_keep_their_type():
             "label": [0, 1],
             "score": [0.5, None],
             "meta": [{"page": 1}, {"page": 2}],
+            "unset": [None, None],
         },
         features=datasets.Features(
             {
@@ -156,6 +157,7 @@ def test_columns_of_every_kind_keep_their_type():
                 "label": datasets.ClassLabel(names=["no", "yes"]),
                 "score": datasets.Value("float32"),
                 "meta": {"page": datasets.Value("int32")},
+                "unset": datasets.Value("null"),
             }
         ),
     )
@@ -167,6 +169,7 @@ def test_columns_of_every_kind_keep_their_type():
     assert row["bold"] == [True, True, False]
     assert row["tags"] == [2, 0, 1]
     assert (row["label"], row["score"], row["meta"]) == ([1, 0], [None, 0.5], [{"page": 2}, {"page": 1}])
+    assert row["unset"] == [None, None]
     assert packed.features["input_ids"] == datasets.List(datasets.Value("int16"))
     assert packed.features["tags"] == datasets.List(datasets.ClassLabel(names=["a", "b", "c"]))
     assert packed.features["label"] == datasets.List(datasets.ClassLabel(names=["no", "yes"]))
