@@ -36,7 +36,8 @@ def _prepare(arguments: list[str]) -> None:
     from bert_pretrain.prepare import PrepareConfig, prepare, summary_table
 
     (config,) = HfArgumentParser(PrepareConfig, prog="bert-pretrain prepare").parse_args_into_dataclasses(arguments)
-    print(summary_table(prepare(config)))
+    _, summary = prepare(config)
+    print(summary_table(summary))
 
 
 def _train(arguments: list[str]) -> None:

