@@ -1,0 +1,119 @@
+"""Attention heads: the contract, over the whole table, and use_attention on stock encoders."""
+
+import pytest
+import torch
+from reference import packed_rows
+from test_equivalence import MAX_LENGTH, RowWideAttention, alone, make_config, make_models
+from torch import nn
+from transformers import BertForMaskedLM, DistilBertConfig, DistilBertModel
+
+from bert_pretrain.attention import ATTENTION, use_attention
+from collate import DataCollatorWithPacking, PackLayout
+
+LAYOUTS = {
+    "one pack": [[1, 1, 1, 2, 2, 0]],
+    "padding in the middle": [[1, 1, 0, 0, 2, 2, 2, 3], [0, 1, 1, 1, 1, 0, 2, 0]],
+    "ones": [[1, 2, 3, 4]],
+    "one sequence": [[1, 1, 1, 1, 1]],
+    "an empty pack": [[1, 1, 2], [0, 0, 0]],
+}
+
+
+def heads_input(layout, seed=0):
+    torch.manual_seed(seed)
+    return [3 * torch.randn(layout.num_tokens, 2, 8, dtype=torch.float64) for _ in range(3)]
+
+
+def run(attention, layout, inputs):
+    """Context, and the gradients of a random functional of it."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    context = attention(*inputs, layout)
+    torch.manual_seed(1)
+    (context * torch.randn_like(context)).sum().backward()
+    return [context.detach(), *(x.grad for x in inputs)]
+
+
+def run_one_by_one(attention, layout, inputs):
+    torch.manual_seed(1)
+    weights = torch.randn(layout.num_tokens, 2, 8, dtype=torch.float64)
+    results = []
+    for start, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):
+        mine = [x[start:end].clone().requires_grad_() for x in inputs]
+        context = attention(*mine, PackLayout(torch.ones(1, end - start, dtype=torch.int32)))
+        (context * weights[start:end]).sum().backward()
+        results.append([context.detach(), *(x.grad for x in mine)])
+    return [torch.cat(parts) for parts in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("ids", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_packing_changes_nothing(name, ids):
+    attention = ATTENTION[name](num_heads=2, head_width=8, max_sequence_length=64).double()
+    layout = PackLayout(torch.tensor(ids))
+    inputs = heads_input(layout)
+    for packed, expected in zip(run(attention, layout, inputs), run_one_by_one(attention, layout, inputs), strict=True):
+        torch.testing.assert_close(packed, expected, rtol=0, atol=1e-12)
+
+
+def test_the_contract_fails_for_an_attention_that_leaks():
+    layout = PackLayout(torch.tensor(LAYOUTS["one pack"]))
+    inputs = heads_input(layout)
+    leaky = RowWideAttention()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(run(leaky, layout, inputs)[0], run_one_by_one(leaky, layout, inputs)[0])
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_huge_mate_changes_nothing_bit_for_bit(name):
+    attention = ATTENTION[name](num_heads=2, head_width=8, max_sequence_length=64).double()
+    layout = PackLayout(torch.tensor([[1, 1, 1, 2, 2, 2, 3, 0]]))
+    inputs = heads_input(layout)
+    mate = layout.sequence_of_token == 1
+    before = attention(*inputs, layout)
+    for value in (1e4, -1e4):
+        after = attention(*(torch.where(mate[:, None, None], value, x) for x in inputs), layout)
+        assert (after[~mate] == before[~mate]).all()
+
+
+def test_stock_masked_lm_keeps_sequences_apart(tokenizer, pairs):
+    """use_attention on a stock model: hidden in its rows of (B, L), told by sequence_ids."""
+    collate = DataCollatorWithPacking(tokenizer, pad_to=MAX_LENGTH)
+    batch = collate(packed_rows(pairs, MAX_LENGTH))
+    torch.manual_seed(0)
+    stock = BertForMaskedLM(make_config()).double().eval()
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "token_type_ids", "sequence_ids")}
+    expected = [
+        stock(sequence["input_ids"][None], token_type_ids=sequence["token_type_ids"][None]).logits[0]
+        for sequence in alone(batch)
+    ]
+    packed = use_attention(stock, "sdpa")(**inputs).logits[batch["sequence_ids"] > 0]
+    torch.testing.assert_close(packed, torch.cat(expected), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="call the model with sequence_ids="):
+        stock(batch["input_ids"])
+
+
+class NoDropout(nn.Module):
+    supports_dropout = False
+
+    def __init__(self, **_):
+        super().__init__()
+
+
+def test_refusals():
+    _, packed = make_models()
+    with pytest.raises(ValueError, match=r"unknown attention 'dense'; choose from \['sdpa'\] or give a callable"):
+        use_attention(packed, "dense")
+    with pytest.raises(ValueError, match="3 attention heads for 2 layers"):
+        use_attention(packed, ["sdpa"] * 3)
+    with pytest.raises(ValueError, match="DistilBertModel has no BERT self-attention layer"):
+        use_attention(DistilBertModel(DistilBertConfig(n_layers=1, dim=8, n_heads=1, hidden_dim=8)), "sdpa")
+    packed.config.attention_probs_dropout_prob = 0.1
+    with pytest.raises(ValueError, match=r"NoDropout cannot drop attention weights.*=0\.1; set it to 0"):
+        use_attention(packed, NoDropout)
+
+
+def test_attention_dropout_is_applied_in_training_only():
+    attention = ATTENTION["sdpa"](num_heads=2, head_width=8, max_sequence_length=64).double()
+    layout = PackLayout(torch.tensor([[1, 1, 1, 2, 2, 0]]))
+    inputs = heads_input(layout)
+    assert not (attention(*inputs, layout, dropout=0.5) == attention(*inputs, layout)).all()
