@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .lpfhp import lpfhp
 from .plan import PackPlan
 from .spfhp import spfhp
 
@@ -15,6 +16,7 @@ Packer = Callable[[np.ndarray, int, int | None], PackPlan]
 
 PACKERS: dict[str, Packer] = {
     "spfhp": spfhp,
+    "lpfhp": lpfhp,
 }
 
 LONGEST_PACK = 64**4 - 1  # token slots; the packers' tables are indexed by space

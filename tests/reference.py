@@ -23,6 +23,19 @@ def worst_fit_decreasing(lengths, max_sequence_length, max_sequences_per_pack=No
     return packs
 
 
+def best_fit_decreasing(lengths, max_sequence_length, max_sequences_per_pack=None):
+    """Textbook: longest first, each into the fullest open pack that it fits, a new pack if it fits nowhere."""
+    packs = []
+    for length in sorted(lengths, reverse=True):
+        fits = [pack for pack in packs if sum(pack) + length <= max_sequence_length]
+        fits = [pack for pack in fits if max_sequences_per_pack is None or len(pack) < max_sequences_per_pack]
+        if fits:
+            max(fits, key=sum).append(length)
+        else:
+            packs.append([length])
+    return packs
+
+
 def trim(row, mask):
     """Tokens with mask 1."""
     return [token for token, real in zip(row, mask, strict=True) if real]

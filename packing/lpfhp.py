@@ -1,0 +1,79 @@
+"""Longest-pack-first histogram packing (arXiv 2107.02027, appendix), compiled: best fit, longest lengths first.
+
+1. Walk the lengths from the longest to the shortest; n sequences have the length at hand.
+2. Find the open packs with the least space that still holds the length: a group of packs with equal content.
+3. Fill them one after the other, each with as many copies as it takes: after a copy it is fuller, so the next choice.
+   The last pack may get fewer, and packs of the group that get none stay a group of their own.
+4. If the length fits nowhere, open new packs and fill them the same way.
+5. A pack that is full or as deep as max_sequences_per_pack is closed. Stop when no length is left.
+
+That is best fit over single sequences, pack for pack, at the cost of a histogram: a visit leaves a pack less than half
+of its space, and a length starts at most four groups, so there are O(distinct lengths * log max_sequence_length) steps
+whatever the counts. The group is found by a bitmap over remaining space.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .groups import (
+    COUNT,
+    DEPTH,
+    LAST,
+    NONE,
+    keep_open,
+    least_space,
+    no_open_packs,
+    take_out,
+    unroll,
+    with_room,
+    write_group,
+    write_node,
+)
+from .plan import PackPlan
+
+
+def lpfhp(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None) -> PackPlan:
+    """Pack a checked histogram, longest lengths first, into the fullest open packs that they fit.
+
+    {4: 1, 3: 1, 2: 2, 1: 1} into 6 slots -> 4 | 3 | 4 2 | 3 2 | 3 2 1: (2, 4) x 1, (1, 2, 3) x 1
+    """
+    depth_limit = max_sequences_per_pack or max_sequence_length
+    nodes, groups = fill_longest_first(histogram, depth_limit, *no_open_packs(max_sequence_length), 0, 0)
+    groups = groups[groups[:, COUNT] > 0]  # a group is empty when all its packs took more
+    lengths, offsets = unroll(nodes, groups)
+    return PackPlan(max_sequence_length, max_sequences_per_pack, lengths, offsets, groups[:, COUNT].copy(), "lpfhp")
+
+
+@njit(cache=True)
+def fill_longest_first(histogram, depth_limit, nodes, groups, heads, bits, num_nodes, num_groups):
+    """Steps 1 to 5, into packs that may be open already. Returns nodes (…, 3) and groups (…, 5) with the new ones."""
+    max_sequence_length = len(heads) - 1
+    for length in range(max_sequence_length, 0, -1):
+        left = histogram[length]
+        while left > 0:
+            nodes, groups = with_room(nodes, num_nodes + 2), with_room(groups, num_groups + 2)
+            space = least_space(bits, length)
+            if space > 0:
+                group = heads[space]
+                packs, depth, before = groups[group, COUNT], groups[group, DEPTH], groups[group, LAST]
+            else:
+                group, space = NONE, max_sequence_length
+                packs, depth, before = left, 0, NONE  # as many new packs as need be
+            copies = min(space // length, depth_limit - depth)
+            full = min(packs, left // copies)
+            fewer = left - full * copies if full < packs else 0
+            last = 1 if fewer > 0 else 0
+            if group != NONE:  # packs that get none stay as they are
+                groups[group, COUNT] -= full + last
+                if groups[group, COUNT] == 0:
+                    take_out(group, groups, heads, bits)
+            for packs, copies in ((full, copies), (last, fewer)):  # noqa: B020
+                if packs > 0:
+                    write_node(nodes, num_nodes, length, copies, before)
+                    write_group(groups, num_groups, packs, space - copies * length, depth + copies, num_nodes)
+                    keep_open(num_groups, groups, heads, bits, depth_limit)
+                    num_nodes, num_groups = num_nodes + 1, num_groups + 1
+                    left -= packs * copies
+    return nodes[:num_nodes], groups[:num_groups]
