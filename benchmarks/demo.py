@@ -28,8 +28,9 @@ MAX_LENGTH = 256
 SEQUENCES_PER_STEP = 32
 STEPS_PER_BLOCK = 10
 MODEL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-TRAIN_STEPS = 700
-LEARNING_RATE = 1e-3
+TRAIN_STEPS = 400
+TRAIN_LEARNING_RATE = 3e-3  # with warm-up and decay
+LEARNING_RATE = 1e-3  # constant, in the comparison
 TEST_PACKS = 200
 PROMPT = "we must defend the constitution of the united [MASK] ."
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for data, checkpoint and plot")
     parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS, help="optimizer steps of bert-pretrain train")
-    parser.add_argument("--seconds", type=float, default=150, help="time for the comparison; it ends with a block")
+    parser.add_argument("--seconds", type=float, default=120, help="time for the comparison; it ends with a block")
     options = parser.parse_args()
 
     prepare(options.output)
@@ -69,7 +70,7 @@ def train(output: Path, steps: int) -> None:
     model = [part for name, value in MODEL.items() for part in (f"--{name}", value)]
     command("bert-pretrain", "train", "--dataset", output / "packed", "--tokenizer", output / "prepared/tokenizer",
             "--output_dir", output / "checkpoint", *model, "--sequences_per_step", SEQUENCES_PER_STEP,
-            "--per_device_train_batch_size", 32, "--max_steps", steps, "--learning_rate", LEARNING_RATE,
+            "--per_device_train_batch_size", 32, "--max_steps", steps, "--learning_rate", TRAIN_LEARNING_RATE,
             "--warmup_steps", steps // 10, "--logging_steps", max(1, steps // 5), "--save_strategy", "no",
             "--report_to", "none", "--disable_tqdm", "True")  # fmt: skip
 
@@ -84,11 +85,12 @@ def command(*arguments) -> None:
 class Arm:
     """One way to train: its model, its rows, and what it measured."""
 
-    def __init__(self, name: str, model, collator, batches):
+    def __init__(self, name: str, model, collator, batches, test_batches):
         import torch
 
-        self.name, self.model, self.collator, self.batches = name, model, collator, batches
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+        self.name, self.model, self.collator = name, model, collator
+        self.batches, self.test_batches = batches, test_batches
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-6)  # eps: the original BERT's
         self.tokens_per_second, self.efficiency, self.curve = [], [], []
         self.sequences_seen = 0
 
@@ -107,12 +109,12 @@ class Arm:
         self.tokens_per_second.append(tokens / (time.perf_counter() - start))
         self.efficiency.append(tokens / slots)
 
-    def evaluate(self, batches) -> None:
+    def evaluate(self) -> None:
         import torch
 
         self.model.eval()
         with torch.no_grad():
-            sums = sum(self.model(**batch).sums for batch in batches)
+            sums = sum(self.model(**batch).sums for batch in self.test_batches)
         self.model.train()
         self.curve.append({"sequences_seen": self.sequences_seen} | self.model.metrics(sums))
 
@@ -136,9 +138,8 @@ def compare(output: Path, seconds: float) -> dict:
 
     print("\nthe same training, padded, bucketed and packed in turn …", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(output / "prepared/tokenizer")
-    sequences = load_from_disk(output / "prepared")["train"].with_format("numpy")
-    packs = load_from_disk(output / "packed")["train"].with_format("numpy")
-    test = load_from_disk(output / "packed")["test"].with_format("numpy")
+    sequences, test_sequences = (load_from_disk(output / "prepared")[s].with_format("numpy") for s in ("train", "test"))
+    packs, test_packs = (load_from_disk(output / "packed")[s].with_format("numpy") for s in ("train", "test"))
     fixed = DataCollatorWithPacking(tokenizer, pad_to=MAX_LENGTH)
     bert = BertConfig(
         vocab_size=len(tokenizer),
@@ -156,14 +157,16 @@ def compare(output: Path, seconds: float) -> dict:
     padded, bucketed = model(PaddedBert), model(PaddedBert)
     for stock in (padded, bucketed):
         stock.set_attn_implementation("sdpa")
+    # the same held-out sequences for all: in packs, and each in a row of its own
+    held_out = fixed.for_evaluation()
+    batches = [[test_packs[i] for i in range(start, start + 50)] for start in range(0, TEST_PACKS, 50)]
+    in_packs = [held_out(rows) for rows in batches]
+    in_rows = [held_out(one_by_one(rows, test_sequences)) for rows in batches]
     arms = [
-        Arm("padded", padded, fixed, same_sequences(packs, sequences)),
-        Arm("bucketed", bucketed, DataCollatorWithPacking(tokenizer), like_lengths(sequences)),
-        Arm("packed", model(PackedBertForPreTraining), fixed, pack_batches(packs)),
+        Arm("padded", padded, fixed, (one_by_one(rows, sequences) for rows in pack_batches(packs)), in_rows),
+        Arm("bucketed", bucketed, DataCollatorWithPacking(tokenizer), like_lengths(sequences), in_rows),
+        Arm("packed", model(PackedBertForPreTraining), fixed, pack_batches(packs), in_packs),
     ]
-    held_out = DataCollatorWithPacking(tokenizer, pad_to=MAX_LENGTH).for_evaluation()
-    rows = [test[i] for i in range(min(TEST_PACKS, len(test)))]
-    test_batches = [held_out(rows[i : i + 50]) for i in range(0, len(rows), 50)]
 
     start, block = time.perf_counter(), 0
     while block < 4 or time.perf_counter() - start < seconds:
@@ -171,10 +174,10 @@ def compare(output: Path, seconds: float) -> dict:
             arm.run_block()
         if block % 3 == 0 or block < 3:
             for arm in arms:
-                arm.evaluate(test_batches)
+                arm.evaluate()
         block += 1
     for arm in arms:
-        arm.evaluate(test_batches)
+        arm.evaluate()
     return {"packing_factor": factor(packs), "arms": {arm.name: results_of(arm) for arm in arms}}
 
 
@@ -202,10 +205,9 @@ def pack_batches(packs):
             yield [packs[i] for i in range(start, start + per_step)]
 
 
-def same_sequences(packs, sequences):
-    """The sequences of `pack_batches`, one per row."""
-    for rows in pack_batches(packs):
-        yield [one_row(sequences, int(index)) for row in rows for index in row["sequence_indices"]]
+def one_by_one(packs, sequences) -> list[dict]:
+    """The sequences of some packs, one per row."""
+    return [one_row(sequences, int(index)) for pack in packs for index in pack["sequence_indices"]]
 
 
 def like_lengths(sequences):
