@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from collate.length_groups import LengthGroups, length_groups
+
 PADDING = 0
 """The `sequence_ids` value of a slot that holds no token."""
 
@@ -94,6 +96,11 @@ class PackLayout:
     def positions(self) -> Tensor:
         """(B, L) int64: each token's place in its own sequence, from 0; 0 on padding."""
         return self.pad(self.positions_T)
+
+    @cached_property
+    def length_groups(self) -> LengthGroups:
+        """The sequences side by side, those of like length together; needs at least one sequence."""
+        return length_groups(self.cu_seqlens[:-1].long(), self.lengths, self.sequence_of_token, self.positions_T)
 
     @cached_property
     def attention_mask(self) -> Tensor:

@@ -64,15 +64,25 @@ def test_the_contract_fails_for_an_attention_that_leaks():
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_a_huge_mate_changes_nothing_bit_for_bit(name):
+def test_a_huge_or_broken_mate_changes_nothing_bit_for_bit(name):
     attention = ATTENTION[name](num_heads=2, head_width=8, max_sequence_length=64).double()
     layout = PackLayout(torch.tensor([[1, 1, 1, 2, 2, 2, 3, 0]]))
     inputs = heads_input(layout)
     mate = layout.sequence_of_token == 1
     before = attention(*inputs, layout)
-    for value in (1e4, -1e4):
+    for value in (1e4, -1e4, float("nan")):
         after = attention(*(torch.where(mate[:, None, None], value, x) for x in inputs), layout)
         assert (after[~mate] == before[~mate]).all()
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_the_place_in_the_batch_changes_nothing_bit_for_bit(name):
+    attention = ATTENTION[name](num_heads=2, head_width=8, max_sequence_length=64).double()
+    rows = [[1] * 20 + [2] * 9 + [0] * 35, [1] * 7 + [2] * 40 + [3] * 17, [0] * 5 + [1] * 59]
+    layout, moved = PackLayout(torch.tensor(rows)), PackLayout(torch.tensor([rows[1], rows[2]]))
+    inputs = heads_input(layout)
+    in_moved = layout.token_index >= 64  # the packs but the first
+    assert (attention(*inputs, layout)[in_moved] == attention(*(x[in_moved] for x in inputs), moved)).all()
 
 
 def test_stock_masked_lm_keeps_sequences_apart(tokenizer, pairs):

@@ -1,11 +1,12 @@
-"""`sdpa`: full softmax attention within each sequence, by one dense block-diagonal mask per batch.
+"""`sdpa`: full softmax attention within each sequence, sequences of like length side by side.
 
     context_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j,    j over the tokens of i's own sequence
 
-Cost: B L^2 K whatever the packs hold: exact, simple, and the fastest of the dense forms on a CPU while L is a few
-hundred. The mask is a view of the layout, built once per batch and shared by all layers.
+Cost: sum of n^2 K over the sequences, each n rounded up to a multiple of 16; memory likewise, with no mask of L x L.
 
-Other sequences enter as products with a weight of exactly 0. A finite pack mate therefore changes nothing; a NaN would.
+A block-diagonal mask would cost L^2 K for each row and multiply other sequences' values by 0. Here the sequences are
+regrouped by length (`collate.length_groups`), and each group is one call of torch's scaled_dot_product_attention. No
+two sequences ever meet in a product, so not even a NaN can pass from one to the other.
 """
 
 import torch.nn.functional as F
@@ -25,8 +26,16 @@ class SdpaAttention(nn.Module):
     def forward(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
     ) -> Tensor:
-        query_BHLK, key_BHLK, value_BHLK = (layout.pad(x).transpose(1, 2) for x in (query_THK, key_THK, value_THK))
-        context_BHLK = F.scaled_dot_product_attention(
-            query_BHLK, key_BHLK, value_BHLK, attn_mask=layout.attention_mask, dropout_p=dropout
-        )
-        return layout.unpad(context_BHLK.transpose(1, 2))
+        if layout.num_sequences == 0:
+            return query_THK + key_THK + value_THK  # no token, but a part of the graph
+        groups = layout.length_groups
+        contexts = []
+        for query, key, value, mask in zip(
+            *map(groups.gather, (query_THK, key_THK, value_THK)), groups.key_masks, strict=True
+        ):
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            if mask is not None:
+                mask = mask.expand(-1, -1, mask.shape[-1], -1)  # torch's fast CPU kernel wants a row per query
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+            contexts.append(context.transpose(1, 2))
+        return groups.scatter(contexts)
