@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 from datasets import Dataset, load_from_disk
-from transformers import BertConfig, TrainingArguments, set_seed
+from transformers import AutoConfig, BertConfig, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from bert_pretrain.attention import ATTENTION
@@ -77,11 +77,11 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PackedTrain
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(training.output_dir))
     trainer.save_model()
-    trainer.save_state()
     if test is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    trainer.save_state()
     return trainer
 
 
@@ -117,18 +117,21 @@ def build_model(
             packed_attention=attention,
         )
         return PackedBertForPreTraining(bert)
-    model = PackedBertForPreTraining.from_pretrained(config.model, mlm_loss=config.mlm_loss, packed_attention=attention)
-    if model.config.vocab_size < vocabulary_size:
+    bert = AutoConfig.from_pretrained(config.model)
+    if not isinstance(bert, BertConfig):
+        raise ValueError(f"{config.model} is a {bert.model_type} model; only BERT checkpoints can be continued from")
+    bert.mlm_loss, bert.packed_attention = config.mlm_loss, attention
+    if bert.vocab_size < vocabulary_size:
         raise ValueError(
-            f"{config.model} has a vocabulary of {model.config.vocab_size}, the tokenizer one of {vocabulary_size}; "
+            f"{config.model} has a vocabulary of {bert.vocab_size}, the tokenizer one of {vocabulary_size}; "
             "prepare the dataset with the checkpoint's own tokenizer"
         )
-    if model.config.max_position_embeddings < max_sequence_length:
+    if bert.max_position_embeddings < max_sequence_length:
         raise ValueError(
-            f"{config.model} has {model.config.max_position_embeddings} positions, but the dataset is packed for "
+            f"{config.model} has {bert.max_position_embeddings} positions, but the dataset is packed for "
             f"max_sequence_length={max_sequence_length}; prepare it with a max_sequence_length the model can hold"
         )
-    return model
+    return PackedBertForPreTraining.from_pretrained(config.model, config=bert)
 
 
 def set_batch(config: PretrainConfig, training: TrainingArguments, train: Dataset) -> None:

@@ -1,0 +1,143 @@
+"""The whole way by the commands a user types: text -> sequences -> packs -> checkpoint -> stock transformers."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import BertForPreTraining, TrainingArguments, pipeline
+
+from bert_pretrain.cli import main as bert_pretrain
+from bert_pretrain.pretrain import PretrainConfig, set_batch
+from packing.cli import main as pack_dataset
+
+SMALL = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Text of 60 paragraphs, prepared and packed at 64."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    rng = np.random.default_rng(0)
+    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "big", "old", "house", "tree", "river", "quickly"]
+
+    def sentence():
+        return " ".join(rng.choice(words, rng.integers(3, 12))).capitalize() + "."
+
+    paragraphs = [" ".join(sentence() for _ in range(rng.integers(1, 6))) for _ in range(60)]
+    (folder / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    text, prepared, packed = (str(folder / name) for name in ("text.txt", "prepared", "packed"))
+    prepare = ["prepare", "--text", text, "--output", prepared, "--max_sequence_length", "64"]
+    assert bert_pretrain([*prepare, "--vocab_size", "120", "--test_fraction", "0.2"]) == 0
+    assert pack_dataset([prepared, packed, "--max-sequence-length", "64"]) == 0
+    return {"folder": folder, "prepared": prepared, "packed": packed, "tokenizer": f"{prepared}/tokenizer"}
+
+
+def train(folders, output, *options):
+    what = ["--dataset", folders["packed"], "--tokenizer", folders["tokenizer"], "--output_dir", str(output)]
+    how = ["--sequences_per_step", "12", "--max_steps", "4", "--logging_steps", "1", "--use_cpu", "True"]
+    quietly = ["--report_to", "none", "--disable_tqdm", "True"]
+    return bert_pretrain(["train", *what, *how, *quietly, *SMALL, *options])
+
+
+def test_a_checkpoint_that_stock_transformers_opens(folders, tmp_path):
+    assert train(folders, tmp_path / "bert", "--eval_strategy", "steps", "--eval_steps", "2") == 0
+    BertForPreTraining.from_pretrained(tmp_path / "bert")
+    guesses = pipeline("fill-mask", model=str(tmp_path / "bert"))("the cat sat on the [MASK] .")
+    assert len(guesses) == 5
+    state = json.loads((tmp_path / "bert" / "trainer_state.json").read_text())
+    steps = [entry for entry in state["log_history"] if "loss" in entry]
+    evaluations = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4] and len(evaluations) == 3
+    assert steps[3]["sequences_seen"] > steps[2]["sequences_seen"] > 20
+    assert {"mlm_loss_per_sequence", "mlm_accuracy_per_token", "nsp_accuracy", "nsp_majority"} <= steps[0].keys()
+
+
+def test_an_interrupted_run_goes_on_where_it_was(folders, tmp_path):
+    every_two = ["--save_steps", "2", "--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0"]
+    constant = ["--lr_scheduler_type", "constant"]
+    assert train(folders, tmp_path / "whole", *every_two, *constant) == 0
+    assert train(folders, tmp_path / "parts", *every_two, *constant, "--max_steps", "2") == 0
+    assert train(folders, tmp_path / "parts", *every_two, *constant) == 0
+    whole, parts = (BertForPreTraining.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert all((a == b).all() for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    histories = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("whole", "parts")]
+    seen = [[e["sequences_seen"] for e in h["log_history"] if "loss" in e] for h in histories]
+    assert seen[0] == seen[1]
+
+
+def test_training_can_continue_from_a_checkpoint(folders, tmp_path):
+    assert train(folders, tmp_path / "first") == 0
+    assert train(folders, tmp_path / "second", "--model", str(tmp_path / "first"), "--mlm_loss", "token") == 0
+
+
+def test_objective_none_trains_without_nsp(folders, tmp_path):
+    text, prepared, packed = str(folders["folder"] / "text.txt"), str(tmp_path / "prepared"), str(tmp_path / "packed")
+    prepare = ["prepare", "--text", text, "--output", prepared, "--objective", "none", "--max_sequence_length", "64"]
+    assert bert_pretrain([*prepare, "--tokenizer", folders["tokenizer"]]) == 0
+    assert pack_dataset([prepared, packed, "--max-sequence-length", "64"]) == 0
+    assert train(folders | {"packed": packed}, tmp_path / "bert") == 0
+    state = json.loads((tmp_path / "bert" / "trainer_state.json").read_text())
+    assert "nsp_accuracy" not in state["log_history"][0] and "mlm_loss_per_token" in state["log_history"][0]
+
+
+def test_sequences_per_step_decide_packs_per_pass(folders, tmp_path):
+    from datasets import load_from_disk
+
+    from packing import packed_info
+
+    packs = load_from_disk(folders["packed"])["train"]
+    info = packed_info(packs)
+    factor = info.num_sequences / info.num_packs
+    config = PretrainConfig(dataset="", tokenizer="", sequences_per_step=100)
+    training = TrainingArguments(str(tmp_path), per_device_train_batch_size=8, use_cpu=True)
+    set_batch(config, training, packs)
+    packs_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert training.per_device_train_batch_size <= 8
+    assert abs(packs_per_step * factor - 100) <= factor * training.gradient_accumulation_steps / 2 + factor
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps=2 follows from sequences_per_step"),
+        (["--attention", "nothing"], "unknown attention 'nothing'"),
+        (["--mlm_loss", "pack"], "unknown mlm_loss 'pack'"),
+        (["--num_attention_heads", "3"], "hidden_size=16 must be a multiple of num_attention_heads=3"),
+        (["--sequences_per_step", "0"], "sequences_per_step=0"),
+    ],
+)
+def test_bad_options_are_one_clear_line(folders, tmp_path, capsys, options, message):
+    assert train(folders, tmp_path / "bert", *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("bert-pretrain train: ") and message in error
+    assert not (tmp_path / "bert").exists()
+
+
+def test_a_dataset_that_was_not_packed_is_refused(folders, tmp_path, capsys):
+    assert train(folders | {"packed": folders["prepared"]}, tmp_path / "bert") == 2
+    assert "was not packed" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(folders, tmp_path, capsys):
+    from test_equivalence import make_config
+    from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
+
+    BertForPreTraining(make_config()).save_pretrained(tmp_path / "words")
+    assert train(folders, tmp_path / "bert", "--model", str(tmp_path / "words")) == 2
+    vocabulary = len(AutoTokenizer.from_pretrained(folders["tokenizer"]))
+    assert f"vocabulary of 60, the tokenizer one of {vocabulary}" in capsys.readouterr().err
+    short = make_config()
+    short.vocab_size = vocabulary
+    BertForPreTraining(short).save_pretrained(tmp_path / "short")
+    assert train(folders, tmp_path / "bert", "--model", str(tmp_path / "short")) == 2
+    assert "has 48 positions, but the dataset is packed for max_sequence_length=64" in capsys.readouterr().err
+    DistilBertModel(DistilBertConfig(n_layers=1, dim=8, n_heads=1, hidden_dim=8)).save_pretrained(tmp_path / "other")
+    assert train(folders, tmp_path / "bert", "--model", str(tmp_path / "other")) == 2
+    assert "is a distilbert model; only BERT checkpoints" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert bert_pretrain([]) == 2 and bert_pretrain(["--help"]) == 0
+    assert "bert-pretrain prepare" in capsys.readouterr().out
+    assert bert_pretrain(["fly"]) == 2
+    assert "unknown command 'fly'; choose from ['prepare', 'train']" in capsys.readouterr().err
