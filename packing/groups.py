@@ -2,7 +2,7 @@
 
 A pack's content is a chain of nodes (length, copies, the node before), so that groups share their beginnings.
 A group is (number of packs, space left, depth, last node, next group with as much space). It stays in the table when
-its packs are closed: in the end, every pack is in exactly one group.
+its packs are closed: in the end, every pack is in exactly one group. A group whose packs all moved on has none left.
 
 The group with the most space, or the least that fits, is found by a bitmap over space: a 1 for each space that an open
 pack has, in 64-bit words; above them words that say which words hold a 1. Four levels reach 64**4 = 16,777,216.
@@ -28,7 +28,7 @@ def no_open_packs(max_sequence_length):
 
 @njit(cache=True)
 def unroll(nodes, groups):
-    """Write out every group's lengths, last node first, which is ascending: strategy_lengths, strategy_offsets."""
+    """Write out every group's lengths, ascending: strategy_lengths, strategy_offsets."""
     offsets = np.zeros(len(groups) + 1, np.int64)
     for group in range(len(groups)):
         offsets[group + 1] = offsets[group] + groups[group, DEPTH]
@@ -36,9 +36,12 @@ def unroll(nodes, groups):
     for group in range(len(groups)):
         filled, node = offsets[group], groups[group, LAST]
         while node != NONE:
-            copies = nodes[node, COPIES]
+            length, copies = nodes[node, LENGTH], nodes[node, COPIES]
             for slot in range(filled, filled + copies):
-                lengths[slot] = nodes[node, LENGTH]
+                while slot > offsets[group] and lengths[slot - 1] > length:  # only where a pack was reopened
+                    lengths[slot] = lengths[slot - 1]
+                    slot -= 1
+                lengths[slot] = length
             filled, node = filled + copies, nodes[node, BEFORE]
     return lengths, offsets
 
@@ -52,6 +55,26 @@ def write_node(nodes, node, length, copies, before):
 def write_group(groups, group, packs, space, depth, last):
     groups[group, COUNT], groups[group, SPACE], groups[group, DEPTH] = packs, space, depth
     groups[group, LAST], groups[group, NEXT] = last, NONE
+
+
+@njit(cache=True)
+def deal(length, copies, left, group, nodes, groups, num_nodes, num_groups):
+    """Give packs of a group `copies` sequences of a length each, as far as `left` sequences of it go. In place.
+
+    5 packs, copies=2, left=5 -> 2 packs get 2, a pack gets 1: new groups at the end; 2 packs stay in the group.
+    Returns what is then left, num_nodes and num_groups; there must be room for two more of each."""
+    packs, space = groups[group, COUNT], groups[group, SPACE]
+    depth, before = groups[group, DEPTH], groups[group, LAST]
+    full = min(packs, left // copies)
+    fewer = left - full * copies if full < packs else 0
+    for packs, copies in ((full, copies), (1 if fewer > 0 else 0, fewer)):  # noqa: B020
+        if packs > 0:
+            write_node(nodes, num_nodes, length, copies, before)
+            write_group(groups, num_groups, packs, space - copies * length, depth + copies, num_nodes)
+            num_nodes, num_groups = num_nodes + 1, num_groups + 1
+            groups[group, COUNT] -= packs
+            left -= packs * copies
+    return left, num_nodes, num_groups
 
 
 @njit(cache=True)

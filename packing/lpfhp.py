@@ -20,8 +20,9 @@ from numba import njit
 from .groups import (
     COUNT,
     DEPTH,
-    LAST,
     NONE,
+    SPACE,
+    deal,
     keep_open,
     least_space,
     no_open_packs,
@@ -29,7 +30,6 @@ from .groups import (
     unroll,
     with_room,
     write_group,
-    write_node,
 )
 from .plan import PackPlan
 
@@ -41,7 +41,7 @@ def lpfhp(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pac
     """
     depth_limit = max_sequences_per_pack or max_sequence_length
     nodes, groups = fill_longest_first(histogram, depth_limit, *no_open_packs(max_sequence_length), 0, 0)
-    groups = groups[groups[:, COUNT] > 0]  # a group is empty when all its packs took more
+    groups = groups[groups[:, COUNT] > 0]  # some have none left
     lengths, offsets = unroll(nodes, groups)
     return PackPlan(max_sequence_length, max_sequences_per_pack, lengths, offsets, groups[:, COUNT].copy(), "lpfhp")
 
@@ -53,27 +53,19 @@ def fill_longest_first(histogram, depth_limit, nodes, groups, heads, bits, num_n
     for length in range(max_sequence_length, 0, -1):
         left = histogram[length]
         while left > 0:
-            nodes, groups = with_room(nodes, num_nodes + 2), with_room(groups, num_groups + 2)
+            nodes, groups = with_room(nodes, num_nodes + 2), with_room(groups, num_groups + 3)
             space = least_space(bits, length)
-            if space > 0:
-                group = heads[space]
-                packs, depth, before = groups[group, COUNT], groups[group, DEPTH], groups[group, LAST]
-            else:
-                group, space = NONE, max_sequence_length
-                packs, depth, before = left, 0, NONE  # as many new packs as need be
-            copies = min(space // length, depth_limit - depth)
-            full = min(packs, left // copies)
-            fewer = left - full * copies if full < packs else 0
-            last = 1 if fewer > 0 else 0
-            if group != NONE:  # packs that get none stay as they are
-                groups[group, COUNT] -= full + last
-                if groups[group, COUNT] == 0:
-                    take_out(group, groups, heads, bits)
-            for packs, copies in ((full, copies), (last, fewer)):  # noqa: B020
-                if packs > 0:
-                    write_node(nodes, num_nodes, length, copies, before)
-                    write_group(groups, num_groups, packs, space - copies * length, depth + copies, num_nodes)
-                    keep_open(num_groups, groups, heads, bits, depth_limit)
-                    num_nodes, num_groups = num_nodes + 1, num_groups + 1
-                    left -= packs * copies
+            group = heads[space] if space > 0 else num_groups
+            if space == 0:  # as many new packs as need be
+                write_group(groups, group, left, max_sequence_length, 0, NONE)
+                num_groups += 1
+            first = num_groups
+            copies = min(groups[group, SPACE] // length, depth_limit - groups[group, DEPTH])
+            left, num_nodes, num_groups = deal(length, copies, left, group, nodes, groups, num_nodes, num_groups)
+            if space == 0:
+                groups[group, COUNT] = 0
+            elif groups[group, COUNT] == 0:
+                take_out(group, groups, heads, bits)
+            for group in range(first, num_groups):
+                keep_open(group, groups, heads, bits, depth_limit)
     return nodes[:num_nodes], groups[:num_groups]
