@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .dataset import pack_dataset
     from .histogram import length_histogram
     from .info import PackedInfo, packed_info
+    from .lengths import published_histogram, read_histogram
     from .packers import PACKERS, Packer, plan_packs
     from .plan import PackPlan
 
@@ -25,6 +26,8 @@ __all__ = [
     "pack_dataset",
     "packed_info",
     "plan_packs",
+    "published_histogram",
+    "read_histogram",
 ]
 
 # Where each name lives. They load when first used: Numba takes a second to import, datasets three.
@@ -39,6 +42,8 @@ _MODULES = {
     "pack_dataset": "dataset",
     "packed_info": "info",
     "plan_packs": "packers",
+    "published_histogram": "lengths",
+    "read_histogram": "lengths",
 }
 
 

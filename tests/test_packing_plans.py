@@ -1,7 +1,5 @@
 """Histograms, plans and packers."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import reference
@@ -9,18 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packing import PACKERS, PackPlan, length_histogram, plan_packs
+from packing.lengths import published_histogram
 
-DATA = Path(__file__).parent / "data"
-
-
-def published(name):
-    lengths, counts = np.loadtxt(DATA / name, delimiter=",", skiprows=1, dtype=np.int64).T
-    histogram = np.zeros(lengths.max() + 1, np.int64)
-    histogram[lengths] = counts
-    return histogram
-
-
-WIKIPEDIA, SQUAD = published("wikipedia_bert_512.csv"), published("squad_1_1_384.csv")
+WIKIPEDIA, SQUAD = published_histogram("wikipedia"), published_histogram("squad")
 
 
 # Histogram
@@ -145,7 +134,7 @@ def test_equal_short_lengths_share_packs(name):
     assert (plan.num_packs, plan.max_depth, plan.packing_factor) == (20, 5, 5.0)
 
 
-@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("name", [name for name in PACKERS if name != "nnlshp"])  # refuses, and says so
 @pytest.mark.parametrize("limit", [8192, 131_072])
 def test_packs_of_any_length(name, limit):
     draw = np.random.default_rng(0)
