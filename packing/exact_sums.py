@@ -36,9 +36,10 @@ def table_parts(depth: int, max_sequence_length: int) -> np.ndarray:
 def fill_tables(tables, parts):
     """Every table from the first, which holds worth. In place; tables: (tables, max_sequence_length + 1)."""
     for table in range(1, len(parts)):
-        left, right = parts[table]
-        best = tables[table]
-        best[:] = tables[max(left, 0)]
+        left, right = parts[table, 0], parts[table, 1]
+        best, first = tables[table], tables[max(left, 0)]
+        for total in range(len(best)):  # best[:] = first takes Numba three seconds to compile
+            best[total] = first[total]
         for part in range(1, len(best)):
             if left == ENDLESS:  # whatever sums to `part` is known by now
                 _raise(best[part + 1 :], best[part], tables[0][1:])
@@ -65,18 +66,18 @@ def find_parts(tables, parts, total, lengths):
     while total > 0 or waiting > 0:
         if total == 0:  # nothing is left of this part: take up one that waits
             waiting -= 1
-            table, total = stack[waiting]
+            table, total = stack[waiting, 0], stack[waiting, 1]
         elif table == 0:
             lengths[count] = total
             count, total = count + 1, 0
         else:
-            left, right = parts[table]
+            left, right = parts[table, 0], parts[table, 1]
             part = 0
             if left == ENDLESS:
                 left, right, part = 0, table, 1
             while tables[left, part] + tables[right, total - part] != tables[table, total]:
                 part += 1
-            stack[waiting] = left, part
+            stack[waiting, 0], stack[waiting, 1] = left, part
             waiting += 1
             table, total = right, total - part
     return count

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .lpfhp import lpfhp
+from .nnlshp import nnlshp
 from .plan import PackPlan
 from .spfhp import spfhp
 
@@ -17,6 +18,7 @@ Packer = Callable[[np.ndarray, int, int | None], PackPlan]
 PACKERS: dict[str, Packer] = {
     "spfhp": spfhp,
     "lpfhp": lpfhp,
+    "nnlshp": nnlshp,
 }
 
 LONGEST_PACK = 64**4 - 1  # token slots; the packers' tables are indexed by space

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import nnls
 
 # Packing: one Python object per sequence.
 
@@ -34,6 +36,40 @@ def best_fit_decreasing(lengths, max_sequence_length, max_sequences_per_pack=Non
         else:
             packs.append([length])
     return packs
+
+
+def strategies_that_fill(total, depth, shortest=1):
+    """Ascending lengths, at most `depth`, that sum to total exactly: 4, 3 -> (1, 1, 2), (1, 3), (2, 2), (4,)."""
+    if depth > 1:
+        for length in range(shortest, total // 2 + 1):
+            for others in strategies_that_fill(total - length, depth - 1, length):
+                yield (length, *others)
+    if total >= shortest:
+        yield (total,)
+
+
+def dense_nnls(histogram, depth):
+    """Every strategy a column of A: min |w (A x - b)| over x >= 0, w = 0.09 up to length 8. Returns x and the norm."""
+    strategies = list(strategies_that_fill(len(histogram) - 1, depth))
+    columns = np.zeros((len(histogram), len(strategies)))
+    for column, strategy in enumerate(strategies):
+        for length in strategy:
+            columns[length, column] += 1
+    weights = np.array([0.09 if length <= 8 else 1.0 for length in range(len(histogram))])
+    return nnls(weights[:, None] * columns, weights * histogram)
+
+
+def best_exact_sum(worth, depth):
+    """The greatest worth of at most `depth` lengths with each sum, one length after the other."""
+    best = np.array([0, *worth[1:]])
+    for _ in range(depth - 1):
+        longer = best.copy()
+        for length in range(1, len(worth)):
+            longer[length:] = np.maximum(longer[length:], worth[length] + best[:-length])
+        if np.array_equal(longer, best):
+            break
+        best = longer
+    return best
 
 
 def trim(row, mask):

@@ -104,7 +104,7 @@ def test_plan_covers_the_histogram(name, histogram, depth):
     assert plan.equals(plan_packs(histogram, max_sequences_per_pack=depth, packer=name))
 
 
-@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("name", [name for name in PACKERS if name != "nnlshp"])  # least squares promise nothing here
 @pytest.mark.parametrize("depth", [None, 2, 3, 8])
 def test_packs_as_few_as_the_textbook(name, depth):
     """Worst or best fit over single sequences, on many shapes: at most a pack more on any, and no more in sum.
