@@ -8,42 +8,50 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .assignment import Assignment, assign
+    from .compare import Comparison, compare_packers
     from .dataset import pack_dataset
     from .histogram import length_histogram
     from .info import PackedInfo, packed_info
     from .lengths import published_histogram, read_histogram
     from .packers import PACKERS, Packer, plan_packs
     from .plan import PackPlan
+    from .report import write_report
 
 __all__ = [
     "PACKERS",
     "Assignment",
+    "Comparison",
     "PackPlan",
     "PackedInfo",
     "Packer",
     "assign",
+    "compare_packers",
     "length_histogram",
     "pack_dataset",
     "packed_info",
     "plan_packs",
     "published_histogram",
     "read_histogram",
+    "write_report",
 ]
 
 # Where each name lives. They load when first used: Numba takes a second to import, datasets three.
 _MODULES = {
     "PACKERS": "packers",
     "Assignment": "assignment",
+    "Comparison": "compare",
     "PackPlan": "plan",
     "PackedInfo": "info",
     "Packer": "packers",
     "assign": "assignment",
+    "compare_packers": "compare",
     "length_histogram": "histogram",
     "pack_dataset": "dataset",
     "packed_info": "info",
     "plan_packs": "packers",
     "published_histogram": "lengths",
     "read_histogram": "lengths",
+    "write_report": "report",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command pack-dataset: a folder of save_to_disk in, a folder of packs out."""
+"""The command pack-dataset: a folder of save_to_disk in, a folder of packs out; or lengths in, a plan out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from pathlib import Path
 EXAMPLES = """\
 examples:
   pack-dataset tokenized --plan-only                     how well would it pack?
+  pack-dataset lengths.csv --compare                     which packer, how deep? one table
+  pack-dataset tokenized --report report.html            the same with pictures (or .png)
   pack-dataset tokenized packed                          packs of 512 tokens
   pack-dataset tokenized packed --max-sequence-length 128 --overlong truncate
   pack-dataset tokenized packed --pad-token-id 0         rows are padded, and have no attention_mask
 
 A source with several splits is packed split by split, each under a plan of its own, into TARGET/<split>.
+
+A file of lengths (.txt, .csv, .json, .npy, .npz) has one whole number a sequence, or is a histogram: a .csv with the
+columns length,count, a .json object {"length": count}, an .npy array of rows length, count.
 """
 
 
@@ -22,11 +27,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. 0: done; 2: the input was refused, with one line on stderr that says why."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    if arguments.target is None and not arguments.plan_only:
-        parser.error("TARGET is missing: the folder to write (or give --plan-only)")
+    comparing = arguments.compare or arguments.report is not None
+    if arguments.target is None and not (arguments.plan_only or comparing):
+        parser.error("TARGET is missing: the folder to write (or give --plan-only or --compare)")
+    if arguments.target is not None and comparing:
+        parser.error("--compare and --report write no packs; leave TARGET out")
     try:
-        pack_folder(arguments)
-    except (ValueError, TypeError, OSError) as error:
+        if comparing:
+            compare(arguments)
+        elif Path(arguments.source).is_file():
+            plan_file(arguments)
+        else:
+            pack_folder(arguments)
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -40,7 +53,10 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder written by save_to_disk: a Dataset or a DatasetDict with input_ids")
+    source = (
+        "folder written by save_to_disk: a Dataset or a DatasetDict with input_ids; for a plan also a file of lengths"
+    )
+    add("source", metavar="SOURCE", help=source)
     add("target", metavar="TARGET", nargs="?", help="folder to write; must not exist")
     add("--max-sequence-length", metavar="N", type=int, default=512, help="token slots in a pack")
     add("--max-sequences-per-pack", metavar="N", type=int, help="sequences in a pack at most; left out: no limit")
@@ -60,6 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="columns with one value per token; left out: those that are as long as input_ids in every row",
     )
     add("--plan-only", action="store_true", help="print the plan and write nothing")
+    add(
+        "--compare",
+        action="store_true",
+        help="print every packer's plan at several depths (or at the one that is given), and write nothing",
+    )
+    add("--report", metavar="FILE", help="--compare, also written to FILE with pictures: .html or .png")
     return parser
 
 
@@ -85,6 +107,56 @@ def pack_folder(arguments: argparse.Namespace) -> None:
         if "" not in packings:
             (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(packings)}), encoding="utf-8")
     print(f"written to {arguments.target}")
+
+
+def plan_file(arguments: argparse.Namespace) -> None:
+    """Print the plan for a file of lengths."""
+    from .packers import plan_packs
+
+    if not arguments.plan_only:
+        raise ValueError(
+            f"SOURCE {arguments.source!r} is a file, which can be planned for (--plan-only, --compare) but not packed; "
+            "give the folder that save_to_disk wrote"
+        )
+    ((_, histogram),) = _load_histograms(arguments)
+    plan = plan_packs(histogram, arguments.max_sequence_length, arguments.max_sequences_per_pack, arguments.packer)
+    print(f"{histogram.sum():,} sequences\n{plan}\n")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print what every packer makes of each split, and write the report."""
+    from .compare import DEPTHS, compare_packers
+    from .report import check_report, write_report
+
+    if arguments.report is not None:
+        check_report(arguments.report)
+    depths = DEPTHS if arguments.max_sequences_per_pack is None else (arguments.max_sequences_per_pack,)
+    comparisons = {}
+    for name, histogram in _load_histograms(arguments):
+        comparisons[name] = compare_packers(histogram, arguments.max_sequence_length, depths, progress=True)
+        title = f"{name}: " if name else ""
+        print(f"{title}{comparisons[name]}\n", flush=True)
+    if arguments.report is not None:
+        write_report(comparisons, arguments.report)
+        print(f"written to {arguments.report}")
+
+
+def _load_histograms(arguments: argparse.Namespace):
+    """(split, histogram) one after the other, cut to max_sequence_length; "" is a source without splits."""
+    from .lengths import cut_histogram, dataset_histogram, read_histogram
+    from .packers import checked_limit
+
+    limit = checked_limit("max_sequence_length", arguments.max_sequence_length)
+    if Path(arguments.source).is_file():
+        yield "", cut_histogram(read_histogram(arguments.source), limit, arguments.overlong)
+        return
+    for name, dataset in _load_splits(arguments.source).items():
+        try:
+            read = arguments.overlong, arguments.token_columns, arguments.pad_token_id
+            histogram = dataset_histogram(dataset, limit, *read)
+        except ValueError as error:
+            raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None
+        yield name, histogram
 
 
 def _load_splits(source: str) -> dict:
