@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from .lpfhp import lpfhp
 from .nnlshp import nnlshp
+from .optimal import optimal
 from .plan import PackPlan
 from .spfhp import spfhp
 
@@ -19,6 +20,7 @@ PACKERS: dict[str, Packer] = {
     "spfhp": spfhp,
     "lpfhp": lpfhp,
     "nnlshp": nnlshp,
+    "optimal": optimal,
 }
 
 LONGEST_PACK = 64**4 - 1  # token slots; the packers' tables are indexed by space

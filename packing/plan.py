@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .bounds import lower_bound
+
 FILE_FORMAT = "dataset-packing plan 1"
 
 
@@ -30,7 +32,7 @@ class PackPlan:
     strategy_offsets: (strategies + 1,) where each strategy begins in strategy_lengths; int64.
     repeats: (strategies,) packs built from each strategy, at least 1; int64.
     packer: the name of the packer that made the plan.
-    proven_bound: packs that the packer proved necessary; lower_bound takes it where it beats the counting bound.
+    proven_bound: packs that the packer proved necessary; lower_bound takes it where it beats the cheap ones.
 
     Raises ValueError if a strategy does not fit into a pack: such a plan cannot exist.
     """
@@ -107,12 +109,10 @@ class PackPlan:
     def lower_bound(self) -> int:
         """Packs that no packing of these lengths can go under; exact.
 
-        Counting alone gives max(ceil(tokens / max_sequence_length), ceil(sequences / max_sequences_per_pack)).
+        The best of what the packer proved and of the cheap bounds: tokens, sequences, lengths that cannot meet.
         """
-        bound = -(-self.num_tokens // self.max_sequence_length)
-        if self.max_sequences_per_pack is not None:
-            bound = max(bound, -(-self.num_sequences // self.max_sequences_per_pack))
-        return max(bound, self.proven_bound)
+        cheap = lower_bound(self.histogram(), self.max_sequence_length, self.max_sequences_per_pack)
+        return max(cheap, self.proven_bound)
 
     def histogram(self) -> np.ndarray:
         """(max_sequence_length + 1,) int64: the sequences of each length that the plan places."""

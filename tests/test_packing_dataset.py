@@ -404,7 +404,7 @@ REFUSED = {
     "null in a token column": (of(input_ids=[[1], [2]], tags=[[1], None]), {}, r"'tags' .* no value \(null\) in row 1"),
     "reserved name": (of(input_ids=[[1]], position_ids=[[0]]), {}, "'position_ids' has a reserved name"),
     "packed already": (pack_dataset(of(input_ids=[[1]]), 8), {}, "is packed already"),
-    "unknown packer": (of(input_ids=[[1]]), {"packer": "nope"}, "unknown packer 'nope'; choose from spfhp"),
+    "unknown packer": (of(input_ids=[[1]]), {"packer": "nope"}, "unknown packer 'nope'; choose from .*spfhp"),
     "unknown overlong": (of(input_ids=[[1]]), {"overlong": "cut"}, "overlong='cut'; choose from error, truncate"),
     "bad seed": (of(input_ids=[[1]]), {"seed": -1}, "seed=-1 must be a whole number"),
     "bad depth": (of(input_ids=[[1]]), {"max_sequences_per_pack": 0}, "max_sequences_per_pack=0 must be"),

@@ -1,0 +1,89 @@
+"""Lower bounds: packs that no packing of a histogram can go under. All are exact, in integers.
+
+counting    ceil(tokens / max_sequence_length)
+depth       ceil(sequences / max_sequences_per_pack)
+l2          for each threshold k: lengths above L - k share a pack with nothing of k or longer, those above L / 2 not
+            with each other; the rest of what is at least k long needs packs of its own (Martello & Toth 1990)
+dual        give each length a price; no pack holds more than M worth of lengths: ceil(sum of count * price / M).
+            The duals of the linear program over strategies are the best prices; rounded to integers they stay a proof
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def lower_bound(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None) -> int:
+    """The best of the counting, depth and L2 bounds: O(max_sequence_length), a millisecond at 131,072.
+
+    {4: 3, 2: 1} into 6 slots -> 3: no two of length 4 fit together, and the 2 has room beside one
+    """
+    return max(
+        counting_bound(histogram, max_sequence_length),
+        depth_bound(histogram, max_sequences_per_pack),
+        l2_bound(histogram, max_sequence_length, max_sequences_per_pack),
+    )
+
+
+def counting_bound(histogram: np.ndarray, max_sequence_length: int) -> int:
+    """ceil(tokens / max_sequence_length)."""
+    lengths = np.flatnonzero(histogram)
+    tokens = sum(a * b for a, b in zip(lengths.tolist(), histogram[lengths].tolist(), strict=True))
+    return -(-tokens // max_sequence_length)
+
+
+def depth_bound(histogram: np.ndarray, max_sequences_per_pack: int | None) -> int:
+    """ceil(sequences / max_sequences_per_pack); 0 without a limit."""
+    if max_sequences_per_pack is None:
+        return 0
+    return -(-sum(histogram[np.flatnonzero(histogram)].tolist()) // max_sequences_per_pack)
+
+
+def l2_bound(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None = None) -> int:
+    """Martello & Toth's L2 over all thresholds, with the depth limit where it says more.
+
+    Of what is at least k long, lengths above L - k are alone; the rest needs the most of: a pack for each length above
+    L / 2; ceil(its tokens / L); ceil(its sequences / max_sequences_per_pack). {5: 2, 3: 2, 2: 1} into 6 slots -> 3:
+    for k = 2, two 5s alone, and 3 + 3 + 2 = 8 tokens or 3 sequences in ceil(8 / 6) = 2 packs: 4.
+    """
+    limit = max_sequence_length
+    counts = _exact(histogram[: limit + 1], limit)
+    above = _sums_from(counts)  # above[k]: sequences of k tokens or more
+    tokens_above = _sums_from(counts * np.arange(limit + 1))
+    threshold = np.arange(1, limit // 2 + 1)  # no other changes anything: two of k <= L / 2 fit together
+    if not len(threshold):
+        return int(above[1])
+    alone = above[limit - threshold + 1]
+    sequences, tokens = above[threshold] - alone, tokens_above[threshold] - tokens_above[limit - threshold + 1]
+    packs = np.maximum(above[limit // 2 + 1] - alone, -(-tokens // limit))
+    if max_sequences_per_pack is not None:
+        packs = np.maximum(packs, -(-sequences // max_sequences_per_pack))
+    return int((alone + packs).max())
+
+
+def dual_bound(
+    histogram: np.ndarray, prices: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None
+) -> int:
+    """ceil(sum of count * price / M), M what the best strategy is worth; prices (max_sequence_length + 1,), any scale.
+
+    Any prices prove a bound; only good ones prove a good bound. They are rounded to integers, and M is exact.
+    """
+    from .columns import Slots, value_strategies, whole_prices  # compiled code waits until it is asked for
+
+    slots = Slots.of(histogram, max_sequence_length, max_sequences_per_pack)
+    prices = whole_prices(slots, prices[slots.lengths])
+    best = value_strategies(slots, prices).best
+    worth = sum(a * b for a, b in zip(histogram[slots.lengths].tolist(), prices.tolist(), strict=True))
+    return -(-worth // best) if best else 0
+
+
+def _exact(histogram: np.ndarray, limit: int) -> np.ndarray:
+    """Counts whose sums cannot overflow: int64 if twice the tokens fit, Python integers if not."""
+    counts = np.zeros(limit + 1, np.int64)
+    counts[: len(histogram)] = histogram
+    return counts if float(counts.sum(dtype=np.float64)) * limit < 2.0**61 else counts.astype(object)
+
+
+def _sums_from(values: np.ndarray) -> np.ndarray:
+    """[a, b, c] -> [a + b + c, b + c, c, 0]"""
+    return np.append(np.cumsum(values[::-1])[::-1], 0)
