@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .assignment import Assignment, assign
+    from .balance import StepCosts, attention_cost, balance_packs, step_costs
     from .compare import Comparison, compare_packers
     from .dataset import pack_dataset
     from .histogram import length_histogram
@@ -24,7 +25,10 @@ __all__ = [
     "PackPlan",
     "PackedInfo",
     "Packer",
+    "StepCosts",
     "assign",
+    "attention_cost",
+    "balance_packs",
     "compare_packers",
     "length_histogram",
     "pack_dataset",
@@ -32,6 +36,7 @@ __all__ = [
     "plan_packs",
     "published_histogram",
     "read_histogram",
+    "step_costs",
     "write_report",
 ]
 
@@ -43,7 +48,10 @@ _MODULES = {
     "PackPlan": "plan",
     "PackedInfo": "info",
     "Packer": "packers",
+    "StepCosts": "balance",
     "assign": "assignment",
+    "attention_cost": "balance",
+    "balance_packs": "balance",
     "compare_packers": "compare",
     "length_histogram": "histogram",
     "pack_dataset": "dataset",
@@ -51,6 +59,7 @@ _MODULES = {
     "plan_packs": "packers",
     "published_histogram": "lengths",
     "read_histogram": "lengths",
+    "step_costs": "balance",
     "write_report": "report",
 }
 

@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="what to do with rows longer than a pack",
     )
     add("--seed", metavar="N", type=int, default=0, help="decides which equally long sequences lie together")
+    add("--balance", metavar="N", type=int, help="order packs so that every N of them cost attention nearly the same")
     add("--pad-token-id", metavar="ID", type=int, help="token to trim at row ends, if there is no attention_mask")
     add(
         "--token-columns",
@@ -97,6 +98,10 @@ def pack_folder(arguments: argparse.Namespace) -> None:
         packings[name] = _prepare(name, dataset, arguments)
         title = f"{name}: " if name else ""
         print(f"{title}{len(dataset):,} rows\n{packings[name].plan}\n", flush=True)
+        facts = packings[name].facts
+        if facts.balance is not None:
+            print(f"attention cost of {facts.step_costs_after.num_steps:,} batches of {facts.balance:,} packs")
+            print(f"before   {facts.step_costs_before}\nafter    {facts.step_costs_after}\n", flush=True)
     if arguments.plan_only:
         return
     with new_folder(arguments.target) as folder:
@@ -185,6 +190,7 @@ def _prepare(name: str, dataset, arguments: argparse.Namespace):
             arguments.seed,
             token_columns=arguments.token_columns,
             pad_token_id=arguments.pad_token_id,
+            balance=arguments.balance,
         )
     except ValueError as error:
         raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .arrow import take_rows
 from .assignment import Assignment, assign, checked_seed
+from .balance import balance_packs, checked_packs_per_step, step_costs
 from .folder import check_target, new_folder, write_dataset
 from .histogram import length_histogram
 from .info import PackedInfo
@@ -37,6 +38,7 @@ def pack_dataset(
     *,
     token_columns: Sequence[str] | None = None,
     pad_token_id: int | None = None,
+    balance: int | None = None,
     progress: bool = False,
 ) -> datasets.Dataset:
     """Put the rows of a tokenized dataset together, several to a pack; each sequence stays whole.
@@ -57,6 +59,9 @@ def pack_dataset(
     output: a folder to write, for load_from_disk; must not exist. None: the packed dataset stays in memory.
     token_columns: names of the columns with one value per token, where row lengths alone would mislead.
     pad_token_id: for a source without attention_mask: trim this token at the ends of rows.
+    balance: packs per global batch (or per device): order the packs so that each so many of them have nearly equal
+        attention cost, Σ n² of their sequences; packed_info says how nearly. For training that reads the packs in their
+        stored order. None: every order is equally likely.
     progress: show a bar on stderr.
 
     Every error comes before anything is written. Packing is the same for the same dataset and seed, on any machine.
@@ -72,6 +77,7 @@ def pack_dataset(
         seed,
         token_columns=token_columns,
         pad_token_id=pad_token_id,
+        balance=balance,
     )
     if output is None:
         return packing.in_memory(progress)
@@ -88,6 +94,7 @@ class Packing:
     source: Source
     sequences: Sequences
     plan: PackPlan
+    assignment: Assignment | None  # None: not needed to know the facts, and made when the packs are
     facts: PackedInfo
 
     @property
@@ -139,7 +146,7 @@ class Packing:
     def batches(self, progress: bool = False) -> Iterator[pa.RecordBatch]:
         """The packs, gathered some thousand at a time."""
         schema = self.features.arrow_schema
-        assignment = assign(self.plan, self.sequences.lengths, self.facts.seed)
+        assignment = self.assignment or assign(self.plan, self.sequences.lengths, self.facts.seed)
         step = max(1, BATCH_TOKENS // self.plan.max_sequence_length)
         with tqdm(total=assignment.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
             for first in range(0, assignment.num_packs, step):
@@ -158,14 +165,20 @@ def prepare_packing(
     *,
     token_columns: Sequence[str] | None = None,
     pad_token_id: int | None = None,
+    balance: int | None = None,
 ) -> Packing:
     """Check the dataset and make its plan. Raises whatever pack_dataset can raise about its input."""
     _check_dataset(dataset)
-    _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed)
+    _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed, balance)
     source = read_source(dataset, token_columns, pad_token_id)
     sequences = cut_sequences(source, max_sequence_length, overlong)
     histogram = length_histogram(sequences.lengths, max_sequence_length)
     plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, packer)
+    assignment, before, after = None, None, None
+    if balance is not None:
+        unbalanced = assign(plan, sequences.lengths, seed)
+        assignment = balance_packs(unbalanced, sequences.lengths, balance, seed)
+        before, after = (step_costs(a, sequences.lengths, balance) for a in (unbalanced, assignment))
     facts = PackedInfo(
         max_sequence_length=plan.max_sequence_length,
         max_sequences_per_pack=None if max_sequences_per_pack is None else int(max_sequences_per_pack),
@@ -182,8 +195,11 @@ def prepare_packing(
         overlong_tokens=sequences.overlong_tokens,
         trimmed_rows=int(np.count_nonzero(source.trimmed)),
         trimmed_tokens=int(source.trimmed.sum()),
+        balance=None if balance is None else int(balance),
+        step_costs_before=before,
+        step_costs_after=after,
     )
-    return Packing(dataset, source, sequences, plan, facts)
+    return Packing(dataset, source, sequences, plan, assignment, facts)
 
 
 def _check_dataset(dataset) -> None:
@@ -198,12 +214,14 @@ def _check_dataset(dataset) -> None:
         )
 
 
-def _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed) -> None:
+def _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed, balance) -> None:
     """Before the source is read, which can take a while."""
     find_packer(packer)
     checked_limit("max_sequence_length", max_sequence_length)
     checked_limit("max_sequences_per_pack", max_sequences_per_pack)
     checked_seed(seed)
+    if balance is not None:
+        checked_packs_per_step(balance)
     if overlong not in OVERLONG:
         raise ValueError(f"unknown overlong={overlong!r}; choose from {', '.join(OVERLONG)}")
 

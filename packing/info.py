@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import datasets
 
+    from .balance import StepCosts
+
 PREFIX = "Packed by dataset-packing, format 1: "
 
 
@@ -62,6 +64,15 @@ class PackedInfo:
     trimmed_tokens: int = 0
     """Padding tokens that were trimmed."""
 
+    balance: int | None = None
+    """Packs per global batch for which the order of packs balances attention cost; None = any order."""
+
+    step_costs_before: StepCosts | None = None
+    """How the cost of the global batches would spread in any order; None without balance."""
+
+    step_costs_after: StepCosts | None = None
+    """How it spreads in the order of the packs."""
+
     def to_description(self) -> str:
         return PREFIX + json.dumps(asdict(self))
 
@@ -80,4 +91,9 @@ def packed_info(dataset: datasets.Dataset) -> PackedInfo:
         ) from None
     for name in ("token_columns", "overlong_rows"):
         facts[name] = tuple(facts[name])
+    if facts.get("balance") is not None:
+        from .balance import StepCosts  # not at the top: Numba takes a second to import
+
+        for name in ("step_costs_before", "step_costs_after"):
+            facts[name] = StepCosts(**facts[name])
     return PackedInfo(**facts)
