@@ -22,7 +22,9 @@ NONE = -1
 def no_open_packs(max_sequence_length):
     """nodes (…, 3), groups (…, 5), heads: space -> first open group with that much space, and the bitmap over heads."""
     nodes, groups = np.empty((256, 3), np.int64), np.empty((256, 5), np.int64)
-    heads = np.full(max_sequence_length + 1, NONE, np.int64)
+    heads = np.empty(max_sequence_length + 1, np.int64)
+    for space in range(len(heads)):  # np.full takes Numba half a second to compile
+        heads[space] = NONE
     return nodes, groups, heads, np.zeros((4, max_sequence_length // 64 + 1), np.uint64)
 
 

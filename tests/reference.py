@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear, nnls
 
 STEP = 0x9E3779B97F4A7C15  # of splitmix64
 
@@ -58,7 +58,13 @@ def dense_nnls(histogram, depth):
         for length in strategy:
             columns[length, column] += 1
     weights = np.array([0.09 if length <= 8 else 1.0 for length in range(len(histogram))])
-    return nnls(weights[:, None] * columns, weights * histogram)
+    matrix, goal = weights[:, None] * columns, weights * histogram
+    x, norm = nnls(matrix, goal)
+    if not np.isclose(norm, np.linalg.norm(matrix @ x - goal), rtol=1e-6, atol=1e-9 * np.linalg.norm(goal)):
+        # SciPy 1.17 returns, now and then, an x that is not the minimum, and a norm that is not that x's.
+        x = lsq_linear(matrix, goal, (0, np.inf), method="bvls", tol=1e-15).x
+        norm = np.linalg.norm(matrix @ x - goal)
+    return x, norm
 
 
 def best_exact_sum(worth, depth):

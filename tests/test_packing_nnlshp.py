@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_packing_plans import SQUAD, WIKIPEDIA
 
@@ -72,6 +72,7 @@ def assert_norms_equal(ours, dense, histogram):
 
 @settings(max_examples=200, deadline=None)
 @given(histogram=histograms(), depth=st.integers(1, 4))
+@example(histogram=np.array([0, 1, 1, 3, 3, 2, 3, 3, 3, 0, 1, 3, 2, 1, 0, 0, 2, 0, 3, 0, 1, 2, 1]), depth=4)
 def test_reaches_the_dense_minimum(histogram, depth):
     slots, x, norm = fit_histogram(histogram, len(histogram) - 1, depth)
     _, dense_norm = reference.dense_nnls(histogram, depth)
