@@ -1,6 +1,7 @@
 """Assignments: every sequence once, where the plan says, at random."""
 
 import hashlib
+import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -82,6 +83,19 @@ def test_several_threads_may_assign_at_once():
     assert found[0].equals(found[2])
     assert found[1].equals(found[3])
     assert not found[0].equals(found[1])
+
+
+def test_memory():
+    """20 bytes per sequence at most, and that only where nearly every sequence has a pack and none is of a lone length."""
+    count = 500_000
+    worst = PackPlan.from_strategies([(1,), (1, 1)], [count - 2, 1], 2)
+    for plan, lengths in [(worst, np.ones(count, np.int64)), many_sequences()]:
+        assign(plan, lengths)  # compiled
+        tracemalloc.start()
+        assign(plan, lengths)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak <= 20 * len(lengths) + 100_000  # and small tables
 
 
 def test_numbers_of_more_than_32_bits(monkeypatch):
