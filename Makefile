@@ -25,7 +25,7 @@ lint: .venv/installed-dev
 # The wheel alone, with the base dependencies alone, away from the source tree.
 wheel: .venv/installed-dev
 	rm -rf build/wheel
-	$(BIN)/python -m build --wheel --outdir build/wheel .
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
 	test -d .venv-wheel || $(PYTHON) -m venv .venv-wheel
 	$(WHEEL_BIN)/python $(PIP_INSTALL) build/wheel/*.whl
 	$(WHEEL_BIN)/python $(PIP_INSTALL) --force-reinstall --no-deps build/wheel/*.whl

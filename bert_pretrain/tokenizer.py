@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 # Their ids are their places: [PAD] is 0, as in BERT's own vocabularies.
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
-# Characters that get a token of their own; rarer ones become [UNK]. BERT's vocabularies keep about as many.
+# Characters that get a token of their own, the most frequent first; rarer ones become [UNK]. Writing systems of many
+# characters (Chinese) may fill half of the vocabulary with them.
 MAX_ALPHABET = 1000
 
 # Documents tokenized at a time: enough to keep every core busy, few enough to hold as Python lists.
@@ -39,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192, lowercase: boo
     from transformers import BertTokenizerFast
 
     untrained = BertTokenizerFast(do_lower_case=lowercase).backend_tokenizer
-    alphabet, continuations = _alphabet(texts, untrained)
+    alphabet, continuations = _alphabet(texts, untrained, max(MAX_ALPHABET, vocab_size // 2))
     # The trainer numbers "##x" pieces in the order of a randomly seeded hash map and breaks ties between merges by
     # number, so that by itself it gives another vocabulary on each run (huggingface/tokenizers#1794). Pieces that it
     # is told of beforehand keep the numbers they are given.
@@ -61,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192, lowercase: boo
     return BertTokenizerFast(vocab=trained.get_vocab(), do_lower_case=lowercase)
 
 
-def _alphabet(texts: Iterable[str], tokenizer) -> tuple[list[str], list[str]]:
+def _alphabet(texts: Iterable[str], tokenizer, most: int) -> tuple[list[str], list[str]]:
     """The characters that get a token, and "##x" for those that can continue a word, both sorted."""
     raw = Counter()
     for text in texts:
@@ -73,7 +74,7 @@ def _alphabet(texts: Iterable[str], tokenizer) -> tuple[list[str], list[str]]:
                 counts[normalized] += count
     if not counts:
         raise ValueError("no text to train a tokenizer on")
-    alphabet = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:MAX_ALPHABET])
+    alphabet = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:most])
     # Punctuation and CJK characters are always words of their own.
     split = tokenizer.pre_tokenizer.pre_tokenize_str
     normalize = tokenizer.normalizer.normalize_str

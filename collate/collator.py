@@ -32,9 +32,10 @@ class DataCollatorWithPacking:
         mlm_probability: share of each sequence's tokens to predict; None passes a `labels` column through instead.
         masking: "exact" (BERT's count per sequence) or "independent"; see `collate.masking`.
         pad_to: L, the token slots per pack. None: the longest pack of the batch, until `for_dataset` sets it.
-        emit: how a batch says which tokens belong together: "sequence_ids" (B, L) int32, 65 KB at 32 x 512;
-            "attention_mask" (B, 1, L, L) bool, True = attend; "attention_bias" the same as floats that are added.
-            sequence_ids are always there: positions and losses need them.
+        emit: how a batch says which tokens belong together. "sequence_ids": (B, L) int32, 65 KB at 32 x 512, always
+            there. For models that take a 4-D mask also, under the key `attention_mask`: "attention_mask", (B, 1, L, L)
+            bool, True = attend, right for sdpa attention only; "attention_bias", floats that are added, right for
+            eager attention, too.
         position_ids_start: the first position of each sequence (padding_idx + 1 for RoBERTa's relatives).
         seed: of the masks.
         max_sequences_per_pack: S, the sequence slots per pack. None: the deepest pack of the batch, likewise.
@@ -63,6 +64,9 @@ class DataCollatorWithPacking:
     ):
         if emit not in EMIT:
             raise ValueError(f"unknown emit {emit!r}; choose from {list(EMIT)}")
+        for name, limit in (("pad_to", pad_to), ("max_sequences_per_pack", max_sequences_per_pack)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}={limit} must be at least 1, or None")
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token before collating")
         self.pad_token_id = tokenizer.pad_token_id
@@ -127,7 +131,9 @@ class DataCollatorWithPacking:
             batch["next_sentence_label"] = _place(next_sentence_label, sequence_slots, sequence_shape, IGNORED)
         if self.emit != "sequence_ids":
             layout = PackLayout(batch["sequence_ids"])
-            batch[self.emit] = layout.attention_mask if self.emit == "attention_mask" else layout.attention_bias()
+            batch["attention_mask"] = (
+                layout.attention_mask if self.emit == "attention_mask" else layout.attention_bias()
+            )
         return batch
 
     def _width(self, option: str, limit: int | None, counts: np.ndarray, what: str, cure: str) -> int:
@@ -146,6 +152,8 @@ class DataCollatorWithPacking:
         input_ids = flat.tokens("input_ids")
         if self.masking_rule is None:
             return input_ids, flat.tokens("labels") if flat.has("labels") else None
+        if flat.has("labels"):
+            raise ValueError("the rows have labels, which masking would replace; set mlm_probability=None to keep them")
         vocabulary = len(self.masking_rule.is_special_V)
         if len(input_ids) and not 0 <= input_ids.min() <= input_ids.max() < vocabulary:
             raise ValueError(
@@ -195,8 +203,12 @@ class _FlatRows:
 
     def has(self, column: str) -> bool:
         """Whether the rows have this column; packs without sequences need not."""
-        with_sequences = [row for row, depth in zip(self.rows, self.sequences_per_row, strict=True) if depth]
-        return bool(with_sequences) and all(column in row for row in with_sequences)
+        having = [column in row for row, depth in zip(self.rows, self.sequences_per_row, strict=True) if depth]
+        if any(having) and not all(having):
+            raise ValueError(
+                f"some rows of the batch have a column {column!r}, some have not; give it to all or to none"
+            )
+        return any(having)
 
     def tokens(self, column: str) -> np.ndarray:
         return self._concatenate(column, self.tokens_per_row, "tokens")
@@ -205,22 +217,32 @@ class _FlatRows:
         return self._concatenate(column, self.sequences_per_row, "sequences")
 
     def _concatenate(self, column: str, counts: np.ndarray, what: str) -> np.ndarray:
-        values = [np.asarray(row.get(column, ()), dtype=np.int64) for row in self.rows]
+        values = [np.asarray(row.get(column, np.empty(0, np.int64))) for row in self.rows]
         for number, (value, count) in enumerate(zip(values, counts, strict=True)):
+            if len(value) and value.dtype.kind not in "iu":
+                raise ValueError(f"row {number} of the batch: {column!r} must hold integers, not {value.dtype}")
             if len(value) != count:
                 raise ValueError(
                     f"row {number} of the batch has {len(value)} values in {column!r} but {count} {what} "
                     "by its sequence_lengths"
                 )
-        return np.concatenate([np.empty(0, np.int64), *values])
+        return np.concatenate([np.empty(0, np.int64), *(value.astype(np.int64) for value in values)])
 
 
 class _SetEpoch(TrainerCallback):
+    """Counts epochs from the one that training begins or resumes in: state.epoch itself is a fraction of max_steps
+    where the dataset has no length."""
+
     def __init__(self, collator: DataCollatorWithPacking):
         self.collator = collator
+        self.next_epoch = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.next_epoch = int(state.epoch or 0)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.set_epoch(int(state.epoch or 0))
+        self.collator.set_epoch(self.next_epoch)
+        self.next_epoch += 1
 
 
 def _masking_rule(tokenizer, mlm_probability: float | None, masking: str) -> MaskingRule | None:

@@ -13,12 +13,14 @@ The model's side of the contract:
     metrics(sums) -> dict[str, float]        -> what they mean, for the log: "loss", "sequences", "tokens" and others
 """
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 from collate.collator import DataCollatorWithPacking
@@ -58,34 +60,68 @@ class PackedTrainer(Trainer):
     * evaluation adds up sums over all packs and ranks, so that it equals evaluation on the unpacked sequences;
     * tokens seen are real tokens; logs have the model's metrics beside the loss.
 
-    Raises ValueError for several GPUs in one process (nn.DataParallel splits packs without their counts): use torchrun.
+    What it cannot honour it refuses with a ValueError: models that do not follow the contract, nn.DataParallel (it
+    splits packs without their counts), iterable datasets over several ranks (accelerate would repeat packs), label
+    smoothing, compute_metrics and compute_loss_func (the loss and metrics are the model's), and predict().
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._refuse_unsupported()
+        self._train_sums = _RunningSums()
+        self._progress = PackingProgress()
+        self.add_callback(self._progress)
+        # Either alone is enough in transformers 5.23; the first is newer, the second is read by other code, too.
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the step's counts; Trainer must not divide again
+        self.model_accepts_loss_kwargs = True  # so that the step's counts reach compute_loss
+        if isinstance(self.data_collator, DataCollatorWithPacking):
+            self.add_callback(self.data_collator.callback())
+
+    def _refuse_unsupported(self) -> None:
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would run as nn.DataParallel, which cannot count a loss over "
                 f"the step; start one process each: torchrun --nproc-per-node {self.args.n_gpu} …"
             )
-        self._train_sums = _RunningSums()
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by the step's counts; Trainer must not divide again
-        self.model_accepts_loss_kwargs = True  # so that the step's counts reach compute_loss
-        self._packed_collator = self.data_collator
-        if isinstance(self.data_collator, DataCollatorWithPacking):
-            self.add_callback(self.data_collator.callback())
-            if self.train_dataset is not None:
-                self.data_collator = _for_dataset(self._packed_collator, self.train_dataset)
-        self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)
+        if "denominators" not in inspect.signature(self.model.forward).parameters or not hasattr(self.model, "metrics"):
+            raise ValueError(
+                f"{type(self.model).__name__} does not follow PackedTrainer's contract: forward(denominators=), "
+                "output.sums, metrics(sums); use PackedBertForPreTraining"
+            )
+        ignored = {
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+            "compute_metrics": self.compute_metrics,
+            "compute_loss_func": self.compute_loss_func,
+            "bf16_full_eval": self.args.bf16_full_eval,
+            "fp16_full_eval": self.args.fp16_full_eval,
+        }
+        for name, value in ignored.items():
+            if value:
+                raise ValueError(f"PackedTrainer cannot honour {name}={value!r}; leave it out")
+
+    def predict(self, *args, **kwargs):
+        raise ValueError("PackedTrainer has no predict(); evaluate() gives metrics, and the model itself gives logits")
 
     # -- data ----------------------------------------------------------------------------------------------------
 
-    def _even(self, dataset, batch_size: int):
-        """Add empty packs until every rank gets the same number of full batches."""
-        multiple = self.args.world_size * batch_size
-        if self.args.world_size == 1 or not hasattr(dataset, "__len__") or len(dataset) % multiple == 0:
-            return dataset
-        return EvenedPacks(dataset, multiple)
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
+        """Every dataloader, of training and evaluation: bind the collator to its dataset, and even out the packs."""
+        if self.args.world_size > 1:
+            if not hasattr(dataset, "__len__"):
+                raise ValueError(
+                    f"the {description} dataset is iterable: over {self.args.world_size} processes accelerate would "
+                    "repeat packs to even them out; use a dataset with a length"
+                )
+            dataset = EvenedPacks(dataset, self.args.world_size * batch_size)
+        collator = self.data_collator
+        if isinstance(collator, DataCollatorWithPacking):
+            self.data_collator = _for_dataset(collator, dataset)
+            if not is_training:
+                self.data_collator = self.data_collator.for_evaluation()
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def _remove_unused_columns(self, dataset, description=None):
         return dataset
@@ -93,32 +129,22 @@ class PackedTrainer(Trainer):
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         return data_collator
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if not isinstance(self._packed_collator, DataCollatorWithPacking):
-            return super().get_eval_dataloader(dataset)
-        training_collator = self.data_collator
-        self.data_collator = _for_dataset(self._packed_collator, dataset).for_evaluation()
-        try:
-            return super().get_eval_dataloader(self._even(dataset, self.args.eval_batch_size))
-        finally:
-            self.data_collator = training_collator
-
     # -- loss ----------------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """(3,) the denominators of one optimizer step: over its micro-batches and all ranks."""
-        counts = torch.zeros(3, dtype=torch.int64, device=device)
+        counts = torch.zeros(5, dtype=torch.int64, device=device)
         for batch in batch_samples:
-            counts += count_denominators(batch).to(device)
-        return self.accelerator.reduce(counts, "sum")
+            sequences = batch["sequence_ids"].amax(1).sum()
+            tokens = (batch["sequence_ids"] != PADDING).sum()
+            counts += torch.cat([count_denominators(batch), torch.stack([sequences, tokens])]).to(device)
+        counts = self.accelerator.reduce(counts, "sum")
+        self._progress.add(counts[3:])
+        return counts[:3]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs, denominators=num_items_in_batch)
-        if model.training:
-            self._train_sums.add(outputs.sums)
+        self._train_sums.add(outputs.sums)
         # DDP and FSDP average gradients over ranks, but the loss is already divided by all ranks' counts
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -128,11 +154,8 @@ class PackedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._train_sums.total is not None:
             metrics = self._model_metrics(self.accelerator.reduce(self._train_sums.take(), "sum").cpu())
-            # from the last log and not from a counter, so that a resumed run goes on counting
-            seen = next((entry for entry in reversed(self.state.log_history) if "sequences_seen" in entry), {})
-            for unit in ("sequences", "tokens"):
-                metrics[f"{unit}_seen"] = seen.get(f"{unit}_seen", 0) + metrics.pop(unit)
-            logs = metrics | logs
+            del metrics["sequences"], metrics["tokens"]  # since the last log; of interest is how many there were in all
+            logs = metrics | self._progress.seen() | logs
         super().log(logs, start_time)
 
     def _model_metrics(self, sums: Tensor) -> dict[str, float]:
@@ -155,8 +178,9 @@ class PackedTrainer(Trainer):
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         was_training = model.training
         model.eval()
-        sums = _RunningSums()
+        sums, num_packs = _RunningSums(), 0
         for inputs in dataloader:
+            num_packs += len(inputs["sequence_ids"])
             with torch.no_grad(), self.compute_loss_context_manager():
                 sums.add(model(**self._prepare_inputs(inputs)).sums)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -165,8 +189,8 @@ class PackedTrainer(Trainer):
             raise ValueError(f"{description}: the dataset has no packs; give an evaluation set with at least one")
         totals = self.accelerator.reduce(sums.take(), "sum").cpu()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._model_metrics(totals).items()}
-        dataset = dataloader.dataset
-        num_packs = dataset.num_packs if isinstance(dataset, EvenedPacks) else len(dataset)
+        if isinstance(dataloader.dataset, EvenedPacks):
+            num_packs = dataloader.dataset.num_packs
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_packs)
 
 
@@ -191,6 +215,30 @@ class EvenedPacks(Dataset):
         return [self[index] for index in indices]
 
 
+class PackingProgress(TrainerCallback, ExportableState):
+    """Sequences and tokens that training has seen, over all ranks; saved and resumed with Trainer's state."""
+
+    def __init__(self, sequences: int = 0, tokens: int = 0):
+        self._counts = torch.tensor([sequences, tokens])
+
+    def add(self, counts: Tensor) -> None:
+        """counts: (2,) sequences and tokens of one optimizer step."""
+        self._counts = self._counts.to(counts.device) + counts
+
+    def seen(self) -> dict[str, int]:
+        sequences, tokens = self._counts.tolist()
+        return {"sequences_seen": sequences, "tokens_seen": tokens}
+
+    def state(self) -> dict:
+        sequences, tokens = self._counts.tolist()
+        return {"args": {"sequences": sequences, "tokens": tokens}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        is_resumed = state.global_step > 0 and isinstance(saved, dict)
+        self.__init__(**saved["args"]) if is_resumed else self.__init__()
+
+
 class _RunningSums:
     """A float64 sum of 1-D statistics that stays on the device: adding does not wait for it."""
 
@@ -207,6 +255,7 @@ class _RunningSums:
 
 def _for_dataset(collator: DataCollatorWithPacking, dataset) -> DataCollatorWithPacking:
     """The collator bound to L and S of the dataset, where the dataset says them."""
+    dataset = dataset.packs if isinstance(dataset, EvenedPacks) else dataset
     try:
         packed_info(dataset)
     except ValueError:

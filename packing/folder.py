@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,19 +27,30 @@ def check_target(target: str | os.PathLike) -> Path:
 def new_folder(target: str | os.PathLike) -> Iterator[Path]:
     """A folder beside the target that becomes the target at the end; an error leaves neither.
 
-    with new_folder("packed") as folder:     # .packed.writing-4711
+    with new_folder("packed") as folder:     # .packed.writing-a1b2c3
         ...                                  # at the end renamed to packed
     """
     target = check_target(target).absolute()
-    made = next((p for p in reversed(target.parents) if not p.exists()), None)  # the topmost parent that we make
-    folder = target.parent / f".{target.name}.writing-{os.getpid()}"
+    made = [parent for parent in target.parents if not parent.exists()]  # the parents that we make, nearest first
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
+    folder.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
     try:
-        folder.mkdir(parents=True)
         yield folder
+        check_target(target)
         os.rename(folder, target)
     except BaseException:
-        shutil.rmtree(made or folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # a parent that someone else writes to by now is not empty, and stays
+            for parent in made:
+                parent.rmdir()
         raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_dataset(folder: Path, batches: Iterable[pa.RecordBatch], info, fingerprint: str, split: str | None) -> None:

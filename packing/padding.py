@@ -18,6 +18,12 @@ NONE = -1
 def trim_by_mask(mask: TokenColumn) -> tuple[np.ndarray, np.ndarray]:
     """Tokens to skip at the front of each row, and tokens kept: (rows,) int64 each. Raises for a hole in the mask."""
     skipped, kept = np.zeros_like(mask.lengths), np.zeros_like(mask.lengths)
+    culprit = _first_not_binary(mask.numbers(), mask.starts, mask.lengths)
+    if culprit != NONE:
+        raise ValueError(
+            f"attention_mask has values other than 0 and 1 in row {culprit}; if they number several sequences in one "
+            "row, split the row into its sequences before packing"
+        )
     culprit = _trim_zeros(mask.numbers(), mask.starts, mask.lengths, skipped, kept)
     if culprit != NONE:
         raise ValueError(
@@ -77,6 +83,16 @@ def _most_repeated(outer: np.ndarray, inner: np.ndarray) -> int | None:
     """The token that is most often the last of a row and the one before it, too."""
     values, counts = np.unique(outer[outer == inner], return_counts=True)
     return int(values[np.argmax(counts)]) if len(values) else None
+
+
+@njit(cache=True, nogil=True)
+def _first_not_binary(mask, starts, lengths):
+    """The first row with a value other than 0 and 1, or NONE."""
+    for row in range(len(starts)):
+        for i in range(starts[row], starts[row] + lengths[row]):
+            if mask[i] != 0 and mask[i] != 1:
+                return row
+    return NONE
 
 
 @njit(cache=True, nogil=True)

@@ -122,6 +122,13 @@ def test_refusals():
         use_attention(packed, NoDropout)
 
 
+def test_a_callable_is_named_in_the_config_and_not_mistaken_on_reload(tmp_path):
+    _, packed = make_models()
+    use_attention(packed, RowWideAttention).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"unknown attention 'RowWideAttention \(a callable\)'"):
+        type(packed).from_pretrained(tmp_path)
+
+
 def test_attention_dropout_is_applied_in_training_only():
     attention = ATTENTION["sdpa"](num_heads=2, head_width=8, max_sequence_length=64).double()
     layout = PackLayout(torch.tensor([[1, 1, 1, 2, 2, 0]]))

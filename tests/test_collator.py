@@ -49,7 +49,7 @@ def test_positions_can_start_elsewhere(tokenizer):
 @pytest.mark.parametrize("emit", ["attention_mask", "attention_bias"])
 def test_masks_on_request(tokenizer, emit):
     row = {"input_ids": [2, 8, 3, 2, 3], "sequence_lengths": [3, 2]}
-    mask = DataCollatorWithPacking(tokenizer, emit=emit, pad_to=6)([row])[emit][0, 0]
+    mask = DataCollatorWithPacking(tokenizer, emit=emit, pad_to=6)([row])["attention_mask"][0, 0]
     attends = mask if emit == "attention_mask" else mask == 0
     assert attends.int().tolist() == [[1, 1, 1, 0, 0, 0]] * 3 + [[0, 0, 0, 1, 1, 0]] * 2 + [[0] * 6]
 
@@ -195,6 +195,31 @@ def test_masks_equal_their_slow_twin(sequences, seed, epoch):
         assert (corrupted[mine].tolist(), labels[mine].tolist()) == expected
 
 
+def test_independent_draws_have_their_rate_and_are_uniform():
+    count, length = 2000, 42
+    rule = MaskingRule(0.15, "independent", MASK, np.arange(100) < 5)
+    tokens = np.tile(np.r_[CLS, np.arange(40) + 20, SEP], count)
+    _, labels = rule(tokens, np.arange(count + 1) * length, sequence_keys(3, 0, np.arange(count)))
+    predicted = (labels != -100).reshape(count, length)[:, 1:-1]
+    drawn = predicted.sum()
+    assert stats.binomtest(int(drawn), predicted.size, 0.15).pvalue > 1e-4  # one added in 0.85^40 of them: 0.15 %
+    assert stats.chisquare(predicted.sum(0)).pvalue > 1e-4
+    alone = np.tile(np.r_[CLS, 20, 21, SEP], count)  # of two candidates at least one, either one as often
+    _, labels = rule(alone, np.arange(count + 1) * 4, sequence_keys(3, 0, np.arange(count)))
+    first, second = (labels != -100).reshape(count, 4)[:, 1:3].T
+    assert (first | second).all() and stats.binomtest(
+        int((first & ~second).sum()), int((first ^ second).sum())
+    ).pvalue > 1e-4
+
+
+def test_pieces_of_one_row_have_masks_of_their_own():
+    tokens = np.tile(np.arange(10, 50), 2)
+    rule = MaskingRule(0.15, "exact", MASK, np.arange(60) < 5)
+    keys = sequence_keys(0, 0, np.array([7, 7]), np.array([0, 40]))
+    _, labels = rule(tokens, np.array([0, 40, 80]), keys)
+    assert (labels[:40] != labels[40:]).any()
+
+
 def test_the_masks_of_a_seed_are_these():
     """Golden: masks must not change between versions, or a resumed run would differ from an unbroken one."""
     rule = MaskingRule(0.3, "exact", MASK, np.arange(60) < 5)
@@ -240,13 +265,18 @@ GOOD = {"input_ids": [2, 8, 9, 3], "sequence_lengths": [4], "sequence_indices": 
         (GOOD | {"next_sentence_label": [1, 1]}, {}, "2 values in 'next_sentence_label' but 1 sequences"),
         (GOOD | {"input_ids": [2, 0, 0, 3]}, {}, "contains the padding token 0"),
         (GOOD | {"input_ids": [2, 99, 9, 3]}, {}, "exceed the tokenizer's vocabulary of 60"),
+        (GOOD | {"input_ids": [2.5, 8, 9, 3]}, {}, "must hold integers, not float64"),
+        (GOOD | {"labels": [1, 2, 3, 4]}, {}, "set mlm_probability=None to keep them"),
+        (GOOD | {"token_type_ids": [0, 0, 0, 0]}, {}, "some rows of the batch have a column 'token_type_ids'"),
         (GOOD, {"pad_to": 3}, "row 1 of the batch holds 4 tokens, more than pad_to=3"),
         (GOOD | {"sequence_lengths": [2, 2], "sequence_indices": [0, 1]}, {"max_sequences_per_pack": 1}, "holds 2 seq"),
     ],
 )
 def test_bad_rows_are_refused(tokenizer, row, options, message):
     collate = DataCollatorWithPacking(tokenizer, **options)
-    fits = {"input_ids": [2, 3], "sequence_lengths": [2], "sequence_indices": [9], "next_sentence_label": [0]}
+    fits = {"input_ids": [2, 3], "sequence_lengths": [2], "sequence_indices": [9]}
+    fits |= {name: [0] for name in ("next_sentence_label",) if name in row}
+    fits |= {name: [0, 0] for name in ("labels",) if name in row}
     with pytest.raises(ValueError, match=message):
         collate([fits, row])
 
@@ -256,6 +286,7 @@ def test_bad_rows_are_refused(tokenizer, row, options, message):
     [
         ({"emit": "mask"}, "unknown emit 'mask'"),
         ({"masking": "some"}, "unknown masking 'some'"),
+        ({"pad_to": 0}, "pad_to=0 must be at least 1"),
         ({"mlm_probability": 0.0}, "mlm_probability=0.0"),
     ],
 )

@@ -10,9 +10,10 @@ from conftest import make_tokenizer
 from datasets import Dataset
 from reference import pretraining_one_by_one, unpacked_rows
 from test_equivalence import MAX_LENGTH, alone, make_models
-from training_runs import ONE_PROCESS, TWO_PROCESSES, evaluate, make_packs, train
+from training_runs import ONE_PROCESS, TWO_PROCESSES, evaluate, make_packs, make_trainer, train
 
-from collate import DataCollatorWithPacking
+from collate import DataCollatorWithPacking, PackedTrainer
+from packing import pack_dataset
 
 HERE = Path(__file__).parent
 
@@ -85,3 +86,117 @@ def test_evaluation_equals_that_of_the_unpacked_sequences():
     unpacked = evaluate(Dataset.from_list(unpacked_rows(make_packs(22))), 5)
     assert unpacked["eval_sequences"] == packed["eval_sequences"] > 40
     assert unpacked == pytest.approx(packed, rel=1e-9)
+
+
+def run_metrics(stock, sequences):
+    """Every metric of the log, one sequence at a time."""
+    rows = []
+    for sequence in sequences:
+        output = stock(sequence["input_ids"][None], token_type_ids=sequence["token_type_ids"][None])
+        predicted = sequence["labels"] != -100
+        hits = output.prediction_logits[0].argmax(-1)[predicted] == sequence["labels"][predicted]
+        nsp = int(output.seq_relationship_logits.argmax())
+        rows.append((hits.tolist(), nsp == sequence["next_sentence_label"], sequence["next_sentence_label"]))
+    tokens = [hit for hits, _, _ in rows for hit in hits]
+    labels = [label for _, _, label in rows if label is not None]
+    return {
+        "mlm_accuracy_per_token": sum(tokens) / len(tokens),
+        "mlm_accuracy_per_sequence": sum(sum(hits) / len(hits) for hits, _, _ in rows) / len(rows),
+        "nsp_accuracy": sum(right for _, right, label in rows if label is not None) / len(labels),
+        "nsp_majority": max(sum(labels), len(labels) - sum(labels)) / len(labels),
+    }
+
+
+def test_metrics_equal_those_of_the_sequences_one_by_one():
+    """On the model's own predictions for half of the labels, so that accuracies are far from 0 and differ."""
+    stock, packed = make_models()
+    collate = DataCollatorWithPacking(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=8)
+    batch = collate([make_packs(22)[i] for i in range(22)])
+    predictions = packed(batch["input_ids"], batch["sequence_ids"], token_type_ids=batch["token_type_ids"])
+    own = predictions.prediction_logits.argmax(-1)
+    keep = (torch.arange(batch["labels"].numel()).view_as(batch["labels"]) % 2 == 0) | (batch["labels"] == -100)
+    batch["labels"] = torch.where(keep, batch["labels"], own)
+    metrics = packed.metrics(packed(**batch).sums)
+    expected = run_metrics(stock, alone(batch))
+    assert 0.2 < expected["mlm_accuracy_per_token"] < 0.8 and expected["nsp_majority"] < 1
+    assert expected["mlm_accuracy_per_token"] != pytest.approx(expected["mlm_accuracy_per_sequence"])
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+class SpyingCollator(DataCollatorWithPacking):
+    """Notes the epoch, and the shape, of every batch that it makes."""
+
+    notes: list = []  # noqa: RUF012 - shared by the copies that PackedTrainer makes
+
+    def __call__(self, rows):
+        batch = super().__call__(rows)
+        self.notes.append((int(self._epoch), tuple(batch["input_ids"].shape), tuple(batch["cls_positions"].shape)))
+        return batch
+
+
+def test_epochs_masks_and_shapes_in_a_run(pairs):
+    """Two epochs of training, evaluated in between: 0 0 | -1 -1 | 1 1 | -1 -1, all of one shape, on the same masks."""
+    packed = pack_dataset(Dataset.from_list(pairs), max_sequence_length=MAX_LENGTH)
+    SpyingCollator.notes.clear()
+    options = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+    collator = SpyingCollator(make_tokenizer())
+    with make_trainer(
+        train_dataset=packed, eval_dataset=packed, data_collator=collator, eval_strategy="epoch", **options
+    ) as trainer:
+        trainer.train()
+        assert trainer.model.training
+    epochs, shapes, slots = zip(*SpyingCollator.notes, strict=True)
+    passes = -(-len(packed) // 8)
+    assert list(epochs) == [0] * passes + [-1] * passes + [1] * passes + [-1] * passes
+    assert {shape[1] for shape in shapes} == {MAX_LENGTH} and len({depth for _, depth in slots}) == 1
+    history = trainer.state.log_history
+    seen = [entry["sequences_seen"] for entry in history if "loss" in entry]
+    assert seen[-1] == 2 * len(pairs) and seen == sorted(seen)
+
+
+def test_evaluation_sets_are_not_mixed_up_by_persistent_workers(pairs):
+    sets = {
+        name: pack_dataset(Dataset.from_list(part), MAX_LENGTH)
+        for name, part in zip("ab", (pairs[:5], pairs), strict=True)
+    }
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    with make_trainer(eval_dataset=sets, **options) as trainer:
+        for _ in range(2):
+            assert [trainer.evaluate(sets[name])["eval_sequences"] for name in "a"] == [5]
+            metrics = trainer.evaluate()
+            assert (metrics["eval_a_sequences"], metrics["eval_b_sequences"]) == (5, len(pairs))
+
+
+def test_counts_go_on_after_a_resume_between_logs(pairs, tmp_path):
+    packed = pack_dataset(Dataset.from_list(pairs), max_sequence_length=MAX_LENGTH)
+    options = {"per_device_train_batch_size": 2, "logging_steps": 4, "save_steps": 3, "save_strategy": "steps"}
+
+    def run(folder, steps, resume=None):
+        with make_trainer(train_dataset=packed, folder=folder, max_steps=steps, **options) as trainer:
+            trainer.train(resume_from_checkpoint=resume)
+            return [e["sequences_seen"] for e in trainer.state.log_history if "loss" in e]
+
+    whole = run(tmp_path / "whole", 8)
+    run(tmp_path / "parts", 3)
+    assert run(tmp_path / "parts", 8, resume=True)[-1] == whole[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "cannot honour label_smoothing_factor=0.1"),
+        ({"compute_metrics": len}, "cannot honour compute_metrics="),
+        ({"compute_loss_func": len}, "cannot honour compute_loss_func="),
+    ],
+)
+def test_what_would_be_ignored_is_refused(options, message):
+    with pytest.raises(ValueError, match=message), make_trainer(**options):
+        pass
+
+
+def test_stock_models_and_predict_are_refused():
+    stock, _ = make_models()
+    with pytest.raises(ValueError, match="BertForPreTraining does not follow PackedTrainer's contract"):
+        PackedTrainer(stock)
+    with make_trainer() as trainer, pytest.raises(ValueError, match="no predict"):
+        trainer.predict(make_packs(22))

@@ -75,31 +75,34 @@ def deterministic(metrics):
     return {k: v for k, v in metrics.items() if not k.endswith(("runtime", "per_second"))}
 
 
+TRAINER_OPTIONS = ("compute_metrics", "compute_loss_func", "data_collator")
+
+
 @contextlib.contextmanager
-def make_trainer(mlm_loss="sequence", train_dataset=None, eval_dataset=None, **arguments):
+def make_trainer(mlm_loss="sequence", train_dataset=None, eval_dataset=None, folder=None, **arguments):
+    """A PackedTrainer on a small model in float64; its folder is gone afterwards, unless one is given."""
     _, model = make_models(mlm_loss)
-    with tempfile.TemporaryDirectory() as folder:
-        training = TrainingArguments(
-            folder,
-            num_train_epochs=1,
-            learning_rate=0.05,
-            lr_scheduler_type="constant",
-            optim="sgd",
-            max_grad_norm=0.0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            train_sampling_strategy="sequential",
-            include_num_input_tokens_seen="non_padding",
-            disable_tqdm=True,
-            use_cpu=True,
-            ddp_backend="gloo" if "LOCAL_RANK" in os.environ else None,
-            **arguments,
-        )
-        collator = DataCollatorWithPacking(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=8)
-        yield PackedTrainer(
-            model, training, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collator
-        )
+    collator = DataCollatorWithPacking(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=8)
+    options = {"data_collator": collator} | {k: arguments.pop(k) for k in TRAINER_OPTIONS if k in arguments}
+    defaults = {
+        "num_train_epochs": 1,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "train_sampling_strategy": "sequential",
+        "include_num_input_tokens_seen": "non_padding",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "ddp_backend": "gloo" if "LOCAL_RANK" in os.environ else None,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        training = TrainingArguments(str(folder or temporary), **defaults | arguments)
+        yield PackedTrainer(model, training, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, 
     """Give every layer of a BERT encoder an attention head, and return the model.
 
     attention: a name in ATTENTION, a callable that builds a head, or a list of these, one per layer.
-    options: go to every head. Names and options are kept in the config, so a reload finds them.
+    options: go to every head. Names and options are kept in the config, so a reload finds them; a callable cannot be
+    kept, so the config names it and a reload refuses, rather than to fall back on something else.
 
     After this, call the model with `sequence_ids=` (B, L); each layer then attends within sequences only.
     Raises ValueError for an unknown name, a list of another length than the layers, or an unsupported encoder.
@@ -61,9 +62,9 @@ def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, 
                 "set it to 0 in the model's config"
             )
         layer.attention_head = head.to(layer.query.weight)
-    if all(isinstance(choice, str) for choice in choices):
-        model.config.packed_attention = attention if isinstance(attention, str) else choices
-        model.config.packed_attention_options = options
+    names = [choice if isinstance(choice, str) else f"{_name(choice)} (a callable)" for choice in choices]
+    model.config.packed_attention = names[0] if len(set(names)) == 1 else names
+    model.config.packed_attention_options = options
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
     model.set_attn_implementation(IMPLEMENTATION)
     return model
@@ -98,6 +99,10 @@ def packed_attention(
     layout = PackLayout(sequence_ids)
     heads = (layout.unpad(x.transpose(1, 2)) for x in (query, key, value))
     return layout.pad(module.attention_head(*heads, layout, dropout=dropout)), None
+
+
+def _name(choice: Callable) -> str:
+    return getattr(choice, "__name__", type(choice).__name__)
 
 
 def _builder(choice: str | Callable) -> Callable:
