@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("target", metavar="TARGET", nargs="?", help="folder to write; must not exist")
     add("--max-sequence-length", metavar="N", type=int, default=512, help="token slots in a pack")
     add("--max-sequences-per-pack", metavar="N", type=int, help="sequences in a pack at most; left out: no limit")
-    add("--packer", metavar="NAME", default="spfhp", help="algorithm that makes the plan")
+    add("--packer", metavar="NAME", default="optimal", help="algorithm that makes the plan")
     add(
         "--overlong",
         choices=("error", "truncate", "split", "drop"),

@@ -50,6 +50,7 @@ class Valuation:
     values: np.ndarray
     tables: np.ndarray
     parts: np.ndarray
+    row_of_slot: np.ndarray
 
     @property
     def best(self) -> int:
@@ -61,10 +62,12 @@ class Valuation:
         A strategy is left out if one of its lengths lies in per_length of them already."""
         order = np.argsort(-self.values, kind="stable")
         order = order[self.values[order] > above]
-        rows, offsets = _complete(
-            order, self.tables, self.parts, self.slots.lengths, self.slots.depth, at_most, per_length
+        most = min(at_most, len(order))
+        rows, offsets = np.empty(most * self.slots.depth, np.int64), np.zeros(most + 1, np.int64)
+        count = _complete(
+            order, self.slots.lengths, self.row_of_slot, self.tables, self.parts, rows, offsets, per_length
         )
-        rows, offsets = rows.tolist(), offsets.tolist()
+        rows, offsets = rows.tolist(), offsets[: count + 1].tolist()
         found = (tuple(sorted(rows[a:b])) for a, b in pairwise(offsets))
         return list(dict.fromkeys(found))
 
@@ -75,15 +78,15 @@ def value_strategies(slots: Slots, price: np.ndarray) -> Valuation:
     completion = longest if slots.depth * slots.lengths[0] > longest - slots.lengths[0] else slots.depth - 1
     parts = table_parts(completion, longest)
     tables = np.zeros((len(parts), longest + 1), np.int64)
-    longest_slot = np.searchsorted(slots.lengths, np.arange(longest + 1), side="right")
-    tables[0] = np.concatenate([[0], price])[longest_slot]
+    row_of_slot = np.searchsorted(slots.lengths, np.arange(longest + 1), side="right") - 1  # -1: holds nothing
+    tables[0] = np.append(price, 0)[row_of_slot]
     if slots.depth > 1:
         fill_tables(tables, parts)
         values = price + tables[-1, longest - slots.lengths]
     else:
         tables[:] = 0
         values = price
-    return Valuation(slots, values, tables, parts)
+    return Valuation(slots, values, tables, parts, row_of_slot)
 
 
 def whole_prices(slots: Slots, prices: np.ndarray) -> np.ndarray:
@@ -93,31 +96,28 @@ def whole_prices(slots: Slots, prices: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True)
-def _complete(order, tables, parts, lengths, depth, at_most, per_length):
-    """Write out the best strategy of each length in `order`: rows (indices into lengths), offsets."""
-    max_sequence_length = tables.shape[1] - 1
-    uses, slots = np.zeros(len(lengths), np.int64), np.empty(max_sequence_length + 1, np.int64)
-    most = min(at_most, len(order))
-    rows, offsets = np.empty(most * depth, np.int64), np.zeros(most + 1, np.int64)
-    count = 0
-    for first in order:
-        if count == most or uses[first] >= per_length:
-            continue
-        filled = offsets[count]
-        rows[filled] = first
-        filled += 1
-        for slot in range(find_parts(tables, parts, max_sequence_length - lengths[first], slots)):
-            row = np.searchsorted(lengths, slots[slot], side="right") - 1
-            if row >= 0:  # a slot shorter than every length holds nothing
-                rows[filled] = row
-                filled += 1
-        fresh = True
-        for slot in range(offsets[count], filled):
-            fresh = fresh and uses[rows[slot]] < per_length
+def _complete(order, lengths, row_of_slot, tables, parts, rows, offsets, per_length):
+    """Write out the best strategy of each length in `order`, in place: rows (indices into lengths), offsets.
+
+    Returns how many there are."""
+    longest = tables.shape[1] - 1
+    uses, last_use = np.zeros(len(lengths), np.int64), np.full(len(lengths), -1)
+    slots, count = np.empty(longest + 1, np.int64), 0
+    for row in order:
+        if count + 1 == len(offsets):
+            break
+        first = offsets[count]
+        rows[first], end, fresh = row, first + 1, uses[row] < per_length
+        found = find_parts(tables, parts, longest - lengths[row], slots) if fresh else 0
+        for slot in range(found):
+            rows[end] = row_of_slot[slots[slot]]
+            if rows[end] >= 0:
+                fresh = fresh and uses[rows[end]] < per_length
+                end += 1
         if fresh:
-            for slot in range(offsets[count], filled):
-                if slot == offsets[count] or rows[slot] != rows[slot - 1]:
-                    uses[rows[slot]] += 1
+            for used in rows[first:end]:
+                uses[used] += last_use[used] != count  # copies count once
+                last_use[used] = count
             count += 1
-            offsets[count] = filled
-    return rows[: offsets[count]], offsets[: count + 1]
+            offsets[count] = end
+    return count

@@ -22,7 +22,9 @@ def fill_slots(slots: Mapping[tuple[int, ...], int], left: np.ndarray) -> Packs:
 
     {(3, 3): 2} with left = {3: 1, 2: 2} -> {(2, 3): 1, (2,): 1}
     """
-    return _as_packs(*_fill_slots(*_as_arrays(slots), left))
+    below = np.arange(len(left)) - 1  # where to look for a length when this one is used up; shortened on the way
+    most = len(slots) + 2 * np.count_nonzero(left)  # a content ends a strategy or all but ends a length
+    return _as_packs(*_fill_slots(*_as_arrays(slots), left, below, most))
 
 
 def best_fit(packs: Packs, left: np.ndarray, depth: int) -> Packs:
@@ -32,7 +34,10 @@ def best_fit(packs: Packs, left: np.ndarray, depth: int) -> Packs:
     limit, shortest = len(left) - 1, int(np.argmax(left > 0))
     roomy = {pack: n for pack, n in packs.items() if len(pack) < depth and sum(pack) + shortest <= limit}
     placed = {pack: n for pack, n in packs.items() if pack not in roomy}
-    return add_packs(placed, _as_packs(*_best_fit(*_as_arrays(roomy), left, depth)))
+    opened = _open_packs(*_as_arrays(roomy), depth, limit)
+    nodes, groups = fill_longest_first(left, depth, *opened, len(roomy))
+    groups = groups[groups[:, COUNT] > 0]
+    return add_packs(placed, _as_packs(*unroll(nodes, groups), groups[:, COUNT]))
 
 
 def add_packs(packs: Packs, more: Packs) -> Packs:
@@ -57,11 +62,8 @@ def _as_packs(lengths: np.ndarray, offsets: np.ndarray, repeats: np.ndarray) -> 
 
 
 @njit(cache=True)
-def _fill_slots(slots, offsets, repeats, left):
-    """One content is written at a time, as often as there are packs and sequences for it. A content ends a strategy or
-    uses up a length, so there are at most strategies + 2 * lengths of them."""
-    below = np.arange(len(left)) - 1  # where to look for a length when this one is used up; shortened as we go
-    most = len(repeats) + 2 * np.count_nonzero(left)
+def _fill_slots(slots, offsets, repeats, left, below, most):
+    """One content is written at a time, for as many packs as there are sequences: lengths, offsets, repeats."""
     filled, ends, times = np.empty(1024, np.int64), np.zeros(most + 1, np.int64), np.empty(most, np.int64)
     count = 0
     for strategy in range(len(repeats)):
@@ -77,9 +79,8 @@ def _fill_slots(slots, offsets, repeats, left):
                     end += 1
             if end == first:  # nothing is left for these slots
                 break
-            times[count] = _repeat_content(filled[first:end], left, packs)
+            times[count] = _repeat_content(filled, first, end, left, packs)
             packs -= times[count]
-            filled[first:end] = filled[first:end][::-1].copy()  # ascending
             count += 1
             ends[count] = end
     return filled[: ends[count]], ends[: count + 1], times[:count]
@@ -99,50 +100,44 @@ def _longest_left(slot, left, below):
 
 
 @njit(cache=True)
-def _repeat_content(content, left, packs):
-    """How many of `packs` can have this content, which was taken from `left` once; takes the others too. In place.
+def _repeat_content(filled, first, end, left, packs):
+    """How many of `packs` can have the content filled[first:end], which was taken from `left` once, longest first.
 
-    content: descending, so that copies of a length lie together."""
+    Takes the others too, and turns the content around. In place."""
     times, copies = packs, 0
-    for slot in range(len(content)):
-        copies = copies + 1 if slot and content[slot] == content[slot - 1] else 1
-        times = min(times, (left[content[slot]] + copies) // copies) if _last(content, slot) else times
-    for slot in range(len(content)):
-        left[content[slot]] -= times - 1
+    for slot in range(first, end):
+        length = filled[slot]
+        copies = copies + 1 if slot > first and filled[slot - 1] == length else 1
+        times = min(times, left[length] // copies + 1)  # exact at the last copy; before that it is no less
+    for slot in range(first, end):
+        left[filled[slot]] -= times - 1
+    for slot in range((end - first) // 2):
+        filled[first + slot], filled[end - 1 - slot] = filled[end - 1 - slot], filled[first + slot]
     return times
 
 
 @njit(cache=True)
-def _last(content, slot):
-    return slot + 1 == len(content) or content[slot + 1] != content[slot]
-
-
-@njit(cache=True)
 def _longer(values, size):
-    """The values, or a copy at least twice as long if they are fewer than `size`."""
+    """The values, or a copy twice as long as asked for if they are fewer than `size`."""
     if size <= len(values):
         return values
     longer = np.empty(2 * size, np.int64)
-    longer[: len(values)] = values
+    for i in range(len(values)):  # longer[:n] = values takes Numba five seconds to compile
+        longer[i] = values[i]
     return longer
 
 
 @njit(cache=True)
-def _best_fit(lengths, offsets, repeats, left, depth):
-    """Open the packs in the table of groups, and go on longest-first."""
-    limit = len(left) - 1
+def _open_packs(lengths, offsets, repeats, depth, limit):
+    """The packs as groups: nodes, groups, heads, bits and the number of nodes, for fill_longest_first to go on with."""
     nodes, groups, heads, bits = no_open_packs(limit)
     num_nodes = 0
     for group in range(len(repeats)):
-        nodes, groups = with_room(nodes, num_nodes + offsets[group + 1] - offsets[group]), with_room(groups, group + 1)
-        last, tokens = NONE, 0
+        sequences, last, tokens = offsets[group + 1] - offsets[group], NONE, 0
+        nodes, groups = with_room(nodes, num_nodes + sequences), with_room(groups, group + 1)
         for slot in range(offsets[group + 1] - 1, offsets[group] - 1, -1):
             write_node(nodes, num_nodes, lengths[slot], 1, last)
             last, num_nodes, tokens = num_nodes, num_nodes + 1, tokens + lengths[slot]
-        sequences = offsets[group + 1] - offsets[group]
         write_group(groups, group, repeats[group], limit - tokens, sequences, last)
         keep_open(group, groups, heads, bits, depth)
-    nodes, groups = fill_longest_first(left, depth, nodes, groups, heads, bits, num_nodes, len(repeats))
-    groups = groups[groups[:, COUNT] > 0]
-    lengths, offsets = unroll(nodes, groups)
-    return lengths.astype(np.int64), offsets, groups[:, COUNT].copy()
+    return nodes, groups, heads, bits, num_nodes

@@ -13,11 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-import highspy
 import numpy as np
-
-INFINITE = highspy.kHighsInf
-
 
 PRIMAL, DUAL = 4, 1  # HiGHS's numbers of the simplex methods
 
@@ -29,6 +25,8 @@ class LinearProgram:
     """
 
     def __init__(self, counts: np.ndarray) -> None:
+        import highspy  # half a second: it waits for the first program
+
         self.strategies: list[tuple[int, ...]] = []
         self.work = 0
         self._known: set[tuple[int, ...]] = set()
@@ -36,7 +34,7 @@ class LinearProgram:
         self._highs = highspy.Highs()
         for option, value in (("output_flag", False), ("presolve", "off"), ("threads", 1)):
             self._highs.setOptionValue(option, value)
-        free = np.full(len(counts), INFINITE)
+        free = np.full(len(counts), np.inf)
         self._highs.addRows(len(counts), -free, free, 0, 0 * self._rows, np.empty(0, np.int32), np.empty(0))
         self._add_stand_ins()
         self.demand(counts)
@@ -45,7 +43,7 @@ class LinearProgram:
         """Place these counts from now on, with the same strategies. The old solution stays dual feasible."""
         self._method = DUAL
         self._scale = max(1.0, float(counts.max()) / 1e5)  # HiGHS's tolerances are absolute
-        free = np.full(len(counts), INFINITE)
+        free = np.full(len(counts), np.inf)
         self._highs.changeRowsBounds(len(counts), self._rows, counts / self._scale, free)
 
     def add(self, strategies: Iterable[tuple[int, ...]]) -> int:
@@ -85,4 +83,4 @@ class LinearProgram:
     def _add_columns(self, cost: float, starts, cells, values) -> None:
         n = len(starts)
         arrays = np.asarray(starts, np.int32), np.asarray(cells, np.int32), np.asarray(values, np.float64)
-        self._highs.addCols(n, np.full(n, cost), np.zeros(n), np.full(n, INFINITE), len(cells), *arrays)
+        self._highs.addCols(n, np.full(n, cost), np.zeros(n), np.full(n, np.inf), len(cells), *arrays)

@@ -40,7 +40,7 @@ DIVES = 12
 SOLVING_WORK = 30_000_000
 """Simplex steps * lengths of step 2; Wikipedia's 512 lengths take 2 to 3 million, half a second."""
 
-CLOSING_WORK = 2_000_000
+CLOSING_WORK = 3_000_000
 """The same for steps 3 and 4 once packs are one above the bound; ten times as much while they are further above it."""
 
 DISSOLVED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)

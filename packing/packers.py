@@ -30,7 +30,7 @@ def plan_packs(
     histogram: ArrayLike,
     max_sequence_length: int | None = None,
     max_sequences_per_pack: int | None = None,
-    packer: str | Packer = "spfhp",
+    packer: str | Packer = "optimal",
 ) -> PackPlan:
     """Decide which lengths share a pack.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from functools import cache
 
 import numpy as np
 import torch
@@ -127,6 +129,42 @@ def assign_one_by_one(plan, lengths, seed):
         pack if isinstance(pack, list) else [shares[pack, slot].pop(0) for slot in range(len(strategies[pack][0]))]
         for pack in packs
     ]
+
+
+def fewest_packs(lengths, max_sequence_length, max_sequences_per_pack=None):
+    """The true optimum: try every set of companions for the longest sequence that is left. For ten sequences or so."""
+
+    @cache
+    def fewest(left):
+        if not left:
+            return 0
+        longest, rest = left[0], left[1:]
+        depth = min(len(rest), (max_sequences_per_pack or len(left)) - 1)
+        companions = {chosen for size in range(depth + 1) for chosen in itertools.combinations(rest, size)}
+        fitting = [chosen for chosen in companions if longest + sum(chosen) <= max_sequence_length]
+        return 1 + min(fewest(without(rest, chosen)) for chosen in fitting)
+
+    return fewest(tuple(sorted(lengths, reverse=True)))
+
+
+def without(values, taken):
+    """(5, 3, 3, 2) without (3, 2) -> (5, 3)"""
+    left = list(values)
+    for value in taken:
+        left.remove(value)
+    return tuple(left)
+
+
+def martello_toth(lengths, limit):
+    """L2 as in the book: three classes of lengths for every threshold."""
+    best = 0
+    for k in range(1, limit // 2 + 1):
+        large = [x for x in lengths if x > limit - k]
+        middle = [x for x in lengths if limit - k >= x > limit / 2]
+        small = [x for x in lengths if limit / 2 >= x >= k]
+        beside = len(middle) * limit - sum(middle)
+        best = max(best, len(large) + len(middle) + max(0, -(-(sum(small) - beside) // limit)))
+    return best
 
 
 def trim(row, mask):

@@ -72,7 +72,7 @@ def test_padded_rows_are_the_plan_of_depth_one():
 
 def test_the_best_bound_found_counts_for_every_plan():
     def proving(histogram, max_sequence_length, max_sequences_per_pack):
-        """Five sequences of 4 in rows of 11 need ceil(5 / 2) = 3 rows: more than their tokens say, ceil(20 / 11) = 2."""
+        """Five sequences of 4 in rows of 11 need ceil(5 / 2) = 3 rows; their tokens say ceil(20 / 11) = 2."""
         plan = spread_out(histogram, max_sequence_length, max_sequences_per_pack)
         arrays = plan.strategy_lengths, plan.strategy_offsets, plan.repeats
         return PackPlan(max_sequence_length, max_sequences_per_pack, *arrays, "proving", proven_bound=3)
