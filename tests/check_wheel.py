@@ -18,6 +18,7 @@ def main() -> None:
     check((where.parent / "py.typed").exists(), "packing/py.typed is not in the wheel")
     for name in ("collate", "bert_pretrain"):
         check(importlib.util.find_spec(name) is not None, f"{name} is not in the wheel")
+    check(packing.published_histogram("squad").sum() == 88_641, "the published histograms are not in the wheel")
     with tempfile.TemporaryDirectory() as folder:
         check_packing(Path(folder) / "packed")
     check(not {"torch", "transformers"} & set(sys.modules), "packing imports torch or transformers")
