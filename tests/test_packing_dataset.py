@@ -452,3 +452,24 @@ def test_planning_copies_no_token(caplog):
         packing = prepare_packing(long_source(), 8)
     assert (packing.plan.num_packs, packing.facts.num_packs) == (2, 2)  # 7 | 5 + 3
     assert not caplog.records
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 2, 2], [1, 1, 1, -1]])
+def test_a_mask_that_numbers_sequences_is_refused(mask):
+    """Taken for ones it would make one sequence of several."""
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 2, "attention_mask": [[1, 1, 1, 1], mask]})
+    with pytest.raises(ValueError, match="values other than 0 and 1 in row 1"):
+        pack_dataset(rows, max_sequence_length=8)
+
+
+def test_a_failure_leaves_what_others_wrote(tmp_path):
+    """Two runs make the same parent; the one that fails must not take the other's output along."""
+    from packing.folder import new_folder
+
+    with pytest.raises(OSError, match="disk"), new_folder(tmp_path / "new" / "b"):
+        (tmp_path / "new" / "a").mkdir()
+        raise OSError("disk full")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+    with pytest.raises(OSError, match="disk"), new_folder(tmp_path / "other" / "deep" / "b"):
+        raise OSError("disk full")
+    assert not (tmp_path / "other").exists()

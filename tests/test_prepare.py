@@ -333,7 +333,7 @@ def test_sequences_survive_the_end_of_a_batch(prepared, tmp_path, monkeypatch):
 
 
 def test_summary_table():
-    numbers = SplitSummary(10, 40, 20, 1280, 3, 12, 128)
+    numbers = SplitSummary(10, 40, 20, 1280, 3, 64, 12, 128)
     assert summary_table({"train": numbers}).splitlines() == [
         "                               train",
         "documents                         10",
@@ -341,6 +341,7 @@ def test_summary_table():
         "sequences                         20",
         "tokens                         1,280",
         "tokens dropped                     3",
+        "unknown tokens                 5.00%",
         "random next                    60.0%",
         "mean length                     64.0",
         "padding, unpacked              50.0%",
@@ -381,7 +382,7 @@ def test_wrong_configurations(wrong, error, message):
 
 def test_existing_output_is_refused_and_failures_leave_nothing(text_file, tmp_path):
     (tmp_path / "there").mkdir()
-    with pytest.raises(FileExistsError, match="there' exists; delete it or name another folder"):
+    with pytest.raises(FileExistsError, match="there' exists already; choose another folder"):
         prepare(PrepareConfig(text=[str(text_file)], output=str(tmp_path / "there")))
     # Two documents: one of them for the test split leaves one to train on.
     with pytest.raises(ValueError, match=r"train split: .*there are 1 documents"):
@@ -396,3 +397,12 @@ def test_config_is_a_command_line():
         ["--text", "a.txt", "b", "--output", "out", "--objective", "none", "--max_sequence_length", "128"]
     )
     assert config == PrepareConfig(text=["a.txt", "b"], output="out", objective="none", max_sequence_length=128)
+
+
+def test_writing_systems_of_many_characters_keep_them():
+    """6,000 characters, as Chinese has: the vocabulary that is asked for has room, and so none becomes [UNK]."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(chr(0x4E00 + c) for c in rng.permutation(6000)) for _ in range(3)]
+    tokenizer = train_tokenizer(texts, vocab_size=13_000)
+    ids = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    assert len(ids) == 6000 and tokenizer.unk_token_id not in ids
