@@ -86,7 +86,7 @@ def test_several_threads_may_assign_at_once():
 
 
 def test_memory():
-    """20 bytes per sequence at most, and that only where nearly every sequence has a pack and none is of a lone length."""
+    """20 bytes per sequence at most: nearly as many packs as sequences, and no lone length, is the worst."""
     count = 500_000
     worst = PackPlan.from_strategies([(1,), (1, 1)], [count - 2, 1], 2)
     for plan, lengths in [(worst, np.ones(count, np.int64)), many_sequences()]:
