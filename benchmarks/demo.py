@@ -41,7 +41,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for data, checkpoint and plot")
     parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS, help="optimizer steps of bert-pretrain train")
     parser.add_argument("--seconds", type=float, default=120, help="time for the comparison; it ends with a block")
+    parser.add_argument("--hidden-size", type=int, default=MODEL["hidden_size"], help="64 to each attention head")
+    parser.add_argument("--layers", type=int, default=MODEL["num_hidden_layers"], help="layers of the model")
     options = parser.parse_args()
+    MODEL.update(
+        hidden_size=options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, options.hidden_size // 64),
+    )
 
     prepare(options.output)
     train(options.output, options.train_steps)
@@ -241,6 +248,7 @@ def table(results: dict) -> str:
     padded = np.array(arms["padded"]["tokens_per_second"])
     lines = [
         "",
+        f"{MODEL['num_hidden_layers']} layers of {MODEL['hidden_size']}, "
         f"max_sequence_length {MAX_LENGTH}, packing factor {packing_factor:.3f}, "
         f"{len(padded)} interleaved blocks of {STEPS_PER_BLOCK} steps, {SEQUENCES_PER_STEP} sequences per step",
         "",
