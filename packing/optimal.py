@@ -1,16 +1,18 @@
 """Packing that is provably near the optimum: the cutting-stock linear program, then a dive to whole numbers.
 
-1. Pack shortest-first and longest-first. If the better plan meets a cheap lower bound, it is optimal: done.
+1. Pack shortest-first and longest-first. If the fewer packs meet a cheap lower bound, they are optimal: done.
 2. Solve the linear program over strategies (Gilmore & Gomory 1961), beginning with those of step 1: price, add the best
-   strategies, solve again, until its proof of a lower bound cannot get better.
-3. Dive: take the whole part of its repeats, then round up the largest fractions; fill the slots, longest first; solve
-   again for what is left. After each step best fit packs what is left: keep the fewest packs seen.
-4. While packs exceed the bound: take one or two packs of every strategy apart, and dive again.
-5. A pack too long for pricing is planned in coarser units: lengths rounded up for the slots, down for the bound.
+   strategies, solve again, until the lower bound that the prices prove cannot get better.
+3. Dive: take the whole part of the solution and round a few of the largest fractions up; fill the slots, longest first;
+   solve for what is left, and so on. After each step best fit packs what is left: keep the fewest packs seen.
+4. While they exceed the bound: take one or two packs of every strategy apart, and dive again.
+5. A pack of more than PRICED_SLOTS tokens is planned in coarser units, with lengths rounded up; rounded down they prove
+   a bound. That is done only where step 1 misses the cheap bound by more than TOLERANCE.
 
-Budgets count simplex steps and rounds, so a plan is the same on every machine; only a time_limit looks at the clock.
-Gilmore & Gomory's bound rounded up is met or missed by one on nearly every histogram (the modified integer round-up
-property), and the plan says which: plan.lower_bound is exact.
+The linear program's bound, rounded up, is nearly always met or missed by one pack (the modified integer round-up
+property); plan.lower_bound says what is proven for this histogram. The time does not depend on the counts: up to 512
+tokens 2 seconds, up to 1024 and in coarser units some seconds. Budgets count simplex steps, so that a plan is the same
+every time; only a time_limit looks at the clock.
 """
 
 from __future__ import annotations
@@ -28,23 +30,22 @@ from .lpfhp import lpfhp
 from .plan import PackPlan
 from .spfhp import spfhp
 
-LONGEST_EXACT, COARSE_SLOTS = 1024, 512
-"""Packs of more token slots are planned in coarser units, COARSE_SLOTS of them or a few less in a pack ..."""
+PRICED_SLOTS = 1024
+"""Token slots of the longest packs that are priced token by token."""
 
 TOLERANCE = 1 / 500
-"""... if the packs of step 1 exceed the cheap bound by more than this part of it. Up to LONGEST_EXACT it is 0."""
+"""Packs above the cheap bound, as a part of it, that make step 5 not worth its seconds."""
 
 STRATEGIES_PER_ROUND, STRATEGIES_PER_LENGTH = 200, 3
-ROUNDS = 300
-DIVES = 12
-SOLVING_WORK = 30_000_000
-"""Simplex steps * lengths of step 2; Wikipedia's 512 lengths take 2 to 3 million, half a second."""
+ROUNDS, DIVES = 300, 12
+SOLVING_WORK = 60_000_000
+"""Simplex steps * lengths of step 2, about eight seconds' worth; Wikipedia's 512 lengths take 2 million."""
 
 CLOSING_WORK = 3_000_000
 """The same for steps 3 and 4 once packs are one above the bound; ten times as much while they are further above it."""
 
 DISSOLVED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-"""Shares of the emptiest packs that are taken apart after planning in coarser units."""
+"""Shares of the emptiest packs that step 5 tries to place by best fit, which sees the tokens that rounding hides."""
 
 ROUND_UP, LARGEST_PART = 0.7, 8
 """A dive rounds up fractions above ROUND_UP, at most one in LARGEST_PART of them a step, and always one."""
@@ -58,7 +59,7 @@ def optimal(
 ) -> PackPlan:
     """Pack a checked histogram into the fewest packs, or nearly: plan.num_packs - plan.lower_bound says how nearly.
 
-    {4: 1, 3: 1, 2: 3} into 7 slots -> 3 2 2 | 4 2; best fit, which puts 3 beside 4, needs a third pack? No: 2 2 2 fit.
+    {4: 1, 3: 2, 2: 3} into 8 slots -> (2, 3, 3) x 1, (2, 2, 4) x 1; best fit begins with 4 + 3 and needs three packs
 
     time_limit: seconds after which no further step begins; the plan then depends on the machine. None: budgets of work.
     """
@@ -66,7 +67,7 @@ def optimal(
     simple = min((pack(histogram, *limits) for pack in (lpfhp, spfhp)), key=lambda plan: plan.num_packs)
     search = Search(histogram, *limits, None if time_limit is None else monotonic() + time_limit)
     search.keep(_packs_of(simple))
-    if max_sequence_length <= LONGEST_EXACT:
+    if max_sequence_length <= PRICED_SLOTS:
         search.run()
     elif search.gap > TOLERANCE * search.bound:
         search.run_coarsely()
@@ -115,7 +116,7 @@ class Search:
     def run_coarsely(self) -> None:
         """Step 5. What fits in coarser units, rounded up, fits; what does not fit, rounded down, does not."""
         length, depth = self.limits
-        unit = -(-length // COARSE_SLOTS)
+        unit = -(-length // PRICED_SLOTS)
         capacity, lengths = length // unit, np.arange(length + 1)
         down = Search(_regroup(self.histogram, lengths // unit), capacity, depth, self.deadline)
         down.solve()

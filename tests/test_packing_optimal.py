@@ -159,7 +159,7 @@ def test_long_packs_stay_in_seconds(limit, depth):
     histogram = length_histogram(np.clip(draw.lognormal(np.log(limit / 6), 0.8, 50_000).astype(int), 1, limit), limit)
     start = process_time()
     plan = plan_packs(histogram, max_sequences_per_pack=depth, packer="optimal")
-    assert process_time() - start < 10
+    assert process_time() - start < 20
     assert plan.num_packs <= fewest_of(histogram, limit, depth)
     assert plan.num_packs <= plan.lower_bound * 1.01  # best fit: 6 % above it at depth 8, 7 % at depth 3
 
