@@ -2,6 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# The first call of a kernel compiles it: no example has a time limit.
+settings.register_profile("compiled", deadline=None)
+settings.load_profile("compiled")
 
 
 def make_tokenizer():
