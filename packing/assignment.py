@@ -131,6 +131,7 @@ class _Team:
 
 
 def checked_seed(seed: int) -> np.uint64:
+    """The seed as the kernels take it. Raises ValueError for what is no whole number of 64 bits."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed!r} must be a whole number, 0 to 2**64 - 1")
     return np.uint64(seed)

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The options of `pack-dataset`."""
     parser = argparse.ArgumentParser(
         prog="pack-dataset",
         description="Pack the sequences of a tokenized dataset into rows of one length, without padding.",

@@ -193,6 +193,7 @@ def expected_longest(histogram: np.ndarray, sequences: int) -> float:
 
 
 def depth_name(max_sequences_per_pack: int | None) -> str:
+    """A depth limit in words: None -> "no limit", 1000 -> "1,000"."""
     return "no limit" if max_sequences_per_pack is None else f"{max_sequences_per_pack:,}"
 
 

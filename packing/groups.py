@@ -50,11 +50,13 @@ def unroll(nodes, groups):
 
 @njit(cache=True)
 def write_node(nodes, node, length, copies, before):
+    """Fill one row of nodes, in place."""
     nodes[node, LENGTH], nodes[node, COPIES], nodes[node, BEFORE] = length, copies, before
 
 
 @njit(cache=True)
 def write_group(groups, group, packs, space, depth, last):
+    """Fill one row of groups, in place; no group comes after it yet."""
     groups[group, COUNT], groups[group, SPACE], groups[group, DEPTH] = packs, space, depth
     groups[group, LAST], groups[group, NEXT] = last, NONE
 
