@@ -16,7 +16,7 @@ from .histogram import as_lengths, check_lengths
 from .plan import PackPlan
 from .prefetch import prefetch
 
-NONE = -1
+EIGHT_PLACES = np.uint64(7)
 NO_LENGTH = np.uint64(0)  # the stream of the order of packs: no sequence has length 0
 SEQUENCES_PER_THREAD = 1 << 18  # a thread is not worth its start for fewer
 PACKS_AT_A_TIME = 1024
@@ -100,9 +100,9 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
         starts = np.where(is_lone, lone_starts[:-1], shared_starts[:-1])
         _sort_by_length(lengths, (starts + _before(counts)).astype(index_type), by_length, team)
         _shuffle_lengths(by_length, shared_starts, sequence_indices, seed, team)
-        _lay_out_strategies(_shared_repeats(plan, is_lone), len(lengths), packs[lone_starts[-1] - num_shared :])
+        _lay_out_strategies(plan, is_lone, len(lengths), packs[lone_starts[-1] - num_shared :], team)
         _shuffle_packs(packs, sequence_indices, np.uint64(make_key(seed, NO_LENGTH)), team)
-        pack_offsets = np.empty(plan.num_packs + 1, np.int64)
+        pack_offsets = np.empty(plan.num_packs + 1, _index_type(len(lengths) + 1))
         _fill_packs(plan, is_lone, packs, by_length, sequence_indices, pack_offsets, team)
     return Assignment(sequence_indices, pack_offsets)
 
@@ -154,7 +154,7 @@ def _checked_counts(plan: PackPlan, lengths: np.ndarray, team: _Team) -> np.ndar
     """(threads, max_sequence_length + 1) sequences of each length in each part; in all, those the plan was made for."""
     parts = team.parts(len(lengths))
     counts = np.zeros((team.size, plan.max_sequence_length + 1), np.int64)
-    if max(team.run(_count_lengths, [(lengths[a:b], counts[i]) for i, (a, b) in enumerate(parts)])) != NONE:
+    if not all(team.run(_count_lengths, [(lengths[a:b], counts[i]) for i, (a, b) in enumerate(parts)])):
         check_lengths(lengths, plan.max_sequence_length)
     found, planned = counts.sum(0), plan.histogram()
     if not np.array_equal(found, planned):
@@ -202,6 +202,11 @@ def _shuffle_lengths(by_length, starts, scratch, seed, team: _Team) -> None:
     team.run(_shuffle_each_length, shares)
 
 
+def _lay_out_strategies(plan, is_lone, num_sequences, packs, team: _Team) -> None:
+    starts = _starts(_shared_repeats(plan, is_lone))
+    team.run(_lay_out_part, [(starts, a, num_sequences, packs[a:b]) for a, b in team.parts(len(packs))])
+
+
 def _shuffle_packs(packs, scratch, key, team: _Team) -> None:
     """draws.shuffle by several threads, and by buckets however few packs there are."""
     parts = team.parts(len(packs))
@@ -245,13 +250,28 @@ def _slot_starts(plan: PackPlan, repeats: np.ndarray) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _count_lengths(lengths, counts):
-    """Add to counts, by length. Returns the first index whose length counts has no place for, or NONE."""
-    for i in range(len(lengths)):
-        length = np.int64(lengths[i])
-        if length < 1 or length >= len(counts):
-            return i
-        counts[length] += 1
-    return NONE
+    """Add to counts, by length. Returns whether counts has a place for every length.
+
+    The halves are counted side by side, each in a table of its own: where one length is frequent, a processor waits for
+    the last addition to a counter before the next one.
+    """
+    half = np.uint64(len(lengths) // 2)
+    first, second = np.zeros(len(counts), np.int64), np.zeros(len(counts), np.int64)
+    longest = np.uint64(len(counts) - 1)
+    for i in range(half):
+        length, other = np.uint64(lengths[i]), np.uint64(lengths[i + half])
+        if length - ONE >= longest or other - ONE >= longest:  # 0 and negative lengths wrap to huge numbers
+            return False
+        first[length] += 1
+        second[other] += 1
+    if len(lengths) % 2:
+        length = np.uint64(lengths[-1])
+        if length - ONE >= longest:
+            return False
+        first[length] += 1
+    for i in range(len(counts)):
+        counts[i] += first[i] + second[i]
+    return True
 
 
 @njit(cache=True, nogil=True)
@@ -274,21 +294,27 @@ def _shuffle_each_length(by_length, starts, first, scratch, seed):
 
 
 @njit(cache=True, nogil=True)
-def _lay_out_strategies(repeats, num_sequences, packs):
-    """Number each strategy s as num_sequences + s, as often as it repeats: fills packs."""
+def _lay_out_part(starts, first, num_sequences, packs):
+    """Number each strategy s as num_sequences + s, from starts[s] to starts[s + 1]; packs[0] is number `first`."""
+    strategy = np.searchsorted(starts, first, side="right") - 1
     pack = 0
-    for strategy in range(len(repeats)):
-        for _ in range(repeats[strategy]):
-            packs[pack] = num_sequences + strategy
-            pack += 1
+    while pack < len(packs):
+        end = min(starts[strategy + 1] - first, len(packs))
+        for i in range(pack, end):
+            packs[i] = num_sequences + strategy
+        pack = max(pack, end)
+        strategy += 1
 
 
 @njit(cache=True, nogil=True)
 def _count_strategies(packs, num_sequences, counts):
-    """Add to counts, by strategy; the last counts lone sequences."""
+    """Add to counts, by strategy; the last counts lone sequences, in turns in 8 places, so that none has to wait."""
     lone = np.uint64(len(counts) - 1)
+    found = np.zeros(len(counts) + 7, np.int64)
     for pack in packs:
-        counts[min(np.uint64(pack) - np.uint64(num_sequences), lone)] += 1
+        found[min(np.uint64(pack) - np.uint64(num_sequences), lone + np.uint64(pack & EIGHT_PLACES))] += 1
+    for strategy in range(len(found)):
+        counts[min(strategy, len(counts) - 1)] += found[strategy]
 
 
 @njit(cache=True, nogil=True)

@@ -47,7 +47,7 @@ def shuffle(values, scratch, key):
        and touches memory in order.
     """
     if len(values) <= IN_CACHE:
-        fisher_yates(values, key)
+        fisher_yates(values, values, key)
         return
     first = np.int64(0)  # a plain 0 has a type of its own, for which Numba would compile the three once more
     counts, free, starts = np.zeros(BUCKETS, np.int64), np.empty(BUCKETS, np.int64), np.empty(BUCKETS + 1, np.int64)
@@ -87,18 +87,17 @@ def deal(values, first, key, free, dealt):
 
 @njit(cache=True, nogil=True)
 def shuffle_buckets(dealt, starts, first, key, values):
-    """Shuffle each bucket of dealt, bucket `first` from starts[0] to starts[1] and so on, and copy it into values."""
+    """Shuffle each bucket of dealt, bucket `first` from starts[0] to starts[1] and so on, into values. Spoils dealt."""
     for bucket in range(len(starts) - 1):
         start, end = starts[bucket], starts[bucket + 1]
-        fisher_yates(dealt[start:end], make_key(key, np.uint64(first + bucket + 1)))
-        for i in range(start, end):  # values[start:end] = dealt[start:end] takes Numba seconds to compile
-            values[i] = dealt[i]
+        fisher_yates(dealt[start:end], values[start:end], make_key(key, np.uint64(first + bucket + 1)))
 
 
 @njit(cache=True, nogil=True)
-def fisher_yates(values, key):
-    """Swap each value with one at or before it. Draws below a bound by Lemire's method (2019): a product, no remainder,
-    and a second draw only where the first would favour small numbers. A word of 64 bits serves for two draws."""
+def fisher_yates(values, shuffled, key):
+    """Shuffle values into `shuffled`; spoils values. Both may be one array: then each is swapped with one at or before
+    it. Draws below a bound by Lemire's method (2019): a product, no remainder, and a second draw only where the first
+    would favour small numbers. A word of 64 bits serves for two draws."""
     state = key
     bound = np.uint64(len(values))
     while bound > ONE:
@@ -113,5 +112,9 @@ def fisher_yates(values, key):
                     product = (mix(state) >> HALF) * bound
             other = product >> HALF
             bound -= ONE
-            values[bound], values[other] = values[other], values[bound]
+            chosen = values[other]
+            values[other] = values[bound]
+            shuffled[bound] = chosen
             word <<= HALF
+    if len(values) > 0:
+        shuffled[0] = values[0]
