@@ -27,8 +27,7 @@ def lower_bound(histogram: np.ndarray, max_sequence_length: int, max_sequences_p
 
 def counting_bound(histogram: np.ndarray, max_sequence_length: int) -> int:
     """ceil(tokens / max_sequence_length)."""
-    lengths = np.flatnonzero(histogram)
-    tokens = sum(a * b for a, b in zip(lengths.tolist(), histogram[lengths].tolist(), strict=True))
+    tokens = int((_exact(histogram, max_sequence_length) * np.arange(max_sequence_length + 1)).sum())
     return -(-tokens // max_sequence_length)
 
 

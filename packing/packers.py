@@ -75,7 +75,9 @@ def _checked_histogram(histogram: ArrayLike) -> np.ndarray:
         raise ValueError(f"the histogram counts {array[0]} sequences of length 0 (index 0); leave empty sequences out")
     if not array.any():
         raise ValueError("the histogram is empty: it counts no sequence of any length, so there is nothing to pack")
-    tokens = sum(length * count for length, count in enumerate(array.tolist()))
+    tokens = int(array.astype(np.float64) @ np.arange(len(array)))
+    if tokens >= 2**62:  # near the limit floats will not do
+        tokens = sum(length * count for length, count in enumerate(array.tolist()))
     if tokens >= 2**63:
         raise ValueError(f"the histogram counts {tokens} tokens, more than 2**63 - 1; pack it in several parts")
     return array.astype(np.int64)

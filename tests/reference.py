@@ -42,6 +42,39 @@ def best_fit_decreasing(lengths, max_sequence_length, max_sequences_per_pack=Non
     return packs
 
 
+def pack_histogram(histogram, max_sequence_length, max_sequences_per_pack=None, emptiest=True):
+    """The paper's SPFHP (emptiest) and LPFHP in plain Python: alike packs are counted, not listed. Returns the packs.
+
+    Longest first; sequences of one length go into alike packs at once: one each into those with the most space, or as
+    many as fit into those with the least that suffices.
+    """
+    depth = max_sequences_per_pack or max_sequence_length
+    open_packs = {}  # space left -> {lengths: packs}
+    closed = 0
+    for length in range(max_sequence_length, 0, -1):
+        left = int(histogram[length])
+        while left:
+            spaces = [space for space in open_packs if space >= length]
+            if spaces:
+                space = max(spaces) if emptiest else min(spaces)
+                lengths, packs = open_packs[space].popitem()
+            else:
+                space, lengths, packs = max_sequence_length, (), left
+            copies = 1 if emptiest else min(space // length, depth - len(lengths), left)
+            placed = min(packs, left // copies)
+            if spaces and placed < packs:
+                open_packs[space][lengths] = packs - placed
+            elif spaces and not open_packs[space]:
+                del open_packs[space]
+            left, lengths, space = left - copies * placed, (*lengths, *[length] * copies), space - copies * length
+            if len(lengths) == depth or not space:
+                closed += placed
+            else:
+                alike = open_packs.setdefault(space, {})
+                alike[lengths] = alike.get(lengths, 0) + placed
+    return closed + sum(sum(alike.values()) for alike in open_packs.values())
+
+
 def strategies_that_fill(total, depth, shortest=1):
     """Ascending lengths, at most `depth`, that sum to total exactly: 4, 3 -> (1, 1, 2), (1, 3), (2, 2), (4,)."""
     if depth > 1:
