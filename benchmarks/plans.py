@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +59,12 @@ def depths(repeats: int) -> Iterator[str]:
         histogram = published_histogram(CORPORA[corpus])
         plans, seconds = {}, {}
         for name in PACKERS:
-            plans[name], seconds[name] = least_time(lambda n=name: plan_packs(histogram, None, depth, n), repeats)
+            plans[name], seconds[name] = least_time(partial(plan_packs, histogram, None, depth, name), repeats)
         bound = max(plan.lower_bound for plan in plans.values())
         for name, plan in plans.items():
             above = f"{plan.num_packs - bound:,} ({plan.num_packs / bound - 1:.3%})"
-            yield f"| {corpus} | {depth or 'none'} | {name} | {plan.num_packs:,} | {above} | {seconds[name] * 1e3:,.1f} |"
+            milliseconds = f"{seconds[name] * 1e3:,.1f}"
+            yield f"| {corpus} | {depth or 'none'} | {name} | {plan.num_packs:,} | {above} | {milliseconds} |"
 
 
 def subsamples(repeats: int) -> Iterator[str]:
@@ -73,7 +75,7 @@ def subsamples(repeats: int) -> Iterator[str]:
         lengths = draw.choice(len(published), int(draw.integers(3_000, 20_001)), p=published / published.sum())
         for depth in (3, 4, None):
             histogram = length_histogram(lengths, len(published) - 1)
-            plan, seconds = least_time(lambda h=histogram, d=depth: plan_packs(h, None, d), repeats)
+            plan, seconds = least_time(partial(plan_packs, histogram, None, depth), repeats)
             gaps.append(plan.num_packs - plan.lower_bound)
             times.append(seconds)
     yield (
@@ -93,16 +95,16 @@ def twins(repeats: int) -> Iterator[str]:
             limit, as_list = len(histogram) - 1, histogram.tolist()
             (plan, seconds), (packs, slow) = least_times(
                 [
-                    lambda: PACKERS[name](histogram, limit, depth),
-                    lambda: reference.pack_histogram(as_list, limit, depth, emptiest=name == "spfhp"),
+                    partial(PACKERS[name], histogram, limit, depth),
+                    partial(reference.pack_histogram, as_list, limit, depth, emptiest=name == "spfhp"),
                 ],
                 repeats,
             )
             yield twin_line(corpus, depth, name, seconds, slow, f"{plan.num_packs:,}", f"{packs:,}")
     for corpus in CORPORA:
         histogram = histograms[corpus]
-        plan, seconds = least_time(lambda: PACKERS["nnlshp"](histogram, len(histogram) - 1, 3), repeats)
-        _, slow = least_time(lambda: reference.dense_nnls(histogram, 3), 1)
+        plan, seconds = least_time(partial(PACKERS["nnlshp"], histogram, len(histogram) - 1, 3), repeats)
+        _, slow = least_time(partial(reference.dense_nnls, histogram, 3), 1)
         yield twin_line(corpus, 3, "nnlshp", seconds, slow, f"{plan.num_packs:,}", "solves only")
 
 
@@ -120,7 +122,7 @@ def counts(repeats: int) -> Iterator[str]:
     few, many = (np.floor(shares * total).astype(np.int64) for total in (10**6, 10**12))
     for name in PACKERS:
         (_, a), (_, b) = least_times(
-            [lambda: plan_packs(few, None, 3, name), lambda: plan_packs(many, None, 3, name)], repeats
+            [partial(plan_packs, histogram, None, 3, name) for histogram in (few, many)], repeats
         )
         yield f"| {name}, depth 3 | {a * 1e3:,.1f} | {b * 1e3:,.1f} | {b / a:.2f} |"
 

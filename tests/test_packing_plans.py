@@ -63,6 +63,7 @@ def test_histogram_refuses(lengths, limit, message):
     ids=["wiki-2", "wiki-3", "wiki-4", "wiki-8", "wiki", "squad-3", "squad"],
 )
 def test_spfhp_is_as_good_as_published(histogram, depth, published_packs, bound):
+    assert reference.pack_histogram(histogram, len(histogram) - 1, depth) == published_packs  # the slow twin is exact
     plan = plan_packs(histogram, max_sequences_per_pack=depth, packer="spfhp")
     assert bound == plan.lower_bound <= plan.num_packs <= published_packs
     assert plan.num_sequences == histogram.sum()
@@ -102,6 +103,34 @@ def test_plan_covers_the_histogram(name, histogram, depth):
     assert 0 < plan.packing_efficiency == plan.num_tokens / (len(packs) * limit) <= 1
     assert plan.lower_bound <= plan.num_packs
     assert plan.equals(plan_packs(histogram, max_sequences_per_pack=depth, packer=name))
+
+
+@st.composite
+def shaped_histograms(draw):
+    """Few or many lengths, spikes, one length, all above half; counts up to 10**12; depth 1 to beyond the deepest."""
+    limit = draw(st.sampled_from([1, 2, 3, 16, 64, 130]))
+    shortest = draw(st.sampled_from([1, limit // 2 + 1, limit]))
+    lengths = draw(st.lists(st.integers(shortest, limit), min_size=1, max_size=80, unique=True))
+    count = draw(st.sampled_from([st.just(1), st.integers(1, 9), st.integers(1, 10**12), st.sampled_from([1, 10**12])]))
+    histogram = np.zeros(limit + 1, np.int64)
+    histogram[lengths] = draw(st.lists(count, min_size=len(lengths), max_size=len(lengths)))
+    return histogram, draw(st.none() | st.integers(1, limit + 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(shaped_histograms())
+def test_every_packer_on_every_shape(case):
+    histogram, depth = case
+    plans = {name: plan_packs(histogram, max_sequences_per_pack=depth, packer=name) for name in PACKERS}
+    for plan in plans.values():
+        placed = [0] * len(histogram)
+        for strategy, repeats in zip(plan.strategies, plan.repeats.tolist(), strict=True):
+            assert sum(strategy) < len(histogram) and len(strategy) <= (depth or len(histogram)) and repeats > 0
+            for length in strategy:
+                placed[length] += repeats
+        assert placed == histogram.tolist()
+        assert max(plan.lower_bound for plan in plans.values()) <= plan.num_packs
+    assert plans["optimal"].num_packs == min(plan.num_packs for plan in plans.values())
 
 
 @pytest.mark.parametrize("name", [name for name in PACKERS if name != "nnlshp"])  # least squares promise nothing here
