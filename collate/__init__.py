@@ -7,12 +7,18 @@ from collate.layout import PackLayout
 
 if TYPE_CHECKING:
     from collate.collator import DataCollatorWithPacking
+    from collate.isolation import isolate_sequences, position_ids_start
     from collate.trainer import PackedTrainer
 
 # transformers' Trainer takes ten seconds to import: whoever only wants a layout should not wait for it.
-_LAZY = {"DataCollatorWithPacking": "collate.collator", "PackedTrainer": "collate.trainer"}
+_LAZY = {
+    "DataCollatorWithPacking": "collate.collator",
+    "PackedTrainer": "collate.trainer",
+    "isolate_sequences": "collate.isolation",
+    "position_ids_start": "collate.isolation",
+}
 
-__all__ = ["DataCollatorWithPacking", "PackLayout", "PackedTrainer"]
+__all__ = ["DataCollatorWithPacking", "PackLayout", "PackedTrainer", "isolate_sequences", "position_ids_start"]
 
 
 def __getattr__(name: str):
