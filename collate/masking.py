@@ -4,11 +4,16 @@ The same sequence gets the same masks in whatever pack, batch, worker or rank it
 changes nothing, and packed and unpacked training can be compared number by number. The draws come from a counter-based
 generator (`packing.draws`): draw k of a sequence is mix(key + k * STEP), its key is mixed from (seed, epoch, index).
 
-Source: Devlin et al. 2019 (arXiv 1810.04805), section 3.1 and appendix A.1; the count per sequence is that of its
-published data pipeline: min(candidates, max(1, round(probability * length))).
+1. Words: each token starts a word, continues one, or is in none. Unless whole words are asked for, each is a word.
+2. Choose words: an exact count (BERT), independent draws (transformers), or spans of words (SpanBERT).
+3. Corrupt what was chosen: 80 % [MASK], 10 % a random ordinary token, 10 % as they were.
+
+Sources: Devlin et al. 2019 (arXiv 1810.04805), section 3.1 and appendix A.1, and its published data pipeline
+(create_masked_lm_predictions), whence the count and whole words; Joshi et al. 2020 (arXiv 1907.10529), section 3.1.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 
 import numpy as np
 from numba import njit
@@ -18,55 +23,231 @@ from packing.draws import STEP, make_key, mix
 IGNORED = -100
 """The label of a position where nothing is predicted (the value that torch's cross-entropy ignores)."""
 
-MASKING = ("exact", "independent")
+MASKING = ("exact", "independent", "span")
+
+NO_WORD, CONTINUES, STARTS = np.int8(-1), np.int8(0), np.int8(1)  # a token's part in a word
+NOT_CHOSEN = -1
 
 _DRAWS_PER_TOKEN = np.uint64(3)  # chosen? corrupted how? which random word?
+_KIND, _RANDOM_WORD = np.uint64(1), np.uint64(2)
+_ORDER, _SPAN_LENGTH = np.uint64(1), np.uint64(2)  # streams of draws that belong to no token
 
 
 @dataclass(frozen=True, eq=False)
 class MaskingRule:
     """How the tokens to predict are chosen and corrupted.
 
-    probability: share of a sequence's tokens that are predicted, in (0, 1).
-    masking: "exact" = exactly min(candidates, max(1, round(probability * length))) tokens, BERT's rule;
-        "independent" = each ordinary token by its own draw, and one of them where all draws say no.
-    mask_token_id: what 80 % of them become; 10 % become a random ordinary token, 10 % stay.
+        "exact"        [CLS] the cat [MASK] on the mat [SEP]     round(0.15 * 8) = 1 token
+        "independent"  [CLS] the [MASK] sat on [MASK] mat [SEP]  each with probability 0.15, so 0.9 on average
+        "span"         [CLS] the [MASK] [MASK] on the mat [SEP]  of 2 to predict: neighbours
+
+    mlm_probability: share of a sequence's tokens to predict, in (0, 1].
+    masking: "exact" = a budget of max(1, round(mlm_probability * length)) tokens, special ones counted in the length,
+        and all of it spent where there are as many ordinary ones;
+        "independent" = each ordinary token by its own draw, and one of them where all draws say no;
+        "span" = the budget of "exact", spent on spans that start at random words: 1 to max_span_length words of one
+        run without special tokens, their number geometric; a span ends early where another lies or the budget ends.
+    mask_token_id: the token of a masked position.
     is_special_V: (V,) bool; special tokens are never predicted and never drawn as random words.
+    mask_replace_prob, random_replace_prob: shares of the predicted tokens that become mask_token_id, and a random
+        ordinary token; the others stay. Decided per token, but per span with "span", as in SpanBERT: all its tokens
+        are masked, or replaced by a random token each, or stay.
+    whole_word_mask: choose words, all tokens of each. "independent": a draw per word. "exact": words in random order,
+        those left out that exceed the rest of the budget, so now and then it is not spent to the end. Where no word
+        fits into the budget, the first in that order is predicted all the same: a sequence with ordinary tokens never
+        goes without.
+    continues_word_V: (V,) bool, tokens that continue the word before them; see `word_continuations`. Whole words need
+        it, or word_ids_T in every call.
+    max_predictions_per_sequence: an upper limit of the budget (BERT: 20 at 128 tokens, 76 at 512). Only a single word
+        that is longer may exceed it.
+    geometric_p, max_span_length: P(span has n words) is proportional to (1 - geometric_p)^n for n = 1 to
+        max_span_length. SpanBERT's mean of 3.8 words is this truncated distribution's, and its code draws from it; a
+        clipped one (all longer spans become 10) would have 4.5.
+
+    mlm_probability to random_replace_prob are named as in transformers' DataCollatorForLanguageModeling, which however
+    draws random words from the whole vocabulary, special tokens included, masks whole words with [MASK] only, and may
+    leave a sequence without any prediction.
     """
 
-    probability: float
+    mlm_probability: float
     masking: str
     mask_token_id: int
     is_special_V: np.ndarray
+    _: KW_ONLY
+    mask_replace_prob: float = 0.8
+    random_replace_prob: float = 0.1
+    whole_word_mask: bool = False
+    continues_word_V: np.ndarray | None = None
+    max_predictions_per_sequence: int | None = None
+    geometric_p: float = 0.2
+    max_span_length: int = 10
 
     def __post_init__(self) -> None:
-        if not 0 < self.probability < 1:
-            raise ValueError(f"mlm_probability={self.probability} must lie between 0 and 1; None switches masking off")
         if self.masking not in MASKING:
             raise ValueError(f"unknown masking {self.masking!r}; choose from {list(MASKING)}")
-        if self.is_special_V.all():
-            raise ValueError("every token of the vocabulary is special: there is nothing to mask")
+        if not 0 < self.mlm_probability <= 1:
+            raise ValueError(f"mlm_probability={self.mlm_probability} must lie in (0, 1]; None switches masking off")
+        for name in ("mask_replace_prob", "random_replace_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.mask_replace_prob + self.random_replace_prob > 1 + 1e-9:
+            raise ValueError(
+                f"mask_replace_prob={self.mask_replace_prob} and random_replace_prob={self.random_replace_prob} "
+                "exceed 1 together; they are shares of the predicted tokens"
+            )
+        if not 0 < self.geometric_p <= 1:
+            raise ValueError(f"geometric_p={self.geometric_p} must lie in (0, 1]")
+        if self.max_span_length < 1:
+            raise ValueError(f"max_span_length={self.max_span_length} must be at least 1")
+        self._check_limit()
+        self._check_vocabulary()
 
-    def __call__(self, input_ids_T, offsets, sequence_keys):
+    def _check_limit(self) -> None:
+        limit = self.max_predictions_per_sequence
+        if limit is not None and limit < 1:
+            raise ValueError(f"max_predictions_per_sequence={limit} must be at least 1, or None")
+        if limit is not None and self.masking == "independent":
+            raise ValueError(
+                f"max_predictions_per_sequence={limit} limits a budget, and masking 'independent' has none; "
+                "choose masking 'exact' or 'span'"
+            )
+
+    def _check_vocabulary(self) -> None:
+        if self.is_special_V.dtype != bool or self.is_special_V.ndim != 1:
+            raise ValueError(f"is_special_V must be (V,) bool, not {self.is_special_V.shape} {self.is_special_V.dtype}")
+        vocabulary = len(self.is_special_V)
+        if self.is_special_V.all():
+            raise ValueError(
+                f"all {vocabulary} tokens of the vocabulary are special: there is no ordinary one to predict, "
+                f"nor to draw as a random word (random_replace_prob={self.random_replace_prob})"
+            )
+        if not 0 <= self.mask_token_id < vocabulary:
+            raise ValueError(f"mask_token_id={self.mask_token_id} is not in the vocabulary of {vocabulary}")
+        continues = self.continues_word_V
+        if continues is None:
+            return
+        if not self.whole_word_mask:
+            raise ValueError("continues_word_V is for whole words; set whole_word_mask=True or leave it out")
+        if continues.dtype != bool or continues.shape != (vocabulary,):
+            raise ValueError(f"continues_word_V must be ({vocabulary},) bool, not {continues.shape} {continues.dtype}")
+
+    def __call__(self, input_ids_T, offsets, keys, word_ids_T=None):
         """Corrupt the sequences of a batch.
 
         input_ids_T: (T,) integers; offsets: (N + 1,) where sequence i's tokens are offsets[i]:offsets[i + 1];
-        sequence_keys: (N,) uint64, see `sequence_keys`.
+        keys: (N,) uint64, see `sequence_keys`; word_ids_T: (T,) integers, equal neighbours are one word, negative ones
+        (-1, -100) are in none and never predicted. With whole_word_mask only, where it goes before continues_word_V.
         Returns corrupted input_ids (T,) and labels (T,), both int64; -100 where nothing is predicted.
 
             [CLS] the cat sat [SEP]  ->  [CLS] the [MASK] sat [SEP]     labels  -100 -100 cat -100 -100
+
+        Raises ValueError for ids outside the vocabulary, arrays that do not belong together, and whole words of which
+        nothing is known.
         """
-        lengths = np.diff(offsets)
-        if self.masking == "exact":
-            wanted = np.maximum(1, np.rint(self.probability * lengths)).astype(np.int64)
-            threshold = 0.0
+        input_ids_T, offsets, keys = np.asarray(input_ids_T), np.asarray(offsets), np.asarray(keys, np.uint64)
+        self._check_batch(input_ids_T, offsets, keys)
+        parts_T = self._parts(input_ids_T, offsets, word_ids_T)
+        if self.masking == "independent":
+            decider_T = _choose_independent(parts_T, offsets, keys, float(self.mlm_probability))
+        elif self.masking == "span":
+            decider_T = _choose_spans(parts_T, offsets, keys, self._budget(offsets), self._cumulative_span_lengths)
+        elif self.whole_word_mask:
+            decider_T = _choose_words(parts_T, offsets, keys, self._budget(offsets))
         else:
-            wanted = np.ones(len(lengths), np.int64)
-            threshold = self.probability
-        ordinary = np.flatnonzero(~self.is_special_V)
-        return _mask_tokens(
-            input_ids_T, offsets, sequence_keys, wanted, threshold, self.is_special_V, ordinary, self.mask_token_id
+            decider_T = _choose_tokens(parts_T, offsets, keys, self._budget(offsets))
+        shares = float(self.mask_replace_prob), float(self.mask_replace_prob + self.random_replace_prob)
+        return _corrupt(input_ids_T, offsets, keys, decider_T, shares, self._ordinary, self.mask_token_id)
+
+    def _check_batch(self, input_ids_T, offsets, keys) -> None:
+        vocabulary = len(self.is_special_V)
+        if len(input_ids_T) and not 0 <= input_ids_T.min() <= input_ids_T.max() < vocabulary:
+            raise ValueError(
+                f"token ids {input_ids_T.min()}..{input_ids_T.max()} exceed the vocabulary of {vocabulary}; "
+                "use the tokenizer that the sequences were made with"
+            )
+        if offsets[0] != 0 or offsets[-1] != len(input_ids_T) or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError(f"offsets must ascend from 0 to the {len(input_ids_T)} tokens of input_ids_T")
+        if len(keys) != len(offsets) - 1:
+            raise ValueError(f"{len(keys)} keys for {len(offsets) - 1} sequences; give one to each")
+
+    def _parts(self, input_ids_T, offsets, word_ids_T) -> np.ndarray:
+        """(T,) int8: STARTS, CONTINUES or NO_WORD."""
+        if word_ids_T is None:
+            if self.whole_word_mask and self.continues_word_V is None:
+                raise ValueError(
+                    "whole_word_mask=True needs to know what a word is; give word_ids_T (a token-level column of word "
+                    "ids) or continues_word_V=word_continuations(tokenizer)"
+                )
+            return _parts_by_vocabulary(input_ids_T, offsets, self.is_special_V, self._continues)
+        if not self.whole_word_mask:
+            raise ValueError("word_ids_T is for whole words; set whole_word_mask=True or leave it out")
+        word_ids_T = np.asarray(word_ids_T)
+        if word_ids_T.shape != input_ids_T.shape or word_ids_T.dtype.kind not in "iu":
+            raise ValueError(
+                f"word_ids_T must hold {len(input_ids_T)} integers, one a token, not {word_ids_T.shape} "
+                f"{word_ids_T.dtype}"
+            )
+        return _parts_by_word_ids(input_ids_T, offsets, self.is_special_V, word_ids_T)
+
+    def _budget(self, offsets) -> np.ndarray:
+        """(N,) tokens to predict, if there are as many: BERT's max(1, round(probability * length))."""
+        budget = np.maximum(1, np.rint(self.mlm_probability * np.diff(offsets))).astype(np.int64)
+        return np.minimum(budget, self.max_predictions_per_sequence or budget)
+
+    @cached_property
+    def _ordinary(self) -> np.ndarray:
+        return np.flatnonzero(~self.is_special_V)
+
+    @cached_property
+    def _continues(self) -> np.ndarray:
+        return np.zeros(len(self.is_special_V), bool) if self.continues_word_V is None else self.continues_word_V
+
+    @cached_property
+    def _cumulative_span_lengths(self) -> np.ndarray:
+        """P(length <= n) for n = 1, 2 … max_span_length; products and sums only, the same on every machine."""
+        shares = [1.0]
+        while len(shares) < self.max_span_length:
+            shares.append(shares[-1] * (1.0 - self.geometric_p))
+        cumulative = np.cumsum(shares)
+        return cumulative / cumulative[-1]
+
+
+def word_continuations(tokenizer) -> np.ndarray:
+    """(V,) bool: tokens that continue the word before them, by the mark that the tokenizer sets at word pieces.
+
+        WordPiece      em ##bed ##ding      False True True     what begins with ## continues
+        SentencePiece  ▁em bed ding         False True True     what does not begin with ▁ continues
+        byte-level     Ġem bed ding         False True True     what does not begin with Ġ continues
+
+    Special and added tokens are words of their own. With ▁ and Ġ punctuation belongs to the word before it. Raises
+    ValueError where tokens do not tell: marks at the end of words (</w>, @@), single bytes or characters.
+    """
+    vocabulary = tokenizer.get_vocab()
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    prefix = getattr(model, "continuing_subword_prefix", None)  # a WordPiece may have no pieces
+    mark = prefix or _commonest_mark(tokenizer, vocabulary)
+    continues_V = np.zeros(len(tokenizer), bool)
+    marked = [token_id for token, token_id in vocabulary.items() if token.startswith(mark)]
+    continues_V[marked] = True
+    if mark in ("▁", "Ġ"):
+        continues_V = ~continues_V
+    continues_V[[*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})]] = False
+    return continues_V
+
+
+def _commonest_mark(tokenizer, vocabulary) -> str:
+    """Of a RoBERTa vocabulary some tokens are "##" and "@@", but half of them begin with Ġ: so count."""
+    counts = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in ("##", "▁", "Ġ")}
+    counts |= {mark: sum(token.endswith(mark) for token in vocabulary) for mark in ("</w>", "@@")}
+    mark = max(counts, key=counts.get)
+    if mark in ("</w>", "@@") or counts[mark] == 0:
+        name = f"{type(tokenizer).__name__} {getattr(tokenizer, 'name_or_path', '') or ''}".strip()
+        raise ValueError(
+            f"the tokens of {name} do not tell where words begin: of {len(vocabulary)}, {counts['##']} begin with ##, "
+            f"{counts['▁']} with ▁, {counts['Ġ']} with Ġ; for whole words give a token-level column of word ids "
+            "(encoding.word_ids())"
         )
+    return mark
 
 
 def sequence_keys(seed: int, epoch: int, sequence_indices: np.ndarray, sequence_starts: np.ndarray | None = None):
@@ -87,7 +268,7 @@ def _to_uint64(value: int) -> np.uint64:
     return np.uint64(value & 0xFFFFFFFFFFFFFFFF)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _sequence_keys(seed, epoch, sequence_indices, sequence_starts):
     keys = np.empty(len(sequence_indices), np.uint64)
     epoch_key = make_key(seed, epoch)
@@ -96,13 +277,7 @@ def _sequence_keys(seed, epoch, sequence_indices, sequence_starts):
     return keys
 
 
-@njit(cache=True)
-def _uniform(key, counter):
-    """Draw number `counter` of the sequence with this key, in [0, 1): 53 bits, the same on every machine."""
-    return (mix(key + np.uint64(counter) * STEP) >> np.uint64(11)) * 2.0**-53
-
-
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _hash_tokens(input_ids_T, offsets):
     keys = np.empty(len(offsets) - 1, np.uint64)
     for i in range(len(keys)):
@@ -113,40 +288,210 @@ def _hash_tokens(input_ids_T, offsets):
     return keys
 
 
-@njit(cache=True)
-def _mask_tokens(input_ids_T, offsets, keys, wanted, threshold, is_special_V, ordinary, mask_token_id):
-    """Choose by selection sampling (Knuth, TAOCP 2, algorithm 3.4.2 S): one pass, exactly `wanted`, uniform.
+@njit(cache=True, nogil=True)
+def _uniform(key, counter):
+    """Draw number `counter` of the sequence with this key, in [0, 1): 53 bits, the same on every machine."""
+    return (mix(key + np.uint64(counter) * STEP) >> np.uint64(11)) * 2.0**-53
 
-    With a threshold the draws are independent, and the pass for `wanted` (1) serves sequences that drew none.
-    """
+
+# 1. Words.
+
+
+@njit(cache=True, nogil=True)
+def _parts_by_vocabulary(input_ids_T, offsets, is_special_V, continues_word_V):
+    """A token that continues nothing (it follows a special token, or is its sequence's first) starts a word."""
+    parts_T = np.empty(len(input_ids_T), np.int8)
+    for i in range(len(offsets) - 1):
+        inside = False
+        for t in range(offsets[i], offsets[i + 1]):
+            if is_special_V[input_ids_T[t]]:
+                parts_T[t] = NO_WORD
+            else:
+                parts_T[t] = CONTINUES if inside and continues_word_V[input_ids_T[t]] else STARTS
+            inside = parts_T[t] != NO_WORD
+    return parts_T
+
+
+@njit(cache=True, nogil=True)
+def _parts_by_word_ids(input_ids_T, offsets, is_special_V, word_ids_T):
+    """As above, of neighbours with one word id."""
+    parts_T = np.empty(len(input_ids_T), np.int8)
+    for i in range(len(offsets) - 1):
+        inside = False
+        for t in range(offsets[i], offsets[i + 1]):
+            if is_special_V[input_ids_T[t]] or word_ids_T[t] < 0:
+                parts_T[t] = NO_WORD
+            else:
+                parts_T[t] = CONTINUES if inside and word_ids_T[t] == word_ids_T[t - 1] else STARTS
+            inside = parts_T[t] != NO_WORD
+    return parts_T
+
+
+@njit(cache=True, nogil=True)
+def _word_end(parts_T, start, end):
+    """One past the last token of the word that begins at `start`."""
+    t = start + 1
+    while t < end and parts_T[t] == CONTINUES:
+        t += 1
+    return t
+
+
+@njit(cache=True, nogil=True)
+def _find_words(parts_T, first, end, words):
+    """Put where the words of a sequence begin into `words`; returns how many there are."""
+    count = 0
+    for t in range(first, end):
+        if parts_T[t] == STARTS:
+            words[count] = t
+            count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _draw_word(words, drawn, count, order_key):
+    """Where the next word in random order begins: one step of Fisher and Yates, in place, behind the `drawn` first."""
+    other = drawn + np.int64(_uniform(order_key, drawn) * (count - drawn))
+    start = words[other]
+    words[other] = words[drawn]
+    words[drawn] = start
+    return start
+
+
+# 2. Choose words. Each returns decider_T (T,): the token, counted from its sequence's start, whose draw decides how
+# this one is corrupted (itself, but in spans the first one), or NOT_CHOSEN.
+
+
+@njit(cache=True, nogil=True)
+def _choose_tokens(parts_T, offsets, keys, budget):
+    """Selection sampling (Knuth, TAOCP 2, algorithm 3.4.2 S): one pass, exactly the budget, uniform."""
+    decider_T = np.full(len(parts_T), NOT_CHOSEN, np.int64)
+    for i in range(len(keys)):
+        first, end = offsets[i], offsets[i + 1]
+        candidates = 0
+        for t in range(first, end):
+            candidates += parts_T[t] != NO_WORD
+        missing = min(budget[i], candidates)
+        for t in range(first, end):
+            if parts_T[t] != NO_WORD:
+                if _uniform(keys[i], np.uint64(t - first) * _DRAWS_PER_TOKEN) * candidates < missing:
+                    decider_T[t] = t - first
+                    missing -= 1
+                candidates -= 1
+    return decider_T
+
+
+@njit(cache=True, nogil=True)
+def _choose_independent(parts_T, offsets, keys, probability):
+    """A draw per word, that of its first token."""
+    decider_T = np.full(len(parts_T), NOT_CHOSEN, np.int64)
+    for i in range(len(keys)):
+        first, end = offsets[i], offsets[i + 1]
+        words = chosen = 0
+        for t in range(first, end):
+            if parts_T[t] == STARTS:
+                words += 1
+                if _uniform(keys[i], np.uint64(t - first) * _DRAWS_PER_TOKEN) < probability:
+                    chosen += 1
+                    decider_T[t] = t - first
+            elif parts_T[t] == CONTINUES and decider_T[t - 1] != NOT_CHOSEN:
+                decider_T[t] = t - first
+        if chosen > 0:
+            continue
+        for t in range(first, end):
+            if parts_T[t] == STARTS:
+                # all draws were above the probability: rescaled to [0, 1) they serve to select one word
+                draw = _uniform(keys[i], np.uint64(t - first) * _DRAWS_PER_TOKEN)
+                if (draw - probability) / (1.0 - probability) * words < 1.0:
+                    _choose_word(decider_T, first, t, _word_end(parts_T, t, end))
+                    break
+                words -= 1
+    return decider_T
+
+
+@njit(cache=True, nogil=True)
+def _choose_word(decider_T, first, start, stop):
+    for t in range(start, stop):
+        decider_T[t] = t - first
+
+
+@njit(cache=True, nogil=True)
+def _choose_words(parts_T, offsets, keys, budget):
+    """Words in random order, each that fits into what is left of the budget; the first one if none fits."""
+    decider_T = np.full(len(parts_T), NOT_CHOSEN, np.int64)
+    words = np.empty(len(parts_T), np.int64)
+    for i in range(len(keys)):
+        first, end = offsets[i], offsets[i + 1]
+        count = _find_words(parts_T, first, end, words)
+        order_key = make_key(keys[i], _ORDER)
+        left = budget[i]
+        for drawn in range(count):
+            start = _draw_word(words, drawn, count, order_key)
+            stop = _word_end(parts_T, start, end)
+            if stop - start <= left:
+                _choose_word(decider_T, first, start, stop)
+                left -= stop - start
+                if left == 0:
+                    break
+        if left == budget[i] and count > 0:
+            _choose_word(decider_T, first, words[0], _word_end(parts_T, words[0], end))
+    return decider_T
+
+
+@njit(cache=True, nogil=True)
+def _choose_spans(parts_T, offsets, keys, budget, cumulative):
+    """Spans from words in random order, those left out that lie in a span already. So each start is uniform among the
+    words that are left, as if it were drawn until it hit one. Each word of a span has to fit into the budget."""
+    decider_T = np.full(len(parts_T), NOT_CHOSEN, np.int64)
+    words = np.empty(len(parts_T), np.int64)
+    for i in range(len(keys)):
+        first, end = offsets[i], offsets[i + 1]
+        count = _find_words(parts_T, first, end, words)
+        order_key, length_key = make_key(keys[i], _ORDER), make_key(keys[i], _SPAN_LENGTH)
+        left = budget[i]
+        for drawn in range(count):
+            t = start = _draw_word(words, drawn, count, order_key)
+            for _ in range(_span_length(length_key, drawn, cumulative)):
+                if t == end or parts_T[t] == NO_WORD or decider_T[t] != NOT_CHOSEN:
+                    break
+                stop = _word_end(parts_T, t, end)
+                if stop - t > left:
+                    break
+                decider_T[t:stop] = start - first
+                left -= stop - t
+                t = stop
+            if left == 0:
+                break
+        if left == budget[i] and count > 0:
+            decider_T[words[0] : _word_end(parts_T, words[0], end)] = words[0] - first
+    return decider_T
+
+
+@njit(cache=True, nogil=True)
+def _span_length(key, counter, cumulative):
+    draw = _uniform(key, counter)
+    length = 1
+    while draw >= cumulative[length - 1]:
+        length += 1
+    return length
+
+
+# 3. Corrupt what was chosen.
+
+
+@njit(cache=True, nogil=True)
+def _corrupt(input_ids_T, offsets, keys, decider_T, shares, ordinary, mask_token_id):
+    """shares: draws below the first give [MASK], below the second a random word."""
     corrupted = input_ids_T.astype(np.int64)
     labels = np.full(len(input_ids_T), IGNORED, np.int64)
     for i in range(len(keys)):
-        candidates = 0
-        chosen = 0
         for t in range(offsets[i], offsets[i + 1]):
-            if not is_special_V[input_ids_T[t]]:
-                candidates += 1
-                draw = np.uint64(t - offsets[i]) * _DRAWS_PER_TOKEN
-                if _uniform(keys[i], draw) < threshold:
-                    labels[t] = input_ids_T[t]
-                    chosen += 1
-        missing = min(wanted[i], candidates) if chosen == 0 else 0
-        for t in range(offsets[i], offsets[i + 1]):
-            if is_special_V[input_ids_T[t]]:
+            if decider_T[t] == NOT_CHOSEN:
                 continue
-            draw = np.uint64(t - offsets[i]) * _DRAWS_PER_TOKEN
-            if missing > 0:
-                # after a threshold the first draw of each token is spent (all were above it): rescale it to [0, 1)
-                if (_uniform(keys[i], draw) - threshold) / (1.0 - threshold) * candidates < missing:
-                    labels[t] = input_ids_T[t]
-                    missing -= 1
-                candidates -= 1
-            if labels[t] != IGNORED:
-                kind = _uniform(keys[i], draw + np.uint64(1))
-                if kind < 0.8:
-                    corrupted[t] = mask_token_id
-                elif kind < 0.9:
-                    word = _uniform(keys[i], draw + np.uint64(2)) * len(ordinary)
-                    corrupted[t] = ordinary[np.int64(word)]
+            labels[t] = input_ids_T[t]
+            kind = _uniform(keys[i], np.uint64(decider_T[t]) * _DRAWS_PER_TOKEN + _KIND)
+            if kind < shares[0]:
+                corrupted[t] = mask_token_id
+            elif kind < shares[1]:
+                word = _uniform(keys[i], np.uint64(t - offsets[i]) * _DRAWS_PER_TOKEN + _RANDOM_WORD) * len(ordinary)
+                corrupted[t] = ordinary[np.int64(word)]
     return corrupted, labels

@@ -1,18 +1,11 @@
-"""DataCollatorWithPacking and masking: drawings, properties, and what is refused."""
+"""DataCollatorWithPacking: drawings, what its masks depend on, and what is refused."""
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from reference import mask_one_by_one, packed_rows
-from scipy import stats
+from reference import packed_rows
 
 from collate import DataCollatorWithPacking
-from collate.masking import MaskingRule, sequence_keys
 from packing import pack_dataset
-
-CLS, SEP, MASK = 2, 3, 4
 
 
 def test_the_drawing(tokenizer):
@@ -125,107 +118,6 @@ def test_workers_hear_of_a_new_epoch(tokenizer, pairs, workers):
         expected.set_epoch(epoch)
         labels = [batch["labels"] for batch in loader]
         assert all((a == expected(rows[2 * i : 2 * i + 2])["labels"]).all() for i, a in enumerate(labels))
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.lists(st.integers(1, 59), min_size=1, max_size=40), min_size=1, max_size=8),
-    st.floats(0.01, 0.9),
-    st.sampled_from(["exact", "independent"]),
-    st.integers(0, 2**40),
-)
-def test_masking_properties(sequences, probability, masking, seed):
-    is_special = np.arange(60) < 5
-    rule = MaskingRule(probability, masking, MASK, is_special)
-    tokens = np.concatenate([np.array(sequence) for sequence in sequences])
-    offsets = np.cumsum([0] + [len(sequence) for sequence in sequences])
-    keys = sequence_keys(seed, 0, np.arange(len(sequences)))
-    corrupted, labels = rule(tokens, offsets, keys)
-    predicted = labels != -100
-    assert (labels[predicted] == tokens[predicted]).all()
-    assert not is_special[tokens[predicted]].any()
-    assert (corrupted[~predicted] == tokens[~predicted]).all()
-    drawn = corrupted[predicted & (corrupted != MASK)]
-    assert not is_special[drawn].any()
-    for i, sequence in enumerate(sequences):
-        count = predicted[offsets[i] : offsets[i + 1]].sum()
-        candidates = sum(token >= 5 for token in sequence)
-        if masking == "exact":
-            assert count == min(candidates, max(1, round(probability * len(sequence))))
-        else:
-            assert (count >= 1) == (candidates >= 1)
-
-
-def test_80_10_10_and_uniform_choice():
-    """Chi-square over 4,000 sequences of 22 tokens, 3 predicted in each: p above 1e-4 for the shares and the places."""
-    count, length, words = 4000, 22, 1000
-    is_special = np.arange(words) < 5
-    rule = MaskingRule(0.15, "exact", MASK, is_special)
-    tokens = np.tile(np.r_[CLS, np.arange(20) + 500, SEP], count)
-    corrupted, labels = rule(tokens, np.arange(count + 1) * length, sequence_keys(1, 2, np.arange(count)))
-    predicted = labels != -100
-    assert predicted.sum() == 3 * count  # round(0.15 * 22) = 3
-    masked = (corrupted[predicted] == MASK).sum()
-    kept = (corrupted[predicted] == labels[predicted]).sum()
-    shares = [masked, kept, 3 * count - masked - kept]
-    # a random word is the word itself once in 995
-    expected = np.array([0.8, 0.1 + 0.1 / 995, 0.1 - 0.1 / 995]) * 3 * count
-    assert stats.chisquare(shares, expected).pvalue > 1e-4
-    places = predicted.reshape(count, length)[:, 1:-1].sum(0)
-    assert stats.chisquare(places).pvalue > 1e-4
-    drawn = corrupted[predicted & (corrupted != MASK) & (corrupted != labels)]
-    assert stats.chisquare(np.histogram(drawn, bins=10, range=(5, 1000))[0]).pvalue > 1e-4
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.lists(st.integers(1, 59), min_size=1, max_size=40), min_size=1, max_size=5),
-    st.integers(0, 2**63),
-    st.integers(-1, 5),
-)
-def test_masks_equal_their_slow_twin(sequences, seed, epoch):
-    is_special = np.arange(60) < 5
-    offsets = np.cumsum([0] + [len(sequence) for sequence in sequences])
-    keys = sequence_keys(seed, epoch, np.arange(len(sequences)))
-    rule = MaskingRule(0.15, "exact", MASK, is_special)
-    corrupted, labels = rule(np.concatenate([np.array(sequence) for sequence in sequences]), offsets, keys)
-    for i, sequence in enumerate(sequences):
-        expected = mask_one_by_one(sequence, i, seed, epoch % 2**64, 0.15, MASK, is_special)
-        mine = slice(offsets[i], offsets[i + 1])
-        assert (corrupted[mine].tolist(), labels[mine].tolist()) == expected
-
-
-def test_independent_draws_have_their_rate_and_are_uniform():
-    count, length = 2000, 42
-    rule = MaskingRule(0.15, "independent", MASK, np.arange(100) < 5)
-    tokens = np.tile(np.r_[CLS, np.arange(40) + 20, SEP], count)
-    _, labels = rule(tokens, np.arange(count + 1) * length, sequence_keys(3, 0, np.arange(count)))
-    predicted = (labels != -100).reshape(count, length)[:, 1:-1]
-    drawn = predicted.sum()
-    assert stats.binomtest(int(drawn), predicted.size, 0.15).pvalue > 1e-4  # one added in 0.85^40 of them: 0.15 %
-    assert stats.chisquare(predicted.sum(0)).pvalue > 1e-4
-    alone = np.tile(np.r_[CLS, 20, 21, SEP], count)  # of two candidates at least one, either one as often
-    _, labels = rule(alone, np.arange(count + 1) * 4, sequence_keys(3, 0, np.arange(count)))
-    first, second = (labels != -100).reshape(count, 4)[:, 1:3].T
-    assert (first | second).all() and stats.binomtest(
-        int((first & ~second).sum()), int((first ^ second).sum())
-    ).pvalue > 1e-4
-
-
-def test_pieces_of_one_row_have_masks_of_their_own():
-    tokens = np.tile(np.arange(10, 50), 2)
-    rule = MaskingRule(0.15, "exact", MASK, np.arange(60) < 5)
-    keys = sequence_keys(0, 0, np.array([7, 7]), np.array([0, 40]))
-    _, labels = rule(tokens, np.array([0, 40, 80]), keys)
-    assert (labels[:40] != labels[40:]).any()
-
-
-def test_the_masks_of_a_seed_are_these():
-    """Golden: masks must not change between versions, or a resumed run would differ from an unbroken one."""
-    rule = MaskingRule(0.3, "exact", MASK, np.arange(60) < 5)
-    tokens = np.r_[CLS, np.arange(10, 18), SEP]
-    _, labels = rule(tokens, np.array([0, 10]), sequence_keys(0, 0, np.array([0])))
-    assert np.flatnonzero(labels != -100).tolist() == [1, 5, 8]
 
 
 def test_all_batches_of_a_dataset_have_one_shape(tokenizer, pairs):
