@@ -1,54 +1,85 @@
 """DataCollatorWithPacking: packed rows -> the tensors of one batch."""
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
+from collate.isolation import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
-from collate.masking import IGNORED, MaskingRule, sequence_keys, token_keys
+from collate.masking import IGNORED, MaskingRule, sequence_keys, token_keys, word_continuations
+from collate.plain_trainer import PlainTrainerCallback, SetEpoch
+from collate.rows import FlatRows, pack_sequences, read_packed_rows, read_sequences
 from packing import packed_info
 
-EMIT = ("sequence_ids", "attention_mask", "attention_bias")
+EMIT = ("sequence_ids", "attention_mask", "attention_bias", "flash")
+UNPACKED_ROWS = (None, "keep", "pack")
 NO_CLS = -1
 EVALUATION_EPOCH = -1
 """The epoch that evaluation's masks are drawn for: always the same ones."""
+
+BOOKKEEPING = ("sequence_indices", "sequence_starts", "special_tokens_mask", "word_ids")
+"""Columns that the collator reads for itself; a model gets them only when `columns` names them."""
 
 
 class DataCollatorWithPacking:
     """Collate packed rows; mask them for masked language modelling; keep every sequence's identity.
 
-        row       input_ids [2, 8, 9, 3, 2, 7, 3]    sequence_lengths [4, 3]    pad_to=8
+        row       input_ids [2, 8, 9, 3, 2, 7, 3]    sequence_lengths [4, 3]    labels [1, 0]    pad_to=8
         input_ids        [[2, 8, 9, 3, 2, 7, 3, 0]]
         sequence_ids     [[1, 1, 1, 1, 2, 2, 2, 0]]
         position_ids     [[0, 1, 2, 3, 0, 1, 2, 0]]
         cls_positions    [[0, 4]]
+        labels           [[1, 0]]
 
     Args:
         tokenizer: gives the pad, mask and special token ids.
-        mlm_probability: share of each sequence's tokens to predict; None passes a `labels` column through instead.
-        masking: "exact" (BERT's count per sequence) or "independent"; see `collate.masking`.
+        mlm_probability: share of each sequence's tokens to predict. None: no masking; the rows' own `labels` pass.
+        masking: "exact" (BERT's count per sequence), "independent" or "span"; see `collate.masking`.
         pad_to: L, the token slots per pack. None: the longest pack of the batch, until `for_dataset` sets it.
-        emit: how a batch says which tokens belong together. "sequence_ids": (B, L) int32, 65 KB at 32 x 512, always
-            there. For models that take a 4-D mask also, under the key `attention_mask`: "attention_mask", (B, 1, L, L)
-            bool, True = attend, right for sdpa attention only; "attention_bias", floats that are added, right for
-            eager attention, too.
-        position_ids_start: the first position of each sequence (padding_idx + 1 for RoBERTa's relatives).
+        emit: how a batch says which tokens belong together. "sequence_ids": (B, L) int32, 65 KB at 32 x 512, for
+            models prepared by `isolate_sequences` and for PackedBertForPreTraining. It is there in any case; beside it,
+            for models that are not prepared: "attention_mask", (B, 1, L, L) bool, True = attend, right for sdpa only;
+            "attention_bias", the same as floats that are added, right for eager, too (both under the key
+            `attention_mask`, and both wrong for sliding windows); "flash": no padding, one row (1, T), with
+            cu_seq_lens_q/k and max_length_q/k as transformers calls them.
+        position_ids_start: the first position of each sequence. None: that of `model`, or else 0. RoBERTa and its
+            relatives begin at padding_idx + 1.
         seed: of the masks.
         max_sequences_per_pack: S, the sequence slots per pack. None: the deepest pack of the batch, likewise.
+        model: the model that batches are for, only to learn its position_ids_start from. PackedTrainer sees to that.
+        unpacked_rows: for rows that hold one sequence each, as a tokenizer makes them: "keep" gives each a row of its
+            own; "pack" packs each batch into rows of pad_to tokens, as many as it takes. None: rows are packed, and
+            what is not is refused: a packed row taken for one sequence would be contaminated.
+        columns: which columns to pass on. None: all that hold numbers, but for those in BOOKKEEPING. A column with a
+            value per token becomes (B, L), one with a value per sequence (B, S); text is left out.
+        token_columns: those with a value per token. None: `for_dataset` knows, or else their number says it.
+        mask_replace_prob, random_replace_prob, whole_word_mask: as in DataCollatorForLanguageModeling. Whole words are
+            told by the rows' `word_ids`, or else by the pieces of the vocabulary (##, ▁ or Ġ).
+        max_predictions_per_sequence: at most so many tokens are predicted in a sequence; None: no limit.
+        pad_to_multiple_of: rounds L up, where pad_to is None.
+        return_tensors: "pt" or "np".
 
-    Returns, from a list of rows: input_ids, sequence_ids (int32), position_ids, token_type_ids (where the rows have
-    them), labels (B, L), -100 where nothing is predicted; cls_positions (B, S), -1 in empty slots; and
-    next_sentence_label (B, S) where the rows have it, -100 in empty slots. Other columns are left out.
+    Returns: input_ids, sequence_ids (int32), position_ids (B, L); labels (B, L) of masking, -100 where nothing is
+    predicted; cls_positions (B, S), -1 in empty slots; other columns, token-level ones with 0 on padding (`labels`:
+    -100), sequence-level ones with -100 in empty slots, or NaN if they are floats. Floats are float32, all else int64.
 
     Masks are a function of (seed, epoch, sequence index). The epoch lives in shared memory, where dataloader workers
-    read it; `callback()` gives the TrainerCallback that sets it (PackedTrainer adds it by itself).
+    read it; PackedTrainer sets it. Under plain `Trainer` add `callbacks=[collator.callback()]`: it sets the epoch, and
+    refuses what plain Trainer would get wrong.
 
-    Raises ValueError for rows without `sequence_lengths`, for lengths that do not add up, and for packs that exceed
-    pad_to or the sequence slots: nothing is cut here.
+    If you come from transformers: DataCollatorForLanguageModeling's options have the names they have there, but for
+    mlm=False, which is mlm_probability=None. DataCollatorWithFlattening's return_flash_attn_kwargs is emit="flash", its
+    return_seq_idx is sequence_ids, its return_position_ids is always on.
+
+    Raises ValueError for rows without `sequence_lengths`, for lengths that do not add up, for missing values, and for
+    packs that exceed pad_to or the sequence slots: nothing is cut here.
     """
 
     def __init__(
@@ -58,25 +89,67 @@ class DataCollatorWithPacking:
         masking: str = "exact",
         pad_to: int | None = None,
         emit: str = "sequence_ids",
-        position_ids_start: int = 0,
+        position_ids_start: int | None = None,
         seed: int = 0,
         max_sequences_per_pack: int | None = None,
+        *,
+        model: nn.Module | None = None,
+        unpacked_rows: str | None = None,
+        columns: Sequence[str] | None = None,
+        token_columns: Sequence[str] | None = None,
+        mask_replace_prob: float = 0.8,
+        random_replace_prob: float = 0.1,
+        whole_word_mask: bool = False,
+        max_predictions_per_sequence: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str = "pt",
     ):
-        if emit not in EMIT:
-            raise ValueError(f"unknown emit {emit!r}; choose from {list(EMIT)}")
-        for name, limit in (("pad_to", pad_to), ("max_sequences_per_pack", max_sequences_per_pack)):
+        for name, value, choices in (
+            ("emit", emit, EMIT),
+            ("unpacked_rows", unpacked_rows, UNPACKED_ROWS),
+            ("return_tensors", return_tensors, ("pt", "np")),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown {name}={value!r}; choose from {', '.join(map(repr, choices))}")
+        for name, limit in (
+            ("pad_to", pad_to),
+            ("max_sequences_per_pack", max_sequences_per_pack),
+            ("pad_to_multiple_of", pad_to_multiple_of),
+        ):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name}={limit} must be at least 1, or None")
+        for name, names in (("columns", columns), ("token_columns", token_columns)):
+            if isinstance(names, str):
+                raise ValueError(f"{name}={names!r} must be a list of column names: [{names!r}]")
+        if unpacked_rows == "pack" and pad_to is None:
+            raise ValueError("unpacked_rows='pack' needs pad_to, the token slots of the packs that it makes")
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token before collating")
         self.pad_token_id = tokenizer.pad_token_id
-        self.pad_to = pad_to
-        self.emit = emit
+        others = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.unk_token_id)
+        self._pads_only = tokenizer.pad_token_id not in others
+        self.pad_to, self.pad_to_multiple_of = pad_to, pad_to_multiple_of
+        self.emit, self.return_tensors = emit, return_tensors
         self.position_ids_start = position_ids_start
         self.seed = seed
         self.max_sequences_per_pack = max_sequences_per_pack
-        self.masking_rule = _masking_rule(tokenizer, mlm_probability, masking)
+        self.unpacked_rows, self.columns, self.token_columns = unpacked_rows, columns, token_columns
+        self.masking_rule = None
+        if mlm_probability is not None:
+            self.masking_rule = _masking_rule(
+                tokenizer,
+                mlm_probability,
+                masking,
+                mask_replace_prob=mask_replace_prob,
+                random_replace_prob=random_replace_prob,
+                whole_word_mask=whole_word_mask,
+                max_predictions_per_sequence=max_predictions_per_sequence,
+            )
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        if model is not None:
+            self.position_ids_start = self.for_model(model).position_ids_start
+
+    # -- copies --------------------------------------------------------------------------------------------------
 
     def for_dataset(self, packed) -> "DataCollatorWithPacking":
         """A copy whose L and S are those of this packed dataset, so that all batches have one shape; same epoch."""
@@ -85,6 +158,15 @@ class DataCollatorWithPacking:
         bound.pad_to = info.max_sequence_length if self.pad_to is None else self.pad_to
         if self.max_sequences_per_pack is None:
             bound.max_sequences_per_pack = info.max_depth
+        if self.token_columns is None:
+            bound.token_columns = info.token_columns
+        return bound
+
+    def for_model(self, model: nn.Module) -> "DataCollatorWithPacking":
+        """A copy whose positions begin where this model's do, unless position_ids_start was given; same epoch."""
+        bound = copy.copy(self)
+        if self.position_ids_start is None and hasattr(model, "config"):
+            bound.position_ids_start = start_of(model.config)
         return bound
 
     def for_evaluation(self) -> "DataCollatorWithPacking":
@@ -93,52 +175,96 @@ class DataCollatorWithPacking:
         fixed._epoch = torch.tensor(EVALUATION_EPOCH)
         return fixed
 
+    # -- epochs --------------------------------------------------------------------------------------------------
+
     def set_epoch(self, epoch: int) -> None:
         """Draw other masks from the next batch on, in this process and in its dataloader workers."""
         self._epoch.fill_(epoch)
 
     def callback(self) -> TrainerCallback:
-        """The callback by which a plain `Trainer` tells this collator of a new epoch."""
-        return _SetEpoch(self)
+        """For a plain `Trainer`: tells this collator of a new epoch, and refuses settings that would go wrong."""
+        return PlainTrainerCallback(self)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        flat = _FlatRows(rows)
-        width = self._width("pad_to", self.pad_to, flat.tokens_per_row, "tokens", "a longer pad_to")
-        depth = self._width(
-            "max_sequences_per_pack", self.max_sequences_per_pack, flat.sequences_per_row, "sequences", "more slots"
-        )
-        slots = _slots(flat.tokens_per_row, width)
-        sequence_slots = _slots(flat.sequences_per_row, depth)
-        numbers = np.arange(flat.num_sequences) - np.repeat(_starts(flat.sequences_per_row), flat.sequences_per_row)
-        positions = np.arange(flat.num_tokens) - np.repeat(flat.offsets[:-1], flat.lengths)
-        shape, sequence_shape = (len(rows), width), (len(rows), depth)
+    def epoch_callback(self) -> TrainerCallback:
+        """Tells this collator of a new epoch, no more."""
+        return SetEpoch(self)
 
-        input_ids, labels = self._mask(flat)
-        batch = {
-            "input_ids": _place(input_ids, slots, shape, self.pad_token_id),
-            "sequence_ids": _place(np.repeat(numbers + 1, flat.lengths), slots, shape, PADDING, np.int32),
-            "position_ids": _place(positions + self.position_ids_start, slots, shape, self.position_ids_start),
-        }
-        if flat.has("token_type_ids"):
-            batch["token_type_ids"] = _place(flat.tokens("token_type_ids"), slots, shape, 0)
-        if labels is not None:
-            batch["labels"] = _place(labels, slots, shape, IGNORED)
-        # a pack's first [CLS] stands at 0, the next where the first sequence ends
-        first_tokens = flat.offsets[:-1] - np.repeat(_starts(flat.tokens_per_row), flat.sequences_per_row)
-        batch["cls_positions"] = _place(first_tokens, sequence_slots, sequence_shape, NO_CLS)
-        if flat.has("next_sentence_label"):
-            next_sentence_label = flat.per_sequence("next_sentence_label")
-            batch["next_sentence_label"] = _place(next_sentence_label, sequence_slots, sequence_shape, IGNORED)
-        if self.emit != "sequence_ids":
+    # -- batches -------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any] | pa.Table, return_tensors: str | None = None
+    ) -> dict[str, Any]:
+        batch = self._arrays(self._read(rows))
+        if (return_tensors or self.return_tensors) == "np":
+            return batch
+        batch = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
+        if self.emit in ("attention_mask", "attention_bias"):
             layout = PackLayout(batch["sequence_ids"])
             batch["attention_mask"] = (
                 layout.attention_mask if self.emit == "attention_mask" else layout.attention_bias()
             )
         return batch
 
+    def _read(self, rows) -> FlatRows:
+        columns = self.columns
+        if columns is not None:  # what the collator needs for itself it reads where it is
+            columns = list(dict.fromkeys([*columns, *(name for name in BOOKKEEPING if _has_column(rows, name))]))
+        if self.unpacked_rows is None:
+            return read_packed_rows(rows, self.token_columns, columns)
+        flat = read_sequences(rows, self.token_columns, columns)
+        if self.unpacked_rows == "pack":
+            flat = pack_sequences(flat, self.pad_to, self.max_sequences_per_pack)
+        return flat
+
+    def _arrays(self, flat: FlatRows) -> dict[str, Any]:
+        self._refuse_padding(flat)
+        input_ids, labels = self._mask(flat)
+        numbers = np.arange(flat.num_sequences) - np.repeat(_starts(flat.sequences_per_row), flat.sequences_per_row)
+        sequence_of_token = np.repeat(np.arange(flat.num_sequences), flat.lengths)
+        positions = np.arange(flat.num_tokens) - flat.offsets[sequence_of_token]
+        start = self.position_ids_start or 0
+        if self.emit == "flash":  # one row without padding
+            flat = FlatRows(np.array([flat.num_sequences]), flat.lengths, flat.token_columns, flat.sequence_columns)
+            numbers = np.arange(flat.num_sequences)
+            width, depth = flat.num_tokens, flat.num_sequences
+        else:
+            width = self._width("pad_to", self.pad_to, flat.tokens_per_row, "tokens", "a longer pad_to")
+            depth = self._width(
+                "max_sequences_per_pack", self.max_sequences_per_pack, flat.sequences_per_row, "sequences", "more slots"
+            )
+        tokens = _Table(flat.tokens_per_row, width)
+        sequences = _Table(flat.sequences_per_row, depth)
+
+        batch = {
+            "input_ids": tokens.place(input_ids, self.pad_token_id),
+            "sequence_ids": tokens.place((numbers + 1).astype(np.int32)[sequence_of_token], PADDING),
+            "position_ids": tokens.place(positions + start, start),
+        }
+        if labels is not None:
+            batch["labels"] = tokens.place(labels, IGNORED)
+        # a pack's first [CLS] stands at 0, the next where the first sequence ends
+        first_tokens = flat.offsets[:-1] - np.repeat(_starts(flat.tokens_per_row), flat.sequences_per_row)
+        batch["cls_positions"] = sequences.place(first_tokens, NO_CLS)
+        for name, values in self._passed_on(flat.token_columns):
+            batch[name] = tokens.place(_as_tensor_type(values), IGNORED if name == "labels" else 0)
+        for name, values in self._passed_on(flat.sequence_columns):
+            values = _as_tensor_type(values)
+            batch[name] = sequences.place(values, IGNORED if values.dtype == np.int64 else np.nan)
+        if self.emit == "flash":
+            cu_seqlens, longest = flat.offsets.astype(np.int32), int(flat.lengths.max(initial=0))
+            batch |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+            batch |= {"max_length_q": longest, "max_length_k": longest}
+        return batch
+
+    def _passed_on(self, columns: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+        wanted = [name for name in columns if name not in BOOKKEEPING] if self.columns is None else self.columns
+        return [(name, columns[name]) for name in wanted if name in columns and name != "input_ids"]
+
     def _width(self, option: str, limit: int | None, counts: np.ndarray, what: str, cure: str) -> int:
         if limit is None:
-            return int(counts.max(initial=1))
+            longest = int(counts.max(initial=1))
+            multiple = self.pad_to_multiple_of if option == "pad_to" and self.pad_to_multiple_of else 1
+            return -(-longest // multiple) * multiple
         if counts.max(initial=0) > limit:
             row = int(counts.argmax())
             raise ValueError(
@@ -147,12 +273,19 @@ class DataCollatorWithPacking:
             )
         return limit
 
-    def _mask(self, flat: "_FlatRows") -> tuple[np.ndarray, np.ndarray | None]:
+    def _refuse_padding(self, flat: FlatRows) -> None:
+        if self._pads_only and (flat.token_columns["input_ids"] == self.pad_token_id).any():
+            raise ValueError(
+                f"a sequence contains the padding token {self.pad_token_id}: it was padded before it was packed; "
+                "tokenize without padding, or keep attention_mask so that padding can be trimmed"
+            )
+
+    def _mask(self, flat: FlatRows) -> tuple[np.ndarray, np.ndarray | None]:
         """Input ids and labels of all tokens (T,)."""
-        input_ids = flat.tokens("input_ids")
+        input_ids = flat.token_columns["input_ids"].astype(np.int64)
         if self.masking_rule is None:
-            return input_ids, flat.tokens("labels") if flat.has("labels") else None
-        if flat.has("labels"):
+            return input_ids, None
+        if "labels" in flat.token_columns or "labels" in flat.sequence_columns:
             raise ValueError("the rows have labels, which masking would replace; set mlm_probability=None to keep them")
         vocabulary = len(self.masking_rule.is_special_V)
         if len(input_ids) and not 0 <= input_ids.min() <= input_ids.max() < vocabulary:
@@ -160,113 +293,57 @@ class DataCollatorWithPacking:
                 f"token ids {input_ids.min()}..{input_ids.max()} exceed the tokenizer's vocabulary of {vocabulary}; "
                 "use the tokenizer that the dataset was made with"
             )
-        if (input_ids == self.pad_token_id).any():
-            raise ValueError(
-                f"a sequence contains the padding token {self.pad_token_id}: it was padded before it was packed; "
-                "tokenize without padding, or keep attention_mask so that pack_dataset can trim it"
-            )
-        if flat.has("sequence_indices"):
-            starts = flat.per_sequence("sequence_starts") if flat.has("sequence_starts") else None
-            keys = sequence_keys(self.seed, int(self._epoch), flat.per_sequence("sequence_indices"), starts)
+        indices = flat.sequence_columns.get("sequence_indices")
+        if indices is not None:
+            starts = flat.sequence_columns.get("sequence_starts")
+            keys = sequence_keys(self.seed, int(self._epoch), indices.astype(np.int64), starts)
         else:
             keys = sequence_keys(self.seed, int(self._epoch), token_keys(input_ids, flat.offsets))
+        word_ids = flat.token_columns.get("word_ids") if self.masking_rule.whole_word_mask else None
+        if word_ids is not None:
+            return self.masking_rule(input_ids, flat.offsets, keys, word_ids.astype(np.int64))
         return self.masking_rule(input_ids, flat.offsets, keys)
 
 
-class _FlatRows:
-    """The rows of a batch as flat arrays: tokens (T,), sequences (N,)."""
+class _Table:
+    """Where the values of each row go in a flattened (rows, width) table: counts [2, 1], width 3 -> slots [0, 1, 3]."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]]):
-        for number, row in enumerate(rows):
-            if "input_ids" not in row or "sequence_lengths" not in row:
-                missing = "input_ids" if "input_ids" not in row else "sequence_lengths"
-                raise ValueError(
-                    f"row {number} of the batch has no {missing!r}, only {sorted(row)}; pack the dataset with "
-                    "pack_dataset, and with plain Trainer set remove_unused_columns=False (PackedTrainer keeps them)"
-                )
-        self.rows = rows
-        row_lengths = [np.asarray(row["sequence_lengths"], dtype=np.int64) for row in rows]
-        self.sequences_per_row = np.array([len(lengths) for lengths in row_lengths], dtype=np.int64)
-        self.tokens_per_row = np.array([lengths.sum() for lengths in row_lengths], dtype=np.int64)
-        self.lengths = np.concatenate([np.empty(0, np.int64), *row_lengths])
-        self.offsets = np.concatenate([[0], self.lengths.cumsum()])
-        if len(self.lengths) and self.lengths.min() < 1:
-            raise ValueError("a sequence of the batch has length 0; every sequence needs at least one token")
+    def __init__(self, counts: np.ndarray, width: int):
+        padding_before = np.arange(len(counts)) * width - _starts(counts)
+        self.slots = np.arange(counts.sum()) + np.repeat(padding_before, counts)
+        self.shape = (len(counts), width)
 
-    @property
-    def num_tokens(self) -> int:
-        return int(self.offsets[-1])
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.lengths)
-
-    def has(self, column: str) -> bool:
-        """Whether the rows have this column; packs without sequences need not."""
-        having = [column in row for row, depth in zip(self.rows, self.sequences_per_row, strict=True) if depth]
-        if any(having) and not all(having):
-            raise ValueError(
-                f"some rows of the batch have a column {column!r}, some have not; give it to all or to none"
-            )
-        return any(having)
-
-    def tokens(self, column: str) -> np.ndarray:
-        return self._concatenate(column, self.tokens_per_row, "tokens")
-
-    def per_sequence(self, column: str) -> np.ndarray:
-        return self._concatenate(column, self.sequences_per_row, "sequences")
-
-    def _concatenate(self, column: str, counts: np.ndarray, what: str) -> np.ndarray:
-        values = [np.asarray(row.get(column, np.empty(0, np.int64))) for row in self.rows]
-        for number, (value, count) in enumerate(zip(values, counts, strict=True)):
-            if len(value) and value.dtype.kind not in "iu":
-                raise ValueError(f"row {number} of the batch: {column!r} must hold integers, not {value.dtype}")
-            if len(value) != count:
-                raise ValueError(
-                    f"row {number} of the batch has {len(value)} values in {column!r} but {count} {what} "
-                    "by its sequence_lengths"
-                )
-        return np.concatenate([np.empty(0, np.int64), *(value.astype(np.int64) for value in values)])
+    def place(self, values: np.ndarray, fill: float) -> np.ndarray:
+        """(values, …) -> (rows, width, …), `fill` where there is no value."""
+        table = np.full((self.shape[0] * self.shape[1], *values.shape[1:]), fill, values.dtype)
+        table[self.slots] = values
+        return table.reshape(*self.shape, *values.shape[1:])
 
 
-class _SetEpoch(TrainerCallback):
-    """Counts epochs from the one that training begins or resumes in: state.epoch itself is a fraction of max_steps
-    where the dataset has no length."""
-
-    def __init__(self, collator: DataCollatorWithPacking):
-        self.collator = collator
-        self.next_epoch = 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.next_epoch = int(state.epoch or 0)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.set_epoch(self.next_epoch)
-        self.next_epoch += 1
-
-
-def _masking_rule(tokenizer, mlm_probability: float | None, masking: str) -> MaskingRule | None:
-    if mlm_probability is None:
-        return None
+def _masking_rule(tokenizer, mlm_probability: float, masking: str, **options) -> MaskingRule:
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token; set tokenizer.mask_token or mlm_probability=None")
     is_special_V = np.zeros(len(tokenizer), dtype=bool)
     is_special_V[tokenizer.all_special_ids] = True
-    return MaskingRule(mlm_probability, masking, tokenizer.mask_token_id, is_special_V)
+    if options["whole_word_mask"]:
+        with contextlib.suppress(ValueError):  # then the rows must have word_ids, and masking says so if they have not
+            options["continues_word_V"] = word_continuations(tokenizer)
+    return MaskingRule(mlm_probability, masking, tokenizer.mask_token_id, is_special_V, **options)
+
+
+def _has_column(rows, name: str) -> bool:
+    if isinstance(rows, pa.Table):
+        return name in rows.column_names
+    if isinstance(rows, Mapping):
+        return name in rows
+    first = next(iter(rows), {})
+    return name in (first.column_names if isinstance(first, pa.Table) else first)
+
+
+def _as_tensor_type(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
     """[3, 2, 4] -> [0, 3, 5]"""
     return counts.cumsum() - counts
-
-
-def _slots(counts: np.ndarray, width: int) -> np.ndarray:
-    """Where the values of each row go in a flattened (rows, width) table: counts [2, 1], width 3 -> [0, 1, 3]."""
-    padding_before = np.arange(len(counts)) * width - _starts(counts)
-    return np.arange(counts.sum()) + np.repeat(padding_before, counts)
-
-
-def _place(values, slots, shape: tuple[int, int], fill: int, dtype=np.int64) -> torch.Tensor:
-    table = np.full(shape, fill, dtype)
-    table.reshape(-1)[slots] = values
-    return torch.from_numpy(table)

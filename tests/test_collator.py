@@ -1,11 +1,16 @@
 """DataCollatorWithPacking: drawings, what its masks depend on, and what is refused."""
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from reference import packed_rows
+from transformers import DataCollatorWithFlattening, RobertaConfig, RobertaModel
 
 from collate import DataCollatorWithPacking
 from packing import pack_dataset
+
+CLS, SEP = 2, 3
 
 
 def test_the_drawing(tokenizer):
@@ -121,8 +126,6 @@ def test_workers_hear_of_a_new_epoch(tokenizer, pairs, workers):
 
 
 def test_all_batches_of_a_dataset_have_one_shape(tokenizer, pairs):
-    import datasets
-
     packed = pack_dataset(datasets.Dataset.from_list(pairs), max_sequence_length=64)
     collate = DataCollatorWithPacking(tokenizer).for_dataset(packed)
     shapes = {tuple(collate([packed[i]])[name].shape) for i in range(len(packed)) for name in ("labels", "input_ids")}
@@ -131,8 +134,6 @@ def test_all_batches_of_a_dataset_have_one_shape(tokenizer, pairs):
 
 
 def test_numpy_and_list_rows_give_the_same_batch(tokenizer, pairs):
-    import datasets
-
     packed = pack_dataset(datasets.Dataset.from_list(pairs), max_sequence_length=64)
     collate = DataCollatorWithPacking(tokenizer)
     as_lists = collate([packed[i] for i in range(3)])
@@ -149,7 +150,7 @@ GOOD = {"input_ids": [2, 8, 9, 3], "sequence_lengths": [4], "sequence_indices": 
         (
             {"input_ids": [2, 3]},
             {},
-            "no 'sequence_lengths', only \\['input_ids'\\]; pack the dataset with pack_dataset",
+            "row 1 of the batch has no 'sequence_lengths', others have; pack the dataset with pack_dataset",
         ),
         ({"sequence_lengths": [2]}, {}, "no 'input_ids'"),
         (GOOD | {"sequence_lengths": [3]}, {}, "4 values in 'input_ids' but 3 tokens"),
@@ -159,7 +160,7 @@ GOOD = {"input_ids": [2, 8, 9, 3], "sequence_lengths": [4], "sequence_indices": 
         (GOOD | {"input_ids": [2, 99, 9, 3]}, {}, "exceed the tokenizer's vocabulary of 60"),
         (GOOD | {"input_ids": [2.5, 8, 9, 3]}, {}, "must hold integers, not float64"),
         (GOOD | {"labels": [1, 2, 3, 4]}, {}, "set mlm_probability=None to keep them"),
-        (GOOD | {"token_type_ids": [0, 0, 0, 0]}, {}, "some rows of the batch have a column 'token_type_ids'"),
+        (GOOD | {"token_type_ids": [0, 0, 0, 0]}, {}, "row 0 of the batch has no 'token_type_ids'"),
         (GOOD, {"pad_to": 3}, "row 1 of the batch holds 4 tokens, more than pad_to=3"),
         (GOOD | {"sequence_lengths": [2, 2], "sequence_indices": [0, 1]}, {"max_sequences_per_pack": 1}, "holds 2 seq"),
     ],
@@ -176,7 +177,7 @@ def test_bad_rows_are_refused(tokenizer, row, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"emit": "mask"}, "unknown emit 'mask'"),
+        ({"emit": "mask"}, "unknown emit='mask'"),
         ({"masking": "some"}, "unknown masking 'some'"),
         ({"pad_to": 0}, "pad_to=0 must be at least 1"),
         ({"mlm_probability": 0.0}, "mlm_probability=0.0"),
@@ -185,3 +186,231 @@ def test_bad_rows_are_refused(tokenizer, row, options, message):
 def test_bad_options_are_refused(tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         DataCollatorWithPacking(tokenizer, **options)
+
+
+# Columns of all kinds
+
+
+def labelled_rows(count=12, seed=0):
+    """Rows with a class, a score, a vector and text for each sequence, and two values for each token."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        words = draw.integers(5, 60, draw.integers(1, 9)).tolist()
+        rows.append(
+            {
+                "input_ids": [CLS, *words, SEP],
+                "tags": [-100, *(word % 3 for word in words), -100],
+                "weights": [0.0, *(word / 7 for word in words), 0.0],
+                "labels": index % 4,
+                "score": index / 8,
+                "topics": [float(index % 2), 1.0, 0.0],
+                "text": f"row {index}",
+            }
+        )
+    return rows
+
+
+def as_formats(dataset):
+    """A batch of all rows, in every form in which datasets gives it."""
+    rows = range(len(dataset))
+    yield "list", [dataset[i] for i in rows]
+    yield "columns", dataset[:]
+    for name in ("numpy", "torch"):
+        yield name, [dataset.with_format(name)[i] for i in rows]
+    yield "arrow", dataset.with_format("arrow")[:]
+    yield "arrow, row by row", [dataset.with_format("arrow")[i] for i in rows]
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_column_arrives_where_its_sequence_is(tokenizer):
+    source = labelled_rows()
+    packed = pack_dataset(datasets.Dataset.from_list(source), max_sequence_length=24)
+    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None).for_dataset(packed)
+    batch = collate([packed[i] for i in range(len(packed))])
+    assert set(batch) == {
+        *("input_ids", "sequence_ids", "position_ids", "cls_positions", "tags", "weights", "labels", "score", "topics")
+    }
+    assert [batch[name].dtype for name in ("tags", "labels")] == [torch.int64] * 2
+    assert [batch[name].dtype for name in ("weights", "score", "topics")] == [torch.float32] * 3
+    seen = 0
+    for pack, indices in enumerate(packed["sequence_indices"]):
+        for slot in range(collate.max_sequences_per_pack):
+            if slot >= len(indices):
+                assert batch["labels"][pack, slot] == -100 and batch["cls_positions"][pack, slot] == -1
+                assert batch["score"][pack, slot].isnan() and batch["topics"][pack, slot].isnan().all()
+                continue
+            row, mine = source[indices[slot]], batch["sequence_ids"][pack] == slot + 1
+            assert batch["input_ids"][pack][mine].tolist() == row["input_ids"]
+            assert batch["tags"][pack][mine].tolist() == row["tags"]
+            torch.testing.assert_close(batch["weights"][pack][mine], torch.tensor(row["weights"]))
+            assert (batch["labels"][pack, slot], batch["score"][pack, slot]) == (row["labels"], row["score"])
+            assert batch["topics"][pack, slot].tolist() == row["topics"]
+            seen += 1
+    padding = batch["sequence_ids"] == 0
+    assert seen == len(source) and (batch["tags"][padding] == 0).all() and (batch["weights"][padding] == 0).all()
+
+
+@pytest.mark.parametrize("unpacked_rows", [None, "keep", "pack"])
+def test_every_format_gives_the_same_batch(tokenizer, unpacked_rows):
+    dataset = datasets.Dataset.from_list(labelled_rows())
+    if unpacked_rows is None:
+        dataset = pack_dataset(dataset, max_sequence_length=24)
+    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to=24, unpacked_rows=unpacked_rows)
+    batches = dict(as_formats(dataset))
+    expected = collate(batches["list"])
+    for rows in batches.values():
+        same(collate(rows), expected)
+
+
+def test_columns_can_be_chosen(tokenizer):
+    packed = pack_dataset(datasets.Dataset.from_list(labelled_rows()), max_sequence_length=24)
+    rows = [packed[0], packed[1]]
+    always = {"input_ids", "sequence_ids", "position_ids", "cls_positions"}
+    batch = DataCollatorWithPacking(tokenizer, mlm_probability=None, columns=["tags", "sequence_indices"])(rows)
+    assert set(batch) == always | {"tags", "sequence_indices"}
+    with pytest.raises(ValueError, match="columns names 'tag', which is not among"):
+        DataCollatorWithPacking(tokenizer, mlm_probability=None, columns=["tag"])(rows)
+    with pytest.raises(ValueError, match="column 'text' holds no numbers"):
+        DataCollatorWithPacking(tokenizer, mlm_probability=None, columns=["text"])(rows)
+
+
+def test_what_a_column_belongs_to_must_be_clear(tokenizer):
+    row = {"input_ids": [8, 9], "sequence_lengths": [1, 1], "tags": [5, 6]}
+    with pytest.raises(ValueError, match=r"'tags' has as many values as tokens and as sequences.*token_columns="):
+        DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to=3)([row])
+    options = {"mlm_probability": None, "pad_to": 3, "max_sequences_per_pack": 4}
+    per_token = DataCollatorWithPacking(tokenizer, token_columns=["tags"], **options)([row])
+    per_sequence = DataCollatorWithPacking(tokenizer, token_columns=[], **options)([row])
+    assert (per_token["tags"].tolist(), per_sequence["tags"].tolist()) == ([[5, 6, 0]], [[5, 6, -100, -100]])
+
+
+@pytest.mark.parametrize("value", [[None, 8, 3], None])
+def test_missing_values_are_refused(tokenizer, value):
+    row = {"input_ids": [2, 8, 3], "sequence_lengths": [3], "tags": value}
+    with pytest.raises(ValueError, match=r"'tags'.* (missing value|single value)"):
+        DataCollatorWithPacking(tokenizer, mlm_probability=None)([row | {"tags": [1, 2, 3]}, row])
+
+
+# Unpacked rows
+
+
+def test_unpacked_rows_are_rows_of_one_sequence(tokenizer):
+    source = labelled_rows(4)
+    packed = [
+        {name: value if isinstance(value, list) and name != "topics" else [value] for name, value in row.items()}
+        | {"sequence_lengths": [len(row["input_ids"])]}
+        for row in source
+    ]
+    kept = DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to=16, unpacked_rows="keep")(source)
+    same(kept, DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to=16)(packed))
+
+
+def test_packing_within_a_batch_keeps_every_sequence(tokenizer):
+    source = labelled_rows(30)
+    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to=24, unpacked_rows="pack")
+    batch = collate(source)
+    assert len(batch["input_ids"]) < 15
+    found = []
+    for pack, ids in enumerate(batch["sequence_ids"]):
+        for slot in range(int(ids.max())):
+            mine = ids == slot + 1
+            values = (batch[name][pack][mine].tolist() for name in ("input_ids", "tags"))
+            found.append((*values, int(batch["labels"][pack, slot]), float(batch["score"][pack, slot])))
+    assert sorted(found) == sorted((row["input_ids"], row["tags"], row["labels"], row["score"]) for row in source)
+    shallow = DataCollatorWithPacking(
+        tokenizer, mlm_probability=None, pad_to=24, unpacked_rows="pack", max_sequences_per_pack=2
+    )(source)
+    assert shallow["cls_positions"].shape[1] == 2 and int(shallow["sequence_ids"].max()) == 2
+    with pytest.raises(ValueError, match=r"row \d+ of the batch has \d+ tokens, more than pad_to=5"):
+        DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to=5, unpacked_rows="pack")(source)
+
+
+def test_masks_are_the_same_packed_or_not(tokenizer):
+    source = [{"input_ids": row["input_ids"]} for row in labelled_rows(30)]
+    masked = []
+    for unpacked_rows in ("keep", "pack"):
+        batch = DataCollatorWithPacking(tokenizer, pad_to=24, unpacked_rows=unpacked_rows)(source)
+        masked.append(sorted(sequences_of(batch).values()))
+    assert masked[0] == masked[1]
+
+
+def test_unpacked_rows_lose_their_padding(tokenizer):
+    row = {"input_ids": [0, 2, 8, 3, 0], "attention_mask": [0, 1, 1, 1, 0], "tags": [9, 1, 2, 3, 9]}
+    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to=4, unpacked_rows="keep")
+    batch = collate([row, {"input_ids": [2, 3], "attention_mask": [1, 1], "tags": [4, 5]}])
+    assert batch["input_ids"].tolist() == [[2, 8, 3, 0], [2, 3, 0, 0]]
+    assert batch["tags"].tolist() == [[1, 2, 3, 0], [4, 5, 0, 0]]
+    with pytest.raises(ValueError, match="row 0 of the batch has zeros inside its attention_mask"):
+        collate([row | {"attention_mask": [1, 0, 1, 1, 0]}])
+    with pytest.raises(ValueError, match="row 0 of the batch holds no token"):
+        collate([row | {"attention_mask": [0] * 5}])
+    with pytest.raises(ValueError, match="contains the padding token 0"):
+        collate([{name: row[name] for name in ("input_ids", "tags")}])
+
+
+def test_a_packed_row_is_never_taken_for_one_sequence(tokenizer):
+    """What plain Trainer leaves of a packed row has no sequence_lengths; only who says so means unpacked rows."""
+    with pytest.raises(ValueError, match=r"no 'sequence_lengths', only.*remove_unused_columns=False"):
+        DataCollatorWithPacking(tokenizer)([{"input_ids": [2, 8, 3, 2, 9, 3]}])
+    with pytest.raises(ValueError, match="rows are packed: they have sequence_lengths"):
+        DataCollatorWithPacking(tokenizer, unpacked_rows="keep")([GOOD])
+
+
+# The other forms of a batch
+
+
+def test_flash_gives_one_row_and_its_boundaries(tokenizer):
+    rows = [
+        {"input_ids": [2, 8, 3, 2, 3], "sequence_lengths": [3, 2], "labels": [0, 1]},
+        {"input_ids": [2, 9, 9, 3], "sequence_lengths": [4], "labels": [2]},
+    ]
+    batch = DataCollatorWithPacking(tokenizer, mlm_probability=None, emit="flash", pad_to=16)(rows)
+    assert batch["input_ids"].tolist() == [[2, 8, 3, 2, 3, 2, 9, 9, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
+    assert batch["sequence_ids"].tolist() == [[1, 1, 1, 2, 2, 3, 3, 3, 3]]
+    assert batch["cls_positions"].tolist() == [[0, 3, 5]] and batch["labels"].tolist() == [[0, 1, 2]]
+    for which in "qk":
+        assert batch[f"cu_seq_lens_{which}"].tolist() == [0, 3, 5, 9]
+        assert batch[f"cu_seq_lens_{which}"].dtype == torch.int32
+        assert batch[f"max_length_{which}"] == 4
+
+
+def test_flash_boundaries_are_those_of_transformers(tokenizer):
+    source = [{"input_ids": row["input_ids"], "labels": row["tags"]} for row in labelled_rows()]
+    ours = DataCollatorWithPacking(tokenizer, mlm_probability=None, emit="flash", unpacked_rows="keep")(source)
+    theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(source)
+    for name in ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+        assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name])), name
+    assert torch.equal(ours["sequence_ids"], theirs["seq_idx"] + 1)
+
+
+def test_numpy_batches_and_rounded_widths(tokenizer):
+    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to_multiple_of=8, return_tensors="np")
+    batch = collate([GOOD])
+    assert all(isinstance(values, np.ndarray) for values in batch.values())
+    assert batch["input_ids"].tolist() == [[2, 8, 9, 3, 0, 0, 0, 0]]
+    assert isinstance(collate([GOOD], return_tensors="pt")["input_ids"], torch.Tensor)
+
+
+def test_positions_begin_where_the_models_do(tokenizer):
+    config = RobertaConfig(vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=1)
+    model = RobertaModel(config)
+    assert DataCollatorWithPacking(tokenizer, model=model)([GOOD])["position_ids"].tolist() == [[2, 3, 4, 5]]
+    assert DataCollatorWithPacking(tokenizer).for_model(model).position_ids_start == 2
+    assert DataCollatorWithPacking(tokenizer, position_ids_start=0, model=model).position_ids_start == 0
+
+
+def test_a_batch_is_small(tokenizer):
+    """What isolation adds to 32 packs of 512: sequence_ids, 65 KB; nothing of a batch is as large as 512 x 512."""
+    draw = np.random.default_rng(0)
+    rows = [{"input_ids": draw.integers(5, 60, 512), "sequence_lengths": [200, 200, 112]} for _ in range(32)]
+    batch = DataCollatorWithPacking(tokenizer, pad_to=512)(rows)
+    assert batch["sequence_ids"].nbytes <= 100_000
+    assert all(values.numel() <= 32 * 512 for values in batch.values())

@@ -1,0 +1,307 @@
+"""Rows of a dataset, in whatever form they come -> flat arrays, one value per token or per sequence.
+
+A batch is a list of dicts (of lists, NumPy arrays or torch tensors), one dict of columns, an Arrow table, or a list of
+Arrow tables. From Arrow nothing is copied row by row, which is five times as fast as by way of lists.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch.utils.data import Dataset
+
+from packing import assign, length_histogram, plan_packs
+
+INPUT_IDS, LENGTHS, MASK = "input_ids", "sequence_lengths", "attention_mask"
+ADVICE = (
+    "pack the dataset with pack_dataset, and with plain Trainer set remove_unused_columns=False (PackedTrainer keeps "
+    "them); for rows that hold one sequence each, say unpacked_rows='keep' or 'pack'"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FlatRows:
+    """The rows of a batch without their padding.
+
+    sequences_per_row: (rows,). lengths: (N,) tokens of each sequence.
+    token_columns: {name: (T, …)}, input_ids among them. sequence_columns: {name: (N, …)}. Both hold numbers only.
+    """
+
+    sequences_per_row: np.ndarray
+    lengths: np.ndarray
+    token_columns: dict[str, np.ndarray]
+    sequence_columns: dict[str, np.ndarray]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.sequences_per_row)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_columns[INPUT_IDS])
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(N + 1,) where each sequence begins among the T tokens, and T."""
+        return np.concatenate([[0], self.lengths.cumsum()])
+
+    @property
+    def tokens_per_row(self) -> np.ndarray:
+        ends = np.concatenate([[0], self.lengths.cumsum()])[np.concatenate([[0], self.sequences_per_row.cumsum()])]
+        return np.diff(ends)
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """values: (values, …) of all rows; counts: (rows,) how many each row has; None: each row is one value, no list."""
+
+    values: np.ndarray
+    counts: np.ndarray | None
+
+
+def read_packed_rows(rows, token_columns: Sequence[str] | None, columns: Sequence[str] | None) -> FlatRows:
+    """Rows of pack_dataset.
+
+    token_columns: names of the columns with a value per token; None: those with as many values as tokens.
+    columns: which to read beside the lengths; None: all that hold numbers.
+    """
+    read = _Reader(rows, columns)
+    lengths = read.column(LENGTHS)
+    tokens = read.column(INPUT_IDS)
+    per_row = lengths.counts
+    row_of_sequence = np.repeat(np.arange(len(per_row)), per_row)
+    tokens_per_row = np.bincount(row_of_sequence, lengths.values, len(per_row)).astype(np.int64)
+    if len(lengths.values) and lengths.values.min() < 1:
+        raise ValueError("a sequence of the batch has length 0; every sequence needs at least one token")
+    _check_counts(INPUT_IDS, tokens.counts, tokens_per_row, "tokens")
+    in_tokens, in_sequences = {INPUT_IDS: tokens.values}, {}
+    for name in read.others():
+        column = read.column(name)
+        if column is None:
+            continue
+        if column.counts is None:
+            raise ValueError(f"column {name!r} has one value per row; a packed row has one per token or per sequence")
+        if _is_token_level(name, column.counts, tokens_per_row, per_row, token_columns):
+            _check_counts(name, column.counts, tokens_per_row, "tokens")
+            in_tokens[name] = column.values
+        else:
+            _check_counts(name, column.counts, per_row, "sequences")
+            in_sequences[name] = column.values
+    return FlatRows(per_row, lengths.values.astype(np.int64), in_tokens, in_sequences)
+
+
+def read_sequences(rows, token_columns: Sequence[str] | None, columns: Sequence[str] | None) -> FlatRows:
+    """Unpacked rows, each one sequence; where there is an attention_mask, its zeros at the ends are cut off.
+
+    A value per row becomes a value per sequence, and so does a list, unless it has one value per token.
+    """
+    read = _Reader(rows, columns, needed=(INPUT_IDS,))
+    if LENGTHS in read.names:
+        raise ValueError("the rows are packed: they have sequence_lengths; leave unpacked_rows out")
+    tokens = read.column(INPUT_IDS)
+    lengths = tokens.counts
+    in_tokens, in_sequences = {INPUT_IDS: tokens.values}, {}
+    for name in [*read.others(), *([MASK] if MASK in read.names else [])]:
+        column = read.column(name)
+        if column is None:
+            continue
+        if column.counts is None:
+            in_sequences[name] = column.values
+        elif np.array_equal(column.counts, lengths) and (
+            token_columns is None or name in token_columns or name == MASK
+        ):
+            in_tokens[name] = column.values
+        elif len(set(column.counts.tolist())) == 1 and (token_columns is None or name not in token_columns):
+            in_sequences[name] = column.values.reshape(len(lengths), -1)
+        else:
+            _check_counts(name, column.counts, lengths, "tokens")
+    return _without_padding(FlatRows(np.ones(len(lengths), np.int64), lengths, in_tokens, in_sequences))
+
+
+def pack_sequences(flat: FlatRows, max_sequence_length: int, max_sequences_per_pack: int | None) -> FlatRows:
+    """The sequences of a batch in as few rows as longest-pack-first needs.
+
+    lengths [3, 5, 2] into 6 slots: rows (5) and (3, 2)
+    """
+    if flat.num_sequences == 0:
+        return flat
+    if flat.lengths.max() > max_sequence_length:
+        row = int(flat.lengths.argmax())
+        raise ValueError(
+            f"row {row} of the batch has {flat.lengths[row]} tokens, more than pad_to={max_sequence_length}; "
+            "truncate it when tokenizing or give a longer pad_to"
+        )
+    histogram = length_histogram(flat.lengths, max_sequence_length)
+    plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, "lpfhp")
+    assignment = assign(plan, flat.lengths, num_threads=1)
+    order = assignment.sequence_indices.astype(np.int64)
+    lengths = flat.lengths[order]
+    first = np.repeat(flat.offsets[:-1][order] - (lengths.cumsum() - lengths), lengths)
+    token = first + np.arange(len(first))
+    return FlatRows(
+        np.diff(assignment.pack_offsets).astype(np.int64),
+        lengths,
+        {name: values[token] for name, values in flat.token_columns.items()},
+        {name: values[order] for name, values in flat.sequence_columns.items()},
+    )
+
+
+class ArrowRows(Dataset):
+    """A `datasets.Dataset` that gives a batch as one Arrow table, for a collator that reads those."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset.with_format("arrow")
+
+    @staticmethod
+    def can_hold(dataset) -> bool:
+        """Whether nothing is lost: a dataset with a transform of its own gives rows that Arrow does not have."""
+        form = getattr(dataset, "format", None)
+        return isinstance(form, dict) and form.get("type") in (None, "numpy", "torch", "arrow")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> pa.Table:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> pa.Table:
+        return self.dataset[list(indices)]
+
+
+class _Reader:
+    """Columns by name, from whatever the batch is."""
+
+    def __init__(self, rows, columns: Sequence[str] | None, needed: Sequence[str] = (INPUT_IDS, LENGTHS)):
+        if not isinstance(rows, pa.Table | Mapping):
+            rows = list(rows)
+            if rows and isinstance(rows[0], pa.Table):
+                rows = pa.concat_tables(rows)
+        self.rows, self.wanted = rows, columns
+        self.names = _names(rows)
+        for name in needed:
+            if name not in self.names and (not isinstance(rows, list) or rows):
+                raise ValueError(f"the rows of the batch have no {name!r}, only {sorted(self.names)}; {ADVICE}")
+        for name in columns or ():
+            if name not in self.names and self.names:
+                raise ValueError(f"columns names {name!r}, which is not among {sorted(self.names)}")
+
+    def others(self) -> list[str]:
+        """The names of the columns to pass on."""
+        names = self.names if self.wanted is None else self.wanted
+        return [name for name in names if name not in (INPUT_IDS, LENGTHS, MASK)]
+
+    def column(self, name: str) -> Column | None:
+        """None: it holds no numbers, such as text."""
+        if isinstance(self.rows, pa.Table):
+            column = _from_arrow(name, self.rows.column(name))
+        else:
+            column = _from_values(name, self._values(name))
+        if column is None and ((self.wanted is not None and name in self.wanted) or name in (INPUT_IDS, LENGTHS)):
+            raise ValueError(f"column {name!r} holds no numbers, so that no tensor can be made of it; leave it out")
+        if name in (INPUT_IDS, LENGTHS) and column.values.dtype.kind not in "iu":
+            raise ValueError(f"column {name!r} must hold integers, not {column.values.dtype}")
+        return column
+
+    def _values(self, name: str) -> list:
+        if isinstance(self.rows, Mapping):
+            return list(self.rows[name])
+        # a row without any sequence, by which the ranks' packs are evened out, need not have the other columns
+        empty = [LENGTHS in row and not len(row[LENGTHS]) for row in self.rows]
+        having = [name in row for row, is_empty in zip(self.rows, empty, strict=True) if not is_empty]
+        if not all(having):
+            raise ValueError(f"row {having.index(False)} of the batch has no {name!r}, others have; {ADVICE}")
+        return [row.get(name, ()) for row in self.rows]
+
+
+def _names(rows: pa.Table | Mapping | list) -> list[str]:
+    if isinstance(rows, pa.Table):
+        return rows.column_names
+    if isinstance(rows, Mapping):
+        return list(rows)
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _from_values(name: str, values: list[Any]) -> Column | None:
+    try:
+        arrays = [np.asarray(value) for value in values]
+    except ValueError:  # lists of unequal lists
+        return None
+    is_list = [array.ndim > 0 for array in arrays]
+    counts = np.array([len(array) for array in arrays], np.int64) if all(is_list) else None
+    if counts is None and any(is_list):
+        raise ValueError(f"column {name!r} is a list in some rows of the batch and a single value in others")
+    filled = [array for array in arrays if array.size]
+    if any(array.dtype == object for array in filled):
+        missing = [row for row, value in enumerate(values) if value is None or (is_list[row] and None in list(value))]
+        if missing:
+            raise ValueError(f"column {name!r} has a missing value (None) in row {missing[0]} of the batch; fill it in")
+        return None
+    if not filled:
+        return Column(np.empty(0, np.int64), counts)
+    if any(array.dtype.kind not in "biuf" for array in filled) or len({array.shape[1:] for array in filled}) > 1:
+        return None
+    return Column(np.stack(filled) if counts is None else np.concatenate(filled), counts)
+
+
+def _from_arrow(name: str, column: pa.ChunkedArray) -> Column | None:
+    type_ = column.type
+    if column.null_count:
+        raise ValueError(f"column {name!r} has a missing value (null) in the batch; fill it in")
+    if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_):
+        return Column(column.to_numpy(), None)
+    is_plain_list = pa.types.is_list(type_) or pa.types.is_large_list(type_)
+    if not is_plain_list or not (pa.types.is_integer(type_.value_type) or pa.types.is_floating(type_.value_type)):
+        if pa.types.is_string(type_) or (is_plain_list and pa.types.is_string(type_.value_type)):
+            return None
+        return _from_values(name, column.to_pylist())
+    lists = column.combine_chunks()  # datasets gives a chunk for each row
+    values = lists.flatten()
+    if values.null_count:
+        raise ValueError(f"column {name!r} has a missing value (null) in the batch; fill it in")
+    return Column(values.to_numpy(), np.diff(lists.offsets.to_numpy()).astype(np.int64))
+
+
+def _is_token_level(name, counts, tokens_per_row, sequences_per_row, token_columns: Sequence[str] | None) -> bool:
+    if token_columns is not None:
+        return name in token_columns
+    per_token, per_sequence = np.array_equal(counts, tokens_per_row), np.array_equal(counts, sequences_per_row)
+    if per_token and per_sequence and len(counts) and counts.any():
+        raise ValueError(
+            f"column {name!r} has as many values as tokens and as sequences in every row of the batch, so what they "
+            "belong to is unclear; name the columns with a value per token as token_columns=[…]"
+        )
+    return per_token
+
+
+def _check_counts(name: str, counts: np.ndarray | None, expected: np.ndarray, what: str) -> None:
+    if counts is None or not np.array_equal(counts, expected):
+        row = 0 if counts is None else int(np.argmax(counts != expected))
+        found = "one value" if counts is None else f"{counts[row]} values"
+        raise ValueError(
+            f"row {row} of the batch has {found} in {name!r} but {expected[row]} {what} by its "
+            f"{'sequence_lengths' if what == 'sequences' else 'lengths'}; leave the column out with columns=[…]"
+        )
+
+
+def _without_padding(flat: FlatRows) -> FlatRows:
+    """The tokens where the attention_mask is 1; the mask itself is left out."""
+    tokens = {name: values for name, values in flat.token_columns.items() if name != MASK}
+    real = flat.token_columns.get(MASK, np.ones(flat.num_tokens, np.int64)) != 0
+    row_of_token = np.repeat(np.arange(flat.num_rows), flat.lengths)
+    kept = np.bincount(row_of_token[real], minlength=flat.num_rows)
+    if flat.num_rows and not kept.all():
+        raise ValueError(f"row {int(kept.argmin())} of the batch holds no token; leave such rows out")
+    places, ends = np.flatnonzero(real), kept.cumsum()
+    span = places[ends - 1] - places[ends - kept] + 1  # of the ones of each row, from the first to the last
+    if (span != kept).any():
+        raise ValueError(
+            f"row {int(np.argmax(span != kept))} of the batch has zeros inside its attention_mask; only padding at the "
+            "ends can be cut off"
+        )
+    return replace(flat, lengths=kept, token_columns={name: values[real] for name, values in tokens.items()})
