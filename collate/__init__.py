@@ -7,18 +7,30 @@ from collate.layout import PackLayout
 
 if TYPE_CHECKING:
     from collate.collator import DataCollatorWithPacking
-    from collate.isolation import isolate_sequences, position_ids_start
+    from collate.heads import packed_predictions, task_for
+    from collate.isolation import check_isolation, isolate_sequences, position_ids_start
     from collate.trainer import PackedTrainer
 
 # transformers' Trainer takes ten seconds to import: whoever only wants a layout should not wait for it.
 _LAZY = {
     "DataCollatorWithPacking": "collate.collator",
     "PackedTrainer": "collate.trainer",
+    "check_isolation": "collate.isolation",
     "isolate_sequences": "collate.isolation",
+    "packed_predictions": "collate.heads",
     "position_ids_start": "collate.isolation",
+    "task_for": "collate.heads",
 }
 
-__all__ = ["DataCollatorWithPacking", "PackLayout", "PackedTrainer", "isolate_sequences", "position_ids_start"]
+__all__ = [
+    "DataCollatorWithPacking",
+    "PackLayout",
+    "PackedTrainer",
+    "isolate_sequences",
+    "packed_predictions",
+    "position_ids_start",
+    "task_for",
+]
 
 
 def __getattr__(name: str):
