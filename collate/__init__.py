@@ -26,6 +26,7 @@ __all__ = [
     "DataCollatorWithPacking",
     "PackLayout",
     "PackedTrainer",
+    "check_isolation",
     "isolate_sequences",
     "packed_predictions",
     "position_ids_start",
