@@ -425,8 +425,8 @@ class SequenceClassification(Task):
             return _cross_entropy_sums(logits_NC, labels)
         if labels.numel() != logits_NC.numel():
             raise ValueError(
-                f"labels {tuple(labels.shape)} do not fit logits {tuple(logits_NC.shape)} of {problem}; "
-                f"give {logits_NC.shape[1]} numbers per sequence"
+                f"labels {tuple(labels.shape)} do not fit logits {tuple(logits_NC.shape)} of {problem}; give "
+                f"{logits_NC.shape[1]} floats per sequence, or if each has one label of many, cast them to integers"
             )
         labels_NC = labels.view_as(logits_NC).to(logits_NC)
         is_label = _is_label(labels_NC)
@@ -784,6 +784,7 @@ def packed_predictions(model: nn.Module, batch: Mapping[str, Tensor], task: Task
     task: None: that of `task_for(model)`. The model is in evaluation mode meanwhile.
     """
     task = task_for(model) if task is None else task
+    prepare_head(model)
     was_training = model.training
     model.eval()
     try:
