@@ -145,6 +145,7 @@ class DataCollatorWithPacking:
                 whole_word_mask=whole_word_mask,
                 max_predictions_per_sequence=max_predictions_per_sequence,
             )
+        self._tell: tuple[str, ...] = ()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         if model is not None:
             self.position_ids_start = self.for_model(model).position_ids_start
@@ -174,6 +175,14 @@ class DataCollatorWithPacking:
         fixed = copy.copy(self)
         fixed._epoch = torch.tensor(EVALUATION_EPOCH)
         return fixed
+
+    def for_prediction(self) -> "DataCollatorWithPacking":
+        """for_evaluation, and batches say which sequence is which: sequence_indices, sequence_starts (B, S)."""
+        telling = self.for_evaluation()
+        telling._tell = ("sequence_indices", "sequence_starts")
+        if self.unpacked_rows == "pack":  # packing changes the order, which rows without indices do not survive
+            telling.unpacked_rows = "keep"
+        return telling
 
     # -- epochs --------------------------------------------------------------------------------------------------
 
@@ -257,8 +266,8 @@ class DataCollatorWithPacking:
         return batch
 
     def _passed_on(self, columns: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
-        wanted = [name for name in columns if name not in BOOKKEEPING] if self.columns is None else self.columns
-        return [(name, columns[name]) for name in wanted if name in columns and name != "input_ids"]
+        wanted = [name for name in columns if name not in BOOKKEEPING] if self.columns is None else list(self.columns)
+        return [(name, columns[name]) for name in [*wanted, *self._tell] if name in columns and name != "input_ids"]
 
     def _width(self, option: str, limit: int | None, counts: np.ndarray, what: str, cure: str) -> int:
         if limit is None:

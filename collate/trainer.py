@@ -6,7 +6,8 @@ accumulation besides: huggingface/transformers#47688). PackedTrainer counts what
 optimizer step, all micro-batches and all ranks, before the first forward pass: the result then depends neither on
 packing, nor on accumulation, nor on the number of processes.
 
-The model's side of the contract:
+What is counted, and what the loss is, a task says (collate.heads): for stock models of transformers it is found by
+their class. A model with a loss of its own says so by
 
     forward(**batch, denominators=Tensor(3)) -> output.loss, divided by these instead of by the batch's own counts
     output.sums                              -> 1-D tensor of additive statistics
@@ -14,19 +15,27 @@ The model's side of the contract:
 """
 
 import inspect
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from collate.collator import DataCollatorWithPacking
+from collate.heads import PerSequence, prepare_head, task_for
 from collate.layout import PADDING
 from collate.masking import IGNORED
-from packing import packed_info
+from collate.plain_trainer import check_model
+from collate.rows import ArrowRows
+from packing import PackedInfo, packed_info
+
+logger = logging.getLogger(__name__)
 
 
 def count_denominators(batch: dict[str, Tensor]) -> Tensor:
@@ -49,25 +58,33 @@ def count_denominators(batch: dict[str, Tensor]) -> Tensor:
 
 
 class PackedTrainer(Trainer):
-    """`transformers.Trainer` for packed datasets and models that follow the contract above.
+    """`transformers.Trainer` for packed datasets: stock models and their heads, or models with a loss of their own.
 
     Differences to Trainer, each of which is needed for exactness:
+    * stock models are isolated, and their heads run on sequences, not on rows: see collate.heads;
     * every loss is divided by counts over the optimizer step, all ranks;
     * columns are kept, whatever `remove_unused_columns` says: the collator needs `sequence_lengths`;
-    * the collator learns L and S from the packed dataset, so that all batches have one shape;
+    * the collator learns L and S from the packed dataset, so that all batches have one shape, and where positions begin
+      from the model;
     * training masks change with the epoch, evaluation masks never do;
     * with several ranks the packs are evened out by *empty* packs, where accelerate would repeat some;
     * evaluation adds up sums over all packs and ranks, so that it equals evaluation on the unpacked sequences;
-    * tokens seen are real tokens; logs have the model's metrics beside the loss.
+    * `predict`, and `compute_metrics`, have one row per sequence, in the order of the dataset that was packed;
+    * packs that were balanced (pack_dataset(balance=N)) are shuffled by whole steps, which stay balanced;
+    * tokens seen are real tokens; logs have the task's metrics beside the loss.
 
-    What it cannot honour it refuses with a ValueError: models that do not follow the contract, nn.DataParallel (it
-    splits packs without their counts), iterable datasets over several ranks (accelerate would repeat packs), label
-    smoothing, compute_metrics and compute_loss_func (the loss and metrics are the model's), and predict().
+    task: what the head is trained for, `collate.heads`; None: found by the model's class.
+
+    What it cannot honour it refuses with a ValueError: models that cannot be isolated, nn.DataParallel (it splits packs
+    without their counts), iterable datasets over several ranks (accelerate would repeat packs), label smoothing, and
+    compute_loss_func.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, task=None, **kwargs):
+        self._given_task = task
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
+        self.task = self._find_task(self.model)
         self._train_sums = _RunningSums()
         self._progress = PackingProgress()
         self.add_callback(self._progress)
@@ -75,7 +92,9 @@ class PackedTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the step's counts; Trainer must not divide again
         self.model_accepts_loss_kwargs = True  # so that the step's counts reach compute_loss
         if isinstance(self.data_collator, DataCollatorWithPacking):
-            self.add_callback(self.data_collator.callback())
+            self.data_collator = self.data_collator.for_model(self.model)
+            check_model(self.data_collator, self.model)
+            self.add_callback(self.data_collator.epoch_callback())
 
     def _refuse_unsupported(self) -> None:
         if self.args.n_gpu > 1:
@@ -83,14 +102,8 @@ class PackedTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process would run as nn.DataParallel, which cannot count a loss over "
                 f"the step; start one process each: torchrun --nproc-per-node {self.args.n_gpu} …"
             )
-        if "denominators" not in inspect.signature(self.model.forward).parameters or not hasattr(self.model, "metrics"):
-            raise ValueError(
-                f"{type(self.model).__name__} does not follow PackedTrainer's contract: forward(denominators=), "
-                "output.sums, metrics(sums); use PackedBertForPreTraining"
-            )
         ignored = {
             "label_smoothing_factor": self.args.label_smoothing_factor,
-            "compute_metrics": self.compute_metrics,
             "compute_loss_func": self.compute_loss_func,
             "bf16_full_eval": self.args.bf16_full_eval,
             "fp16_full_eval": self.args.fp16_full_eval,
@@ -98,30 +111,74 @@ class PackedTrainer(Trainer):
         for name, value in ignored.items():
             if value:
                 raise ValueError(f"PackedTrainer cannot honour {name}={value!r}; leave it out")
+        if self.args.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={self.args.train_sampling_strategy!r} is for rows of unequal length; packs "
+                "are of one length: choose 'random' or 'sequential'"
+            )
 
-    def predict(self, *args, **kwargs):
-        raise ValueError("PackedTrainer has no predict(); evaluate() gives metrics, and the model itself gives logits")
+    def _find_task(self, model: nn.Module):
+        """The task of a model; stock models are isolated, and their heads prepared."""
+        if _has_own_loss(model):
+            for name, value in (("task", self._given_task), ("compute_metrics", self.compute_metrics)):
+                if value is not None:
+                    raise ValueError(
+                        f"PackedTrainer cannot honour {name}={value!r}: {type(model).__name__} has a loss and metrics of "
+                        "its own; leave it out"
+                    )
+            return _OwnLoss(model)
+        found = task_for(model) if self._given_task is None else self._given_task
+        if self._given_task is not None:
+            prepare_head(model)
+        return found
+
+    def call_model_init(self, trial=None):
+        """A model of hyperparameter search is prepared like the first."""
+        model = super().call_model_init(trial)
+        self.task = self._find_task(model)
+        return model
 
     # -- data ----------------------------------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
-        """Every dataloader, of training and evaluation: bind the collator to its dataset, and even out the packs."""
+        """Every dataloader, of training, evaluation and prediction: bind the collator to its dataset, and even out the
+        packs."""
+        collator, packs = self.data_collator, dataset
+        if isinstance(collator, DataCollatorWithPacking):
+            self.data_collator = self._bound_collator(collator, dataset, is_training)
+            if ArrowRows.can_hold(dataset):
+                packs = ArrowRows(dataset)
         if self.args.world_size > 1:
             if not hasattr(dataset, "__len__"):
                 raise ValueError(
                     f"the {description} dataset is iterable: over {self.args.world_size} processes accelerate would "
                     "repeat packs to even them out; use a dataset with a length"
                 )
-            dataset = EvenedPacks(dataset, self.args.world_size * batch_size)
-        collator = self.data_collator
-        if isinstance(collator, DataCollatorWithPacking):
-            self.data_collator = _for_dataset(collator, dataset)
-            if not is_training:
-                self.data_collator = self.data_collator.for_evaluation()
+            packs = EvenedPacks(packs, self.args.world_size * batch_size)
+        self._packed_info = _packed_info(dataset)
         try:
-            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(packs, description, batch_size, *args, is_training=is_training, **kwargs)
         finally:
             self.data_collator = collator
+
+    def _bound_collator(self, collator: DataCollatorWithPacking, dataset, is_training: bool) -> DataCollatorWithPacking:
+        if _packed_info(dataset) is not None:
+            collator = collator.for_dataset(dataset)
+        return collator if is_training else collator.for_prediction()
+
+    def _get_train_sampler(self, train_dataset=None):
+        info = self._packed_info
+        if info is None or info.balance is None or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        packs_per_pass = self.args.train_batch_size * self.args.world_size
+        if packs_per_pass % info.balance:
+            logger.warning(
+                "the packs are balanced %d by %d, but a forward pass over all ranks takes %d; pack the dataset with "
+                "balance=%d, or passes cost unequally",
+                *(info.balance, info.balance, packs_per_pass, packs_per_pass),
+            )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return StepSampler(len(train_dataset), info.balance, seed)
 
     def _remove_unused_columns(self, dataset, description=None):
         return dataset
@@ -132,18 +189,19 @@ class PackedTrainer(Trainer):
     # -- loss ----------------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """(3,) the denominators of one optimizer step: over its micro-batches and all ranks."""
-        counts = torch.zeros(5, dtype=torch.int64, device=device)
+        """(k,) the denominators of one optimizer step: over its micro-batches and all ranks."""
+        counts = None
         for batch in batch_samples:
             sequences = batch["sequence_ids"].amax(1).sum()
             tokens = (batch["sequence_ids"] != PADDING).sum()
-            counts += torch.cat([count_denominators(batch), torch.stack([sequences, tokens])]).to(device)
+            of_batch = torch.cat([torch.stack([sequences, tokens]), self.task.count(batch)]).to(device)
+            counts = of_batch if counts is None else counts + of_batch
         counts = self.accelerator.reduce(counts, "sum")
-        self._progress.add(counts[3:])
-        return counts[:3]
+        self._progress.add(counts[:2])
+        return counts[2:]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, denominators=num_items_in_batch)
+        outputs = self.task(model, inputs, num_items_in_batch)
         self._train_sums.add(outputs.sums)
         # DDP and FSDP average gradients over ranks, but the loss is already divided by all ranks' counts
         loss = outputs.loss * self.accelerator.num_processes
@@ -153,13 +211,10 @@ class PackedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._train_sums.total is not None:
-            metrics = self._model_metrics(self.accelerator.reduce(self._train_sums.take(), "sum").cpu())
+            metrics = self.task.metrics(self.accelerator.reduce(self._train_sums.take(), "sum").cpu())
             del metrics["sequences"], metrics["tokens"]  # since the last log; of interest is how many there were in all
             logs = metrics | self._progress.seen() | logs
         super().log(logs, start_time)
-
-    def _model_metrics(self, sums: Tensor) -> dict[str, float]:
-        return self.accelerator.unwrap_model(self.model).metrics(sums)
 
     def _track_num_input_tokens(self, inputs):
         if self.args.include_num_input_tokens_seen == "no":
@@ -167,31 +222,107 @@ class PackedTrainer(Trainer):
         tokens = (inputs["sequence_ids"] != PADDING).sum().to(self.args.device)
         self.state.num_input_tokens_seen += self.accelerator.gather(tokens).sum().item()
 
-    # -- evaluation ----------------------------------------------------------------------------------------------
+    # -- evaluation and prediction -------------------------------------------------------------------------------
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Sums over the whole evaluation set, then one division: a deep pack weighs what its sequences weigh."""
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models:  # evaluation without training before it
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         was_training = model.training
         model.eval()
-        sums, num_packs = _RunningSums(), 0
+        sums, collected = _RunningSums(), None if prediction_loss_only else _Predictions()
         for inputs in dataloader:
-            num_packs += len(inputs["sequence_ids"])
             with torch.no_grad(), self.compute_loss_context_manager():
-                sums.add(model(**self._prepare_inputs(inputs)).sums)
+                outputs = self.task(model, self._prepare_inputs(inputs))
+            sums.add(outputs.sums)
+            if collected is not None:
+                collected.add(outputs, inputs)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
         if sums.total is None:
             raise ValueError(f"{description}: the dataset has no packs; give an evaluation set with at least one")
-        totals = self.accelerator.reduce(sums.take(), "sum").cpu()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._model_metrics(totals).items()}
-        if isinstance(dataloader.dataset, EvenedPacks):
-            num_packs = dataloader.dataset.num_packs
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_packs)
+        metrics = self.task.metrics(self.accelerator.reduce(sums.take(), "sum").cpu())
+        predictions, labels = (None, None) if collected is None else collected.gathered(self.args.world_size)
+        if self.compute_metrics is not None and labels is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+        return EvalLoopOutput(
+            predictions=predictions,
+            label_ids=labels,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=metrics["sequences"],
+        )
+
+
+class _OwnLoss:
+    """A model's own loss, as a task."""
+
+    def __init__(self, model: nn.Module):
+        self.metrics = model.metrics
+        self.arguments = frozenset(inspect.signature(model.forward).parameters)
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return count_denominators(batch)
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None):
+        batch = {name: values for name, values in batch.items() if name in self.arguments}
+        return model(**batch, denominators=denominators)
+
+
+def _has_own_loss(model: nn.Module) -> bool:
+    return "denominators" in inspect.signature(model.forward).parameters and hasattr(model, "metrics")
+
+
+class _Predictions:
+    """Predictions and labels of all sequences, in the order of the dataset that was packed."""
+
+    def __init__(self):
+        self.predictions: list[PerSequence] = []
+        self.labels: list[PerSequence] = []
+        self.keys: list[np.ndarray] = []
+
+    def add(self, outputs, batch: Mapping[str, Tensor]) -> None:
+        """One batch; its sequences are known by their row in the source, and where in it they begin."""
+        if getattr(outputs, "predictions", None) is None:
+            raise ValueError(
+                "a model with a loss of its own has no predictions per sequence; evaluate() gives metrics, and the "
+                "model itself logits"
+            )
+        is_sequence = batch["cls_positions"] >= 0
+        names = [name for name in ("sequence_indices", "sequence_starts") if name in batch]
+        if names:
+            self.keys.append(torch.stack([batch[name][is_sequence] for name in names], 1).cpu().numpy())
+        self.predictions.append(_on_cpu(outputs.predictions))
+        if outputs.labels is not None:
+            self.labels.append(_on_cpu(outputs.labels))
+
+    def gathered(self, num_processes: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """(N, …) each; what is ragged is padded: logits with -inf, labels with -100."""
+        parts = [(self.predictions, self.labels, self.keys)]
+        if num_processes > 1:
+            parts = gather_object(parts)
+        predictions, labels, keys = ([item for part in parts for item in part[i]] for i in range(3))
+        if num_processes > 1 and not keys:
+            raise ValueError(
+                f"over {num_processes} processes predictions can be put in order by sequence_indices only, which the "
+                "rows do not have; pack the dataset with pack_dataset"
+            )
+        predictions = PerSequence.concatenate(predictions)
+        labels = PerSequence.concatenate(labels) if labels else None
+        if keys:
+            order = torch.from_numpy(np.lexsort(np.concatenate(keys).T[::-1]))
+            predictions = predictions.take(order)
+            labels = labels.take(order) if labels is not None else None
+        ragged = float("-inf") if predictions.values.is_floating_point() else IGNORED
+        return predictions.padded(ragged).numpy(), labels.padded(IGNORED).numpy() if labels is not None else None
+
+
+def _on_cpu(values: PerSequence) -> PerSequence:
+    return PerSequence(values.values.cpu(), None if values.lengths is None else values.lengths.cpu())
 
 
 class EvenedPacks(Dataset):
@@ -209,10 +340,41 @@ class EvenedPacks(Dataset):
         return self.padded_length
 
     def __getitem__(self, index: int) -> dict:
-        return self.packs[index] if index < self.num_packs else {"input_ids": [], "sequence_lengths": []}
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        return [self[index] for index in indices]
+    def __getitems__(self, indices: Sequence[int]):
+        real = [index for index in indices if index < self.num_packs]
+        rows = self.packs.__getitems__(real) if hasattr(self.packs, "__getitems__") else [self.packs[i] for i in real]
+        if len(real) == len(indices):
+            return rows
+        if not isinstance(rows, list):
+            rows = rows.to_pylist()
+        return rows + [{"input_ids": [], "sequence_lengths": []}] * (len(indices) - len(real))
+
+
+class StepSampler(Sampler):
+    """Packs in random order by whole steps of packs_per_step; an incomplete step stays at the end.
+
+    packs 0 1 | 2 3 | 4 5 | 6, packs_per_step 2  ->  4 5 0 1 2 3 6, say
+
+    A balanced dataset stays balanced: the packs of a step are those that were put together.
+    """
+
+    def __init__(self, num_packs: int, packs_per_step: int, seed: int):
+        self.num_packs, self.packs_per_step, self.seed, self.epoch = num_packs, packs_per_step, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_packs
+
+    def __iter__(self) -> Iterator[int]:
+        complete = self.num_packs // self.packs_per_step
+        draw = np.random.default_rng([self.seed, self.epoch])
+        for step in draw.permutation(complete).tolist():
+            yield from range(step * self.packs_per_step, (step + 1) * self.packs_per_step)
+        yield from range(complete * self.packs_per_step, self.num_packs)
 
 
 class PackingProgress(TrainerCallback, ExportableState):
@@ -253,11 +415,9 @@ class _RunningSums:
         return total
 
 
-def _for_dataset(collator: DataCollatorWithPacking, dataset) -> DataCollatorWithPacking:
-    """The collator bound to L and S of the dataset, where the dataset says them."""
-    dataset = dataset.packs if isinstance(dataset, EvenedPacks) else dataset
+def _packed_info(dataset) -> PackedInfo | None:
+    """How the dataset was packed, if it says so."""
     try:
-        packed_info(dataset)
+        return packed_info(dataset)
     except ValueError:
-        return collator
-    return collator.for_dataset(dataset)
+        return None

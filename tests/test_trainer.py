@@ -12,7 +12,8 @@ from reference import pretraining_one_by_one, unpacked_rows
 from test_equivalence import MAX_LENGTH, alone, make_models
 from training_runs import ONE_PROCESS, TWO_PROCESSES, evaluate, make_packs, make_trainer, train
 
-from collate import DataCollatorWithPacking, PackedTrainer
+from collate import DataCollatorWithPacking
+from collate.trainer import StepSampler
 from packing import pack_dataset
 
 HERE = Path(__file__).parent
@@ -194,9 +195,37 @@ def test_what_would_be_ignored_is_refused(options, message):
         pass
 
 
-def test_stock_models_and_predict_are_refused():
-    stock, _ = make_models()
-    with pytest.raises(ValueError, match="BertForPreTraining does not follow PackedTrainer's contract"):
-        PackedTrainer(stock)
-    with make_trainer() as trainer, pytest.raises(ValueError, match="no predict"):
+def test_predictions_need_a_stock_head():
+    with make_trainer() as trainer, pytest.raises(ValueError, match="loss of its own has no predictions per sequence"):
         trainer.predict(make_packs(22))
+
+
+def test_balanced_packs_are_shuffled_by_whole_steps(pairs):
+    source = Dataset.from_list([pair for _ in range(6) for pair in pairs])
+    packed = pack_dataset(source, max_sequence_length=MAX_LENGTH, balance=4)
+    orders = {}
+    for strategy in ("sequential", "random"):
+        options = {"per_device_train_batch_size": 4, "train_sampling_strategy": strategy}
+        with make_trainer(train_dataset=packed, **options) as trainer:
+            loader = trainer.get_train_dataloader()
+            for epoch in range(2):
+                loader.set_epoch(epoch)
+                orders[strategy, epoch] = [tuple(batch["sequence_ids"].flatten().tolist()) for batch in loader]
+    steps = orders["sequential", 0]
+    assert len(steps) > 3 and len(packed) % 4 and orders["sequential", 1] == steps
+    for epoch in range(2):
+        assert sorted(orders["random", epoch]) == sorted(steps) and orders["random", epoch][-1] == steps[-1]
+    assert len({tuple(order) for order in orders.values()}) == 3
+
+
+def test_steps_are_drawn_by_seed_and_epoch():
+    assert sorted(StepSampler(7, 2, 0)) == list(range(7)) and list(StepSampler(7, 2, 0))[-1] == 6
+    sampler = StepSampler(1000, 10, 3)
+    first = list(sampler)
+    assert list(StepSampler(1000, 10, 3)) == first == list(sampler)
+    assert list(StepSampler(1000, 10, 4)) != first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert {tuple(first[i : i + 10]) for i in range(0, 1000, 10)} == {
+        tuple(range(i, i + 10)) for i in range(0, 1000, 10)
+    }
