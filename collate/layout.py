@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from collate.chunks import Chunks, cut_into_chunks
 from collate.length_groups import LengthGroups, length_groups
 
 PADDING = 0
@@ -101,6 +102,21 @@ class PackLayout:
     def length_groups(self) -> LengthGroups:
         """The sequences side by side, those of like length together; needs at least one sequence."""
         return length_groups(self.cu_seqlens[:-1].long(), self.lengths, self.sequence_of_token, self.positions_T)
+
+    def chunks(self, size: int) -> Chunks:
+        """Every sequence cut into chunks of `size` tokens from its own start; cut once for all layers that ask.
+
+        lengths 5, 2 and size 3: [0 1 2] [3 4 .] [5 6 .]
+        """
+        if size < 1:
+            raise ValueError(f"chunks of {size} tokens; give a size of at least 1")
+        if size not in self._chunks:
+            self._chunks[size] = cut_into_chunks(size, self.lengths, self.sequence_of_token, self.positions_T)
+        return self._chunks[size]
+
+    @cached_property
+    def _chunks(self) -> dict[int, Chunks]:
+        return {}
 
     @cached_property
     def attention_mask(self) -> Tensor:

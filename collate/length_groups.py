@@ -33,12 +33,12 @@ class LengthGroups:
 
     def gather(self, x_T: Tensor) -> list[Tensor]:
         """(T, …) -> of each group (sequences, width, …). The gradient of padding slots is taken for 0."""
-        parts = _Gather.apply(x_T, self.source, self.slot_of_token).split([n * width for n, width in self.shapes])
+        parts = Gather.apply(x_T, self.source, self.slot_of_token).split([n * width for n, width in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def scatter(self, parts: list[Tensor]) -> Tensor:
         """Of each group (sequences, width, …) -> (T, …): the inverse of `gather`."""
-        return _Scatter.apply(torch.cat([part.flatten(0, 1) for part in parts]), self.slot_of_token)
+        return Scatter.apply(torch.cat([part.flatten(0, 1) for part in parts]), self.slot_of_token)
 
 
 def length_groups(starts: Tensor, lengths: Tensor, sequence_of_token: Tensor, positions_T: Tensor) -> LengthGroups:
@@ -67,7 +67,9 @@ def length_groups(starts: Tensor, lengths: Tensor, sequence_of_token: Tensor, po
 # every token has one slot that counts, so the gradient of either step is the other step.
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
+    """(T, …), source (P,), slot_of_token (T,) -> (P, …)"""
+
     @staticmethod
     def forward(ctx, x_T, source, slot_of_token):
         ctx.save_for_backward(slot_of_token)
@@ -80,7 +82,9 @@ class _Gather(torch.autograd.Function):
         return grad.index_select(0, slot_of_token), None, None
 
 
-class _Scatter(torch.autograd.Function):
+class Scatter(torch.autograd.Function):
+    """(P, …), slot_of_token (T,) -> (T, …)"""
+
     @staticmethod
     def forward(ctx, slots, slot_of_token):
         ctx.save_for_backward(slot_of_token)

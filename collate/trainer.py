@@ -123,8 +123,8 @@ class PackedTrainer(Trainer):
             for name, value in (("task", self._given_task), ("compute_metrics", self.compute_metrics)):
                 if value is not None:
                     raise ValueError(
-                        f"PackedTrainer cannot honour {name}={value!r}: {type(model).__name__} has a loss and metrics of "
-                        "its own; leave it out"
+                        f"PackedTrainer cannot honour {name}={value!r}: {type(model).__name__} has a loss and metrics "
+                        "of its own; leave it out"
                     )
             return _OwnLoss(model)
         found = task_for(model) if self._given_task is None else self._given_task

@@ -10,24 +10,20 @@ two sequences ever meet in a product, so not even a NaN can pass from one to the
 """
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from bert_pretrain.attention.head import AttentionHead
 from collate.layout import PackLayout
 
 
-class SdpaAttention(nn.Module):
+class SdpaAttention(AttentionHead):
     """Softmax attention over the tokens of the same sequence; no parameters, no options."""
 
     supports_dropout = True
 
-    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0):
-        super().__init__()
-
-    def forward(
+    def attend(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
     ) -> Tensor:
-        if layout.num_sequences == 0:
-            return query_THK + key_THK + value_THK  # no token, but a part of the graph
         groups = layout.length_groups
         contexts = []
         for query, key, value, mask in zip(

@@ -1,0 +1,69 @@
+"""What all attention heads share: how they are built, and how they read their options."""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from collate.layout import PackLayout
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of heads without options."""
+
+
+class AttentionHead(nn.Module):
+    """One attention mechanism, for all heads of one layer. A subclass defines `Options` and `attend`.
+
+    H heads, K head width, T real tokens of the batch.
+
+    num_heads, head_width, max_sequence_length: of the model. layer_index: seeds what the layer draws, once, when it is
+        built: layers draw different things, and a layer always the same.
+    options: fields of Options.
+    """
+
+    Options: ClassVar[type] = NoOptions
+
+    supports_dropout: ClassVar[bool] = False
+    """Whether `attend` honours dropout > 0; if not, use_attention refuses a model with attention dropout."""
+
+    survives_nan: ClassVar[bool] = True
+    """Whether a NaN in one sequence leaves the others alone. Not so where a mask multiplies what it hides."""
+
+    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
+        super().__init__()
+        self.num_heads, self.head_width = num_heads, head_width
+        self.max_sequence_length, self.layer_index = max_sequence_length, layer_index
+        known = [field.name for field in fields(self.Options)]
+        for name, value in options.items():
+            if name not in known:
+                raise ValueError(
+                    f"{type(self).__name__} has no option {name}={value!r}; "
+                    + (f"its options are {', '.join(known)}" if known else "it has none")
+                )
+        self.options = self.Options(**options)
+
+    def forward(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
+        """(T, H, K) each -> the context (T, H, K)."""
+        if dropout and not self.supports_dropout:
+            raise ValueError(
+                f"{type(self).__name__} cannot drop attention weights, but dropout={dropout}; "
+                "set attention_probs_dropout_prob=0 in the model's config"
+            )
+        if layout.num_sequences == 0:
+            # no token, but a part of the graph: a rank without packs still has a gradient, of 0, for every parameter
+            nothing = sum(parameter.sum() * 0 for parameter in self.parameters())
+            return query_THK + key_THK + value_THK + nothing
+        if self.supports_dropout:
+            return self.attend(query_THK, key_THK, value_THK, layout, dropout)
+        return self.attend(query_THK, key_THK, value_THK, layout)
+
+    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+        """The mechanism, for a batch with at least one sequence."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
