@@ -1,0 +1,221 @@
+"""What every attention head promises, as checks to call from tests.
+
+    build = partial(LocalAttention, window=3)      # a head's class with its options, or any callable like it
+    check_contract(build)                          # all of what follows
+    check_isolation(build, [[1, 1, 1, 2, 2, 0]])   # one layout, given by its sequence_ids
+    by_sequence(twin, layout, *inputs)             # a slow twin (n, H, K) x 3 -> (n, H, K), one sequence at a time
+    leak(attend, 9, 8)                             # how far the first sequence moves when only the second changes
+
+A head is built with num_heads=HEADS, head_width=WIDTH, max_sequence_length=64, layer_index=0.
+"""
+
+import io
+import itertools
+from collections.abc import Callable
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from collate import PackLayout
+
+HEADS, WIDTH, MAX_LENGTH = 2, 8, 64
+
+LAYOUTS = {
+    "one pack": [[1, 1, 1, 2, 2, 0]],
+    "padding in the middle": [[1, 1, 0, 0, 2, 2, 2, 3], [0, 1, 1, 1, 1, 0, 2, 0]],
+    "ones": [[1, 2, 3, 4]],
+    "one sequence": [[1, 1, 1, 1, 1]],
+    "an empty pack": [[1, 1, 2], [0, 0, 0]],
+    "long and short": [[1] * 33 + [2] + [3] * 30, [1] * 5 + [0] * 20 + [2] * 39, [0] * 3 + [1] * 16 + [2] * 45],
+}
+
+
+@st.composite
+def rows(draw, max_length: int = 20):
+    """sequence_ids of 1 to 3 packs: sequences of 1 to max_length tokens, padding anywhere, at least one sequence."""
+    made = []
+    for pack in range(draw(st.integers(1, 3))):
+        row = []
+        lengths = draw(st.lists(st.integers(1, max_length), min_size=0 if pack else 1, max_size=4))
+        for number, length in enumerate(lengths, start=1):
+            row += [0] * draw(st.integers(0, 2)) + [number] * length
+        made.append(row)
+    width = max(map(len, made))
+    return [row + [0] * (width - len(row)) for row in made]
+
+
+def make(build: Callable[..., nn.Module], **changes) -> nn.Module:
+    """The head, in float64, its parameters drawn under a fixed seed."""
+    sizes = {"num_heads": HEADS, "head_width": WIDTH, "max_sequence_length": MAX_LENGTH, "layer_index": 0}
+    torch.manual_seed(0)
+    return build(**{**sizes, **changes}).double()
+
+
+def layout_of(ids) -> PackLayout:
+    return PackLayout(torch.as_tensor(ids, dtype=torch.int32))
+
+
+def heads_input(layout: PackLayout, seed: int = 0, heads: int = HEADS, width: int = WIDTH) -> list[Tensor]:
+    """Queries, keys, values (T, H, K) in float64, so large that the softmax is far from flat."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (layout.num_tokens, heads, width)
+    return [3 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+def run(attention: nn.Module, layout: PackLayout, inputs: list[Tensor], weights: Tensor) -> dict[str, Tensor]:
+    """The context, and the gradients of sum(context * weights) for the inputs and the head's parameters."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    attention.zero_grad()
+    context = attention(*inputs, layout)
+    (context * weights).sum().backward()
+    results = {"context": context.detach(), **{f"gradient {i}": x.grad for i, x in enumerate(inputs)}}
+    return results | {f"parameter {name}": p.grad.clone() for name, p in attention.named_parameters()}
+
+
+def spans(layout: PackLayout) -> list[slice]:
+    """Where each sequence lies among the tokens."""
+    bounds = layout.cu_seqlens.tolist()
+    return [slice(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+def run_one_by_one(attention, layout, inputs, weights) -> dict[str, Tensor]:
+    """As `run`, with every sequence in a batch of its own: tokens joined again, parameter gradients added up."""
+    results = []
+    for span in spans(layout):
+        own = layout_of([[1] * (span.stop - span.start)])
+        results.append(run(attention, own, [x[span] for x in inputs], weights[span]))
+    return {
+        name: sum(r[name] for r in results) if name.startswith("parameter") else torch.cat([r[name] for r in results])
+        for name in results[0]
+    }
+
+
+def by_sequence(twin: Callable[..., Tensor], layout: PackLayout, *inputs: Tensor) -> Tensor:
+    """A function of one sequence, applied to each."""
+    return torch.cat([twin(*(x[span] for x in inputs)) for span in spans(layout)])
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """Every result within the tolerance, relative to the largest number of its kind if that is above 1."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        allowed = tolerance * max(1.0, float(expected[name].abs().max()))
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=allowed, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def leak(attend: Callable[..., Tensor], first: int, second: int, heads: int = HEADS, width: int = WIDTH) -> float:
+    """How far the first sequence's context moves when only the second sequence of its pack changes.
+
+    attend: (T, H, K) x 3, layout -> (T, H, K); a head, or a public reference wrapped to look like one.
+    """
+    layout = layout_of([[1] * first + [2] * second])
+    inputs = heads_input(layout, heads=heads, width=width)
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x[first:] *= -2
+    with torch.no_grad():
+        return float((attend(*inputs, layout) - attend(*changed, layout))[:first].abs().max())
+
+
+# The checks
+
+
+def check_isolation(build, ids, seed: int = 0, tolerance: float = 1e-12) -> None:
+    """Packed equals alone: the context, the gradients of the inputs and those of the parameters."""
+    attention, layout = make(build), layout_of(ids)
+    inputs, weights = heads_input(layout, seed), heads_input(layout, seed + 1)[0]
+    packed = run(attention, layout, inputs, weights)
+    assert_equal(packed, run_one_by_one(attention, layout, inputs, weights), tolerance)
+
+
+def check_broken_mate(build, ids=None, values=(1e4, -1e4, float("nan"))) -> None:
+    """A huge or NaN sequence changes no bit of the others' context, nor of their gradients."""
+    attention = make(build)
+    layout = layout_of(ids or [[1] * 3 + [2] * 3 + [3], [1] * 3 + [0] * 4, [0] * 7])
+    inputs = heads_input(layout)
+    mate = layout.sequence_of_token == 1
+    weights = torch.where(mate[:, None, None], 0, heads_input(layout, 1)[0])
+    before = run(attention, layout, inputs, weights)
+    for value in values:
+        broken = [torch.where(mate[:, None, None], value, x) for x in inputs]
+        after = run(attention, layout, broken, weights)
+        for name in ("context", "gradient 0", "gradient 1", "gradient 2"):
+            assert (after[name][~mate] == before[name][~mate]).all(), f"{name} with a mate of {value}"
+
+
+def check_place(build) -> None:
+    """The other packs of the batch and the place in the row change no bit of context and gradients."""
+    attention = make(build)
+    moves = [
+        ([[1] * 20 + [2] * 9 + [0] * 35, [1] * 7 + [2] * 40 + [3] * 17, [0] * 5 + [1] * 59], slice(29, None)),
+        ([[0] * 2 + [1] * 3 + [2] * 33 + [0] * 26], slice(3, None)),
+    ]
+    alone = [[[1] * 7 + [2] * 40 + [3] * 17, [0] * 5 + [1] * 59], [[1] * 33]]
+    for (ids, kept), there in zip(moves, alone, strict=True):
+        layout = layout_of(ids)
+        inputs, weights = heads_input(layout), heads_input(layout, 1)[0]
+        before = run(attention, layout, inputs, weights)
+        after = run(attention, layout_of(there), [x[kept] for x in inputs], weights[kept])
+        for name in ("context", "gradient 0", "gradient 1", "gradient 2"):
+            assert (before[name][kept] == after[name]).all(), (
+                f"{name}: {(before[name][kept] - after[name]).abs().max()}"
+            )
+
+
+def check_empty_batch(build) -> None:
+    """A batch without tokens has a context of none, and a gradient of 0 for every parameter."""
+    attention, layout = make(build), layout_of([[0, 0, 0]])
+    results = run(attention, layout, heads_input(layout), heads_input(layout)[0])
+    assert results["context"].shape == (0, HEADS, WIDTH)
+    assert all((value == 0).all() for name, value in results.items() if name.startswith("parameter"))
+
+
+def check_dtypes(build, tolerances=((torch.float32, 1e-4), (torch.bfloat16, 0.15))) -> None:
+    """float32 and bfloat16 run, forward and backward, and stay near float64."""
+    layout = layout_of(LAYOUTS["long and short"])
+    inputs, weights = [x / 3 for x in heads_input(layout)], heads_input(layout, 1)[0] / 3
+    exact = run(make(build), layout, inputs, weights)
+    for dtype, tolerance in tolerances:
+        rounded = run(make(build).to(dtype), layout, [x.to(dtype) for x in inputs], weights.to(dtype))
+        assert all(value.dtype == dtype for value in rounded.values())
+        assert_equal({name: value.double() for name, value in rounded.items()}, exact, tolerance)
+
+
+def check_state(build) -> None:
+    """Saved and loaded into an emptied head, it computes the same; so it does when built on meta and reset."""
+    attention, layout = make(build), layout_of(LAYOUTS["long and short"])
+    inputs = heads_input(layout)
+    file = io.BytesIO()
+    torch.save(attention.state_dict(), file)
+    file.seek(0)
+    loaded = make(build)
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        tensor.data.zero_()
+    loaded.load_state_dict(torch.load(file))
+    assert (loaded(*inputs, layout) == attention(*inputs, layout)).all()
+    assert set(dict(attention.named_buffers())) <= set(attention.state_dict()), "a buffer is not persistent"
+    if not attention.state_dict():
+        return
+    with torch.device("meta"):
+        empty = make(build)
+    empty = empty.to_empty(device="cpu").float()  # as the other was drawn: in float32, before it was widened
+    for tensor in (*empty.parameters(), *empty.buffers()):
+        tensor.data.zero_()
+    torch.manual_seed(0)
+    empty.reset_parameters()
+    assert empty.state_dict().keys() == attention.state_dict().keys()
+    for name, value in attention.state_dict().items():
+        torch.testing.assert_close(empty.state_dict()[name].float(), value.float(), msg=f"{name} differs when reset")
+    assert all(p.requires_grad for p in empty.parameters())
+
+
+def check_contract(build, survives_nan: bool = True) -> None:
+    """All checks; isolation over every layout of LAYOUTS."""
+    for ids in LAYOUTS.values():
+        check_isolation(build, ids)
+    check_broken_mate(build, values=(1e4, -1e4, float("nan")) if survives_nan else (1e4, -1e4))
+    check_place(build)
+    check_empty_batch(build)
+    check_dtypes(build)
+    check_state(build)
