@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,6 +24,7 @@ from transformers import (
     BertForNextSentencePrediction,
 )
 
+from collate import DataCollatorWithPacking
 from collate.heads import (
     MaskedLM,
     PerSequence,
@@ -36,6 +38,7 @@ from collate.heads import (
     task_for,
 )
 from collate.isolation import position_ids_start
+from packing import pack_dataset
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SMALL |= {"max_position_embeddings": 48, "initializer_range": 0.3, "pad_token_id": 0}
@@ -52,6 +55,17 @@ ARCHITECTURES = {
     # its window reaches 4 tokens to each side: less than the longer sequences here
     "modernbert": SMALL | {"local_attention": 8, "global_attn_every_n_layers": 2},
     "eurobert": SMALL | {"num_key_value_heads": 2},
+}
+OTHERS = {
+    "data2vec-text": ROBERTA,
+    "ernie": SMALL,
+    "gte": SMALL,
+    "jina_embeddings_v3": ROBERTA,
+    "nomic_bert": SMALL,
+    "roberta-prelayernorm": ROBERTA,
+    "roc_bert": SMALL | {"shape_embed_dim": 8, "pronunciation_embed_dim": 8},
+    "xlm-roberta-xl": ROBERTA,
+    "xmod": ROBERTA | {"languages": ["en_XX"], "default_language": "en_XX"},
 }
 CLASSES = {
     "single": AutoModelForSequenceClassification,
@@ -78,6 +92,9 @@ CASES = [
     and not (task == "answers" and architecture == "eurobert")  # which has no such class
 ]
 
+CASES += [(architecture, task) for architecture in OTHERS for task in ("single", "tokens", "mlm")]
+CASES += [("ernie", "pretraining")]
+
 PACKS = [[20, 5, 9], [], [3, 12, 1, 7, 2]]  # 34 + 25 of 3 x 40 slots, and a pack without sequences
 SLOTS, DEPTH = 40, 6
 
@@ -85,7 +102,7 @@ SLOTS, DEPTH = 40, 6
 def make_models(architecture, task, **changes):
     """Two models of the same weights: the stock one, and the one to run packed."""
     labels = {"single": 3, "multi": 3, "regression": 1, "tokens": 4}.get(task, 2)
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], num_labels=labels)
+    config = AutoConfig.for_model(architecture, **(ARCHITECTURES | OTHERS)[architecture], num_labels=labels)
     for name in [name for name in config.to_dict() if "dropout" in name]:
         setattr(config, name, 0.0)
     if task == "multi":
@@ -289,6 +306,25 @@ def test_the_loss_is_the_stock_one(task):
     assert error(output.loss, torch.stack(losses).mean()) < 1e-12
 
 
+@pytest.mark.parametrize("task", ["single", "multi", "regression", "tokens", "answers", "pretraining"])
+def test_batches_of_the_collator(task, tokenizer):
+    """From a dataset with one sequence per row, packed, to the loss."""
+    stock, packed = make_models("bert", task)
+    sequences = make_sequences(task)
+    rows = [
+        {name.replace("pair", "next_sentence_label"): value.tolist() for name, value in s.items()} for s in sequences
+    ]
+    packs = pack_dataset(Dataset.from_list(rows), max_sequence_length=SLOTS)
+    batch = DataCollatorWithPacking(tokenizer, mlm_probability=None).for_dataset(packs)(list(packs))
+    assert len(batch["input_ids"]) < len(rows) / 2
+    expected = alone(stock, task, sequences)[1]
+    expected.backward()
+    loss = task_for(packed)(packed, batch).loss
+    loss.backward()
+    assert error(loss, expected) < 1e-10
+    assert gradient_error(packed, stock) < 1e-10
+
+
 # Denominators: what the loss is divided by.
 
 TRAINED = ["single", "multi", "regression", "tokens", "answers", "mlm", "mlm by sequence", "pretraining"]
@@ -343,6 +379,25 @@ def test_embeddings_of_a_batch_of_padding_alone():
     _, packed = make_models("bert", "mean embedding")
     for pooling in ("cls", "mean"):
         assert packed_predictions(packed, make_batch([], packs=[[]]), SequenceEmbedding(pooling=pooling)) == ()
+
+
+@pytest.mark.parametrize("task", ["tokens", "mlm", "mlm by sequence"])
+def test_labels_on_padding_count_for_nothing(task):
+    _, packed = make_models("bert", task)
+    head = task_for(packed, **OPTIONS.get(task, {}))
+    batch = make_batch(make_sequences(task))
+    littered = batch | {"labels": batch["labels"].where(batch["sequence_ids"] > 0, 3)}
+    assert torch.equal(head.count(littered), head.count(batch))
+    assert torch.equal(head(packed, littered).loss, head(packed, batch).loss)
+
+
+def test_the_pooler_of_a_packed_encoder_has_no_say():
+    """It would read the first token of each pack."""
+    _, packed = make_models("bert", "cls embedding")
+    prepare_head(packed)
+    batch = make_batch(make_sequences("cls embedding"))
+    output = packed(batch["input_ids"], sequence_ids=batch["sequence_ids"], head_slots=torch.tensor([0, 20, 80]))
+    assert output.last_hidden_state.shape == (3, 1, 16) and output.pooler_output is None
 
 
 # Negative controls: one mistake each.
@@ -659,6 +714,9 @@ def test_other_refusals():
     batch = make_batch(make_sequences("single"))
     with pytest.raises(ValueError, match=r"is not prepared.*call task_for\(model\)"):
         SequenceClassification(num_labels=3)(stock, batch)
+    _, tuples = make_models("modernbert", "single", return_dict=False)
+    with pytest.raises(ValueError, match=r"returned a tuple; set model\.config.return_dict=True"):
+        task_for(tuples)(tuples, batch)
     with pytest.raises(ValueError, match="cannot train on a batch without labels"):
         del batch["labels"]
         task_for(packed)(packed, batch, torch.tensor([7]))
