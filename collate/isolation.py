@@ -111,12 +111,13 @@ class _IsolateSequences:
 
     def __init__(self, encoder: PreTrainedModel):
         self.arguments = tuple(inspect.signature(encoder.forward).parameters)
+        self.has_checked = False
 
     def __call__(self, encoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
         sequence_ids = kwargs.pop("sequence_ids", None)
         if sequence_ids is None:
-            return (), kwargs
+            return args, kwargs
+        kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
         for other in ("attention_mask", "past_key_values", "encoder_hidden_states"):
             if kwargs.get(other) is not None:
                 raise ValueError(
@@ -124,10 +125,31 @@ class _IsolateSequences:
                     "they say all that a mask says, and which tokens belong together"
                 )
         start = position_ids_start(encoder.config)
-        _check_ids(sequence_ids, kwargs.get("position_ids"), start)
+        self._check_ids(sequence_ids, kwargs.get("position_ids"), start)
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = _own_positions(sequence_ids) + start
         return (), kwargs | _attention_arguments(encoder, sequence_ids)
+
+    def _check_ids(self, sequence_ids: Tensor, position_ids: Tensor | None, start: int) -> None:
+        """Refuse ids that no packing produces, and positions that begin below the model's own start.
+
+        On an accelerator looking would wait for the device, so there the first batch is checked; compiled, none.
+        """
+        if sequence_ids.dim() != 2:
+            raise ValueError(f"sequence_ids must be (packs, slots) integers, got {tuple(sequence_ids.shape)}")
+        if torch.compiler.is_compiling() or (self.has_checked and sequence_ids.device.type != "cpu"):
+            return
+        self.has_checked = True
+        sequence_ids = sequence_ids.cpu()
+        PackLayout(sequence_ids)
+        if position_ids is None or not start:
+            return
+        first = int(torch.where(sequence_ids == PADDING, start, position_ids.cpu()).min())
+        if first < start:
+            raise ValueError(
+                f"position_ids begin at {first}, but the first position of this model is {start}; build the collator "
+                f"with position_ids_start={start}, or leave position_ids out"
+            )
 
 
 def _attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor) -> dict:
@@ -198,23 +220,6 @@ def _is_start(sequence_ids_BL: Tensor) -> Tensor:
     """(B, L) bool: True where a sequence, or a stretch of padding, begins."""
     changes = sequence_ids_BL[:, 1:] != sequence_ids_BL[:, :-1]
     return torch.nn.functional.pad(changes, (1, 0), value=True)
-
-
-def _check_ids(sequence_ids: Tensor, position_ids: Tensor | None, start: int) -> None:
-    """Refuse ids that no packing produces and, on the CPU, positions that begin below the model's own start."""
-    if sequence_ids.dim() != 2:
-        raise ValueError(f"sequence_ids must be (packs, slots) integers, got {tuple(sequence_ids.shape)}")
-    if torch.compiler.is_compiling():
-        return  # looking at values would break the graph
-    PackLayout(sequence_ids)
-    if position_ids is None or position_ids.device.type != "cpu" or not start:
-        return
-    real = position_ids.expand(sequence_ids.shape)[sequence_ids != PADDING]
-    if len(real) and int(real.min()) < start:
-        raise ValueError(
-            f"position_ids begin at {int(real.min())}, but this model's first position is {start}; build the collator "
-            f"with position_ids_start={start}, or leave position_ids out"
-        )
 
 
 def _encoder(model: nn.Module) -> PreTrainedModel:
@@ -359,7 +364,7 @@ def check_isolation(
         told_by="sequence_ids" if probe.takes_ids else "attention_mask",
         dtype=str(probe.dtype).removeprefix("torch."),
         lengths=tuple(probe.lengths),
-        window=probe.window if min(probe.lengths[-1]) > 2 * probe.window else 0,
+        window=probe.window if min(probe.lengths[-1]) > probe.window else 0,
         other_shape_limit=max(OTHER_SHAPE_LIMIT, 8 * torch.finfo(probe.dtype).eps),
         pools_rows=any(row["pools_rows"] for row in rows),
         **worst,
@@ -523,9 +528,10 @@ class _Probe:
     def _lengths(self) -> list[tuple[int, int]]:
         """A short pair, and a long one: beyond every window, within the positions that the model has."""
         most = (getattr(self.config, "max_position_embeddings", None) or 4096) - self.start
-        if not self.takes_ids and "position_ids" not in self.arguments:
-            most = (most - 8) // 2  # it will count through the row
         long = max(2 * self.window + 7, 40)
+        in_one_row = (most - 10) // 2  # for models that count through the row, or keep tables of that length
+        if in_one_row > self.window or not (self.takes_ids or "position_ids" in self.arguments):
+            most = in_one_row
         return [(min(9, most), min(14, most)), (min(long, most), min(long + 3, most))]
 
     @property
