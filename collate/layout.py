@@ -4,14 +4,18 @@ Shape letters: B packs, L token slots per pack, T real tokens of the batch, N se
 Order is the same everywhere: pack by pack, and inside a pack from left to right.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from collate.chunks import Chunks, cut_into_chunks
 from collate.length_groups import LengthGroups, length_groups
+
+Made = TypeVar("Made")
 
 PADDING = 0
 """The `sequence_ids` value of a slot that holds no token."""
@@ -116,6 +120,19 @@ class PackLayout:
 
     @cached_property
     def _chunks(self) -> dict[int, Chunks]:
+        return {}
+
+    def derived(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made once per key: for views of this layout that an attention head needs in each layer.
+
+        key: says all that the result depends on besides the layout; begin it with the name of who asks.
+        """
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    @cached_property
+    def _derived(self) -> dict[Hashable, object]:
         return {}
 
     @cached_property
