@@ -1,0 +1,221 @@
+"""`lsh`: attention among tokens that hash alike (Reformer, arXiv 2001.04451, sections 2 and 3).
+
+    k_j = q_j / |q_j|,    hash(q) = argmax [q R; -q R]                   R (K, buckets / 2), other ones in each round
+    sorted by (hash, position) and cut into chunks of C: a token sees its own chunk and the one before
+    s_ij = q_i . k_j / sqrt(K),    s_ii = -5e4: to itself only where there is nothing else
+    context_i = sum_r exp(z_ir - logsumexp_r z_ir) context_ir,    z_ir = logsumexp_j s_ij in round r
+
+Cost: rounds * N * 2 C * K per head, the hash (n / 2C columns a round) and the sort; memory rounds * N * 2 C.
+
+Queries and keys are one: the keys given to this head are ignored, and the layer that owns it should tie its key
+projection to the query's. With tied projections the attention of a stock checkpoint is another function; it must be
+trained on.
+
+Isolation: a sequence has a number of buckets that follows from its own length; a sort by (sequence, hash, position)
+leaves every sequence in its own place; the chunks are `PackLayout.chunks` of the sorted tokens; and the chunk before
+the first is the last of the same sequence's previous round. So the (round, chunk) chain closes within each sequence.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bert_pretrain.attention.head import AttentionHead
+from collate.chunks import Chunks
+from collate.layout import PackLayout
+from collate.length_groups import Gather, Scatter
+
+SELF_SCORE = -5e4
+"""The score of a token with itself: nothing beside any other, within the range of half precision."""
+
+
+@dataclass(frozen=True)
+class LSHOptions:
+    """What `use_attention(model, "lsh", …)` takes."""
+
+    num_rounds: int = 2
+    """Hash rounds: what one misses the next may meet. Costs time and memory in proportion; the paper has 1 to 8."""
+
+    bucket_size: int = 64
+    """Tokens of a chunk, and about those of a bucket: each token sees twice as many a round. Up to this length the
+    head is exact attention (over shared queries and keys)."""
+
+    seed: int = 0
+    """Of the rotations; every layer draws its own under the same seed."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_rounds", "bucket_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class Places(NamedTuple):
+    """Where the sorted tokens stand. R rounds, NC chunks of C slots in each; rows are those of (T * H, K).
+
+    token: (R, NC, H, C) the token in each slot. row: (R * NC * H * C,) its row. slot: (R * T * H,) the slot of each row
+    in each round, the inverse. previous, next: (R * NC,) the chunk before and after in the sequence's chain.
+    """
+
+    token: Tensor
+    row: Tensor
+    slot: Tensor
+    previous: Tensor
+    next: Tensor
+
+
+class LSHAttention(AttentionHead):
+    """Shared query/key softmax over the tokens of like hash, several rounds combined. No parameters, one buffer."""
+
+    Options = LSHOptions
+
+    ties_key_to_query = True
+    """The layer's key projection is to be the query's own Parameter: `key_THK` is ignored."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        columns = num_buckets(self.max_sequence_length, self.options.bucket_size) // 2
+        shape = (self.num_heads, self.head_width, self.options.num_rounds, columns)
+        self.register_buffer("rotations", torch.empty(shape))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the rotations of this layer."""
+        generator = torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
+        self.rotations.copy_(torch.randn(self.rotations.shape, generator=generator, device="cpu"))
+
+    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+        query_THK = InsteadOf.apply(query_THK, key_THK)
+        chunks = layout.chunks(self.options.bucket_size)
+        places = sort_into_chunks(self.hash(query_THK.detach(), layout), layout.sequence_of_token, chunks)
+        query, key, value = self._gather(query_THK, value_THK, places)
+        scores = query @ key.transpose(-1, -2)
+        scores = scores.masked_fill(~_looked_back(chunks.valid, places)[:, None, None], torch.finfo(scores.dtype).min)
+        token_seen = _looked_back(places.token.flatten(0, 1), places)
+        scores = scores.masked_fill(places.token.flatten(0, 1)[..., None] == token_seen[..., None, :], SELF_SCORE)
+        largest = scores.detach().amax(-1, keepdim=True)
+        weights = (scores - largest).exp()  # and not a softmax: the rounds are combined by its denominators
+        total = weights.sum(-1, keepdim=True, dtype=torch.promote_types(scores.dtype, torch.float32))
+        context = weights @ value / total.type_as(value)
+        return self._combine(context, largest + total.log(), places.slot)
+
+    def hash(self, query_THK: Tensor, layout: PackLayout) -> Tensor:
+        """(R, H, T) int64: every token's bucket in each round, from 0 to below its sequence's num_buckets(n)."""
+        columns_T = num_buckets(layout.lengths, self.options.bucket_size)[layout.sequence_of_token] // 2
+        # no more columns than the longest needs; read off the cached groups, so that a device is not waited for
+        longest = max(width for _, width in layout.length_groups.shapes)
+        columns = num_buckets(longest, self.options.bucket_size) // 2
+        rotations = self.rotations[..., :columns]
+        rotated = torch.einsum("thk,hkrc->rhtc", query_THK, rotations.to(query_THK.dtype))
+        # column c stands for two buckets, c where it is positive and (columns of the sequence) + c where negative
+        unused = torch.arange(rotations.shape[-1], device=query_THK.device) >= columns_T[:, None]
+        best = rotated.abs().masked_fill(unused, -1).argmax(-1, keepdim=True)
+        return (best + columns_T[:, None] * (rotated.gather(-1, best) < 0)).squeeze(-1)
+
+    def _gather(self, query_THK: Tensor, value_THK: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (R * NC, H, C, K), keys and values (R * NC, H, 2 C, K)."""
+        shape = places.token.flatten(0, 1).shape
+        query, value = (
+            GatherRounds.apply(x.flatten(0, 1), places.row, places.slot).unflatten(0, shape)
+            for x in (query_THK, value_THK)
+        )
+        key = torch.nn.functional.normalize(query, dim=-1).type_as(query)
+        return query * self.head_width**-0.5, _looked_back(key, places), _looked_back(value, places)
+
+    def _combine(self, context: Tensor, normaliser: Tensor, slot: Tensor) -> Tensor:
+        """(R * NC, H, C, K) and (…, 1) in sorted order -> (T, H, K)."""
+        shape = (self.options.num_rounds, -1, self.num_heads)
+        context, normaliser = (Scatter.apply(x.flatten(0, 2), slot).unflatten(0, shape) for x in (context, normaliser))
+        # torch's softmax over the first dimension rounds differently at the end of a tensor: not the same everywhere
+        weights = (normaliser - normaliser.detach().amax(0)).exp()
+        return (context * (weights / weights.sum(0)).type_as(context)).sum(0)
+
+
+def num_buckets(length, bucket_size: int):
+    """Of a sequence of `length` tokens, a number or a tensor: even, at least 2, and about length / bucket_size."""
+    return (length + 2 * bucket_size - 1) // (2 * bucket_size) * 2
+
+
+def sort_into_chunks(buckets: Tensor, sequence_of_token: Tensor, chunks: Chunks) -> Places:
+    """Sort each sequence's tokens by (bucket, position), in each round and head, and cut them into its own chunks.
+
+    buckets: (R, H, T) int64.
+    """
+    num_rounds, num_heads, num_tokens = buckets.shape
+    # tokens come by sequence and position, so a stable sort by (sequence, bucket) leaves every sequence where it is
+    sorted_tokens = torch.argsort(sequence_of_token * (num_tokens + 2) + buckets, dim=-1, stable=True)
+    rank = torch.empty_like(sorted_tokens).scatter_(
+        -1, sorted_tokens, torch.arange(num_tokens, device=buckets.device).expand_as(sorted_tokens)
+    )
+    token = sorted_tokens[:, :, chunks.index].transpose(1, 2)
+    heads = torch.arange(num_heads, device=buckets.device)
+    rounds = torch.arange(num_rounds, device=buckets.device)
+    slot_in_round = chunks.slot_of_token[rank]
+    number, place = slot_in_round // chunks.size, slot_in_round % chunks.size
+    slot = ((rounds[:, None, None] * chunks.num_chunks + number) * num_heads + heads[:, None]) * chunks.size + place
+    previous, following = _chain(num_rounds, chunks)
+    return Places(
+        token=token,
+        row=(token * num_heads + heads[:, None]).flatten(),
+        slot=slot.transpose(1, 2).flatten(),
+        previous=previous,
+        next=following,
+    )
+
+
+def _chain(num_rounds: int, chunks: Chunks) -> tuple[Tensor, Tensor]:
+    """(R * NC,) each: the chunk before and after, through all rounds of one sequence, the last before the first.
+
+    two rounds, sequences of 2 and 1 chunks: [[0 1] [2]] [[3 4] [5]] -> before: 4 0 5 1 3 2
+    """
+    rounds = torch.arange(num_rounds, device=chunks.number.device)[:, None] * chunks.num_chunks
+    own = torch.arange(chunks.num_chunks, device=chunks.number.device)
+    last = (chunks.first + chunks.chunks_per_sequence - 1)[chunks.sequence]
+    first = chunks.first[chunks.sequence]
+    previous = torch.where(own == first, rounds.roll(1, 0) + last, rounds + own - 1)
+    following = torch.where(own == last, rounds.roll(-1, 0) + first, rounds + own + 1)
+    return previous.flatten(), following.flatten()
+
+
+def _looked_back(x: Tensor, places: Places) -> Tensor:
+    """(R * NC, …, C) or (R * NC, …, C, K) -> twice C: each chunk followed by the one before it in the chain."""
+    if x.dim() == 2:  # chunks.valid, the same in every round
+        x = x.repeat(len(places.previous) // len(x), 1)
+    back = Gather.apply(x, places.previous, places.next) if x.is_floating_point() else x[places.previous]
+    return torch.cat([x, back], dim=2 if x.dim() == 4 else -1)
+
+
+# Written out for the same reason as in collate.length_groups: the gradient of an index, as torch has it, is a slow
+# scatter-add, but here every row has exactly one slot that counts in each round.
+
+
+class GatherRounds(torch.autograd.Function):
+    """(rows, …), source (P,), slot (R * rows,) -> (P, …)"""
+
+    @staticmethod
+    def forward(ctx, rows, source, slot):
+        ctx.save_for_backward(slot)
+        ctx.num_rows = len(rows)
+        return rows.index_select(0, source)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (slot,) = ctx.saved_tensors
+        return grad.index_select(0, slot).unflatten(0, (-1, ctx.num_rows)).sum(0), None, None
+
+
+class InsteadOf(torch.autograd.Function):
+    """query, key -> query. The key, which nothing reads, has a gradient of 0 and not none, so that a layer that has
+    not tied its projections does not hang a data-parallel run."""
+
+    @staticmethod
+    def forward(ctx, query, key):
+        return query.view_as(query)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad, torch.zeros_like(grad)
