@@ -1,11 +1,21 @@
 """Attention heads: the contract, over the whole table, and use_attention on stock encoders."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from reference import packed_rows
 from test_equivalence import MAX_LENGTH, RowWideAttention, alone, make_config, make_models
 from torch import nn
-from transformers import BertForMaskedLM, DistilBertConfig, DistilBertModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
+)
 
 from bert_pretrain.attention import ATTENTION, use_attention
 from collate import DataCollatorWithPacking, PackLayout
@@ -102,6 +112,37 @@ def test_stock_masked_lm_keeps_sequences_apart(tokenizer, pairs):
         stock(batch["input_ids"])
 
 
+SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 32, "max_position_embeddings": MAX_LENGTH, "initializer_range": 0.3, "pad_token_id": 0}
+ENCODERS = {
+    "roberta": SMALL | {"max_position_embeddings": MAX_LENGTH + 1},
+    "electra": SMALL | {"embedding_size": 12},
+    "albert": SMALL | {"embedding_size": 12},  # one layer, run twice
+    "distilbert": {
+        "vocab_size": 60,
+        "dim": 16,
+        "n_layers": 2,
+        "n_heads": 2,
+        "hidden_dim": 32,
+        "initializer_range": 0.3,
+    },
+    "eurobert": SMALL | {"num_key_value_heads": 1},  # both heads share a key
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_stock_encoders_take_an_attention_head(name, tokenizer, pairs):
+    """And find their own positions; packed = the stock model on each sequence alone."""
+    batch = DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to=MAX_LENGTH)(packed_rows(pairs, MAX_LENGTH))
+    torch.manual_seed(0)
+    stock = AutoModel.from_config(AutoConfig.for_model(name, **ENCODERS[name])).double().eval()
+    cu_seqlens, flat = PackLayout(batch["sequence_ids"]).cu_seqlens, batch["input_ids"][batch["sequence_ids"] > 0]
+    alone = [flat[a:b][None] for a, b in pairwise(cu_seqlens.tolist())]
+    expected = torch.cat([stock(input_ids).last_hidden_state[0] for input_ids in alone])
+    packed = use_attention(stock, "sdpa")(batch["input_ids"], sequence_ids=batch["sequence_ids"]).last_hidden_state
+    torch.testing.assert_close(packed[batch["sequence_ids"] > 0], expected, rtol=0, atol=1e-11)
+
+
 class NoDropout(nn.Module):
     supports_dropout = False
 
@@ -115,8 +156,15 @@ def test_refusals():
         use_attention(packed, "dense")
     with pytest.raises(ValueError, match="3 attention heads for 2 layers"):
         use_attention(packed, ["sdpa"] * 3)
-    with pytest.raises(ValueError, match="DistilBertModel has no BERT self-attention layer"):
-        use_attention(DistilBertModel(DistilBertConfig(n_layers=1, dim=8, n_heads=1, hidden_dim=8)), "sdpa")
+    with pytest.raises(ValueError, match=r"no attention head here has an option window=3; .*SdpaAttention"):
+        use_attention(packed, "sdpa", window=3)
+    with pytest.raises(ValueError, match="SdpaAttention has no option window=3; it has none"):
+        ATTENTION["sdpa"](num_heads=2, head_width=8, max_sequence_length=64, window=3)
+    with pytest.raises(ValueError, match="MPNetModel has no layer that calls transformers' attention interface"):
+        use_attention(MPNetModel(MPNetConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1)), "sdpa")
+    small = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 3, "intermediate_size": 8}
+    with pytest.raises(ValueError, match="ModernBertModel has layers with a window of their own"):
+        use_attention(ModernBertModel(ModernBertConfig(vocab_size=60, pad_token_id=0, **small)), "sdpa")
     packed.config.attention_probs_dropout_prob = 0.1
     with pytest.raises(ValueError, match=r"NoDropout cannot drop attention weights.*=0\.1; set it to 0"):
         use_attention(packed, NoDropout)

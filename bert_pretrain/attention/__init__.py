@@ -13,13 +13,18 @@ one that cannot honour attention dropout says so with `supports_dropout = False`
 encoder's attention implementation becomes "packed_attention", which hands the layer's queries, keys and values on.
 """
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import cache
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.models.bert.modeling_bert import BertSelfAttention
 
+from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.attention.sdpa import SdpaAttention
+from collate.isolation import isolate_sequences
 from collate.layout import PackLayout
 
 ATTENTION: dict[str, Callable[..., nn.Module]] = {"sdpa": SdpaAttention}
@@ -28,46 +33,79 @@ IMPLEMENTATION = "packed_attention"
 
 
 def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, **options) -> PreTrainedModel:
-    """Give every layer of a BERT encoder an attention head, and return the model.
+    """Give every layer of an encoder an attention head, and return the model.
+
+        use_attention(model, "local", window=64)
+        use_attention(model, ["local"] * 10 + ["sdpa"] * 2, window=64)      one per layer
 
     attention: a name in ATTENTION, a callable that builds a head, or a list of these, one per layer.
-    options: go to every head. Names and options are kept in the config, so a reload finds them; a callable cannot be
-    kept, so the config names it and a reload refuses, rather than to fall back on something else.
+    options: each goes to the heads that have it; a callable of your own gets all. Names and options are kept in the
+        config, so a reload finds them (`load_attention` for stock models); a callable cannot be kept, so the config
+        names it and a reload refuses, rather than to fall back on something else.
 
     After this, call the model with `sequence_ids=` (B, L); each layer then attends within sequences only.
-    Raises ValueError for an unknown name, a list of another length than the layers, or an unsupported encoder.
+    Raises ValueError for an unknown name or option, a list of another length than the layers, attention dropout that a
+    head cannot honour, or an encoder that cannot be given other attention.
     """
-    layers = [module for module in model.modules() if isinstance(module, BertSelfAttention)]
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no BERT self-attention layer; use_attention supports BERT encoders"
-        )
+    layers = attention_layers(model)
     choices = [attention] * len(layers) if isinstance(attention, str) or callable(attention) else list(attention)
     if len(choices) != len(layers):
         raise ValueError(
             f"got {len(choices)} attention heads for {len(layers)} layers; give one per layer, or one name"
         )
-    for index, (layer, choice) in enumerate(zip(layers, choices, strict=True)):
-        head = _builder(choice)(
-            num_heads=layer.num_attention_heads,
-            head_width=layer.attention_head_size,
-            max_sequence_length=model.config.max_position_embeddings,
+    builders = [_builder(choice) for choice in choices]
+    _refuse_unknown_options(builders, options)
+    config = model.config
+    dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
+    for index, (layer, builder) in enumerate(zip(layers, builders, strict=True)):
+        head = builder(
+            num_heads=config.num_attention_heads,
+            head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            max_sequence_length=config.max_position_embeddings,
             layer_index=index,
-            **options,
+            **{name: value for name, value in options.items() if _takes(builder, name)},
         )
-        dropout = model.config.attention_probs_dropout_prob
         if dropout and not getattr(head, "supports_dropout", True):
             raise ValueError(
                 f"{type(head).__name__} cannot drop attention weights, but attention_probs_dropout_prob={dropout}; "
                 "set it to 0 in the model's config"
             )
-        layer.attention_head = head.to(layer.query.weight)
+        layer.attention_head = head.to(next(layer.parameters()))
     names = [choice if isinstance(choice, str) else f"{_name(choice)} (a callable)" for choice in choices]
-    model.config.packed_attention = names[0] if len(set(names)) == 1 else names
-    model.config.packed_attention_options = options
+    config.packed_attention = names[0] if len(set(names)) == 1 else names
+    config.packed_attention_options = options
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
     model.set_attn_implementation(IMPLEMENTATION)
+    if "sequence_ids" not in inspect.signature(model.forward).parameters:
+        isolate_sequences(model)  # a stock model: its positions, and what else the ids imply
     return model
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules of an encoder that call transformers' attention interface, layer by layer.
+
+    Raises ValueError for a model without any, and for layers with a window of their own.
+    """
+    layers = [module for module in model.modules() if _calls_interface(type(module))]
+    config = getattr(model, "config", None)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layer that calls transformers' attention interface, so it cannot be given "
+            "another attention"
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"{type(model).__name__} has layers with a window of their own, which an attention head would not know of; "
+            "use isolate_sequences(model) to pack sequences under its own attention"
+        )
+    return layers
+
+
+@cache
+def _calls_interface(module: type[nn.Module]) -> bool:
+    if not module.__module__.startswith("transformers."):
+        return False
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module.forward)
 
 
 def packed_attention(
@@ -88,6 +126,13 @@ def packed_attention(
     rows: query (B, H, L, K) and `sequence_ids` (B, L). Returns the context in transformers' order, (1, T, H, K) or
     (B, L, H, K).
     """
+    if scaling is not None and not math.isclose(scaling, query.shape[-1] ** -0.5, rel_tol=1e-6):
+        raise ValueError(
+            f"{type(module).__name__} scales its scores by {scaling}; attention heads scale by 1/sqrt(K), "
+            f"{query.shape[-1] ** -0.5} here"
+        )
+    if key.shape[1] != query.shape[1]:  # grouped queries: several heads share a key
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if layout is not None:
         heads = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         return module.attention_head(*heads, layout, dropout=dropout)[None], None
@@ -96,9 +141,30 @@ def packed_attention(
             "packed_attention needs to know which tokens belong together: call the model with sequence_ids=, "
             "1, 2, 3… within each row and 0 on padding"
         )
-    layout = PackLayout(sequence_ids)
+    layout = _layout_of(sequence_ids)
     heads = (layout.unpad(x.transpose(1, 2)) for x in (query, key, value))
     return layout.pad(module.attention_head(*heads, layout, dropout=dropout)), None
+
+
+def _layout_of(sequence_ids: Tensor) -> PackLayout:
+    """The layout of these ids, made by the first layer of a forward pass and kept with the tensor for the others."""
+    layout = getattr(sequence_ids, "packed_layout", None)
+    if layout is None:
+        layout = sequence_ids.packed_layout = PackLayout(sequence_ids)
+    return layout
+
+
+def _refuse_unknown_options(builders: Sequence[Callable], options: dict) -> None:
+    for name, value in options.items():
+        if not any(_takes(builder, name) for builder in builders):
+            known = {builder.__name__: [f.name for f in fields(builder.Options)] for builder in builders}
+            raise ValueError(f"no attention head here has an option {name}={value!r}; the heads' options are {known}")
+
+
+def _takes(builder: Callable, option: str) -> bool:
+    """A callable of the user's own is not asked."""
+    is_ours = isinstance(builder, type) and issubclass(builder, AttentionHead)
+    return not is_ours or option in {field.name for field in fields(builder.Options)}
 
 
 def _name(choice: Callable) -> str:
