@@ -125,7 +125,8 @@ def plan_file(arguments: argparse.Namespace) -> None:
             "give the folder that save_to_disk wrote"
         )
     ((_, histogram),) = _load_histograms(arguments)
-    plan = plan_packs(histogram, arguments.max_sequence_length, arguments.max_sequences_per_pack, arguments.packer)
+    limits = arguments.max_sequence_length, arguments.max_sequences_per_pack
+    plan = plan_packs(histogram, *limits, arguments.packer, progress=True)
     print(f"{histogram.sum():,} sequences\n{plan}\n")
 
 
@@ -192,6 +193,7 @@ def _prepare(name: str, dataset, arguments: argparse.Namespace):
             token_columns=arguments.token_columns,
             pad_token_id=arguments.pad_token_id,
             balance=arguments.balance,
+            progress=True,
         )
     except ValueError as error:
         raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None

@@ -78,6 +78,7 @@ def pack_dataset(
         token_columns=token_columns,
         pad_token_id=pad_token_id,
         balance=balance,
+        progress=progress,
     )
     if output is None:
         return packing.in_memory(progress)
@@ -166,6 +167,7 @@ def prepare_packing(
     token_columns: Sequence[str] | None = None,
     pad_token_id: int | None = None,
     balance: int | None = None,
+    progress: bool = False,
 ) -> Packing:
     """Check the dataset and make its plan. Raises whatever pack_dataset can raise about its input."""
     _check_dataset(dataset)
@@ -173,7 +175,7 @@ def prepare_packing(
     source = read_source(dataset, token_columns, pad_token_id)
     sequences = cut_sequences(source, max_sequence_length, overlong)
     histogram = length_histogram(sequences.lengths, max_sequence_length)
-    plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, packer)
+    plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, packer, progress=progress)
     assignment, before, after = None, None, None
     if balance is not None:
         unbalanced = assign(plan, sequences.lengths, seed)

@@ -1,18 +1,23 @@
 """Packing that is provably near the optimum: the cutting-stock linear program, then a dive to whole numbers.
 
-1. Pack shortest-first and longest-first. If the fewer packs meet a cheap lower bound, they are optimal: done.
+1. Pack longest-first, shortest-first and, up to PRICED_SLOTS, by least squares. As soon as packs meet a cheap lower
+   bound, they are optimal: done.
 2. Solve the linear program over strategies (Gilmore & Gomory 1961), beginning with those of step 1: price, add the best
-   strategies, solve again, until the lower bound that the prices prove cannot get better.
+   strategies, solve again, until the lower bound that the prices prove cannot get better. The strategies of nnlshp are
+   often all that is missing: from the others alone it takes a hundred rounds where lengths and depth both limit.
 3. Dive: take the whole part of the solution and round a few of the largest fractions up; fill the slots, longest first;
    solve for what is left, and so on. After each step best fit packs what is left: keep the fewest packs seen.
-4. While they exceed the bound: take one or two packs of every strategy apart, and dive again.
+4. While they exceed the bound: take some packs apart, those that waste most and some at random, and dive again.
 5. A pack of more than PRICED_SLOTS tokens is planned in coarser units, with lengths rounded up; rounded down they prove
    a bound. That is done only where step 1 misses the cheap bound by more than TOLERANCE.
 
 The linear program's bound, rounded up, is nearly always met or missed by one pack (the modified integer round-up
-property); plan.lower_bound says what is proven for this histogram. The time does not depend on the counts: up to 512
-tokens 2 seconds, up to 1024 and in coarser units some seconds. Budgets count simplex steps, so that a plan is the same
-every time; only a time_limit looks at the clock.
+property); plan.lower_bound says what is proven for this histogram. Up to PRICED_SLOTS no other packer here needs fewer
+packs; beyond, spfhp and lpfhp do not. The time does not depend on the counts: up to 512 tokens 2 seconds, up to 1024
+and in coarser units some seconds. Budgets count simplex steps, so that a plan is the same every time; only a
+time_limit looks at the clock.
+
+The first call ever compiles, for about 12 seconds; the first one in a process loads that and HiGHS in about one.
 """
 
 from __future__ import annotations
@@ -21,12 +26,14 @@ import math
 from time import monotonic
 
 import numpy as np
+from tqdm import tqdm
 
 from .bounds import lower_bound
 from .columns import Slots, value_strategies, whole_prices
 from .filling import Packs, add_packs, best_fit, fill_slots
 from .linear_program import DUAL, LinearProgram
 from .lpfhp import lpfhp
+from .nnlshp import nnlshp
 from .plan import PackPlan
 from .spfhp import spfhp
 
@@ -37,12 +44,18 @@ TOLERANCE = 1 / 500
 """Packs above the cheap bound, as a part of it, that make step 5 not worth its seconds."""
 
 STRATEGIES_PER_ROUND, STRATEGIES_PER_LENGTH = 200, 3
-ROUNDS, DIVES = 300, 12
+ROUNDS, DIVES = 300, 40
 SOLVING_WORK = 60_000_000
-"""Simplex steps * lengths of step 2, about eight seconds' worth; Wikipedia's 512 lengths take 2 million."""
+"""Simplex steps * lengths of step 2, about eight seconds' worth; Wikipedia's 512 lengths take 1 million."""
 
-CLOSING_WORK = 3_000_000
-"""The same for steps 3 and 4 once packs are one above the bound; ten times as much while they are further above it."""
+CLOSING_WORK = 14
+"""The same for steps 3 and 4, in parts of max_sequence_length ** 2; three times that while the gap is above 1."""
+
+APART = 100
+"""Packs that step 4 takes apart: enough to come out otherwise, few enough to be solved in a tenth of the time."""
+
+PRICED_AGAIN = 4
+"""Rounds of pricing for what is left in a dive, before it is given up."""
 
 DISSOLVED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 """Shares of the emptiest packs that step 5 tries to place by best fit, which sees the tokens that rounding hides."""
@@ -56,34 +69,40 @@ def optimal(
     max_sequence_length: int,
     max_sequences_per_pack: int | None,
     time_limit: float | None = None,
+    progress: bool = False,
 ) -> PackPlan:
     """Pack a checked histogram into the fewest packs, or nearly: plan.num_packs - plan.lower_bound says how nearly.
 
     {4: 1, 3: 2, 2: 3} into 8 slots -> (2, 3, 3) x 1, (2, 2, 4) x 1; best fit begins with 4 + 3 and needs three packs
 
     time_limit: seconds after which no further step begins; the plan then depends on the machine. None: budgets of work.
+    progress: show a bar on stderr, if it takes more than two seconds.
     """
-    limits = max_sequence_length, max_sequences_per_pack
-    simple = min((pack(histogram, *limits) for pack in (lpfhp, spfhp)), key=lambda plan: plan.num_packs)
-    search = Search(histogram, *limits, None if time_limit is None else monotonic() + time_limit)
-    search.keep(_packs_of(simple))
-    if max_sequence_length <= PRICED_SLOTS:
-        search.run()
-    elif search.gap > TOLERANCE * search.bound:
-        search.run_coarsely()
-    return search.plan()
+    deadline = None if time_limit is None else monotonic() + time_limit
+    with tqdm(desc="planning", unit=" steps", delay=2, disable=not progress) as bar:
+        search = Search(histogram, max_sequence_length, max_sequences_per_pack, deadline, bar)
+        if max_sequence_length <= PRICED_SLOTS:
+            search.run()
+        else:
+            search.run_coarsely()
+        return search.plan()
 
 
 class Search:
     """The fewest packs and the greatest lower bound found so far for one histogram."""
 
-    def __init__(self, histogram, max_sequence_length, max_sequences_per_pack, deadline: float | None = None) -> None:
-        self.histogram, self.limits, self.deadline = histogram, (max_sequence_length, max_sequences_per_pack), deadline
+    def __init__(
+        self, histogram, max_sequence_length, max_sequences_per_pack, deadline: float | None, bar: tqdm
+    ) -> None:
+        self.histogram, self.limits = histogram, (max_sequence_length, max_sequences_per_pack)
+        self.deadline, self.bar = deadline, bar
         self.slots = Slots.of(histogram, *self.limits)
         self.counts = histogram[self.slots.lengths]
         self.bound = lower_bound(histogram, *self.limits)
         self.packs: Packs = {}
         self.num_packs = sum(self.counts.tolist()) + 1
+        self.simple: list[PackPlan] = []
+        self.random = np.random.default_rng(0)
 
     @property
     def gap(self) -> int:
@@ -94,6 +113,11 @@ class Search:
         num_packs = sum(packs.values())
         if num_packs < self.num_packs:
             self.packs, self.num_packs = packs, num_packs
+        self.tell()
+
+    def tell(self) -> None:
+        self.bar.set_postfix_str(f"{self.num_packs:,} packs, {self.gap:,} above the bound", refresh=False)
+        self.bar.update()
 
     def plan(self) -> PackPlan:
         lengths = [length for pack in self.packs for length in pack]
@@ -101,28 +125,57 @@ class Search:
         return PackPlan(*self.limits, lengths, offsets, list(self.packs.values()), "optimal", self.bound)
 
     def run(self) -> None:
-        """Steps 2 to 4."""
-        if not self.gap:
+        """Steps 1 to 4."""
+        self.pack_simply()
+        if not self.gap or self.is_late():
             return
         self.solve()
-        self.random, self.closing_work = np.random.default_rng(0), self.program.work
+        self.closing_work = self.program.work
         self.dive({}, self.repeats)
-        for number in range(DIVES):
+        for _ in range(DIVES):
             if self.is_done():
                 return
-            apart = 1 + number % 2
-            self.dive({pack: packs - apart for pack, packs in self.packs.items() if packs > apart})
+            self.dive(self.without_wasteful())
+
+    def pack_simply(self) -> None:
+        """Step 1. Without nnlshp, which takes more than milliseconds, if it is late or there are many lengths."""
+        slow = self.is_late() or self.limits[0] > PRICED_SLOTS
+        for pack in (lpfhp, spfhp) if slow else (lpfhp, spfhp, nnlshp):
+            if self.gap:
+                self.simple.append(pack(self.histogram, *self.limits))
+                self.keep(_packs_of(self.simple[-1]))
+
+    def without_wasteful(self) -> Packs:
+        """Step 4: the packs, less APART of those that are worth least by the program's prices.
+
+        Most packs are worth exactly a pack; among these chance decides."""
+        price = np.zeros(len(self.histogram))
+        price[self.slots.lengths] = self.prices
+        kept, strategies = dict(self.packs), list(self.packs)
+        waste = 1 - np.array([price[list(strategy)].sum() for strategy in strategies])
+        waste, apart = np.maximum(waste, 1e-3 * self.random.random(len(waste))), 0
+        for number in np.argsort(-waste, kind="stable").tolist():
+            taken = min(2, kept[strategies[number]])
+            kept[strategies[number]] -= taken
+            apart += taken
+            if apart >= APART:
+                break
+        return {strategy: packs for strategy, packs in kept.items() if packs}
 
     def run_coarsely(self) -> None:
         """Step 5. What fits in coarser units, rounded up, fits; what does not fit, rounded down, does not."""
+        self.pack_simply()
+        if self.gap <= TOLERANCE * self.bound:
+            return
         length, depth = self.limits
         unit = -(-length // PRICED_SLOTS)
         capacity, lengths = length // unit, np.arange(length + 1)
-        down = Search(_regroup(self.histogram, lengths // unit), capacity, depth, self.deadline)
+        down = Search(_regroup(self.histogram, lengths // unit), capacity, depth, self.deadline, self.bar)
+        down.pack_simply()
         down.solve()
         self.bound = max(self.bound, down.bound)
-        up = Search(_regroup(self.histogram, np.minimum(-(-lengths // unit), capacity)), capacity, depth, self.deadline)
-        up.keep(_packs_of(lpfhp(up.histogram, *up.limits)))
+        rounded = np.minimum(-(-lengths // unit), capacity)
+        up = Search(_regroup(self.histogram, rounded), capacity, depth, self.deadline, self.bar)
         up.run()
         slots = {tuple(unit * slot if slot < capacity else length for slot in pack): n for pack, n in up.packs.items()}
         packs = fill_slots(slots, self.histogram.copy())
@@ -144,18 +197,18 @@ class Search:
         return best_fit(kept, left, self.slots.depth)
 
     def solve(self) -> None:
-        """Step 2. Leaves the program, its repeats and the bound."""
+        """Step 2. Leaves the program, its repeats and prices, and the bound."""
         self.program = LinearProgram(self.counts)
         row = {length: row for row, length in enumerate(self.slots.lengths.tolist())}
         longest, depth = self.limits[0], self.slots.depth
         self.program.add((row[length],) * min(depth, longest // length) for length in row)
-        for pack in (lpfhp, spfhp):
-            plan = pack(self.histogram, *self.limits)
+        for plan in self.simple:
             self.program.add(tuple(row[length] for length in strategy) for strategy in plan.strategies)
         for _ in range(ROUNDS):
-            packs, self.repeats, prices = self.program.solve()
-            found, bound = self.price(prices, self.counts)
+            packs, self.repeats, self.prices = self.program.solve()
+            found, bound = self.price(self.prices, self.counts)
             self.bound = max(self.bound, bound)
+            self.tell()
             settled = math.ceil(packs * (1 - 1e-13) - 1e-7) <= self.bound
             if settled or not self.program.add(found) or self.program.work > SOLVING_WORK or self.is_late():
                 break
@@ -179,14 +232,27 @@ class Search:
             if repeats is not None:
                 chosen = np.floor(repeats + 1e-6).astype(np.int64)
             else:
-                self.program.demand(left[self.slots.lengths])
-                needed, repeats, _ = self.program.solve(DUAL)
-                if sum(packs.values()) + math.ceil(needed - 1e-6) >= self.num_packs:
+                repeats = self.solve_rest(left, self.num_packs - 1 - sum(packs.values()))
+                if repeats is None:
                     return
                 chosen = self.round_up(repeats)
             add_packs(packs, fill_slots(self.slots_of(chosen), left))
             self.keep(best_fit(packs, left, self.slots.depth))
             repeats = None
+
+    def solve_rest(self, left: np.ndarray, most: int) -> np.ndarray | None:
+        """The program's repeats for what is left, or None if it finds none of at most so many packs."""
+        counts = left[self.slots.lengths]
+        self.program.demand(counts)
+        packs, repeats, prices = self.program.solve(DUAL)
+        for _ in range(PRICED_AGAIN):
+            if math.ceil(packs - 1e-6) <= most:
+                return repeats
+            found, bound = self.price(prices, counts)
+            if bound > most or not self.program.add(found):
+                return None
+            packs, repeats, prices = self.program.solve()
+        return repeats if math.ceil(packs - 1e-6) <= most else None
 
     def round_up(self, repeats: np.ndarray) -> np.ndarray:
         """Whole repeats: all are rounded down, a few of the largest fractions up; at least one is not 0."""
@@ -209,7 +275,8 @@ class Search:
     def is_done(self) -> bool:
         """The bound is met, or the budget is spent."""
         spent = self.program.work - self.closing_work
-        return not self.gap or spent > CLOSING_WORK * (1 if self.gap == 1 else 10) or self.is_late()
+        budget = CLOSING_WORK * self.limits[0] ** 2
+        return not self.gap or spent > (budget if self.gap == 1 else 3 * budget) or self.is_late()
 
     def is_late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline

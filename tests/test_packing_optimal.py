@@ -132,6 +132,39 @@ def test_a_trillion_sequences_plan_like_a_million():
         assert plan.num_packs - plan.lower_bound <= 1
 
 
+def test_lengths_and_depth_that_both_limit():
+    """Mean 4.75 sequences a pack, at most 5: from best fit's strategies alone the program did not get there."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(170), 0.7, 1_000_000).astype(int), 1, 1024)
+    plan = plan_packs(length_histogram(lengths, 1024), max_sequences_per_pack=5, packer="optimal")
+    assert plan.num_packs - plan.lower_bound <= 1
+
+
+def test_never_more_packs_than_nnlshp():
+    """3,000 lengths without a depth limit: least squares met the bound where a dive ended one pack above it."""
+    draw = np.random.default_rng(0)
+    lengths = draw.choice(len(WIKIPEDIA), 3_000, p=WIKIPEDIA / WIKIPEDIA.sum())
+    histogram = length_histogram(lengths, 512)
+    packs = {packer: plan_packs(histogram, packer=packer).num_packs for packer in ("nnlshp", "optimal")}
+    assert packs["optimal"] <= packs["nnlshp"]
+
+
+def test_progress_is_for_packers_that_know_it(capsys):
+    told = []
+
+    def with_progress(histogram, max_sequence_length, max_sequences_per_pack, progress=False):
+        told.append(progress)
+        return optimal(histogram, max_sequence_length, max_sequences_per_pack)
+
+    histogram = next(subsamples())
+    for progress in (False, True):
+        plan_packs(histogram, packer=with_progress, progress=progress)
+        plan_packs(histogram, packer="lpfhp", progress=progress)
+    assert told == [False, True]
+    assert capsys.readouterr() == ("", "")
+    optimal(histogram, 512, None, progress=True)
+    assert capsys.readouterr().out == ""  # a bar is for stderr
+
+
 def test_a_time_limit_of_nothing_still_plans():
     plan = optimal(WIKIPEDIA, 512, 3, time_limit=0)
     assert plan.num_packs <= fewest_of(WIKIPEDIA, 512, 3)
