@@ -8,11 +8,20 @@ from attention_contract import LAYOUTS, by_sequence, check_contract, check_isola
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bert_pretrain.attention.axial import AxialAttention
+from bert_pretrain.attention.fixed import FixedAttention
 from bert_pretrain.attention.local import LocalAttention
+from bert_pretrain.attention.strided import StridedAttention
 
 HEADS = {
     "local 3": partial(LocalAttention, window=3),
     "local 20": partial(LocalAttention, window=20),
+    "strided split": partial(StridedAttention, stride=5),
+    "strided merged": partial(StridedAttention, heads="merged"),
+    "fixed split": partial(FixedAttention, stride=7, summary=2),
+    "fixed merged": partial(FixedAttention, heads="merged", summary=3),
+    "axial composed": AxialAttention,
+    "axial mean": partial(AxialAttention, columns=5, combine="mean"),
 }
 PATTERNS = [name for name in HEADS if not name.startswith("axial")]
 
