@@ -22,13 +22,14 @@ class LengthGroups:
     source: (P,) the token that each slot of all groups shows, group after group; a padding slot repeats the last token
         of its own sequence, so that what is read there is always that sequence's own.
     slot_of_token: (T,) the slot where each token stands.
-    shapes: (sequences, width) of each group.
+    shapes: (sequences, width) of each group. members: of each group (sequences,) int64, which of the batch's N.
     key_masks: of each group (sequences, 1, 1, width) bool, True on real tokens; None where there is no padding.
     """
 
     source: Tensor
     slot_of_token: Tensor
     shapes: list[tuple[int, int]]
+    members: list[Tensor]
     key_masks: list[Tensor | None]
 
     def gather(self, x_T: Tensor) -> list[Tensor]:
@@ -48,17 +49,19 @@ def length_groups(starts: Tensor, lengths: Tensor, sequence_of_token: Tensor, po
     first_slot = torch.empty_like(widths)
     first_slot[order] = widths.cumsum(0) - widths
     group_widths, group_sizes = (values.tolist() for values in widths.unique_consecutive(return_counts=True))
+    members = list(order.split(group_sizes))
     sources, key_masks = [], []
-    for width, members in zip(group_widths, order.split(group_sizes), strict=True):
+    for width, group in zip(group_widths, members, strict=True):
         place = torch.arange(width, device=lengths.device)
-        last = lengths[members, None] - 1
-        sources.append((starts[members, None] + torch.minimum(place, last)).flatten())
+        last = lengths[group, None] - 1
+        sources.append((starts[group, None] + torch.minimum(place, last)).flatten())
         is_real = place <= last
         key_masks.append(None if bool(is_real.all()) else is_real[:, None, None, :])
     return LengthGroups(
         source=torch.cat(sources),
         slot_of_token=first_slot[sequence_of_token] + positions_T,
         shapes=list(zip(group_sizes, group_widths, strict=True)),
+        members=members,
         key_masks=key_masks,
     )
 

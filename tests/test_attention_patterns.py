@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bert_pretrain.attention.axial import AxialAttention
+from bert_pretrain.attention.bigbird import BigBirdAttention
+from bert_pretrain.attention.etc import EtcAttention
 from bert_pretrain.attention.fixed import FixedAttention
 from bert_pretrain.attention.local import LocalAttention
+from bert_pretrain.attention.longformer import LongformerAttention
 from bert_pretrain.attention.strided import StridedAttention
 
 HEADS = {
@@ -22,8 +25,15 @@ HEADS = {
     "fixed merged": partial(FixedAttention, heads="merged", summary=3),
     "axial composed": AxialAttention,
     "axial mean": partial(AxialAttention, columns=5, combine="mean"),
+    "longformer": partial(LongformerAttention, window=4),
+    "longformer 3 global": partial(LongformerAttention, window=2, global_tokens=3),
+    "etc": partial(EtcAttention, window=3, global_tokens=5),
+    "bigbird": partial(BigBirdAttention, block=4, window=1, random_blocks=2),
+    "bigbird 2 + 3 global": partial(
+        BigBirdAttention, block=3, window=0, random_blocks=1, global_tokens=2, last_global_tokens=3
+    ),
 }
-PATTERNS = [name for name in HEADS if not name.startswith("axial")]
+PATTERNS = [name for name in HEADS if not name.startswith(("axial", "etc"))]
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -80,7 +80,8 @@ def _windows(layout: PackLayout, size: int, reach: int) -> Windows:
     )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Softmax attention (B, H, Q, K), (B, H, M, K) x 2, bool mask that broadcasts to (B, H, Q, M) -> (B, H, Q, K)."""
-    mask = mask.expand(-1, -1, query.shape[-2], -1)  # torch's fast CPU kernel wants a row per query
+    if mask is not None:
+        mask = mask.expand(-1, -1, query.shape[-2], -1)  # torch's fast CPU kernel wants a row per query
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
