@@ -1,0 +1,73 @@
+"""Ground for heads that look at a sequence as a whole: sums, projections and pseudo-inverses over all of its tokens.
+
+    lengths 3, 20, 5, 17    ->    one call of `mix` for the sequences of 1 to 16 tokens, one for those of 17 to 32
+
+Sequences of like length lie side by side (`collate.length_groups`), each with a place of its own along the first
+dimension of every product. So a sum over a sequence is a matrix product over its own rows: no scatter, no order of
+addition that another sequence could change. Its width, its length rounded up to a multiple of 16, is all that the
+arithmetic depends on.
+
+Shape letters: S sequences of a group, W its width, n a sequence's own length.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bert_pretrain.attention.head import AttentionHead
+from collate.layout import PackLayout
+
+
+class WholeSequenceHead(AttentionHead):
+    """A head whose subclass mixes the tokens of one group of sequences, with `mix`."""
+
+    precise: ClassVar[bool] = False
+    """Whether `mix` computes in float32 at least, also under autocast: for sums over a whole sequence and inverses."""
+
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
+        tokens = (query_THK, key_THK, value_THK)
+        if self.precise:
+            tokens = tuple(at_least_float32(x) for x in tokens)
+        settings = {"dropout": dropout} if self.supports_dropout else {}
+        groups = layout.length_groups
+        contexts = []
+        with torch.autocast(query_THK.device.type, enabled=torch.is_autocast_enabled() and not self.precise):
+            for query, key, value, is_real in zip(*map(groups.gather, tokens), groups.key_masks, strict=True):
+                query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+                contexts.append(self.mix(query, key, value, is_real, **settings).transpose(1, 2))
+        return groups.scatter(contexts).to(query_THK.dtype)
+
+    def mix(
+        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, is_real_S11W: Tensor | None, **settings
+    ) -> Tensor:
+        """The context (S, H, W, K) of one group.
+
+        Padding slots, at a sequence's end, show its last token; is_real_S11W is False there, None without padding.
+        Mask them out of every sum over W: their gradient is dropped.
+        """
+        raise NotImplementedError
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def zero_padding(x_SHWK: Tensor, is_real_S11W: Tensor | None) -> Tensor:
+    """0 in padding slots, along W."""
+    return x_SHWK if is_real_S11W is None else x_SHWK.masked_fill(~is_real_S11W.transpose(2, 3), 0)
+
+
+def softmax_over_tokens(scores_SHMW: Tensor, is_real_S11W: Tensor | None) -> Tensor:
+    """Softmax over the real tokens of each sequence; 0 in padding slots."""
+    if is_real_S11W is not None:
+        scores_SHMW = scores_SHMW.masked_fill(~is_real_S11W, float("-inf"))
+    return scores_SHMW.softmax(-1)
+
+
+def positive_option(name: str, value: int, limit: int = 1, cure: str = "") -> None:
+    """Raise ValueError unless value >= limit."""
+    if value < limit:
+        raise ValueError(f"{name}={value} must be at least {limit}" + (f"; {cure}" if cure else ""))
