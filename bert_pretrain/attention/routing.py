@@ -1,0 +1,289 @@
+"""`routing`: attention within clusters of tokens, found by online k-means (Routing Transformer, arXiv 2003.05997, 4.1).
+
+    members_c(x) = the w tokens i of the sequence with the largest  x_i/|x_i| . centroid_c     for queries, and for keys
+    context_i    = mean over the clusters c with i in members_c(q) of
+                   sum_j softmax_j(q_i . k_j / sqrt(K)) v_j,    j over members_c(k);    0 in no cluster
+    centroid_c  <- d centroid_c + (1 - d) normalize(sum of the q_i/|q_i| and k_i/|k_i| nearest to it)
+
+Cost: N (c + w) K per head, with c about sqrt(n) clusters of w = ceil(n / c) tokens: N sqrt(n) K. Memory N (c + w).
+
+Isolation: tokens are ranked among those of their own sequence, side by side in groups of like length, and c and w
+follow from the sequence's own length. A sequence of n tokens uses the first c(n) centroids.
+
+Centroids are a buffer, moved once after each optimizer step by what all its micro-batches and all ranks have seen:
+
+    trainer.add_callback(RoutingCallback())          # under Trainer
+    update_after_step(optimizer, model)              # in a loop of one's own: once, before training
+
+The sums are taken in the backward pass, which a micro-batch goes through once: gradient checkpointing, which runs
+forward twice, counts nothing twice, and evaluation counts nothing.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+
+from bert_pretrain.attention.head import AttentionHead
+from collate.layout import PackLayout
+from collate.length_groups import WIDTH_STEP
+
+PATIENCE = 1000
+"""Micro-batches without an update after which the head takes it for forgotten."""
+
+
+@dataclass(frozen=True)
+class RoutingOptions:
+    """What `use_attention(model, "routing", …)` takes."""
+
+    num_clusters: int | None = None
+    """Clusters of a sequence (never more than it has tokens); each holds n / num_clusters of its queries and as many
+    keys. None: about sqrt(n), the cheapest. 1: full attention."""
+
+    decay: float = 0.999
+    """How much of a centroid stays at each optimizer step; less follows the model faster. In the first steps it is
+    (1 + step) / (10 + step), if that is less, to forget the random start. 1: centroids stay as they are."""
+
+    seed: int = 0
+    """Of the first centroids; every layer draws its own under the same seed."""
+
+    def __post_init__(self) -> None:
+        if self.num_clusters is not None and self.num_clusters < 1:
+            raise ValueError(f"num_clusters={self.num_clusters} must be at least 1; None for about sqrt(n)")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay={self.decay} must be in 0..1; 1 keeps the centroids as they are")
+
+
+class RoutingAttention(AttentionHead):
+    """Softmax within the clusters of each sequence; no parameters, centroids in a buffer."""
+
+    Options = RoutingOptions
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.max_clusters = self.num_clusters(self.max_sequence_length)
+        self.register_buffer("centroids_HCK", torch.empty(self.num_heads, self.max_clusters, self.head_width))
+        self.register_buffer("num_updates", torch.empty((), dtype=torch.int64))
+        self._sums: tuple[Tensor, Tensor] | None = None  # no buffer: ranks have their own, and DDP levels buffers
+        self._micro_batches = 0
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw this layer's first centroids: random directions."""
+        generator = torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
+        drawn = torch.randn(self.centroids_HCK.shape, generator=generator, device="cpu")
+        self.centroids_HCK.copy_(F.normalize(drawn, dim=-1))
+        self.num_updates.zero_()
+        self._sums, self._micro_batches = None, 0
+
+    def num_clusters(self, length: int) -> int:
+        """c(n)"""
+        return max(1, min(self.options.num_clusters or round(math.sqrt(length)), length))
+
+    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+        if self._micro_batches >= PATIENCE:
+            raise RuntimeError(
+                f"routing centroids were not updated in {PATIENCE} micro-batches; add RoutingCallback() to the "
+                "Trainer, call update_after_step(optimizer, model), or set decay=1 to keep the centroids as they are"
+            )
+        queries, keys = (self._unit_groups(x, layout) for x in (query_THK, key_THK))
+        # each group fills its own clusters of (sequences, H, c, w) rows of (T * H, K)
+        rows, contexts, seen = [], [], []
+        for query, key, source, mask in zip(
+            queries, keys, _sources(layout), layout.length_groups.key_masks, strict=True
+        ):
+            clusters = self._clusters(source, mask)
+            query_row, key_row = (self._members(x, source, mask, clusters) for x in (query, key))
+            context = self._attend_clusters(query_THK, key_THK, value_THK, query_row, key_row, clusters)
+            rows.append(query_row.flatten())
+            contexts.append(context.flatten(0, -2))
+            seen.append(clusters.member.expand(query_row.shape).flatten())
+        context_THK = _mean_by_row(torch.cat(rows), torch.cat(contexts), torch.cat(seen), query_THK)
+        if self.training and self.options.decay < 1 and torch.is_grad_enabled():
+            context_THK = Collect.apply(context_THK, self, *self._count(queries, keys, layout))
+        return context_THK
+
+    # Which tokens
+
+    @torch.no_grad()
+    def _unit_groups(self, x_THK: Tensor, layout: PackLayout) -> list[Tensor]:
+        """Unit vectors of each group, (M, H, width, K)."""
+        return [x.transpose(1, 2) for x in layout.length_groups.gather(F.normalize(x_THK.detach(), dim=-1))]
+
+    def _clusters(self, source: Tensor, mask: Tensor | None) -> "Clusters":
+        """The clusters of a group: as many and as wide as any of its lengths asks for; the rest are not used."""
+        width = source.shape[1]
+        # by the width and not by the members, so that nothing depends on which sequences are in the group
+        lengths = range(max(1, width - WIDTH_STEP + 1), width + 1)
+        counts = torch.tensor([min(self.num_clusters(n), self.max_clusters) for n in lengths])
+        windows = (torch.tensor(lengths) + counts - 1) // counts
+        own = _lengths(source, mask) - lengths[0]
+        rank = torch.arange(int(windows.max()), device=source.device)
+        number = torch.arange(int(counts.max()), device=source.device)
+        return Clusters(
+            used=(number < counts.to(own)[own][:, None])[:, None, :, None],
+            ranked=(rank < windows.to(own)[own][:, None])[:, None, None, :],
+        )
+
+    def _scores(self, unit: Tensor, num_clusters: int) -> Tensor:
+        """(M, H, width, K) -> (M, H, c, width)"""
+        return self.centroids_HCK[:, :num_clusters].type_as(unit) @ unit.transpose(-1, -2)
+
+    @torch.no_grad()
+    def _members(self, unit: Tensor, source: Tensor, mask: Tensor | None, clusters: "Clusters") -> Tensor:
+        """(M, H, c, w) rows of (T * H, K): the tokens nearest to each centroid, nearest first."""
+        scores = self._scores(unit, clusters.num_clusters)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        place = scores.topk(clusters.window, dim=-1).indices
+        token = source[:, None, None, :].expand_as(scores).gather(-1, place)
+        return token * self.num_heads + torch.arange(self.num_heads, device=token.device)[:, None, None]
+
+    def _attend_clusters(self, query_THK, key_THK, value_THK, query_row, key_row, clusters: "Clusters") -> Tensor:
+        """(M, H, c, w, K)"""
+        query, key, value = (
+            x.flatten(0, 1).index_select(0, row.flatten()).unflatten(0, row.flatten(1, 2).shape)
+            for x, row in ((query_THK, query_row), (key_THK, key_row), (value_THK, key_row))
+        )
+        mask = clusters.ranked.expand(-1, -1, clusters.window, -1)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return context.unflatten(1, query_row.shape[1:3])
+
+    # What centroids learn from
+
+    @torch.no_grad()
+    def _count(self, queries: list[Tensor], keys: list[Tensor], layout: PackLayout) -> tuple[Tensor, Tensor]:
+        """Sums (H, C, K) and numbers (H, C) of the queries and keys nearest to each centroid of their sequence's."""
+        dtype = torch.promote_types(queries[0].dtype, torch.float32)
+        sums = queries[0].new_zeros(self.centroids_HCK.shape, dtype=dtype)
+        counts = sums.new_zeros(self.centroids_HCK.shape[:2])
+        for query, key, source, mask in zip(
+            queries, keys, _sources(layout), layout.length_groups.key_masks, strict=True
+        ):
+            clusters = self._clusters(source, mask)
+            for unit in (query, key):
+                scores = self._scores(unit, clusters.num_clusters).masked_fill(~clusters.used, -torch.inf)
+                nearest = scores.argmax(2, keepdim=True)
+                is_nearest = torch.zeros_like(scores, dtype=dtype).scatter_(2, nearest, 1.0)
+                if mask is not None:
+                    is_nearest = is_nearest.masked_fill(~mask, 0)
+                counts[:, : clusters.num_clusters] += is_nearest.sum((0, 3))
+                sums[:, : clusters.num_clusters] += (is_nearest @ unit.to(dtype)).sum(0)
+        return sums, counts
+
+    def collect(self, sums: Tensor, counts: Tensor) -> None:
+        """Add what one micro-batch has seen."""
+        if self._sums is not None:
+            sums, counts = self._sums[0] + sums, self._sums[1] + counts
+        self._sums = sums, counts
+        self._micro_batches += 1
+
+    def routing_statistics(self) -> tuple[Tensor, Tensor]:
+        """Sums (H, C, K) and counts (H, C) since the last update, on this rank."""
+        if self._sums is not None:
+            return self._sums
+        dtype = torch.promote_types(self.centroids_HCK.dtype, torch.float32)
+        sums = torch.zeros_like(self.centroids_HCK, dtype=dtype)
+        return sums, sums.new_zeros(sums.shape[:2])
+
+    @torch.no_grad()
+    def update_centroids(self) -> None:
+        """Move the centroids towards what all ranks have seen since the last update; every rank must call it."""
+        if self.options.decay == 1:
+            return
+        sums, counts = self.routing_statistics()
+        if dist.is_available() and dist.is_initialized():
+            both = torch.cat([sums, counts[..., None]], dim=-1)
+            dist.all_reduce(both)
+            sums, counts = both[..., :-1], both[..., -1]
+        steps = self.num_updates.to(sums)
+        decay = torch.clamp((1 + steps) / (10 + steps), max=self.options.decay)
+        moved = decay * self.centroids_HCK.to(sums) + (1 - decay) * F.normalize(sums, dim=-1)
+        seen = (counts > 0) & sums.isfinite().all(-1)  # a NaN would stay for good
+        self.centroids_HCK.copy_(torch.where(seen[..., None], moved, self.centroids_HCK.to(sums)))
+        self.num_updates += (counts.sum() > 0).long()
+        self._sums, self._micro_batches = None, 0
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The clusters of a group of M sequences.
+
+    used: (M, 1, c, 1) bool, True on the clusters that a sequence has. ranked: (M, 1, 1, w) bool, True on the ranks
+    within a cluster that it fills.
+    """
+
+    used: Tensor
+    ranked: Tensor
+
+    @property
+    def num_clusters(self) -> int:
+        return self.used.shape[2]
+
+    @property
+    def window(self) -> int:
+        return self.ranked.shape[3]
+
+    @property
+    def member(self) -> Tensor:
+        """(M, 1, c, w)"""
+        return self.used & self.ranked
+
+
+def _sources(layout: PackLayout) -> list[Tensor]:
+    """Of each length group (M, width): the token that each slot shows."""
+    groups = layout.length_groups
+    parts = groups.source.split([n * width for n, width in groups.shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, groups.shapes, strict=True)]
+
+
+def _lengths(source: Tensor, mask: Tensor | None) -> Tensor:
+    """(M,) int64"""
+    return torch.full_like(source[:, 0], source.shape[1]) if mask is None else mask.sum((1, 2, 3))
+
+
+def _mean_by_row(row: Tensor, context: Tensor, seen: Tensor, like_THK: Tensor) -> Tensor:
+    """The mean of what a row was given where `seen`, 0 if that is nothing. row, seen (P,), context (P, K)."""
+    count = torch.zeros(like_THK.shape[:2], device=row.device).flatten().index_add(0, row, seen.float())
+    context = torch.where(seen[:, None], context / count.clamp(min=1).type_as(context)[row, None], 0)
+    return torch.zeros_like(like_THK).flatten(0, 1).index_add(0, row, context).view_as(like_THK)
+
+
+class Collect(torch.autograd.Function):
+    """context, head, sums, counts -> context. Hands the statistics over when, and only when, its gradient is taken."""
+
+    @staticmethod
+    def forward(ctx, context, head, sums, counts):
+        ctx.head, ctx.statistics = head, (sums, counts)
+        return context.view_as(context)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        ctx.head.collect(*ctx.statistics)
+        return grad, None, None, None
+
+
+def update_centroids(model: nn.Module) -> None:
+    """Update every routing head of a model: once after each optimizer step, on every rank."""
+    for module in model.modules():
+        if isinstance(module, RoutingAttention):
+            module.update_centroids()
+
+
+def update_after_step(optimizer: Optimizer, model: nn.Module):
+    """Update the model's centroids whenever the optimizer has stepped; returns a handle, `.remove()` ends it."""
+    return optimizer.register_step_post_hook(lambda *_: update_centroids(model))
+
+
+class RoutingCallback(TrainerCallback):
+    """Trainer's optimizer steps move the centroids."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        update_centroids(model)

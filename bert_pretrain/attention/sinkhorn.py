@@ -1,0 +1,169 @@
+"""`sinkhorn`: each block sees itself and one sorted to it (Sparse Sinkhorn Attention, arXiv 2002.11296, section 3).
+
+    s_u    = [sum of the queries of block u; sum of its keys]
+    R      = sinkhorn((log(relu(s W) + 1e-6) + noise) / temperature)       (n/C, n/C), rows and columns sum to 1
+    K'_u, V'_u = sum_v R_uv K_v, sum_v R_uv V_v                            near a permutation: one block, softly chosen
+    context_i = softmax over the 2 C keys of [K'_u; K_u], u the block of i, applied to [V'_u; V_u]
+
+Cost: N 2 C K + (n/C)^2 C K per head; memory N 2 C + (n/C)^2.
+
+The sorting network is the "simple" one of the paper: W (2 K, blocks) is a parameter of each head, column v for the v-th
+block of a sequence. A slot of K'_u is masked where the block with the largest R_uv has padding in it.
+
+Isolation: blocks are cut from each sequence's own start, and its R is (its blocks x its blocks): sequences of equally
+many blocks lie side by side, those of other numbers in other products. Up to C tokens it is full attention.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_pretrain.attention.head import AttentionHead
+from collate.chunks import Chunks
+from collate.layout import PackLayout
+from collate.length_groups import Gather
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class SinkhornOptions:
+    """What `use_attention(model, "sinkhorn", …)` takes."""
+
+    block_size: int = 64
+    """Tokens of a block: each token sees twice as many. Up to this length the head is exact attention."""
+
+    num_iterations: int = 7
+    """Times that rows and columns are normalised in turn; with more, the rows of R sum to 1 more exactly."""
+
+    temperature: float = 0.75
+    """Less makes R sharper, nearer to a permutation of blocks."""
+
+    noise: float = 0.0
+    """Scale of Gumbel noise on the scores, 1 in the paper. Drawn once for every layer, head and pair of block numbers:
+    it gives heads that score blocks alike different orders, in training and evaluation the same."""
+
+    seed: int = 0
+    """Of the first W and the noise; every layer draws its own under the same seed."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
+        if self.noise < 0:
+            raise ValueError(f"noise={self.noise} must be at least 0; 0 for none")
+
+
+class SinkhornAttention(AttentionHead):
+    """Softmax over the own block and the block that a Sinkhorn-normalised matrix sorts to it. Parameter: W."""
+
+    Options = SinkhornOptions
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.max_blocks = -(-self.max_sequence_length // self.options.block_size)
+        self.sort_weight = nn.Parameter(torch.empty(self.num_heads, 2 * self.head_width, self.max_blocks))
+        if self.options.noise:
+            self.register_buffer("noise", torch.empty(self.num_heads, self.max_blocks, self.max_blocks))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw this layer's W and noise."""
+        generator = torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
+        drawn = torch.randn(self.sort_weight.shape, generator=generator, device="cpu")
+        # a W of 0 would be a dead relu; the scale does not matter, as sinkhorn takes it out
+        self.sort_weight.copy_(drawn * (2 * self.head_width) ** -0.5)
+        if self.options.noise:
+            uniform = torch.rand(self.noise.shape, generator=generator, device="cpu")
+            self.noise.copy_(-(-(uniform + EPSILON).log() + EPSILON).log() * self.options.noise)
+
+    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+        chunks = layout.chunks(self.options.block_size)
+        query, key, value = (chunks.gather(x).transpose(1, 2) for x in (query_THK, key_THK, value_THK))
+        # (NC, H, C, K); what padding slots show must not be counted in sums, nor mixed into other blocks
+        query, key, value = (torch.where(chunks.valid[:, None, :, None], x, 0) for x in (query, key, value))
+        sums = torch.cat([query.sum(2), key.sum(2)], dim=-1)
+        sorted_key, sorted_value, sorted_valid = self._sort(sums, key, value, chunks)
+        valid = torch.cat([sorted_valid, chunks.valid[:, None].expand_as(sorted_valid)], dim=-1)
+        context = F.scaled_dot_product_attention(
+            query,
+            torch.cat([sorted_key, key], dim=2),
+            torch.cat([sorted_value, value], dim=2),
+            attn_mask=valid[:, :, None].expand(-1, -1, chunks.size, -1),
+        )
+        return chunks.scatter(context.transpose(1, 2))
+
+    def sorting_matrix(self, sums: Tensor) -> Tensor:
+        """Block sums (…, H, U, 2 K) of sequences of U blocks -> R (…, H, U, U)."""
+        num_blocks = sums.shape[-2]
+        if num_blocks > self.max_blocks:
+            raise ValueError(
+                f"a sequence has {num_blocks} blocks of {self.options.block_size} tokens, but max_sequence_length="
+                f"{self.max_sequence_length} has {self.max_blocks}; build the head with a larger max_sequence_length"
+            )
+        scores = F.relu(sums @ self.sort_weight[..., :num_blocks].type_as(sums))
+        logits = (scores.to(torch.promote_types(scores.dtype, torch.float32)) + EPSILON).log()
+        if self.options.noise:
+            logits = logits + self.noise[:, :num_blocks, :num_blocks].type_as(logits)
+        return sinkhorn(logits / self.options.temperature, self.options.num_iterations).type_as(sums)
+
+    def _sort(self, sums: Tensor, key: Tensor, value: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
+        """Sorted keys and values (NC, H, C, K), and which of their slots count (NC, H, C)."""
+        groups = BlockGroups(chunks)
+        both = torch.cat([key, value], dim=-1)
+        mixed, valid = [], []
+        for own_sums, own, own_valid in zip(*map(groups.gather, (sums, both, chunks.valid)), strict=True):
+            # (M, U, H, …) -> (M, H, U, …)
+            matrix = self.sorting_matrix(own_sums.transpose(1, 2))
+            blocks = matrix @ own.transpose(1, 2).flatten(3)
+            mixed.append(blocks.unflatten(3, own.shape[3:]).transpose(1, 2))
+            chosen = matrix.argmax(-1).transpose(1, 2)
+            sequence = torch.arange(len(chosen), device=chosen.device)[:, None, None]
+            valid.append(own_valid[sequence, chosen])
+        sorted_key, sorted_value = groups.scatter(mixed).chunk(2, dim=-1)
+        return sorted_key, sorted_value, groups.scatter(valid)
+
+
+class BlockGroups:
+    """The blocks of sequences with equally many, side by side: (NC, …) <-> of each group (M sequences, U blocks, …)."""
+
+    def __init__(self, chunks: Chunks):
+        counts, order = chunks.chunks_per_sequence.sort(stable=True)
+        counts, sizes = (values.tolist() for values in counts.unique_consecutive(return_counts=True))
+        self.shapes = list(zip(sizes, counts, strict=True))
+        self.order = torch.cat(
+            [
+                (chunks.first[members, None] + torch.arange(count, device=order.device)).flatten()
+                for members, count in zip(order.split(sizes), counts, strict=True)
+            ]
+        )
+
+    @cached_property
+    def place(self) -> Tensor:
+        """(NC,) the inverse of `order`."""
+        return self.order.argsort()
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        parts = _permute(x, self.order, self.place).split([size * count for size, count in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def scatter(self, parts: list[Tensor]) -> Tensor:
+        return _permute(torch.cat([part.flatten(0, 1) for part in parts]), self.place, self.order)
+
+
+def _permute(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    return Gather.apply(x, order, place) if x.is_floating_point() else x[order]
+
+
+def sinkhorn(logits: Tensor, num_iterations: int) -> Tensor:
+    """(…, U, U) -> nearly doubly stochastic: rows and columns normalised in turn, in logarithms."""
+    for _ in range(num_iterations):
+        logits = logits - logits.logsumexp(-1, keepdim=True)
+        logits = logits - logits.logsumexp(-2, keepdim=True)
+    return logits.exp()
