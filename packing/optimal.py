@@ -17,7 +17,8 @@ packs; beyond, spfhp and lpfhp do not. The time does not depend on the counts: u
 and in coarser units some seconds. Budgets count simplex steps, so that a plan is the same every time; only a
 time_limit looks at the clock.
 
-The first call ever compiles, for about 12 seconds; the first one in a process loads that and HiGHS in about one.
+The first call ever compiles: 21 to 28 seconds of CPU time were measured, on two busy cores. The first one in a later
+process loads that and HiGHS, which takes about a second.
 """
 
 from __future__ import annotations
