@@ -393,8 +393,8 @@ class _Probe:
         self.model = copy.deepcopy(model).eval()
         if dtype is None and not any(name in implementation for name in ("flash", "flex")):
             dtype = torch.float64
-            self.model = self.model.to("cpu" if self._device.type == "mps" else self._device)
-        self.model = self.model.to(dtype)
+            self.model = self.model.to("cpu" if self._device.type == "mps" else self._device)  # Metal has no float64
+        self.model = self.model if dtype is None else self.model.to(dtype)
         copied = next((m for m in self.model.modules() if isinstance(m, PreTrainedModel)), None)
         self.encoder = None if copied is None or copied.base_model is self.model else copied.base_model
         self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float64)

@@ -359,6 +359,7 @@ def test_flash_gets_the_boundaries_of_the_flattened_rows(kind, monkeypatch):
     """The kernel's stand-in honours nothing but what flash kernels do: boundaries and the layer's own window."""
 
     def flash(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+        packs = len(query)
         assert attention_mask is None and kwargs["max_length_q"] == kwargs["max_length_k"] == query.shape[2]
         assert torch.equal(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"])
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
@@ -368,7 +369,7 @@ def test_flash_gets_the_boundaries_of_the_flattened_rows(kind, monkeypatch):
             near = (slots[:, None] - slots).abs() < (sliding_window or 999)
             mine = (x[None, start:end].transpose(1, 2) for x in (query, key, value))
             contexts.append(F.scaled_dot_product_attention(*mine, attn_mask=near, scale=scaling)[0].transpose(0, 1))
-        return torch.cat(contexts).unflatten(0, (2, -1)), None
+        return torch.cat(contexts).unflatten(0, (packs, -1)), None
 
     stock = make_model(kind)
     packed = isolate_sequences(copy.deepcopy(stock))
@@ -422,8 +423,10 @@ def test_compiled_as_one_graph(kind, implementation, backend, softmax_in_float64
     stock = make_model(kind, implementation)
     packed = isolate_sequences(copy.deepcopy(stock))
     compiled = torch.compile(packed, fullgraph=True, backend=backend)
-    assert value_error(packed_and_alone(compiled, stock)) < 1e-10
-    assert gradient_error(compiled, stock) < 1e-10
+    # ModernBERT's rotary angles are float32, and inductor's sine is not the eager one: 7e-7 without any packing
+    limit = 1e-5 if (kind, backend) == ("modernbert", "inductor") else 1e-10
+    assert value_error(packed_and_alone(compiled, stock)) < limit
+    assert gradient_error(compiled, stock) < limit
 
 
 def test_a_saved_model_is_stock_and_copies_are_isolated(tmp_path):
