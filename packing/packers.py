@@ -44,8 +44,8 @@ def plan_packs(
     progress: show a bar on stderr once planning takes longer than two seconds. The packer shows it: True is passed on
         to one that has a parameter `progress`, as optimal has, and to no other.
 
-    A packer is compiled when it is first used, and kept on disk: on two busy cores that took 21 to 28 seconds of CPU time
-    for optimal, 16 for nnlshp, 6 for spfhp or lpfhp.
+    A packer is compiled when it is first used, and kept on disk: on two busy cores that took 21 to 28 seconds of CPU
+    time for optimal, 16 for nnlshp, 6 for spfhp or lpfhp.
 
     Raises ValueError for a histogram that is none, and for a plan that does not place exactly its sequences.
     """
