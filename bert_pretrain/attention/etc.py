@@ -100,5 +100,5 @@ def mean_weights(layout: PackLayout, number: int, dtype: torch.dtype) -> list[Te
         position = torch.arange(width, device=length.device)
         block = torch.where(position < length, position * length.clamp(max=number) // length, -1)
         inside = block[:, None] == torch.arange(number, device=length.device)[:, None]
-        weights.append((inside / inside.sum(-1, keepdim=True).clamp(min=1)).to(dtype))
+        weights.append(inside.to(dtype) / inside.sum(-1, keepdim=True).clamp(min=1).to(dtype))
     return weights
