@@ -92,9 +92,10 @@ class LSHAttention(AttentionHead):
         places = sort_into_chunks(self.hash(query_THK.detach(), layout), layout.sequence_of_token, chunks)
         query, key, value = self._gather(query_THK, value_THK, places)
         scores = query @ key.transpose(-1, -2)
-        scores = scores.masked_fill(~_looked_back(chunks.valid, places)[:, None, None], torch.finfo(scores.dtype).min)
         token_seen = _looked_back(places.token.flatten(0, 1), places)
         scores = scores.masked_fill(places.token.flatten(0, 1)[..., None] == token_seen[..., None, :], SELF_SCORE)
+        # last, as padding slots show the last token: to that they would be itself
+        scores = scores.masked_fill(~_looked_back(chunks.valid, places)[:, None, None], torch.finfo(scores.dtype).min)
         largest = scores.detach().amax(-1, keepdim=True)
         weights = (scores - largest).exp()  # and not a softmax: the rounds are combined by its denominators
         total = weights.sum(-1, keepdim=True, dtype=torch.promote_types(scores.dtype, torch.float32))
