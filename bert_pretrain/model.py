@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 from transformers.utils import ModelOutput
 
-from bert_pretrain.attention import use_attention
+from bert_pretrain.attention import initialize_head, use_attention
+from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.loss import MLM_LOSSES, pretraining_metrics, pretraining_sums
 from collate.layout import PackLayout
 from collate.masking import IGNORED
@@ -152,6 +153,13 @@ class PackedBertForPreTraining(BertForPreTraining):
         labels_N = next_sentence_label[cls_positions >= 0]
         labelled = (labels_N != IGNORED).nonzero().squeeze(1)
         return labelled, labels_N[labelled]
+
+    def initialize_weights(self) -> None:
+        """Draw the weights of a new model, or those that a checkpoint lacks; an attention head knows how it begins."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, AttentionHead):
+                initialize_head(module)
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
         """As in transformers, but the config names the stock class, which reads the same tensors."""

@@ -18,18 +18,57 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from bert_pretrain.attention.axial import AxialAttention
+from bert_pretrain.attention.bigbird import BigBirdAttention
+from bert_pretrain.attention.delta import DeltaAttention
+from bert_pretrain.attention.etc import EtcAttention
+from bert_pretrain.attention.fixed import FixedAttention
 from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.inducing import InducingAttention
+from bert_pretrain.attention.linear import LinearAttention
+from bert_pretrain.attention.linformer import LinformerAttention
+from bert_pretrain.attention.local import LocalAttention
+from bert_pretrain.attention.longformer import LongformerAttention
+from bert_pretrain.attention.lsh import LSHAttention
+from bert_pretrain.attention.nystrom import NystromAttention
+from bert_pretrain.attention.performer import PerformerAttention
+from bert_pretrain.attention.routing import RoutingAttention
 from bert_pretrain.attention.sdpa import SdpaAttention
+from bert_pretrain.attention.sinkhorn import SinkhornAttention
+from bert_pretrain.attention.strided import StridedAttention
 from collate.isolation import isolate_sequences
 from collate.layout import PackLayout
 
-ATTENTION: dict[str, Callable[..., nn.Module]] = {"sdpa": SdpaAttention}
+ATTENTION: dict[str, Callable[..., nn.Module]] = {
+    "sdpa": SdpaAttention,
+    "local": LocalAttention,
+    "strided": StridedAttention,
+    "fixed": FixedAttention,
+    "axial": AxialAttention,
+    "longformer": LongformerAttention,
+    "etc": EtcAttention,
+    "bigbird": BigBirdAttention,
+    "lsh": LSHAttention,
+    "routing": RoutingAttention,
+    "sinkhorn": SinkhornAttention,
+    "inducing": InducingAttention,
+    "linformer": LinformerAttention,
+    "nystrom": NystromAttention,
+    "linear": LinearAttention,
+    "performer": PerformerAttention,
+    "delta": DeltaAttention,
+}
 
 IMPLEMENTATION = "packed_attention"
+HEAD = "attention_head"
+"""The name of a head in the layer that owns it."""
 
 
 def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, **options) -> PreTrainedModel:
@@ -79,6 +118,41 @@ def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, 
     if "sequence_ids" not in inspect.signature(model.forward).parameters:
         isolate_sequences(model)  # a stock model: its positions, and what else the ids imply
     return model
+
+
+def load_attention(model: PreTrainedModel, checkpoint: str | Path) -> PreTrainedModel:
+    """Give a reloaded stock model the attention heads, and their weights, that it was saved with.
+
+        model = load_attention(BertForMaskedLM.from_pretrained("local-bert"), "local-bert")
+
+    A stock class knows nothing of attention heads: it leaves their weights where they are, and attends fully.
+    checkpoint: the folder that it was loaded from, with its config and safetensors.
+    """
+    attention = getattr(model.config, "packed_attention", None)
+    if attention is None:
+        raise ValueError(f"the config of {checkpoint} names no packed_attention; it was not saved with attention heads")
+    use_attention(model, attention, **model.config.packed_attention_options)
+    weights = {}
+    for file in sorted(Path(checkpoint).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            weights |= {name: tensors.get_tensor(name) for name in tensors.keys() if HEAD in name.split(".")}  # noqa: SIM118
+    expected = {name for name in model.state_dict() if HEAD in name.split(".")}
+    if weights.keys() != expected:
+        odd = sorted(weights.keys() ^ expected)
+        raise ValueError(f"{checkpoint} does not hold just the weights of {attention}: {odd[0]} is missing or too many")
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def initialize_head(head: nn.Module) -> None:
+    """Reset those weights of a head that were not in a checkpoint; transformers has marked the others."""
+    own = [*head.parameters(), *head.buffers()]
+    loaded = [(x, x.detach().clone()) for x in own if getattr(x, "_is_hf_initialized", False)]
+    if len(loaded) < len(own) and hasattr(head, "reset_parameters"):
+        head.reset_parameters()
+        with torch.no_grad():
+            for tensor, value in loaded:
+                tensor.copy_(value)
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
