@@ -11,7 +11,9 @@ from attention_contract import (
     by_sequence,
     check_broken_mate,
     check_contract,
+    check_empty_batch,
     check_isolation,
+    check_place,
     heads_input,
     layout_of,
     leak,
@@ -49,19 +51,33 @@ HEADS = {
         BigBirdAttention, block=3, window=0, random_blocks=1, global_tokens=2, last_global_tokens=3
     ),
 }
-PATTERNS = [name for name in HEADS if not name.startswith(("axial", "etc"))]
+PATTERNS = [name for name in HEADS if not name.startswith(("axial", "etc"))]  # attention over tokens, in one softmax
+EXECUTIONS = [name for name in HEADS if not name.startswith("axial")]
+HEADS |= {name: partial(HEADS[name], execution="chunks") for name in EXECUTIONS}
+MIXED = [[1] * 70 + [2] * 5 + [3] * 31, [0] * 2 + [1] + [2] * 90 + [3] * 13]  # some taken whole and some by chunks
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_contract(name):
     check_contract(HEADS[name])
-    check_broken_mate(HEADS[name], [[1] * 30 + [2] * 31, [1] * 40 + [0] * 21])
+    check_broken_mate(HEADS[name], MIXED)
 
 
-@settings(max_examples=10)
-@given(rows(40), st.sampled_from(sorted(HEADS)))
-def test_isolation_of_any_layout(ids, name):
-    check_isolation(HEADS[name], ids)
+@pytest.mark.parametrize("name", EXECUTIONS)
+def test_contract_with_short_and_long_sequences(name):
+    build = partial(HEADS[name], execution="auto")
+    check_isolation(build, MIXED)
+    check_isolation(build, LAYOUTS["padding in the middle"])
+    check_broken_mate(build, MIXED)
+    check_broken_mate(build)
+    check_place(build)
+    check_empty_batch(build)
+
+
+@settings(max_examples=20)
+@given(rows(40), st.sampled_from(sorted(HEADS)), st.sampled_from(["chunks", "whole", "auto"]))
+def test_isolation_of_any_layout(ids, name, execution):
+    check_isolation(partial(HEADS[name], execution=execution) if name in EXECUTIONS else HEADS[name], ids)
 
 
 # The slow twins: which keys each query sees, in the papers' words
@@ -177,15 +193,17 @@ TWINS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_slow_twin(name):
-    """Values and gradients, on sequences shorter and longer than every window, stride and block."""
-    layout = layout_of([[1] * 37 + [2] * 2 + [0] + [3] * 14, [1] * 1 + [2] * 21 + [0] * 32])
+    """Values and gradients of every execution, on sequences shorter and longer than windows, strides and blocks."""
+    layout = layout_of([[1] * 52 + [2] * 2 + [0] + [3] * 14, [1] * 1 + [2] * 21 + [0] * 47])
     inputs, weights = heads_input(layout), heads_input(layout, 1)[0]
-    found = run(make(HEADS[name]), layout, inputs, weights)
-    inputs = [x.requires_grad_() for x in inputs]
-    expected = by_sequence(TWINS[name], layout, *inputs)
-    gradients = torch.autograd.grad((expected * weights).sum(), inputs)
-    for value, twin in zip(found.values(), (expected, *gradients), strict=True):
-        torch.testing.assert_close(value, twin, rtol=0, atol=1e-11)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    twin = by_sequence(TWINS[name], layout, *leaves)
+    expected = (twin, *torch.autograd.grad((twin * weights).sum(), leaves))
+    executions = ("chunks", "whole", "auto") if name in EXECUTIONS else (None,)
+    for execution in executions:
+        attention = make(HEADS[name], **({"execution": execution} if execution else {}))
+        for value, of_twin in zip(run(attention, layout, inputs, weights).values(), expected, strict=True):
+            torch.testing.assert_close(value, of_twin, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -444,7 +462,7 @@ def interpreted_flex(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", [name for name in HEADS if not name.startswith("axial")])
+@pytest.mark.parametrize("name", EXECUTIONS)
 def test_flex_computes_the_same(name, interpreted_flex):
     check_flex(HEADS[name], torch.float64, 1e-12)
 
@@ -499,7 +517,10 @@ def test_refusals():
         (partial(LocalAttention, window=-1), "window=-1 must be an integer of at least 0; 0 lets a token see itself"),
         (partial(LocalAttention, window=2.5), r"window=2\.5 must be an integer"),
         (partial(LocalAttention, width=3), "LocalAttention has no option width=3; its options are execution, window"),
-        (partial(LocalAttention, execution="fast"), "execution='fast' is unknown; choose from auto, flex, chunks"),
+        (
+            partial(LocalAttention, execution="fast"),
+            "execution='fast' is unknown; choose from auto, flex, chunks, whole",
+        ),
         (partial(StridedAttention, stride=0), "stride=0 must be an integer of at least 1; None takes the rounded root"),
         (partial(StridedAttention, heads="both"), "heads='both' is unknown; choose from split, merged"),
         (partial(StridedAttention, num_heads=1), "heads='split' needs 2 heads, got 1; set heads='merged'"),

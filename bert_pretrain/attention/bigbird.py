@@ -79,6 +79,9 @@ class BigBirdAttention(PatternAttention):
     def layer_seed(self, device: torch.device) -> Tensor:
         return mix(torch.tensor(self.options.seed % 2**31, device=device)) ^ (self.layer_index + 1)
 
+    def longest_whole(self) -> int:
+        return (2 * self.options.window + 1 + self.options.random_blocks) * self.options.block
+
     def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         options = self.options
         view = windows(layout, options.block, options.window)

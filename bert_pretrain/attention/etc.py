@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bert_pretrain.attention.local import banded, window_mask
 from bert_pretrain.attention.pattern import PatternAttention, PatternOptions, Sees, check_at_least
-from bert_pretrain.attention.windows import Windows, attend, windows_of_tokens
+from bert_pretrain.attention.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
 
 
@@ -54,10 +54,11 @@ class EtcAttention(PatternAttention):
         return sees
 
     def extra_keys(self, key_THK, value_THK, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
-        means = (block_means(x, layout, self.options.global_tokens).flatten(0, 1) for x in (key_THK, value_THK))
-        exists = self.exists(layout)
-        sequence = torch.arange(len(exists), device=exists.device)[:, None]
-        return *means, torch.where(exists, sequence, -1).flatten()
+        means = (block_means(x, layout, self.options.global_tokens) for x in (key_THK, value_THK))
+        return *means, self.exists(layout)
+
+    def longest_whole(self) -> int:
+        return keys_per_query(self.options.window)
 
     def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.pattern import PatternAttention, PatternOptions, Sees, check_at_least
-from bert_pretrain.attention.windows import Windows, attend, windows_of_tokens
+from bert_pretrain.attention.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
 
 
@@ -37,6 +37,9 @@ class LocalAttention(PatternAttention):
 
     def sees(self, device: torch.device) -> Sees:
         return banded(self.options.window)
+
+    def longest_whole(self) -> int:
+        return keys_per_query(self.options.window)
 
     def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)

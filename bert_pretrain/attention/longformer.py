@@ -22,7 +22,7 @@ from torch import Tensor
 from bert_pretrain.attention.global_tokens import GlobalTokens, global_tokens, replace_global
 from bert_pretrain.attention.local import window_mask
 from bert_pretrain.attention.pattern import PatternAttention, PatternOptions, Sees, check_at_least
-from bert_pretrain.attention.windows import Windows, attend, windows_of_tokens
+from bert_pretrain.attention.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
 
 
@@ -52,6 +52,9 @@ class LongformerAttention(PatternAttention):
             return ((query - key).abs() <= window) | (query < number) | (key < number)
 
         return sees
+
+    def longest_whole(self) -> int:
+        return keys_per_query(self.options.window)
 
     def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)

@@ -1,4 +1,4 @@
-"""Pattern heads: softmax attention over a fixed pattern of own positions. One definition, two executions.
+"""Pattern heads: softmax attention over a fixed pattern of own positions. One definition, several executions.
 
     context_i = sum_{j in A_i} softmax_j(q_i . k_j / sqrt(K)) v_j,    A_i = {j of i's own sequence: sees(h, i, j, n)}
 
@@ -7,11 +7,13 @@ predicate makes
 
     flex    FlexAttention with one BlockMask per batch, shared by all layers: CUDA
     chunks  the tokens that a chunk of queries may see, side by side, and batched products: everywhere, any dtype
+    whole   sequences so short that chunks would not pay, side by side in full, what is not seen hidden
     mask(n) the whole matrix of one sequence: for tests
 
 The rule that keeps sequences apart: positions and n are the sequence's own, and in flex the predicate is AND-ed with
 "same sequence". Chunks never hold two sequences, so that a NaN stays where it is; flex computes in tiles that may hold
-several and hides what is not seen, so a huge number stays where it is, but a NaN does not.
+several and hides what is not seen, so a huge number stays where it is, but a NaN does not. Which sequences are taken
+whole is decided by a sequence's own length, so not even rounding errors depend on the rest of the batch.
 """
 
 from collections.abc import Callable, Hashable
@@ -24,7 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.windows import attend
 from collate.layout import PackLayout
+from collate.length_groups import Gather
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(head, query position, key position, length), integer tensors that broadcast -> bool."""
@@ -35,11 +39,12 @@ class PatternOptions:
     """What all pattern heads can be told."""
 
     execution: str = "auto"
-    """"auto" takes flex for CUDA tensors of 32 bits or fewer, without dropout, and chunks elsewhere. "chunks" is exact
-    in float64 too and confines NaN; "flex" never copies keys, but has no gradient on CPUs."""
+    """By default, "auto", flex for CUDA tensors of 32 bits or fewer, without dropout; elsewhere short sequences whole
+    and long ones by chunks. "chunks" and "whole" take all sequences so, in float64 too, and confine NaN; "flex" never
+    copies keys, but has no gradient on CPUs."""
 
     def __post_init__(self) -> None:
-        check_choice(self, "execution", ("auto", "flex", "chunks"))
+        check_choice(self, "execution", ("auto", "flex", "chunks", "whole"))
 
 
 def check_choice(options: object, name: str, choices: tuple) -> None:
@@ -74,24 +79,72 @@ class PatternAttention(AttentionHead):
         """The pattern by batched products over chunks of own tokens."""
         raise NotImplementedError
 
+    def longest_whole(self) -> int:
+        """Up to which length "auto" takes a sequence whole; a number that the options alone decide."""
+        raise NotImplementedError
+
     def extra_keys(self, key_THK, value_THK, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Keys and values (E, H, K) that are no tokens, and the sequence of each (E,), -1 for none: in `sees` at -1."""
+        """Keys and values (N, G, H, K) that are no tokens, and which of them exist (N, G); `sees` has them at -1."""
         return None
 
     def attend(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
-        execution = self.options.execution
+        inputs, execution = (query_THK, key_THK, value_THK), self.options.execution
         if execution == "flex" and dropout:
             raise ValueError(f"flex cannot drop attention weights, but dropout={dropout}; set execution='chunks'")
         fits = query_THK.is_cuda and query_THK.dtype != torch.float64 and not dropout
         if execution == "flex" or (execution == "auto" and fits):
-            return self.attend_flex(query_THK, key_THK, value_THK, layout)
-        return self.attend_chunks(query_THK, key_THK, value_THK, layout, dropout)
+            return self.attend_flex(*inputs, layout)
+        if execution != "auto":
+            return (self.attend_chunks if execution == "chunks" else self.attend_whole)(*inputs, layout, dropout)
+        split = split_by_length(layout, self.longest_whole())
+        short, long = zip(*map(split.gather, inputs), strict=True)
+        parts = []
+        if split.short is not None:
+            parts.append(self.attend_whole(*short, split.short, dropout))
+        if split.long is not None:
+            parts.append(self.attend_chunks(*long, split.long, dropout))
+        return split.scatter(parts)
+
+    def attend_whole(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float) -> Tensor:
+        """The pattern by masks of (n, n), sequences of like length side by side."""
+        groups = layout.length_groups
+        extra = self.extra_keys(key_THK, value_THK, layout)
+        masks = layout.derived((*self.cache_key(), "whole"), lambda: self.group_masks(layout, extra))
+        contexts = []
+        inputs = map(groups.gather, (query_THK, key_THK, value_THK))
+        for members, mask, query, *key_value in zip(groups.members, masks, *inputs, strict=True):
+            if extra is not None:
+                key_value = [torch.cat([x, y[members]], 1) for x, y in zip(key_value, extra[:2], strict=True)]
+            query, key, value = (x.transpose(1, 2) for x in (query, *key_value))
+            contexts.append(attend(query, key, value, mask, dropout).transpose(1, 2))
+        return groups.scatter(contexts)
+
+    def group_masks(self, layout: PackLayout, extra: tuple | None) -> list[Tensor]:
+        """Of each length group (S, H or 1, width, width + G) bool."""
+        device = layout.lengths.device
+        sees = self.sees(device)
+        head = torch.arange(self.num_heads if self.per_head else 1, device=device)[:, None, None]
+        masks = []
+        for members, (_, width) in zip(layout.length_groups.members, layout.length_groups.shapes, strict=True):
+            length = layout.lengths[members, None, None, None]
+            position = torch.arange(width, device=device)
+            query = torch.minimum(position, length - 1).transpose(2, 3)  # a padding query shows the last token
+            mask = sees(head, query, position, length) & (position < length)
+            if extra is not None:
+                exists = extra[2][members, None, None].expand(-1, mask.shape[1], width, -1)
+                mask = torch.cat([mask, exists], -1)
+            masks.append(mask)
+        return masks
 
     def attend_flex(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
-        extra = self.extra_keys(key_THK, value_THK, layout)
+        extra, extra_sequence = self.extra_keys(key_THK, value_THK, layout), None
         if extra is not None:
-            key_THK, value_THK = torch.cat([key_THK, extra[0]]), torch.cat([value_THK, extra[1]])
-        extra_sequence = None if extra is None else extra[2]
+            key_THK, value_THK = (
+                torch.cat([key_THK, extra[0].flatten(0, 1)]),
+                torch.cat([value_THK, extra[1].flatten(0, 1)]),
+            )
+            own = torch.arange(layout.num_sequences, device=query_THK.device)[:, None]
+            extra_sequence = torch.where(extra[2], own, -1).flatten()
         block_mask = layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout, extra_sequence))
         flex_attention, _ = flex_functions()
         query, key, value = (x.transpose(0, 1)[None] for x in (query_THK, key_THK, value_THK))
@@ -143,6 +196,58 @@ def flex_functions() -> tuple[Callable, Callable]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     return torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+# Short and long sequences
+
+
+@dataclass(frozen=True, eq=False)
+class LengthSplit:
+    """A batch's short sequences and its long ones, each as a batch of its own; None where there are none.
+
+    order: (T,) int64, the tokens, those of short sequences first. place: (T,) int64, its inverse.
+    """
+
+    short: PackLayout | None
+    long: PackLayout | None
+    order: Tensor
+    place: Tensor
+
+    def gather(self, x_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, …) -> the tokens of short sequences, those of long ones."""
+        if self.short is None or self.long is None:
+            return x_T, x_T  # one of the two is not asked for
+        number = self.short.num_tokens
+        x_T = Gather.apply(x_T, self.order, self.place)
+        return x_T[:number], x_T[number:]
+
+    def scatter(self, parts: list[Tensor]) -> Tensor:
+        """The inverse of `gather`."""
+        return parts[0] if len(parts) == 1 else Gather.apply(torch.cat(parts), self.place, self.order)
+
+
+def split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
+    return layout.derived(("split by length", longest_short), lambda: _split_by_length(layout, longest_short))
+
+
+def _split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
+    is_long = layout.lengths > longest_short
+    order = is_long[layout.sequence_of_token].sort(stable=True).indices
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    num_long = int(is_long.sum())
+    if num_long == 0:
+        short, long = layout, None
+    elif num_long == layout.num_sequences:
+        short, long = None, layout
+    else:
+        short, long = in_one_row(layout.lengths[~is_long]), in_one_row(layout.lengths[is_long])
+    return LengthSplit(short, long, order, place)
+
+
+def in_one_row(lengths: Tensor) -> PackLayout:
+    """Sequences of these lengths (N,), one after the other."""
+    return PackLayout(torch.repeat_interleave(torch.arange(1, len(lengths) + 1, device=lengths.device), lengths)[None])
 
 
 # Softmax over a part of what a query sees, to be joined with other parts

@@ -62,6 +62,9 @@ class StridePattern(PatternAttention):
         if self.split and self.num_heads < 2:
             raise ValueError(f"{type(self).__name__}: heads='split' needs 2 heads, got 1; set heads='merged'")
 
+    def longest_whole(self) -> int:
+        return self.stride * (2 if self.split else 8)  # about where the two cost the same
+
     def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         inputs = (query_THK, key_THK, value_THK)
         if not self.split:

@@ -59,8 +59,18 @@ def windows(layout: PackLayout, size: int, reach: int) -> Windows:
 
 def windows_of_tokens(layout: PackLayout, window: int) -> Windows:
     """Chunks with neighbours for a window of `window` tokens to each side; sizes depend on the window only."""
+    return windows(layout, *chunk_and_reach(window))
+
+
+def chunk_and_reach(window: int) -> tuple[int, int]:
     size = max(SMALLEST_CHUNK, min(window, LARGEST_CHUNK))
-    return windows(layout, size, -(-window // size))
+    return size, -(-window // size)
+
+
+def keys_per_query(window: int) -> int:
+    """Key slots that each query meets; a sequence of fewer tokens is cheaper whole."""
+    size, reach = chunk_and_reach(window)
+    return (2 * reach + 1) * size
 
 
 def _windows(layout: PackLayout, size: int, reach: int) -> Windows:
