@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from attention_contract import by_sequence, heads_input, layout_of, leak, make
 from hypothesis import given, settings
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
@@ -464,6 +466,39 @@ def test_ranks_add_up():
 
     with mock.patch.object(dist, "is_initialized", lambda: True), mock.patch.object(dist, "all_reduce", all_reduce):
         torch.testing.assert_close(move(head, batches[:1]), expected, rtol=0, atol=1e-14)
+
+
+class HeadAndScale(nn.Module):
+    """DDP wants a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.scale = make(RoutingAttention), nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, *inputs):
+        return self.head(*inputs) * self.scale
+
+
+def _one_of_two_ranks(rank, folder):
+    """Rank 0 has two micro-batches, rank 1 one and one without tokens; under DDP, which levels buffers."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    layer = HeadAndScale()
+    parallel = DistributedDataParallel(layer)
+    nothing = layout_of([[0]]), heads_input(layout_of([[0]]))
+    for layout, inputs in (batches_of(*ROWS)[:2], [*batches_of(*ROWS)[2:], nothing])[rank]:
+        parallel(*(x.requires_grad_() for x in inputs), layout).sum().backward()
+    layer.head.update_centroids()
+    torch.save(layer.head.centroids_HCK, f"{folder}/centroids{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.long
+def test_two_ranks_learn_what_one_learns(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two_ranks, (str(tmp_path),), nprocs=2)
+    expected = move(make(RoutingAttention), batches_of(*ROWS))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"centroids{rank}")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
 def test_an_update_that_never_comes_is_an_error():
