@@ -12,6 +12,7 @@ from transformers import AutoConfig, BertConfig, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from bert_pretrain.attention import ATTENTION
+from bert_pretrain.attention.routing import RoutingAttention, RoutingCallback
 from bert_pretrain.loss import MLM_LOSSES
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.tokenizer import load_tokenizer
@@ -36,6 +37,7 @@ class PretrainConfig:
     tokenizer: str = field(metadata={"help": "Folder or name of the tokenizer that the dataset was made with."})
     model: str | None = _help("BERT checkpoint to continue from; by default a new model is made.", None)
     attention: str = _help(f"Attention head: {', '.join(ATTENTION)}; or one per layer, parted by commas.", "sdpa")
+    attention_options: str | None = _help("Options of the attention heads, as JSON: '{\"window\": 64}'.", None)
     mlm_loss: str = _help(
         "What the MLM loss is the mean of: sequence (every sequence weighs the same) or token (every predicted token).",
         MLM_LOSSES[0],
@@ -51,7 +53,11 @@ class PretrainConfig:
     num_attention_heads: int = _help("Attention heads per layer of a new model.", 12)
     intermediate_size: int | None = _help("Feed-forward width of a new model; by default 4 x hidden_size.", None)
     hidden_dropout_prob: float = _help("Dropout of a new model's hidden states.", 0.1)
-    attention_probs_dropout_prob: float = _help("Dropout of a new model's attention weights.", 0.1)
+    attention_probs_dropout_prob: float | None = _help(
+        "Dropout of attention weights; by default that of the checkpoint, or 0.1 for a new model, and 0 where an "
+        "attention head cannot drop weights.",
+        None,
+    )
 
     def __post_init__(self) -> None:
         for name in ("sequences_per_step", "hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -85,6 +91,8 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PackedTrain
         processing_class=tokenizer,
         data_collator=DataCollatorWithPacking(tokenizer, mlm_probability=config.mlm_probability, seed=training.seed),
     )
+    if any(isinstance(module, RoutingAttention) for module in model.modules()):
+        trainer.add_callback(RoutingCallback())
     if trainer.is_world_process_zero():
         record = Path(training.output_dir) / CONFIG_FILE
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -103,19 +111,18 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
     """The packed training split and, where there is one, the test (or validation) split."""
     loaded = load_from_disk(folder)
     if isinstance(loaded, Dataset):
-        return loaded.with_format("numpy"), None
+        return loaded, None
     if "train" not in loaded:
         raise ValueError(f"{folder} has no split named train, only {sorted(loaded)}")
     test = loaded.get("test", loaded.get("validation"))
-    return loaded["train"].with_format("numpy"), None if test is None else test.with_format("numpy")
+    return loaded["train"], test
 
 
 def build_model(
     config: PretrainConfig, vocabulary_size: int, pad_token_id: int, max_sequence_length: int
 ) -> PackedBertForPreTraining:
     """A new model whose vocabulary and positions are the dataset's, or the checkpoint to continue from, checked."""
-    choices = [name.strip() for name in config.attention.split(",")]
-    attention = choices[0] if len(choices) == 1 else choices
+    attention, options = _chosen_attention(config)
     if config.model is None:
         bert = BertConfig(
             vocab_size=vocabulary_size,
@@ -124,17 +131,19 @@ def build_model(
             num_attention_heads=config.num_attention_heads,
             intermediate_size=config.intermediate_size or 4 * config.hidden_size,
             hidden_dropout_prob=config.hidden_dropout_prob,
-            attention_probs_dropout_prob=config.attention_probs_dropout_prob,
+            attention_probs_dropout_prob=_attention_dropout(config, 0.1),
             max_position_embeddings=max_sequence_length,
             pad_token_id=pad_token_id,
             mlm_loss=config.mlm_loss,
             packed_attention=attention,
+            packed_attention_options=options,
         )
         return PackedBertForPreTraining(bert)
     bert = AutoConfig.from_pretrained(config.model)
     if not isinstance(bert, BertConfig):
         raise ValueError(f"{config.model} is a {bert.model_type} model; only BERT checkpoints can be continued from")
-    bert.mlm_loss, bert.packed_attention = config.mlm_loss, attention
+    bert.mlm_loss, bert.packed_attention, bert.packed_attention_options = config.mlm_loss, attention, options
+    bert.attention_probs_dropout_prob = _attention_dropout(config, bert.attention_probs_dropout_prob)
     if bert.vocab_size < vocabulary_size:
         raise ValueError(
             f"{config.model} has a vocabulary of {bert.vocab_size}, the tokenizer one of {vocabulary_size}; "
@@ -146,6 +155,31 @@ def build_model(
             f"max_sequence_length={max_sequence_length}; prepare it with a max_sequence_length the model can hold"
         )
     return PackedBertForPreTraining.from_pretrained(config.model, config=bert)
+
+
+def _chosen_attention(config: PretrainConfig) -> tuple[str | list[str], dict]:
+    """ "local, sdpa" and '{"window": 64}' -> ["local", "sdpa"], {"window": 64}"""
+    choices = [name.strip() for name in config.attention.split(",")]
+    try:
+        options = json.loads(config.attention_options or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"attention_options={config.attention_options!r} is no JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise ValueError(
+            f'attention_options={config.attention_options!r} must be a JSON object, such as {{"window": 64}}'
+        )
+    return choices[0] if len(choices) == 1 else choices, options
+
+
+def _attention_dropout(config: PretrainConfig, default: float) -> float:
+    """What was asked for, or else the default, where all chosen heads can drop attention weights."""
+    if config.attention_probs_dropout_prob is not None:
+        return config.attention_probs_dropout_prob
+    heads = [ATTENTION.get(name.strip()) for name in config.attention.split(",")]
+    if all(getattr(head, "supports_dropout", True) for head in heads):
+        return default
+    logger.info("attention_probs_dropout_prob is 0: %s cannot drop attention weights", config.attention)
+    return 0.0
 
 
 def set_batch(config: PretrainConfig, training: TrainingArguments, train: Dataset) -> None:
