@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.attention.linear import elu_plus_one
-from bert_pretrain.attention.whole_sequences import at_least_float32, positive_option
+from bert_pretrain.attention.whole_sequences import at_least_float32, check_positive
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather
@@ -54,7 +54,7 @@ class DeltaOptions:
     """phi. "norm": x / |x|; "elu": elu(x) + 1 divided by its sum, as in the source, whose memory is read softly."""
 
     def __post_init__(self) -> None:
-        positive_option("chunk", self.chunk)
+        check_positive("chunk", self.chunk, "tokens in a chunk")
         if self.features not in FEATURES:
             raise ValueError(f"unknown features={self.features!r}; choose from {sorted(FEATURES)}")
 
@@ -79,7 +79,7 @@ class DeltaAttention(AttentionHead):
         with torch.autocast(query_THK.device.type, enabled=False):
             query, key, value = (at_least_float32(x) for x in (query_THK, key_THK, value_THK))
             weight_HK, bias_H = (x.to(key.dtype) for x in (self.strength_weight_HK, self.strength_bias_H))
-            beta_TH1 = ((key * weight_HK).sum(2) + bias_H).sigmoid()[..., None]
+            beta_TH1 = sigmoid((key * weight_HK).sum(2) + bias_H)[..., None]
             features = FEATURES[self.options.features]
             there_and_back = Reversal(layout)
             context = delta_rule(
@@ -87,6 +87,11 @@ class DeltaAttention(AttentionHead):
                 layout.chunks(self.options.chunk),
             )
             return there_and_back.mean(context).to(query_THK.dtype)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """As torch's, whose last bit depends on where in memory a number lies: the tail of a vector goes another way."""
+    return torch.stack([x, torch.zeros_like(x)], dim=-1).softmax(-1)[..., 0]
 
 
 class Reversal:

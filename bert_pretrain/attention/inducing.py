@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.whole_sequences import WholeSequenceHead, positive_option, softmax_over_tokens
+from bert_pretrain.attention.whole_sequences import WholeSequenceHead, check_positive, softmax_over_tokens
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class InducingOptions:
     """Summaries of each sequence. More keep finer detail and cost in proportion; fewer press harder."""
 
     def __post_init__(self) -> None:
-        positive_option("points", self.points, cure="a sequence without summaries has nothing to attend to")
+        check_positive("points", self.points, "summaries of a sequence")
 
 
 class InducingAttention(WholeSequenceHead):

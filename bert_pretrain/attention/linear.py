@@ -27,7 +27,7 @@ class LinearAttention(WholeSequenceHead):
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """x + 1 above 0, exp(x) below: written out, as exp(x) - 1 + 1 is 0 from -17 on in float32."""
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return x.relu() + x.clamp(max=0).exp()
 
 
 def kernel_attention(query_SHWF: Tensor, key_SHWF: Tensor, value_SHWK: Tensor, is_real_S11W: Tensor | None) -> Tensor:
@@ -35,7 +35,8 @@ def kernel_attention(query_SHWF: Tensor, key_SHWF: Tensor, value_SHWK: Tensor, i
 
     The weights are at least 0. Where all weights of a query are 0, its context is 0.
     """
-    key_SHFW = zero_padding(key_SHWF, is_real_S11W).transpose(2, 3)
-    context_SHWK = query_SHWF @ (key_SHFW @ value_SHWK)
-    weight_SHW1 = query_SHWF @ key_SHFW.sum(3, keepdim=True)
+    key_SHWF = zero_padding(key_SHWF, is_real_S11W)
+    sums_SHKF = value_SHWK.transpose(2, 3) @ key_SHWF
+    context_SHWK = query_SHWF @ sums_SHKF.transpose(2, 3)
+    weight_SHW1 = query_SHWF @ key_SHWF.sum(2)[..., None]
     return context_SHWK / weight_SHW1.clamp_min(torch.finfo(weight_SHW1.dtype).tiny)

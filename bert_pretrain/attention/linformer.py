@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.whole_sequences import WholeSequenceHead, positive_option, zero_padding
+from bert_pretrain.attention.whole_sequences import WholeSequenceHead, check_positive, zero_padding
 from collate.layout import PackLayout
 
 
@@ -55,7 +55,7 @@ class LinformerOptions:
     "random" as published."""
 
     def __post_init__(self) -> None:
-        positive_option("rank", self.rank)
+        check_positive("rank", self.rank, "rows that a sequence is projected to")
         if self.initial not in INITIAL:
             raise ValueError(f"unknown initial={self.initial!r}; choose from {sorted(INITIAL)}")
 

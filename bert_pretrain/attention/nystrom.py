@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_pretrain.attention.whole_sequences import WholeSequenceHead, positive_option, softmax_over_tokens
+from bert_pretrain.attention.whole_sequences import WholeSequenceHead, check_positive, softmax_over_tokens
 from collate.length_groups import WIDTH_STEP
 
 
@@ -33,8 +33,8 @@ class NystromOptions:
     """Steps towards the pseudo-inverse. Fewer are cheaper and rougher; where m segments differ little, more help."""
 
     def __post_init__(self) -> None:
-        positive_option("landmarks", self.landmarks)
-        positive_option("iterations", self.iterations, cure="the starting point alone is no pseudo-inverse")
+        check_positive("landmarks", self.landmarks, "segments that a sequence is cut into")
+        check_positive("iterations", self.iterations, "steps towards the pseudo-inverse")
 
 
 class NystromAttention(WholeSequenceHead):
@@ -47,7 +47,8 @@ class NystromAttention(WholeSequenceHead):
         width = query_SHWK.shape[2]
         # by the width, which is the sequence's own as well as its length is
         if width <= -(-self.options.landmarks // WIDTH_STEP) * WIDTH_STEP:
-            return F.scaled_dot_product_attention(query_SHWK, key_SHWK, value_SHWK, attn_mask=is_real_S11W)
+            mask = None if is_real_S11W is None else is_real_S11W.expand(-1, -1, width, -1)  # a row per query: faster
+            return F.scaled_dot_product_attention(query_SHWK, key_SHWK, value_SHWK, attn_mask=mask)
         return nystrom(query_SHWK, key_SHWK, value_SHWK, is_real_S11W, self.options.landmarks, self.options.iterations)
 
 
@@ -77,7 +78,8 @@ def segment_means(x_SHWK: Tensor, is_real_S11W: Tensor | None, landmarks: int) -
     segment_SW = ((token_W + 1) * landmarks - 1) // length_S1  # segment m begins at token floor(m n / M)
     segment_SW = torch.where(token_W < length_S1, segment_SW, -1)
     is_in_SMW = segment_SW[:, None, :] == torch.arange(landmarks, device=x_SHWK.device)[:, None]
-    return (is_in_SMW / is_in_SMW.sum(2, keepdim=True)).to(x_SHWK.dtype)[:, None]
+    is_in_S1MW = is_in_SMW[:, None].to(x_SHWK.dtype)
+    return is_in_S1MW / is_in_S1MW.sum(3, keepdim=True)
 
 
 def pseudo_inverse(a_SHMM: Tensor, iterations: int) -> Tensor:

@@ -10,6 +10,7 @@ arithmetic depends on.
 Shape letters: S sequences of a group, W its width, n a sequence's own length.
 """
 
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -34,9 +35,10 @@ class WholeSequenceHead(AttentionHead):
         settings = {"dropout": dropout} if self.supports_dropout else {}
         groups = layout.length_groups
         contexts = []
-        with torch.autocast(query_THK.device.type, enabled=torch.is_autocast_enabled() and not self.precise):
+        with torch.autocast(query_THK.device.type, enabled=False) if self.precise else nullcontext():
             for query, key, value, is_real in zip(*map(groups.gather, tokens), groups.key_masks, strict=True):
-                query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+                # contiguous: torch sums strided tensors in an order that depends on the number of sequences
+                query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
                 contexts.append(self.mix(query, key, value, is_real, **settings).transpose(1, 2))
         return groups.scatter(contexts).to(query_THK.dtype)
 
@@ -67,7 +69,7 @@ def softmax_over_tokens(scores_SHMW: Tensor, is_real_S11W: Tensor | None) -> Ten
     return scores_SHMW.softmax(-1)
 
 
-def positive_option(name: str, value: int, limit: int = 1, cure: str = "") -> None:
-    """Raise ValueError unless value >= limit."""
-    if value < limit:
-        raise ValueError(f"{name}={value} must be at least {limit}" + (f"; {cure}" if cure else ""))
+def check_positive(name: str, value: int, what: str) -> None:
+    """Raise ValueError for an option of less than 1. what: the thing it counts."""
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1: give the number of {what}")
