@@ -4,25 +4,43 @@ import inspect
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import has_length
 
-from collate.isolation import is_isolated, position_ids_start
+from collate.isolation import REFUSED, is_isolated, position_ids_start
 
 INSTEAD = "use collate.PackedTrainer, which counts a loss over the whole optimizer step"
+HEADS_OF_TOKENS = ("ForMaskedLM", "ForTokenClassification")
+"""Ends of the names of stock classes whose heads and losses mean on a packed row what they mean on its sequences."""
+MASKS_OF = {"attention_mask": ("sdpa",), "attention_bias": ("sdpa", "eager")}
+"""Attention implementations that read these masks as they are meant."""
 
 
 class SetEpoch(TrainerCallback):
-    """Counts epochs from the one that training begins or resumes in: state.epoch itself is a fraction of max_steps
-    where the dataset has no length."""
+    """Calls target.set_epoch at the begin of every epoch.
 
-    def __init__(self, collator):
-        self.collator = collator
+    Counts epochs from the one that training begins or resumes in. Where the dataset has no length, state.epoch is a
+    share of max_steps plus the epochs that have ended, and Trainer resumes by skipping from the dataset's begin: that
+    is right within the first epoch, and refused here beyond it.
+    """
+
+    def __init__(self, target):
+        self.target = target
         self.next_epoch = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.next_epoch = int(state.epoch or 0)
+        if not self.next_epoch or train_dataloader is None or has_length(train_dataloader):
+            return
+        if state.epoch > 1:
+            raise ValueError(
+                f"training cannot go on in epoch {state.epoch:.2f} of a dataset without a length: Trainer would skip "
+                f"{state.global_step} steps from its begin, and not from the begin of that epoch; use a dataset with a "
+                "length"
+            )
+        self.next_epoch = 0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.set_epoch(self.next_epoch)
+        self.target.set_epoch(self.next_epoch)
         self.next_epoch += 1
 
 
@@ -31,17 +49,29 @@ class PlainTrainerCallback(SetEpoch):
 
     * a stock model that was not isolated ignores sequence_ids: its sequences would read each other;
     * positions that begin elsewhere than the model's own;
+    * masks that the model's attention implementation takes for something else, or that would replace its windows;
+    * heads that read the first token of a row, or pool it: a row is several sequences;
     * stock losses under gradient accumulation or on several ranks (huggingface/transformers#47688);
     * rows that accelerate repeats to even out ranks, or columns that Trainer strips;
     * tokens counted from an attention_mask, which packs have none of, or a square one.
+
+    What is right for training is not exact for evaluation: plain Trainer averages the losses of batches by their rows,
+    and evaluation's masks are those of the epoch.
     """
 
+    def __init__(self, collator):
+        super().__init__(collator)
+        self.collator = collator
+
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, train_dataloader=train_dataloader, **kwargs)
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns=True strips sequence_lengths; set remove_unused_columns=False")
         check_model(self.collator, model)
-        _check_loss(args, model)
+        _check_mask(self.collator.emit, model)
+        if _has_stock_loss(model):
+            _check_head(model)
+            _check_loss(args, model)
         if args.world_size > 1 and args.accelerator_config.even_batches:
             raise ValueError(
                 "accelerate repeats packs to even out the ranks; set accelerator_config={'even_batches': False}, or "
@@ -61,7 +91,7 @@ class PlainTrainerCallback(SetEpoch):
 
 def check_model(collator, model: nn.Module | None) -> None:
     """The model honours what the collator emits, and its positions begin where the collator's do."""
-    stock = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None) if model is not None else None
+    stock = _stock(model)
     if stock is None:
         return
     takes_ids = "sequence_ids" in inspect.signature(stock.forward).parameters
@@ -78,11 +108,62 @@ def check_model(collator, model: nn.Module | None) -> None:
         )
 
 
-def _check_loss(args, model: nn.Module | None) -> None:
-    """Stock encoders take a mean per micro-batch, whatever Trainer believes."""
-    if not type(model).__module__.startswith("transformers."):
+def _check_mask(emit: str, model: nn.Module | None) -> None:
+    """What is emitted means to the model's attention what it means to us."""
+    stock = _stock(model)
+    if stock is None or emit == "sequence_ids":
         return
-    for name, value in (("gradient_accumulation_steps", args.gradient_accumulation_steps), ("ranks", args.world_size)):
+    name, implementation = type(stock).__name__, stock.config._attn_implementation
+    if is_isolated(stock):
+        raise ValueError(f"{name} was isolated, so it takes no mask beside sequence_ids; use emit='sequence_ids'")
+    if stock.config.model_type in REFUSED:
+        raise ValueError(f"{name} leaks between packed sequences {REFUSED[stock.config.model_type]}")
+    if emit == "flash":
+        if "flash" not in implementation:
+            raise ValueError(
+                f"emit='flash' is for flash attention, but {name} uses {implementation!r}; load it with "
+                "attn_implementation='flash_attention_2', or use emit='sequence_ids' and isolate_sequences"
+            )
+        return
+    if implementation not in MASKS_OF[emit]:
+        raise ValueError(
+            f"emit={emit!r} is right for {' or '.join(MASKS_OF[emit])} only, but {name} uses {implementation!r}; use "
+            "emit='sequence_ids' and isolate_sequences"
+        )
+    if "sliding_attention" in (getattr(stock.config, "layer_types", None) or ()):
+        raise ValueError(
+            f"one mask for all layers would replace the sliding windows of {name}; use emit='sequence_ids' and "
+            "isolate_sequences"
+        )
+
+
+def _stock(model: nn.Module | None) -> PreTrainedModel | None:
+    if model is None:
+        return None
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
+def _has_stock_loss(model: nn.Module | None) -> bool:
+    """Whether the loss is computed in transformers' own forward, or in that of a subclass without one."""
+    return type(model).forward.__module__.startswith(("transformers.", "peft."))
+
+
+def _check_head(model: nn.Module) -> None:
+    stock = _stock(model)
+    if not any(parent.__name__.endswith(HEADS_OF_TOKENS) for parent in type(stock).__mro__):
+        raise ValueError(
+            f"{type(stock).__name__} makes one prediction per row, or reads the row as one sequence, but a packed row "
+            f"is several; {INSTEAD.partition(',')[0]}, whose heads read sequences"
+        )
+
+
+def _check_loss(args, model: nn.Module) -> None:
+    """Stock encoders take a mean per micro-batch, whatever Trainer believes."""
+    for name, value in (
+        ("gradient_accumulation_steps", args.gradient_accumulation_steps),
+        ("ranks", args.world_size),
+        ("GPUs in one process", args.n_gpu),
+    ):
         if value > 1:
             raise ValueError(
                 f"{name}={value}: {type(model).__name__} averages its loss over each batch, and packs of unequal "

@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 from packing import assign, length_histogram, plan_packs
 
 INPUT_IDS, LENGTHS, MASK = "input_ids", "sequence_lengths", "attention_mask"
+TOKEN_LEVEL = ("token_type_ids", "labels", "special_tokens_mask", "word_ids", MASK)
+"""Columns that must have a value per token where they are lists of unequal lengths."""
 ADVICE = (
     "pack the dataset with pack_dataset, and with plain Trainer set remove_unused_columns=False (PackedTrainer keeps "
     "them); for rows that hold one sequence each, say unpacked_rows='keep' or 'pack'"
@@ -99,8 +101,11 @@ def read_packed_rows(rows, token_columns: Sequence[str] | None, columns: Sequenc
 def read_sequences(rows, token_columns: Sequence[str] | None, columns: Sequence[str] | None) -> FlatRows:
     """Unpacked rows, each one sequence; where there is an attention_mask, its zeros at the ends are cut off.
 
-    A value per row becomes a value per sequence, and so does a list, unless it has one value per token.
+    A value per row becomes a value per sequence, and so does a list, unless it has one value per token. A column of
+    lists of other lengths is left out, as it is from packed rows, unless its name says that it belongs to the tokens.
     """
+    if isinstance(rows, Sequence) and any(_is_empty_pack(row) for row in rows):
+        return _with_empty_rows(rows, token_columns, columns)
     read = _Reader(rows, columns, needed=(INPUT_IDS,))
     if LENGTHS in read.names:
         raise ValueError("the rows are packed: they have sequence_lengths; leave unpacked_rows out")
@@ -119,9 +124,23 @@ def read_sequences(rows, token_columns: Sequence[str] | None, columns: Sequence[
             in_tokens[name] = column.values
         elif len(set(column.counts.tolist())) == 1 and (token_columns is None or name not in token_columns):
             in_sequences[name] = column.values.reshape(len(lengths), -1)
-        else:
+        elif name in TOKEN_LEVEL or name in (token_columns or ()) or name in (columns or ()):
             _check_counts(name, column.counts, lengths, "tokens")
     return _without_padding(FlatRows(np.ones(len(lengths), np.int64), lengths, in_tokens, in_sequences))
+
+
+def _is_empty_pack(row) -> bool:
+    """One that holds no sequence, such as evens out the ranks."""
+    return isinstance(row, Mapping) and LENGTHS in row and not len(row[LENGTHS])
+
+
+def _with_empty_rows(rows, token_columns: Sequence[str] | None, columns: Sequence[str] | None) -> FlatRows:
+    """Unpacked rows of which some are empty packs."""
+    is_empty = np.array([_is_empty_pack(row) for row in rows])
+    if is_empty.all():
+        return FlatRows(np.zeros(len(rows), np.int64), np.zeros(0, np.int64), {INPUT_IDS: np.zeros(0, np.int64)}, {})
+    real = [row for row, empty in zip(rows, is_empty, strict=True) if not empty]
+    return replace(read_sequences(real, token_columns, columns), sequences_per_row=(~is_empty).astype(np.int64))
 
 
 def pack_sequences(flat: FlatRows, max_sequence_length: int, max_sequences_per_pack: int | None) -> FlatRows:
@@ -187,8 +206,9 @@ class _Reader:
         for name in needed:
             if name not in self.names and (not isinstance(rows, list) or rows):
                 raise ValueError(f"the rows of the batch have no {name!r}, only {sorted(self.names)}; {ADVICE}")
+        is_nothing = isinstance(rows, list) and all(map(_is_empty_pack, rows))  # these need not have any columns
         for name in columns or ():
-            if name not in self.names and self.names:
+            if name not in self.names and not is_nothing:
                 raise ValueError(f"columns names {name!r}, which is not among {sorted(self.names)}")
 
     def others(self) -> list[str]:
@@ -212,7 +232,7 @@ class _Reader:
         if isinstance(self.rows, Mapping):
             return list(self.rows[name])
         # a row without any sequence, by which the ranks' packs are evened out, need not have the other columns
-        empty = [LENGTHS in row and not len(row[LENGTHS]) for row in self.rows]
+        empty = [_is_empty_pack(row) for row in self.rows]
         having = [name in row for row, is_empty in zip(self.rows, empty, strict=True) if not is_empty]
         if not all(having):
             raise ValueError(f"row {having.index(False)} of the batch has no {name!r}, others have; {ADVICE}")
@@ -236,7 +256,7 @@ def _from_values(name: str, values: list[Any]) -> Column | None:
     counts = np.array([len(array) for array in arrays], np.int64) if all(is_list) else None
     if counts is None and any(is_list):
         raise ValueError(f"column {name!r} is a list in some rows of the batch and a single value in others")
-    filled = [array for array in arrays if array.size]
+    filled = [array for array in arrays if array.ndim == 0 or len(array)]
     if any(array.dtype == object for array in filled):
         missing = [row for row, value in enumerate(values) if value is None or (is_list[row] and None in list(value))]
         if missing:

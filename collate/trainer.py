@@ -15,6 +15,7 @@ their class. A model with a loss of its own says so by
 """
 
 import inspect
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
@@ -31,11 +32,14 @@ from collate.collator import DataCollatorWithPacking
 from collate.heads import PerSequence, prepare_head, task_for
 from collate.layout import PADDING
 from collate.masking import IGNORED
-from collate.plain_trainer import check_model
+from collate.plain_trainer import SetEpoch, check_model
 from collate.rows import ArrowRows
 from packing import PackedInfo, packed_info
 
 logger = logging.getLogger(__name__)
+
+EMPTY_PACK = {"input_ids": [], "sequence_lengths": []}
+"""A row without any sequence: no loss, no denominator, no gradient."""
 
 
 def count_denominators(batch: dict[str, Tensor]) -> Tensor:
@@ -68,6 +72,7 @@ class PackedTrainer(Trainer):
       from the model;
     * training masks change with the epoch, evaluation masks never do;
     * with several ranks the packs are evened out by *empty* packs, where accelerate would repeat some;
+    * packs are shuffled by (seed, epoch) alone, so that a step has the same packs on any number of processes;
     * evaluation adds up sums over all packs and ranks, so that it equals evaluation on the unpacked sequences;
     * `predict`, and `compute_metrics`, have one row per sequence, in the order of the dataset that was packed;
     * packs that were balanced (pack_dataset(balance=N)) are shuffled by whole steps, which stay balanced;
@@ -77,7 +82,7 @@ class PackedTrainer(Trainer):
 
     What it cannot honour it refuses with a ValueError: models that cannot be isolated, nn.DataParallel (it splits packs
     without their counts), iterable datasets over several ranks (accelerate would repeat packs), label smoothing, and
-    compute_loss_func.
+    compute_loss_func, and whatever would see or change logits batch by batch.
     """
 
     def __init__(self, *args, task=None, **kwargs):
@@ -85,7 +90,9 @@ class PackedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
         self.task = self._find_task(self.model)
+        self._refuse_metrics_of_own_loss()
         self._train_sums = _RunningSums()
+        self._train_order: Sampler | None = None
         self._progress = PackingProgress()
         self.add_callback(self._progress)
         # Either alone is enough in transformers 5.23; the first is newer, the second is read by other code, too.
@@ -94,7 +101,13 @@ class PackedTrainer(Trainer):
         if isinstance(self.data_collator, DataCollatorWithPacking):
             self.data_collator = self.data_collator.for_model(self.model)
             check_model(self.data_collator, self.model)
-            self.add_callback(self.data_collator.epoch_callback())
+        self.add_callback(SetEpoch(self))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other masks, another order. Trainer itself loses the order's epoch when it resumes over several ranks."""
+        for part in (self.data_collator, self._train_order, self.train_dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
 
     def _refuse_unsupported(self) -> None:
         if self.args.n_gpu > 1:
@@ -107,6 +120,9 @@ class PackedTrainer(Trainer):
             "compute_loss_func": self.compute_loss_func,
             "bf16_full_eval": self.args.bf16_full_eval,
             "fp16_full_eval": self.args.fp16_full_eval,
+            "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
+            "batch_eval_metrics": self.args.batch_eval_metrics,
+            "include_for_metrics": self.args.include_for_metrics,
         }
         for name, value in ignored.items():
             if value:
@@ -120,17 +136,21 @@ class PackedTrainer(Trainer):
     def _find_task(self, model: nn.Module):
         """The task of a model; stock models are isolated, and their heads prepared."""
         if _has_own_loss(model):
-            for name, value in (("task", self._given_task), ("compute_metrics", self.compute_metrics)):
-                if value is not None:
-                    raise ValueError(
-                        f"PackedTrainer cannot honour {name}={value!r}: {type(model).__name__} has a loss and metrics "
-                        "of its own; leave it out"
-                    )
             return _OwnLoss(model)
         found = task_for(model) if self._given_task is None else self._given_task
         if self._given_task is not None:
             prepare_head(model)
         return found
+
+    def _refuse_metrics_of_own_loss(self) -> None:
+        if not isinstance(self.task, _OwnLoss):
+            return
+        for name, value in (("task", self._given_task), ("compute_metrics", self.compute_metrics)):
+            if value is not None:
+                raise ValueError(
+                    f"PackedTrainer cannot honour {name}={value!r}: {type(self.model).__name__} has a loss and metrics "
+                    "of its own; leave it out"
+                )
 
     def call_model_init(self, trial=None):
         """A model of hyperparameter search is prepared like the first."""
@@ -146,10 +166,12 @@ class PackedTrainer(Trainer):
         collator, packs = self.data_collator, dataset
         if isinstance(collator, DataCollatorWithPacking):
             self.data_collator = self._bound_collator(collator, dataset, is_training)
+            if is_training and not hasattr(dataset, "__len__"):
+                self._empty_batch = self.data_collator([EMPTY_PACK])
             if ArrowRows.can_hold(dataset):
                 packs = ArrowRows(dataset)
         if self.args.world_size > 1:
-            if not hasattr(dataset, "__len__"):
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
                 raise ValueError(
                     f"the {description} dataset is iterable: over {self.args.world_size} processes accelerate would "
                     "repeat packs to even them out; use a dataset with a length"
@@ -167,18 +189,22 @@ class PackedTrainer(Trainer):
         return collator if is_training else collator.for_prediction()
 
     def _get_train_sampler(self, train_dataset=None):
-        info = self._packed_info
-        if info is None or info.balance is None or self.args.train_sampling_strategy != "random":
+        if not hasattr(train_dataset, "__len__") or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
-        packs_per_pass = self.args.train_batch_size * self.args.world_size
-        if packs_per_pass % info.balance:
-            logger.warning(
-                "the packs are balanced %d by %d, but a forward pass over all ranks takes %d; pack the dataset with "
-                "balance=%d, or passes cost unequally",
-                *(info.balance, info.balance, packs_per_pass, packs_per_pass),
-            )
+        info, packs_per_step = self._packed_info, 1
+        if info is not None and info.balance is not None:
+            packs_per_step = info.balance
+            packs_per_pass = self.args.train_batch_size * self.args.world_size
+            if packs_per_pass % packs_per_step:
+                logger.warning(
+                    "the packs are balanced %d by %d, but a forward pass over all ranks takes %d; pack the dataset "
+                    "with balance=%d, or passes cost unequally",
+                    *(packs_per_step, packs_per_step, packs_per_pass, packs_per_pass),
+                )
+        num_packs = train_dataset.num_packs if isinstance(train_dataset, EvenedPacks) else len(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return StepSampler(len(train_dataset), info.balance, seed)
+        self._train_order = StepSampler(num_packs, packs_per_step, seed, len(train_dataset))
+        return self._train_order
 
     def _remove_unused_columns(self, dataset, description=None):
         return dataset
@@ -188,8 +214,21 @@ class PackedTrainer(Trainer):
 
     # -- loss ----------------------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimizer step.
+
+        A dataset without a length may end within a step. Trainer then makes no step and lets the gradients run over
+        into the next epoch; with empty batches beside them the last ones get a step of their own.
+        """
+        batches, denominators = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and len(batches) < num_batches:
+            batches += [self._empty_batch] * (num_batches - len(batches))
+        return batches, denominators
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """(k,) the denominators of one optimizer step: over its micro-batches and all ranks."""
+        if not batch_samples:  # a dataset without a length has ended
+            return None
         counts = None
         for batch in batch_samples:
             sequences = batch["sequence_ids"].amax(1).sum()
@@ -281,9 +320,7 @@ class _Predictions:
     """Predictions and labels of all sequences, in the order of the dataset that was packed."""
 
     def __init__(self):
-        self.predictions: list[PerSequence] = []
-        self.labels: list[PerSequence] = []
-        self.keys: list[np.ndarray] = []
+        self.batches: list[tuple[PerSequence, PerSequence | None, np.ndarray | None]] = []
 
     def add(self, outputs, batch: Mapping[str, Tensor]) -> None:
         """One batch; its sequences are known by their row in the source, and where in it they begin."""
@@ -293,32 +330,28 @@ class _Predictions:
                 "model itself logits"
             )
         is_sequence = batch["cls_positions"] >= 0
+        if not is_sequence.any():  # empty packs have none of the dataset's columns, labels and indices among them
+            return
         names = [name for name in ("sequence_indices", "sequence_starts") if name in batch]
-        if names:
-            self.keys.append(torch.stack([batch[name][is_sequence] for name in names], 1).cpu().numpy())
-        self.predictions.append(_on_cpu(outputs.predictions))
-        if outputs.labels is not None:
-            self.labels.append(_on_cpu(outputs.labels))
+        keys = torch.stack([batch[name][is_sequence] for name in names], 1).cpu().numpy() if names else None
+        labels = None if outputs.labels is None else _on_cpu(outputs.labels)
+        self.batches.append((_on_cpu(outputs.predictions), labels, keys))
 
     def gathered(self, num_processes: int) -> tuple[np.ndarray, np.ndarray | None]:
         """(N, …) each; what is ragged is padded: logits with -inf, labels with -100."""
-        parts = [(self.predictions, self.labels, self.keys)]
-        if num_processes > 1:
-            parts = gather_object(parts)
-        predictions, labels, keys = ([item for part in parts for item in part[i]] for i in range(3))
-        if num_processes > 1 and not keys:
-            raise ValueError(
-                f"over {num_processes} processes predictions can be put in order by sequence_indices only, which the "
-                "rows do not have; pack the dataset with pack_dataset"
-            )
+        batches = self.batches
+        if num_processes > 1:  # the ranks take turns: for rows without indices this is their order
+            turns = itertools.zip_longest(*gather_object([batches]))
+            batches = [batch for turn in turns for batch in turn if batch is not None]
+        predictions, labels, keys = zip(*batches, strict=True)
         predictions = PerSequence.concatenate(predictions)
-        labels = PerSequence.concatenate(labels) if labels else None
-        if keys:
+        labels = None if labels[0] is None else PerSequence.concatenate(labels)
+        if keys[0] is not None:
             order = torch.from_numpy(np.lexsort(np.concatenate(keys).T[::-1]))
             predictions = predictions.take(order)
-            labels = labels.take(order) if labels is not None else None
+            labels = None if labels is None else labels.take(order)
         ragged = float("-inf") if predictions.values.is_floating_point() else IGNORED
-        return predictions.padded(ragged).numpy(), labels.padded(IGNORED).numpy() if labels is not None else None
+        return predictions.padded(ragged).numpy(), None if labels is None else labels.padded(IGNORED).numpy()
 
 
 def _on_cpu(values: PerSequence) -> PerSequence:
@@ -349,7 +382,7 @@ class EvenedPacks(Dataset):
             return rows
         if not isinstance(rows, list):
             rows = rows.to_pylist()
-        return rows + [{"input_ids": [], "sequence_lengths": []}] * (len(indices) - len(real))
+        return rows + [EMPTY_PACK] * (len(indices) - len(real))
 
 
 class StepSampler(Sampler):
@@ -358,23 +391,27 @@ class StepSampler(Sampler):
     packs 0 1 | 2 3 | 4 5 | 6, packs_per_step 2  ->  4 5 0 1 2 3 6, say
 
     A balanced dataset stays balanced: the packs of a step are those that were put together.
+
+    length: if more than num_packs, empty packs follow, see EvenedPacks. They too stay at the end, so that the order
+        depends on (seed, epoch) and not on how many ranks there are.
     """
 
-    def __init__(self, num_packs: int, packs_per_step: int, seed: int):
+    def __init__(self, num_packs: int, packs_per_step: int, seed: int, length: int | None = None):
         self.num_packs, self.packs_per_step, self.seed, self.epoch = num_packs, packs_per_step, seed, 0
+        self.length = num_packs if length is None else length
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_packs
+        return self.length
 
     def __iter__(self) -> Iterator[int]:
         complete = self.num_packs // self.packs_per_step
         draw = np.random.default_rng([self.seed, self.epoch])
         for step in draw.permutation(complete).tolist():
             yield from range(step * self.packs_per_step, (step + 1) * self.packs_per_step)
-        yield from range(complete * self.packs_per_step, self.num_packs)
+        yield from range(complete * self.packs_per_step, self.length)
 
 
 class PackingProgress(TrainerCallback, ExportableState):
