@@ -259,13 +259,32 @@ def attend_part(query, key, value, mask, dropout: float = 0.0) -> tuple[Tensor, 
     The least number hides and not -inf: a query may see none of this part. It then has a log sum exp far below any.
     """
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
-    log_sum = scores.logsumexp(-1)
-    weights = F.dropout((scores - log_sum[..., None]).exp(), dropout)
-    return weights @ value, log_sum
+    weights, log_sum = SoftmaxWithLogSum.apply(scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2))
+    return F.dropout(weights, dropout) @ value, log_sum
 
 
 def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
     """The softmax over the keys of both parts; their keys must be disjoint. Contexts (…, K), log sums (…)."""
-    share = (second[1] - first[1]).sigmoid()[..., None]  # of the second part
-    return torch.lerp(first[0], second[0], share)
+    shares = torch.stack([first[1], second[1]], -1).softmax(-1)
+    return first[0] * shares[..., :1] + second[0] * shares[..., 1:]
+
+
+class SoftmaxWithLogSum(torch.autograd.Function):
+    """scores (…, M) -> softmax (…, M), log sum exp (…).
+
+    By functions of whole rows alone: torch rounds exp and log of single elements otherwise at the end of a tensor than
+    inside, so that the last bit would depend on the batch.
+    """
+
+    @staticmethod
+    def forward(ctx, scores):
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(weights)
+        return weights, scores.amax(-1) - scores.log_softmax(-1).amax(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_weights, grad_log_sum):
+        (weights,) = ctx.saved_tensors
+        mean = (grad_weights * weights).sum(-1, keepdim=True)
+        return weights * (grad_weights - mean + grad_log_sum[..., None])
