@@ -101,8 +101,9 @@ class Reversal:
     """
 
     def __init__(self, layout: PackLayout):
-        start_T, end_T = (bounds.long()[layout.sequence_of_token] for bounds in _bounds(layout))
-        self.mirrored = start_T + end_T - 1 - torch.arange(layout.num_tokens, device=start_T.device)
+        from_end_T = layout.lengths[layout.sequence_of_token] - 1 - layout.positions_T
+        tokens_T = torch.arange(layout.num_tokens, device=from_end_T.device)
+        self.mirrored = tokens_T - layout.positions_T + from_end_T
 
     def mirror(self, x_T: Tensor) -> Tensor:
         return Gather.apply(x_T, self.mirrored, self.mirrored)  # a permutation that is its own inverse
@@ -117,20 +118,16 @@ class Reversal:
         return (forwards + self.mirror(backwards)) / 2
 
 
-def _bounds(layout: PackLayout) -> tuple[Tensor, Tensor]:
-    return layout.cu_seqlens[:-1], layout.cu_seqlens[1:]
-
-
 def delta_rule(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, beta_TH1: Tensor, chunks: Chunks) -> Tensor:
     """The delta rule along every sequence from its start: (T, H, K) each -> o (T, H, K)."""
     chunks, active = chunks.by_number
     query, key, value, beta = (chunks.gather(x).transpose(1, 2) for x in (query_THK, key_THK, value_THK, beta_TH1))
     beta = beta.masked_fill(~chunks.valid[:, None, :, None], 0)  # padding writes nothing
     back = key.transpose(2, 3)
-    added = torch.linalg.solve_triangular(
+    added_and_removed = torch.linalg.solve_triangular(  # reads what is below the diagonal only
         (beta * key) @ back, beta * torch.cat([value, key], dim=3), upper=False, unitriangular=True
     )
-    added, removed = added.chunk(2, dim=3)
+    added, removed = added_and_removed.chunk(2, dim=3)
     before = states(-(back @ removed), back @ added, active)
     context = query @ before + (query @ back).tril() @ (added - removed @ before)
     return chunks.scatter(context.transpose(1, 2))
