@@ -30,7 +30,7 @@ class Assignment:
     sequence_indices = [4, 1, 0, 2, 3]    pack_offsets = [0, 2, 3, 5]
 
     sequence_indices: (num_sequences,) every sequence exactly once; uint32, int64 from 2**32 sequences on.
-    pack_offsets: (num_packs + 1,) where each pack begins in sequence_indices; int64.
+    pack_offsets: (num_packs + 1,) where each pack begins in sequence_indices; uint32, int64 from 2**32 sequences on.
     """
 
     sequence_indices: np.ndarray
@@ -76,7 +76,7 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
 
     lengths: (num_sequences,), in any order.
     num_threads: None = as many as Numba takes (the cores of this process, or NUMBA_NUM_THREADS).
-    Memory: 4 bytes a sequence and 8 a pack for the result; beside it, while at work, 4 a sequence, and 4 a pack that
+    Memory: 4 bytes a sequence and 4 a pack for the result; beside it, while at work, 4 a sequence, and 4 a pack that
     holds no lone length. What has 4 bytes has 8 from 2**32 sequences on.
     Raises ValueError for lengths that the plan was not made for, naming the first length that differs.
     """

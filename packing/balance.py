@@ -114,7 +114,7 @@ def _deal_strata(strata: np.ndarray, costs: np.ndarray) -> np.ndarray:
 
 
 def _reordered(assignment: Assignment, order: np.ndarray) -> Assignment:
-    pack_offsets = np.zeros(len(order) + 1, np.int64)
+    pack_offsets = np.zeros_like(assignment.pack_offsets)
     np.cumsum(np.diff(assignment.pack_offsets)[order], out=pack_offsets[1:])
     sequence_indices = np.empty_like(assignment.sequence_indices)
     _copy_packs(assignment.sequence_indices, assignment.pack_offsets, order, sequence_indices, pack_offsets)
@@ -136,13 +136,14 @@ def _cost_of_packs(sequence_indices, pack_offsets, lengths, costs):
 def _shuffle_in_steps(order, packs_per_step, key):
     """Shuffle each packs_per_step of order, in place."""
     for start in range(0, len(order), packs_per_step):
-        fisher_yates(order[start : start + packs_per_step], make_key(key, np.uint64(start)))
+        step = order[start : start + packs_per_step]
+        fisher_yates(step, step, make_key(key, np.uint64(start)))
 
 
 @njit(cache=True, nogil=True)
 def _copy_packs(old_indices, old_offsets, order, new_indices, new_offsets):
     """Fills new_indices: pack p of the new is pack order[p] of the old."""
     for pack in range(len(order)):
-        shift = old_offsets[order[pack]] - new_offsets[pack]
-        for place in range(new_offsets[pack], new_offsets[pack + 1]):
+        shift = np.int64(old_offsets[order[pack]]) - np.int64(new_offsets[pack])
+        for place in range(np.int64(new_offsets[pack]), np.int64(new_offsets[pack + 1])):
             new_indices[place] = old_indices[place + shift]

@@ -61,6 +61,7 @@ def test_only_the_order_changes(lengths, share, seed):
     balanced = balance_packs(assignment, lengths, packs_per_step, seed)
     assert sorted(packs_of(balanced)) == sorted(packs_of(assignment))
     assert balanced.sequence_indices.dtype == assignment.sequence_indices.dtype
+    assert balanced.pack_offsets.dtype == assignment.pack_offsets.dtype
     assert attention_cost(balanced, lengths).tolist() == [
         sum(lengths[i] ** 2 for i in pack) for pack in packs_of(balanced)
     ]
