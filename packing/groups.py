@@ -148,10 +148,10 @@ def _top_bit(word):
 
 @njit(cache=True)
 def with_room(table, rows):
-    """The table, or a copy twice as long if it has fewer rows than asked for."""
+    """The table, or a copy twice as long as asked for if it has fewer rows."""
     if rows <= len(table):
         return table
-    longer = np.empty((2 * len(table), table.shape[1]), np.int64)
+    longer = np.empty((2 * rows, table.shape[1]), np.int64)
     for row in range(len(table)):  # longer[:rows] = table is one line, but takes Numba five seconds to compile
         for column in range(table.shape[1]):
             longer[row, column] = table[row, column]

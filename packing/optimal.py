@@ -171,10 +171,12 @@ class Search:
         length, depth = self.limits
         unit = -(-length // PRICED_SLOTS)
         capacity, lengths = length // unit, np.arange(length + 1)
-        down = Search(_regroup(self.histogram, lengths // unit), capacity, depth, self.deadline, self.bar)
-        down.pack_simply()
-        down.solve()
-        self.bound = max(self.bound, down.bound)
+        at_least = _regroup(self.histogram, lengths // unit)
+        if at_least.any():  # no length may have a whole unit
+            down = Search(at_least, capacity, depth, self.deadline, self.bar)
+            down.pack_simply()
+            down.solve()
+            self.bound = max(self.bound, down.bound)
         rounded = np.minimum(-(-lengths // unit), capacity)
         up = Search(_regroup(self.histogram, rounded), capacity, depth, self.deadline, self.bar)
         up.run()

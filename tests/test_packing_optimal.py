@@ -212,6 +212,23 @@ def test_best_fit_goes_on_in_packs_with_room():
     assert best_fit({(4,): 1, (3,): 1, (1, 1): 2}, left, 2) == {(1, 1): 2, (2, 4): 1, (1, 3): 1}
 
 
+def test_best_fit_goes_on_in_packs_of_thousands():
+    """5,000 sequences in a pack are more than the table of open packs begins with."""
+    left = np.zeros(8001, np.int64)
+    left[[3000, 2]] = 1, 5
+    filled = best_fit({(1,) * 5000: 1, (1,) * 4000: 2}, left, 8000)
+    assert {len(pack): number for pack, number in filled.items()} == {5001: 1, 4005: 1, 4000: 1}
+
+
+def test_lengths_below_the_coarse_unit():
+    """Units of 9 tokens: no length has a whole one. Even lengths waste a token of each pack, so that three are needed
+    where tokens alone would say two."""
+    histogram = np.zeros(8194, np.int64)
+    histogram[[8, 2]] = 2048, 1
+    plan = plan_packs(histogram)
+    assert (plan.num_packs, plan.lower_bound) == (3, 2)
+
+
 @pytest.mark.long
 def test_a_first_call_compiles_in_under_a_minute(tmp_path):
     program = (
