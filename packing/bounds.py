@@ -3,7 +3,8 @@
 counting    ceil(tokens / max_sequence_length)
 depth       ceil(sequences / max_sequences_per_pack)
 l2          for each threshold k: lengths above L - k share a pack with nothing of k or longer, those above L / 2 not
-            with each other; the rest of what is at least k long needs packs of its own (Martello & Toth 1990)
+            with each other; the rest of what is at least k long needs packs of its own (Martello & Toth 1990), and
+            no pack holds more than L // k of it
 dual        give each length a price; no pack holds more than M worth of lengths: ceil(sum of count * price / M).
             The duals of the linear program over strategies are the best prices; rounded to integers they stay a proof
 """
@@ -39,11 +40,12 @@ def depth_bound(histogram: np.ndarray, max_sequences_per_pack: int | None) -> in
 
 
 def l2_bound(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None = None) -> int:
-    """Martello & Toth's L2 over all thresholds, with the depth limit where it says more.
+    """Martello & Toth's L2 over all thresholds, with the depth where it says more.
 
     Of what is at least k long, lengths above L - k are alone; the rest needs the most of: a pack for each length above
-    L / 2; ceil(its tokens / L); ceil(its sequences / max_sequences_per_pack). {5: 2, 3: 2, 2: 1} into 6 slots -> 3:
-    for k = 2, two 5s alone, and 3 + 3 + 2 = 8 tokens or 3 sequences in ceil(8 / 6) = 2 packs: 4.
+    L / 2; ceil(its tokens / L); ceil(its sequences / d), where d is L // k or max_sequences_per_pack, if that is less.
+    {5: 2, 3: 2, 2: 1} into 6 slots -> 4: for k = 2, two 5s alone, and 3 + 3 + 2 = 8 tokens in ceil(8 / 6) = 2 packs.
+    {3: 6} into 8 slots -> 3: for k = 3, two sequences a pack.
     """
     limit = max_sequence_length
     counts = _exact(histogram[: limit + 1], limit)
@@ -55,9 +57,8 @@ def l2_bound(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_
     alone = above[limit - threshold + 1]
     sequences, tokens = above[threshold] - alone, tokens_above[threshold] - tokens_above[limit - threshold + 1]
     packs = np.maximum(above[limit // 2 + 1] - alone, -(-tokens // limit))
-    if max_sequences_per_pack is not None:
-        packs = np.maximum(packs, -(-sequences // max_sequences_per_pack))
-    return int((alone + packs).max())
+    depth = np.minimum(limit // threshold, max_sequences_per_pack or limit).astype(counts.dtype)
+    return int((alone + np.maximum(packs, -(-sequences // depth))).max())
 
 
 def dual_bound(

@@ -27,6 +27,9 @@ def histogram_of(counts, max_sequence_length):
         ({6: 1, 1: 6}, 6, 2, 2, 4, 4),  # a 6 alone, and six of 1 in pairs; counting sequences alone: ceil(7 / 2)
         ({1: 9}, 6, 1, 2, 9, 9),
         ({1: 2}, 1, None, 2, 0, 2),
+        ({3: 6}, 8, None, 3, 0, 3),
+        ({4: 5}, 11, None, 2, 0, 3),  # no more than two in a pack
+        ({11: 1, 4: 5}, 11, 1, 3, 6, 6),
     ],
 )
 def test_bounds_draw_their_numbers(counts, limit, depth, counting, sequences, l2):
@@ -56,20 +59,29 @@ few_sequences = st.integers(2, 24).flatmap(
 )
 
 
+def by_depth(lengths, limit):
+    """Of what is at least k long, lengths above limit - k are alone, and of the rest limit // k share a pack."""
+    best = 0
+    for k in range(1, limit // 2 + 1):
+        alone = sum(x > limit - k for x in lengths)
+        best = max(best, alone - (alone - sum(x >= k for x in lengths)) // (limit // k))
+    return best
+
+
 @given(few_sequences)
 @settings(max_examples=150, deadline=None)
 def test_no_bound_exceeds_the_optimum(case):
     limit, lengths, depth, prices = case
     histogram, optimum = length_histogram(lengths, limit), reference.fewest_packs(lengths, limit, depth)
-    assert l2_bound(histogram, limit) == reference.martello_toth(lengths, limit)
+    assert l2_bound(histogram, limit) == max(reference.martello_toth(lengths, limit), by_depth(lengths, limit))
     assert lower_bound(histogram, limit, depth) <= optimum
     assert dual_bound(histogram, np.array(prices), limit, depth) <= optimum
 
 
 def test_good_prices_prove_the_optimum():
-    """Five of 4 in rows of 11 go two by two: a price of 1/2 each proves ceil(5 / 2), tokens only ceil(20 / 11)."""
+    """Nothing goes with a 7 in rows of 11 but a 4, and no three of 4: half a pack each proves 3, tokens only 2."""
     histogram = histogram_of({4: 5}, 11)
-    assert counting_bound(histogram, 11) == l2_bound(histogram, 11) == 2
+    assert counting_bound(histogram, 11) == 2
     assert dual_bound(histogram, np.full(12, 0.5), 11, None) == 3
     assert dual_bound(histogram, np.zeros(12), 11, None) == 0
 

@@ -72,13 +72,13 @@ def test_padded_rows_are_the_plan_of_depth_one():
 
 def test_the_best_bound_found_counts_for_every_plan():
     def proving(histogram, max_sequence_length, max_sequences_per_pack):
-        """Five sequences of 4 in rows of 11 need ceil(5 / 2) = 3 rows; their tokens say ceil(20 / 11) = 2."""
+        """A 4 and four 5s in rows of 12 go two by two: ceil(5 / 2) = 3 rows; their tokens say ceil(24 / 12) = 2."""
         plan = spread_out(histogram, max_sequence_length, max_sequences_per_pack)
         arrays = plan.strategy_lengths, plan.strategy_offsets, plan.repeats
         return PackPlan(max_sequence_length, max_sequences_per_pack, *arrays, "proving", proven_bound=3)
 
     lazy = {"lazy": spread_out}
-    histogram = [0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0]
+    histogram = [0, 0, 0, 0, 1, 4, 0, 0, 0, 0, 0, 0, 0]
     assert compare_packers(histogram, packers=lazy).lower_bound(None) == 2
     # proven without a limit, it holds under every limit
     comparison = compare_packers(histogram, packers=lazy | {"proving": proving}, depths=[None, 5])
