@@ -35,7 +35,8 @@ def as_lengths(lengths: ArrayLike) -> np.ndarray:
         wrong = (i for i, x in enumerate(lengths) if isinstance(x, bool) or not isinstance(x, int | np.integer))
         culprit = next(wrong, 0)
         raise ValueError(
-            f"lengths must be integers: index {culprit} holds {array[culprit].item()!r} (dtype {array.dtype}); "
+            f"lengths must be integers: index {culprit} holds {array[culprit : culprit + 1].tolist()[0]!r} "
+            f"(dtype {array.dtype}); "
             "give the number of tokens of each sequence"
         )
     return array

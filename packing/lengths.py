@@ -55,7 +55,7 @@ def read_histogram(path: str | PathLike) -> np.ndarray:
         histogram = READERS[path.suffix.lower()](path)
         if not histogram.any():
             raise ValueError("it counts no sequence")
-    except (ValueError, UnicodeDecodeError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, UnicodeDecodeError, EOFError, zipfile.BadZipFile, MemoryError) as error:
         raise ValueError(f"cannot read lengths from {str(path)!r}: {error}") from None
     return histogram
 
@@ -129,7 +129,8 @@ def _read_csv(path: Path) -> np.ndarray:
         raise ValueError(f"it has {len(names)} columns and no header; name the columns `length` and `count`")
     names = names if has_header else ["length", "count"][: len(names)]
     columns = [names.index(name) for name in ("length", "count") if name in names]
-    table = _load_numbers(path, delimiter=",", skiprows=int(has_header), usecols=columns, ndmin=2)
+    form = {"delimiter": ",", "quotechar": '"', "comments": None}  # other columns may hold text: "a, b", C#
+    table = _load_numbers(path, skiprows=int(has_header), usecols=columns, ndmin=2, **form)
     return _from_counts(table) if len(columns) == 2 else length_histogram(table[:, 0])
 
 
@@ -155,8 +156,10 @@ def _read_npz(path: Path) -> np.ndarray:
         array = arrays[found[0]]
     if found == ["lengths"]:
         return length_histogram(array)
-    pairs = np.stack([np.arange(array.size, dtype=array.dtype), array.ravel()], axis=1)
-    return _from_counts(pairs if array.ravel()[:1].any() else pairs[1:])  # length 0 is refused, not left out
+    if array.ndim != 1:
+        raise ValueError(f"its array `histogram` has shape {array.shape}; it must be flat, indexed by length")
+    pairs = np.stack([np.arange(array.size, dtype=array.dtype), array], axis=1)
+    return _from_counts(pairs if array[:1].any() else pairs[1:])  # length 0 is refused, not left out
 
 
 READERS: dict[str, Callable[[Path], np.ndarray]] = {
@@ -171,7 +174,7 @@ READERS: dict[str, Callable[[Path], np.ndarray]] = {
 def _load_numbers(path: Path, **form) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the file is empty: said by whoever counts
-        return np.loadtxt(path, np.int64, **form)
+        return np.loadtxt(path, np.int64, encoding="utf-8-sig", **form)
 
 
 def _from_counts(table) -> np.ndarray:

@@ -56,7 +56,7 @@ def plan_packs(
     max_sequence_length = checked_limit("max_sequence_length", max_sequence_length)
     max_sequences_per_pack = checked_limit("max_sequences_per_pack", max_sequences_per_pack)
     histogram = _fitted(histogram, max_sequence_length)
-    options = {"progress": True} if progress and "progress" in inspect.signature(pack).parameters else {}
+    options = {"progress": True} if progress and _shows_progress(pack) else {}
     plan = pack(histogram.copy(), max_sequence_length, max_sequences_per_pack, **options)
     _check_plan(plan, histogram, max_sequence_length, max_sequences_per_pack, packer)
     return plan
@@ -69,6 +69,14 @@ def find_packer(packer: str | Packer) -> Packer:
     if packer not in PACKERS:
         raise ValueError(f"unknown packer {packer!r}; choose from {', '.join(sorted(PACKERS))}, or pass a callable")
     return PACKERS[packer]
+
+
+def _shows_progress(pack: Packer) -> bool:
+    """Whether it has a parameter `progress`. What is not written in Python may not say."""
+    try:
+        return "progress" in inspect.signature(pack).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def _checked_histogram(histogram: ArrayLike) -> np.ndarray:
@@ -101,6 +109,8 @@ def checked_limit(name: str, value: int | None) -> int | None:
         raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
     if name == "max_sequence_length" and value > LONGEST_PACK:
         raise ValueError(f"{name}={value} is more than the {LONGEST_PACK} that packers can handle; give less")
+    if value >= 2**63:
+        raise ValueError(f"{name}={value} is more than 2**63 - 1; give None for no limit")
     return int(value)
 
 

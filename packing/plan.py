@@ -206,9 +206,12 @@ def _frozen_array(name: str, values, dtype) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
         raise ValueError(f"{name} must be a flat array of integers, got {array.dtype} of shape {array.shape}")
-    array = array.astype(dtype)  # a copy: the plan's arrays belong to the plan
-    array.flags.writeable = False
-    return array
+    own = array.astype(dtype)  # a copy: the plan's arrays belong to the plan
+    if not np.array_equal(own, array):
+        culprit = int(np.argmax(own != array))
+        raise ValueError(f"{name}[{culprit}] is {array[culprit]}, more than {np.dtype(dtype).name} can hold")
+    own.flags.writeable = False
+    return own
 
 
 def _check_shape(plan: PackPlan) -> None:

@@ -30,6 +30,9 @@ def write(path, content):
         ("c.csv", "length,count\n1,1\n3,2\n"),
         ("d.csv", "count,length\n1,1\n2,3\n"),
         ("e.csv", "3,1\n1,1\n3,1\n"),  # a length listed twice adds up
+        ("f.csv", '"text","length"\n"no, 2 ,1",3\n"C# is 2",1\n"a ""b""\nc, 2",3\n'),
+        ("g.csv", "\ufeff3,2\n1,1\n"),  # with a byte order mark, as spreadsheets write it
+        ("b.txt", "\ufeff3\n1\n3\n"),
         ("a.json", [3, 1, 3]),
         ("b.json", {"3": 2, "1": 1}),
         ("a.npy", np.array([3, 1, 3], np.uint16)),
@@ -63,6 +66,9 @@ def test_reads(tmp_path, name, content):
         ("b.json", 3, "neither a list of lengths nor an object"),
         ("c.json", {"3": 2.5}, "two columns of whole numbers, not float64"),
         ("d.json", [2, 2.5], "index 1 holds 2.5"),
+        ("e.json", [2, None], "index 1 holds None"),
+        ("i.csv", "length,count\n1000000000000000,1\n", "Unable to allocate"),
+        ("c.npz", {"histogram": [[3, 2], [1, 1]]}, r"has shape \(2, 2\); it must be flat"),
         ("a.npy", [[1, 2, 3]], r"two columns of whole numbers, not int64 \(1, 3\)"),
         ("a.npz", {"counts": [1]}, "it holds counts; name one array `lengths` or `histogram`"),
         ("b.npz", {"histogram": [4, 1]}, "it lists length 0"),

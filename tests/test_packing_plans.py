@@ -264,6 +264,15 @@ def test_a_histogram_may_be_shorter_or_longer_than_a_pack():
 def test_depth_limit_is_checked():
     with pytest.raises(ValueError, match="max_sequences_per_pack=0 must be a whole number, at least 1"):
         plan_packs([0, 1], max_sequences_per_pack=0)
+    with pytest.raises(ValueError, match=r"more than 2\*\*63 - 1; give None for no limit"):
+        plan_packs([0, 1], max_sequences_per_pack=10**30)
+    assert plan_packs([0, 3], 2, 2**63 - 1).num_packs == 2
+
+
+def test_a_packer_without_a_signature_is_called():
+    """As compiled extensions have."""
+    with pytest.raises(TypeError, match="dict expected at most 1 argument"):
+        plan_packs([0, 1], packer=dict, progress=True)
 
 
 # The plan
@@ -303,6 +312,7 @@ def test_plan_cannot_be_changed():
         ([(1,), (2,)], [1, 0], "strategy 1 repeats 0 times"),
         ([(1,), (2,)], [1], "strategy_offsets must be 2 numbers"),
         ([(0, 1)], [1], "strategy 0 holds length 0"),
+        ([(1,), (2**32 + 2,)], [1, 1], r"strategy_lengths\[1\] is 4294967298, more than int32 can hold"),
         ([(1,), (2, 3)], [1, 1], "strategy 1 .* has 5 tokens, more than max_sequence_length=4"),
     ],
 )
