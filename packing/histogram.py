@@ -39,7 +39,7 @@ def as_lengths(lengths: ArrayLike) -> np.ndarray:
             f"(dtype {array.dtype}); "
             "give the number of tokens of each sequence"
         )
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)  # files may hold the other byte order
 
 
 def check_lengths(lengths: np.ndarray, max_sequence_length: int) -> None:

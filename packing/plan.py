@@ -177,7 +177,10 @@ class PackPlan:
             raise ValueError(f"{path} is not a saved plan; give a file that PackPlan.save() wrote") from None
         if found != FILE_FORMAT:
             raise ValueError(f"{path} has format {found!r}, this version reads {FILE_FORMAT!r}; make the plan again")
-        return cls(**content)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"{path} is not a whole plan: {error}; make the plan again") from None
 
 
 class Strategies(Sequence):

@@ -204,3 +204,10 @@ def test_bad_seeds_are_refused(seed):
 def test_bad_numbers_of_threads_are_refused(num_threads):
     with pytest.raises(ValueError, match=r"num_threads=.* must be a whole number, at least 1"):
         assign(PackPlan.from_strategies([(1,)], [1], 3), [1], num_threads=num_threads)
+
+
+def test_lengths_in_the_other_byte_order():
+    """As some files hold them."""
+    lengths = np.array([1, 3, 1, 2])
+    plan = plan_packs(length_histogram(lengths), packer="spfhp")
+    assert assign(plan, lengths.astype(">i4")).equals(assign(plan, lengths))

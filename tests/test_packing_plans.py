@@ -296,6 +296,9 @@ def test_plan_saves_and_loads(tmp_path):
     (tmp_path / "other.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"other\.json is not a saved plan"):
         PackPlan.load(tmp_path / "other.json")
+    (tmp_path / "part.json").write_text('{"format": "dataset-packing plan 1", "packer": "spfhp"}')
+    with pytest.raises(ValueError, match=r"part\.json is not a whole plan: .* missing"):
+        PackPlan.load(tmp_path / "part.json")
 
 
 def test_plan_cannot_be_changed():
