@@ -210,12 +210,12 @@ def check_state(build) -> None:
     assert all(p.requires_grad for p in empty.parameters())
 
 
-def check_contract(build, survives_nan: bool = True) -> None:
-    """All checks; isolation over every layout of LAYOUTS."""
+def check_contract(build, survives_nan: bool = True, bfloat16: float = 0.15) -> None:
+    """All checks; isolation over every layout of LAYOUTS. bfloat16: how far it may be off in that type."""
     for ids in LAYOUTS.values():
         check_isolation(build, ids)
     check_broken_mate(build, values=(1e4, -1e4, float("nan")) if survives_nan else (1e4, -1e4))
     check_place(build)
     check_empty_batch(build)
-    check_dtypes(build)
+    check_dtypes(build, ((torch.float32, 1e-4), (torch.bfloat16, bfloat16)))
     check_state(build)

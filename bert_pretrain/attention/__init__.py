@@ -30,6 +30,7 @@ from bert_pretrain.attention.bigbird import BigBirdAttention
 from bert_pretrain.attention.delta import DeltaAttention
 from bert_pretrain.attention.etc import EtcAttention
 from bert_pretrain.attention.fixed import FixedAttention
+from bert_pretrain.attention.flex import FlexAttention
 from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.attention.inducing import InducingAttention
 from bert_pretrain.attention.linear import LinearAttention
@@ -43,11 +44,14 @@ from bert_pretrain.attention.routing import RoutingAttention
 from bert_pretrain.attention.sdpa import SdpaAttention
 from bert_pretrain.attention.sinkhorn import SinkhornAttention
 from bert_pretrain.attention.strided import StridedAttention
+from bert_pretrain.attention.varlen import VarlenAttention
 from collate.isolation import isolate_sequences
 from collate.layout import PackLayout
 
 ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "sdpa": SdpaAttention,
+    "varlen": VarlenAttention,
+    "flex": FlexAttention,
     "local": LocalAttention,
     "strided": StridedAttention,
     "fixed": FixedAttention,

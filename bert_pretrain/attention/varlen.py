@@ -1,0 +1,30 @@
+"""`varlen`: full softmax attention within each sequence, by torch's FlashAttention kernel: CUDA, 16 bits.
+
+    context_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j,    j over the tokens of i's own sequence
+
+Cost: sum of n^2 K over the sequences; memory N. FlashAttention-2 (Dao 2023, arXiv 2307.08691), called as
+torch.nn.attention.varlen.varlen_attn.
+
+Isolation: the kernel takes the boundaries of the sequences (cu_seqlens) and works on one sequence at a time.
+"""
+
+from torch import Tensor, bfloat16, float16
+
+from bert_pretrain.attention.head import AttentionHead
+from collate.layout import PackLayout
+
+
+class VarlenAttention(AttentionHead):
+    """Softmax attention over the tokens of the same sequence; no parameters, no options, no attention dropout."""
+
+    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+        if not query_THK.is_cuda or query_THK.dtype not in (float16, bfloat16):
+            raise ValueError(
+                f"varlen runs on CUDA in bfloat16 or float16, not on {query_THK.device.type} in {query_THK.dtype}; "
+                "train with bf16=True, or use attention 'sdpa'"
+            )
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = self.max_sequence_length  # an upper bound does, and needs no wait for the device
+        inputs = (x.contiguous() for x in (query_THK, key_THK, value_THK))
+        return varlen_attn(*inputs, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
