@@ -16,9 +16,9 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import numpy as np
-from numba import njit
 
 from packing.draws import STEP, make_key, mix
+from packing.kernels import njit
 
 IGNORED = -100
 """The label of a position where nothing is predicted (the value that torch's cross-entropy ignores)."""

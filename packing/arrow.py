@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from numba import njit
+
+from .kernels import njit
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numba import config, njit
+from numba import config
 from numpy.typing import ArrayLike
 
 from .draws import BUCKETS, LINE, ONE, count_buckets, deal, make_key, shuffle, shuffle_buckets
 from .histogram import as_lengths, check_lengths
+from .kernels import njit
 from .plan import PackPlan
 from .prefetch import prefetch
 

@@ -30,9 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     comparing = arguments.compare or arguments.report is not None
     if arguments.target is None and not (arguments.plan_only or comparing):
         parser.error("TARGET is missing: the folder to write (or give --plan-only or --compare)")
-    if arguments.target is not None and comparing:
-        parser.error("--compare and --report write no packs; leave TARGET out")
     try:
+        refuse_ignored(arguments)
         if comparing:
             compare(arguments)
         elif Path(arguments.source).is_file():
@@ -42,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -85,6 +87,27 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--report", metavar="FILE", help="--compare, also written to FILE with pictures: .html or .png")
     return parser
+
+
+def refuse_ignored(arguments: argparse.Namespace) -> None:
+    """An option that the chosen work would not use is a mistake, and is said."""
+    defaults = make_parser().parse_args([arguments.source])
+    if arguments.compare or arguments.report is not None:
+        work, unused = (
+            "--compare and --report try all packers and write no packs",
+            ("target", "packer", "seed", "balance"),
+        )
+    elif arguments.plan_only and Path(arguments.source).is_file():
+        unused = ("target", "seed", "balance", "token_columns", "pad_token_id")
+        work = "a file of lengths can be planned for, not packed"
+    elif arguments.plan_only:
+        work, unused = "--plan-only writes nothing", ("target",)
+    else:
+        return
+    for name in unused:
+        if getattr(arguments, name) != getattr(defaults, name):
+            option = "TARGET" if name == "target" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {getattr(arguments, name)!r} would be ignored: {work}; leave it out")
 
 
 def pack_folder(arguments: argparse.Namespace) -> None:

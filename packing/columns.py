@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numba import njit
 
 from .exact_sums import fill_tables, find_parts, table_parts
+from .kernels import njit
 
 
 @dataclass(frozen=True, eq=False)

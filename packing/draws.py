@@ -8,8 +8,8 @@ so any number can be drawn without drawing those before it.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from .kernels import njit
 from .prefetch import prefetch
 
 STEP = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd

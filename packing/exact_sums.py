@@ -12,7 +12,8 @@ not kept: they are found again, for the few sums that are asked for, by looking 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from .kernels import njit
 
 ENDLESS = -1
 

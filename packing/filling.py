@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from numba import njit
 
 from .groups import COUNT, NONE, keep_open, no_open_packs, unroll, with_room, write_group, write_node
+from .kernels import njit
 from .lpfhp import fill_longest_first
 
 Packs = dict[tuple[int, ...], int]  # ascending lengths in a pack -> packs

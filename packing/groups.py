@@ -11,7 +11,8 @@ pack has, in 64-bit words; above them words that say which words hold a 1. Four 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from .kernels import njit
 
 LENGTH, COPIES, BEFORE = 0, 1, 2
 COUNT, SPACE, DEPTH, LAST, NEXT = 0, 1, 2, 3, 4

@@ -15,7 +15,6 @@ whatever the counts. The group is found by a bitmap over remaining space.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from .groups import (
     COUNT,
@@ -31,6 +30,7 @@ from .groups import (
     with_room,
     write_group,
 )
+from .kernels import njit
 from .plan import PackPlan
 
 

@@ -19,9 +19,9 @@ round costs O(max_sequence_length**2), and there are one to two rounds a length:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from .exact_sums import ENDLESS, fill_tables, find_parts, table_parts
+from .kernels import njit
 
 TOLERANCE = 1e-9
 NOISE = 1e-14  # in parts of |w b|: a worth that is less is rounding

@@ -8,9 +8,9 @@ neither        [[5 6 0 0] [5 0 0 0]] -> refused: every row has one length, and 0
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from .arrow import TokenColumn
+from .kernels import njit
 
 NONE = -1
 

@@ -20,7 +20,6 @@ is found by a bitmap over remaining space.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from .groups import (
     COUNT,
@@ -36,6 +35,7 @@ from .groups import (
     write_group,
     write_node,
 )
+from .kernels import njit
 from .plan import PackPlan
 
 

@@ -138,3 +138,30 @@ def test_help():
     assert "examples:" in done.stdout
     assert "(default: 512)" in done.stdout
     assert subprocess.run([COMMAND, "--help"], capture_output=True, text=True, check=True).stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare", "--packer", "lpfhp"], "--packer 'lpfhp' would be ignored: --compare and --report try all"),
+        (["--compare", "--balance", "4"], "--balance 4 would be ignored"),
+        (["--report", "x.html", "--seed", "3"], "--seed 3 would be ignored"),
+        (["packed", "--compare"], "TARGET 'packed' would be ignored"),
+        (["packed", "--plan-only"], "TARGET 'packed' would be ignored"),
+        (["--plan-only", "--pad-token-id", "0"], "--pad-token-id 0 would be ignored: a file of lengths"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(tmp_path, capsys, arguments, message):
+    file = tmp_path / "lengths.txt"
+    file.write_text("3\n5\n")
+    assert cli.main([str(file), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "lengths.txt"
+    file.write_text("3\n5\n")
+    monkeypatch.setattr("packing.cli.plan_file", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main([str(file), "--plan-only"]) == 130
+    assert capsys.readouterr().err == "pack-dataset: interrupted; nothing was written\n"
