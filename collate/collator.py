@@ -15,7 +15,7 @@ from collate.isolation import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
 from collate.masking import IGNORED, MaskingRule, sequence_keys, token_keys, word_continuations
 from collate.plain_trainer import PlainTrainerCallback, SetEpoch
-from collate.rows import FlatRows, pack_sequences, read_packed_rows, read_sequences
+from collate.rows import ANSWERS, FlatRows, pack_sequences, read_packed_rows, read_sequences
 from packing import packed_info
 
 EMIT = ("sequence_ids", "attention_mask", "attention_bias", "flash")
@@ -26,6 +26,13 @@ EVALUATION_EPOCH = -1
 
 BOOKKEEPING = ("sequence_indices", "sequence_starts", "special_tokens_mask", "word_ids")
 """Columns that the collator reads for itself; a model gets them only when `columns` names them."""
+
+
+MADE_HERE = ("sequence_ids", "position_ids", "cls_positions")
+"""What a column of the same name would replace, and sequences would read each other."""
+
+LABELS = ("label", "label_ids")
+"""What transformers' collators pass on as `labels`."""
 
 
 class DataCollatorWithPacking:
@@ -58,7 +65,8 @@ class DataCollatorWithPacking:
             own; "pack" packs each batch into rows of pad_to tokens, as many as it takes. None: rows are packed, and
             what is not is refused: a packed row taken for one sequence would be contaminated.
         columns: which columns to pass on. None: all that hold numbers, but for those in BOOKKEEPING. A column with a
-            value per token becomes (B, L), one with a value per sequence (B, S); text is left out.
+            value per token becomes (B, L), one with a value per sequence (B, S); text is left out. Without masking,
+            `label` and `label_ids` become `labels`, as in transformers' collators.
         token_columns: those with a value per token. None: `for_dataset` knows, or else their number says it.
         mask_replace_prob, random_replace_prob, whole_word_mask: as in DataCollatorForLanguageModeling. Whole words are
             told by the rows' `word_ids`, or else by the pieces of the vocabulary (##, ▁ or Ġ).
@@ -79,7 +87,8 @@ class DataCollatorWithPacking:
     return_seq_idx is sequence_ids, its return_position_ids is always on.
 
     Raises ValueError for rows without `sequence_lengths`, for lengths that do not add up, for missing values, and for
-    packs that exceed pad_to or the sequence slots: nothing is cut here.
+    packs that exceed pad_to or the sequence slots: nothing is cut here. Also for columns called like what is made
+    here, and for answers' positions in sequences that were split.
     """
 
     def __init__(
@@ -204,15 +213,13 @@ class DataCollatorWithPacking:
         self, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any] | pa.Table, return_tensors: str | None = None
     ) -> dict[str, Any]:
         batch = self._arrays(self._read(rows))
+        if self.emit in ("attention_mask", "attention_bias"):
+            layout = PackLayout(torch.from_numpy(batch["sequence_ids"]))
+            mask = layout.attention_mask if self.emit == "attention_mask" else layout.attention_bias()
+            batch["attention_mask"] = mask.numpy()
         if (return_tensors or self.return_tensors) == "np":
             return batch
-        batch = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
-        if self.emit in ("attention_mask", "attention_bias"):
-            layout = PackLayout(batch["sequence_ids"])
-            batch["attention_mask"] = (
-                layout.attention_mask if self.emit == "attention_mask" else layout.attention_bias()
-            )
-        return batch
+        return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
 
     def _read(self, rows) -> FlatRows:
         columns = self.columns
@@ -227,6 +234,7 @@ class DataCollatorWithPacking:
 
     def _arrays(self, flat: FlatRows) -> dict[str, Any]:
         self._refuse_padding(flat)
+        _refuse_split_answers(flat)
         input_ids, labels = self._mask(flat)
         numbers = np.arange(flat.num_sequences) - np.repeat(_starts(flat.sequences_per_row), flat.sequences_per_row)
         sequence_of_token = np.repeat(np.arange(flat.num_sequences), flat.lengths)
@@ -267,7 +275,15 @@ class DataCollatorWithPacking:
 
     def _passed_on(self, columns: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
         wanted = [name for name in columns if name not in BOOKKEEPING] if self.columns is None else list(self.columns)
-        return [(name, columns[name]) for name in [*wanted, *self._tell] if name in columns and name != "input_ids"]
+        names = [name for name in [*wanted, *self._tell] if name in columns and name != "input_ids"]
+        for name in names:
+            if name in MADE_HERE:
+                raise ValueError(
+                    f"column {name!r} would replace what the collator makes by that name; rename it, or leave it out "
+                    "with columns=[…]"
+                )
+        has_labels = self.masking_rule is not None or "labels" in names
+        return [("labels" if name in LABELS and not has_labels else name, columns[name]) for name in names]
 
     def _width(self, option: str, limit: int | None, counts: np.ndarray, what: str, cure: str) -> int:
         if limit is None:
@@ -338,6 +354,18 @@ def _masking_rule(tokenizer, mlm_probability: float, masking: str, **options) ->
         with contextlib.suppress(ValueError):  # then the rows must have word_ids, and masking says so if they have not
             options["continues_word_V"] = word_continuations(tokenizer)
     return MaskingRule(mlm_probability, masking, tokenizer.mask_token_id, is_special_V, **options)
+
+
+def _refuse_split_answers(flat: FlatRows) -> None:
+    """Answers' positions count from the begin of the row that was split, and each piece has a copy of them."""
+    starts = flat.sequence_columns.get("sequence_starts")
+    found = [name for name in ANSWERS if name in flat.sequence_columns]
+    if found and starts is not None and starts.any():
+        raise ValueError(
+            f"{found[0]!r} counts from the begin of a row, but a sequence of the batch begins at its token "
+            f"{int(starts.max())}: it was split; give the tokenizer max_length and stride, so that every row has its "
+            "own answer, or leave the column out"
+        )
 
 
 def _has_column(rows, name: str) -> bool:

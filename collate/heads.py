@@ -447,6 +447,11 @@ class SequenceClassification(Task):
         if labels.is_floating_point() == (problem == "single_label_classification"):
             wanted = "integers" if problem == "single_label_classification" else "floats"
             raise ValueError(f"labels are {labels.dtype}, but {problem} needs {wanted}; cast the column before packing")
+        if problem == "single_label_classification" and labels.dim() > 1:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} are integers, of which {problem} needs one per sequence; if each may "
+                "have several labels, cast them to floats before packing"
+            )
         return problem
 
     def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -79,13 +79,15 @@ def isolate_sequences(model: nn.Module) -> nn.Module:
     A head that pools a row still pools the row: `collate.heads` has heads that pool sequences.
 
     The types in SUPPORTED are known to be exact, those in REFUSED known to leak. Any other encoder, and any class that
-    is not transformers' own, goes through `check_isolation` here and is refused if it leaks.
+    is not transformers' own, around it or derived, goes through `check_isolation` here and is refused if it leaks.
 
-    Raises ValueError for a model that cannot be isolated from outside, with the reason; later, in a forward, for
+    Raises ValueError for a model that cannot be isolated from outside, with the reason, and for several encoders in
+    one module; later, in a forward, for
     `sequence_ids` beside an `attention_mask`, ids that no packing produces, or positions that begin below the model's.
     """
     encoder = _encoder(model)
     _refuse_known_leaks(encoder.config)
+    _refuse_several(model)
     if is_isolated(model):
         return model
     hook = encoder.register_forward_pre_hook(_IsolateSequences(encoder), with_kwargs=True)
@@ -94,8 +96,9 @@ def isolate_sequences(model: nn.Module) -> nn.Module:
             check_isolation(model).raise_if_leaking(but_for=("pooling",))
         except Exception as error:
             hook.remove()
+            where = "" if isinstance(model, PreTrainedModel) else f" inside of {type(model).__name__}"
             raise ValueError(
-                f"{encoder.config.model_type} is not known to isolate; probed, it failed: {error}"
+                f"{encoder.config.model_type}{where} is not known to isolate; probed, it failed: {error}"
             ) from error
     return model
 
@@ -235,10 +238,25 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
 
 
 def _is_known(model: nn.Module) -> bool:
-    """Whether this is a supported type, all of it transformers' own code: a subclass may drop sequence_ids."""
+    """Whether this is a supported type, all of it known code: a subclass, or a module around, may drop sequence_ids."""
     classes = (type(_pretrained(model)), type(_encoder(model)))
     stock = all(c.__module__.startswith("transformers.") for c in classes)
+    stock &= type(model).__module__.startswith(("transformers.", "torch.", "peft."))
     return stock and _encoder(model).config.model_type in SUPPORTED
+
+
+def _refuse_several(model: nn.Module) -> None:
+    """Two encoders side by side would be one that is isolated and one that is not."""
+    outermost, inside = [], set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module not in inside:
+            outermost.append(module)
+            inside.update(module.modules())
+    if len(outermost) > 1 and not all(map(is_isolated, outermost)):
+        raise ValueError(
+            f"{type(model).__name__} holds {len(outermost)} transformers models, "
+            f"{' and '.join(type(module).__name__ for module in outermost)}; call isolate_sequences on each of them"
+        )
 
 
 def _refuse_known_leaks(config: PretrainedConfig) -> None:

@@ -45,7 +45,8 @@ class SetEpoch(TrainerCallback):
 
 
 class PlainTrainerCallback(SetEpoch):
-    """SetEpoch, and a ValueError at the begin of training for what plain Trainer would get wrong with packs:
+    """SetEpoch, and a ValueError at the begin of training for what plain Trainer would get wrong with packs, the first
+    four also at the begin of an evaluation:
 
     * a stock model that was not isolated ignores sequence_ids: its sequences would read each other;
     * positions that begin elsewhere than the model's own;
@@ -62,15 +63,26 @@ class PlainTrainerCallback(SetEpoch):
     def __init__(self, collator):
         super().__init__(collator)
         self.collator = collator
+        self.is_checked = False
+
+    def on_prediction_step(self, args, state, control, model=None, **kwargs):
+        """Evaluation without training before it."""
+        if not self.is_checked:
+            self._check_model(model)
+
+    def _check_model(self, model: nn.Module | None) -> None:
+        check_model(self.collator, model)
+        _check_mask(self.collator.emit, model)
+        if _has_stock_loss(model):
+            _check_head(model)
+        self.is_checked = True
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         super().on_train_begin(args, state, control, train_dataloader=train_dataloader, **kwargs)
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns=True strips sequence_lengths; set remove_unused_columns=False")
-        check_model(self.collator, model)
-        _check_mask(self.collator.emit, model)
+        self._check_model(model)
         if _has_stock_loss(model):
-            _check_head(model)
             _check_loss(args, model)
         if args.world_size > 1 and args.accelerator_config.even_batches:
             raise ValueError(
@@ -106,6 +118,17 @@ def check_model(collator, model: nn.Module | None) -> None:
             f"the collator's positions begin at {given}, those of {type(stock).__name__} at {expected}; give the "
             f"collator model=model, or position_ids_start={expected}"
         )
+
+
+def check_forward(model: nn.Module) -> None:
+    """Nothing but transformers' own forward, whose loss a task stands for."""
+    for part in (model, _stock(model)):
+        if part is not None and not type(part).forward.__module__.startswith(("transformers.", "peft.", "torch.")):
+            name = type(part).__name__
+            raise ValueError(
+                f"{name} has a forward of its own, and a loss in it would be ignored; if the stock loss is meant, give "
+                "PackedTrainer task=collate.task_for(model), or else a collate.heads.Task of your own"
+            )
 
 
 def _check_mask(emit: str, model: nn.Module | None) -> None:

@@ -17,6 +17,8 @@ from packing import assign, length_histogram, plan_packs
 INPUT_IDS, LENGTHS, MASK = "input_ids", "sequence_lengths", "attention_mask"
 TOKEN_LEVEL = ("token_type_ids", "labels", "special_tokens_mask", "word_ids", MASK)
 """Columns that must have a value per token where they are lists of unequal lengths."""
+ANSWERS = ("start_positions", "end_positions")
+"""Columns that hold places in a sequence."""
 ADVICE = (
     "pack the dataset with pack_dataset, and with plain Trainer set remove_unused_columns=False (PackedTrainer keeps "
     "them); for rows that hold one sequence each, say unpacked_rows='keep' or 'pack'"
@@ -258,8 +260,9 @@ def _from_values(name: str, values: list[Any]) -> Column | None:
         raise ValueError(f"column {name!r} is a list in some rows of the batch and a single value in others")
     filled = [array for array in arrays if array.ndim == 0 or len(array)]
     if any(array.dtype == object for array in filled):
-        missing = [row for row, value in enumerate(values) if value is None or (is_list[row] and None in list(value))]
-        if missing:
+        lists = [list(value) if is_list[row] else [value] for row, value in enumerate(values)]
+        missing = [row for row, value in enumerate(lists) if None in value]
+        if missing and not any(isinstance(entry, str) for value in lists for entry in value):
             raise ValueError(f"column {name!r} has a missing value (None) in row {missing[0]} of the batch; fill it in")
         return None
     if not filled:
@@ -271,20 +274,24 @@ def _from_values(name: str, values: list[Any]) -> Column | None:
 
 def _from_arrow(name: str, column: pa.ChunkedArray) -> Column | None:
     type_ = column.type
+    is_plain_list = pa.types.is_list(type_) or pa.types.is_large_list(type_)
+    if _is_text(type_.value_type if is_plain_list else type_):
+        return None
     if column.null_count:
         raise ValueError(f"column {name!r} has a missing value (null) in the batch; fill it in")
     if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_):
         return Column(column.to_numpy(), None)
-    is_plain_list = pa.types.is_list(type_) or pa.types.is_large_list(type_)
     if not is_plain_list or not (pa.types.is_integer(type_.value_type) or pa.types.is_floating(type_.value_type)):
-        if pa.types.is_string(type_) or (is_plain_list and pa.types.is_string(type_.value_type)):
-            return None
         return _from_values(name, column.to_pylist())
     lists = column.combine_chunks()  # datasets gives a chunk for each row
     values = lists.flatten()
     if values.null_count:
         raise ValueError(f"column {name!r} has a missing value (null) in the batch; fill it in")
     return Column(values.to_numpy(), np.diff(lists.offsets.to_numpy()).astype(np.int64))
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
 def _is_token_level(name, counts, tokens_per_row, sequences_per_row, token_columns: Sequence[str] | None) -> bool:
@@ -323,5 +330,13 @@ def _without_padding(flat: FlatRows) -> FlatRows:
         raise ValueError(
             f"row {int(np.argmax(span != kept))} of the batch has zeros inside its attention_mask; only padding at the "
             "ends can be cut off"
+        )
+    found = [name for name in ANSWERS if name in flat.sequence_columns]
+    in_front = places[ends - kept] - (flat.offsets[:-1])
+    if found and in_front.any():
+        row = int(in_front.argmax())
+        raise ValueError(
+            f"row {row} of the batch has {in_front[row]} padding tokens in front, which {found[0]!r} counts; tokenize "
+            "with padding=False or padding_side='right'"
         )
     return replace(flat, lengths=kept, token_columns={name: values[real] for name, values in tokens.items()})

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, default_data_collator
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
@@ -32,7 +32,7 @@ from collate.collator import DataCollatorWithPacking
 from collate.heads import PerSequence, prepare_head, task_for
 from collate.layout import PADDING
 from collate.masking import IGNORED
-from collate.plain_trainer import SetEpoch, check_model
+from collate.plain_trainer import SetEpoch, check_forward, check_model
 from collate.rows import ArrowRows
 from packing import PackedInfo, packed_info
 
@@ -80,7 +80,8 @@ class PackedTrainer(Trainer):
 
     task: what the head is trained for, `collate.heads`; None: found by the model's class.
 
-    What it cannot honour it refuses with a ValueError: models that cannot be isolated, nn.DataParallel (it splits packs
+    What it cannot honour it refuses with a ValueError: models that cannot be isolated, a class with a forward (and so
+    perhaps a loss) of its own unless `task` is given, transformers' own collators, nn.DataParallel (it splits packs
     without their counts), iterable datasets over several ranks (accelerate would repeat packs), label smoothing, and
     compute_loss_func, and whatever would see or change logits batch by batch.
     """
@@ -137,6 +138,8 @@ class PackedTrainer(Trainer):
         """The task of a model; stock models are isolated, and their heads prepared."""
         if _has_own_loss(model):
             return _OwnLoss(model)
+        if self._given_task is None:
+            check_forward(model)
         found = task_for(model) if self._given_task is None else self._given_task
         if self._given_task is not None:
             prepare_head(model)
@@ -164,6 +167,11 @@ class PackedTrainer(Trainer):
         """Every dataloader, of training, evaluation and prediction: bind the collator to its dataset, and even out the
         packs."""
         collator, packs = self.data_collator, dataset
+        if collator is default_data_collator or type(collator).__module__.startswith("transformers."):
+            name = getattr(collator, "__name__", type(collator).__name__)
+            raise ValueError(
+                f"{name} knows nothing of packs; give PackedTrainer data_collator=DataCollatorWithPacking(tokenizer, …)"
+            )
         if isinstance(collator, DataCollatorWithPacking):
             self.data_collator = self._bound_collator(collator, dataset, is_training)
             if is_training and not hasattr(dataset, "__len__"):

@@ -298,6 +298,52 @@ def test_missing_values_are_refused(tokenizer, value):
         DataCollatorWithPacking(tokenizer, mlm_probability=None)([row | {"tags": [1, 2, 3]}, row])
 
 
+@pytest.mark.parametrize("form", [None, "arrow"])
+@pytest.mark.parametrize("packing", [None, "keep"])
+def test_missing_text_does_no_harm(tokenizer, form, packing):
+    """A pack's text is a list."""
+    rows = [{"input_ids": [2, 8, 3], "title": title} for title in ("one", None)]
+    if packing is None:
+        rows = [row | {"sequence_lengths": [2, 1], "title": [row["title"], "more"]} for row in rows]
+    rows = datasets.Dataset.from_list(rows).with_format(form)
+    batch = DataCollatorWithPacking(tokenizer, mlm_probability=None, unpacked_rows=packing)([rows[0], rows[1]])
+    assert batch["input_ids"].tolist() == [[2, 8, 3]] * 2 and "title" not in batch
+
+
+@pytest.mark.parametrize("name", ["sequence_ids", "position_ids", "cls_positions"])
+def test_columns_called_like_what_is_made_here_are_refused(tokenizer, name):
+    row = {"input_ids": [2, 8, 3], name: [0, 0, 1]}
+    with pytest.raises(ValueError, match=f"column '{name}' would replace"):
+        DataCollatorWithPacking(tokenizer, unpacked_rows="keep")([row])
+    kept = DataCollatorWithPacking(tokenizer, unpacked_rows="keep", columns=[])([row])
+    assert kept["sequence_ids"].tolist() == [[1, 1, 1]] and kept["cls_positions"].tolist() == [[0]]
+
+
+@pytest.mark.parametrize("name", ["label", "label_ids"])
+def test_labels_have_the_name_that_models_know(tokenizer, name):
+    row = GOOD | {name: [1]}
+    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None)
+    assert collate([row])["labels"].tolist() == [[1]]
+    both = collate([row | {"labels": [2]}])
+    assert (both["labels"].tolist(), both[name].tolist()) == ([[2]], [[1]])
+    masked = DataCollatorWithPacking(tokenizer)([row])  # whose labels are those of masking
+    assert masked["labels"].shape == masked["input_ids"].shape and masked[name].tolist() == [[1]]
+
+
+def test_answers_are_refused_where_their_positions_would_be_wrong(tokenizer):
+    answers = {"start_positions": [1, 1], "end_positions": [1, 1]}
+    row = {"input_ids": [2, 8, 9, 3], "sequence_lengths": [2, 2], "sequence_indices": [0, 0]} | answers
+    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None)
+    assert collate([row | {"sequence_starts": [0, 0]}])["start_positions"].tolist() == [[1, 1]]
+    with pytest.raises(ValueError, match="a sequence of the batch begins at its token 2: it was split"):
+        collate([row | {"sequence_starts": [0, 2]}])
+    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None, unpacked_rows="keep")
+    row = {"input_ids": [2, 8, 3, 0], "attention_mask": [1, 1, 1, 0], "start_positions": 1, "end_positions": 1}
+    assert collate([row])["end_positions"].tolist() == [[1]]
+    with pytest.raises(ValueError, match="row 1 of the batch has 1 padding tokens in front, which 'start_positions'"):
+        collate([row, row | {"input_ids": [0, 2, 8, 3], "attention_mask": [0, 1, 1, 1]}])
+
+
 # Unpacked rows
 
 
@@ -397,6 +443,15 @@ def test_numpy_batches_and_rounded_widths(tokenizer):
     assert all(isinstance(values, np.ndarray) for values in batch.values())
     assert batch["input_ids"].tolist() == [[2, 8, 9, 3, 0, 0, 0, 0]]
     assert isinstance(collate([GOOD], return_tensors="pt")["input_ids"], torch.Tensor)
+
+
+@pytest.mark.parametrize("emit", ["sequence_ids", "attention_mask", "attention_bias", "flash"])
+def test_numpy_batches_hold_what_tensors_hold(tokenizer, emit):
+    collate = DataCollatorWithPacking(tokenizer, emit=emit)
+    as_arrays, as_tensors = collate([GOOD], return_tensors="np"), collate([GOOD])
+    assert as_arrays.keys() == as_tensors.keys()
+    for name, values in as_arrays.items():
+        assert torch.equal(torch.as_tensor(values), torch.as_tensor(as_tensors[name])), name
 
 
 def test_positions_begin_where_the_models_do(tokenizer):

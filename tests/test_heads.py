@@ -709,6 +709,14 @@ def test_batches_that_do_not_fit_are_refused(task, change, message):
         task_for(packed)(packed, change(make_batch(make_sequences(task))))
 
 
+def test_integers_for_several_labels_are_refused():
+    _, model = make_models("bert", "single")
+    batch = make_batch(make_sequences("single"))
+    batch["labels"] = batch["labels"][..., None].expand(-1, -1, 3)
+    with pytest.raises(ValueError, match=r"labels \(\d+, 3\) are integers.*cast them to floats"):
+        task_for(model)(model, batch)
+
+
 def test_other_refusals():
     stock, packed = make_models("bert", "single")
     batch = make_batch(make_sequences("single"))

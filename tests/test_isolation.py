@@ -546,6 +546,29 @@ def test_a_class_of_ones_own_is_probed():
         isolate_sequences(DropsKeywords(make_config("bert")))
 
 
+class DropsKeywordsInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = make_model()
+
+    def forward(self, input_ids, **kwargs):
+        return self.inner(input_ids)
+
+
+def test_a_module_around_an_encoder_is_probed():
+    with pytest.raises(ValueError, match="bert inside of DropsKeywordsInside is not known to isolate; probed"):
+        isolate_sequences(DropsKeywordsInside())
+
+
+def test_each_of_two_encoders_must_be_isolated():
+    model = nn.ModuleDict({"queries": make_model(), "documents": make_model()})
+    for name in model:
+        with pytest.raises(ValueError, match="ModuleDict holds 2 transformers models, BertModel and BertModel"):
+            isolate_sequences(model)
+        isolate_sequences(model[name])
+    assert isolate_sequences(model) is model
+
+
 def test_decoders_are_refused():
     with pytest.raises(ValueError, match="bert is configured as a decoder"):
         isolate_sequences(BertModel(make_config("bert", is_decoder=True)))

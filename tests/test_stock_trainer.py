@@ -40,9 +40,10 @@ from transformers import (
     RobertaForSequenceClassification,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 
-from collate import isolate_sequences
+from collate import isolate_sequences, task_for
 from packing import pack_dataset
 
 WORKERS = {"dataloader_num_workers": 2}
@@ -548,6 +549,17 @@ def test_plain_trainer_begins():
     begin_training(with_attention("flash_attention_2"), emit="flash")
 
 
+def test_plain_trainer_does_not_evaluate_what_it_would_not_train():
+    collator = make_collator("mlm")
+    options = {"remove_unused_columns": False, "include_num_input_tokens_seen": "no"}
+    options |= {"data_collator": collator, "callbacks": [collator.callback()], "eval_dataset": make_packs("mlm")}
+    with make_trainer(make_model("mlm"), Trainer, **options) as trainer:
+        with pytest.raises(ValueError, match="BertForMaskedLM ignores sequence_ids"):
+            trainer.evaluate()
+        isolate_sequences(trainer.model)
+        assert trainer.evaluate()["eval_loss"] > 0
+
+
 # (f) What is counted and logged.
 
 
@@ -613,6 +625,21 @@ def test_positions_of_roberta_are_found():
 def test_what_would_be_ignored_is_refused(options, message):
     with pytest.raises(ValueError, match=message), make_trainer(make_model("single"), **options):
         pass
+
+
+def test_a_loss_that_would_be_ignored_is_refused():
+    model = OwnForward(make_model("mlm").config)
+    with pytest.raises(ValueError, match="OwnForward has a forward of its own"), make_trainer(model):
+        pass
+    with make_trainer(model, task=task_for(model)) as trainer:
+        assert trainer.task == task_for(make_model("mlm"))
+
+
+def test_collators_that_know_no_packs_are_refused():
+    options = {"train_dataset": make_packs("single"), "data_collator": default_data_collator}
+    message = "default_data_collator knows nothing of packs"
+    with make_trainer(make_model("single"), **options) as trainer, pytest.raises(ValueError, match=message):
+        trainer.train()
 
 
 def test_datasets_without_labels_are_refused():
