@@ -63,7 +63,8 @@ class Valuation:
         order = np.argsort(-self.values, kind="stable")
         order = order[self.values[order] > above]
         most = min(at_most, len(order))
-        rows, offsets = np.empty(most * self.slots.depth, np.int64), np.zeros(most + 1, np.int64)
+        # one more: a slot that turns out to hold nothing is written before it is seen to be so
+        rows, offsets = np.empty(most * self.slots.depth + 1, np.int64), np.zeros(most + 1, np.int64)
         count = _complete(
             order, self.slots.lengths, self.row_of_slot, self.tables, self.parts, rows, offsets, per_length
         )

@@ -278,9 +278,3 @@ def test_refused_in_one_line(sources, capsys, arguments, message):
     assert captured.err.startswith(f"pack-dataset: {message}") or message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
-
-
-def test_a_target_and_a_comparison_exclude_each_other(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["source", "target", "--compare"])
-    assert "leave TARGET out" in capsys.readouterr().err
