@@ -355,7 +355,13 @@ class _Predictions:
         predictions = PerSequence.concatenate(predictions)
         labels = None if labels[0] is None else PerSequence.concatenate(labels)
         if keys[0] is not None:
-            order = torch.from_numpy(np.lexsort(np.concatenate(keys).T[::-1]))
+            keys = np.concatenate(keys)
+            if len(np.unique(keys, axis=0)) < len(keys):
+                raise ValueError(
+                    "several sequences have the same sequence_indices, so predictions have no order: packed datasets "
+                    "were concatenated; predict on each, or concatenate the sources and pack them together"
+                )
+            order = torch.from_numpy(np.lexsort(keys.T[::-1]))
             predictions = predictions.take(order)
             labels = None if labels is None else labels.take(order)
         ragged = float("-inf") if predictions.values.is_floating_point() else IGNORED

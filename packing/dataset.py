@@ -26,6 +26,8 @@ from .source import INPUT_IDS, Source, read_source
 
 BATCH_TOKENS = 1 << 21  # token slots gathered at a time: memory follows this and not the dataset
 
+ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
+
 
 def pack_dataset(
     dataset: datasets.Dataset,
@@ -174,6 +176,7 @@ def prepare_packing(
     _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed, balance)
     source = read_source(dataset, token_columns, pad_token_id)
     sequences = cut_sequences(source, max_sequence_length, overlong)
+    _refuse_moved_answers(source, sequences, overlong)
     histogram = length_histogram(sequences.lengths, max_sequence_length)
     plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, packer, progress=progress)
     assignment, before, after = None, None, None
@@ -213,6 +216,24 @@ def _check_dataset(dataset) -> None:
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
             f"pack_dataset needs a datasets.Dataset, got {type(dataset).__name__}; make one with Dataset.from_dict"
+        )
+
+
+def _refuse_moved_answers(source: Source, sequences: Sequences, overlong: str) -> None:
+    """Answers of question answering are token numbers of their row: they would point elsewhere once it is cut."""
+    answers = [name for name in ANSWERS if name in source.row_columns]
+    if not answers:
+        return
+    if source.skipped.any():
+        row = int(np.argmax(source.skipped > 0))
+        raise ValueError(
+            f"column {answers[0]!r} counts tokens of its row, but row {row} begins with {source.skipped[row]} tokens "
+            "of padding, which packing trims; tokenize without padding, or with padding_side='right'"
+        )
+    if len(sequences.overlong_rows) and overlong in ("truncate", "split"):
+        raise ValueError(
+            f"column {answers[0]!r} counts tokens of its row, but row {sequences.overlong_rows[0]} would be cut by "
+            f"overlong={overlong!r}; let the tokenizer cut it (truncation, stride), or say overlong='drop'"
         )
 
 

@@ -18,7 +18,7 @@ INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"  # says where padding is; never stored
 
 # Columns that packing adds, and those that the collator makes for each batch.
-RESERVED = ("sequence_lengths", "sequence_indices", "sequence_starts", "sequence_ids", "position_ids")
+RESERVED = ("sequence_lengths", "sequence_indices", "sequence_starts", "sequence_ids", "position_ids", "cls_positions")
 
 
 @dataclass(frozen=True, eq=False)

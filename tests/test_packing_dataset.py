@@ -473,3 +473,15 @@ def test_a_failure_leaves_what_others_wrote(tmp_path):
     with pytest.raises(OSError, match="disk"), new_folder(tmp_path / "other" / "deep" / "b"):
         raise OSError("disk full")
     assert not (tmp_path / "other").exists()
+
+
+def test_answers_that_packing_would_move_are_refused():
+    rows = {"input_ids": [[0, 2, 8, 3], [2, 9, 9, 3]], "attention_mask": [[0, 1, 1, 1], [1, 1, 1, 1]]}
+    dataset = datasets.Dataset.from_dict(rows | {"start_positions": [2, 1], "end_positions": [2, 2]})
+    with pytest.raises(ValueError, match="'start_positions' counts tokens of its row, but row 0 begins with 1 tokens"):
+        pack_dataset(dataset, max_sequence_length=8)
+    whole = dataset.remove_columns("attention_mask")
+    for overlong in ("truncate", "split"):
+        with pytest.raises(ValueError, match=f"row 0 would be cut by overlong='{overlong}'"):
+            pack_dataset(whole, max_sequence_length=3, overlong=overlong)
+    assert pack_dataset(whole, max_sequence_length=4)["start_positions"][:] == [[2], [1]]
