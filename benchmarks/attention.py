@@ -5,7 +5,8 @@
     python benchmarks/attention.py --parts cost --tokens 2048 --lengths 128 512 2048
 
 cost         forward and backward of each head, at a fixed number of tokens in the batch: as sequences of 128 tokens, of
-             256, and so on. 4 heads of width 64, every option as it is by default; the stride of strided, fixed and
+             256, and so on, each less one token, as few lengths are multiples of what a head computes by. 4 heads of
+             width 64, every option as it is by default; the stride of strided, fixed and
              axial is the root of the length. All lengths and heads take turns, round by round; the least time counts,
              in parentheses the greatest. What follows from the layout alone is made before, as for a model's second
              layer. "slope": of time against length in a log-log plot, over the longer half of the lengths: 0 where a
@@ -122,12 +123,12 @@ def main() -> None:
 
 
 class Case:
-    """One head and a batch of sequences of one length."""
+    """One head and a batch of sequences, each one token shorter than `length`, and a short one that fills it up."""
 
     def __init__(self, name: str, length: int, tokens: int, device: str):
         torch.manual_seed(0)
         self.head = ATTENTION[name](num_heads=NUM_HEADS, head_width=HEAD_WIDTH, max_sequence_length=length).to(device)
-        self.sequence_ids = (torch.arange(tokens, device=device) // length + 1)[None]
+        self.sequence_ids = (torch.arange(tokens, device=device) // (length - 1) + 1)[None]
         self.layout = PackLayout(self.sequence_ids)
 
     def run(self, tensors: list[Tensor]) -> None:
@@ -261,7 +262,7 @@ def show_cost(options) -> Iterator[str]:
     heads = [name for name in names if name not in failed]
     wall, cpu = ({key: rows[:, i].min() for key, rows in seconds.items()} for i in (0, 1))
     columns = " | ".join(f"n = {length:,}" for length in lengths)
-    yield f"\nms, forward and backward, {options.tokens:,} tokens, {options.rounds} rounds: the least (the greatest)\n"
+    yield f"\nms, forward and backward, {options.tokens:,} tokens in sequences of n - 1, {options.rounds} rounds: the least (the greatest)\n"
     yield f"| head | a sequence costs | {columns} | slope | slope, cpu | cpu / wall | beats {EXACT} from | in cpu |"
     yield f"|---|---|{'--:|' * (len(lengths) + 5)}"
     for name in heads:
