@@ -262,7 +262,8 @@ def show_cost(options) -> Iterator[str]:
     heads = [name for name in names if name not in failed]
     wall, cpu = ({key: rows[:, i].min() for key, rows in seconds.items()} for i in (0, 1))
     columns = " | ".join(f"n = {length:,}" for length in lengths)
-    yield f"\nms, forward and backward, {options.tokens:,} tokens in sequences of n - 1, {options.rounds} rounds: the least (the greatest)\n"
+    what = f"{options.tokens:,} tokens in sequences of n - 1, {options.rounds} rounds"
+    yield f"\nms, forward and backward, {what}: the least (the greatest)\n"
     yield f"| head | a sequence costs | {columns} | slope | slope, cpu | cpu / wall | beats {EXACT} from | in cpu |"
     yield f"|---|---|{'--:|' * (len(lengths) + 5)}"
     for name in heads:

