@@ -69,7 +69,9 @@ def run(attention: nn.Module, layout: PackLayout, inputs: list[Tensor], weights:
     attention.zero_grad()
     context = attention(*inputs, layout)
     (context * weights).sum().backward()
-    results = {"context": context.detach(), **{f"gradient {i}": x.grad for i, x in enumerate(inputs)}}
+    # a head need not read all inputs: what it leaves alone has a gradient of 0
+    gradients = (torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
+    results = {"context": context.detach(), **{f"gradient {i}": gradient for i, gradient in enumerate(gradients)}}
     return results | {f"parameter {name}": p.grad.clone() for name, p in attention.named_parameters()}
 
 

@@ -371,7 +371,6 @@ def test_lsh_reads_queries_only_and_says_so():
     head, layout = make(LSHAttention), layout_of([[1] * 5 + [2] * 9])
     query, key, value = heads_input(layout)
     context, *gradients = with_gradients(lambda *x: head(*x, layout), [query, key, value])
-    assert head.ties_key_to_query
     assert (head(query, value, value, layout) == context).all()
     assert (gradients[1] == 0).all() and gradients[0].abs().sum() > 0
 
@@ -607,7 +606,10 @@ def test_layers_draw_different_things_and_always_the_same(build):
     [
         (LSHAttention, {"num_rounds": 0}, "num_rounds=0 must be at least 1"),
         (LSHAttention, {"bucket_size": 0}, "bucket_size=0 must be at least 1"),
-        (RoutingAttention, {"num_clusters": 0}, "num_clusters=0 must be at least 1; None for about"),
+        (LSHAttention, {"bucket_size": "64"}, "bucket_size='64' must be an integer: give the number of tokens"),
+        (RoutingAttention, {"num_clusters": 2.5}, r"num_clusters=2\.5 must be an integer"),
+        (SinkhornAttention, {"block_size": 1.5}, r"block_size=1\.5 must be an integer"),
+        (RoutingAttention, {"num_clusters": 0}, "num_clusters=0 must be at least 1: .*or None for about"),
         (RoutingAttention, {"decay": 1.5}, r"decay=1\.5 must be in 0\.\.1"),
         (SinkhornAttention, {"block_size": 0}, "block_size=0 must be at least 1"),
         (SinkhornAttention, {"temperature": 0}, "temperature=0 must be above 0"),

@@ -370,6 +370,7 @@ def test_a_memory_that_is_not_emptied_would_be_caught():
     [
         (InducingAttention, {"points": 0}, "points=0 must be at least 1: give the number of summaries"),
         (LinformerAttention, {"rank": 0}, "rank=0 must be at least 1"),
+        (LinformerAttention, {"rank": 2.5}, r"rank=2\.5 must be an integer: give the number of rows"),
         (LinformerAttention, {"initial": "zeros"}, r"unknown initial='zeros'; choose from \['means', 'random'\]"),
         (NystromAttention, {"landmarks": 0}, "landmarks=0 must be at least 1"),
         (NystromAttention, {"iterations": 0}, "iterations=0 must be at least 1"),

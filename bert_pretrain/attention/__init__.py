@@ -88,10 +88,13 @@ def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, 
 
     After this, call the model with `sequence_ids=` (B, L); each layer then attends within sequences only.
     Raises ValueError for an unknown name or option, a list of another length than the layers, attention dropout that a
-    head cannot honour, or an encoder that cannot be given other attention.
+    head cannot honour, or a model that cannot be given other attention, such as a causal one; the model is then as it
+    was.
     """
     layers = attention_layers(model)
-    choices = [attention] * len(layers) if isinstance(attention, str) or callable(attention) else list(attention)
+    choices = [attention] * len(layers) if isinstance(attention, str) or callable(attention) else attention
+    if not isinstance(choices, Sequence):
+        raise ValueError(f"attention={attention!r} must be a name, a callable, or a list of these, one per layer")
     if len(choices) != len(layers):
         raise ValueError(
             f"got {len(choices)} attention heads for {len(layers)} layers; give one per layer, or one name"
@@ -99,7 +102,7 @@ def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, 
     builders = [_builder(choice) for choice in choices]
     _refuse_unknown_options(builders, options)
     config = model.config
-    dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
+    heads = []
     for index, (layer, builder) in enumerate(zip(layers, builders, strict=True)):
         head = builder(
             num_heads=config.num_attention_heads,
@@ -108,12 +111,15 @@ def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, 
             layer_index=index,
             **{name: value for name, value in options.items() if _takes(builder, name)},
         )
+        name, dropout = _attention_dropout(layer, config)
         if dropout and not getattr(head, "supports_dropout", True):
             raise ValueError(
-                f"{type(head).__name__} cannot drop attention weights, but attention_probs_dropout_prob={dropout}; "
-                "set it to 0 in the model's config"
+                f"{type(head).__name__} cannot drop attention weights, but {name}={dropout}; set it to 0 in the config "
+                f"that the model is made from, as by from_pretrained(…, {name}=0.0)"
             )
-        layer.attention_head = head.to(next(layer.parameters()))
+        heads.append(head.to(next(layer.parameters())))
+    for layer, head in zip(layers, heads, strict=True):
+        layer.attention_head = head
     names = [choice if isinstance(choice, str) else f"{_name(choice)} (a callable)" for choice in choices]
     config.packed_attention = names[0] if len(set(names)) == 1 else names
     config.packed_attention_options = options
@@ -162,7 +168,7 @@ def initialize_head(head: nn.Module) -> None:
 def attention_layers(model: nn.Module) -> list[nn.Module]:
     """The modules of an encoder that call transformers' attention interface, layer by layer.
 
-    Raises ValueError for a model without any, and for layers with a window of their own.
+    Raises ValueError for a model without any, for causal layers, and for layers with a window of their own.
     """
     layers = [module for module in model.modules() if _calls_interface(type(module))]
     config = getattr(model, "config", None)
@@ -170,6 +176,12 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
         raise ValueError(
             f"{type(model).__name__} has no layer that calls transformers' attention interface, so it cannot be given "
             "another attention"
+        )
+    decoder = any(getattr(config, name, False) for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention"))
+    if decoder or any(getattr(layer, "is_causal", False) for layer in layers):
+        raise ValueError(
+            f"{type(model).__name__} is causal or a decoder, but attention heads see both directions; "
+            "take an encoder, with is_decoder=False and add_cross_attention=False"
         )
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
@@ -225,11 +237,28 @@ def packed_attention(
 
 
 def _layout_of(sequence_ids: Tensor) -> PackLayout:
-    """The layout of these ids, made by the first layer of a forward pass and kept with the tensor for the others."""
-    layout = getattr(sequence_ids, "packed_layout", None)
-    if layout is None:
-        layout = sequence_ids.packed_layout = PackLayout(sequence_ids)
+    """The layout of these ids, made by the first layer of a forward pass and kept with the tensor for the others.
+
+    Made anew when the tensor was written to since. It holds an alias of the tensor: with the tensor itself it would be
+    a cycle, and every batch's masks would wait for the garbage collector.
+    """
+    version = None if sequence_ids.is_inference() else sequence_ids._version
+    layout, made_from = getattr(sequence_ids, "packed_layout", (None, None))
+    if layout is None or version is None or made_from != version:
+        layout = PackLayout(sequence_ids.detach())
+        sequence_ids.packed_layout = layout, version
     return layout
+
+
+def _attention_dropout(layer: nn.Module, config) -> tuple[str, float]:
+    """The config's name of attention dropout, and how much the layer applies: fixed when it was made."""
+    name = next((n for n in ("attention_probs_dropout_prob", "attention_dropout") if hasattr(config, n)), None)
+    configured = getattr(config, name) if name else 0.0
+    for own in ("attention_dropout", "dropout"):
+        module = getattr(layer, own, None)
+        if isinstance(module, nn.Dropout):
+            return name or own, max(module.p, configured)
+    return name or "attention_dropout", configured
 
 
 def _refuse_unknown_options(builders: Sequence[Callable], options: dict) -> None:

@@ -51,7 +51,7 @@ class AttentionHead(nn.Module):
         if dropout and not self.supports_dropout:
             raise ValueError(
                 f"{type(self).__name__} cannot drop attention weights, but dropout={dropout}; "
-                "set attention_probs_dropout_prob=0 in the model's config"
+                "make the model from a config with attention_probs_dropout_prob=0"
             )
         if layout.num_sequences == 0:
             # no token, but a part of the graph: a rank without packs still has a gradient, of 0, for every parameter

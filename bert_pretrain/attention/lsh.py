@@ -7,9 +7,9 @@
 
 Cost: rounds * N * 2 C * K per head, the hash (n / 2C columns a round) and the sort; memory rounds * N * 2 C.
 
-Queries and keys are one: the keys given to this head are ignored, and the layer that owns it should tie its key
-projection to the query's. With tied projections the attention of a stock checkpoint is another function; it must be
-trained on.
+Queries and keys are one: the keys given to this head are ignored. The layer's key projection idles, with a gradient of
+zeros, so that every parameter has one and checkpoints keep their form. The attention of a stock checkpoint becomes
+another function; it must be trained on.
 
 Isolation: a sequence has a number of buckets that follows from its own length; a sort by (sequence, hash, position)
 leaves every sequence in its own place; the chunks are `PackLayout.chunks` of the sorted tokens; and the chunk before
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.whole_sequences import check_positive
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
@@ -46,9 +47,8 @@ class LSHOptions:
     """Of the rotations; every layer draws its own under the same seed."""
 
     def __post_init__(self) -> None:
-        for name in ("num_rounds", "bucket_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_positive("num_rounds", self.num_rounds, "hash rounds")
+        check_positive("bucket_size", self.bucket_size, "tokens of a chunk")
 
 
 class Places(NamedTuple):
@@ -69,9 +69,6 @@ class LSHAttention(AttentionHead):
     """Shared query/key softmax over the tokens of like hash, several rounds combined. No parameters, one buffer."""
 
     Options = LSHOptions
-
-    ties_key_to_query = True
-    """The layer's key projection is to be the query's own Parameter: `key_THK` is ignored."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

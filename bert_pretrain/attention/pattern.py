@@ -145,6 +145,12 @@ class PatternAttention(AttentionHead):
             )
             own = torch.arange(layout.num_sequences, device=query_THK.device)[:, None]
             extra_sequence = torch.where(extra[2], own, -1).flatten()
+        if (
+            not query_THK.is_cuda
+            and torch.is_grad_enabled()
+            and any(x.requires_grad for x in (query_THK, key_THK, value_THK))
+        ):
+            raise ValueError("flex has no gradient on CPUs; set execution='chunks' there, or use torch.no_grad()")
         block_mask = layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout, extra_sequence))
         flex_attention, _ = flex_functions()
         query, key, value = (x.transpose(0, 1)[None] for x in (query_THK, key_THK, value_THK))

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.whole_sequences import check_positive
 from collate.layout import PackLayout
 from collate.length_groups import WIDTH_STEP
 
@@ -53,8 +54,8 @@ class RoutingOptions:
     """Of the first centroids; every layer draws its own under the same seed."""
 
     def __post_init__(self) -> None:
-        if self.num_clusters is not None and self.num_clusters < 1:
-            raise ValueError(f"num_clusters={self.num_clusters} must be at least 1; None for about sqrt(n)")
+        if self.num_clusters is not None:
+            check_positive("num_clusters", self.num_clusters, "clusters, or None for about sqrt(n)")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay={self.decay} must be in 0..1; 1 keeps the centroids as they are")
 

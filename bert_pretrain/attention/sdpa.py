@@ -2,7 +2,8 @@
 
     context_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j,    j over the tokens of i's own sequence
 
-Cost: sum of n^2 K over the sequences, each n rounded up to a multiple of 16; memory likewise, with no mask of L x L.
+Cost: sum of n^2 K over the sequences, each n rounded up to a multiple of 16. Memory N; but where a group is padded to
+its width, torch's CPU kernel makes a float of every query and key of it: n^2 per sequence, never L^2 per row.
 
 A block-diagonal mask would cost L^2 K for each row and multiply other sequences' values by 0. Here the sequences are
 regrouped by length (`collate.length_groups`), and each group is one call of torch's scaled_dot_product_attention. No

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.whole_sequences import check_positive
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather
@@ -50,9 +51,8 @@ class SinkhornOptions:
     """Of the first W and the noise; every layer draws its own under the same seed."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_positive("block_size", self.block_size, "tokens of a block")
+        check_positive("num_iterations", self.num_iterations, "normalisations in turn")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
         if self.noise < 0:

@@ -25,6 +25,6 @@ class VarlenAttention(AttentionHead):
             )
         from torch.nn.attention.varlen import varlen_attn
 
-        longest = self.max_sequence_length  # an upper bound does, and needs no wait for the device
+        longest = layout.sequence_ids_BL.shape[1]  # an upper bound does, and needs no wait for the device
         inputs = (x.contiguous() for x in (query_THK, key_THK, value_THK))
         return varlen_attn(*inputs, layout.cu_seqlens, layout.cu_seqlens, longest, longest)

@@ -1,0 +1,93 @@
+"""use_attention on stock models: what it refuses, what it leaves behind, and whose layout a batch gets."""
+
+import gc
+import re
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from attention_contract import check_contract
+from test_equivalence import make_config
+from transformers import BertForMaskedLM, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+
+from bert_pretrain.attention import AttentionHead, use_attention
+
+TINY = {"vocab_size": 60, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "bos_token_id": 1}
+TINY |= {"eos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GPT2Model(GPT2Config(attn_pdrop=0.0, n_positions=16, **TINY)),
+        lambda: LlamaModel(LlamaConfig(intermediate_size=8, **TINY)),
+        lambda: BertModel(make_config(is_decoder=True)),
+    ],
+)
+def test_causal_models_are_refused(make):
+    """Heads see both directions: a causal model would go on without a word, and see the future."""
+    model = make()
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"is causal or a decoder.*take an encoder"):
+        use_attention(model, "sdpa")
+    assert model.config._attn_implementation == before
+
+
+def test_a_refused_model_is_as_it_was():
+    model = BertForMaskedLM(make_config(attention_probs_dropout_prob=0.1))
+    with pytest.raises(ValueError, match=r"LSHAttention cannot drop.*attention_probs_dropout_prob=0\.1"):
+        use_attention(model, ["local", "lsh"])
+    assert not any("attention_head" in name for name, _ in model.named_modules())
+    for attention in (None, 3):
+        with pytest.raises(ValueError, match="must be a name, a callable, or a list of these"):
+            use_attention(model, attention)
+
+
+def test_dropout_is_that_of_the_layers_and_not_what_the_config_says_later():
+    model = BertForMaskedLM(make_config(attention_probs_dropout_prob=0.1))
+    model.config.attention_probs_dropout_prob = 0.0
+    with pytest.raises(ValueError, match=r"cannot drop.*=0\.1; set it to 0 in the config that the model is made from"):
+        use_attention(model, "lsh")
+
+
+def test_ids_written_anew_make_a_layout_anew():
+    """A buffer that the next batch is copied into."""
+    torch.manual_seed(0)
+    model = use_attention(BertModel(make_config()).double().eval(), "sdpa")
+    input_ids = torch.randint(5, 60, (1, 12))
+    buffer, following = torch.tensor([[1] * 8 + [2] * 4]), torch.tensor([[1] * 3 + [2] * 9])
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            ids = buffer.clone()
+            model(input_ids, sequence_ids=ids)
+            ids.copy_(following)
+            found = model(input_ids, sequence_ids=ids).last_hidden_state
+            assert torch.equal(found, model(input_ids, sequence_ids=following.clone()).last_hidden_state)
+
+
+def test_a_batch_is_freed_without_the_garbage_collector():
+    model = use_attention(BertModel(make_config()).eval(), "sdpa")
+    ids = torch.tensor([[1] * 8 + [2] * 4])
+    gone = weakref.ref(ids)
+    gc.disable()
+    try:
+        model(torch.randint(5, 60, ids.shape), sequence_ids=ids)
+        del ids
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_flex_execution_refuses_gradients_on_cpus():
+    model = use_attention(BertModel(make_config()), "local", execution="flex")
+    with pytest.raises(ValueError, match=r"flex has no gradient on CPUs; set execution='chunks'"):
+        model(torch.ones(1, 4, dtype=torch.int64), sequence_ids=torch.tensor([[1, 1, 2, 2]]))
+
+
+def test_the_readmes_own_head_keeps_the_contract():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    source = re.search(r"class MeanAttention.*?(?=\n\n\n)", readme, re.DOTALL).group()
+    names = {"AttentionHead": AttentionHead}
+    exec(source, names)
+    check_contract(names["MeanAttention"])
