@@ -11,7 +11,8 @@ from attention_contract import check_contract
 from test_equivalence import make_config
 from transformers import BertForMaskedLM, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
-from bert_pretrain.attention import AttentionHead, use_attention
+from bert_pretrain.attention import ATTENTION, AttentionHead, use_attention
+from collate import PackLayout
 
 TINY = {"vocab_size": 60, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "bos_token_id": 1}
 TINY |= {"eos_token_id": 2}
@@ -91,3 +92,11 @@ def test_the_readmes_own_head_keeps_the_contract():
     names = {"AttentionHead": AttentionHead}
     exec(source, names)
     check_contract(names["MeanAttention"])
+
+
+@pytest.mark.parametrize("name", ["lsh", "routing", "linformer"])
+def test_a_sequence_that_is_too_long_is_refused(name):
+    head = ATTENTION[name](num_heads=2, head_width=8, max_sequence_length=20)
+    layout = PackLayout(torch.tensor([[1] * 5 + [2] * 21]))
+    with pytest.raises(ValueError, match=r"21 tokens.*max_sequence_length=20"):
+        head(*[torch.randn(26, 2, 8) for _ in range(3)], layout)

@@ -65,5 +65,14 @@ class AttentionHead(nn.Module):
         """The mechanism, for a batch with at least one sequence."""
         raise NotImplementedError
 
+    def refuse_longer(self, layout: PackLayout) -> None:
+        """Raise ValueError for a sequence of more than max_sequence_length tokens, where that sizes what a head has."""
+        widest = max(width for _, width in layout.length_groups.shapes)  # known, so that a device is not waited for
+        if widest > self.max_sequence_length and int(layout.lengths.max()) > self.max_sequence_length:
+            raise ValueError(
+                f"a sequence of {int(layout.lengths.max())} tokens is longer than the max_sequence_length="
+                f"{self.max_sequence_length} that {type(self).__name__} was built for; give it a larger one"
+            )
+
     def extra_repr(self) -> str:
         return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))

@@ -84,6 +84,7 @@ class LSHAttention(AttentionHead):
         self.rotations.copy_(torch.randn(self.rotations.shape, generator=generator, device="cpu"))
 
     def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+        self.refuse_longer(layout)
         query_THK = InsteadOf.apply(query_THK, key_THK)
         chunks = layout.chunks(self.options.bucket_size)
         places = sort_into_chunks(self.hash(query_THK.detach(), layout), layout.sequence_of_token, chunks)

@@ -88,6 +88,7 @@ class RoutingAttention(AttentionHead):
         return max(1, min(self.options.num_clusters or round(math.sqrt(length)), length))
 
     def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+        self.refuse_longer(layout)
         if self._micro_batches >= PATIENCE:
             raise RuntimeError(
                 f"routing centroids were not updated in {PATIENCE} micro-batches; add RoutingCallback() to the "
