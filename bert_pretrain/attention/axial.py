@@ -41,6 +41,8 @@ from collate.layout import PackLayout
 
 @dataclass(frozen=True)
 class AxialOptions:
+    """What `use_attention(model, "axial", …)` takes."""
+
     columns: int | None = None
     """c: rows get longer and columns shorter as it grows. None: the rounded root of max_sequence_length."""
 

@@ -29,6 +29,8 @@ from collate.layout import PackLayout
 
 @dataclass(frozen=True)
 class BigBirdOptions(PatternOptions):
+    """What `use_attention(model, "bigbird", …)` takes."""
+
     block: int = 64
     """Tokens of a block: larger ones make better use of the hardware, smaller ones a finer pattern."""
 

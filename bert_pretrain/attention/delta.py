@@ -35,10 +35,12 @@ from collate.length_groups import Gather
 
 
 def unit_norm(x: Tensor) -> Tensor:
+    """Features of length 1: 3, 4 -> 0.6, 0.8."""
     return F.normalize(x, dim=-1)
 
 
 def unit_sum(x: Tensor) -> Tensor:
+    """Features of the linear head, their sum 1."""
     return F.normalize(elu_plus_one(x), p=1, dim=-1)
 
 
@@ -47,6 +49,8 @@ FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"norm": unit_norm, "elu": uni
 
 @dataclass(frozen=True)
 class DeltaOptions:
+    """What `use_attention(model, "delta", …)` takes."""
+
     chunk: int = 64
     """Tokens of a chunk. Changes the time only: larger ones do more work at once and more of it."""
 

@@ -28,6 +28,8 @@ from collate.layout import PackLayout
 
 @dataclass(frozen=True)
 class EtcOptions(PatternOptions):
+    """What `use_attention(model, "etc", …)` takes."""
+
     window: int = 128
     """Tokens seen to each side; more see further, at a cost in proportion."""
 

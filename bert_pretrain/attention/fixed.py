@@ -27,6 +27,8 @@ from collate.layout import PackLayout
 
 @dataclass(frozen=True)
 class FixedOptions(StrideOptions):
+    """What `use_attention(model, "fixed", …)` takes."""
+
     summary: int = 4
     """c: the last tokens of each block, which all tokens of the sequence see."""
 

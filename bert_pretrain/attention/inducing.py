@@ -24,6 +24,8 @@ from bert_pretrain.attention.whole_sequences import WholeSequenceHead, check_pos
 
 @dataclass(frozen=True)
 class InducingOptions:
+    """What `use_attention(model, "inducing", …)` takes."""
+
     points: int = 64
     """Summaries of each sequence. More keep finer detail and cost in proportion; fewer press harder."""
 

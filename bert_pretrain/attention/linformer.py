@@ -46,6 +46,8 @@ INITIAL: dict[str, Callable[[Tensor], None]] = {"means": fill_with_means, "rando
 
 @dataclass(frozen=True)
 class LinformerOptions:
+    """What `use_attention(model, "linformer", …)` takes."""
+
     rank: int = 128
     """Rows that a sequence's keys and values are projected to, r; no more than max_sequence_length are made. More
     follow full attention closer and cost in proportion."""

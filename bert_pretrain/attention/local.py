@@ -22,6 +22,8 @@ from collate.layout import PackLayout
 
 @dataclass(frozen=True)
 class LocalOptions(PatternOptions):
+    """What `use_attention(model, "local", …)` takes."""
+
     window: int = 128
     """Tokens seen to each side; more see further, at a cost in proportion."""
 
@@ -49,6 +51,8 @@ class LocalAttention(PatternAttention):
 
 
 def banded(window: int) -> Sees:
+    """The pattern of own positions at most `window` apart."""
+
     def sees(head, query, key, length):
         return (query - key).abs() <= window
 

@@ -28,6 +28,8 @@ from collate.layout import PackLayout
 
 @dataclass(frozen=True)
 class LongformerOptions(PatternOptions):
+    """What `use_attention(model, "longformer", …)` takes."""
+
     window: int = 128
     """Tokens seen to each side; more see further, at a cost in proportion. The paper's window is 2 w."""
 

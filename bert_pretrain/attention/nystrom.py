@@ -27,6 +27,8 @@ from collate.length_groups import WIDTH_STEP
 
 @dataclass(frozen=True)
 class NystromOptions:
+    """What `use_attention(model, "nystrom", …)` takes."""
+
     landmarks: int = 64
     """Segments a sequence is cut into, m. More follow the softmax closer; the cost grows with N m and m^3."""
 

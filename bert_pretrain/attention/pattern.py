@@ -48,12 +48,14 @@ class PatternOptions:
 
 
 def check_choice(options: object, name: str, choices: tuple) -> None:
+    """Raise ValueError for an option that is none of the choices."""
     value = getattr(options, name)
     if value not in choices:
         raise ValueError(f"{type(options).__name__}: {name}={value!r} is unknown; choose from {', '.join(choices)}")
 
 
 def check_at_least(options: object, name: str, limit: int, cure: str) -> None:
+    """Raise ValueError for an option that is no integer of at least `limit`; None passes."""
     value = getattr(options, name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < limit):
         raise ValueError(f"{type(options).__name__}: {name}={value!r} must be an integer of at least {limit}; {cure}")
@@ -233,6 +235,7 @@ class LengthSplit:
 
 
 def split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
+    """The sequences of up to longest_short tokens apart from the others; once per batch for all layers."""
     return layout.derived(("split by length", longest_short), lambda: _split_by_length(layout, longest_short))
 
 

@@ -28,6 +28,8 @@ STABILISERS = ("product", "exponent")
 
 @dataclass(frozen=True)
 class PerformerOptions:
+    """What `use_attention(model, "performer", …)` takes."""
+
     features: int = 256
     """Random features, m. Four times as many halve the error and cost four times as much."""
 

@@ -35,6 +35,8 @@ from collate.layout import PackLayout
 
 @dataclass(frozen=True)
 class StrideOptions(PatternOptions):
+    """What `use_attention(model, "strided", …)` takes."""
+
     stride: int | None = None
     """l: rows get longer and columns shorter as it grows. None: the rounded root of max_sequence_length."""
 

@@ -54,6 +54,7 @@ class WholeSequenceHead(AttentionHead):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """16 bits widened to 32; others as they are."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

@@ -63,6 +63,7 @@ def windows_of_tokens(layout: PackLayout, window: int) -> Windows:
 
 
 def chunk_and_reach(window: int) -> tuple[int, int]:
+    """Tokens of a chunk, and how many chunks to each side the window reaches into."""
     size = max(SMALLEST_CHUNK, min(window, LARGEST_CHUNK))
     return size, -(-window // size)
 
