@@ -46,7 +46,8 @@ def _train(arguments: list[str]) -> None:
 
     from transformers import HfArgumentParser, TrainingArguments
 
-    from bert_pretrain.pretrain import PretrainConfig, pretrain
+    from bert_pretrain.config import PretrainConfig
+    from bert_pretrain.pretrain import pretrain
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     parser = HfArgumentParser((PretrainConfig, TrainingArguments), prog="bert-pretrain train")

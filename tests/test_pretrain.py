@@ -7,8 +7,9 @@ import pytest
 from datasets import load_from_disk
 from transformers import BertForPreTraining, TrainingArguments, pipeline
 
+from bert_pretrain.batch import _split_step, set_batch
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.pretrain import PretrainConfig, _split_step, set_batch
+from bert_pretrain.config import PretrainConfig
 from packing import packed_info
 from packing.cli import main as pack_dataset
 

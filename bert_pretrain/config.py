@@ -1,0 +1,55 @@
+"""What a pretraining run is configured with, beside transformers' TrainingArguments."""
+
+from dataclasses import dataclass, field
+
+from bert_pretrain.attention import ATTENTION
+from bert_pretrain.loss import MLM_LOSSES
+
+CONFIG_FILE = "pretrain.json"
+"""What a run was configured with, beside its checkpoints: a resumed run must be configured alike."""
+
+
+def _help(text: str, default):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One pretraining run; how to optimize it is transformers' TrainingArguments' business."""
+
+    dataset: str = field(metadata={"help": "Folder written by pack-dataset; splits train and, if there is one, test."})
+    tokenizer: str = field(metadata={"help": "Folder or name of the tokenizer that the dataset was made with."})
+    model: str | None = _help("BERT checkpoint to continue from; by default a new model is made.", None)
+    attention: str = _help(f"Attention head: {', '.join(ATTENTION)}; or one per layer, parted by commas.", "sdpa")
+    attention_options: str | None = _help("Options of the attention heads, as JSON: '{\"window\": 64}'.", None)
+    mlm_loss: str = _help(
+        "What the MLM loss is the mean of: sequence (every sequence weighs the same) or token (every predicted token).",
+        MLM_LOSSES[0],
+    )
+    mlm_probability: float = _help("Share of each sequence's tokens that are predicted.", 0.15)
+    sequences_per_step: int = _help(
+        "Sequences per optimizer step, over all devices. Packs per step follow from the packing factor, so packing "
+        "changes nothing else; per_device_train_batch_size is the most packs in one forward pass.",
+        256,
+    )
+    hidden_size: int = _help("Width of a new model.", 768)
+    num_hidden_layers: int = _help("Layers of a new model.", 12)
+    num_attention_heads: int = _help("Attention heads per layer of a new model.", 12)
+    intermediate_size: int | None = _help("Feed-forward width of a new model; by default 4 x hidden_size.", None)
+    hidden_dropout_prob: float = _help("Dropout of a new model's hidden states.", 0.1)
+    attention_probs_dropout_prob: float | None = _help(
+        "Dropout of attention weights; by default that of the checkpoint, or 0.1 for a new model, and 0 where an "
+        "attention head cannot drop weights.",
+        None,
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("sequences_per_step", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.mlm_loss not in MLM_LOSSES:
+            raise ValueError(f"unknown mlm_loss {self.mlm_loss!r}; choose from {list(MLM_LOSSES)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
+            )

@@ -1,0 +1,76 @@
+"""Configuration + vocabulary -> the model to pretrain."""
+
+import json
+import logging
+
+from transformers import AutoConfig, BertConfig
+
+from bert_pretrain.attention import ATTENTION
+from bert_pretrain.config import PretrainConfig
+from bert_pretrain.model import PackedBertForPreTraining
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(
+    config: PretrainConfig, vocabulary_size: int, pad_token_id: int, max_sequence_length: int
+) -> PackedBertForPreTraining:
+    """A new model whose vocabulary and positions are the dataset's, or the checkpoint to continue from, checked."""
+    attention, options = _chosen_attention(config)
+    if config.model is None:
+        bert = BertConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size or 4 * config.hidden_size,
+            hidden_dropout_prob=config.hidden_dropout_prob,
+            attention_probs_dropout_prob=_attention_dropout(config, 0.1),
+            max_position_embeddings=max_sequence_length,
+            pad_token_id=pad_token_id,
+            mlm_loss=config.mlm_loss,
+            packed_attention=attention,
+            packed_attention_options=options,
+        )
+        return PackedBertForPreTraining(bert)
+    bert = AutoConfig.from_pretrained(config.model)
+    if not isinstance(bert, BertConfig):
+        raise ValueError(f"{config.model} is a {bert.model_type} model; only BERT checkpoints can be continued from")
+    bert.mlm_loss, bert.packed_attention, bert.packed_attention_options = config.mlm_loss, attention, options
+    bert.attention_probs_dropout_prob = _attention_dropout(config, bert.attention_probs_dropout_prob)
+    if bert.vocab_size < vocabulary_size:
+        raise ValueError(
+            f"{config.model} has a vocabulary of {bert.vocab_size}, the tokenizer one of {vocabulary_size}; "
+            "prepare the dataset with the checkpoint's own tokenizer"
+        )
+    if bert.max_position_embeddings < max_sequence_length:
+        raise ValueError(
+            f"{config.model} has {bert.max_position_embeddings} positions, but the dataset is packed for "
+            f"max_sequence_length={max_sequence_length}; prepare it with a max_sequence_length the model can hold"
+        )
+    return PackedBertForPreTraining.from_pretrained(config.model, config=bert)
+
+
+def _chosen_attention(config: PretrainConfig) -> tuple[str | list[str], dict]:
+    """ "local, sdpa" and '{"window": 64}' -> ["local", "sdpa"], {"window": 64}"""
+    choices = [name.strip() for name in config.attention.split(",")]
+    try:
+        options = json.loads(config.attention_options or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"attention_options={config.attention_options!r} is no JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise ValueError(
+            f'attention_options={config.attention_options!r} must be a JSON object, such as {{"window": 64}}'
+        )
+    return choices[0] if len(choices) == 1 else choices, options
+
+
+def _attention_dropout(config: PretrainConfig, default: float) -> float:
+    """What was asked for, or else the default, where all chosen heads can drop attention weights."""
+    if config.attention_probs_dropout_prob is not None:
+        return config.attention_probs_dropout_prob
+    heads = [ATTENTION.get(name.strip()) for name in config.attention.split(",")]
+    if all(getattr(head, "supports_dropout", True) for head in heads):
+        return default
+    logger.info("attention_probs_dropout_prob is 0: %s cannot drop attention weights", config.attention)
+    return 0.0
