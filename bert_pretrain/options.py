@@ -1,0 +1,231 @@
+"""A config file and flags -> the dataclasses that a command is configured with; flags win over the file.
+
+    bert-pretrain train config.yaml --max_steps 1000
+
+    config.yaml   learning_rate: 1e-4           --learning_rate=1e-4
+                  eval_strategy: no        ->   --eval_strategy=no
+                  save_steps: 500               --save_steps=500        --max_steps 1000
+
+The file becomes flags that stand before the real ones: so both mean the same, are checked by the same parser, and the
+last one wins. (HfArgumentParser.parse_yaml_file takes no flags beside the file, and checks no types.)
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+FORMATS = (".yaml", ".yml", ".json")
+
+
+def split_config_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """["config.yaml", "--seed", "1"] -> "config.yaml", ["--seed", "1"]"""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    return None, list(arguments)
+
+
+def read_config_file(file: str) -> dict[str, Any]:
+    """The keys and values of a YAML or JSON file."""
+    path = Path(file)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{file!r} is no config file: its name must end in {', '.join(FORMATS)}")
+    if not path.is_file():
+        raise ValueError(f"there is no config file {file!r}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text, object_pairs_hook=_without_twins) if path.suffix == ".json" else _load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"config file {file!r}: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"config file {file!r} must hold options and their values, as in `seed: 1`")
+    return values
+
+
+def _load_yaml(text: str) -> Any:
+    """YAML 1.2's scalars: 1e-4 is a number and `no` a word. By PyYAML's YAML 1.1 they are a word and False."""
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name for it; add_implicit_resolver fills it)
+
+        def construct_mapping(self, node, deep=False):
+            return _without_twins(
+                [(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value]
+            )
+
+    for tag, pattern in (
+        ("null", r"null|~|"),
+        ("bool", r"true|True|false|False"),
+        ("int", r"[-+]?(0|[1-9][0-9]*)"),
+        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), None)
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _without_twins(pairs: Iterable[tuple[Any, Any]]) -> dict:
+    values: dict = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key!r} is given twice")
+        values[key] = value
+    return values
+
+
+def refuse_unknown(known: Iterable[str], config_file: str | None, keys: Iterable[str], flags: Sequence[str]) -> None:
+    """Raise ValueError for a key of the file or a flag that no option has, naming the nearest one.
+
+    known: the names of all options, with underscores.
+    """
+    known = set(known)
+    for key in keys:
+        if key not in known:
+            raise ValueError(f"config file {config_file!r} has an unknown key {key!r}{_suggestion(key, known)}")
+    for flag in flags:
+        if not flag.startswith("--") or flag == "--help":
+            continue
+        name = flag[2:].partition("=")[0].replace("-", "_")
+        if name not in known and name.removeprefix("no_") not in known:
+            raise ValueError(f"unknown option --{name}{_suggestion(name, known, '--')}")
+
+
+def _suggestion(name: str, known: Iterable[str], dashes: str = "") -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {dashes}{near[0]}?" if near else "; --help lists the options"
+
+
+def names_in_source(module: str, class_name: str) -> set[str] | None:
+    """The field names of a dataclass, read from its source without importing it; None: they cannot all be known so.
+
+    A typo is told at once, where importing transformers and torch takes ten seconds or more.
+    """
+    package, _, submodule = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return None  # and importing it will say so
+    tree = ast.parse((Path(spec.origin).parent / f"{submodule.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name and not node.bases:
+            return {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
+    return None
+
+
+def parse(
+    dataclasses: Sequence[type],
+    prog: str,
+    config_file: str | None,
+    values: dict[str, Any],
+    flags: Sequence[str],
+    groups: dict[str, Sequence[str]] | None = None,
+) -> tuple:
+    """The dataclasses, filled from the file's values and the flags.
+
+    groups: {title: options} in the order in which --help shows them.
+    Raises ValueError for what the parser does not understand; prints the help and exits for --help.
+    """
+    parser = _make_parser(dataclasses, prog)
+    actions = _options(parser)
+    refuse_unknown(actions.keys() - {"help"}, config_file, values, flags)
+    _arrange(parser, groups or {})
+    given = []
+    for key, value in values.items():
+        try:
+            given += _as_flags(actions[key], value)
+        except ValueError as error:
+            raise ValueError(f"config file {config_file!r}: {key} {error}") from None
+    return parser.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)
+
+
+def _make_parser(dataclasses: Sequence[type], prog: str):
+    from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
+
+    class OptionsParser(HfArgumentParser):
+        def error(self, message: str):
+            raise ValueError(message)  # one line, as for any other bad input, instead of two hundred lines of usage
+
+    parser = OptionsParser(
+        dataclasses,
+        prog=prog,
+        usage=f"{prog} [CONFIG.yaml] [--option value …]",
+        description="Options come from a YAML or JSON file, from flags, or from both: flags win over the file.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    for action in parser._actions:
+        if action.type is string_to_bool:  # `--bf16` alone means yes, for optional booleans, too
+            action.nargs, action.const = "?", True
+        if action.dest == "report_to":  # TrainingArguments takes a list, HfArgumentParser would take one name
+            action.nargs = "+"
+    return parser
+
+
+def _options(parser) -> dict[str, Any]:
+    """{name: argparse's action}, without the --no_name that HfArgumentParser adds to booleans that default to True."""
+    options: dict[str, Any] = {}
+    for action in parser._actions:
+        options.setdefault(action.dest, action)
+    return options
+
+
+def _as_flags(action, value: Any) -> list[str]:
+    """A value of the file as the flag that means it: 0.1 -> ["--x=0.1"], ["a", "b"] -> ["--x", "a", "b"]"""
+    flag = action.option_strings[0]
+    if value is None:
+        if action.default is not None or action.required:
+            raise ValueError("has no value; give one, or leave the key out")
+        return []
+    if isinstance(value, list):
+        if action.nargs != "+":
+            raise ValueError(f"is {value!r}, but takes one value")
+        return [flag, *map(_as_text, value)] if value else []
+    return [f"{flag}={_as_text(value)}"] if action.nargs != "+" else [flag, _as_text(value)]
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """One spelling of each option; a default where there is one."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action):
+        option = action.option_strings[0]
+        if action.choices:
+            return f"{option} {{{','.join(map(str, action.choices))}}}" if len(action.choices) < 6 else f"{option} NAME"
+        if action.const is True:
+            return f"{option}, --no_{action.dest}" if action.default is True else option
+        if action.nargs == 0:
+            return option
+        kind = {int: "N", float: "X"}.get(action.type, "VALUE")
+        return f"{option} {kind}{' …' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action):
+        has_default = action.default not in (None, False, "", SUPPRESS)
+        return super()._get_help_string(action) if has_default else action.help or ""
+
+
+def _arrange(parser, groups: dict[str, Sequence[str]]) -> None:
+    """Sort the options into groups for --help; what no group names stays under the last title.
+
+    Changes what is shown, not what is parsed: argparse keeps groups as lists beside the options themselves.
+    """
+    left = _options(parser)
+    for group in parser._action_groups:
+        group._group_actions = []
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        group._group_actions = [left.pop(name) for name in (names or list(left)) if name in left]
