@@ -15,8 +15,8 @@ from transformers.utils import ModelOutput
 from bert_pretrain.attention import initialize_head, use_attention
 from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.loss import MLM_LOSSES, pretraining_metrics, pretraining_sums
+from collate.labels import IGNORED
 from collate.layout import PackLayout
-from collate.masking import IGNORED
 
 DEFAULT_ATTENTION = "sdpa"
 
@@ -24,8 +24,8 @@ DEFAULT_ATTENTION = "sdpa"
 @dataclass
 class PackedBertOutput(ModelOutput):
     """
-    loss: scalar, where labels or next_sentence_label were given.
-    sums: (12,) additive statistics, `bert_pretrain.loss.PretrainingSums`.
+    loss: scalar, where labels, or labels of sentence pairs, were given.
+    sums: (13,) additive statistics, `bert_pretrain.loss.PretrainingSums`.
     prediction_logits: (P, V) at the P predicted positions in order; without labels (B, L, V), as stock BERT has it.
     seq_relationship_logits: (N, 2), one row per [CLS] in order; sequences whose label is -100 included.
     last_hidden_state: (B, L, D) without labels, else None: training never pads back.
@@ -39,7 +39,7 @@ class PackedBertOutput(ModelOutput):
 
 
 class PackedBertForPreTraining(BertForPreTraining):
-    """BERT with MLM and NSP heads for batches of `DataCollatorWithPacking`.
+    """BERT with MLM and NSP heads for batches of `DataCollatorWithPacking`; the NSP head can learn SOP instead.
 
     Checkpoints are those of `BertForPreTraining`, tensor for tensor, in both directions. Two additions to the config:
     `packed_attention` (a name or one per layer, default "sdpa") and `mlm_loss` ("sequence": every sequence weighs the
@@ -69,6 +69,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         labels: Tensor | None = None,
         cls_positions: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
+        sentence_order_label: Tensor | None = None,
         denominators: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> PackedBertOutput:
@@ -77,6 +78,8 @@ class PackedBertForPreTraining(BertForPreTraining):
         input_ids, sequence_ids, position_ids, token_type_ids, labels: (B, L); cls_positions, next_sentence_label:
         (B, S), -1 and -100 in empty slots. position_ids defaults to counting from 0 in each sequence, cls_positions to
         each sequence's first token, token_type_ids to 0.
+        sentence_order_label: (B, S) in place of next_sentence_label, as AlbertForPreTraining has it: 0 the original
+        order of A and B, 1 switched. The same head learns it, and the metrics are called sop_… then.
         denominators: (3,) what the loss is divided by, counted over an optimizer step; None: over this batch.
         attention_mask: refused; sequence_ids says more.
         """
@@ -88,31 +91,33 @@ class PackedBertForPreTraining(BertForPreTraining):
         layout = PackLayout(sequence_ids)
         hidden_TD = self.encode(layout, input_ids, position_ids, token_type_ids)
         cls_token = self._cls_tokens(layout, cls_positions)
-        nsp_logits_N2 = self.cls.seq_relationship(self.bert.pooler(hidden_TD[cls_token][:, None]))
-        if labels is None and next_sentence_label is None:
+        pair_logits_N2 = self.cls.seq_relationship(self.bert.pooler(hidden_TD[cls_token][:, None]))
+        objective, pair_label = _pair_label(next_sentence_label, sentence_order_label)
+        if labels is None and pair_label is None:
             return PackedBertOutput(
                 prediction_logits=layout.pad(self.cls.predictions(hidden_TD)),
-                seq_relationship_logits=nsp_logits_N2,
+                seq_relationship_logits=pair_logits_N2,
                 last_hidden_state=layout.pad(hidden_TD),
             )
 
         labels_T = torch.full_like(layout.token_index, IGNORED) if labels is None else layout.unpad(labels)
         predicted = (labels_T != IGNORED).nonzero().squeeze(1)
         mlm_logits_PV = self.cls.predictions(hidden_TD[predicted])
-        labelled, nsp_labels_N = self._nsp_targets(cls_positions, next_sentence_label, cls_token)
+        labelled, pair_labels_N = self._pair_targets(cls_positions, pair_label, cls_token)
         sums = pretraining_sums(
             layout,
             mlm_logits_PV.float() if mlm_logits_PV.dtype.itemsize < 4 else mlm_logits_PV,
             labels_T[predicted],
             layout.sequence_of_token[predicted],
-            nsp_logits_N2[labelled].to(mlm_logits_PV.dtype if mlm_logits_PV.dtype.itemsize >= 4 else torch.float32),
-            nsp_labels_N,
+            pair_logits_N2[labelled].to(mlm_logits_PV.dtype if mlm_logits_PV.dtype.itemsize >= 4 else torch.float32),
+            pair_labels_N,
+            objective,
         )
         return PackedBertOutput(
             loss=sums.loss(self.config.mlm_loss, denominators),
             sums=sums.stacked(),
             prediction_logits=mlm_logits_PV,
-            seq_relationship_logits=nsp_logits_N2,
+            seq_relationship_logits=pair_logits_N2,
         )
 
     def encode(self, layout: PackLayout, input_ids, position_ids=None, token_type_ids=None) -> Tensor:
@@ -143,14 +148,14 @@ class PackedBertForPreTraining(BertForPreTraining):
         return layout.token_of_slot[pack * layout.sequence_ids_BL.shape[1] + cls_positions[pack, slot]]
 
     @staticmethod
-    def _nsp_targets(cls_positions, next_sentence_label, cls_token) -> tuple[Tensor, Tensor]:
+    def _pair_targets(cls_positions, pair_label, cls_token) -> tuple[Tensor, Tensor]:
         """Which of the N [CLS] have a label, and the labels."""
-        if next_sentence_label is None:
+        if pair_label is None:
             nothing = cls_token[:0]
             return nothing, nothing
         if cls_positions is None:
-            raise ValueError("next_sentence_label (packs, sequence slots) needs cls_positions of the same shape")
-        labels_N = next_sentence_label[cls_positions >= 0]
+            raise ValueError("labels of sentence pairs (packs, sequence slots) need cls_positions of the same shape")
+        labels_N = pair_label[cls_positions >= 0]
         labelled = (labels_N != IGNORED).nonzero().squeeze(1)
         return labelled, labels_N[labelled]
 
@@ -167,3 +172,13 @@ class PackedBertForPreTraining(BertForPreTraining):
         self.config.architectures = [BertForPreTraining.__name__]
         if is_main_process:
             self.config.save_pretrained(save_directory)
+
+
+def _pair_label(next_sentence_label: Tensor | None, sentence_order_label: Tensor | None) -> tuple[str, Tensor | None]:
+    """The objective of the sentence pairs, and their labels (B, S); there is one head for them."""
+    if next_sentence_label is not None and sentence_order_label is not None:
+        raise ValueError(
+            "the batch has next_sentence_label and sentence_order_label, and one head cannot learn both; remove one of "
+            "the columns from the dataset"
+        )
+    return ("nsp", next_sentence_label) if sentence_order_label is None else ("sop", sentence_order_label)

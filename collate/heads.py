@@ -653,6 +653,11 @@ class PreTraining(MaskedLM):
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(3,) predicted tokens, sequences with predicted tokens, sequences with a label of their pair."""
+        if self.pair_label not in batch and (others := PAIR_LABELS.keys() & batch.keys()):
+            raise ValueError(
+                f"the batch has {others.pop()!r}, but this model learns {self.pair_label!r}, which means something "
+                f"else; prepare the dataset with objective={PAIR_LABELS[self.pair_label]!r}, or remove the column"
+            )
         pairs = _counts(batch, _is_label(batch[self.pair_label]) if self.pair_label in batch else None)
         return torch.cat([super().count(batch), pairs])
 
@@ -693,10 +698,11 @@ class PreTraining(MaskedLM):
         metrics = {"loss": self.loss(sums, counts)} | _mlm_metrics(sums)
         if sums["pairs"] > 0:
             ones = sums["pair_ones"] / sums["pairs"]
+            name = PAIR_LABELS[self.pair_label]
             metrics |= {
-                "nsp_loss": sums["pair_loss"] / sums["pairs"],
-                "nsp_accuracy": sums["pair_correct"] / sums["pairs"],
-                "nsp_majority": max(ones, 1 - ones),
+                f"{name}_loss": sums["pair_loss"] / sums["pairs"],
+                f"{name}_accuracy": sums["pair_correct"] / sums["pairs"],
+                f"{name}_majority": max(ones, 1 - ones),
             }
         return metrics
 
@@ -750,6 +756,9 @@ PAIR_OUTPUTS = {
     "ernie": ("seq_relationship_logits", "next_sentence_label"),
 }
 """What stock models for pretraining call their sentence pairs' logits and labels."""
+
+PAIR_LABELS = {"next_sentence_label": "nsp", "sentence_order_label": "sop"}
+"""The labels of sentence pairs, and what metrics call them."""
 
 
 def task_for(model: nn.Module, **options) -> Task:

@@ -29,7 +29,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from collate.collator import DataCollatorWithPacking
-from collate.heads import PerSequence, prepare_head, task_for
+from collate.exact_resume import ResumesExactly
+from collate.heads import PAIR_LABELS, PerSequence, prepare_head, task_for
 from collate.layout import PADDING
 from collate.masking import IGNORED
 from collate.plain_trainer import SetEpoch, check_forward, check_model
@@ -43,25 +44,25 @@ EMPTY_PACK = {"input_ids": [], "sequence_lengths": []}
 
 
 def count_denominators(batch: dict[str, Tensor]) -> Tensor:
-    """(3,) int64: predicted tokens, sequences with predicted tokens, and sequences with a next_sentence_label.
+    """(3,) int64: predicted tokens, sequences with predicted tokens, and sequences with a label of their sentence pair.
 
     labels [[-100, 7, 8, -100]], sequence_ids [[1, 1, 1, 2]], next_sentence_label [[0, 1]]  ->  [2, 1, 2]
     """
     sequence_ids_BL = batch["sequence_ids"].long()
     zero = sequence_ids_BL.new_zeros(())
-    mlm_tokens = mlm_sequences = nsp_sequences = zero
+    mlm_tokens = mlm_sequences = pair_sequences = zero
     if "labels" in batch:
         predicted_BL = (batch["labels"] != IGNORED) & (sequence_ids_BL != PADDING)
         # a pack of L slots has at most L sequences: a fixed shape, so that a GPU need not be waited for
         hits = sequence_ids_BL.new_zeros(len(sequence_ids_BL), sequence_ids_BL.shape[1] + 1)
         hits.scatter_add_(1, sequence_ids_BL, predicted_BL.long())
         mlm_tokens, mlm_sequences = predicted_BL.sum(), (hits > 0).sum()
-    if "next_sentence_label" in batch:
-        nsp_sequences = (batch["next_sentence_label"] != IGNORED).sum()
-    return torch.stack([mlm_tokens, mlm_sequences, nsp_sequences])
+    for name in PAIR_LABELS.keys() & batch.keys():  # one of them: a model refuses both
+        pair_sequences = pair_sequences + (batch[name] != IGNORED).sum()
+    return torch.stack([mlm_tokens, mlm_sequences, pair_sequences])
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(ResumesExactly, Trainer):
     """`transformers.Trainer` for packed datasets: stock models and their heads, or models with a loss of their own.
 
     Differences to Trainer, each of which is needed for exactness:

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForPreTraining
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import use_attention
 from collate import DataCollatorWithPacking
+from collate.trainer import count_denominators
 
 MAX_LENGTH = 48
 
@@ -81,6 +82,27 @@ def test_a_packed_batch_equals_its_sequences_one_by_one(pairs, collate, mlm_loss
     hidden_TD = hidden_BLD[batch["sequence_ids"] > 0]
     torch.testing.assert_close(hidden_TD, torch.cat(expected_hidden), rtol=0, atol=1e-12)
     assert (hidden_BLD[batch["sequence_ids"] == 0] == 0).all()
+
+
+def test_the_order_of_sentences_is_learned_by_the_same_head(pairs, collate):
+    """SOP's labels instead of NSP's: the same loss, gradients and counts, under their own name."""
+    pairs[3]["next_sentence_label"] = -100
+    nsp = collate(packed_rows(pairs, MAX_LENGTH))
+    sop = dict(nsp)
+    sop["sentence_order_label"] = sop.pop("next_sentence_label")
+    assert (count_denominators(sop) == count_denominators(nsp)).all()
+    assert count_denominators(sop)[2] == len(pairs) - 1
+    _, packed = make_models()
+    outputs = [packed(**batch) for batch in (nsp, sop)]
+    assert outputs[0].loss == outputs[1].loss
+    metrics = [packed.metrics(output.sums) for output in outputs]
+    as_sop = {name.replace("nsp_", "sop_"): value for name, value in metrics[0].items()}
+    assert as_sop == metrics[1] and {"sop_loss", "sop_accuracy", "sop_majority"} <= as_sop.keys()
+    assert not any("sop" in name for name in metrics[0])
+    with pytest.raises(ValueError, match=r"22 of 44 labelled sequences have a sentence_order_label"):
+        packed.metrics(outputs[0].sums + outputs[1].sums)
+    with pytest.raises(ValueError, match="one head cannot learn both; remove one of the columns"):
+        packed(**nsp | sop)
 
 
 def test_gradient_checkpointing_changes_nothing(pairs, collate):
