@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.loss import MLM_LOSSES
 
+OPTIMIZERS = ("adamw", "lamb")
+
 CONFIG_FILE = "pretrain.json"
 """What a run was configured with, beside its checkpoints: a resumed run must be configured alike."""
 
@@ -32,6 +34,18 @@ class PretrainConfig:
         "changes nothing else; per_device_train_batch_size is the most packs in one forward pass.",
         256,
     )
+    optimizer: str = _help(
+        "adamw: what --optim says, fused AdamW where it exists. lamb: LAMB (arXiv 1904.00962), for steps of thousands "
+        "of sequences; biases and LayerNorm weights are neither decayed nor adapted layerwise.",
+        OPTIMIZERS[0],
+    )
+    beta_power: bool = _help(
+        "For --batch_policy packs, whose steps hold packing factor p times as many sequences: raise adam_beta1 and "
+        "adam_beta2 to the power p, as the packing paper (arXiv 2107.02027) does. Scaling the learning rate by p "
+        "instead slowed convergence there. With --batch_policy sequences steps are as large as without packing, and "
+        "this is refused.",
+        False,
+    )
     hidden_size: int = _help("Width of a new model.", 768)
     num_hidden_layers: int = _help("Layers of a new model.", 12)
     num_attention_heads: int = _help("Attention heads per layer of a new model.", 12)
@@ -49,6 +63,8 @@ class PretrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.mlm_loss not in MLM_LOSSES:
             raise ValueError(f"unknown mlm_loss {self.mlm_loss!r}; choose from {list(MLM_LOSSES)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose from {list(OPTIMIZERS)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

@@ -11,6 +11,7 @@ from bert_pretrain.attention.routing import RoutingAttention, RoutingCallback
 from bert_pretrain.batch import set_batch
 from bert_pretrain.config import CONFIG_FILE, PretrainConfig
 from bert_pretrain.new_model import build_model
+from bert_pretrain.optimizer import choose_optimizer
 from bert_pretrain.resume import find_checkpoint
 from bert_pretrain.tokenizer import load_tokenizer
 from collate import DataCollatorWithPacking, PackedTrainer
@@ -36,6 +37,7 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PackedTrain
         eval_dataset=test,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPacking(tokenizer, mlm_probability=config.mlm_probability, seed=training.seed),
+        optimizer_cls_and_kwargs=choose_optimizer(config, training, model, train),
     )
     if any(isinstance(module, RoutingAttention) for module in model.modules()):
         trainer.add_callback(RoutingCallback())

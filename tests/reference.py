@@ -436,3 +436,16 @@ def mask_one_by_one(sequence, key, rule, word_ids=None):
         elif kind < rule.mask_replace_prob + rule.random_replace_prob:
             corrupted[t] = ordinary[int(uniform(key, 3 * t + 2) * len(ordinary))]
     return corrupted, labels
+
+
+# Optimizers.
+
+
+def lamb_step(x, m, v, gradient, t, lr, betas, eps, weight_decay, adapted):
+    """Algorithm 2 of arXiv 1904.00962 on one tensor, its first step t = 1; returns x, m, v."""
+    beta1, beta2 = betas
+    m = beta1 * m + (1 - beta1) * gradient
+    v = beta2 * v + (1 - beta2) * gradient**2
+    update = (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps) + weight_decay * x
+    ratio = np.linalg.norm(x) / np.linalg.norm(update) if adapted else 1.0
+    return x - lr * ratio * update, m, v

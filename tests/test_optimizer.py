@@ -1,0 +1,244 @@
+"""Optimizers, their parameter groups, schedules and clipping, as a run gets them."""
+
+import copy
+import functools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import pytorch_optimizer
+import torch
+from reference import lamb_step
+from test_equivalence import make_config
+from test_pretrain import folders, train  # noqa: F401 (a fixture)
+from torch import nn
+from training_runs import make_packs, make_trainer
+from transformers import BertForPreTraining, Trainer, TrainingArguments
+
+from bert_pretrain import PackedBertForPreTraining
+from bert_pretrain.attention import ATTENTION
+from bert_pretrain.config import PretrainConfig
+from bert_pretrain.lamb import Lamb
+from bert_pretrain.optimizer import choose_optimizer
+
+ONE_DIMENSIONAL = {"strength_bias_H"}  # parameters of attention heads that are neither matrices nor called bias
+
+
+def make_parameters():
+    """Matrices of small and large norm, and vectors, one of them of zeros, in Trainer's two groups."""
+    rng = np.random.default_rng(0)
+    sizes = {(7, 5): 0.3, (40, 30): 10.0, (5,): 0.3, (3,): 0.0}
+    parameters = [nn.Parameter(torch.tensor(rng.normal(size=size) * scale)) for size, scale in sizes.items()]
+    groups = [{"params": parameters[:2], "weight_decay": 0.01}, {"params": parameters[2:], "weight_decay": 0.0}]
+    return parameters, groups
+
+
+def draw_gradients(rng, parameters):
+    for parameter in parameters:
+        parameter.grad = torch.tensor(rng.normal(size=parameter.shape) * 10.0 ** rng.integers(-4, 2))
+
+
+def error_of_lamb(make, mistake=None):
+    """(tensors,) worst relative difference to the paper's algorithm over 30 steps with warm-up."""
+    parameters, groups = make_parameters()
+    optimizer = make(groups, lr=1e-2, betas=(0.8, 0.99), eps=1e-8)
+    states = [(parameter.detach().numpy().copy(), 0.0, 0.0) for parameter in parameters]
+    rng, errors = np.random.default_rng(1), []
+    for step in range(1, 31):
+        rate = 1e-2 * min(1, step / 10)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        draw_gradients(rng, parameters)
+        for i, parameter in enumerate(parameters):
+            rules = {"t": step, "lr": rate, "betas": (0.8, 0.99), "eps": 1e-8, "adapted": parameter.ndim == 2}
+            rules |= {"weight_decay": 0.01 if parameter.ndim == 2 else 0.0} | (mistake or {})
+            states[i] = lamb_step(*states[i], parameter.grad.numpy(), **rules)
+        optimizer.step()
+        pairs = [(a.detach().numpy(), b) for a, (b, _, _) in zip(parameters, states, strict=True)]
+        errors.append([abs(a - b).max() / (abs(b).max() or 1.0) for a, b in pairs])
+    assert all(group["lr"] == rate and group["eps"] == 1e-8 for group in optimizer.param_groups)  # given back
+    return np.max(errors, 0)
+
+
+def test_lamb_is_that_of_its_paper():
+    """Both bias corrections, any norm of the weights, decay within the update, vectors without adaptation."""
+    assert float(make_parameters()[0][1].detach().norm()) > 300  # the library alone would cut it at 10
+    # not to the last digit: the library adds eps to the norm of the update
+    assert max(error_of_lamb(Lamb)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("mistake", "tensors"),
+    [
+        ({"t": 10**6}, [2, 3]),  # no bias correction; what is adapted has its scale from its own norm
+        ({"weight_decay": 0.0}, [0, 1]),
+        ({"adapted": False}, [0, 1]),
+        ({"adapted": True}, [2]),
+        ({"betas": (0.9, 0.99)}, [0, 1, 2, 3]),
+        ({"betas": (0.8, 0.999)}, [0, 1, 2, 3]),
+    ],
+)
+def test_each_rule_of_lamb_shows(mistake, tensors):
+    assert min(error_of_lamb(Lamb, mistake)[tensors]) > 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decouple": False}, {"weight_decouple": False, "adam_debias": True}])
+def test_the_librarys_own_lamb_is_not_the_papers(options):
+    """Once it is, `bert_pretrain.lamb` has no more reason to be."""
+    assert max(error_of_lamb(functools.partial(pytorch_optimizer.Lamb, **options))) > 1e-3
+
+
+def test_lamb_goes_on_from_its_state_bit_for_bit():
+    rng = np.random.default_rng(3)
+    parameters, groups = make_parameters()
+    optimizer = Lamb(groups, lr=1e-2)
+    for _ in range(3):
+        draw_gradients(rng, parameters)
+        optimizer.step()
+    others = copy.deepcopy(parameters)
+    resumed = Lamb([{"params": others[:2], "weight_decay": 0.5}, {"params": others[2:]}], lr=1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(3):
+        draw_gradients(rng, parameters)
+        for other, parameter in zip(others, parameters, strict=True):
+            other.grad = parameter.grad.clone()
+        optimizer.step()
+        resumed.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_no_decay_on_biases_and_layernorm_weights(attention):
+    """By name, for every attention head with its own parameters; the decayed ones are matrices, the others vectors."""
+    model = PackedBertForPreTraining(make_config(packed_attention=attention))
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    for name, parameter in model.named_parameters():
+        last = name.rpartition(".")[2]
+        is_spared = last == "bias" or "LayerNorm" in name or last in ONE_DIMENSIONAL
+        assert (name not in decayed) == is_spared, name
+        assert (parameter.ndim == 1) == is_spared, name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_a_run_has_the_optimizer_it_asked_for(folders, tmp_path, optimizer):  # noqa: F811
+    options = ["--weight_decay", "0.01", "--adam_epsilon", "1e-6", "--adam_beta1", "0.8", "--save_steps", "2"]
+    assert train(folders, tmp_path / optimizer, "--optimizer", optimizer, *options) == 0
+    state = torch.load(tmp_path / optimizer / "checkpoint-2" / "optimizer.pt")
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.01, 0.0]
+    assert all(group["betas"] == (0.8, 0.999) and group["eps"] == 1e-6 for group in state["param_groups"])
+    assert [group.get("adam") for group in state["param_groups"]] == (
+        [False, True] if optimizer == "lamb" else [None, None]
+    )
+    model = BertForPreTraining.from_pretrained(tmp_path / optimizer)
+    names = dict(model.named_parameters())
+    assert sum(len(group["params"]) for group in state["param_groups"]) == len(names)
+
+
+def test_an_interrupted_run_with_lamb_ends_alike(folders, tmp_path):  # noqa: F811
+    options = ["--optimizer", "lamb", "--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0"]
+    options += ["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"lr_end": 1e-6}', "--save_steps", "2"]
+    assert train(folders, tmp_path / "whole", *options) == 0
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    assert train(folders, tmp_path / "parts", *options, "--resume_from_checkpoint", checkpoint) == 0
+    whole, parts = (BertForPreTraining.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+def test_polynomial_schedule_warms_up_and_ends_where_it_is_told():
+    """lr_end beside warm-up: linear up to the rate, then a polynomial down to lr_end."""
+    with make_trainer(
+        train_dataset=make_packs(22),
+        per_device_train_batch_size=4,
+        learning_rate=0.1,
+        max_steps=10,
+        warmup_steps=4,
+        lr_scheduler_type="polynomial",
+        lr_scheduler_kwargs={"lr_end": 0.01, "power": 2.0},
+    ) as trainer:
+        trainer.train()
+        rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+        final = trainer.lr_scheduler.get_last_lr()[0]
+    expected = [0.1 * step / 4 for step in range(4)] + [0.09 * (1 - step / 6) ** 2 + 0.01 for step in range(6)]
+    assert rates == pytest.approx(expected) and final == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("packs_per_pass", "passes"), [(16, 1), (4, 4)])
+def test_the_gradient_of_the_whole_step_is_clipped(packs_per_pass, passes):
+    with make_trainer(
+        train_dataset=make_packs(16),
+        per_device_train_batch_size=packs_per_pass,
+        gradient_accumulation_steps=passes,
+        max_grad_norm=0.25,
+        learning_rate=0.5,
+    ) as trainer:
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        trainer.train()
+        moved = [a.detach() - b for a, b in zip(trainer.model.parameters(), before, strict=True)]
+        norm = next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
+    assert norm > 1  # it had to be clipped
+    length = math.sqrt(sum(float((step**2).sum()) for step in moved))
+    assert length == pytest.approx(0.5 * 0.25, rel=1e-5)  # clip_grad_norm_ adds 1e-6 to the norm
+
+
+def configured(folder, policy="packs", training=None, **changes):
+    config = SimpleNamespace(**{"optimizer": "adamw", "beta_power": False, "batch_policy": policy} | changes)
+    arguments = TrainingArguments(str(folder), use_cpu=True, adam_beta1=0.9, adam_beta2=0.98, **training or {})
+    return config, arguments, BertForPreTraining(make_config())
+
+
+@pytest.fixture
+def packs(folders):  # noqa: F811
+    from datasets import load_from_disk
+
+    from packing import packed_info
+
+    packs = load_from_disk(folders["packed"])["train"]
+    info = packed_info(packs)
+    return packs, info.num_sequences / info.num_packs
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_betas_to_the_power_of_the_packing_factor(packs, tmp_path, caplog, optimizer):
+    packs, factor = packs
+    assert factor > 1.5
+    with caplog.at_level("INFO"):
+        _, options = choose_optimizer(*configured(tmp_path, optimizer=optimizer, beta_power=True), packs)
+    assert options["betas"] == (0.9**factor, 0.98**factor)
+    assert f"to the packing factor {factor:.4f} are ({0.9**factor:.6g}, {0.98**factor:.6g})" in caplog.text
+    config, arguments, model = configured(tmp_path, optimizer=optimizer)
+    chosen = choose_optimizer(config, arguments, model, packs)
+    assert chosen is None if optimizer == "adamw" else chosen[1]["betas"] == (0.9, 0.98)
+    assert (arguments.adam_beta1, arguments.adam_beta2) == (0.9, 0.98)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": "sequences", "beta_power": True}, r"beta_power is for batch_policy='packs'.*must stay"),
+        ({"beta_power": True, "training": {"optim": "sgd"}}, r"optim='sgd' does not have"),
+        ({"optimizer": "lamb", "training": {"optim": "sgd"}}, r"optim='sgd'.*but optimizer='lamb' is none of these"),
+        ({"optimizer": "lamb", "training": {"optim_args": "a=1"}}, r"optim_args='a=1'.*leave out either"),
+    ],
+)
+def test_what_does_not_fit_is_refused(packs, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        choose_optimizer(*configured(tmp_path, **changes), packs[0])
+
+
+def test_unknown_optimizers_are_refused():
+    with pytest.raises(ValueError, match=r"unknown optimizer 'lars'; choose from \['adamw', 'lamb'\]"):
+        PretrainConfig(dataset="", tokenizer="", optimizer="lars")
+
+
+def test_lamb_is_refused_where_tensors_are_split(packs, tmp_path):
+    config, arguments, model = configured(tmp_path, optimizer="lamb")
+    arguments.fsdp = True  # afterwards: TrainingArguments wants a process group
+    with pytest.raises(ValueError, match="optimizer='lamb' needs the norms of whole tensors"):
+        choose_optimizer(config, arguments, model, packs[0])
+
+
+def test_refused_before_anything_is_written(folders, tmp_path, capsys):  # noqa: F811
+    assert train(folders, tmp_path / "bert", "--beta_power", "True") == 2
+    assert "beta_power is for batch_policy='packs'" in capsys.readouterr().err
+    assert not (tmp_path / "bert").exists()
