@@ -12,9 +12,10 @@ from bert_pretrain.batch import set_batch
 from bert_pretrain.config import CONFIG_FILE, PretrainConfig
 from bert_pretrain.new_model import build_model
 from bert_pretrain.optimizer import choose_optimizer
-from bert_pretrain.resume import find_checkpoint
+from bert_pretrain.resume import find_checkpoint, run_record
 from bert_pretrain.tokenizer import load_tokenizer
 from collate import DataCollatorWithPacking, PackedTrainer
+from collate.signals import SaveOnSignal
 from packing import packed_info
 
 
@@ -22,13 +23,15 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PackedTrain
     """Train BERT on packed data; the loss is counted per sequence. Returns the trainer, its model trained and saved.
 
     Goes on from `training.resume_from_checkpoint`, or by itself from the last checkpoint in `training.output_dir`.
+    SIGTERM and SIGUSR1 save a checkpoint and end with SystemExit: see collate.signals.
     """
     set_seed(training.seed)
     train, test = load_splits(config.dataset)
     tokenizer = load_tokenizer(config.tokenizer)
     model = build_model(config, len(tokenizer), tokenizer.pad_token_id, packed_info(train).max_sequence_length)
     set_batch(config, training, train)
-    checkpoint = find_checkpoint(config, training)
+    run = run_record(config, training, train, tokenizer)
+    checkpoint = find_checkpoint(run, training)
 
     trainer = PackedTrainer(
         model,
@@ -45,7 +48,11 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PackedTrain
         record = Path(training.output_dir) / CONFIG_FILE
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.run_record = run
+    with SaveOnSignal() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    stop.end_if_received()
     trainer.save_model()
     if test is not None:
         metrics = trainer.evaluate()

@@ -1,35 +1,111 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run goes on from, and whether it is one of the same run."""
 
+import hashlib
 import json
 import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from bert_pretrain.config import CONFIG_FILE, PretrainConfig
+from bert_pretrain.config import PretrainConfig
+from collate.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
+MAY_CHANGE = {
+    # how long, where, and what is written down
+    *("max_steps", "num_train_epochs", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "run_name"),
+    *("report_to", "disable_tqdm", "include_num_input_tokens_seen", "project", "prediction_loss_only", "debug"),
+    *("per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("do_train", "do_eval", "do_predict", "skip_memory_metrics", "include_for_metrics", "batch_eval_metrics"),
+    *("push_to_hub", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "label_names"),
+    # on what machine: the same numbers but for rounding; packs_per_step says what a step holds
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu", "local_rank", "deepspeed"),
+    *("parallelism_config", "accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "auto_find_batch_size"),
+    *("full_determinism", "use_liger_kernel", "liger_kernel_config", "use_cache", "remove_unused_columns"),
+    *("length_column_name", "ignore_data_skip", "average_tokens_across_devices"),
+}
+"""TrainingArguments that a resumed run may be given otherwise; all others must be as they were."""
+MAY_CHANGE_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "fsdp", "torch_compile")
+MAY_CHANGE_PREFIXES += ("dataloader_",)
+MUST_STAY = {"dataloader_drop_last"}
+PLACES = {"dataset", "tokenizer"}
+"""Folders may be moved: their contents are compared."""
 
-def find_checkpoint(config: PretrainConfig, training: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one asked for, or the last in output_dir; it must be of such a run."""
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint is None and os.path.isdir(training.output_dir):
-        checkpoint = get_last_checkpoint(training.output_dir)
-    if checkpoint is None:
-        return None
-    if not os.path.isdir(checkpoint):
-        raise ValueError(f"resume_from_checkpoint={checkpoint!r} is no folder; name a checkpoint-N folder")
-    saved_file = Path(checkpoint).parent / CONFIG_FILE
-    saved = json.loads(saved_file.read_text(encoding="utf-8")) if saved_file.exists() else {}
-    for name, value in asdict(config).items():
-        if name in saved and saved[name] != value:
-            raise ValueError(
-                f"{checkpoint} was trained with {name}={saved[name]!r}, now it is {value!r}; give the old value to "
-                "resume, or another output_dir to begin anew"
-            )
+
+def run_record(
+    config: PretrainConfig, training: TrainingArguments, train: Any, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict]:
+    """What decides the outcome of a run, as JSON; kept in each of its checkpoints.
+
+    Call it when sequences_per_step has become packs per step.
+    """
+    packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    record = {
+        "config": {name: value for name, value in asdict(config).items() if name not in PLACES},
+        "training": {name: value for name, value in training.to_dict().items() if _must_stay(name)},
+        "data": {
+            "packs_per_step": packs,
+            "dataset": getattr(train, "packed", train)._fingerprint,  # EpochPacks: of what it re-assigns
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+        },
+    }
+    return json.loads(json.dumps(record, default=str))
+
+
+def _must_stay(name: str) -> bool:
+    return name in MUST_STAY or not (name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES))
+
+
+def find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: the one asked for, or the last in output_dir; complete, and of such a run."""
+    asked_for = training.resume_from_checkpoint
+    if asked_for is None:
+        checkpoint = last_checkpoint(training.output_dir)
+        if checkpoint is None:
+            return None
+    else:
+        checkpoint = Path(asked_for)
+        if not checkpoint.is_dir():
+            raise ValueError(f"resume_from_checkpoint={asked_for!r} is no folder; name a checkpoint-N folder")
+        try:
+            check_checkpoint(checkpoint)
+        except DamagedCheckpoint as damage:
+            raise DamagedCheckpoint(f"{damage}; name another checkpoint-N folder") from None
+    _check_parts(checkpoint)
+    _check_record(checkpoint, record)
     logger.info("resuming from %s", checkpoint)
-    return checkpoint
+    return os.fspath(checkpoint)
+
+
+def _check_parts(checkpoint: Path) -> None:
+    """Whatever Trainer would go on without, if it were not there."""
+    names = {path.name for path in checkpoint.iterdir()}
+    if RUN_FILE not in names:
+        raise ValueError(
+            f"{checkpoint} has no {RUN_FILE}, so bert-pretrain train did not write it; give it as --model to begin "
+            "a new run with its parameters"
+        )
+    has_optimizer = any(name.startswith(("optimizer", "global_step")) for name in names)  # deepspeed: global_step8
+    if not has_optimizer:
+        raise ValueError(
+            f"{checkpoint} has no optimizer state (save_only_model=True), so training cannot go on as it was; give it "
+            "as --model to begin a new run with its parameters"
+        )
+
+
+def _check_record(checkpoint: Path, record: dict[str, dict]) -> None:
+    saved = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+    for part, values in record.items():
+        for name, value in values.items():
+            before = saved.get(part, {}).get(name, value)
+            if before != value:
+                raise ValueError(
+                    f"{checkpoint} was trained with {name}={before!r}, now it is {value!r}; give the old value to "
+                    "resume, or another output_dir to begin anew"
+                )

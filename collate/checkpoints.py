@@ -1,0 +1,233 @@
+"""Checkpoints that are complete or not there: written aside, listed with their hashes, renamed when all is on disk.
+
+    output/_unfinished/checkpoint-8/…                  all ranks write here
+    output/_unfinished/checkpoint-8/manifest.json      last: {"files": {"optimizer.pt": {"bytes": …, "xxh3_128": …}, …}}
+    output/checkpoint-8/…                              one rename
+
+A process that dies leaves at most an _unfinished folder, which nobody takes for a checkpoint. What a disk or a copy
+damages afterwards is found by the manifest before training goes on from it.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+RUN_FILE = "run.json"
+"""What a run was configured with, in each of its checkpoints."""
+UNFINISHED = "_unfinished"
+"""Where checkpoints are written and old ones deleted. Uploads to the hub leave out what begins with an underscore."""
+
+_BLOCK = 1 << 22
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not what was written: which file, and what differs."""
+
+
+def check_checkpoint(folder: str | os.PathLike) -> None:
+    """Raises DamagedCheckpoint unless every file is there as it was written."""
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise DamagedCheckpoint(
+            f"{folder} has no {MANIFEST}: it was not written to its end, or by another program"
+        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST} cannot be read ({error})") from None
+    for name, (num_bytes, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
+        if path.stat().st_size != num_bytes:
+            raise DamagedCheckpoint(
+                f"{folder} is damaged: {name} has {path.stat().st_size} bytes, {num_bytes} were written"
+            )
+        if _hash(path) != digest:
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} has other contents than were written")
+
+
+def last_checkpoint(run_folder: str | os.PathLike) -> Path | None:
+    """The newest checkpoint of a run; where that one is damaged, an error says what to do."""
+    newest, *older = [*_newest_first(Path(run_folder)), None]
+    if newest is None:
+        return None
+    try:
+        check_checkpoint(newest)
+    except DamagedCheckpoint as damage:
+        complete = next((folder for folder in older if folder is not None and _is_complete(folder)), None)
+        instead = "begin anew" if complete is None else f"go on from {complete.name}"
+        raise DamagedCheckpoint(f"{damage}; delete the folder to {instead}") from None
+    return newest
+
+
+def _newest_first(run_folder: Path) -> list[Path]:
+    if not run_folder.is_dir():
+        return []
+    numbered = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in run_folder.iterdir()]
+    steps = [(int(match[1]), path) for match, path in numbered if match and path.is_dir()]
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        check_checkpoint(folder)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def remove_unfinished(run_folder: str | os.PathLike) -> None:
+    """What a run that was killed had begun to write, or to delete."""
+    leftover = Path(run_folder) / UNFINISHED
+    if leftover.exists():
+        names = sorted(path.name for path in leftover.iterdir())
+        shutil.rmtree(leftover)
+        logger.info("removed %s with %s: left by a run that was killed while it saved", leftover, names)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """A folder that all have written becomes the checkpoint, in one step, and outlives a power cut."""
+    files = {}
+    for path in sorted(_files(folder)):
+        _sync(path)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+    _sync(manifest)
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        _sync(path)
+    if target.exists():  # of the same step, from which training was not resumed
+        _delete(target)
+    os.rename(folder, target)
+    _sync(target.parent)
+
+
+def delete_old(run_folder: Path, limit: int | None, best: str | None) -> None:
+    """Keeps `limit` checkpoints, the latest and the best among them, as Trainer does; but each stays whole or goes."""
+    if limit is None or limit <= 0:
+        return
+    checkpoints = sort_checkpoints(str(run_folder), use_mtime=True)
+    kept = {checkpoints[-1]} | ({str(Path(best))} if best else set())
+    others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
+    for checkpoint in others[: max(0, len(checkpoints) - max(limit, len(kept)))]:
+        _delete(Path(checkpoint))
+
+
+def _delete(checkpoint: Path) -> None:
+    aside = checkpoint.parent / UNFINISHED / f"deleted-{checkpoint.name}"
+    aside.parent.mkdir(exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(checkpoint, aside)
+    shutil.rmtree(aside)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """To the disk; a folder too, or its names may be lost."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class SavesWhole:
+    """Part of a Trainer: its checkpoints are complete or not there, and a damaged one is refused.
+
+    Trainer writes a checkpoint into _get_output_dir(trial)/checkpoint-N; while it does, that is the _unfinished folder.
+    What it derives from the folder's place comes after the rename: which checkpoint is the best, uploads, and how many
+    are kept.
+    """
+
+    run_record: dict | None = None
+    """What the run was configured with: JSON that is saved as run.json in each checkpoint."""
+    _is_saving = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        run_folder = self.args.output_dir
+        if self.args.local_process_index == 0:
+            remove_unfinished(run_folder)
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True and os.path.isdir(run_folder):
+            resume_from_checkpoint = get_last_checkpoint(run_folder) or True  # True: Trainer says that there is none
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            if os.path.exists(os.path.join(resume_from_checkpoint, MANIFEST)):  # none: written by a plain Trainer
+                check_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial) -> str:
+        run_folder = super()._get_output_dir(trial)
+        return os.path.join(run_folder, UNFINISHED) if self._is_saving else run_folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_folder, best = Path(self._get_output_dir(trial)), self.state.best_model_checkpoint
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+        target = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = run_folder / UNFINISHED / target.name
+        self.state.best_model_checkpoint = self._best_checkpoint(target, best)
+        self._add_to_checkpoint(folder)
+        self.accelerator.wait_for_everyone()  # each rank has written its part
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            self._check_parts(folder)
+            publish(folder, target)
+            logger.info("%s is complete", target)
+            delete_old(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+
+    def _best_checkpoint(self, target: Path, before: str | None) -> str | None:
+        if not self.state.best_global_step:
+            return before
+        best = target.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        return str(best) if best == target or best.exists() else before
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _add_to_checkpoint(self, folder: Path) -> None:
+        """All ranks come here, before the manifest is written."""
+        if self.args.should_save and self.run_record is not None:
+            (folder / RUN_FILE).write_text(json.dumps(self.run_record, indent=2) + "\n", encoding="utf-8")
+
+    def _check_parts(self, folder: Path) -> None:
+        """Every rank's part lies in the folder that this rank renames."""
+        if self.args.world_size == 1 or self.args.save_only_model or self.args.save_on_each_node:
+            return
+        for rank in range(self.args.world_size):
+            if not (folder / f"rng_state_{rank}.pth").exists():
+                raise OSError(
+                    f"rank {rank} has not written into {folder}: not all nodes share output_dir; put it on a shared "
+                    "file system, or set --save_on_each_node True"
+                )

@@ -1,0 +1,109 @@
+"""A resumed run ends with the parameters, and logs the figures, of the run that was never interrupted, bit for bit.
+
+Trainer restores parameters, optimizer, schedule and random state, and skips the batches that were seen. What it leaves
+inexact (transformers 5.23), and what is done about it here:
+
+* Dropout comes from one stream of random numbers, which the begin of each epoch and each evaluation draw from as well,
+  more or less often with persistent workers. A checkpoint at an epoch's last step was saved before the evaluation at
+  its end. So each optimizer step has a seed of its own, made of (seed, step, rank): nothing before it matters.
+* Metrics that are summed since the last log are lost, so that an interval with a resume in it is short of steps. The
+  sums are saved.
+* A run that had ended, and was killed before the last save, would train one more step.
+* logging_steps, save_steps and eval_steps are those of the checkpoint, whatever is asked for now.
+* ignore_data_skip repeats the begin of the epoch; it is refused.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from collate.checkpoints import SavesWhole
+
+RUNNING_FILE = "since_last_log.json"
+"""Sums of the interval that the next log reports, of each rank."""
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of the random numbers of an optimizer step, such as dropout's; 32 bits, as torch's CPU generator takes no more."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+class ResumesExactly(SavesWhole):
+    """Part of a Trainer that has `_train_sums`: see above."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._resumed_from: str | None = None
+        self.add_callback(_ExactSteps(self))
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        if resume_from_checkpoint is not None and self.args.ignore_data_skip:
+            raise ValueError(
+                "ignore_data_skip=True would begin the epoch again and see its sequences twice; leave it out: what "
+                "was seen is skipped without loading it"
+            )
+        found = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        self.state.compute_steps(self.args, max_steps)
+        self.state.train_batch_size = self._train_batch_size
+        self._resumed_from = resume_from_checkpoint
+        return found
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _add_to_checkpoint(self, folder: Path) -> None:
+        super()._add_to_checkpoint(folder)
+        sums = self._train_sums.total
+        own = {
+            "loss": self._tr_loss.item(),
+            "sums": None if sums is None else sums.tolist(),
+            "dtype": None if sums is None else str(sums.dtype).removeprefix("torch."),
+        }
+        ranks = gather_object([own])
+        if self.args.should_save:
+            running = {"last_logged_step": self._globalstep_last_logged, "ranks": ranks}
+            (folder / RUNNING_FILE).write_text(json.dumps(running) + "\n", encoding="utf-8")
+
+    def _restore_running_sums(self) -> None:
+        """Of this rank; if there were more or fewer of them, the first takes all sums, and each the mean loss."""
+        self._train_sums.total = None
+        file = None if self._resumed_from is None else Path(self._resumed_from) / RUNNING_FILE
+        if file is None or not file.exists():
+            return
+        running = json.loads(file.read_text(encoding="utf-8"))
+        ranks, own = running["ranks"], self.args.process_index
+        as_tensor = [
+            None if rank["sums"] is None else torch.tensor(rank["sums"], dtype=getattr(torch, rank["dtype"]))
+            for rank in ranks
+        ]
+        if len(ranks) == self.args.world_size:
+            loss, sums = ranks[own]["loss"], as_tensor[own]
+        else:
+            loss = sum(rank["loss"] for rank in ranks) / len(ranks)
+            sums = None if as_tensor[0] is None else torch.stack(as_tensor).sum(0) * (own == 0)
+        self._tr_loss += loss
+        self._globalstep_last_logged = running["last_logged_step"]
+        if sums is not None:
+            self._train_sums.total = sums.to(self.args.device)
+
+
+class _ExactSteps(TrainerCallback):
+    def __init__(self, trainer: ResumesExactly):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._restore_running_sums()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed(step_seed(args.seed, state.global_step, args.process_index))

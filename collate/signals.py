@@ -1,0 +1,106 @@
+"""A scheduler that takes the machine away says so by a signal: training saves a checkpoint and ends.
+
+with SaveOnSignal() as stop:
+    trainer.add_callback(stop)
+    trainer.train()
+stop.end_if_received()
+"""
+
+import logging
+import os
+import signal
+import threading
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""SIGTERM is what schedulers, containers and torchrun send before they kill; SIGUSR1 what Slurm is often told to."""
+
+
+class Stopped(SystemExit):
+    """Training ended by a signal, its checkpoint saved; code: 128 + the signal's number, as shells have it."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(128 + signal_number)
+        self.signal_number, self.step = signal_number, step
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.signal_number).name
+        return f"{name} received: saved checkpoint-{self.step} and stopped; run the same command again to go on from it"
+
+
+class SaveOnSignal(TrainerCallback):
+    """At the end of the optimizer step in which any rank got a signal, all ranks save and stop.
+
+    The ranks agree by one number that they reduce over gloo, on the host: a GPU is not waited for.
+    Evaluation is left out at that step: there may not be time for it.
+    """
+
+    def __init__(self):
+        self.received = self.agreed = self.step = 0
+        self._group: dist.ProcessGroup | None = None
+        self._is_over = torch.zeros(1, dtype=torch.int8).share_memory_()
+
+    def __enter__(self) -> "SaveOnSignal":
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._is_over.fill_(1)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = self.received or number
+
+    def end_if_received(self) -> None:
+        if self.agreed:
+            raise Stopped(self.agreed, self.step)
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if args.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        if train_dataloader is not None:
+            train_dataloader.worker_init_fn = _WorkersStay(train_dataloader.worker_init_fn, self._is_over)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.agreed = self.received
+        if self._group is not None:
+            highest = torch.tensor(self.received)
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._group)
+            self.agreed = int(highest)
+        if self.agreed:
+            self.step = state.global_step
+            logger.info("%s: saving at step %d", signal.Signals(self.agreed).name, self.step)
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.agreed:  # all is saved, and the epoch may not have ended
+            control.should_save = control.should_evaluate = control.should_log = False
+
+
+class _WorkersStay:
+    """A signal to the whole process group must not end the dataloader's workers, or the step would have no data.
+
+    Once training is over, they may be ended like any process.
+    """
+
+    def __init__(self, worker_init_fn, is_over: torch.Tensor):
+        self.worker_init_fn, self.is_over = worker_init_fn, is_over
+
+    def __call__(self, worker_id: int) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker_id)
+
+    def _receive(self, number: int, frame) -> None:
+        if self.is_over.item():
+            os._exit(128 + number)
