@@ -7,6 +7,8 @@ from bert_pretrain.loss import MLM_LOSSES
 
 OPTIMIZERS = ("adamw", "lamb")
 
+OBJECTIVES = ("auto", "nsp", "sop", "none")
+
 CONFIG_FILE = "pretrain.json"
 """What a run was configured with, beside its checkpoints: a resumed run must be configured alike."""
 
@@ -27,6 +29,11 @@ class PretrainConfig:
     mlm_loss: str = _help(
         "What the MLM loss is the mean of: sequence (every sequence weighs the same) or token (every predicted token).",
         MLM_LOSSES[0],
+    )
+    objective: str = _help(
+        "What is learned of sentence pairs, beside MLM: nsp (is B the next sentence?), sop (are A and B in order?), "
+        "none (labels in the dataset are ignored), or auto: what the dataset's columns say.",
+        OBJECTIVES[0],
     )
     mlm_probability: float = _help("Share of each sequence's tokens that are predicted.", 0.15)
     sequences_per_step: int = _help(
@@ -65,6 +72,8 @@ class PretrainConfig:
             raise ValueError(f"unknown mlm_loss {self.mlm_loss!r}; choose from {list(MLM_LOSSES)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; choose from {list(OPTIMIZERS)}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {self.objective!r}; choose from {list(OBJECTIVES)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

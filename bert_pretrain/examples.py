@@ -15,6 +15,9 @@ from bert_pretrain.documents import TokenDocuments
 IS_NEXT = 0
 IS_RANDOM = 1
 
+# Which column holds the labels of an objective's sentence pairs, and what transformers calls it.
+PAIR_LABELS = {"nsp": "next_sentence_label", "sop": "sentence_order_label"}
+
 # Special tokens around a pair ([CLS] A [SEP] B [SEP]) and around a single sequence ([CLS] A [SEP]).
 PAIR_SPECIALS = 3
 SINGLE_SPECIALS = 2

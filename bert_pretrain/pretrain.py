@@ -12,6 +12,7 @@ from bert_pretrain.batch import set_batch
 from bert_pretrain.config import CONFIG_FILE, PretrainConfig
 from bert_pretrain.new_model import build_model
 from bert_pretrain.optimizer import choose_optimizer
+from bert_pretrain.objective import for_objective
 from bert_pretrain.resume import find_checkpoint, run_record
 from bert_pretrain.tokenizer import load_tokenizer
 from collate import DataCollatorWithPacking, PackedTrainer
@@ -26,7 +27,7 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PackedTrain
     SIGTERM and SIGUSR1 save a checkpoint and end with SystemExit: see collate.signals.
     """
     set_seed(training.seed)
-    train, test = load_splits(config.dataset)
+    train, test = for_objective(config, *load_splits(config.dataset))
     tokenizer = load_tokenizer(config.tokenizer)
     model = build_model(config, len(tokenizer), tokenizer.pad_token_id, packed_info(train).max_sequence_length)
     set_batch(config, training, train)

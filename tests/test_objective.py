@@ -1,0 +1,78 @@
+"""What a run learns of sentence pairs: the columns of its dataset, and the configuration's objective."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+
+from bert_pretrain.config import PretrainConfig
+from bert_pretrain.objective import check_objective, for_objective
+from collate.heads import PreTraining
+
+COLUMNS = {"nsp": ["next_sentence_label"], "sop": ["sentence_order_label"], "none": []}
+COLUMNS["both"] = COLUMNS["nsp"] + COLUMNS["sop"]
+
+
+def config(objective):
+    return PretrainConfig(dataset="packed", tokenizer="", objective=objective)
+
+
+def dataset(labels):
+    return Dataset.from_dict({name: [[1, 0]] for name in ["input_ids", *COLUMNS[labels]]})
+
+
+@pytest.mark.parametrize("labels", ["nsp", "sop", "none"])
+def test_the_objective_is_what_the_columns_say(labels):
+    assert check_objective(config("auto"), dataset(labels)) == labels
+    assert check_objective(config(labels), dataset(labels)) == labels
+    split = dataset(labels)
+    assert for_objective(config("auto"), split, None) == [split, None]
+
+
+def test_none_ignores_labels_and_says_so(caplog):
+    with caplog.at_level(logging.INFO, "bert_pretrain.objective"):
+        splits = for_objective(config("none"), dataset("sop"), dataset("both"))
+    assert [split.column_names for split in splits] == [["input_ids"], ["input_ids"]]
+    assert "objective=none: sentence_order_label is in the dataset, and is not learned" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("objective", "labels", "message"),
+    [
+        (
+            "sop",
+            "nsp",
+            r"objective='sop' needs the column 'sentence_order_label', and packed has \['input_ids', 'n",
+        ),
+        ("sop", "nsp", r"prepare the text with --objective sop, or set the objective to 'nsp'"),
+        ("nsp", "none", r"needs the column 'next_sentence_label', and packed has \['input_ids'\]; .* to 'none'"),
+        ("auto", "both", "has the columns next_sentence_label and sentence_order_label, .* remove_columns"),
+        ("nsp", "both", "one head cannot learn both"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(objective, labels, message):
+    with pytest.raises(ValueError, match=message):
+        check_objective(config(objective), dataset(labels))
+
+
+def test_splits_of_two_kinds_are_refused():
+    with pytest.raises(ValueError, match=r"different objectives, \['nsp', 'sop'\]"):
+        for_objective(config("auto"), dataset("nsp"), dataset("sop"))
+    with pytest.raises(ValueError, match="unknown objective 'mlm'; choose from"):
+        config("mlm")
+
+
+def test_a_stock_model_refuses_the_label_of_the_other():
+    batch = {"sequence_ids": torch.ones(1, 4, dtype=torch.int32), "sentence_order_label": torch.zeros(1, 1)}
+    with pytest.raises(ValueError, match="has 'sentence_order_label', but this model learns 'next_sentence_label'"):
+        PreTraining().count(batch)
+
+
+@pytest.mark.parametrize("name", ["nsp", "sop"])
+def test_stock_models_name_what_they_learn(name):
+    task = PreTraining(pair_label=COLUMNS[name][0])
+    sums = {"pair_loss": 1.5, "pairs": 3, "pair_correct": 2, "pair_ones": 1}
+    metrics = task.metrics(torch.tensor([sums.get(field, 1) for field in (*task.names, "tokens", "sequences")]))
+    assert metrics[f"{name}_loss"] == 0.5 and metrics[f"{name}_majority"] == pytest.approx(2 / 3)
+    assert sum(key.startswith(("nsp", "sop")) for key in metrics) == 3
