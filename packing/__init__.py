@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .balance import StepCosts, attention_cost, balance_packs, step_costs
     from .compare import Comparison, compare_packers
     from .dataset import pack_dataset
+    from .epochs import EpochPacks
     from .histogram import length_histogram
     from .info import PackedInfo, packed_info
     from .lengths import published_histogram, read_histogram
@@ -22,6 +23,7 @@ __all__ = [
     "PACKERS",
     "Assignment",
     "Comparison",
+    "EpochPacks",
     "PackPlan",
     "PackedInfo",
     "Packer",
@@ -45,6 +47,7 @@ _MODULES = {
     "PACKERS": "packers",
     "Assignment": "assignment",
     "Comparison": "compare",
+    "EpochPacks": "epochs",
     "PackPlan": "plan",
     "PackedInfo": "info",
     "Packer": "packers",

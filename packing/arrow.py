@@ -69,10 +69,13 @@ def null_rows(column: pa.ChunkedArray, rows: np.ndarray | None) -> np.ndarray:
     return _of_rows([np.asarray(chunk.is_null()) for chunk in column.chunks], rows, np.bool_)
 
 
-def read_token_column(name: str, column: pa.ChunkedArray, rows: np.ndarray | None) -> TokenColumn:
+def read_token_column(
+    name: str, column: pa.ChunkedArray, rows: np.ndarray | None, *, nulls: bool = False
+) -> TokenColumn:
     """Find every row's tokens. rows: the dataset's own choice of rows (after select, shuffle, filter); None = all.
 
-    Raises ValueError, naming the row, where a list or a token is null.
+    nulls: whether a token may be null; then numbers are kept as Arrow has them, where there is one.
+    Raises ValueError, naming the row, where a list is null, or a token that may not be.
     """
     if column.null_count and null_rows(column, rows).any():
         culprit = int(np.argmax(null_rows(column, rows)))
@@ -80,18 +83,27 @@ def read_token_column(name: str, column: pa.ChunkedArray, rows: np.ndarray | Non
     parts = [_starts_and_lengths(chunk) for chunk in column.chunks]
     children = [chunk.values for chunk in column.chunks]
     value_type = column.type.value_type
-    if pa.types.is_integer(value_type) or pa.types.is_floating(value_type):
+    has_nulls = any(child.null_count for child in children)
+    if (pa.types.is_integer(value_type) or pa.types.is_floating(value_type)) and not (nulls and has_nulls):
         tokens, shifts = _flat_view(children, value_type)
     else:
         tokens = pa.chunked_array(children, value_type)
         shifts = np.cumsum([0] + [len(child) for child in children])
     starts = _of_rows([part[0] + shift for part, shift in zip(parts, shifts, strict=False)], rows)
     lengths = _of_rows([part[1] for part in parts], rows)
-    if any(child.null_count for child in children):
+    if has_nulls and not nulls:
         # Positions of nulls, counted as `starts` are.
         nulls = [np.flatnonzero(child.is_null()) + shift for child, shift in zip(children, shifts, strict=False)]
         _refuse_nulls(name, np.sort(np.concatenate(nulls)), starts, lengths)
     return TokenColumn(name, starts, lengths, tokens, value_type)
+
+
+def list_array(offsets: np.ndarray, values: pa.Array, type_: pa.DataType) -> pa.Array:
+    """Lists of this type: row i holds values[offsets[i] : offsets[i + 1]]."""
+    if values.type != type_.value_type:
+        values = values.cast(type_.value_type)
+    array = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    return array if array.type == type_ else array.cast(type_)  # pyarrow's cast of list<null> to itself loses values
 
 
 def take_rows(column: pa.ChunkedArray, indices: np.ndarray) -> pa.Array:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from .arrow import take_rows
+from .arrow import list_array, take_rows
 from .assignment import Assignment, assign, checked_seed
 from .balance import balance_packs, checked_packs_per_step, step_costs
 from .folder import check_target, new_folder, write_dataset
@@ -271,14 +271,7 @@ def _gather_packs(
     table_rows = rows if source.rows is None else source.rows[rows]
     for name in source.row_columns:
         packed[name] = per_pack, take_rows(source.table.column(name), table_rows)
-    return pa.record_batch([_list_array(*packed[field.name], field.type) for field in schema], schema)
-
-
-def _list_array(offsets: np.ndarray, values: pa.Array, type_: pa.DataType) -> pa.Array:
-    if values.type != type_.value_type:
-        values = values.cast(type_.value_type)
-    array = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
-    return array if array.type == type_ else array.cast(type_)  # pyarrow's cast of list<null> to itself loses values
+    return pa.record_batch([list_array(*packed[field.name], field.type) for field in schema], schema)
 
 
 def _tokens_of(feature):

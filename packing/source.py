@@ -54,7 +54,7 @@ def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_i
     token_columns: None takes the columns whose rows are as long as those of input_ids, in every row.
     pad_token_id: trim this token at the ends of rows; only for a source without attention_mask.
     """
-    table, rows = dataset.data, _chosen_rows(dataset)
+    table, rows = dataset.data, chosen_rows(dataset)
     if not len(dataset):
         raise ValueError("the dataset is empty: it has no rows to pack")
     _check_columns(table)
@@ -79,7 +79,8 @@ def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_i
     return source
 
 
-def _chosen_rows(dataset) -> np.ndarray | None:
+def chosen_rows(dataset) -> np.ndarray | None:
+    """(rows,) where each row of the dataset lies in its table, after select, shuffle or filter; None: in order."""
     if dataset._indices is None:
         return None
     return dataset._indices.column(0).to_numpy().astype(np.int64)

@@ -1,0 +1,232 @@
+"""EpochPacks: the same sequences in other packs each epoch, without another copy of the dataset."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from functools import cached_property
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from .arrow import TokenColumn, list_array, list_lengths, read_token_column
+from .assignment import Assignment, assign, checked_seed
+from .balance import balance_packs
+from .draws import make_key
+from .info import packed_info
+from .plan import PackPlan
+from .source import chosen_rows
+
+LENGTHS = "sequence_lengths"
+REASSIGN = np.uint64(2**64 - 4)  # a stream of draws beside those of assign (lengths) and balance (2**64 - 1 to - 3)
+
+
+class EpochPacks:
+    """A packed dataset that re-assigns its sequences with each set_epoch: same plan, another assignment.
+
+        epoch 0   [A A A C C] [B B B D D]      as pack_dataset stored it
+        epoch 1   [B B B C C] [A A A D D]      every sequence once, and as many packs of each strategy
+
+    packed: a dataset of pack_dataset, or some of its rows (select, shuffle); whole packs in any case.
+    seed: of the assignments. Epoch e is drawn by assign() under a key of (seed, e): the same on every machine, process
+        and resume. A dataset with `balance` is balanced anew in every epoch.
+
+    A map-style dataset for DataLoader, with the columns of `packed`: epochs[3] is a row as a dict, and
+    `__getitems__([3, 1])` an Arrow table, which DataCollatorWithPacking reads. Tokens are gathered from the memory (or
+    the memory map) of `packed` when asked for. packed_info(epochs) is that of `packed`.
+
+    The epoch lives in shared memory: dataloader workers hear of a new one between batches, be they forked or spawned,
+    persistent or not, and draw its assignment for themselves (a second for some ten million sequences). A pickle or a
+    deep copy outside the start of a process keeps the epoch and hears of no other.
+
+    Memory: 12 bytes a sequence, 8 a pack for each column, and 4 each for the assignment.
+
+    Raises ValueError for a dataset that was not packed, has no rows, a transform of its own, or whose columns no longer
+    belong to its sequences.
+    """
+
+    def __init__(self, packed: datasets.Dataset, seed: int = 0):
+        self.seed = int(checked_seed(seed))
+        self._epoch = _SharedNumber()
+        self._open(packed)
+
+    def _open(self, packed: datasets.Dataset) -> None:
+        self.packed, self._info = packed, packed_info(packed)
+        if packed.format["type"] == "custom":
+            raise ValueError("the packed dataset has a transform, which new packs would not go through; remove it")
+        if not len(packed):
+            raise ValueError("the packed dataset has no rows, so there is nothing to re-assign")
+        table, rows = packed.data, chosen_rows(packed)
+        depths = list_lengths(table.column(LENGTHS), rows)
+        self._pack_offsets = _offsets(depths)  # (packs + 1,) among the sequences, in their stored order
+        if not depths.all():
+            raise ValueError(f"row {int(np.argmin(depths))} of the packed dataset holds no sequence; leave it out")
+        stored = read_token_column(LENGTHS, table.column(LENGTHS), rows)
+        lengths = stored.gather(stored.starts, stored.lengths, stored.starts + stored.lengths - 1)
+        self.lengths = lengths.to_numpy().astype(np.int32, copy=False)  # (sequences,) in their stored order
+        if self.lengths.min() < 1:
+            raise ValueError(
+                f"the packed dataset has a sequence of length {self.lengths.min()}; lengths are at least 1"
+            )
+        self._token_offsets = _offsets(self.lengths)
+        tokens = np.diff(self._token_offsets[self._pack_offsets])
+        self._columns: dict[str, tuple[TokenColumn, pa.DataType]] = {}
+        for name in table.column_names:
+            is_token_level = name in self._info.token_columns
+            column = read_token_column(name, table.column(name), rows, nulls=not is_token_level)
+            _check_counts(name, column.lengths, tokens if is_token_level else depths, is_token_level)
+            self._columns[name] = column, table.column(name).type
+        self._drawn: tuple[int, Assignment] | None = None
+
+    # Views of the dataset's memory must not be pickled, as they would be copied.
+
+    def __getstate__(self) -> dict:
+        return {"packed": self.packed, "seed": self.seed, "epoch": self._epoch}
+
+    def __setstate__(self, state: dict) -> None:
+        self.seed, self._epoch = state["seed"], state["epoch"]
+        self._open(state["packed"])
+
+    @property
+    def info(self) -> datasets.DatasetInfo:
+        """That of the packed dataset; packed_info reads it."""
+        return self.packed.info
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch.value
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other packs from the next batch on, in this process and in its dataloader workers."""
+        if epoch < 0:
+            raise ValueError(f"epoch={epoch} must be at least 0")
+        self._epoch.value = int(epoch)
+
+    @property
+    def assignment(self) -> Assignment:
+        """This epoch's; sequences are numbered as they lie in `packed`."""
+        epoch = self.epoch
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = None  # the old one's memory is free before the new one is made
+            self._drawn = epoch, self._draw(epoch)
+        return self._drawn[1]
+
+    def _draw(self, epoch: int) -> Assignment:
+        if epoch == 0:
+            stored = np.arange(self.num_sequences, dtype=np.uint32 if self.num_sequences <= 2**32 else np.int64)
+            return Assignment(stored, self._pack_offsets)
+        key = make_key(np.uint64(make_key(np.uint64(self.seed), REASSIGN)), np.uint64(epoch))
+        assignment = assign(self.plan, self.lengths, int(key))
+        if self._info.balance is not None and self._info.balance <= len(self):
+            assignment = balance_packs(assignment, self.lengths, self._info.balance, int(key))
+        return assignment
+
+    @cached_property
+    def plan(self) -> PackPlan:
+        """The packs' own: each one's ascending lengths are a strategy."""
+        lengths, offsets, repeats = _strategies(self.lengths, self._pack_offsets)
+        limit = self._info.max_sequences_per_pack
+        return PackPlan(self._info.max_sequence_length, limit, lengths, offsets, repeats, self._info.packer)
+
+    def pack_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """This epoch's lengths of all sequences, pack after pack; (packs + 1,) where each pack begins among them."""
+        assignment = self.assignment
+        return self.lengths[assignment.sequence_indices], assignment.pack_offsets.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._pack_offsets) - 1
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index]).to_pylist()[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> pa.Table:
+        """Some packs as one table, in the order of indices."""
+        packs = np.asarray(indices, np.int64).reshape(-1)
+        outside = (packs < -len(self)) | (packs >= len(self))
+        if outside.any():
+            raise IndexError(f"pack {packs[outside][0]} of {len(self)}")
+        packs = packs % len(self)
+        assignment = self.assignment
+        begins = assignment.pack_offsets[packs].astype(np.int64)
+        per_pack = _offsets(assignment.pack_offsets[packs + 1].astype(np.int64) - begins)
+        places = np.repeat(begins - per_pack[:-1], np.diff(per_pack)) + np.arange(per_pack[-1])
+        return self._table(assignment.sequence_indices[places].astype(np.int64), per_pack)
+
+    def _table(self, sequences: np.ndarray, per_pack: np.ndarray) -> pa.Table:
+        """Sequences by their stored number, per_pack[i] to per_pack[i + 1] in pack i."""
+        rows = np.searchsorted(self._pack_offsets, sequences, side="right") - 1
+        first = self._pack_offsets[rows]
+        lengths = self.lengths[sequences].astype(np.int64)
+        tokens_before = self._token_offsets[sequences] - self._token_offsets[first]
+        per_pack_tokens, ones = _offsets(lengths)[per_pack], np.ones(len(sequences), np.int64)
+        arrays = {}
+        for name, (column, type_) in self._columns.items():
+            if name in self._info.token_columns:
+                starts, counts, offsets = column.starts[rows] + tokens_before, lengths, per_pack_tokens
+            else:
+                starts, counts, offsets = column.starts[rows] + sequences - first, ones, per_pack
+            arrays[name] = list_array(offsets, column.gather(starts, counts, starts + counts - 1), type_)
+        return pa.table(arrays)
+
+
+class _SharedNumber:
+    """A whole number in memory that this process shares with those it forks or spawns.
+
+    multiprocessing's own may be pickled only when a process starts; elsewhere a pickle of this is a number of its own.
+    """
+
+    def __init__(self, value: int = 0, memory=None):
+        self._memory = multiprocessing.RawValue("q", value) if memory is None else memory
+
+    @property
+    def value(self) -> int:
+        return self._memory.value
+
+    @value.setter
+    def value(self, value: int) -> None:
+        self._memory.value = value
+
+    def __reduce__(self):
+        is_starting = multiprocessing.context.get_spawning_popen() is not None
+        return _SharedNumber, (0, self._memory) if is_starting else (self.value,)
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    """[3, 2] -> [0, 3, 5]"""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _check_counts(name: str, found: np.ndarray, expected: np.ndarray, is_token_level: bool) -> None:
+    if not np.array_equal(found, expected):
+        row = int(np.argmax(found != expected))
+        raise ValueError(
+            f"column {name!r} has {found[row]} values in row {row} of the packed dataset, which has {expected[row]} "
+            f"{'tokens' if is_token_level else 'sequences'} by its sequence_lengths; it was changed after packing: "
+            "pack the source again, or remove the column"
+        )
+
+
+def _strategies(lengths: np.ndarray, pack_offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """strategy_lengths, strategy_offsets and repeats of a plan that has these packs.
+
+    packs [2 1] [3] [1 2]  ->  (1, 2) x 2 and (3,) x 1, in an order that does not depend on that of the packs
+    """
+    depths = np.diff(pack_offsets)
+    ascending = lengths[np.lexsort((lengths, np.repeat(np.arange(len(depths)), depths)))]
+    # Packs are alike if they were up to the slot before and have one length in this; those that end keep their group.
+    group, groups = np.zeros(len(depths), np.int64), 0
+    for slot in range(int(depths.max())):
+        longer = np.flatnonzero(depths > slot)
+        content = group[longer] * (int(lengths.max()) + 1) + ascending[pack_offsets[longer] + slot]
+        alike, number = np.unique(content, return_inverse=True)
+        group[longer] = groups + number
+        groups += len(alike)
+    _, example, repeats = np.unique(group, return_index=True, return_counts=True)
+    offsets = _offsets(depths[example])
+    slots = np.repeat(pack_offsets[example] - offsets[:-1], depths[example]) + np.arange(offsets[-1])
+    return ascending[slots], offsets, repeats
