@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.loss import MLM_LOSSES
 
-OPTIMIZERS = ("adamw", "lamb")
-
 OBJECTIVES = ("auto", "nsp", "sop", "none")
+OPTIMIZERS = ("adamw", "lamb")
 
 CONFIG_FILE = "pretrain.json"
 """What a run was configured with, beside its checkpoints: a resumed run must be configured alike."""
@@ -36,6 +35,10 @@ class PretrainConfig:
         OBJECTIVES[0],
     )
     mlm_probability: float = _help("Share of each sequence's tokens that are predicted.", 0.15)
+    eval_mlm_probability: float = _help(
+        "The same in evaluation, whatever training uses, so that runs can be compared; the masks are always the same.",
+        0.15,
+    )
     sequences_per_step: int = _help(
         "Sequences per optimizer step, over all devices. Packs per step follow from the packing factor, so packing "
         "changes nothing else; per_device_train_batch_size is the most packs in one forward pass.",
@@ -53,6 +56,11 @@ class PretrainConfig:
         "this is refused.",
         False,
     )
+    peak_tflops: float | None = _help(
+        "What one device can do in bfloat16, in TFLOP/s, for model FLOPs utilization (MFU); by default that of the "
+        "GPU, if it is a known one.",
+        None,
+    )
     hidden_size: int = _help("Width of a new model.", 768)
     num_hidden_layers: int = _help("Layers of a new model.", 12)
     num_attention_heads: int = _help("Attention heads per layer of a new model.", 12)
@@ -68,12 +76,17 @@ class PretrainConfig:
         for name in ("sequences_per_step", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("mlm_probability", "eval_mlm_probability"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be more than 0 and at most 1; BERT's is 0.15")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops={self.peak_tflops} must be more than 0; an A100 has 312")
         if self.mlm_loss not in MLM_LOSSES:
             raise ValueError(f"unknown mlm_loss {self.mlm_loss!r}; choose from {list(MLM_LOSSES)}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose from {list(OPTIMIZERS)}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}; choose from {list(OBJECTIVES)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose from {list(OPTIMIZERS)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

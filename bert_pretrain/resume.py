@@ -33,6 +33,7 @@ MAY_CHANGE = {
 MAY_CHANGE_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "fsdp", "torch_compile")
 MAY_CHANGE_PREFIXES += ("dataloader_",)
 MUST_STAY = {"dataloader_drop_last"}
+NOT_TRAINING = {"eval_mlm_probability", "peak_tflops"}
 PLACES = {"dataset", "tokenizer"}
 """Folders may be moved: their contents are compared."""
 
@@ -47,7 +48,7 @@ def run_record(
     packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     record = {
-        "config": {name: value for name, value in asdict(config).items() if name not in PLACES},
+        "config": {name: value for name, value in asdict(config).items() if name not in PLACES | NOT_TRAINING},
         "training": {name: value for name, value in training.to_dict().items() if _must_stay(name)},
         "data": {
             "packs_per_step": packs,

@@ -62,6 +62,20 @@ def count_denominators(batch: dict[str, Tensor]) -> Tensor:
     return torch.stack([mlm_tokens, mlm_sequences, pair_sequences])
 
 
+def count_packs(batch: dict[str, Tensor]) -> Tensor:
+    """(4,) int64: sequences, real tokens, token slots of packs that hold any, and the sum of squared lengths.
+
+    sequence_ids [[1, 1, 1, 2], [0, 0, 0, 0]]  ->  [2, 4, 4, 10]
+    """
+    sequence_ids_BL = batch["sequence_ids"].long()
+    packs, slots = sequence_ids_BL.shape
+    lengths = sequence_ids_BL.new_zeros(packs, slots + 1).scatter_add_(
+        1, sequence_ids_BL, torch.ones_like(sequence_ids_BL)
+    )[:, 1:]
+    is_filled = lengths.sum(1) > 0
+    return torch.stack([(lengths > 0).sum(), lengths.sum(), is_filled.sum() * slots, lengths.square().sum()])
+
+
 class PackedTrainer(ResumesExactly, Trainer):
     """`transformers.Trainer` for packed datasets: stock models and their heads, or models with a loss of their own.
 
@@ -240,13 +254,15 @@ class PackedTrainer(ResumesExactly, Trainer):
             return None
         counts = None
         for batch in batch_samples:
-            sequences = batch["sequence_ids"].amax(1).sum()
-            tokens = (batch["sequence_ids"] != PADDING).sum()
-            of_batch = torch.cat([torch.stack([sequences, tokens]), self.task.count(batch)]).to(device)
+            of_batch = torch.cat([count_packs(batch), self.task.count(batch)]).to(device)
             counts = of_batch if counts is None else counts + of_batch
         counts = self.accelerator.reduce(counts, "sum")
-        self._progress.add(counts[:2])
-        return counts[2:]
+        self._step_counted(counts[:4], counts[4:])
+        return counts[4:]
+
+    def _step_counted(self, packs: Tensor, denominators: Tensor) -> None:
+        """One optimizer step, over all ranks. packs: see count_packs."""
+        self._progress.add(packs[:2])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = self.task(model, inputs, num_items_in_batch)

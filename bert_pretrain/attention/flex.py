@@ -20,6 +20,7 @@ from collate.layout import PackLayout
 class FlexAttention(PatternAttention):
     """Softmax attention over the tokens of the same sequence; no parameters, no options, no attention dropout."""
 
+    is_full = True
     Options = NoOptions
     supports_dropout = False
     survives_nan = False

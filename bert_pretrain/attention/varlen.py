@@ -17,6 +17,8 @@ from collate.layout import PackLayout
 class VarlenAttention(AttentionHead):
     """Softmax attention over the tokens of the same sequence; no parameters, no options, no attention dropout."""
 
+    is_full = True
+
     def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
         if not query_THK.is_cuda or query_THK.dtype not in (float16, bfloat16):
             raise ValueError(

@@ -1,0 +1,123 @@
+"""What a run prints: one aligned line for each log, under a heading that says the units once.
+
+                        MLM loss MLM loss       NSP (major-      tokens
+        step   loss    /seq.   /token …  accuracy    ity) …        /s …
+train     80 7.1203   6.4310   6.4281      0.6900 (0.7100)     17,442
+eval      80 7.0020   6.3120   6.3300      0.7100 (0.7152)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+PAIRS = ("nsp", "sop")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric: its heading in two lines, its name in the logs, and how it is written."""
+
+    title: str
+    unit: str
+    key: str
+    form: str = "{:.4f}"
+
+    @property
+    def width(self) -> int:
+        return max(len(self.title), len(self.unit), len(self.form.format(0.0)), 6)
+
+    def text(self, logs: Mapping[str, Any]) -> str:
+        return self.form.format(logs[self.key]) if self.key in logs else ""
+
+
+COLUMNS = (
+    Column("", "epoch", "epoch", "{:.2f}"),
+    Column("", "loss", "loss"),
+    Column("MLM loss", "/seq.", "mlm_loss_per_sequence"),
+    Column("MLM loss", "/token", "mlm_loss_per_token"),
+    Column("MLM acc.", "/seq.", "mlm_accuracy_per_sequence"),
+    Column("MLM acc.", "/token", "mlm_accuracy_per_token"),
+    *(
+        column
+        for pair in PAIRS
+        for column in (
+            Column(f"{pair.upper()}", "accuracy", f"{pair}_accuracy"),
+            Column("(major-", "ity)", f"{pair}_majority", "({:.4f})"),
+        )
+    ),
+    Column("gradient", "norm", "grad_norm", "{:.3f}"),
+    Column("learning", "rate", "learning_rate", "{:.2e}"),
+    Column("sequences", "seen", "sequences_seen", "{:,.0f}"),
+    Column("seq.", "/s", "sequences_per_second", "{:,.1f}"),
+    Column("tokens", "/s", "tokens_per_second", "{:,.0f}"),
+    Column("packing", "eff.", "packing_efficiency"),
+    Column("model", "TFLOP/s", "model_tflops", "{:.3g}"),
+    Column("TFLOP/s but", "attention's", "model_tflops_without_attention", "{:.3g}"),
+    Column("", "MFU", "mfu", "{:.3f}"),
+    Column("memory", "GiB", "peak_memory_gib", "{:.2f}"),
+    Column("data", "wait", "data_wait_share", "{:.1%}"),
+)
+
+
+class Lines:
+    """Logs -> lines. A heading comes first, and again when there are other columns."""
+
+    def __init__(self):
+        self.columns: tuple[Column, ...] = ()
+
+    def of(self, logs: Mapping[str, Any], step: int) -> list[str]:
+        if "train_runtime" in logs:
+            return [f"trained to step {step} in {_duration(logs['train_runtime'])}"]
+        name = "train"
+        if any(key.startswith("eval_") for key in logs):
+            name, logs = "eval", {key.removeprefix("eval_"): value for key, value in logs.items()}
+        present = tuple(column for column in COLUMNS if column.key in logs)
+        lines = []
+        if not set(present) <= set(self.columns):
+            self.columns = present
+            lines = [
+                f"{'':12}" + "".join(f" {column.title:>{column.width}}" for column in present),
+                f"{'step':>12}" + "".join(f" {column.unit:>{column.width}}" for column in present),
+            ]
+        numbers = "".join(f" {column.text(logs):>{column.width}}" for column in self.columns)
+        return [*lines, f"{name:5}{step:>7,}{numbers}".rstrip()]
+
+
+def _duration(seconds: float) -> str:
+    """3725.0 -> 1 h 2 min 5 s"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (seconds, "s")]
+    return " ".join(f"{number} {unit}" for number, unit in parts if number or unit == "s")
+
+
+class LinesCallback(TrainerCallback):
+    """Prints the lines, on the first rank alone."""
+
+    def __init__(self, write: Callable[[str], None] | None = None):
+        self.lines = Lines()
+        self.write = write or (lambda line: print(line, flush=True))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            for line in self.lines.of(logs, state.global_step):
+                self.write(line)
+
+
+class LinesAboveBar(ProgressCallback):
+    """Trainer's progress bar, with the lines above it instead of dictionaries."""
+
+    def __init__(self):
+        super().__init__()
+        self.printer = LinesCallback(self._write)
+
+    def _write(self, line: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.printer.on_log(args, state, control, logs=logs)

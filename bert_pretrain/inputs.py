@@ -1,0 +1,125 @@
+"""What a run is given, refused before a model is built where it cannot be meant: folders, tokenizer, arguments."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from bert_pretrain.tokenizer import vocabulary_fingerprint
+from packing import PackedInfo, packed_info
+
+SAMPLED_PACKS = 2000
+"""Packs whose tokens are compared with the tokenizer: spread over a split, read in a fraction of a second."""
+
+
+def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
+    """The packed training split and, where there is one, the test (or validation) split."""
+    try:
+        loaded = load_from_disk(folder)
+    except FileNotFoundError as error:
+        problem = "is no folder of save_to_disk" if os.path.exists(folder) else "does not exist"
+        raise ValueError(f"dataset={folder!r} {problem}; give the folder that pack-dataset wrote") from error
+    splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+    if "train" not in splits:
+        raise ValueError(
+            f"dataset={folder!r} has no split named train, only {sorted(splits)}; rename one of them in the source, "
+            "and pack it again"
+        )
+    train, test = splits["train"], splits.get("test", splits.get("validation"))
+    infos = [_checked_info(split, folder) for split in (train, test) if split is not None]
+    if len({info.max_sequence_length for info in infos}) > 1:
+        lengths = " and ".join(str(info.max_sequence_length) for info in infos)
+        raise ValueError(
+            f"dataset={folder!r}: training and held-out split are packed for max_sequence_length {lengths}; pack both "
+            "for the same"
+        )
+    return train, test
+
+
+def _checked_info(split: Dataset, folder: str) -> PackedInfo:
+    try:
+        info = packed_info(split)
+    except ValueError as error:
+        raise ValueError(f"dataset={folder!r}: {error}; or in a shell: pack-dataset {folder} PACKED") from None
+    if len(split) == 0:
+        raise ValueError(f"dataset={folder!r} has a split without packs; pack a source that has sequences")
+    return info
+
+
+def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError if the packs were made with another tokenizer.
+
+    Known for sure of datasets by `bert-pretrain prepare`, which keep their vocabulary's fingerprint. Of others a sample
+    is looked at: ids that the tokenizer does not have, and sequences none of which begins with its [CLS] or ends with
+    its [SEP].
+    """
+    cure = (
+        "give the tokenizer that the dataset was prepared with (PREPARED/tokenizer), or prepare the text with this one"
+    )
+    made_with, given = split.info.config_name or "", vocabulary_fingerprint(tokenizer)
+    if made_with.startswith(given.partition(":")[0] + ":") and made_with != given:
+        raise ValueError(
+            f"dataset={folder!r} was made with another vocabulary ({made_with}) than that of tokenizer={name!r} "
+            f"({given}); {cure}"
+        )
+    tokens, lengths = _sample(split)
+    if tokens.max() >= len(tokenizer):
+        raise ValueError(
+            f"dataset={folder!r} holds token {tokens.max()}, but tokenizer={name!r} has {len(tokenizer)} tokens, up to "
+            f"{len(tokenizer) - 1}; {cure}"
+        )
+    ends = np.cumsum(lengths)
+    for token, its_id, found in (
+        ("cls_token", tokenizer.cls_token_id, tokens[ends - lengths]),
+        ("sep_token", tokenizer.sep_token_id, tokens[ends - 1]),
+    ):
+        if not (found == its_id).any():
+            where = "begins" if token == "cls_token" else "ends"
+            raise ValueError(
+                f"dataset={folder!r}: none of {len(lengths):,} sequences {where} with {its_id}, the {token} of "
+                f"tokenizer={name!r}; most often it is {np.bincount(found).argmax()}; {cure}"
+            )
+
+
+def _sample(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens and the sequence lengths of some packs, one after the other."""
+    chosen = np.unique(np.linspace(0, len(split) - 1, SAMPLED_PACKS).astype(int))
+    table = split.select_columns(["input_ids", "sequence_lengths"]).with_format("arrow")[chosen]
+    return tuple(table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "sequence_lengths"))
+
+
+def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: str) -> None:
+    """Raise ValueError for TrainingArguments that would fail late: after the model is built, or at the first save."""
+    output = Path(training.output_dir)
+    for folder in (output, *output.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise ValueError(f"output_dir={training.output_dir!r}: {folder} is a file; give a folder")
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"output_dir={training.output_dir!r}: {folder} may not be written to; give another")
+            break
+    for name in training.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to={name!r} is unknown to transformers; choose from {sorted(INTEGRATION_TO_CALLBACK)}, or none"
+            )
+        if name not in (*get_available_reporting_integrations(), "flyte"):
+            raise ValueError(
+                f"report_to={name!r} needs a package that is not installed: pip install {name}; or choose none"
+            )
+    wants_evaluation = {
+        "eval_strategy": training.eval_strategy != "no",
+        "eval_on_start": training.eval_on_start,
+        "load_best_model_at_end": training.load_best_model_at_end,
+    }
+    for name, wanted in wants_evaluation.items():
+        if wanted and test is None:
+            value = getattr(training, name)
+            value = getattr(value, "value", value)
+            raise ValueError(
+                f"{name}={value} needs held-out sequences, but dataset={dataset!r} has no split named test or "
+                "validation; prepare with a test_fraction, or leave the option out"
+            )

@@ -1,0 +1,108 @@
+"""PretrainTrainer: PackedTrainer with a meter, an evaluation of its own masking rate, a model card and a record."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback
+
+from bert_pretrain.card import model_card
+from bert_pretrain.config import PretrainConfig
+from bert_pretrain.console import LinesAboveBar, LinesCallback
+from bert_pretrain.metrics import Meter, attends_fully, known_peak
+from bert_pretrain.record import versions, write_record
+from collate import DataCollatorWithPacking, PackedTrainer
+from packing import packed_info
+
+
+class PretrainTrainer(PackedTrainer):
+    """A pretraining run's trainer.
+
+    config: of the run. record: what is saved beside every model, `bert_pretrain.record`.
+    objective: "nsp", "sop" or "none", for the card.
+    eval_data_collator: of evaluation; its masks are the same every time.
+
+    Logs have, beside PackedTrainer's metrics, those of `bert_pretrain.metrics.Meter`.
+    """
+
+    def __init__(
+        self,
+        *args,
+        config: PretrainConfig,
+        record: dict[str, Any],
+        objective: str,
+        eval_data_collator: DataCollatorWithPacking,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.config, self.record, self.objective = config, record, objective
+        self.eval_data_collator = eval_data_collator
+        self.is_stock = attends_fully(self.model)
+        self.meter = Meter(self.model, self.args.device, known_peak(self.args.device, config.peak_tflops))
+        # not in a notebook, where Trainer shows a table of its own
+        if self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(LinesCallback())
+        elif self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LinesAboveBar())
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _bound_collator(self, collator, dataset, is_training: bool):
+        return super()._bound_collator(collator if is_training else self.eval_data_collator, dataset, is_training)
+
+    # -- time: that of training steps only -----------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        self.meter.reset()
+        return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+        self.meter.run()
+        return super().get_batch_samples(self.meter.waiting(epoch_iterator), num_batches, device)
+
+    def _step_counted(self, packs: Tensor, denominators: Tensor) -> None:
+        super()._step_counted(packs, denominators)
+        self.meter.add_step(packs, denominators[0])
+
+    def evaluate(self, *args, **kwargs):
+        with self.meter.stopped():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with self.meter.stopped():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = self.meter.read(self.args.world_size, self.accelerator.gather) | logs
+        logs.pop("train_samples_per_second", None)  # Trainer's samples are packs
+        super().log(logs, start_time)
+
+    # -- what is saved beside the model --------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_world_process_zero():
+            write_record(output_dir or self.args.output_dir, self.record)
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+        """README.md in output_dir; Trainer calls this before it pushes to the hub."""
+        if not self.is_world_process_zero():
+            return
+        card = model_card(
+            name=self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
+            config=self.config,
+            bert=self.model.config,
+            data=packed_info(getattr(self.train_dataset, "packed", self.train_dataset)),
+            objective=self.objective,
+            steps=self.state.global_step,
+            log_history=self.state.log_history,
+            versions=versions(),
+            mask_token=self.processing_class.mask_token,
+            is_stock=self.is_stock,
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
