@@ -34,7 +34,7 @@ from bert_pretrain.attention.fold import (
     row_mask,
 )
 from bert_pretrain.attention.head import AttentionHead
-from bert_pretrain.attention.pattern import check_at_least, check_choice
+from bert_pretrain.attention.options import check_choice, check_integer
 from bert_pretrain.attention.windows import attend
 from collate.layout import PackLayout
 
@@ -50,7 +50,7 @@ class AxialOptions:
     """"composed" sees the whole sequence in one layer; "mean" a row and a column, with one softmax less in between."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, "columns", 1, "None takes the rounded root of max_sequence_length")
+        check_integer(self, "columns", 1, "None takes the rounded root of max_sequence_length", optional=True)
         check_choice(self, "combine", ("composed", "mean"))
 
 

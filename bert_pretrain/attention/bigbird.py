@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.global_tokens import GlobalTokens, global_tokens, replace_global
-from bert_pretrain.attention.pattern import PatternAttention, PatternOptions, Sees, check_at_least
+from bert_pretrain.attention.options import check_integer, check_seed
+from bert_pretrain.attention.pattern import PatternAttention, PatternOptions, Sees
 from bert_pretrain.attention.windows import Windows, attend, windows
 from collate.chunks import NO_CHUNK
 from collate.layout import PackLayout
@@ -51,9 +52,10 @@ class BigBirdOptions(PatternOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, "block", 1, "64 is the paper's")
-        for name in ("window", "random_blocks", "global_tokens", "last_global_tokens", "seed"):
-            check_at_least(self, name, 0, "0 is the least")
+        check_integer(self, "block", 1, "64 is the paper's")
+        for name in ("window", "random_blocks", "global_tokens", "last_global_tokens"):
+            check_integer(self, name, 0, "0 is the least")
+        check_seed(self)
 
 
 class BigBirdAttention(PatternAttention):
@@ -79,7 +81,7 @@ class BigBirdAttention(PatternAttention):
         return sees
 
     def layer_seed(self, device: torch.device) -> Tensor:
-        return mix(torch.tensor(self.options.seed % 2**31, device=device)) ^ (self.layer_index + 1)
+        return mix(torch.tensor(self.options.seed, device=device)) ^ (self.layer_index + 1)
 
     def longest_whole(self) -> int:
         return (2 * self.options.window + 1 + self.options.random_blocks) * self.options.block

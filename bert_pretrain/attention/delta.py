@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.attention.linear import elu_plus_one
-from bert_pretrain.attention.whole_sequences import at_least_float32, check_positive
+from bert_pretrain.attention.options import check_choice, check_integer
+from bert_pretrain.attention.whole_sequences import at_least_float32
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather
@@ -58,9 +59,8 @@ class DeltaOptions:
     """phi. "norm": x / |x|; "elu": elu(x) + 1 divided by its sum, as in the source, whose memory is read softly."""
 
     def __post_init__(self) -> None:
-        check_positive("chunk", self.chunk, "tokens in a chunk")
-        if self.features not in FEATURES:
-            raise ValueError(f"unknown features={self.features!r}; choose from {sorted(FEATURES)}")
+        check_integer(self, "chunk", 1, "give the number of tokens in a chunk")
+        check_choice(self, "features", FEATURES)
 
 
 class DeltaAttention(AttentionHead):

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.local import banded, window_mask
-from bert_pretrain.attention.pattern import PatternAttention, PatternOptions, Sees, check_at_least
+from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.pattern import PatternAttention, PatternOptions, Sees
 from bert_pretrain.attention.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
 
@@ -38,8 +39,8 @@ class EtcOptions(PatternOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, "window", 0, "0 lets a token see itself and the global tokens only")
-        check_at_least(self, "global_tokens", 1, "without global tokens take local attention")
+        check_integer(self, "window", 0, "0 lets a token see itself and the global tokens only")
+        check_integer(self, "global_tokens", 1, "without global tokens take local attention")
 
 
 class EtcAttention(PatternAttention):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.fold import Tables, along_rows, fold, from_rows, row_mask
-from bert_pretrain.attention.pattern import Sees, attend_part, check_at_least
+from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.pattern import Sees, attend_part
 from bert_pretrain.attention.strided import StrideOptions, StridePattern
 from bert_pretrain.attention.windows import attend
 from collate.layout import PackLayout
@@ -34,9 +35,11 @@ class FixedOptions(StrideOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, "summary", 1, "without a summary no token sees another block")
+        check_integer(self, "summary", 1, "without a summary no token sees another block")
         if self.stride is not None and self.summary > self.stride:
-            raise ValueError(f"summary={self.summary} is more than a block of stride={self.stride}; lower it")
+            raise ValueError(
+                f"{type(self).__name__}: summary={self.summary} is more than a block of stride={self.stride}; lower it"
+            )
 
 
 class FixedAttention(StridePattern):

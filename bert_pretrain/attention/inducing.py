@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.whole_sequences import WholeSequenceHead, check_positive, softmax_over_tokens
+from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.whole_sequences import WholeSequenceHead, softmax_over_tokens
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class InducingOptions:
     """Summaries of each sequence. More keep finer detail and cost in proportion; fewer press harder."""
 
     def __post_init__(self) -> None:
-        check_positive("points", self.points, "summaries of a sequence")
+        check_integer(self, "points", 1, "give the number of summaries of a sequence")
 
 
 class InducingAttention(WholeSequenceHead):

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.whole_sequences import WholeSequenceHead, check_positive, zero_padding
+from bert_pretrain.attention.options import check_choice, check_integer
+from bert_pretrain.attention.whole_sequences import WholeSequenceHead, zero_padding
 from collate.layout import PackLayout
 
 
@@ -57,9 +58,8 @@ class LinformerOptions:
     "random" as published."""
 
     def __post_init__(self) -> None:
-        check_positive("rank", self.rank, "rows that a sequence is projected to")
-        if self.initial not in INITIAL:
-            raise ValueError(f"unknown initial={self.initial!r}; choose from {sorted(INITIAL)}")
+        check_integer(self, "rank", 1, "give the number of rows that a sequence is projected to")
+        check_choice(self, "initial", INITIAL)
 
 
 class LinformerAttention(WholeSequenceHead):

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.pattern import PatternAttention, PatternOptions, Sees, check_at_least
+from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.pattern import PatternAttention, PatternOptions, Sees
 from bert_pretrain.attention.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
 
@@ -29,7 +30,7 @@ class LocalOptions(PatternOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, "window", 0, "0 lets a token see itself only")
+        check_integer(self, "window", 0, "0 lets a token see itself only")
 
 
 class LocalAttention(PatternAttention):

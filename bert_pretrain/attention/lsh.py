@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead
-from bert_pretrain.attention.whole_sequences import check_positive
+from bert_pretrain.attention.options import check_integer, check_seed
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
@@ -47,8 +47,9 @@ class LSHOptions:
     """Of the rotations; every layer draws its own under the same seed."""
 
     def __post_init__(self) -> None:
-        check_positive("num_rounds", self.num_rounds, "hash rounds")
-        check_positive("bucket_size", self.bucket_size, "tokens of a chunk")
+        check_integer(self, "num_rounds", 1, "give the number of hash rounds")
+        check_integer(self, "bucket_size", 1, "give the number of tokens of a chunk")
+        check_seed(self)
 
 
 class Places(NamedTuple):

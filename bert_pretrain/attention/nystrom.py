@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_pretrain.attention.whole_sequences import WholeSequenceHead, check_positive, softmax_over_tokens
+from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.whole_sequences import WholeSequenceHead, softmax_over_tokens
 from collate.length_groups import WIDTH_STEP
 
 
@@ -36,8 +37,8 @@ class NystromOptions:
     """Steps towards the pseudo-inverse. Fewer are cheaper and rougher; where m segments differ little, more help."""
 
     def __post_init__(self) -> None:
-        check_positive("landmarks", self.landmarks, "segments that a sequence is cut into")
-        check_positive("iterations", self.iterations, "steps towards the pseudo-inverse")
+        check_integer(self, "landmarks", 1, "give the number of segments that a sequence is cut into")
+        check_integer(self, "iterations", 1, "give the number of steps towards the pseudo-inverse")
 
 
 class NystromAttention(WholeSequenceHead):

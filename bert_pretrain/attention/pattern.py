@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.options import check_choice
 from bert_pretrain.attention.windows import attend
 from collate.layout import PackLayout
 from collate.length_groups import Gather
@@ -45,20 +46,6 @@ class PatternOptions:
 
     def __post_init__(self) -> None:
         check_choice(self, "execution", ("auto", "flex", "chunks", "whole"))
-
-
-def check_choice(options: object, name: str, choices: tuple) -> None:
-    """Raise ValueError for an option that is none of the choices."""
-    value = getattr(options, name)
-    if value not in choices:
-        raise ValueError(f"{type(options).__name__}: {name}={value!r} is unknown; choose from {', '.join(choices)}")
-
-
-def check_at_least(options: object, name: str, limit: int, cure: str) -> None:
-    """Raise ValueError for an option that is no integer of at least `limit`; None passes."""
-    value = getattr(options, name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < limit):
-        raise ValueError(f"{type(options).__name__}: {name}={value!r} must be an integer of at least {limit}; {cure}")
 
 
 class PatternAttention(AttentionHead):

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.linear import kernel_attention
-from bert_pretrain.attention.whole_sequences import WholeSequenceHead, check_positive
+from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
+from bert_pretrain.attention.whole_sequences import WholeSequenceHead
 
 STABILISERS = ("product", "exponent")
 
@@ -45,13 +46,10 @@ class PerformerOptions:
     """Of the features, together with the layer's index. Another one draws others; a loaded head keeps its own."""
 
     def __post_init__(self) -> None:
-        check_positive("features", self.features, "random features")
-        if not 0 <= self.epsilon < 1:
-            raise ValueError(
-                f"epsilon={self.epsilon} must be in 0 .. 1, and small beside the largest feature, which is 1"
-            )
-        if self.stabiliser not in STABILISERS:
-            raise ValueError(f"unknown stabiliser={self.stabiliser!r}; choose from {list(STABILISERS)}")
+        check_integer(self, "features", 1, "give the number of random features")
+        check_number(self, "epsilon", "from 0 to below 1", "keep it small beside the largest feature, which is 1")
+        check_choice(self, "stabiliser", STABILISERS)
+        check_seed(self)
 
 
 class PerformerAttention(WholeSequenceHead):
@@ -68,7 +66,7 @@ class PerformerAttention(WholeSequenceHead):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the features again: the same ones."""
-        seed = (self.options.seed * 1_000_003 + self.layer_index) % 2**63
+        seed = self.options.seed * 1_000_003 + self.layer_index
         self.projection_FK.copy_(orthogonal_features(*self.projection_FK.shape, seed))
 
     def mix(self, query_SHWK, key_SHWK, value_SHWK, is_real_S11W) -> Tensor:

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from bert_pretrain.attention.head import AttentionHead
-from bert_pretrain.attention.whole_sequences import check_positive
+from bert_pretrain.attention.options import check_integer, check_number, check_seed
 from collate.layout import PackLayout
 from collate.length_groups import WIDTH_STEP
 
@@ -54,10 +54,9 @@ class RoutingOptions:
     """Of the first centroids; every layer draws its own under the same seed."""
 
     def __post_init__(self) -> None:
-        if self.num_clusters is not None:
-            check_positive("num_clusters", self.num_clusters, "clusters, or None for about sqrt(n)")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay={self.decay} must be in 0..1; 1 keeps the centroids as they are")
+        check_integer(self, "num_clusters", 1, "give the number of clusters, or None for about sqrt(n)", optional=True)
+        check_number(self, "decay", "from 0 to 1", "1 keeps the centroids as they are")
+        check_seed(self)
 
 
 class RoutingAttention(AttentionHead):

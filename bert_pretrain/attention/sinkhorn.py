@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_pretrain.attention.head import AttentionHead
-from bert_pretrain.attention.whole_sequences import check_positive
+from bert_pretrain.attention.options import check_integer, check_number, check_seed
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather
@@ -51,12 +51,11 @@ class SinkhornOptions:
     """Of the first W and the noise; every layer draws its own under the same seed."""
 
     def __post_init__(self) -> None:
-        check_positive("block_size", self.block_size, "tokens of a block")
-        check_positive("num_iterations", self.num_iterations, "normalisations in turn")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0")
-        if self.noise < 0:
-            raise ValueError(f"noise={self.noise} must be at least 0; 0 for none")
+        check_integer(self, "block_size", 1, "give the number of tokens of a block")
+        check_integer(self, "num_iterations", 1, "give the number of normalisations in turn")
+        check_number(self, "temperature", "above 0", "0.75 is the default")
+        check_number(self, "noise", "of at least 0", "0 is none")
+        check_seed(self)
 
 
 class SinkhornAttention(AttentionHead):

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from bert_pretrain.attention.fold import along_columns, column_mask, default_stride, fold, from_columns
 from bert_pretrain.attention.local import window_mask
+from bert_pretrain.attention.options import check_choice, check_integer
 from bert_pretrain.attention.pattern import (
     PatternAttention,
     PatternOptions,
     Sees,
     attend_part,
-    check_at_least,
-    check_choice,
     join_parts,
 )
 from bert_pretrain.attention.windows import attend, windows_of_tokens
@@ -46,7 +45,7 @@ class StrideOptions(PatternOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, "stride", 1, "None takes the rounded root of max_sequence_length")
+        check_integer(self, "stride", 1, "None takes the rounded root of max_sequence_length", optional=True)
         check_choice(self, "heads", ("split", "merged"))
 
 

@@ -68,11 +68,3 @@ def softmax_over_tokens(scores_SHMW: Tensor, is_real_S11W: Tensor | None) -> Ten
     if is_real_S11W is not None:
         scores_SHMW = scores_SHMW.masked_fill(~is_real_S11W, float("-inf"))
     return scores_SHMW.softmax(-1)
-
-
-def check_positive(name: str, value: int, what: str) -> None:
-    """Raise ValueError for an option that is no integer, or less than 1. what: the thing it counts."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} must be an integer: give the number of {what}")
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1: give the number of {what}")

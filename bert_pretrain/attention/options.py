@@ -1,0 +1,56 @@
+"""Checks of the options of attention heads: what an option can be is said once, by name, value, limit and cure.
+
+    check_integer(options, "window", 0, "0 lets a token see itself only")
+
+    LocalOptions: window=-1 must be an integer of at least 0; 0 lets a token see itself only
+
+A config is read from JSON and written by hand: a "64" or a True is refused here, and not some layers further on.
+"""
+
+import math
+from collections.abc import Iterable
+
+LARGEST_SEED = 2**32 - 1
+"""As numpy has it. Heads make seeds of their own of it, which must stay within 64 bits."""
+
+
+def check_integer(
+    options: object, name: str, least: int, cure: str, most: int | None = None, optional: bool = False
+) -> None:
+    """Raise ValueError for an option that is no integer within its limits. optional: whether it can be None."""
+    value = getattr(options, name)
+    if optional and value is None:
+        return
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):
+        limit = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{type(options).__name__}: {name}={value!r} must be an integer {limit}; {cure}")
+
+
+def check_seed(options: object) -> None:
+    """Raise ValueError for an option `seed` that is none."""
+    check_integer(options, "seed", 0, "give another one for other draws", most=LARGEST_SEED)
+
+
+def check_number(options: object, name: str, limit: str, cure: str) -> None:
+    """Raise ValueError for an option that is no finite number within its limit, one of LIMITS."""
+    value = getattr(options, name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not LIMITS[limit](value):
+        raise ValueError(f"{type(options).__name__}: {name}={value!r} must be a number {limit}; {cure}")
+
+
+LIMITS = {
+    "above 0": lambda value: value > 0,
+    "of at least 0": lambda value: value >= 0,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "from 0 to below 1": lambda value: 0 <= value < 1,
+}
+"""What a number can be held to."""
+
+
+def check_choice(options: object, name: str, choices: Iterable[str]) -> None:
+    """Raise ValueError for an option that is none of the choices."""
+    value = getattr(options, name)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{type(options).__name__}: {name}={value!r} is unknown; choose from {', '.join(choices)}")

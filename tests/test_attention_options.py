@@ -1,0 +1,44 @@
+"""What an option of an attention head can be: nonsense is refused by name, value, limit and cure, for all of them."""
+
+import json
+import re
+from dataclasses import asdict, fields
+
+import pytest
+
+from bert_pretrain.attention import ATTENTION
+from bert_pretrain.attention.head import AttentionHead
+
+OPTIONS = [
+    pytest.param(name, field, id=f"{name}-{field.name}")
+    for name in ATTENTION
+    for field in fields(ATTENTION[name].Options)
+]
+NONSENSE = [True, "nonsense", float("nan"), float("inf"), -1, -0.5, [1], {}]
+"""What no option can be."""
+
+
+def build(name: str, **options) -> AttentionHead:
+    return ATTENTION[name](num_heads=2, head_width=8, max_sequence_length=64, **options)
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_nonsense_is_refused(name, option):
+    for value in (*NONSENSE, *([] if "None" in str(option.type) else [None])):
+        said = rf"Options: {option.name}={re.escape(repr(value))} (must be an? \w+ .+|is unknown); \w+"
+        with pytest.raises(ValueError, match=said):
+            build(name, **{option.name: value})
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_defaults_are_options_and_come_back_from_a_config(name):
+    options = json.loads(json.dumps(asdict(build(name).options)))
+    assert asdict(build(name, **options).options) == options
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if hasattr(ATTENTION[name].Options, "seed")])
+def test_the_largest_seed(name):
+    """Seeds are multiplied, and a generator takes 64 bits."""
+    build(name, seed=2**32 - 1, layer_index=1000)
+    with pytest.raises(ValueError, match="seed=4294967296 must be an integer from 0 to 4294967295"):
+        build(name, seed=2**32)
