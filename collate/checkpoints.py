@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -113,6 +114,7 @@ def publish(folder: Path, target: Path) -> None:
         _delete(target)
     os.rename(folder, target)
     _sync(target.parent)
+    _remove_if_empty(folder.parent)
 
 
 def delete_old(run_folder: Path, limit: int | None, best: str | None) -> None:
@@ -132,6 +134,12 @@ def _delete(checkpoint: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(checkpoint, aside)
     shutil.rmtree(aside)
+    _remove_if_empty(aside.parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,13 +1,27 @@
-"""Checkpoints are stock BERT's, tensor for tensor, in both directions."""
+"""Checkpoints are stock BERT's, tensor for tensor, in both directions; and their files are complete, or not there."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from test_equivalence import make_config, make_models
 from transformers import BertForMaskedLM, BertForPreTraining
+from transformers.trainer_utils import get_last_checkpoint
 
 from bert_pretrain import PackedBertForPreTraining
+from collate import checkpoints
+from collate.checkpoints import (
+    MANIFEST,
+    DamagedCheckpoint,
+    check_checkpoint,
+    delete_old,
+    last_checkpoint,
+    publish,
+    remove_unfinished,
+)
 
 NOTHING = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
 NOT_IN_MASKED_LM = {
@@ -74,7 +88,7 @@ def test_a_checkpoint_returns_to_us_as_it_was(tmp_path):
         ({}, "needs sequence_ids"),
         (
             {"sequence_ids": ONE_SEQUENCE, "next_sentence_label": torch.zeros(1, 1, dtype=torch.long)},
-            "needs cls_positions",
+            "need cls_positions",
         ),
     ],
 )
@@ -96,3 +110,113 @@ def test_inputs_that_cannot_tell_sequences_apart_are_refused(inputs, message):
 def test_configs_we_cannot_honour_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         PackedBertForPreTraining(make_config(**changes))
+
+
+# -- files: complete or not there --------------------------------------------------------------------------------
+
+
+def write_checkpoint(run, step, contents=b"weights"):
+    folder = run / "_unfinished" / f"checkpoint-{step}"
+    (folder / "shards").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(contents)
+    (folder / "shards" / "rank_0.pt").write_bytes(b"")
+    publish(folder, run / folder.name)
+    return run / folder.name
+
+
+def test_a_published_checkpoint_is_complete(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 8)
+    check_checkpoint(checkpoint)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    assert manifest["files"].keys() == {"model.safetensors", "shards/rank_0.pt"}
+    assert manifest["files"]["model.safetensors"]["bytes"] == 7
+    assert os.listdir(tmp_path) == ["checkpoint-8"]
+    assert last_checkpoint(tmp_path) == checkpoint == Path(get_last_checkpoint(str(tmp_path)))
+
+
+def flip_a_byte(checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(b"weightS")
+
+
+DAMAGES = [
+    (flip_a_byte, "model.safetensors has other contents than were written"),
+    (lambda c: (c / "model.safetensors").write_bytes(b"weight"), "model.safetensors has 6 bytes, 7 were written"),
+    (lambda c: (c / "shards" / "rank_0.pt").unlink(), "shards/rank_0.pt is missing"),
+    (lambda c: (c / MANIFEST).unlink(), "has no manifest.json: it was not written to its end"),
+    (lambda c: (c / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+    (lambda c: (c / MANIFEST).write_text("[]"), "manifest.json cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, message):
+    older, newest = write_checkpoint(tmp_path, 9), write_checkpoint(tmp_path, 10)
+    damage(newest)
+    with pytest.raises(DamagedCheckpoint, match=f"checkpoint-10.*{message}"):
+        check_checkpoint(newest)
+    with pytest.raises(DamagedCheckpoint, match=f"{message}.*; delete the folder to go on from checkpoint-9"):
+        last_checkpoint(tmp_path)
+    damage(older)
+    with pytest.raises(DamagedCheckpoint, match=f"checkpoint-10.*{message}.*; delete the folder to begin anew"):
+        last_checkpoint(tmp_path)
+    shutil.rmtree(newest)
+    shutil.rmtree(older)
+    assert last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("moment", ["_sync", "_hash", "write_text", "rename"])
+def test_whenever_a_save_ends_early_the_last_checkpoint_stays(tmp_path, monkeypatch, moment):
+    whole = write_checkpoint(tmp_path, 8)
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        target = {"write_text": Path, "rename": os}.get(moment, checkpoints)
+        patch.setattr(target, moment, die)
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(tmp_path, 16)
+    assert last_checkpoint(tmp_path) == whole
+    remove_unfinished(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint-8"]
+    assert write_checkpoint(tmp_path, 16) == last_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    write_checkpoint(tmp_path, 8, b"before")
+    again = write_checkpoint(tmp_path, 8, b"after")
+    check_checkpoint(again)
+    assert (again / "model.safetensors").read_bytes() == b"after" and os.listdir(tmp_path) == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (None, None, [1, 2, 10]),
+        (0, None, [1, 2, 10]),
+        (2, None, [2, 10]),
+        (1, 1, [1, 10]),
+        (2, 1, [1, 10]),
+        (1, 10, [10]),
+    ],
+)
+def test_old_checkpoints_go(tmp_path, limit, best, kept):
+    for step in (1, 2, 10):
+        write_checkpoint(tmp_path, step)
+    delete_old(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in kept}
+
+
+def test_an_old_checkpoint_stays_whole_or_goes(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step)
+
+    def die(folder, ignore_errors=False):
+        if os.path.isdir(folder):
+            os.unlink(os.path.join(folder, "model.safetensors"))
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", die)
+        delete_old(tmp_path, 1, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"_unfinished", "checkpoint-2"}

@@ -1,0 +1,418 @@
+"""Runs that are killed, told to stop, or resumed with damaged or other settings; each ends as the uninterrupted run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pair, make_tokenizer
+from datasets import Dataset, DatasetDict
+from killed_runs import Run, run_killed
+from safetensors.torch import load_file
+from training_runs import make_packs, make_trainer
+from transformers import Trainer, TrainingArguments
+
+from bert_pretrain.cli import main as bert_pretrain
+from bert_pretrain.config import PretrainConfig
+from bert_pretrain.resume import _check_record, run_record
+from collate.checkpoints import check_checkpoint, last_checkpoint
+from collate.exact_resume import ResumesExactly
+from packing import pack_dataset
+
+EXACT = ("loss", "mlm_", "nsp_", "sequences_seen", "tokens_seen", "grad_norm", "learning_rate", "epoch")
+"""What logs hold beside timings."""
+SEEN = ("sequences_seen", "tokens_seen")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A run of 15 steps: 3 epochs of 60 sequences, 5 passes a step, dropout on, logs that straddle checkpoints."""
+    folder = tmp_path_factory.mktemp("resume")
+    rng = np.random.default_rng(0)
+    splits = {
+        name: pack_dataset(Dataset.from_list([make_pair(rng, int(n)) for n in lengths]), 64, packer="spfhp")
+        for name, lengths in {"train": rng.integers(8, 40, 60), "test": rng.integers(8, 40, 8)}.items()
+    }
+    DatasetDict(splits).save_to_disk(folder / "packed")
+    make_tokenizer().save_pretrained(folder / "tokenizer")
+    run = {"dataset": folder / "packed", "tokenizer": folder / "tokenizer", "sequences_per_step": 12}
+    run |= {"per_device_train_batch_size": 2, "num_train_epochs": 3, "save_steps": 1, "logging_steps": 2}
+    run |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "learning_rate": 0.01}
+    run |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    return flags(**run)
+
+
+def flags(**options):
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+WORKERS = [
+    flags(dataloader_num_workers=0),
+    flags(dataloader_num_workers=2, dataloader_persistent_workers=True),
+    flags(dataloader_num_workers=1),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    """The uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    Run(options, output).finish()
+    return output
+
+
+def assert_same_end(output, expected, same_log=True):
+    """The same files, byte for byte; optimizer and schedule tensor for tensor; and the same figures in the log."""
+    assert (output / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    ours, theirs = last_checkpoint(output), last_checkpoint(expected)
+    assert ours.name == theirs.name
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    for name in ("optimizer.pt", "scheduler.pt"):
+        assert_equal(*(torch.load(folder / name, weights_only=True) for folder in (ours, theirs)))
+    if same_log:
+        assert figures(output) == figures(expected)
+    assert not (output / "_unfinished").exists()
+
+
+def assert_equal(ours, theirs):
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        for pair in zip(ours, theirs, strict=True):
+            assert_equal(*pair)
+    elif isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+def figures(output):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    entries = [entry for entry in history if "loss" in entry or "eval_loss" in entry]
+    return [
+        {k: v for k, v in entry.items() if k == "step" or k.removeprefix("eval_").startswith(EXACT)}
+        for entry in entries
+    ]
+
+
+# -- killed ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_killed_ends_as_the_one_that_was_not(options, whole, tmp_path):
+    """Workers differ from start to start."""
+    moments = run_killed(options, tmp_path / "run", kills=3, seed=0, restarts=WORKERS)
+    assert sum(moments.values()) == 3 and moments["saving"], moments
+    assert_same_end(tmp_path / "run", whole)
+    logged = [entry for entry in figures(whole) if "loss" in entry]
+    assert len(logged) == 7 and logged[-1]["sequences_seen"] > 150
+
+
+LONG_RUNS = {
+    "save every step": ({}, WORKERS),
+    "one pass a step, workers": ({"per_device_train_batch_size": 8, "num_train_epochs": 5}, WORKERS[1:]),
+    "LAMB, cosine, token loss": (
+        {"optimizer": "lamb", "lr_scheduler_type": "cosine", "mlm_loss": "token", "save_steps": 2},
+        WORKERS,
+    ),
+    "evaluation and the best model": (
+        {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 2},
+        WORKERS[:1],
+    ),
+    "saved at the end of epochs": ({"save_strategy": "epoch", "eval_strategy": "epoch"}, WORKERS[:2]),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LONG_RUNS)
+def test_runs_that_are_killed_end_as_those_that_were_not(options, tmp_path, name):
+    other, restarts = LONG_RUNS[name]
+    arguments = [*options, *flags(**other)]
+    Run(arguments, tmp_path / "whole").finish()
+    moments = run_killed(arguments, tmp_path / "run", kills=6, seed=len(name), restarts=restarts)
+    print(name, moments)
+    assert sum(moments.values()) >= 3, moments
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_command_itself_is_killed(options, whole, tmp_path):
+    """Two interpreters, as a user starts them: the first is killed when it has written a checkpoint."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "bert_pretrain.cli", "train", *options, "--output_dir", str(output)]
+    with open(tmp_path / "log", "w") as log:
+        first = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while first.poll() is None and not (output / "checkpoint-4").exists():
+            pass
+        first.kill()
+        assert first.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+        assert not (output / "model.safetensors").exists()
+        assert subprocess.run(command, stdout=log, stderr=log).returncode == 0, (tmp_path / "log").read_text()
+    assert "resuming from" in (tmp_path / "log").read_text()
+    assert_same_end(output, whole)
+
+
+# -- told to stop ------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_to_all_processes_saves_and_ends(options, whole, tmp_path):
+    """To the dataloader's workers, too; and SIGUSR1 to the run alone."""
+    output = tmp_path / "run"
+    for number, to_group, status in ((signal.SIGTERM, True, 143), (signal.SIGUSR1, False, 138)):
+        run = Run([*options, *WORKERS[1], *flags(save_steps=1000)], output)
+        assert run.wait_for(lambda run=run: run.log.exists() and "'loss'" in run.log.read_text()[run.begin :])
+        run.send(number, to_group=to_group)
+        assert run.end() == {status}, run.log.read_text()
+        checkpoint = last_checkpoint(output)
+        message = f"{number.name} received: saved {checkpoint.name} and stopped; run the same command again to go on"
+        assert message in run.log.read_text()[run.begin :]
+        assert not (output / "model.safetensors").exists()
+    Run(options, output).finish()
+    assert_same_end(output, whole)
+
+
+def test_control_c_ends_at_once_and_says_that_the_checkpoint_stays(options, tmp_path):
+    run = Run(options, tmp_path / "run")
+    assert run.wait_for_checkpoint()
+    run.send(signal.SIGINT)
+    assert run.end() == {130}
+    assert "interrupted; the last checkpoint stays" in run.log.read_text()
+    check_checkpoint(last_checkpoint(tmp_path / "run"))
+
+
+def test_two_ranks_agree_on_the_step_and_go_on(options, tmp_path):
+    """The signal reaches one rank only; then both are killed; then they end as two that ran through."""
+    options = [*options, *flags(sequences_per_step=16, ddp_backend="gloo")]
+    Run(options, tmp_path / "whole", ranks=2).finish()
+    output = tmp_path / "run"
+    first = Run(options, output, ranks=2)
+    assert first.wait_for_checkpoint()
+    first.send(signal.SIGTERM, ranks=[1])
+    assert first.end() == {143}, first.log.read_text()
+    second = Run(options, output, ranks=2)
+    assert second.wait_for_checkpoint()
+    assert second.kill()
+    Run(options, output, ranks=2).finish()
+    assert_same_end(output, tmp_path / "whole")
+    names = {path.name for path in last_checkpoint(output).iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "manifest.json"} <= names
+
+
+def test_one_rank_goes_on_as_two(options, tmp_path):
+    """The same sequences in each step, so the same losses but for rounding (and dropout, which is off)."""
+    options = [*options, *flags(sequences_per_step=16, hidden_dropout_prob=0, attention_probs_dropout_prob=0)]
+    Run(options, tmp_path / "whole").finish()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "run" / "checkpoint-5")
+    Run([*options, *flags(ddp_backend="gloo")], tmp_path / "run", ranks=2).finish()
+    ours, theirs = figures(tmp_path / "run"), figures(tmp_path / "whole")
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert {k: our.get(k) for k in SEEN} == {k: their.get(k) for k in SEEN}
+        assert our.get("loss") == pytest.approx(their.get("loss"), rel=1e-5)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+# -- resumed -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy_of_whole(whole, tmp_path):
+    for name in ("checkpoint-6", "checkpoint-7"):
+        shutil.copytree(whole / name, tmp_path / "run" / name)
+    return tmp_path / "run"
+
+
+def train(options, output, **other):
+    return bert_pretrain(["train", *options, "--output_dir", str(output), *flags(**other)])
+
+
+def test_a_damaged_checkpoint_is_refused(options, copy_of_whole, tmp_path, capsys):
+    newest = copy_of_whole / "checkpoint-7"
+    optimizer = newest / "optimizer.pt"
+    contents = bytearray(optimizer.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    optimizer.write_bytes(contents)
+    damage = f"{newest} is damaged: optimizer.pt has other contents than were written; "
+    assert train(options, copy_of_whole) == 2
+    assert damage + "delete the folder to go on from checkpoint-6" in capsys.readouterr().err
+    assert train(options, tmp_path / "other", resume_from_checkpoint=newest) == 2
+    assert damage + "name another checkpoint-N folder" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    shutil.rmtree(newest)
+    assert train(options, copy_of_whole, max_steps=7) == 0
+    check_checkpoint(newest)
+
+
+def test_a_run_that_had_ended_trains_no_more(options, tmp_path):
+    """It was killed before its last save, within an epoch."""
+    assert train(options, tmp_path / "run", max_steps=7) == 0
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert train(options, tmp_path / "run", max_steps=7) == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-7"
+
+
+def test_what_is_logged_and_saved_may_change_and_takes_effect(options, copy_of_whole, whole):
+    assert train(options, copy_of_whole, logging_steps=5, save_steps=4, save_total_limit=1) == 0
+    steps = [entry["step"] for entry in figures(copy_of_whole) if "loss" in entry]
+    assert steps == [2, 4, 6, 10, 15]
+    assert {path.name for path in copy_of_whole.glob("checkpoint-*")} == {"checkpoint-15"}
+    assert_same_end(copy_of_whole, whole, same_log=False)
+
+
+def test_without_the_saved_sums_the_log_would_differ(options, copy_of_whole, whole, monkeypatch):
+    monkeypatch.setattr(ResumesExactly, "_restore_running_sums", lambda self: None)
+    assert train(options, copy_of_whole) == 0
+    assert_same_end(copy_of_whole, whole, same_log=False)
+    assert figures(copy_of_whole) != figures(whole)
+
+
+def test_evaluation_does_not_change_training(options, whole, tmp_path):
+    assert train(options, tmp_path / "run", eval_strategy="epoch", logging_steps=5, save_steps=1000) == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_leftovers_of_a_killed_save_are_removed(options, copy_of_whole, whole, caplog):
+    (copy_of_whole / "_unfinished" / "checkpoint-8").mkdir(parents=True)
+    (copy_of_whole / "_unfinished" / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
+    with caplog.at_level("INFO"):
+        assert train(options, copy_of_whole) == 0
+    assert "_unfinished with ['checkpoint-8']: left by a run that was killed while it saved" in caplog.text
+    assert_same_end(copy_of_whole, whole)
+
+
+# -- other settings ----------------------------------------------------------------------------------------------
+
+
+class Data:
+    _fingerprint = "a"
+
+
+def record(training=(), config=(), fingerprint="a"):
+    data = Data()
+    data._fingerprint = fingerprint
+    arguments = TrainingArguments("nowhere", use_cpu=True, **dict(training))
+    own = PretrainConfig(**{"dataset": "d", "tokenizer": "t"} | dict(config))
+    return run_record(own, arguments, data, make_tokenizer())
+
+
+OTHER_RUNS = [
+    ({"learning_rate": 1e-4}, {}, "learning_rate=5e-05, now it is 0.0001"),
+    ({"lr_scheduler_type": "cosine"}, {}, "lr_scheduler_type='linear', now it is 'cosine'"),
+    ({"warmup_steps": 10}, {}, "warmup_steps"),
+    ({"weight_decay": 0.01}, {}, "weight_decay"),
+    ({"optim": "adamw_torch"}, {}, "optim="),
+    ({"adam_beta2": 0.98}, {}, "adam_beta2"),
+    ({"max_grad_norm": 0.5}, {}, "max_grad_norm"),
+    ({"seed": 1}, {}, "seed"),
+    ({"data_seed": 1}, {}, "data_seed"),
+    ({"bf16": True}, {}, "bf16"),
+    ({"dataloader_drop_last": True}, {}, "dataloader_drop_last"),
+    ({"train_sampling_strategy": "sequential"}, {}, "train_sampling_strategy"),
+    ({"per_device_train_batch_size": 4}, {}, "packs_per_step=8, now it is 4"),
+    ({}, {"mlm_probability": 0.2}, "mlm_probability=0.15, now it is 0.2"),
+    ({}, {"sequences_per_step": 8}, "sequences_per_step"),
+]
+
+
+@pytest.mark.parametrize(("training", "config", "message"), OTHER_RUNS)
+def test_another_run_is_refused(tmp_path, training, config, message):
+    (tmp_path / "run.json").write_text(json.dumps(record()))
+    with pytest.raises(ValueError, match=f"was trained with {message}"):
+        _check_record(tmp_path, record(training, config))
+    _check_record(tmp_path, record())
+
+
+def test_other_data_is_refused_and_moved_data_is_not(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(record()))
+    _check_record(tmp_path, record(config={"dataset": "moved", "tokenizer": "moved"}))
+    with pytest.raises(ValueError, match="was trained with dataset='a', now it is 'b'"):
+        _check_record(tmp_path, record(fingerprint="b"))
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"max_steps": 100},
+        {"num_train_epochs": 9},
+        {"logging_steps": 1, "save_steps": 7, "save_total_limit": 2, "report_to": "none", "run_name": "again"},
+        {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 1},
+        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"gradient_checkpointing": True, "ddp_find_unused_parameters": False, "log_level": "error"},
+    ],
+)
+def test_what_leaves_the_result_as_it_is_may_change(tmp_path, training):
+    (tmp_path / "run.json").write_text(json.dumps(record()))
+    _check_record(tmp_path, record(training))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("run.json", "has no run.json, so bert-pretrain train did not write it"),
+        ("optimizer.pt", "save_only_model=True"),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_training_needs_is_refused(options, whole, tmp_path, capsys, missing, message):
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    manifest = tmp_path / "run" / "checkpoint-6" / "manifest.json"
+    listed = json.loads(manifest.read_text())
+    del listed["files"][missing]
+    manifest.write_text(json.dumps(listed))
+    (manifest.parent / missing).unlink()
+    assert train(options, tmp_path / "run") == 2
+    assert message in capsys.readouterr().err
+
+
+# -- PackedTrainer without the command ---------------------------------------------------------------------------
+
+
+def test_the_best_model_an_upload_and_the_limit_see_the_folder_by_its_last_name(tmp_path, monkeypatch):
+    uploaded = []
+
+    def upload(self, folder):
+        check_checkpoint(folder)
+        uploaded.append(Path(folder))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", upload)
+    monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
+    packs = make_packs(8)
+    how = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
+    how |= {"load_best_model_at_end": True, "save_total_limit": 2, "per_device_train_batch_size": 4}
+    with make_trainer(train_dataset=packs, eval_dataset=packs, folder=tmp_path, **how) as trainer:
+        trainer.args.push_to_hub = True
+        trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path and best.is_dir()
+    assert uploaded == [tmp_path / f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {best.name, "checkpoint-4"} | (
+        {"checkpoint-3"} if best.name == "checkpoint-4" else set()
+    )
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        assert Path(state["best_model_checkpoint"]).parent == tmp_path
+    assert not (tmp_path / "_unfinished").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_by_the_trainer_and_skipping_no_data_too(tmp_path):
+    packs = make_packs(8)
+    how = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "folder": tmp_path}
+    with make_trainer(train_dataset=packs, **how) as trainer:
+        trainer.train()
+    refusal = pytest.raises(ValueError, match="ignore_data_skip=True would begin the epoch again")
+    with make_trainer(train_dataset=packs, ignore_data_skip=True, **how) as trainer, refusal:
+        trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-2" / "scheduler.pt").unlink()
+    refusal = pytest.raises(ValueError, match=r"checkpoint-2 is damaged: scheduler\.pt is missing")
+    with make_trainer(train_dataset=packs, **how) as trainer, refusal:
+        trainer.train(resume_from_checkpoint=True)
