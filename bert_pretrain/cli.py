@@ -88,7 +88,8 @@ def _read(sources, arguments: list[str]) -> tuple[str | None, dict, list[str]]:
 def _prepare(arguments: list[str]) -> None:
     given = _read(PREPARE_OPTIONS, arguments)
 
-    from bert_pretrain.prepare import PrepareConfig, prepare, summary_table
+    from bert_pretrain.prepare import PrepareConfig, prepare
+    from bert_pretrain.summary import summary_table
 
     everything = {"options": [field.name for field in fields(PrepareConfig)]}
     (config,) = parse((PrepareConfig,), "bert-pretrain prepare", *given, groups=everything)

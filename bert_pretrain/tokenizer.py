@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bert_pretrain.documents import Document, TokenDocuments, offsets_of
+from bert_pretrain.documents import Document
+from bert_pretrain.token_documents import TokenDocuments, offsets_of
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 # Their ids are their places: [PAD] is 0, as in BERT's own vocabularies.
@@ -25,22 +29,27 @@ MAX_ALPHABET = 1000
 DOCUMENTS_PER_BATCH = 1000
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192, lowercase: bool = True) -> BertTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 8192, lowercase: bool = True, characters: Counter | None = None
+) -> BertTokenizerFast:
     """Train a WordPiece vocabulary; the same texts give the same vocabulary, on any machine and thread count.
 
     texts: read twice, so a list or an object that can be iterated again, not a generator.
     vocab_size: at most this many tokens, special tokens included; less text gives fewer.
+    characters: how often each occurs in the texts, if that is known: they are read once then.
 
     WordPiece: Wu et al. 2016, https://arxiv.org/abs/1609.08144, as BERT uses it.
     """
-    if iter(texts) is texts:
+    if characters is None and iter(texts) is texts:
         raise TypeError("texts is read twice and an iterator can be read once; pass a list, or an object with __iter__")
     from tokenizers import Tokenizer
     from tokenizers.trainers import WordPieceTrainer
     from transformers import BertTokenizerFast
 
     untrained = BertTokenizerFast(do_lower_case=lowercase).backend_tokenizer
-    alphabet, continuations = _alphabet(texts, untrained, max(MAX_ALPHABET, vocab_size // 2))
+    if characters is None:
+        characters = Counter(chain.from_iterable(texts))
+    alphabet, continuations = _alphabet(characters, untrained, max(MAX_ALPHABET, vocab_size // 2))
     # The trainer numbers "##x" pieces in the order of a randomly seeded hash map and breaks ties between merges by
     # number, so that by itself it gives another vocabulary on each run (huggingface/tokenizers#1794). Pieces that it
     # is told of beforehand keep the numbers they are given.
@@ -62,13 +71,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192, lowercase: boo
     return BertTokenizerFast(vocab=trained.get_vocab(), do_lower_case=lowercase)
 
 
-def _alphabet(texts: Iterable[str], tokenizer, most: int) -> tuple[list[str], list[str]]:
+def _alphabet(characters: Counter, tokenizer, most: int) -> tuple[list[str], list[str]]:
     """The characters that get a token, and "##x" for those that can continue a word, both sorted."""
-    raw = Counter()
-    for text in texts:
-        raw.update(text)
     counts = Counter()
-    for character, count in raw.items():
+    for character, count in characters.items():
         for normalized in tokenizer.normalizer.normalize_str(character):
             if not normalized.isspace():
                 counts[normalized] += count
@@ -105,34 +111,46 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """ "vocabulary:9f2c…", the same for tokenizers with the same tokens and ids."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return f"vocabulary:{hashlib.sha256(vocabulary.encode()).hexdigest()[:16]}"
+
+
 def tokenize_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> TokenDocuments:
     """Token ids of every sentence, without special tokens.
 
     Text that looks like a special token is text: a page about BERT that says "[MASK]" must not become a mask.
     Sentences of which the tokenizer leaves nothing (control characters) are left out, as are documents of nothing else.
     """
+    bare = bare_tokenizer(tokenizer.backend_tokenizer.to_str())  # a copy: the caller's keeps its own settings
+    return TokenDocuments.concatenate(
+        tokenize_sentences(batch, bare) for batch in _batches(documents, DOCUMENTS_PER_BATCH)
+    )
+
+
+def bare_tokenizer(description: str) -> Tokenizer:
+    """A tokenizer, from its JSON, that neither cuts nor pads and takes special tokens in the text for text."""
     from tokenizers import Tokenizer
 
-    # A copy: the caller's tokenizer keeps its own settings.
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    tokens, sentence_lengths, document_lengths = [], [], []
-    for batch in _batches(documents, DOCUMENTS_PER_BATCH):
-        sentences = [sentence for document in batch for sentence in document]
-        ids = [encoding.ids for encoding in backend.encode_batch_fast(sentences, add_special_tokens=False)]
-        tokens.append(np.fromiter((token for sentence in ids for token in sentence), np.int32))
-        lengths = np.array([len(sentence) for sentence in ids], np.int64)
-        sentence_lengths.append(lengths[lengths > 0])
-        kept = np.add.reduceat(lengths > 0, offsets_of([len(document) for document in batch])[:-1], dtype=np.int64)
-        document_lengths.append(kept[kept > 0])
-    if not tokens:
-        return TokenDocuments.from_lists([])
+    bare = Tokenizer.from_str(description)
+    bare.no_truncation()
+    bare.no_padding()
+    bare.encode_special_tokens = True
+    return bare
+
+
+def tokenize_sentences(documents: list[Document], bare: Tokenizer) -> TokenDocuments:
+    """Some documents at once, by a `bare_tokenizer`."""
+    sentences = list(chain.from_iterable(documents))
+    ids = [encoding.ids for encoding in bare.encode_batch_fast(sentences, add_special_tokens=False)]
+    lengths = np.array([len(sentence) for sentence in ids], np.int64)
+    depths = np.array([len(document) for document in documents], np.int64)
+    kept = np.add.reduceat(lengths > 0, offsets_of(depths)[:-1], dtype=np.int64) if len(depths) else depths
     return TokenDocuments(
-        tokens=np.concatenate(tokens),
-        sentence_offsets=offsets_of(np.concatenate(sentence_lengths)),
-        document_offsets=offsets_of(np.concatenate(document_lengths)),
+        tokens=np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())),
+        sentence_offsets=offsets_of(lengths[lengths > 0]),
+        document_offsets=offsets_of(kept[kept > 0]),
     )
 
 

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertTokenizerFast
 
-from bert_pretrain.documents import TokenDocuments, find_sources, read_documents, split_sentences
+from bert_pretrain.documents import read_documents, split_sentences
 from bert_pretrain.examples import nsp_pairs
-from bert_pretrain.prepare import PrepareConfig, SplitSummary, prepare, split_documents, summary_table
+from bert_pretrain.prepare import PrepareConfig, prepare, split_documents
+from bert_pretrain.sources import find_sources
+from bert_pretrain.summary import SplitSummary, summary_table
+from bert_pretrain.token_documents import TokenDocuments
 from bert_pretrain.tokenizer import SPECIAL_TOKENS, load_tokenizer, tokenize_documents, train_tokenizer
 
 TEXT = """\
@@ -93,7 +96,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
 def test_not_utf8_names_file_and_byte(tmp_path, start, before):
     path = tmp_path / "latin.txt"
     path.write_bytes(start + before + b"caf\xe9 au lait\n")
-    with pytest.raises(ValueError, match=rf"latin.txt is not UTF-8: byte {len(start + before) + 3} .*0xe9.*iconv"):
+    with pytest.raises(ValueError, match=rf"latin.txt is not UTF-8 text: byte {len(start + before) + 3} .*0xe9.*iconv"):
         list(read_documents(path))
 
 
@@ -240,7 +243,7 @@ def test_prepared_folder(prepared):
     for split, rows in loaded.items():
         lengths = [len(row) for row in rows["input_ids"]]
         assert max(lengths) <= 256 and sum(lengths) == summary[split].tokens and len(rows) == summary[split].sequences
-        assert sum(rows["next_sentence_label"]) == summary[split].random_pairs
+        assert sum(rows["next_sentence_label"]) == summary[split].ones
         assert rows[:] == dataset[split][:]
     # The first pair of an early message, read back.
     first = tokenizer.decode(loaded["train"][0]["input_ids"])
@@ -254,7 +257,7 @@ def test_prepare_json(prepared):
     config, _, summary = prepared
     record = json.loads(Path(config.output, "prepare.json").read_text(encoding="utf-8"))
     assert PrepareConfig(**record["config"]) == config
-    assert record["splits"]["train"]["random_pairs"] == summary["train"].random_pairs
+    assert record["splits"]["train"]["ones"] == summary["train"].ones
     assert record["splits"]["test"]["padding_share"] == summary["test"].padding_share
 
 
@@ -271,8 +274,8 @@ def test_packing_has_much_to_gain_on_paragraphs(prepared):
     assert 0.45 < numbers.padding_share < 0.60
     assert numbers.packing_factor_bound == pytest.approx(1 / (1 - numbers.padding_share))
     # A third of the paragraphs has one sentence, whose next one is always random, and chunks rarely end early.
-    assert 0.65 < numbers.random_share < 0.75
-    assert numbers.nsp_baseline == numbers.random_share
+    assert 0.65 < numbers.ones_share < 0.75
+    assert numbers.majority == numbers.ones_share and numbers.pairs == numbers.sequences
 
 
 def test_share_of_random_pairs_on_long_documents(corpus, prepared):
@@ -282,7 +285,7 @@ def test_share_of_random_pairs_on_long_documents(corpus, prepared):
     # At 256 a chunk of this prose has some eight sentences: hardly one in a hundred has one, and half of the others
     # are random. (With short targets drawn too, the share rises by a few percent, and depends on who draws them.)
     built = nsp_pairs(documents, **ids, max_sequence_length=256, short_sequence_probability=0)
-    labels = np.array([pair.next_sentence_label for pair in built])
+    labels = np.array([pair.label for pair in built])
     assert len(labels) > 1000
     assert abs(labels.mean() - 0.505) < 4 * 0.5 / np.sqrt(len(labels))
 
@@ -314,14 +317,14 @@ def test_without_pairs_and_without_test(corpus, prepared, tmp_path):
     documents = tokenize_documents(read_documents(corpus, documents="file"), load_tokenizer(config.tokenizer))
     text = [token for row in dataset["train"]["input_ids"] for token in row[1:-1]]
     assert text == documents.tokens.tolist()
-    assert summary["train"].random_share is None and summary["train"].tokens_dropped == 0
-    assert "random next                        -" in summary_table(summary)
+    assert summary["train"].majority is None and summary["train"].tokens_dropped == 0
+    assert "random next" not in summary_table(summary)
 
 
-def test_sequences_survive_the_end_of_a_batch(prepared, tmp_path, monkeypatch):
-    import bert_pretrain.prepare as module
-
-    monkeypatch.setattr(module, "SEQUENCES_PER_BATCH", 7)
+def test_sequences_survive_the_end_of_a_task(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("bert_pretrain.build.TOKENS_PER_TASK", 7)
+    monkeypatch.setattr("bert_pretrain.sources.BLOCK_BYTES", 31)
+    monkeypatch.setattr("bert_pretrain.text.BLOCK_BYTES", 31)
     (tmp_path / "numbers.txt").write_text("\n\n".join(f"{n}." for n in range(100)), encoding="utf-8")
     config = PrepareConfig(
         text=[str(tmp_path / "numbers.txt")],
@@ -333,7 +336,7 @@ def test_sequences_survive_the_end_of_a_batch(prepared, tmp_path, monkeypatch):
 
 
 def test_summary_table():
-    numbers = SplitSummary(10, 40, 20, 1280, 3, 64, 12, 128)
+    numbers = SplitSummary("nsp", 10, 40, 20, 1280, 3, 64, 20, 12, 128)
     assert summary_table({"train": numbers}).splitlines() == [
         "                               train",
         "documents                         10",
@@ -368,7 +371,7 @@ def test_split_is_by_document_and_seed():
         ({"text": "file.txt"}, TypeError, "must be a list"),
         ({"documents": "book"}, ValueError, "documents='book' is unknown"),
         ({"sentences": "words"}, ValueError, "sentences='words' is unknown"),
-        ({"objective": "mlm"}, ValueError, r"objective='mlm' is unknown; choose from \['nsp', 'none'\]"),
+        ({"objective": "mlm"}, ValueError, r"objective='mlm' is unknown; choose from \['nsp', 'sop', 'none'\]"),
         ({"max_sequence_length": 3}, ValueError, "max_sequence_length=3"),
         ({"test_fraction": 1.0}, ValueError, "test_fraction=1.0"),
         ({"short_sequence_probability": -0.1}, ValueError, "short_sequence_probability=-0.1"),

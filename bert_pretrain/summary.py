@@ -1,0 +1,84 @@
+"""The numbers of a prepared split."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """The numbers of one split."""
+
+    objective: str
+    documents: int
+    sentences: int
+    sequences: int
+    tokens: int
+    """Tokens of all sequences, special tokens included."""
+    tokens_dropped: int
+    """Tokens of the text that are in no sequence, because a pair was too long."""
+    unknown_tokens: int
+    """Tokens of the documents that are [UNK]: words or characters that the vocabulary does not have."""
+    pairs: int
+    """Sequences with a label: all of them for nsp, those of two segments for sop, 0 for none."""
+    ones: int
+    """Pairs labelled 1: B is random (nsp), A and B are switched (sop)."""
+    max_sequence_length: int
+    """Token slots that a padded row would have."""
+
+    @property
+    def ones_share(self) -> float | None:
+        """Share of the pairs that are labelled 1, in 0..1; None where there are no pairs."""
+        return self.ones / self.pairs if self.pairs else None
+
+    @property
+    def majority(self) -> float | None:
+        """Accuracy of always giving the commoner label: what an accuracy on pairs must beat, in 0..1."""
+        return None if self.ones_share is None else max(self.ones_share, 1 - self.ones_share)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the token slots that are padding when every sequence has a row of its own, in 0..1."""
+        return 1 - self.tokens / (self.sequences * self.max_sequence_length)
+
+    @property
+    def packing_factor_bound(self) -> float:
+        """Sequences per pack if packs had no empty slot: packing cannot shorten an epoch by more."""
+        return self.sequences * self.max_sequence_length / self.tokens
+
+    def as_json(self) -> dict[str, int | float | str | None]:
+        derived = ("ones_share", "majority", "padding_share", "packing_factor_bound")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+LABELLED_ONE = {"nsp": "random next", "sop": "switched order"}
+
+
+def summary_table(summary: dict[str, SplitSummary]) -> str:
+    """The numbers of each split, a column each, as text.
+
+                                   train          test
+    documents                     24,213         1,275
+    sequences                     36,239         1,895
+    random next                    70.2%         71.0%
+    packing factor at most          2.36          2.33
+    ...
+    """
+    objective = next(iter(summary.values())).objective
+    rows = [
+        ("documents", "{:,}", lambda split: split.documents),
+        ("sentences", "{:,}", lambda split: split.sentences),
+        ("sequences", "{:,}", lambda split: split.sequences),
+        ("tokens", "{:,}", lambda split: split.tokens),
+        ("tokens dropped", "{:,}", lambda split: split.tokens_dropped),
+        ("unknown tokens", "{:.2%}", lambda split: split.unknown_tokens / split.tokens),
+        ("without a pair", "{:,}", lambda split: split.sequences - split.pairs),
+        (LABELLED_ONE.get(objective), "{:.1%}", lambda split: split.ones_share),
+        ("mean length", "{:.1f}", lambda split: split.tokens / split.sequences),
+        ("padding, unpacked", "{:.1%}", lambda split: split.padding_share),
+        ("packing factor at most", "{:.2f}", lambda split: split.packing_factor_bound),
+    ]
+    only_for = {"without a pair": "sop", None: "nothing"}  # what has no meaning for this objective is left out
+    lines = [" " * 22 + "".join(f"{name:>14}" for name in summary)]
+    for name, form, number in rows:
+        if only_for.get(name, objective) == objective:
+            lines.append(f"{name:<22}" + "".join(f"{form.format(number(split)):>14}" for split in summary.values()))
+    return "\n".join(lines)
