@@ -23,10 +23,12 @@ class Column:
     unit: str
     key: str
     form: str = "{:.4f}"
+    least: int = 6
+    """Characters that the largest numbers need."""
 
     @property
     def width(self) -> int:
-        return max(len(self.title), len(self.unit), len(self.form.format(0.0)), 6)
+        return max(len(self.title), len(self.unit), len(self.form.format(0.0)), self.least)
 
     def text(self, logs: Mapping[str, Any]) -> str:
         return self.form.format(logs[self.key]) if self.key in logs else ""
@@ -49,9 +51,9 @@ COLUMNS = (
     ),
     Column("gradient", "norm", "grad_norm", "{:.3f}"),
     Column("learning", "rate", "learning_rate", "{:.2e}"),
-    Column("sequences", "seen", "sequences_seen", "{:,.0f}"),
-    Column("seq.", "/s", "sequences_per_second", "{:,.1f}"),
-    Column("tokens", "/s", "tokens_per_second", "{:,.0f}"),
+    Column("sequences", "seen", "sequences_seen", "{:,.0f}", 11),
+    Column("seq.", "/s", "sequences_per_second", "{:,.1f}", 8),
+    Column("tokens", "/s", "tokens_per_second", "{:,.0f}", 9),
     Column("packing", "eff.", "packing_efficiency"),
     Column("model", "TFLOP/s", "model_tflops", "{:.3g}"),
     Column("TFLOP/s but", "attention's", "model_tflops_without_attention", "{:.3g}"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from bert_pretrain.config import CONFIG_FILE, PretrainConfig
 
@@ -20,6 +21,8 @@ PACKAGES = ("dataset-packing", "torch", "transformers", "accelerate", "datasets"
 
 OF_THIS_CALL = ("resume_from_checkpoint", "local_rank")
 """Not of the run: whether it was interrupted, and which of its processes this is."""
+
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
 
 def config_record(config: PretrainConfig, training: TrainingArguments) -> dict[str, Any]:
@@ -34,10 +37,11 @@ def config_record(config: PretrainConfig, training: TrainingArguments) -> dict[s
         if name not in values or name in OF_THIS_CALL or name.endswith("_token"):
             continue
         value, default = values[name], None if field.default is MISSING else field.default
-        # TrainingArguments makes [] or a filled-in dict of what was not given
-        if value in (None, [], {}, default) or (name == "fsdp_config" and not training.fsdp):
+        # TrainingArguments makes something of what was not given: [], a filled-in dict, False
+        is_made = value in (None, [], {}, default) or (name == "fsdp_config" and not training.fsdp)
+        if is_made or (name in CHECKPOINTING and value is False):
             continue
-        if name == "accelerator_config" and value == type(training.accelerator_config)().to_dict():
+        if name == "accelerator_config" and value.items() <= AcceleratorConfig().to_dict().items():
             continue
         record[name] = value
     return record

@@ -1,0 +1,298 @@
+"""What a run says of its speed: counted FLOPs, a clock that knows training from the rest, one line a log."""
+
+import itertools
+import json
+import re
+
+import pytest
+import torch
+from datasets import load_from_disk
+from tiny_runs import history, make_folders, train, train_options
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, PrinterCallback, TrainerCallback, TrainingArguments
+
+from bert_pretrain import PackedBertForPreTraining, metrics
+from bert_pretrain.config import PretrainConfig
+from bert_pretrain.console import Lines
+from bert_pretrain.metrics import Meter, ModelFlops, known_peak, peak_flops
+from bert_pretrain.pretrain import pretrain
+from collate.trainer import count_packs
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("metrics"))
+
+
+def make_model(attention="sdpa", **options):
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=80,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        packed_attention=attention,
+        packed_attention_options=options,
+    )
+    torch.manual_seed(0)
+    return PackedBertForPreTraining(config)
+
+
+# -- FLOPs --------------------------------------------------------------------------------------------------------
+
+
+def test_model_flops_are_those_that_torch_counts():
+    """Every product of a forward and backward pass; lengths are multiples of 16, so sdpa's groups have no padding."""
+    model, lengths = make_model(), [16, 48, 32, 16]
+    sequence_ids = torch.zeros(2, 64, dtype=torch.int32)
+    sequence_ids[0, :16], sequence_ids[0, 16:64] = 1, 2
+    sequence_ids[1, :32], sequence_ids[1, 32:48] = 1, 2
+    labels = torch.full((2, 64), -100)
+    labels[0, [3, 20, 21]], labels[1, [5, 40]] = 7, 8
+    batch = {
+        "input_ids": torch.randint(5, 50, (2, 64)),
+        "sequence_ids": sequence_ids,
+        "labels": labels,
+        "cls_positions": torch.tensor([[0, 16], [0, 32]]),
+        "next_sentence_label": torch.tensor([[0, 1], [1, 1]]),
+    }
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**batch).loss.backward()
+    sequences, tokens, slots, squares = count_packs(batch).tolist()
+    assert (sequences, tokens, slots, squares) == (4, 112, 128, sum(n * n for n in lengths))
+    pooler_and_pairs = 6 * sequences * (32 * 32 + 32 * 2)  # left out, as one token in a sequence
+    assert counter.get_total_flops() == ModelFlops(model)(tokens, squares, 5) + pooler_and_pairs
+
+
+def test_empty_packs_have_no_slots():
+    sequence_ids = torch.tensor([[1, 1, 1, 2], [0, 0, 0, 0]], dtype=torch.int32)
+    assert count_packs({"sequence_ids": sequence_ids}).tolist() == [2, 4, 4, 10]
+
+
+def test_other_attention_has_no_quadratic_term_and_no_mfu():
+    full, local = ModelFlops(make_model()), ModelFlops(make_model("local", window=4))
+    assert full.attention and not local.attention
+    assert full(100, 2000, 7) - local(100, 2000, 7) == 12 * 3 * 32 * 2000
+    own = ModelFlops(make_model("linformer"))  # its own weights cost something else
+    assert own(100, 2000, 7) == local(100, 2000, 7)
+    meter = Meter(make_model("local", window=4), torch.device("cpu"), peak=1e12)
+    meter.run()
+    meter.add_step(torch.tensor([2, 100, 128, 2000]), torch.tensor(7))
+    logs = meter.read()
+    assert "mfu" not in logs and "model_tflops" not in logs and logs["model_tflops_without_attention"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA A10G", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peak_of_a_gpu_by_its_name(name, teraflops):
+    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_a_peak_that_is_given_counts():
+    assert known_peak(torch.device("cpu"), None) is None
+    assert known_peak(torch.device("cpu"), 2.5) == 2.5e12
+
+
+# -- the clock ----------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A time that passes when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_rates_are_of_the_time_that_training_ran(clock):
+    model = make_model()
+    meter = Meter(model, torch.device("cpu"), peak=1e9)
+
+    def slow_batches():
+        for batch in ("first", "second"):
+            clock.now += 1.0
+            yield batch
+
+    meter.run()
+    assert list(meter.waiting(slow_batches())) == ["first", "second"]
+    meter.add_step(torch.tensor([4, 96, 128, 3000]), torch.tensor(10))
+    clock.now += 4.0
+    with meter.stopped():
+        clock.now += 100.0
+    clock.now += 2.0
+    logs = meter.read(num_processes=2)
+    flops = ModelFlops(model)(96, 3000, 10)
+    assert logs.pop("peak_memory_gib") > 0.01
+    assert logs == pytest.approx(
+        {
+            "tokens_per_second": 96 / 8,
+            "sequences_per_second": 4 / 8,
+            "packing_efficiency": 0.75,
+            "model_tflops": flops / 8 / 2 / 1e12,
+            "mfu": flops / 8 / 2 / 1e9,
+            "data_wait_share": 2 / 8,
+        }
+    )
+    clock.now += 50.0
+    assert meter.read() == {}  # between a log and the next step nothing runs
+    meter.run()
+    clock.now += 1.0
+    meter.add_step(torch.tensor([1, 10, 64, 100]), torch.tensor(2))
+    assert meter.read()["tokens_per_second"] == 10
+
+
+def test_of_several_ranks_the_slowest_and_largest_count(clock):
+    meter = Meter(make_model(), torch.device("cpu"))
+    meter.run()
+    clock.now += 1.0
+    meter.add_step(torch.tensor([1, 10, 64, 100]), torch.tensor(2))
+
+    def gather(own):
+        return torch.cat([own, torch.tensor([[2.0, 1.0, 2.0**40]], dtype=torch.float64)])
+
+    logs = meter.read(2, gather)
+    assert logs["tokens_per_second"] == 5 and logs["peak_memory_gib"] == 1024 and logs["data_wait_share"] == 0.25
+    assert "mfu" not in logs
+
+
+class PassTime(TrainerCallback):
+    """A training step takes 1 s, a batch of evaluation 1000 s."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.clock.now += 1.0
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.clock.now += 1000.0
+
+
+def test_logs_of_a_run_leave_out_evaluation_and_saving_also_after_a_resume(folders, tmp_path, clock, monkeypatch):
+    from bert_pretrain import pretrain as module
+    from bert_pretrain.trainer import PretrainTrainer
+
+    class TimedTrainer(PretrainTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.add_callback(PassTime(clock))
+
+        def _save_optimizer_and_scheduler(self, output_dir):
+            clock.now += 10_000.0
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    monkeypatch.setattr(module, "PretrainTrainer", TimedTrainer)
+    often = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 3}
+    assert train(folders, tmp_path / "bert", **often, max_steps=5) == 0
+    assert train(folders, tmp_path / "bert", **often, max_steps=9) == 0
+    logs = [entry for entry in history(tmp_path / "bert") if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [2, 4, 6, 8]
+    slots = json.loads((tmp_path / "bert" / "checkpoint-1" / "run.json").read_text())["data"]["packs_per_step"] * 64
+    for before, entry in itertools.pairwise(logs):
+        steps = 1 if entry["step"] == 6 else 2  # step 5 was the interrupted run's
+        tokens = entry["tokens_seen"] - before["tokens_seen"]
+        sequences = entry["sequences_seen"] - before["sequences_seen"]
+        if steps == 2:
+            assert entry["tokens_per_second"] == pytest.approx(tokens / 2)
+            assert entry["sequences_per_second"] == pytest.approx(sequences / 2)
+        if entry["step"] == 4:  # the epoch ends within the last interval
+            assert entry["packing_efficiency"] == pytest.approx(tokens / (2 * slots))
+        if entry["step"] == 6:
+            assert 0 < entry["tokens_per_second"] < tokens  # one step's tokens in its second
+        assert 0 < entry["packing_efficiency"] <= 1 and entry["model_tflops"] > 0 and entry["peak_memory_gib"] > 0
+        assert entry["data_wait_share"] == 0 and "mfu" not in entry
+
+
+def test_mfu_is_logged_where_the_peak_is_given(folders, tmp_path):
+    assert train(folders, tmp_path / "bert", peak_tflops=0.5, max_steps=2) == 0
+    for entry in (entry for entry in history(tmp_path / "bert") if "loss" in entry):
+        assert entry["mfu"] == pytest.approx(entry["model_tflops"] / 0.5)
+
+
+# -- held-out evaluation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mlm_loss", ["sequence", "token"])
+def test_evaluation_is_that_of_the_unpacked_sequences_at_a_rate_of_its_own(folders, tmp_path, mlm_loss):
+    """In float64: the packed test split of `train`, and the rows of `prepare`, one sequence a row."""
+    options = train_options(folders, tmp_path / "bert", mlm_probability=0.4, mlm_loss=mlm_loss, max_steps=1)
+    config_names = PretrainConfig.__dataclass_fields__.keys()
+    config = PretrainConfig(**{k: v for k, v in options.items() if k in config_names})
+    training = TrainingArguments(**{k: v for k, v in options.items() if k not in config_names})
+    trainer = pretrain(config, training)
+    trainer.model.double()
+    torch.manual_seed(0)
+    for parameter in trainer.model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    packed = trainer.evaluate()
+    again = trainer.evaluate()
+    rows = load_from_disk(folders["prepared"])["test"]
+    trainer.eval_data_collator.unpacked_rows = "keep"
+    unpacked = trainer.evaluate(rows.add_column("sequence_indices", list(range(len(rows)))))
+    names = [name for name in packed if not name.endswith(("runtime", "per_second"))]
+    assert {"eval_loss", "eval_mlm_accuracy_per_token", "eval_nsp_accuracy", "eval_nsp_majority"} <= set(names)
+    assert packed["eval_sequences"] == len(rows) and packed["eval_tokens"] == sum(map(len, rows["input_ids"]))
+    for name in names:
+        assert unpacked[name] == pytest.approx(packed[name], rel=1e-10), name
+        assert again[name] == packed[name], name
+    trainer.eval_data_collator = trainer.data_collator  # the training rate gives something else
+    assert abs(trainer.evaluate()["eval_mlm_loss_per_token"] - packed["eval_mlm_loss_per_token"]) > 1e-6
+
+
+# -- the console --------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_aligned_and_say_their_units_once():
+    lines = Lines()
+    logs = {"epoch": 0.5, "loss": 7.1203, "learning_rate": 1e-4, "tokens_per_second": 17442.3, "nsp_majority": 0.7}
+    first = lines.of(logs, 80)
+    assert len(first) == 3 and "tokens" in first[0] and "/s" in first[1] and first[2].startswith("train     80")
+    assert first[2].endswith(" 1.00e-04    17,442") and "(0.7000)" in first[2] and len(first[1]) == len(first[2])
+    (second,) = lines.of(logs | {"loss": 6.5}, 160)
+    assert len(second) == len(first[2]) and "6.5000" in second
+    (evaluated,) = lines.of({"eval_loss": 7.0, "eval_runtime": 2.0, "epoch": 0.5}, 160)
+    assert evaluated.startswith("eval     160") and evaluated.index("7.0000") == first[2].index("7.1203")
+    more = lines.of(logs | {"mfu": 0.5}, 240)
+    assert len(more) == 3 and "MFU" in more[1]
+    assert lines.of({"train_runtime": 3725.0, "train_loss": 1.0}, 240) == ["trained to step 240 in 1 h 2 min 5 s"]
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_a_run_prints_lines_and_no_dictionaries(folders, tmp_path, capsys, disable_tqdm):
+    assert train(folders, tmp_path / "bert", disable_tqdm=disable_tqdm, max_steps=2) == 0
+    shown = capsys.readouterr()
+    lines = [line for line in shown.out.splitlines() if line.strip()]
+    assert [re.split(r"\s+", line.strip())[0] for line in lines] == ["MLM", "step", "train", "train", "trained", "eval"]
+    assert "{" not in shown.out and ("2/2" in shown.err) == (not disable_tqdm)
+
+
+def test_trainers_own_printer_is_gone(folders, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("transformers' printer was called")
+
+    monkeypatch.setattr(PrinterCallback, "on_log", refuse)
+    assert train(folders, tmp_path / "bert", max_steps=1) == 0
