@@ -11,7 +11,7 @@ from attention_contract import check_contract
 from test_equivalence import make_config
 from transformers import BertForMaskedLM, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
-from bert_pretrain.attention import ATTENTION, AttentionHead, use_attention
+from bert_pretrain.attention import ATTENTION, AttentionHead, load_attention, use_attention
 from collate import PackLayout
 
 TINY = {"vocab_size": 60, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "bos_token_id": 1}
@@ -100,3 +100,25 @@ def test_a_sequence_that_is_too_long_is_refused(name):
     layout = PackLayout(torch.tensor([[1] * 5 + [2] * 21]))
     with pytest.raises(ValueError, match=r"21 tokens.*max_sequence_length=20"):
         head(*[torch.randn(26, 2, 8) for _ in range(3)], layout)
+
+
+def test_another_class_than_the_one_saved_gets_its_heads(tmp_path):
+    """With a task's head or without: the names of the encoder's weights have a prefix or none."""
+    torch.manual_seed(0)
+    saved = use_attention(BertForMaskedLM(make_config()), ["linformer", "sdpa"], rank=5, initial="random").eval()
+    saved.save_pretrained(tmp_path / "task")
+    ids, input_ids = torch.tensor([[1] * 8 + [2] * 4]), torch.randint(5, 60, (1, 12))
+    expected = saved.bert(input_ids, sequence_ids=ids).last_hidden_state
+    base = load_attention(BertModel.from_pretrained(tmp_path / "task"), tmp_path / "task").eval()
+    assert torch.equal(base(input_ids, sequence_ids=ids).last_hidden_state, expected)
+    base.save_pretrained(tmp_path / "base")
+    again = load_attention(BertForMaskedLM.from_pretrained(tmp_path / "base"), tmp_path / "base").eval()
+    assert torch.equal(again.bert(input_ids, sequence_ids=ids).last_hidden_state, expected)
+
+
+def test_a_folder_without_the_weights_of_the_heads_is_refused(tmp_path):
+    use_attention(BertModel(make_config()), ["linformer", "sdpa"]).save_pretrained(tmp_path / "one")
+    use_attention(BertModel(make_config()), ["sdpa", "linformer"]).save_pretrained(tmp_path / "other")
+    said = r"not hold the weights of \['linformer', 'sdpa'\] in BertModel: it lacks \['encoder\.layer\.0\..*has besides"
+    with pytest.raises(ValueError, match=said + r" \['encoder\.layer\.1\..*saved from BertModel"):
+        load_attention(BertModel.from_pretrained(tmp_path / "one"), tmp_path / "other")

@@ -136,21 +136,31 @@ def load_attention(model: PreTrainedModel, checkpoint: str | Path) -> PreTrained
         model = load_attention(BertForMaskedLM.from_pretrained("local-bert"), "local-bert")
 
     A stock class knows nothing of attention heads: it leaves their weights where they are, and attends fully.
-    checkpoint: the folder that it was loaded from, with its config and safetensors.
+    checkpoint: the folder that it was loaded from, with its config and safetensors. The class can be another one than
+        that saved, such as BertModel for BertForMaskedLM: their encoders are the same.
+
+    Raises ValueError for a folder that does not hold the weights of the model's heads.
     """
     attention = getattr(model.config, "packed_attention", None)
     if attention is None:
         raise ValueError(f"the config of {checkpoint} names no packed_attention; it was not saved with attention heads")
     use_attention(model, attention, **model.config.packed_attention_options)
+    # as transformers does it: a checkpoint of the base model has no prefix before its names, one with a task's head has
+    prefix = f"{model.base_model_prefix}."
+    own = {name.removeprefix(prefix): name for name in model.state_dict() if HEAD in name.split(".")}
     weights = {}
     for file in sorted(Path(checkpoint).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            weights |= {name: tensors.get_tensor(name) for name in tensors.keys() if HEAD in name.split(".")}  # noqa: SIM118
-    expected = {name for name in model.state_dict() if HEAD in name.split(".")}
-    if weights.keys() != expected:
-        odd = sorted(weights.keys() ^ expected)
-        raise ValueError(f"{checkpoint} does not hold just the weights of {attention}: {odd[0]} is missing or too many")
-    model.load_state_dict(weights, strict=False)
+            stored = [name for name in tensors.keys() if HEAD in name.split(".")]  # noqa: SIM118
+            weights |= {name.removeprefix(prefix): tensors.get_tensor(name) for name in stored}
+    if weights.keys() != own.keys():
+        lacking, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        raise ValueError(
+            f"{checkpoint} does not hold the weights of {attention} in {type(model).__name__}: it lacks "
+            f"{lacking or 'none'} and has besides {unknown or 'none'}; load a folder with safetensors, saved from "
+            f"{' or '.join(model.config.architectures or ['this model'])}, into a model of the same kind"
+        )
+    model.load_state_dict({own[name]: tensor for name, tensor in weights.items()}, strict=False)
     return model
 
 
