@@ -11,7 +11,7 @@ import numpy as np
 from numba import config
 from numpy.typing import ArrayLike
 
-from .draws import BUCKETS, LINE, ONE, count_buckets, deal, make_key, shuffle, shuffle_buckets
+from .draws import BUCKETS, BYTE, EIGHT, LINE, ONE, STEP, count_buckets, deal, make_key, mix, shuffle, shuffle_buckets
 from .histogram import as_lengths, check_lengths
 from .kernels import njit
 from .plan import PackPlan
@@ -77,8 +77,8 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
 
     lengths: (num_sequences,), in any order.
     num_threads: None = as many as Numba takes (the cores of this process, or NUMBA_NUM_THREADS).
-    Memory: 4 bytes a sequence and 4 a pack for the result; beside it, while at work, 4 a sequence, and 4 a pack that
-    holds no lone length. What has 4 bytes has 8 from 2**32 sequences on.
+    Memory: 4 bytes a sequence and 4 a pack for the result; beside it, while at work, 4 a sequence of a shared length.
+    What has 4 bytes has 8 from 2**32 sequences on.
     Raises ValueError for lengths that the plan was not made for, naming the first length that differs.
     """
     lengths = as_lengths(lengths)
@@ -88,24 +88,28 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
         team = _Team(pool, num_threads)
         counts = _checked_counts(plan, lengths, team)
         is_lone = _lone_lengths(plan)
-        # Arrays are allocated here, not in the kernels: numpy.empty gets huge pages, which scattered writes need.
+        # Arrays are allocated here, not in the kernels: numpy.empty gets huge pages, which scattered writes need. They
+        # are as few as may be: a good part of the time goes into being given fresh memory.
         # What counts sequences is uint32 while that suffices: tables that are looked up at random stay in the cache.
         index_type = _index_type(len(lengths) + len(plan.repeats))
+        num_packs = plan.num_packs
         shared_starts = _starts(np.where(is_lone, 0, counts.sum(0)))
-        num_shared = shared_starts[-1]
-        by_length = np.empty(num_shared + plan.num_packs, index_type)  # sequences of shared lengths, then the packs:
-        packs = by_length[num_shared:]  # sequences of lone lengths, then the other strategies, as num_sequences + s
+        lone_starts = _starts(np.where(is_lone, counts.sum(0), 0))
+        # [ | packs: sequences of lone lengths, then the other strategies | sequences of shared lengths]
+        # The first two parts become pack_offsets, while the last is read.
+        work = np.empty(1 + num_packs + shared_starts[-1], index_type)
+        packs, by_length = work[1 : 1 + num_packs], work[1 + num_packs :]
         sequence_indices = np.empty(len(lengths), index_type)
 
-        lone_starts = num_shared + _starts(np.where(is_lone, counts.sum(0), 0))
-        starts = np.where(is_lone, lone_starts[:-1], shared_starts[:-1])
-        _sort_by_length(lengths, (starts + _before(counts)).astype(index_type), by_length, team)
+        starts = np.where(is_lone, 1 + lone_starts[:-1], 1 + num_packs + shared_starts[:-1])
+        _sort_by_length(lengths, (starts + _before(counts)).astype(_index_type(len(work))), work, team)
         _shuffle_lengths(by_length, shared_starts, sequence_indices, seed, team)
-        _lay_out_strategies(plan, is_lone, len(lengths), packs[lone_starts[-1] - num_shared :], team)
-        _shuffle_packs(packs, sequence_indices, np.uint64(make_key(seed, NO_LENGTH)), team)
-        pack_offsets = np.empty(plan.num_packs + 1, _index_type(len(lengths) + 1))
-        _fill_packs(plan, is_lone, packs, by_length, sequence_indices, pack_offsets, team)
-    return Assignment(sequence_indices, pack_offsets)
+        strategy_starts = lone_starts[-1] + _starts(_shared_repeats(plan, is_lone))
+        _shuffle_packs(packs, strategy_starts, sequence_indices, np.uint64(make_key(seed, NO_LENGTH)), team)
+        _fill_packs(plan, is_lone, work[: 1 + num_packs], by_length, sequence_indices, team)
+        del packs, by_length  # views of what is cut off now
+    work.resize(1 + num_packs, refcheck=False)
+    return Assignment(sequence_indices, pack_offsets=work)
 
 
 @dataclass(frozen=True)
@@ -203,38 +207,43 @@ def _shuffle_lengths(by_length, starts, scratch, seed, team: _Team) -> None:
     team.run(_shuffle_each_length, shares)
 
 
-def _lay_out_strategies(plan, is_lone, num_sequences, packs, team: _Team) -> None:
-    starts = _starts(_shared_repeats(plan, is_lone))
-    team.run(_lay_out_part, [(starts, a, num_sequences, packs[a:b]) for a, b in team.parts(len(packs))])
+def _shuffle_packs(packs, strategy_starts, scratch, key, team: _Team) -> None:
+    """draws.shuffle by several threads, and by buckets however few packs there are.
 
-
-def _shuffle_packs(packs, scratch, key, team: _Team) -> None:
-    """draws.shuffle by several threads, and by buckets however few packs there are."""
+    The packs of strategy s are numbers strategy_starts[s] to strategy_starts[s + 1]; before them stand lone sequences.
+    """
     parts = team.parts(len(packs))
     counts = np.zeros((team.size, BUCKETS), np.int64)
     team.run(count_buckets, [(a, b, key, counts[i]) for i, (a, b) in enumerate(parts)])
     starts = _starts(counts.sum(0))
     free = starts[:-1] + _before(counts)
-    team.run(deal, [(packs[a:b], a, key, free[i], scratch) for i, (a, b) in enumerate(parts)])
+    dealt = [(packs[a:b], a, strategy_starts, key, free[i], scratch) for i, (a, b) in enumerate(parts)]
+    team.run(_deal_packs, dealt)
     shares = [(scratch, starts[a : b + 1], a, key, packs) for a, b in team.parts(BUCKETS)]
     team.run(shuffle_buckets, shares)
 
 
-def _fill_packs(plan, is_lone, packs, by_length, sequence_indices, pack_offsets, team: _Team) -> None:
-    """Each thread fills a part of the packs; it knows what those before it take by counting their strategies."""
+def _fill_packs(plan, is_lone, pack_offsets, by_length, sequence_indices, team: _Team) -> None:
+    """Each thread fills a part of the packs; all count the strategies of the parts before the last, which says what the
+    parts before each take.
+
+    pack_offsets: (1 + packs,) holds the packs from its second place on, and in the end the offsets.
+    """
+    packs, depths = pack_offsets[1:], np.append(plan.depths, 1)  # one more "strategy": a lone sequence
     parts = team.parts(len(packs))
-    depths = np.append(plan.depths, 1)  # one more "strategy": a lone sequence
-    counts = np.zeros((team.size, len(depths)), np.int64)
-    if team.size > 1:
-        team.run(_count_strategies, [(packs[a:b], len(sequence_indices), counts[i]) for i, (a, b) in enumerate(parts)])
-    before = _before(counts)
-    pack_offsets[[a for a, _ in parts]] = before @ depths
+    before = np.zeros((team.size, len(depths)), np.int64)
+    for i, (start, end) in enumerate(parts[:-1]):
+        counts = np.zeros_like(before)
+        shares = [packs[start + a : start + b] for a, b in team.parts(end - start)]
+        team.run(_count_strategies, [(share, len(sequence_indices), counts[j]) for j, share in enumerate(shares)])
+        before[i + 1] = before[i] + counts.sum(0)
     slot_starts = _slot_starts(plan, _shared_repeats(plan, is_lone))
     strategies = [a.astype(packs.dtype) for a in (slot_starts, plan.strategy_offsets, depths)]
     calls = [
-        (packs[a:b], *strategies, before[i].astype(packs.dtype), by_length, sequence_indices, pack_offsets[a : b + 1])
+        (packs[a:b], before[i] @ depths, *strategies, before[i].astype(packs.dtype), by_length, sequence_indices)
         for i, (a, b) in enumerate(parts)
     ]
+    pack_offsets[0] = 0
     team.run(_fill_part, calls)
 
 
@@ -295,16 +304,23 @@ def _shuffle_each_length(by_length, starts, first, scratch, seed):
 
 
 @njit(cache=True, nogil=True)
-def _lay_out_part(starts, first, num_sequences, packs):
-    """Number each strategy s as num_sequences + s, from starts[s] to starts[s + 1]; packs[0] is number `first`."""
-    strategy = np.searchsorted(starts, first, side="right") - 1
-    pack = 0
-    while pack < len(packs):
-        end = min(starts[strategy + 1] - first, len(packs))
-        for i in range(pack, end):
-            packs[i] = num_sequences + strategy
-        pack = max(pack, end)
-        strategy += 1
+def _deal_packs(packs, first, starts, key, free, dealt):
+    """draws.deal, where packs starts[s] to starts[s + 1] are dealt as len(dealt) + s without being read; packs[0] is
+    number `first`."""
+    lone = min(max(np.int64(starts[0]) - first, 0), len(packs)) // 8 * 8
+    deal(packs[:lone], first, key, free, dealt)
+    strategy = np.int64(np.searchsorted(starts, first + lone, side="right")) - 1  # -1: still a lone sequence
+    for start in range(lone, len(packs), 8):
+        word = mix(key + np.uint64((first + start) >> 3) * STEP)
+        for i in range(start, min(start + 8, len(packs))):
+            while strategy + 1 < len(starts) and first + i >= starts[strategy + 1]:
+                strategy += 1
+            bucket = word & BYTE
+            place = np.uint64(free[bucket])
+            prefetch(dealt, place + LINE)
+            dealt[place] = packs[i] if strategy < 0 else len(dealt) + strategy
+            free[bucket] = place + ONE
+            word >>= EIGHT
 
 
 @njit(cache=True, nogil=True)
@@ -319,30 +335,30 @@ def _count_strategies(packs, num_sequences, counts):
 
 
 @njit(cache=True, nogil=True)
-def _fill_part(packs, slot_starts, strategy_offsets, depths, used, by_length, sequence_indices, pack_offsets):
-    """Pack by pack, take the next sequence for each slot; pack_offsets[0] is known. Consumes used; fills the last two.
+def _fill_part(packs, filled, slot_starts, strategy_offsets, depths, used, by_length, sequence_indices):
+    """Pack by pack, take the next sequence for each slot, from place `filled` on. Consumes used, and leaves in packs
+    where each ends.
 
     Whether a pack is a lone sequence cannot be guessed, and a processor that guesses wrong loses the time of a pack. So
-    some packs are written as if all were, with their offsets, and then those that are not are written again.
+    some packs are written as if all were, with their ends, and then those that are not are written again.
     """
     num_sequences, lone = np.uint64(len(sequence_indices)), np.uint64(len(depths) - 1)
-    shared = np.empty(PACKS_AT_A_TIME, np.uint32)
-    filled = np.uint64(pack_offsets[0])
+    strategies, places = np.empty(PACKS_AT_A_TIME, np.uint32), np.empty(PACKS_AT_A_TIME, sequence_indices.dtype)
+    filled = np.uint64(filled)
     for first in range(0, len(packs), PACKS_AT_A_TIME):
         num_shared = np.uint64(0)
         for pack in range(first, min(first + PACKS_AT_A_TIME, len(packs))):
             sequence_indices[filled] = packs[pack]
-            strategy = min(
-                np.uint64(packs[pack]) - num_sequences, lone
-            )  # below num_sequences it wraps to a huge number
-            shared[num_shared] = pack - first
+            # below num_sequences it wraps to a huge number
+            strategy = min(np.uint64(packs[pack]) - num_sequences, lone)
+            strategies[num_shared] = strategy
+            places[num_shared] = filled
             num_shared += np.uint64(strategy < lone)
             filled += np.uint64(depths[strategy])
-            pack_offsets[pack + 1] = filled
+            packs[pack] = filled
         for i in range(num_shared):
-            pack = np.uint64(first) + np.uint64(shared[i])
-            strategy = np.uint64(packs[pack]) - num_sequences
-            place, repeat = np.uint64(pack_offsets[pack]), np.uint64(used[strategy])
+            strategy, place = np.uint64(strategies[i]), np.uint64(places[i])
+            repeat = np.uint64(used[strategy])
             used[strategy] = repeat + ONE
             for slot in range(np.uint64(strategy_offsets[strategy]), np.uint64(strategy_offsets[strategy + ONE])):
                 source = np.uint64(slot_starts[slot]) + repeat
