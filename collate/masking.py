@@ -17,11 +17,9 @@ from functools import cached_property
 
 import numpy as np
 
+from collate.labels import IGNORED
 from packing.draws import STEP, make_key, mix
 from packing.kernels import njit
-
-IGNORED = -100
-"""The label of a position where nothing is predicted (the value that torch's cross-entropy ignores)."""
 
 MASKING = ("exact", "independent", "span")
 
