@@ -20,6 +20,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ from collate.layout import PADDING
 from collate.masking import IGNORED
 from collate.plain_trainer import SetEpoch, check_forward, check_model
 from collate.rows import ArrowRows
-from packing import PackedInfo, packed_info
+from collate.steps import SequencesPerStep, check_sequences_per_step
+from packing import EpochPacks, PackedInfo, packed_info
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +92,16 @@ class PackedTrainer(ResumesExactly, Trainer):
     * packs are shuffled by (seed, epoch) alone, so that a step has the same packs on any number of processes;
     * evaluation adds up sums over all packs and ranks, so that it equals evaluation on the unpacked sequences;
     * `predict`, and `compute_metrics`, have one row per sequence, in the order of the dataset that was packed;
-    * packs that were balanced (pack_dataset(balance=N)) are shuffled by whole steps, which stay balanced;
+    * a step has a constant number of packs, gradient_accumulation_steps x ranks x per_device_train_batch_size, or with
+      `sequences_per_step` a constant number of sequences in at most so many packs: see collate.steps;
+    * packs that were balanced (pack_dataset(balance=N)) are shuffled by whole steps, which stay balanced; with
+      `sequences_per_step` the packs of each step are dealt to passes and ranks by cost, whatever their order was;
+    * a train_dataset of EpochPacks is told each epoch;
     * tokens seen are real tokens; logs have the task's metrics beside the loss.
 
     task: what the head is trained for, `collate.heads`; None: found by the model's class.
+    sequences_per_step: sequences per optimizer step, over all ranks, the last step of an epoch excepted; None: as many
+        as the packs of a step hold.
 
     What it cannot honour it refuses with a ValueError: models that cannot be isolated, a class with a forward (and so
     perhaps a loss) of its own unless `task` is given, transformers' own collators, nn.DataParallel (it splits packs
@@ -101,8 +109,8 @@ class PackedTrainer(ResumesExactly, Trainer):
     compute_loss_func, and whatever would see or change logits batch by batch.
     """
 
-    def __init__(self, *args, task=None, **kwargs):
-        self._given_task = task
+    def __init__(self, *args, task=None, sequences_per_step: int | None = None, **kwargs):
+        self._given_task, self.sequences_per_step = task, sequences_per_step
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
         self.task = self._find_task(self.model)
@@ -143,11 +151,27 @@ class PackedTrainer(ResumesExactly, Trainer):
         for name, value in ignored.items():
             if value:
                 raise ValueError(f"PackedTrainer cannot honour {name}={value!r}; leave it out")
+        if self.sequences_per_step is not None:
+            self._refuse_other_steps()
         if self.args.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 f"train_sampling_strategy={self.args.train_sampling_strategy!r} is for rows of unequal length; packs "
                 "are of one length: choose 'random' or 'sequential'"
             )
+
+    def _refuse_other_steps(self) -> None:
+        """Settings that would tear the steps of sequences_per_step."""
+        check_sequences_per_step(self.sequences_per_step)
+        for name, value, instead in (
+            ("train_sampling_strategy", self.args.train_sampling_strategy, "random"),
+            ("auto_find_batch_size", self.args.auto_find_batch_size, False),
+            ("split_batches", self.args.accelerator_config.split_batches, False),
+        ):
+            if value != instead:
+                raise ValueError(
+                    f"sequences_per_step={self.sequences_per_step} chooses the packs of each step, which "
+                    f"{name}={value!r} would not keep together; set {name}={instead!r}"
+                )
 
     def _find_task(self, model: nn.Module):
         """The task of a model; stock models are isolated, and their heads prepared."""
@@ -200,7 +224,9 @@ class PackedTrainer(ResumesExactly, Trainer):
                     "repeat packs to even them out; use a dataset with a length"
                 )
             packs = EvenedPacks(packs, self.args.world_size * batch_size)
-        self._packed_info = _packed_info(dataset)
+        elif isinstance(dataset, EpochPacks) or (is_training and self.sequences_per_step is not None):
+            packs = EvenedPacks(packs, 1)  # without a set_epoch, by which accelerate would begin each evaluation anew
+        self._packed_info, self._source = _packed_info(dataset), dataset
         try:
             return super()._get_dataloader(packs, description, batch_size, *args, is_training=is_training, **kwargs)
         finally:
@@ -212,6 +238,9 @@ class PackedTrainer(ResumesExactly, Trainer):
         return collator if is_training else collator.for_prediction()
 
     def _get_train_sampler(self, train_dataset=None):
+        if self.sequences_per_step is not None:
+            self._train_order = self._order_by_sequences()
+            return self._train_order
         if not hasattr(train_dataset, "__len__") or self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         info, packs_per_step = self._packed_info, 1
@@ -225,9 +254,28 @@ class PackedTrainer(ResumesExactly, Trainer):
                     *(packs_per_step, packs_per_step, packs_per_pass, packs_per_pass),
                 )
         num_packs = train_dataset.num_packs if isinstance(train_dataset, EvenedPacks) else len(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._train_order = StepSampler(num_packs, packs_per_step, seed, len(train_dataset))
+        self._train_order = StepSampler(num_packs, packs_per_step, self._order_seed, len(train_dataset))
         return self._train_order
+
+    def _order_by_sequences(self) -> SequencesPerStep:
+        if self._packed_info is None:
+            raise ValueError(
+                f"sequences_per_step={self.sequences_per_step} needs a train_dataset of pack_dataset, or EpochPacks, "
+                f"whose packs' depths are known; got {type(self._source).__name__}"
+            )
+        return SequencesPerStep(
+            self._source,
+            self.sequences_per_step,
+            packs_per_pass=self._train_batch_size,
+            passes=self.args.gradient_accumulation_steps,
+            ranks=self.args.world_size,
+            seed=self._order_seed,
+            width=getattr(getattr(self.model, "config", None), "hidden_size", None) or 768,
+        )
+
+    @property
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _remove_unused_columns(self, dataset, description=None):
         return dataset
@@ -254,15 +302,16 @@ class PackedTrainer(ResumesExactly, Trainer):
             return None
         counts = None
         for batch in batch_samples:
-            of_batch = torch.cat([count_packs(batch), self.task.count(batch)]).to(device)
+            filled = (batch["sequence_ids"] != PADDING).any(1).sum()
+            of_batch = torch.cat([count_packs(batch), filled[None], self.task.count(batch)]).to(device)
             counts = of_batch if counts is None else counts + of_batch
         counts = self.accelerator.reduce(counts, "sum")
-        self._step_counted(counts[:4], counts[4:])
-        return counts[4:]
+        self._progress.add(counts[[0, 1, 4]])
+        self._step_counted(counts[:4], counts[5:])
+        return counts[5:]
 
     def _step_counted(self, packs: Tensor, denominators: Tensor) -> None:
-        """One optimizer step, over all ranks. packs: see count_packs."""
-        self._progress.add(packs[:2])
+        """One optimizer step, over all ranks: for trainers that measure. packs: see count_packs."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = self.task(model, inputs, num_items_in_batch)
@@ -277,7 +326,7 @@ class PackedTrainer(ResumesExactly, Trainer):
         if "loss" in logs and self._train_sums.total is not None:
             metrics = self.task.metrics(self.accelerator.reduce(self._train_sums.take(), "sum").cpu())
             del metrics["sequences"], metrics["tokens"]  # since the last log; of interest is how many there were in all
-            logs = metrics | self._progress.seen() | logs
+            logs = metrics | self._progress.seen(self.state.global_step) | logs
         super().log(logs, start_time)
 
     def _track_num_input_tokens(self, inputs):
@@ -393,6 +442,8 @@ class EvenedPacks(Dataset):
     """A packed dataset followed by empty packs, up to a multiple of what all ranks take at once.
 
     7 packs, multiple 4  ->  7 packs and 1 that holds no sequence: no loss, no denominator, no gradient.
+
+    So is every pack with a number beyond, which a sampler may ask for.
     """
 
     def __init__(self, packs, multiple: int):
@@ -408,12 +459,18 @@ class EvenedPacks(Dataset):
 
     def __getitems__(self, indices: Sequence[int]):
         real = [index for index in indices if index < self.num_packs]
+        num_empty = len(indices) - len(real)
+        if not real:
+            return [EMPTY_PACK] * num_empty
         rows = self.packs.__getitems__(real) if hasattr(self.packs, "__getitems__") else [self.packs[i] for i in real]
-        if len(real) == len(indices):
+        if not num_empty:
             return rows
+        if isinstance(rows, pa.Table) and all(pa.types.is_list(type_) for type_ in rows.schema.types):
+            empty = {field.name: pa.array([[]] * num_empty, field.type) for field in rows.schema}
+            return pa.concat_tables([rows, pa.table(empty)])
         if not isinstance(rows, list):
             rows = rows.to_pylist()
-        return rows + [EMPTY_PACK] * (len(indices) - len(real))
+        return rows + [EMPTY_PACK] * num_empty
 
 
 class StepSampler(Sampler):
@@ -446,22 +503,26 @@ class StepSampler(Sampler):
 
 
 class PackingProgress(TrainerCallback, ExportableState):
-    """Sequences and tokens that training has seen, over all ranks; saved and resumed with Trainer's state."""
+    """Sequences, tokens and packs that training has seen, over all ranks; saved and resumed with Trainer's state."""
 
-    def __init__(self, sequences: int = 0, tokens: int = 0):
-        self._counts = torch.tensor([sequences, tokens])
+    def __init__(self, sequences: int = 0, tokens: int = 0, packs: int = 0):
+        self._counts = torch.tensor([sequences, tokens, packs])
 
     def add(self, counts: Tensor) -> None:
-        """counts: (2,) sequences and tokens of one optimizer step."""
+        """counts: (3,) sequences, tokens and packs that hold any, of one optimizer step."""
         self._counts = self._counts.to(counts.device) + counts
 
-    def seen(self) -> dict[str, int]:
-        sequences, tokens = self._counts.tolist()
-        return {"sequences_seen": sequences, "tokens_seen": tokens}
+    def seen(self, steps: int) -> dict[str, float]:
+        """For the log, over all steps so far; packing_factor is the realised one."""
+        sequences, tokens, packs = self._counts.tolist()
+        seen = {"sequences_seen": sequences, "tokens_seen": tokens}
+        if packs and steps:
+            seen |= {"packing_factor": sequences / packs, "packs_per_step": packs / steps}
+        return seen
 
     def state(self) -> dict:
-        sequences, tokens = self._counts.tolist()
-        return {"args": {"sequences": sequences, "tokens": tokens}, "attributes": {}}
+        sequences, tokens, packs = self._counts.tolist()
+        return {"args": {"sequences": sequences, "tokens": tokens, "packs": packs}, "attributes": {}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(type(self).__name__)

@@ -102,7 +102,9 @@ def list_array(offsets: np.ndarray, values: pa.Array, type_: pa.DataType) -> pa.
     """Lists of this type: row i holds values[offsets[i] : offsets[i + 1]]."""
     if values.type != type_.value_type:
         values = values.cast(type_.value_type)
-    array = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    if offsets[-1] >= 2**31:
+        raise ValueError(f"{offsets[-1]:,} values are more than a list of 32-bit offsets can hold; take fewer rows")
+    array = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)  # pa.array(…, int32) is slower
     return array if array.type == type_ else array.cast(type_)  # pyarrow's cast of list<null> to itself loses values
 
 

@@ -162,14 +162,12 @@ class EpochPacks:
         rows = np.searchsorted(self._pack_offsets, sequences, side="right") - 1
         first = self._pack_offsets[rows]
         lengths = self.lengths[sequences].astype(np.int64)
-        tokens_before = self._token_offsets[sequences] - self._token_offsets[first]
-        per_pack_tokens, ones = _offsets(lengths)[per_pack], np.ones(len(sequences), np.int64)
+        of_tokens = lengths, self._token_offsets[sequences] - self._token_offsets[first], _offsets(lengths)[per_pack]
+        of_sequences = np.ones_like(sequences), sequences - first, per_pack
         arrays = {}
         for name, (column, type_) in self._columns.items():
-            if name in self._info.token_columns:
-                starts, counts, offsets = column.starts[rows] + tokens_before, lengths, per_pack_tokens
-            else:
-                starts, counts, offsets = column.starts[rows] + sequences - first, ones, per_pack
+            counts, places, offsets = of_tokens if name in self._info.token_columns else of_sequences
+            starts = column.starts[rows] + places
             arrays[name] = list_array(offsets, column.gather(starts, counts, starts + counts - 1), type_)
         return pa.table(arrays)
 
