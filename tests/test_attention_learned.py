@@ -375,6 +375,36 @@ def test_lsh_reads_queries_only_and_says_so():
     assert (gradients[1] == 0).all() and gradients[0].abs().sum() > 0
 
 
+class IgnoresKeys(LSHAttention):
+    """As lsh would be if the key it ignores had no gradient, rather than one of 0."""
+
+    def attend(self, query_THK, key_THK, value_THK, layout):
+        return super().attend(query_THK, query_THK.detach(), value_THK, layout)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_finds_a_gradient_for_the_key_projection_of_lsh(process_group):
+    """DDP as it is by default: it refuses the step after one that left a parameter out."""
+
+    def two_steps(attention):
+        model = small_bert(attention)
+        parallel = DistributedDataParallel(model)
+        for row in rows_of_ids(2):
+            parallel(**{name: value[None] for name, value in row.items()}).loss.backward()
+        return [p.grad for name, p in model.named_parameters() if "self.key" in name]
+
+    gradients = two_steps(LSHAttention)
+    assert len(gradients) == 4 and all((gradient == 0).all() for gradient in gradients)
+    with pytest.raises(RuntimeError, match=r"did not receive grad|were not used in producing loss"):
+        two_steps(IgnoresKeys)
+
+
 # routing: how centroids move
 
 
@@ -511,13 +541,13 @@ def test_an_update_that_never_comes_is_an_error():
     assert (move(fixed, [(layout, inputs)]) == before).all() and fixed._micro_batches == 0
 
 
-def small_bert():
+def small_bert(attention=RoutingAttention):
     config = BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=32, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0,
     )  # fmt: skip
     torch.manual_seed(0)
-    return use_attention(BertForMaskedLM(config), RoutingAttention)
+    return use_attention(BertForMaskedLM(config), attention)
 
 
 def rows_of_ids(num_rows):
