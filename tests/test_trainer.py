@@ -10,7 +10,18 @@ from conftest import make_tokenizer
 from datasets import Dataset
 from reference import pretraining_one_by_one, unpacked_rows
 from test_equivalence import MAX_LENGTH, alone, make_models
-from training_runs import ONE_PROCESS, TWO_PROCESSES, evaluate, make_packs, make_trainer, train
+from training_runs import (
+    BY_SEQUENCES,
+    BY_SEQUENCES_IN_TWO,
+    ONE_PROCESS,
+    TWO_PROCESSES,
+    evaluate,
+    make_epochs,
+    make_packs,
+    make_trainer,
+    train,
+    train_by_sequences,
+)
 
 from collate import DataCollatorWithPacking
 from collate.trainer import StepSampler
@@ -79,6 +90,175 @@ def test_two_processes_change_nothing(one_process, two_processes, two, one):
     """Rank 1's first pass has no NSP target; the ranks do not divide 22 packs; of 17 rank 1 gets none in the end."""
     assert two_processes[two]["processes"] == 2
     assert_same(two_processes[two], one_process[one])
+
+
+@pytest.fixture(scope="module")
+def by_sequences():
+    return {name: train_by_sequences(*run) for name, run in BY_SEQUENCES.items()}
+
+
+def assert_same_steps(got, expected):
+    worst = max(float((a - b).abs().max()) for a, b in zip(got["parameters"], expected["parameters"], strict=True))
+    assert worst < 1e-12
+    assert len(got["steps"]) == len(expected["steps"]) == 8
+    for step, other in zip(got["steps"], expected["steps"], strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert (step["sequences_seen"], step["tokens_seen"]) == (other["sequences_seen"], other["tokens_seen"])
+
+
+def test_every_step_has_as_many_sequences_however_it_is_split(by_sequences, two_processes):
+    """24, 24, 24 and 8 of 80, twice: in one pass or eight, on one rank or two, some of whose passes are empty."""
+    expected = by_sequences["1 x 16"]
+    assert [step["sequences_seen"] for step in expected["steps"]] == [24, 48, 72, 80, 104, 128, 152, 160]
+    assert_same_steps(by_sequences["8 x 2"], expected)
+    for name in BY_SEQUENCES_IN_TWO:
+        assert two_processes[name]["processes"] == 2
+        assert_same_steps(two_processes[name], expected)
+
+
+def test_packed_steps_equal_unpacked_ones_of_the_same_sequences(by_sequences):
+    """One sequence a row, in the order of the packed steps: the same parameters, though epochs were packed anew."""
+    epochs = make_epochs()
+    with make_trainer(
+        train_dataset=epochs,
+        per_device_train_batch_size=16,
+        train_sampling_strategy="random",
+        sequences_per_step=24,
+    ) as trainer:
+        trainer.get_train_dataloader()
+        order = trainer._train_order
+    rows = {i: row for row in unpacked_rows(list(epochs)) for i in row["sequence_indices"]}
+    assert len(rows) == 80
+    parameters = None
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        packs, picked = list(epochs), list(order)
+        sequences = [i for pack in picked if pack < len(packs) for i in packs[pack]["sequence_indices"]]
+        unpacked = Dataset.from_list([rows[i] for i in sequences])
+        got = train_unpacked(unpacked, epoch, parameters)
+        parameters = got["parameters"]
+        assert [step["loss"] for step in got["steps"]] == pytest.approx(
+            [step["loss"] for step in by_sequences["1 x 16"]["steps"][4 * epoch : 4 * epoch + 4]], rel=1e-6
+        )
+    expected = by_sequences["1 x 16"]["parameters"]
+    assert max(float((a - b).abs().max()) for a, b in zip(parameters, expected, strict=True)) < 1e-12
+
+
+def train_unpacked(dataset, epoch, parameters):
+    """One epoch of 24 rows per step in their order, with the masks of that epoch, from given parameters."""
+    with make_trainer(train_dataset=dataset, per_device_train_batch_size=24) as trainer:
+        trainer.set_epoch = lambda _: trainer.data_collator.set_epoch(epoch)
+        with torch.no_grad():
+            for parameter, value in zip(trainer.model.parameters(), parameters or [], strict=bool(parameters)):
+                parameter.copy_(value)
+        trainer.train()
+    return {
+        "parameters": [parameter.detach().clone() for parameter in trainer.model.parameters()],
+        "steps": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def test_logs_tell_the_realised_factor(by_sequences):
+    for steps in (run["steps"] for run in by_sequences.values()):
+        for step in steps:
+            packs = step["packs_per_step"] * step["step"]
+            assert packs == pytest.approx(round(packs)) and step["packing_factor"] * packs == pytest.approx(
+                step["sequences_seen"]
+            )
+        assert steps[-1]["packs_per_step"] == 2 * len(make_epochs()) / 8
+        assert steps[-1]["packing_factor"] == pytest.approx(80 / len(make_epochs()))
+
+
+class NotingCollator(DataCollatorWithPacking):
+    """Passes on which sequences each batch holds, and with which masks."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._tell = ("sequence_indices",)
+
+
+def batches_of_run(folder, max_steps, resume=None, **options):
+    """What the model gets to see, batch by batch, as ids after masking; an empty pack has no sequences."""
+    seen = []
+    with make_trainer(
+        train_dataset=make_epochs(),
+        folder=folder,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        sequences_per_step=24,
+        train_sampling_strategy="random",
+        max_steps=max_steps,
+        save_strategy="steps",
+        save_steps=max_steps,
+        data_collator=NotingCollator(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=8),
+        **options,
+    ) as trainer:
+        compute_loss = trainer.compute_loss
+
+        def noting(model, inputs, *args, **kwargs):
+            told = inputs.pop("sequence_indices", torch.zeros(0))
+            seen.append((trainer.state.global_step, told[told >= 0].tolist(), inputs["input_ids"].tolist()))
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = noting
+        trainer.train(resume_from_checkpoint=resume)
+    return seen
+
+
+@pytest.mark.parametrize("workers", [0, 1, "persistent"])
+def test_a_resume_within_the_second_epoch_sees_the_same_batches(tmp_path, workers):
+    """Whole run without workers: steps 0-3, 4-7, 8-9; resumed at 6 with workers, persistent ones, or none."""
+    options = {"dataloader_num_workers": int(workers != 0), "dataloader_persistent_workers": workers == "persistent"}
+    whole = batches_of_run(tmp_path / "whole", 10)
+    assert len(whole) == 40 and [sum(len(told) for step, told, _ in whole if step == n) for n in (4, 7, 8)] == [
+        24,
+        8,
+        24,
+    ]
+    first = batches_of_run(tmp_path / "parts", 6, **options)
+    second = batches_of_run(tmp_path / "parts", 10, resume=True, **options)
+    assert first + second == whole
+    epochs = [sorted(i for step, told, _ in whole if step // 4 == epoch for i in told) for epoch in range(2)]
+    assert epochs[0] == epochs[1] == list(range(80))
+
+
+def test_evaluation_on_the_training_packs_leaves_the_epoch_alone(tmp_path):
+    """accelerate tells every dataset of an epoch of its own when it is iterated."""
+    epochs = make_epochs()
+    with make_trainer(train_dataset=epochs, eval_dataset=epochs) as trainer:
+        epochs.set_epoch(5)
+        assert trainer.evaluate()["eval_sequences"] == 80 and epochs.epoch == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequences_per_step": 0}, "sequences_per_step=0 must be a whole number"),
+        ({"sequences_per_step": 24}, "set train_sampling_strategy='random'"),
+        (
+            {
+                "sequences_per_step": 24,
+                "train_sampling_strategy": "random",
+                "accelerator_config": {"split_batches": True},
+            },
+            "set split_batches=False",
+        ),
+    ],
+)
+def test_what_would_tear_steps_is_refused(options, message):
+    with pytest.raises(ValueError, match=message), make_trainer(**options):
+        pass
+
+
+def test_sequences_per_step_needs_known_depths():
+    rows = unpacked_rows(make_packs(22))
+    with (
+        make_trainer(
+            train_dataset=Dataset.from_list(rows), sequences_per_step=24, train_sampling_strategy="random"
+        ) as trainer,
+        pytest.raises(ValueError, match="needs a train_dataset of pack_dataset"),
+    ):
+        trainer.get_train_dataloader()
 
 
 def test_evaluation_equals_that_of_the_unpacked_sequences():

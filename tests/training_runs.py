@@ -17,6 +17,7 @@ from test_equivalence import MAX_LENGTH, make_models
 from transformers import TrainingArguments
 
 from collate import DataCollatorWithPacking, PackedTrainer
+from packing import EpochPacks, pack_dataset
 
 # name: (packs, packs per forward pass, accumulated passes, mlm_loss); each step sees 16 packs, the last one fewer
 ONE_PROCESS = {
@@ -26,6 +27,9 @@ ONE_PROCESS = {
     "4 x 4, token loss": (22, 4, 4, "token"),
     "17 packs": (17, 16, 1, "sequence"),
 }
+# name: (rows in every pass, passes); each step has 24 sequences, in 2 epochs, the second of which is packed anew
+BY_SEQUENCES = {"1 x 16": (16, 1), "8 x 2": (2, 8)}
+BY_SEQUENCES_IN_TWO = {"2 ranks x 3 x 3": (3, 3)}
 TWO_PROCESSES = {
     "2 ranks x 2 x 4": (22, 4, 2, "sequence"),
     "2 ranks x 2 x 4, token loss": (22, 4, 2, "token"),
@@ -64,6 +68,29 @@ def train(packs, packs_per_pass, passes, mlm_loss):
     }
 
 
+def make_epochs():
+    """80 sequences in EpochPacks."""
+    rng = np.random.default_rng(8)
+    rows = [make_pair(rng, int(length)) for length in rng.integers(5, 31, 80)]
+    return EpochPacks(pack_dataset(Dataset.from_list(rows), MAX_LENGTH, max_sequences_per_pack=8), 3)
+
+
+def train_by_sequences(packs_per_pass, passes, dataset=None, **options):
+    """Two epochs of 24 sequences per step: parameters, and what each step logs."""
+    with make_trainer(
+        train_dataset=make_epochs() if dataset is None else dataset,
+        per_device_train_batch_size=packs_per_pass,
+        gradient_accumulation_steps=passes,
+        **{"train_sampling_strategy": "random", "sequences_per_step": 24, "num_train_epochs": 2} | options,
+    ) as trainer:
+        trainer.train()
+    return {
+        "parameters": [parameter.detach().clone() for parameter in trainer.model.parameters()],
+        "steps": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "processes": trainer.args.world_size,
+    }
+
+
 def evaluate(dataset, packs_per_pass):
     """Metrics of the untrained model."""
     with make_trainer(eval_dataset=dataset, per_device_eval_batch_size=packs_per_pass) as trainer:
@@ -75,7 +102,7 @@ def deterministic(metrics):
     return {k: v for k, v in metrics.items() if not k.endswith(("runtime", "per_second"))}
 
 
-TRAINER_OPTIONS = ("compute_metrics", "compute_loss_func", "data_collator")
+TRAINER_OPTIONS = ("compute_metrics", "compute_loss_func", "data_collator", "sequences_per_step")
 
 
 @contextlib.contextmanager
@@ -107,6 +134,7 @@ def make_trainer(mlm_loss="sequence", train_dataset=None, eval_dataset=None, fol
 
 if __name__ == "__main__":
     results = {name: train(*run) for name, run in TWO_PROCESSES.items()}
+    results |= {name: train_by_sequences(*run) for name, run in BY_SEQUENCES_IN_TWO.items()}
     if torch.distributed.get_rank() == 0:
         torch.save(results, sys.argv[1])
     torch.distributed.barrier()
