@@ -79,6 +79,7 @@ def _file_blocks(file: Path, whole: bool) -> Iterator[Block]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(WINDOW_BYTES)
+        head += stream.read(1) if head.endswith(b"\r") else b""  # which may be half of a line end
         newline = b"\r" if b"\r" in head and b"\n" not in head else b"\n"  # lines of old Macs end in a return alone
         start = 0
         while start < size:

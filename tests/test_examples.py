@@ -4,16 +4,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import nsp_one_by_one, sop_one_by_one
 
 from bert_pretrain.examples import (
+    IN_ORDER,
     IS_NEXT,
     IS_RANDOM,
+    NO_PAIR,
     OBJECTIVES,
+    SWITCHED,
     document_draws,
     draw_target,
     nsp_pairs,
+    ordered_pairs_of_document,
     pairs_of_document,
     single_sequences,
+    sop_pairs,
 )
 from bert_pretrain.token_documents import TokenDocuments
 
@@ -121,6 +127,44 @@ def test_truncation_of_a_random_next_is_no_loss():
     assert pair.tokens_dropped == 1
 
 
+def ordered_pairs(documents, target, room, *draws):
+    draws = FixedDraws(*draws)
+    built = list(ordered_pairs_of_document(documents, 0, target, room, CLS, SEP, draws))
+    assert draws.draws == []
+    return [(pair.input_ids.tolist(), pair.label) for pair in built]
+
+
+def test_sentence_order():
+    # All four sentences make one chunk, which is parted before sentence 3.
+    assert ordered_pairs(numbered(THREE), 6, 20, 3, 0.9) == [([CLS, 10, 11, 12, 13, 14, SEP, 15, SEP], IN_ORDER)]
+    assert ordered_pairs(numbered(THREE), 6, 20, 3, 0.1) == [([CLS, 15, SEP, 10, 11, 12, 13, 14, SEP], SWITCHED)]
+    # A chunk has two sentences, even if the first alone reaches the target.
+    assert ordered_pairs(numbered(THREE), 2, 20, 1, 0.9, 3, 0.1) == [
+        ([CLS, 10, 11, SEP, 12, SEP], IN_ORDER),
+        ([CLS, 15, SEP, 13, 14, SEP], SWITCHED),
+    ]
+
+
+def test_a_last_sentence_alone_is_no_pair():
+    documents = numbered([[2, 1, 9]])
+    assert ordered_pairs(documents, 3, 20, 1, 0.9) == [
+        ([CLS, 10, 11, SEP, 12, SEP], IN_ORDER),
+        ([CLS, *range(13, 22), SEP], NO_PAIR),
+    ]
+    # Without B it has room for one token more; here 2 of its 9 are lost, 1 of them off the front.
+    *_, last = ordered_pairs_of_document(documents, 0, 3, 6, CLS, SEP, FixedDraws(1, 0.9, 1))
+    assert last.input_ids.tolist() == [CLS, *range(14, 21), SEP]
+    assert last.tokens_dropped == 2 and not last.token_type_ids.any()
+
+
+def test_the_cut_does_not_tell_the_order():
+    """Of two equally long segments in a room for an odd number, A keeps one token more, whichever it is."""
+    documents = numbered([[5, 5]])
+    for order in (0.1, 0.9):
+        (pair,) = ordered_pairs_of_document(documents, 0, 9, 7, CLS, SEP, FixedDraws(1, order, 0, 0))
+        assert pair.token_type_ids.tolist() == [0] * 6 + [1] * 4 and pair.tokens_dropped == 3
+
+
 def test_single_sequences():
     documents = numbered([[3, 2, 7], [1]])
     built = single_sequences(documents, **IDS, max_sequence_length=7, short_sequence_probability=0)
@@ -139,7 +183,7 @@ def test_single_sequences_stop_at_a_short_target():
     assert [sequence.input_ids.tolist()[1:-1] for sequence in built] == [[10, 11], [12, 13], [14, 15]]
 
 
-# --- the slow twin -------------------------------------------------------------------------------------------------
+# --- the slow twins ------------------------------------------------------------------------------------------------
 
 
 def truncate_one_by_one(a, b, room, from_front):
@@ -173,9 +217,72 @@ def test_truncation_is_random_at_both_ends():
     assert abs(np.var(front) - 1) < 0.2
 
 
+class ScriptedDraws:
+    """A generator whose draws follow from how many there were: 0.618, 0.236, 0.854, …, stretched over what is asked."""
+
+    def __init__(self, start):
+        self.drawn = start
+
+    def random(self):
+        self.drawn += 1
+        return self.drawn * 0.6180339887498949 % 1
+
+    def integers(self, low, high):
+        return low + int(self.random() * (high - low))
+
+    def binomial(self, n, p):
+        return int(self.random() * (n + 1))
+
+
+def sides(sequence):
+    """What a slow twin gives for a sequence."""
+    if sequence.label == NO_PAIR:
+        return sequence.input_ids[1:-1].tolist(), None, NO_PAIR
+    a, b = split_pair(sequence)
+    return a.tolist(), b.tolist(), sequence.label
+
+
+documents_of_lengths = st.lists(st.lists(st.integers(1, 15), min_size=1, max_size=8), min_size=2, max_size=6)
+
+
+@pytest.mark.parametrize("draws", [ScriptedDraws, lambda start: np.random.default_rng(start)])
+@given(documents_of_lengths, st.integers(2, 40), st.integers(0, 40), st.integers(0, 1000))
+def test_pairs_are_those_built_sentence_by_sentence(draws, lengths, target, more, start):
+    documents, room = numbered(lengths), target + more
+    ids = iter(range(10, 10_000))
+    lists = [[[next(ids) for _ in range(n)] for n in document] for document in lengths]
+    for number in range(len(lists)):
+        options = {"target": target, "room": room, "cls_token_id": CLS, "sep_token_id": SEP}
+        built = pairs_of_document(documents, number, **options, draw=draws(start))
+        assert [sides(pair) for pair in built] == nsp_one_by_one(lists, number, target, room, draws(start))
+        built = ordered_pairs_of_document(documents, number, **options, draw=draws(start))
+        assert [sides(pair) for pair in built] == sop_one_by_one(lists[number], target, room, draws(start))
+
+
+def test_golden_pairs():
+    """Written down once: what a seed gives must not change from one version to the next."""
+    documents = numbered([[3, 4, 2, 5, 1], [2, 2], [6, 1, 1]])
+    assert [sides(pair) for pair in nsp_pairs(documents, **IDS, max_sequence_length=12, seed=7)] == [
+        ([10, 11, 12, 13, 14, 15, 16], [17, 18], IS_NEXT),
+        ([19, 20, 21, 22, 23], [31, 32, 33, 34], IS_RANDOM),
+        ([24], [27, 28], IS_RANDOM),
+        ([25, 26], [36], IS_RANDOM),
+        ([27, 28], [36], IS_RANDOM),
+        ([29, 30, 31, 32, 33], [13, 14, 15, 16], IS_RANDOM),
+        ([35], [36], IS_NEXT),
+    ]
+    assert [sides(pair) for pair in sop_pairs(documents, **IDS, max_sequence_length=12, seed=7)] == [
+        ([10, 11, 12, 13, 14, 15, 16], [17, 18], IN_ORDER),
+        ([24], [19, 20, 21, 22, 23], SWITCHED),
+        ([27, 28], [25, 26], SWITCHED),
+        ([29, 30, 31, 32, 33, 34], [35], IN_ORDER),
+        ([36], None, NO_PAIR),
+    ]
+
+
 # --- properties ----------------------------------------------------------------------------------------------------
 
-corpora = st.lists(st.lists(st.integers(1, 15), min_size=1, max_size=8), min_size=2, max_size=6)
+corpora = documents_of_lengths
 options = st.fixed_dictionaries(
     {
         "max_sequence_length": st.integers(5, 40),
@@ -226,6 +333,35 @@ def test_every_token_is_in_one_pair_or_counted_as_dropped(lengths, options):
     assert len(own) == len(set(own))
     assert own == sorted(own)
     assert len(own) + sum(pair.tokens_dropped for pair in built) == documents.num_tokens
+
+
+@given(corpora, options)
+def test_every_ordered_pair_holds_neighbours(lengths, options):
+    documents = numbered(lengths)
+    of_token = np.repeat(np.arange(len(documents)), [sum(document) for document in lengths])
+    ends = set((documents.sentence_offsets[1:] + 9).tolist())
+    own, dropped = [], 0
+    for pair in sop_pairs(documents, **IDS, **options):
+        assert len(pair.input_ids) <= options["max_sequence_length"]
+        dropped += pair.tokens_dropped
+        if pair.label == NO_PAIR:
+            parts = [pair.input_ids[1:-1]]
+            assert pair.tokens_dropped or parts[0][-1] in ends
+        else:
+            a, b = split_pair(pair)
+            parts = [a, b] if pair.label == IN_ORDER else [b, a]
+            assert len(a) and len(b) and parts[0][-1] < parts[1][0] <= parts[0][-1] + 1 + pair.tokens_dropped
+        assert len(set(of_token[np.concatenate(parts) - 10])) == 1
+        own.extend(np.concatenate(parts))
+    # In the text's order every token is there once, or counted.
+    assert own == sorted(set(own)) and len(own) + dropped == documents.num_tokens
+
+
+def test_half_of_the_ordered_pairs_are_switched():
+    documents = numbered([[3, 4, 2, 5, 1, 3]] * 600)
+    labels = np.array([pair.label for pair in sop_pairs(documents, **IDS, max_sequence_length=12)])
+    labels = labels[labels != NO_PAIR]
+    assert len(labels) > 1000 and abs(labels.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(labels))
 
 
 @given(corpora, options)

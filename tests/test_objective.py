@@ -1,14 +1,18 @@
 """What a run learns of sentence pairs: the columns of its dataset, and the configuration's objective."""
 
+import json
 import logging
+import random
 
 import pytest
 import torch
 from datasets import Dataset
 
+from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.objective import check_objective, for_objective
 from collate.heads import PreTraining
+from packing.cli import main as pack_dataset
 
 COLUMNS = {"nsp": ["next_sentence_label"], "sop": ["sentence_order_label"], "none": []}
 COLUMNS["both"] = COLUMNS["nsp"] + COLUMNS["sop"]
@@ -76,3 +80,44 @@ def test_stock_models_name_what_they_learn(name):
     metrics = task.metrics(torch.tensor([sums.get(field, 1) for field in (*task.names, "tokens", "sequences")]))
     assert metrics[f"{name}_loss"] == 0.5 and metrics[f"{name}_majority"] == pytest.approx(2 / 3)
     assert sum(key.startswith(("nsp", "sop")) for key in metrics) == 3
+
+
+@pytest.fixture(scope="module")
+def sop_folders(tmp_path_factory):
+    """Text of 40 paragraphs, some of one sentence, prepared for SOP and packed at 64."""
+    folder = tmp_path_factory.mktemp("sop")
+    draw = random.Random(0)
+    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "big", "old", "house", "tree", "river", "quickly"]
+    sentences = lambda n: " ".join(" ".join(draw.choices(words, k=7)).capitalize() + "." for _ in range(n))  # noqa: E731
+    (folder / "text.txt").write_text("\n\n".join(sentences(1 + n % 5) for n in range(40)), encoding="utf-8")
+    text, prepared, packed = (str(folder / name) for name in ("text.txt", "prepared", "packed"))
+    options = ["--max_sequence_length", "64", "--vocab_size", "120", "--test_fraction", "0.2", "--objective", "sop"]
+    assert bert_pretrain(["prepare", "--text", text, "--output", prepared, *options]) == 0
+    assert pack_dataset([prepared, packed, "--max-sequence-length", "64"]) == 0
+    return ["--dataset", packed, "--tokenizer", f"{prepared}/tokenizer"]
+
+
+def train(folders, output, *options):
+    small = ["--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--max_steps", "2"]
+    quietly = ["--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "True", "--logging_steps", "1"]
+    everything = [*folders, "--output_dir", str(output), "--sequences_per_step", "12", *small, *quietly, *options]
+    return bert_pretrain(["train", *everything])
+
+
+@pytest.mark.parametrize("objective", ["auto", "none"])
+def test_the_whole_way(sop_folders, tmp_path, objective):
+    assert train(sop_folders, tmp_path / "bert", "--objective", objective) == 0
+    first, *_, last = json.loads((tmp_path / "bert" / "trainer_state.json").read_text())["log_history"]
+    assert not any("nsp" in name for name in first.keys() | last.keys())
+    names = {"sop_loss", "sop_accuracy", "sop_majority"}
+    assert names & first.keys() == (names if objective == "auto" else set())
+    evaluation = json.loads((tmp_path / "bert" / "eval_results.json").read_text())
+    assert ("eval_sop_majority" in evaluation) == (objective == "auto")
+    assert (tmp_path / "bert" / "model.safetensors").exists()
+
+
+def test_a_missing_column_is_told_before_the_first_step(sop_folders, tmp_path, capsys):
+    assert train(sop_folders, tmp_path / "bert", "--objective", "nsp") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "objective='nsp' needs the column 'next_sentence_label'" in error and "'sentence_order_label'" in error
+    assert not (tmp_path / "bert").exists()
