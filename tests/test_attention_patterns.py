@@ -54,7 +54,7 @@ HEADS = {
 PATTERNS = [name for name in HEADS if not name.startswith(("axial", "etc"))]  # attention over tokens, in one softmax
 EXECUTIONS = [name for name in HEADS if not name.startswith("axial")]
 HEADS |= {name: partial(HEADS[name], execution="chunks") for name in EXECUTIONS}
-MIXED = [[1] * 70 + [2] * 5 + [3] * 31, [0] * 2 + [1] + [2] * 90 + [3] * 13]  # some taken whole and some by chunks
+MIXED = [[1] * 130 + [2] * 5 + [3] * 31, [0] * 2 + [1] + [2] * 125 + [3] * 38]  # some taken whole and some by chunks
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -66,6 +66,7 @@ def test_contract(name):
 @pytest.mark.parametrize("name", EXECUTIONS)
 def test_contract_with_short_and_long_sequences(name):
     build = partial(HEADS[name], execution="auto")
+    assert 5 <= make(build).longest_whole() < 125
     check_isolation(build, MIXED)
     check_isolation(build, LAYOUTS["padding in the middle"])
     check_broken_mate(build, MIXED)

@@ -69,7 +69,7 @@ def chunk_and_reach(window: int) -> tuple[int, int]:
 
 
 def keys_per_query(window: int) -> int:
-    """Key slots that each query meets; a sequence of fewer tokens is cheaper whole."""
+    """Key slots that each query meets. Whole, a sequence of as many tokens is cheaper: no key is copied."""
     size, reach = chunk_and_reach(window)
     return (2 * reach + 1) * size
 
