@@ -75,7 +75,8 @@ def model_card(
         f"heads, feed-forward {bert.intermediate_size}, {bert.max_position_embeddings} positions, vocabulary "
         f"{bert.vocab_size:,}",
         "attention": f"`{attention}`",
-        "trained for": f"{steps:,} optimizer steps of about {config.sequences_per_step:,} sequences",
+        "trained for": f"{steps:,} optimizer steps of "
+        + ("equally many packs" if config.batch_policy == "packs" else f"{config.sequences_per_step:,} sequences"),
     }
     if "sequences_seen" in trained:
         facts["seen"] = f"{trained['sequences_seen']:,} sequences, {trained['tokens_seen']:,} real tokens"

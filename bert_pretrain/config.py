@@ -7,6 +7,8 @@ from bert_pretrain.loss import MLM_LOSSES
 
 OBJECTIVES = ("auto", "nsp", "sop", "none")
 OPTIMIZERS = ("adamw", "lamb")
+BATCH_POLICIES = ("sequences", "packs")
+SEQUENCES_PER_STEP = 256
 
 CONFIG_FILE = "pretrain.json"
 """What a run was configured with, beside its checkpoints: a resumed run must be configured alike."""
@@ -39,10 +41,21 @@ class PretrainConfig:
         "The same in evaluation, whatever training uses, so that runs can be compared; the masks are always the same.",
         0.15,
     )
+    batch_policy: str = _help(
+        "What all optimizer steps have equally many of. sequences: sequences_per_step of them, in as many packs as it "
+        "takes, so that packing changes nothing but the cost. packs: per_device_train_batch_size x "
+        "gradient_accumulation_steps x devices of them; as many packs as there were rows without packing hold packing "
+        "factor times as many sequences, for which the packing paper (arXiv 2107.02027) adjusts the betas: beta_power.",
+        BATCH_POLICIES[0],
+    )
     sequences_per_step: int = _help(
-        "Sequences per optimizer step, over all devices. Packs per step follow from the packing factor, so packing "
-        "changes nothing else; per_device_train_batch_size is the most packs in one forward pass.",
-        256,
+        "Sequences per optimizer step, over all devices, for batch_policy sequences. Exactly as many in every step but "
+        "an epoch's last, if packs can be found that add up to it. per_device_train_batch_size is the most packs in "
+        "one forward pass; the number of passes follows.",
+        SEQUENCES_PER_STEP,
+    )
+    reassign: bool = _help(
+        "Pack the sequences anew in every epoch but the first: the same plan, other sequences together.", True
     )
     optimizer: str = _help(
         "adamw: what --optim says, fused AdamW where it exists. lamb: LAMB (arXiv 1904.00962), for steps of thousands "
@@ -85,6 +98,14 @@ class PretrainConfig:
             raise ValueError(f"unknown mlm_loss {self.mlm_loss!r}; choose from {list(MLM_LOSSES)}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}; choose from {list(OBJECTIVES)}")
+        if self.batch_policy not in BATCH_POLICIES:
+            raise ValueError(f"unknown batch_policy {self.batch_policy!r}; choose from {list(BATCH_POLICIES)}")
+        if self.batch_policy == "packs" and self.sequences_per_step != SEQUENCES_PER_STEP:
+            raise ValueError(
+                f"sequences_per_step={self.sequences_per_step} is for batch_policy='sequences'; with 'packs' a step "
+                "holds what its packs hold: leave it out, and set per_device_train_batch_size and "
+                "gradient_accumulation_steps"
+            )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; choose from {list(OPTIMIZERS)}")
         if self.hidden_size % self.num_attention_heads:

@@ -6,6 +6,7 @@ from bert_pretrain.attention.routing import RoutingAttention, RoutingCallback
 from bert_pretrain.batch import set_batch
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.inputs import check_arguments, check_tokenizer, load_splits
+from bert_pretrain.metrics import attends_fully
 from bert_pretrain.new_model import build_model
 from bert_pretrain.objective import check_objective, for_objective
 from bert_pretrain.optimizer import choose_optimizer
@@ -15,7 +16,7 @@ from bert_pretrain.tokenizer import load_tokenizer
 from bert_pretrain.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
 from collate.signals import SaveOnSignal
-from packing import packed_info
+from packing import EpochPacks, packed_info
 
 
 def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTrainer:
@@ -31,7 +32,9 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
     check_tokenizer(config.dataset, train, config.tokenizer, tokenizer)
     model = build_model(config, len(tokenizer), tokenizer.pad_token_id, packed_info(train).max_sequence_length)
     record = config_record(config, training)  # before the next line: a batch that was set cannot be set again
-    set_batch(config, training, train)
+    sequences_per_step = set_batch(config, training, train)
+    if training.ddp_find_unused_parameters is None and attends_fully(model):
+        training.ddp_find_unused_parameters = False  # all are used, even by a rank without packs; looking costs time
     run = run_record(config, training, train, tokenizer)
     checkpoint = find_checkpoint(run, training)
 
@@ -41,8 +44,9 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
     trainer = PretrainTrainer(
         model,
         training,
-        train_dataset=train,
+        train_dataset=EpochPacks(train, training.seed) if config.reassign else train,
         eval_dataset=test,
+        sequences_per_step=sequences_per_step,
         processing_class=tokenizer,
         data_collator=collator(config.mlm_probability),
         eval_data_collator=collator(config.eval_mlm_probability),

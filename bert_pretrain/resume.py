@@ -45,7 +45,9 @@ def run_record(
 
     Call it when sequences_per_step has become packs per step.
     """
-    packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    packs = None  # with sequences_per_step, those of a step are the same on any number of devices
+    if config.batch_policy == "packs":
+        packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     record = {
         "config": {name: value for name, value in asdict(config).items() if name not in PLACES | NOT_TRAINING},

@@ -7,9 +7,10 @@ import pytest
 from datasets import load_from_disk
 from transformers import BertForPreTraining, TrainingArguments, pipeline
 
-from bert_pretrain.batch import _split_step, set_batch
+from bert_pretrain.batch import set_batch, split_step
 from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import PretrainConfig
+from collate.steps import pack_depths, plan_steps
 from packing import packed_info
 from packing.cli import main as pack_dataset
 
@@ -84,22 +85,71 @@ def test_objective_none_trains_without_nsp(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "most", "expected"),
-    [(13.6, 32, (1, 14)), (108.8, 32, (4, 27)), (2.9, 2, (3, 1)), (4.84, 3, (5, 1)), (0.8, 8, (1, 1)), (16, 8, (2, 8))],
+    ("most_packs", "devices", "most_per_pass", "expected"),
+    [(14, 1, 32, (1, 14)), (149, 2, 32, (3, 25)), (109, 1, 32, (4, 28)), (3, 1, 2, (2, 2)), (1, 1, 8, (1, 1))],
 )
-def test_a_step_is_split_into_passes(wanted, most, expected):
-    assert _split_step(wanted, most) == expected
+def test_a_step_is_split_into_passes(most_packs, devices, most_per_pass, expected):
+    passes, packs = split_step(most_packs, devices, most_per_pass)
+    assert (passes, packs) == expected and packs <= most_per_pass and passes * packs * devices >= most_packs
 
 
-def test_sequences_per_step_decide_packs_per_pass(folders, tmp_path):
+def test_sequences_per_step_decide_packs_per_pass(folders, tmp_path, caplog):
     packs = load_from_disk(folders["packed"])["train"]
     factor = packed_info(packs).num_sequences / packed_info(packs).num_packs
-    config = PretrainConfig(dataset="", tokenizer="", sequences_per_step=100)
-    training = TrainingArguments(str(tmp_path), per_device_train_batch_size=8, use_cpu=True)
-    set_batch(config, training, packs)
-    packs_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    assert training.per_device_train_batch_size <= 8
-    assert packs_per_step * factor == pytest.approx(100, rel=0.03)
+    config = PretrainConfig(dataset="", tokenizer="", sequences_per_step=20)
+    training = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True)
+    with caplog.at_level("INFO"):
+        assert set_batch(config, training, packs) == 20
+    most = plan_steps(pack_depths(packs), 20).most_packs
+    slots = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert training.per_device_train_batch_size <= 4 and most <= slots < most + training.gradient_accumulation_steps
+    assert f"packing factor {factor:.3f}: 20 sequences a step" in caplog.text
+
+
+def test_with_the_policy_of_packs_arguments_stay_and_the_factor_is_told(folders, tmp_path, caplog):
+    packs = load_from_disk(folders["packed"])["train"]
+    factor = packed_info(packs).num_sequences / packed_info(packs).num_packs
+    config = PretrainConfig(dataset="", tokenizer="", batch_policy="packs")
+    training = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, use_cpu=True
+    )
+    with caplog.at_level("INFO"):
+        assert set_batch(config, training, packs) is None
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (3, 2)
+    assert "6 packs a step" in caplog.text and f"hold about {6 * factor:.1f} sequences" in caplog.text
+
+
+@pytest.mark.parametrize("reassign", ["True", "False"])
+def test_steps_have_as_many_sequences_in_all_epochs(folders, tmp_path, reassign):
+    """12 in each but the last of an epoch; each epoch has all sequences."""
+    whole = ["--max_steps", "-1", "--num_train_epochs", "3", "--per_device_train_batch_size", "4"]
+    assert train(folders, tmp_path / "bert", *whole, "--reassign", reassign) == 0
+    info = packed_info(load_from_disk(folders["packed"])["train"])
+    steps = -(-info.num_sequences // 12)
+    history = json.loads((tmp_path / "bert" / "trainer_state.json").read_text())["log_history"]
+    seen = [entry["sequences_seen"] for entry in history if "loss" in entry]
+    assert np.diff([0, *seen]).tolist() == ([12] * (steps - 1) + [(info.num_sequences - 1) % 12 + 1]) * 3
+    last = [entry for entry in history if "loss" in entry][-1]
+    assert last["packing_factor"] == pytest.approx(info.num_sequences / info.num_packs)
+    assert last["packs_per_step"] == pytest.approx(info.num_packs / steps)
+
+
+def test_steps_of_packs(folders, tmp_path):
+    """--batch-policy and --batch_policy; a step then holds as many sequences as its packs."""
+    options = [
+        "--sequences_per_step",
+        "256",
+        "--per_device_train_batch_size",
+        "3",
+        "--gradient_accumulation_steps",
+        "2",
+    ]
+    assert train(folders, tmp_path / "bert", *options, "--batch-policy", "packs", "--beta_power", "True") == 0
+    history = json.loads((tmp_path / "bert" / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    assert [entry["packs_per_step"] for entry in steps] == [6, 6, 6, 6]
+    assert steps[-1]["sequences_seen"] == pytest.approx(24 * steps[-1]["packing_factor"])
+    assert train(folders, tmp_path / "other", *options, "--batch_policy", "packs") == 0
 
 
 def test_resuming_is_of_the_same_run_and_from_where_it_is_told(folders, tmp_path, capsys):
@@ -123,7 +173,9 @@ def test_resuming_is_of_the_same_run_and_from_where_it_is_told(folders, tmp_path
         (["--mlm_loss", "pack"], "unknown mlm_loss 'pack'"),
         (["--num_attention_heads", "3"], "hidden_size=16 must be a multiple of num_attention_heads=3"),
         (["--sequences_per_step", "0"], "sequences_per_step=0"),
-        (["--sequences_per_step", "1"], "sequences_per_step=1 is less than a pack of"),
+        (["--sequences_per_step", "1"], "sequences_per_step=1 is less than the"),
+        (["--batch_policy", "packs"], "sequences_per_step=12 is for batch_policy='sequences'"),
+        (["--batch_policy", "tokens"], "unknown batch_policy 'tokens'"),
         (["--num_attention_heads", "0"], "num_attention_heads=0 must be at least 1"),
         (["--auto_find_batch_size", "True"], "auto_find_batch_size"),
     ],
