@@ -1,0 +1,78 @@
+"""The evidence that benchmarks/ gives at length, in short: packing changes nothing, and what would change something is
+found."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_pretrain import folders  # noqa: F401 (a fixture)
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import one of the scripts."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_packed_training_is_unpacked_training(benchmark, optimizer):
+    """Parameters after 10 steps, against stock BERT on each sequence alone; three mistakes are far from them."""
+    right = ["unpacked 4 x 4", "packed 1 x 4", "packed 4 x 1"]
+    lines, passed = benchmark("equivalence").compare(optimizer, steps=10, eps=1e-6, right=right)
+    assert passed, "\n".join(lines)
+    assert len(lines) == 4 + len(right) + 3
+
+
+def test_a_mistake_would_be_found(benchmark, monkeypatch):
+    equivalence = benchmark("equivalence")
+    monkeypatch.setattr(equivalence, "RIGHT", {"wrong": equivalence.MISTAKES["positions not reset"]})
+    lines, passed = equivalence.compare("adamw", steps=3, eps=1e-6, mistakes=[])
+    assert not passed, "\n".join(lines)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_packed_training_is_unpacked_training_over_100_steps(benchmark, optimizer):
+    lines, passed = benchmark("equivalence").compare(optimizer, steps=100, eps=1e-6)
+    assert passed, "\n".join(lines)
+
+
+def test_a_trained_model_has_nothing_of_a_twin_in_its_pack(benchmark):
+    probe = benchmark("leak_probe")
+    model = probe.train(steps=60, packs=16, twins=True, leak=False)
+    alone, unrelated, twin = probe.probe(model, 60, isolated=True)
+    np.testing.assert_allclose(unrelated, alone, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(twin, alone, rtol=0, atol=1e-10)
+    broken = probe.probe(model, 60, isolated=False)
+    np.testing.assert_allclose(broken[0], alone, rtol=0, atol=1e-10)  # nobody there to leak
+    assert abs(broken[1:] - alone).max(1).min() > 1e-3
+
+
+def test_the_probe_finds_a_leak_and_isolation_ends_it(benchmark):
+    """A model that learned to look the answers up in its pack mate."""
+    probe = benchmark("leak_probe")
+    model = probe.train(steps=250, packs=32, twins=True, leak=True)
+    _, unrelated, twin = probe.probe(model, 60, isolated=False)
+    assert unrelated.mean() - twin.mean() > 1  # nats per masked word
+    alone, unrelated, twin = probe.probe(model, 60, isolated=True)
+    np.testing.assert_allclose(np.stack([unrelated, twin]), np.stack([alone, alone]), rtol=0, atol=1e-10)
+
+
+def test_learning_curves_of_padded_and_packed_coincide(benchmark, folders, tmp_path, monkeypatch):  # noqa: F811
+    curves = benchmark("learning_curves")
+    monkeypatch.setattr(curves, "POINTS", 2)
+    monkeypatch.setattr(curves, "TEST_PACKS", 6)
+    monkeypatch.setattr(curves, "MODEL", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2})
+    results = curves.run(folders["folder"], sequences=128, seeds=1)
+    assert curves.gap(results) < 1e-5
+    packed, larger, powered = (np.array(results["curves"][name][0]) for name in list(curves.COLORS)[1:])
+    assert packed[-1, 0] == pytest.approx(128, abs=8) and larger[-1, 0] > packed[-1, 0] / 2
+    assert packed[0, 1] == larger[0, 1] == powered[0, 1] and packed[-1, 1] < packed[0, 1] - 0.01
+    assert larger[-1, 1] != powered[-1, 1] != packed[-1, 1]
+    assert curves.table(results).count("\n|") == 2 + 3 + 2
+    curves.plot(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
