@@ -9,6 +9,7 @@ OBJECTIVES = ("auto", "nsp", "sop", "none")
 OPTIMIZERS = ("adamw", "lamb")
 BATCH_POLICIES = ("sequences", "packs")
 SEQUENCES_PER_STEP = 256
+AUTO = "auto"
 
 CONFIG_FILE = "pretrain.json"
 """What a run was configured with, beside its checkpoints: a resumed run must be configured alike."""
@@ -25,7 +26,11 @@ class PretrainConfig:
     dataset: str = field(metadata={"help": "Folder written by pack-dataset; splits train and, if there is one, test."})
     tokenizer: str = field(metadata={"help": "Folder or name of the tokenizer that the dataset was made with."})
     model: str | None = _help("BERT checkpoint to continue from; by default a new model is made.", None)
-    attention: str = _help(f"Attention head: {', '.join(ATTENTION)}; or one per layer, parted by commas.", "sdpa")
+    attention: str = _help(
+        f"Attention head: {', '.join(ATTENTION)}; or one per layer, parted by commas. auto: full attention, by the "
+        "kernel that is fastest on the device, without attention dropout unless that is asked for.",
+        AUTO,
+    )
     attention_options: str | None = _help("Options of the attention heads, as JSON: '{\"window\": 64}'.", None)
     mlm_loss: str = _help(
         "What the MLM loss is the mean of: sequence (every sequence weighs the same) or token (every predicted token).",

@@ -2,11 +2,14 @@
 
 import json
 import logging
+from dataclasses import replace
 
-from transformers import AutoConfig, BertConfig
+import torch
+from transformers import AutoConfig, BertConfig, TrainingArguments
 
 from bert_pretrain.attention import ATTENTION
-from bert_pretrain.config import PretrainConfig
+from bert_pretrain.attention.choice import choose_attention
+from bert_pretrain.config import AUTO, PretrainConfig
 from bert_pretrain.model import PackedBertForPreTraining
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,25 @@ def build_model(
             f"max_sequence_length={max_sequence_length}; prepare it with a max_sequence_length the model can hold"
         )
     return PackedBertForPreTraining.from_pretrained(config.model, config=bert)
+
+
+def resolve_attention(config: PretrainConfig, training: TrainingArguments) -> PretrainConfig:
+    """The same configuration with a name in the place of each "auto", logged with the reason.
+
+    Attention dropout that nobody asked for is 0 with "auto", on any device: most fast kernels have none, and what is
+    learned must not depend on where it is learned.
+    """
+    names = [name.strip() for name in config.attention.split(",")]
+    if AUTO not in names:
+        return config
+    dropout = config.attention_probs_dropout_prob or 0.0
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    bert = config if config.model is None else AutoConfig.from_pretrained(config.model)
+    head_width = bert.hidden_size // bert.num_attention_heads
+    chosen, reason = choose_attention(training.device, dtype, head_width, dropout)
+    logger.info("attention: %s, chosen by %s: %s; attention_probs_dropout_prob %s", chosen, AUTO, reason, dropout)
+    names = [chosen if name == AUTO else name for name in names]
+    return replace(config, attention=",".join(names), attention_probs_dropout_prob=dropout)
 
 
 def _chosen_attention(config: PretrainConfig) -> tuple[str | list[str], dict]:

@@ -7,7 +7,7 @@ from bert_pretrain.batch import set_batch
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.inputs import check_arguments, check_tokenizer, load_splits
 from bert_pretrain.metrics import attends_fully
-from bert_pretrain.new_model import build_model
+from bert_pretrain.new_model import build_model, resolve_attention
 from bert_pretrain.objective import check_objective, for_objective
 from bert_pretrain.optimizer import choose_optimizer
 from bert_pretrain.record import config_record, write_record
@@ -26,6 +26,7 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
     SIGTERM and SIGUSR1 save a checkpoint and end with SystemExit: see collate.signals.
     """
     set_seed(training.seed)
+    config = resolve_attention(config, training)
     train, test = for_objective(config, *load_splits(config.dataset))
     check_arguments(training, test, config.dataset)
     tokenizer = load_tokenizer(config.tokenizer)

@@ -11,10 +11,9 @@ grouped      Elsewhere: sequences of like length side by side (`collate.length_g
              scaled_dot_product_attention, n rounded up to a multiple of 16. Where a group is padded to its width,
              torch's CPU kernel makes a float of every query and key of it: n^2 per sequence, never L^2 per row.
 
-Measured with `python benchmarks/exact_attention.py`: one by one takes 0.8 to 1.0 of the time of groups for sequences of
-64 tokens or more, as much at 32, and up to a quarter more at 16; a dense mask takes 1.2 to 2.2 times as long. It works on the
-heads of one sequence at a time, so with more threads than heads, groups take its place. The choice follows from the
-device, dropout, heads and threads alone: neither timings nor pack mates have a say, and a resumed run repeats it.
+Measured with `python benchmarks/training.py --parts attention`. One by one parallelizes over the heads of one sequence
+only, so with more threads than heads, groups take its place. The choice follows from the device, dropout, heads and
+threads alone: neither timings nor pack mates have a say, and a resumed run repeats it.
 """
 
 import torch

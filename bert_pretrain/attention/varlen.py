@@ -1,12 +1,15 @@
-"""`varlen`: full softmax attention within each sequence, by torch's FlashAttention kernel: CUDA, 16 bits.
+"""`varlen`: full softmax attention within each sequence, by FlashAttention's kernels: CUDA, 16 bits.
 
     context_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j,    j over the tokens of i's own sequence
 
 Cost: sum of n^2 K over the sequences; memory N. FlashAttention-2 (Dao 2023, arXiv 2307.08691), called as
-torch.nn.attention.varlen.varlen_attn.
+torch.nn.attention.varlen.varlen_attn, or in a torch that has it not as flash_attn.flash_attn_varlen_func.
 
 Isolation: the kernel takes the boundaries of the sequences (cu_seqlens) and works on one sequence at a time.
 """
+
+from collections.abc import Callable
+from functools import cache
 
 from torch import Tensor, bfloat16, float16
 
@@ -25,8 +28,18 @@ class VarlenAttention(AttentionHead):
                 f"varlen runs on CUDA in bfloat16 or float16, not on {query_THK.device.type} in {query_THK.dtype}; "
                 "train with bf16=True, or use attention 'sdpa'"
             )
-        from torch.nn.attention.varlen import varlen_attn
-
         longest = layout.sequence_ids_BL.shape[1]  # an upper bound does, and needs no wait for the device
         inputs = (x.contiguous() for x in (query_THK, key_THK, value_THK))
-        return varlen_attn(*inputs, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
+        return varlen_kernel()(*inputs, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
+
+
+@cache
+def varlen_kernel() -> Callable[..., Tensor]:
+    """(query, key, value, cu_seqlens of queries, of keys, longest query, longest key) -> context, both directions."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func
+    return varlen_attn
