@@ -30,9 +30,12 @@ class BuildOptions(NamedTuple):
     max_sequence_length: int
     short_sequence_probability: float
     seed: int
+    vocabulary: str | None = None
+    """Fingerprint of the tokenizer's, kept in the dataset's info: training compares it."""
 
     def sequences(self, documents: TokenDocuments, numbers: range) -> Iterator[BuiltSequence]:
         options = self._asdict()
+        del options["vocabulary"]
         return OBJECTIVES[options.pop("objective")](documents, numbers=numbers, **options)
 
 
@@ -71,7 +74,7 @@ def build_sequences(tokens: Path, options: BuildOptions, output: Path, split: st
                 yield batch
 
     output.mkdir()
-    info = DatasetInfo(features=Features.from_arrow_schema(_schema(options.objective)))
+    info = DatasetInfo(features=Features.from_arrow_schema(_schema(options.objective)), config_name=options.vocabulary)
     write_dataset(output, batches(), info, "", split)
     if options.objective == "sop" and not counts.pairs:
         raise ValueError(

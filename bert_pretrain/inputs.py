@@ -22,6 +22,8 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
     except FileNotFoundError as error:
         problem = "is no folder of save_to_disk" if os.path.exists(folder) else "does not exist"
         raise ValueError(f"dataset={folder!r} {problem}; give the folder that pack-dataset wrote") from error
+    except IndexError as error:  # datasets cannot read what it wrote without rows
+        raise ValueError(f"dataset={folder!r} has a split without packs; pack a source with sequences") from error
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
     if "train" not in splits:
         raise ValueError(
@@ -41,12 +43,9 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
 
 def _checked_info(split: Dataset, folder: str) -> PackedInfo:
     try:
-        info = packed_info(split)
+        return packed_info(split)
     except ValueError as error:
         raise ValueError(f"dataset={folder!r}: {error}; or in a shell: pack-dataset {folder} PACKED") from None
-    if len(split) == 0:
-        raise ValueError(f"dataset={folder!r} has a split without packs; pack a source that has sequences")
-    return info
 
 
 def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -167,7 +167,13 @@ def _make_parser(dataclasses: Sequence[type], prog: str):
             action.nargs, action.const = "?", True
         if action.dest == "report_to":  # TrainingArguments takes a list, HfArgumentParser would take one name
             action.nargs = "+"
+        if action.dest == "fsdp":  # True, or what was written before there was fsdp_config
+            action.type, action.nargs, action.const = _true_or_text, "?", True
     return parser
+
+
+def _true_or_text(text: str) -> bool | str | None:
+    return {"true": True, "false": None}.get(text.lower(), text)
 
 
 def _options(parser) -> dict[str, Any]:

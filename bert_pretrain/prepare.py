@@ -25,7 +25,7 @@ from bert_pretrain.examples import OBJECTIVES
 from bert_pretrain.parallel import Workers
 from bert_pretrain.summary import SplitSummary
 from bert_pretrain.text import Reading, Text
-from bert_pretrain.tokenizer import load_tokenizer, train_tokenizer
+from bert_pretrain.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
 from packing.folder import new_folder
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ def _prepare_split(
         max_sequence_length=config.max_sequence_length,
         short_sequence_probability=config.short_sequence_probability,
         seed=config.seed,
+        vocabulary=vocabulary_fingerprint(tokenizer),
     )
     try:
         counts = build_sequences(tokens, options, output, split, workers)

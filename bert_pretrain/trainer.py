@@ -4,15 +4,33 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from bert_pretrain.card import model_card
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.console import LinesAboveBar, LinesCallback
 from bert_pretrain.metrics import Meter, attends_fully, known_peak
+from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.record import versions, write_record
 from collate import DataCollatorWithPacking, PackedTrainer
 from packing import packed_info
+
+
+class _TiedTogether(TrainerCallback):
+    """While FSDP cuts the model up: the vocabulary projection stands for its head, with the bias it is tied to.
+
+    accelerate (1.15) puts the projection beside the embedding whose weight it shares, but what its bias is tied to,
+    cls.predictions.bias, elsewhere; torch then refuses: "shared with a parameter already managed by another group".
+    """
+
+    def __init__(self, model: PackedBertForPreTraining):
+        self.model, self.head = model, model.cls.predictions
+        self.head.__dict__["weight"] = self.head.decoder.weight  # by which accelerate knows that they are tied
+        model.__dict__["get_output_embeddings"] = lambda: self.head
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.head.__dict__.pop("weight", None)
+        self.model.__dict__.pop("get_output_embeddings", None)
 
 
 class PretrainTrainer(PackedTrainer):
@@ -38,6 +56,13 @@ class PretrainTrainer(PackedTrainer):
         self.config, self.record, self.objective = config, record, objective
         self.eval_data_collator = eval_data_collator
         self.is_stock = attends_fully(self.model)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp={self.args.fsdp} cannot be honoured on {self.args.device.type}: accelerate would train by DDP "
+                "instead; leave it out, or train on GPUs"
+            )
+        if self.is_fsdp_enabled:
+            self.add_callback(_TiedTogether(self.model))
         self.meter = Meter(self.model, self.args.device, known_peak(self.args.device, config.peak_tflops))
         # not in a notebook, where Trainer shows a table of its own
         if self.pop_callback(PrinterCallback) is not None:

@@ -1,0 +1,300 @@
+"""`bert-pretrain train` as a user meets it: what it refuses, what it saves, several ranks, Trainer's options."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import DatasetDict, load_from_disk
+from safetensors.torch import load_file
+from tiny_runs import SMALL, flags, history, make_folders, train, train_options
+from transformers import AutoTokenizer, BertForPreTraining, TrainerCallback
+
+from bert_pretrain import pretrain as pretrain_module
+from bert_pretrain.cli import main as bert_pretrain
+from packing.cli import main as pack_dataset
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("cli"))
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """A model that is built is a mistake."""
+
+    def refuse(*args):
+        raise AssertionError("a model was built before the input was refused")
+
+    monkeypatch.setattr(pretrain_module, "build_model", refuse)
+
+
+def refused(capsys, folders, output, *messages, **options):
+    """`train` says these in one line, and leaves no folder."""
+    before = Path(output).exists()
+    assert train(folders, output, **options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("bert-pretrain train: "), error
+    for message in messages:
+        assert message in error, error
+    assert Path(output).exists() == before
+
+
+def other_tokenizer(folders, folder, change):
+    """The tokenizer with another vocabulary: a function of the list of its tokens."""
+    from transformers import BertTokenizerFast
+
+    vocabulary = AutoTokenizer.from_pretrained(folders["tokenizer"]).get_vocab()
+    tokens = change(sorted(vocabulary, key=vocabulary.get))
+    BertTokenizerFast(vocab={token: i for i, token in enumerate(tokens)}).save_pretrained(folder)
+    return str(folder)
+
+
+def without_fingerprint(folders, folder):
+    """Packs of which it isn't known which vocabulary they were made with, as those of other programs."""
+    prepared = load_from_disk(folders["prepared"])
+    for split in prepared.values():
+        split.info.config_name = None
+    prepared.save_to_disk(folder / "prepared")
+    assert pack_dataset([str(folder / "prepared"), str(folder / "packed"), "--max-sequence-length", "64"]) == 0
+    return folders | {"dataset": str(folder / "packed")}
+
+
+def test_packs_of_another_vocabulary_are_refused(folders, tmp_path, capsys, no_model):
+    swapped = other_tokenizer(folders, tmp_path / "words", lambda tokens: [*tokens[:-2], tokens[-1], tokens[-2]])
+    messages = ["was made with another vocabulary (vocabulary:", f"tokenizer={swapped!r}", "prepared with"]
+    refused(capsys, folders, tmp_path / "bert", folders["dataset"], *messages, tokenizer=swapped)
+
+
+def test_packs_of_another_vocabulary_are_found_out_without_its_fingerprint(folders, tmp_path, capsys, no_model):
+    unknown = without_fingerprint(folders, tmp_path)
+    shorter = other_tokenizer(folders, tmp_path / "shorter", lambda tokens: tokens[:40])
+    messages = ["holds token ", f"tokenizer={shorter!r} has 40 tokens, up to 39", "prepared with"]
+    refused(capsys, unknown, tmp_path / "bert", *messages, tokenizer=shorter)
+    moved = other_tokenizer(folders, tmp_path / "moved", lambda tokens: [*tokens[4:], *tokens[:4]])
+    messages = ["none of ", " sequences begins with ", f"the cls_token of tokenizer={moved!r}; most often it is 2"]
+    refused(capsys, unknown, tmp_path / "bert", *messages, tokenizer=moved)
+    ended = other_tokenizer(folders, tmp_path / "ended", lambda t: [*t[:3], t[-1], *t[4:-1], t[3]])
+    refused(capsys, unknown, tmp_path / "bert", "sequences ends with", "sep_token", "it is 3", tokenizer=ended)
+
+
+def test_the_right_tokenizer_is_taken_with_and_without_a_fingerprint(folders, tmp_path):
+    unknown = without_fingerprint(folders, tmp_path)
+    assert load_from_disk(unknown["dataset"])["train"].info.config_name is None
+    assert load_from_disk(folders["dataset"])["train"].info.config_name.startswith("vocabulary:")
+    assert train(unknown, tmp_path / "bert", max_steps=1) == 0
+
+
+def test_datasets_that_are_none_are_refused(folders, tmp_path, capsys, no_model):
+    def refuses(dataset, *messages):
+        refused(capsys, folders, tmp_path / "bert", f"dataset={dataset!r}", *messages, dataset=dataset)
+
+    refuses(str(tmp_path / "nowhere"), "does not exist; give the folder that pack-dataset wrote")
+    (tmp_path / "empty").mkdir()
+    refuses(str(tmp_path / "empty"), "is no folder of save_to_disk; give the folder that pack-dataset wrote")
+    refuses(folders["prepared"], "was not packed", f"pack-dataset {folders['prepared']} PACKED")
+    splits = load_from_disk(folders["dataset"])
+    DatasetDict({"validation": splits["test"], "all": splits["train"]}).save_to_disk(tmp_path / "named")
+    refuses(str(tmp_path / "named"), "has no split named train, only ['all', 'validation']; rename")
+    DatasetDict({"train": splits["train"].select([]), "test": splits["test"]}).save_to_disk(tmp_path / "bare")
+    refuses(str(tmp_path / "bare"), "has a split without packs")
+    assert pack_dataset([f"{folders['prepared']}/test", str(tmp_path / "longer"), "--max-sequence-length", "96"]) == 0
+    mixed = DatasetDict({"train": splits["train"], "test": load_from_disk(tmp_path / "longer")})
+    mixed.save_to_disk(tmp_path / "mixed")
+    refuses(str(tmp_path / "mixed"), "packed for max_sequence_length 64 and 96; pack both for the same")
+
+
+def test_evaluation_without_held_out_sequences_is_refused(folders, tmp_path, capsys, no_model):
+    alone = folders | {"dataset": f"{folders['dataset']}/train"}
+    messages = ["needs held-out sequences", f"dataset={alone['dataset']!r}", "test_fraction"]
+    refused(capsys, alone, tmp_path / "bert", "eval_strategy=steps", *messages, eval_strategy="steps")
+    refused(capsys, alone, tmp_path / "bert", "eval_on_start=True", *messages, eval_on_start=True)
+
+
+def test_places_that_cannot_be_written_to_are_refused(folders, tmp_path, capsys, no_model):
+    (tmp_path / "file").write_text("")
+    refused(capsys, folders, tmp_path / "file", f"{tmp_path / 'file'} is a file; give a folder")
+    refused(capsys, folders, tmp_path / "file" / "bert", f"{tmp_path / 'file'} is a file; give a folder")
+
+
+def test_integrations_that_are_not_there_are_refused(folders, tmp_path, capsys, no_model):
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    missing = sorted(set(INTEGRATION_TO_CALLBACK) - {*get_available_reporting_integrations(), "flyte"})[0]
+    messages = [f"report_to='{missing}' needs a package that is not installed", "choose none"]
+    refused(capsys, folders, tmp_path / "bert", *messages, report_to=missing)
+    refused(capsys, folders, tmp_path / "bert", "report_to='paper' is unknown", "tensorboard", report_to="paper")
+
+
+def test_packs_longer_than_the_models_positions_are_refused(folders, tmp_path, capsys):
+    assert train(folders, tmp_path / "short", max_steps=1) == 0
+    longer = str(tmp_path / "packed-96")
+    assert pack_dataset([folders["prepared"], longer, "--max-sequence-length", "96"]) == 0
+    messages = ["has 64 positions", "max_sequence_length=96", "the model can hold"]
+    refused(capsys, folders | {"dataset": longer}, tmp_path / "bert", *messages, model=str(tmp_path / "short"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mlm_probability": 0}, "mlm_probability=0.0 must be more than 0 and at most 1"),
+        ({"eval_mlm_probability": 1.5}, "eval_mlm_probability=1.5 must be more than 0 and at most 1"),
+        ({"peak_tflops": -1}, "peak_tflops=-1.0 must be more than 0"),
+        ({"fsdp": True}, "Using fsdp only works in distributed training"),
+    ],
+)
+def test_options_out_of_bounds_are_refused(folders, tmp_path, capsys, options, message):
+    refused(capsys, folders, tmp_path / "bert", message, **options)
+
+
+# -- what is saved ------------------------------------------------------------------------------------------------
+
+
+def test_the_saved_configuration_can_be_given_back(folders, tmp_path):
+    options = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"power": 2.0}', "warmup_steps": 1}
+    options |= {"save_strategy": "steps", "save_steps": 2, "mlm_loss": "token", "learning_rate": 1e-3, "seed": 7}
+    assert train(folders, tmp_path / "first", **options) == 0
+    file = tmp_path / "first" / "pretrain.json"
+    assert bert_pretrain(["train", str(file), "--output_dir", str(tmp_path / "second")]) == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    records = [json.loads((tmp_path / name / "pretrain.json").read_text()) for name in ("first", "second")]
+    assert records[0].pop("output_dir") != records[1].pop("output_dir")
+    assert records[0] == records[1]
+    assert records[0]["lr_scheduler_kwargs"] == {"power": 2.0} and "weight_decay" not in records[0]
+    for folder in (tmp_path / "first", tmp_path / "first" / "checkpoint-4"):
+        assert (folder / "pretrain.json").read_text() == file.read_text()
+        assert json.loads((folder / "versions.json").read_text())["torch"] == torch.__version__
+
+
+def test_secrets_are_not_saved(folders, tmp_path):
+    assert train(folders, tmp_path / "bert", max_steps=1, hub_token="hf_secret") == 0
+    assert "hf_secret" not in (tmp_path / "bert" / "pretrain.json").read_text()
+
+
+# -- several ranks ------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_by_ddp_and_by_fsdp(folders, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    data = [folders["dataset"], folders["tokenizer"], str(tmp_path)]
+    run = subprocess.run([*launch, HERE / "two_ranks.py", *data], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    ddp, fsdp = (
+        BertForPreTraining.from_pretrained(tmp_path / name, dtype=torch.float64).state_dict()
+        for name in ("ddp", "fsdp")
+    )
+    assert max(float((ddp[name] - fsdp[name]).abs().max()) for name in ddp) < 1e-10
+    start = BertForPreTraining.from_pretrained(tmp_path / "fsdp" / "checkpoint-2", dtype=torch.float64).state_dict()
+    assert max(float((start[name] - fsdp[name]).abs().max()) for name in ddp) > 1e-3  # they do learn
+    steps = [[e["loss"] for e in history(tmp_path / name) if "loss" in e] for name in ("ddp", "fsdp")]
+    assert steps[0] == pytest.approx(steps[1], rel=1e-6) and len(steps[0]) == 4
+    assert (tmp_path / "printed-by-rank-0.txt").read_text().count("trained to step 4") == 2
+    assert (tmp_path / "printed-by-rank-1.txt").read_text() == ""
+
+
+# -- Trainer's options ---------------------------------------------------------------------------------------------
+
+
+class Spy(TrainerCallback):
+    """Sees the trained model and what it was given."""
+
+    def on_train_begin(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
+        Spy.dtypes, Spy.forwards = set(), 0
+        layer = next(module for module in model.modules() if type(module).__name__ == "BertLayer")
+
+        def see(module, inputs, output):
+            Spy.dtypes.add((output[0] if isinstance(output, tuple) else output).dtype)
+
+        layer.intermediate.dense.register_forward_hook(see)
+        layer.attention.register_forward_hook(lambda *_: setattr(Spy, "forwards", Spy.forwards + 1))
+
+
+def run_with_spy(folders, output, monkeypatch, **options):
+    from bert_pretrain.trainer import PretrainTrainer
+
+    class Spied(PretrainTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.add_callback(Spy())
+            Spied.last = self
+
+    monkeypatch.setattr(pretrain_module, "PretrainTrainer", Spied)
+    given = {"max_steps": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | options
+    alone = folders | {"dataset": f"{folders['dataset']}/train"}  # without evaluation
+    assert train(alone, output, **given) == 0
+    return Spied.last, [entry for entry in history(output) if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def plain(folders, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _, logs = run_with_spy(folders, tmp_path_factory.mktemp("plain") / "bert", monkeypatch)
+    assert Spy.dtypes == {torch.float32}
+    return {"logs": logs, "forwards": Spy.forwards}
+
+
+def losses(logs):
+    return [entry["loss"] for entry in logs]
+
+
+def test_bf16(folders, tmp_path, monkeypatch, plain):
+    trainer, logs = run_with_spy(folders, tmp_path / "bert", monkeypatch, bf16=True)
+    assert Spy.dtypes == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert losses(logs) == pytest.approx(losses(plain["logs"]), rel=1e-2) and losses(logs) != losses(plain["logs"])
+    BertForPreTraining.from_pretrained(tmp_path / "bert")
+
+
+def test_activation_checkpointing_computes_twice_and_changes_nothing(folders, tmp_path, monkeypatch, plain):
+    _, logs = run_with_spy(folders, tmp_path / "bert", monkeypatch, activation_checkpointing=True)
+    assert Spy.forwards == 2 * plain["forwards"]
+    assert losses(logs) == pytest.approx(losses(plain["logs"]), rel=1e-6)
+    assert [e["grad_norm"] for e in logs] == pytest.approx([e["grad_norm"] for e in plain["logs"]], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
+def test_torch_compile_changes_nothing_but_rounding(folders, tmp_path, monkeypatch, plain):
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer, logs = run_with_spy(folders, tmp_path / "bert", monkeypatch, **options)
+    assert "OptimizedModule" in str(type(trainer.model_wrapped)) or hasattr(trainer.model, "_compiled_call_impl")
+    assert losses(logs) == pytest.approx(losses(plain["logs"]), rel=1e-5)
+    BertForPreTraining.from_pretrained(tmp_path / "bert")
+
+
+def test_polynomial_schedule(folders, tmp_path, monkeypatch):
+    options = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"power": 2.0, "lr_end": 1e-5}'}
+    _, logs = run_with_spy(folders, tmp_path / "bert", monkeypatch, **options, learning_rate=1e-3, max_steps=4)
+    expected = [1e-5 + (1e-3 - 1e-5) * (1 - step / 4) ** 2 for step in range(1, 5)]
+    assert [entry["learning_rate"] for entry in logs] in (
+        pytest.approx([1e-3, *expected[:-1]]),  # that of the step that was made
+        pytest.approx(expected),  # that of the next
+    )
+
+
+def test_gradients_are_clipped(folders, tmp_path, monkeypatch, plain):
+    options = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 1}
+    moved = []
+    for limit in (1e9, 1e-3):
+        trainer, logs = run_with_spy(folders, tmp_path / str(limit), monkeypatch, **options, max_grad_norm=limit)
+        moved.append((trainer, logs[0]["grad_norm"]))
+        if limit < 1:
+            before = load_file(tmp_path / "1000000000.0" / "model.safetensors")
+            after = load_file(tmp_path / "0.001" / "model.safetensors")
+    assert moved[0][1] == pytest.approx(moved[1][1], rel=1e-5) and moved[0][1] > 1  # the norm is that before clipping
+    distance = torch.sqrt(sum(((before[name] - after[name]) ** 2).sum() for name in before))
+    assert float(distance) == pytest.approx(moved[0][1] - 1e-3, rel=1e-3)
+
+
+def test_options_have_no_effect_unless_given(folders, tmp_path):
+    """What `train` is given here is what the other tests here compare with."""
+    given = flags(train_options(folders, tmp_path))
+    assert not {"--bf16", "--torch_compile", "--max_grad_norm"} & set(given) and SMALL["hidden_size"] == 16
