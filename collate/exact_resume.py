@@ -10,7 +10,12 @@ inexact (transformers 5.23), and what is done about it here:
   sums are saved.
 * A run that had ended, and was killed before the last save, would train one more step.
 * logging_steps, save_steps and eval_steps are those of the checkpoint, whatever is asked for now.
-* ignore_data_skip repeats the begin of the epoch; it is refused.
+* A run that is made longer would take its first step with the learning rate of the old schedule, often 0.
+* ignore_data_skip repeats the begin of the epoch, restore_callback_states_from_checkpoint replaces callbacks that the
+  trainer itself holds on to, and without dataloader_in_order no two runs are alike; they are refused.
+
+What is measured by the clock, such as tokens per second, and Trainer's last line with train_loss, cover the time since
+the resume. An evaluation that was due at the step after which a signal stopped the run is left out.
 """
 
 import json
@@ -19,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from collate.checkpoints import SavesWhole
@@ -28,7 +34,7 @@ RUNNING_FILE = "since_last_log.json"
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Of the random numbers of an optimizer step, such as dropout's; 32 bits, as torch's CPU generator takes no more."""
+    """Of the random numbers of an optimizer step, such as dropout's; 32 bits: torch's CPU generator takes no more."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
@@ -39,6 +45,16 @@ class ResumesExactly(SavesWhole):
         super().__init__(*args, **kwargs)
         self._resumed_from: str | None = None
         self.add_callback(_ExactSteps(self))
+        if not self.args.dataloader_in_order:
+            raise ValueError(
+                "dataloader_in_order=False takes batches as workers finish them, so that no two runs would be alike; "
+                "leave it out"
+            )
+        if self.args.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                "restore_callback_states_from_checkpoint=True would replace the callback that counts what was seen; "
+                "leave it out: its counts are restored in any case"
+            )
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -104,6 +120,17 @@ class _ExactSteps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._restore_running_sums()
+        if state.global_step and isinstance(self.trainer.lr_scheduler, LambdaLR):
+            _follow_schedule(self.trainer.lr_scheduler)
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(step_seed(args.seed, state.global_step, args.process_index))
+
+
+def _follow_schedule(scheduler: LambdaLR) -> None:
+    """The learning rate of the step to come, by the schedule as it is now."""
+    factors = [schedule(scheduler.last_epoch) for schedule in scheduler.lr_lambdas]
+    rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

@@ -67,7 +67,8 @@ class SaveOnSignal(TrainerCallback):
         if args.world_size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")
         if train_dataloader is not None:
-            train_dataloader.worker_init_fn = _WorkersStay(train_dataloader.worker_init_fn, self._is_over)
+            loader = getattr(train_dataloader, "base_dataloader", train_dataloader)  # what accelerate wraps
+            loader.worker_init_fn = _WorkersStay(loader.worker_init_fn, self._is_over)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agreed = self.received
@@ -103,4 +104,4 @@ class _WorkersStay:
 
     def _receive(self, number: int, frame) -> None:
         if self.is_over.item():
-            os._exit(128 + number)
+            os._exit(0)  # as torch's own handler does where the parent ends its workers; else that would be a failure

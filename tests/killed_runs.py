@@ -26,6 +26,7 @@ def context():
 
 
 def _command(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # for dataloader workers, as in a process of a user's
     os.setpgid(0, 0)
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -71,7 +72,7 @@ class Run:
             if is_reached():
                 return True
             assert time.monotonic() < begin + PATIENCE, self.log.read_text()
-            time.sleep(0.0005)
+            time.sleep(0.003)
         return False
 
     def wait_for_checkpoint(self) -> bool:
