@@ -1,8 +1,10 @@
 """Which optimizer a run has, and what a larger batch changes about it."""
 
 import logging
+import os
 from typing import Any
 
+from accelerate.utils import str_to_bool
 from datasets import Dataset
 from torch import nn
 from torch.optim import Optimizer
@@ -48,11 +50,10 @@ def power_betas(config: PretrainConfig, betas: tuple[float, float], train: Datas
     times as many sequences in a step, a moving average over steps must forget p times as fast to reach back over as
     many sequences.
     """
-    policy = getattr(config, "batch_policy", "sequences")
-    if policy != "packs":
+    if config.batch_policy != "packs":
         raise ValueError(
             f"beta_power is for batch_policy='packs', whose steps hold more sequences than without packing; "
-            f"batch_policy={policy!r} keeps their number, so the betas must stay: leave out beta_power"
+            f"batch_policy={config.batch_policy!r} keeps their number, so the betas must stay: leave out beta_power"
         )
     info = packed_info(train)
     factor = info.num_sequences / info.num_packs
@@ -67,7 +68,8 @@ def _refuse_for_lamb(training: TrainingArguments) -> None:
             f"optim={training.optim.value!r} and optim_args={training.optim_args!r} choose transformers' optimizers, "
             "but optimizer='lamb' is none of these; leave out either"
         )
-    if training.fsdp or training.deepspeed:
+    launched_with = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED")]  # by accelerate launch
+    if training.fsdp or training.deepspeed or any(str_to_bool(os.environ.get(name, "0")) for name in launched_with):
         raise ValueError(
             "optimizer='lamb' needs the norms of whole tensors, which fsdp and deepspeed split among processes; "
             "choose optimizer='adamw', or data parallelism without them"

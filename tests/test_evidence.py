@@ -67,10 +67,10 @@ def test_learning_curves_of_padded_and_packed_coincide(benchmark, folders, tmp_p
     monkeypatch.setattr(curves, "POINTS", 2)
     monkeypatch.setattr(curves, "TEST_PACKS", 6)
     monkeypatch.setattr(curves, "MODEL", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2})
-    results = curves.run(folders["folder"], sequences=128, seeds=1)
+    results = curves.run(folders["folder"], sequences=64, seeds=1)
     assert curves.gap(results) < 1e-5
     packed, larger, powered = (np.array(results["curves"][name][0]) for name in list(curves.COLORS)[1:])
-    assert packed[-1, 0] == pytest.approx(128, abs=8) and larger[-1, 0] > packed[-1, 0] / 2
+    assert packed[-1, 0] == pytest.approx(64, abs=4) and larger[-1, 0] == pytest.approx(64, abs=16)
     assert packed[0, 1] == larger[0, 1] == powered[0, 1] and packed[-1, 1] < packed[0, 1] - 0.01
     assert larger[-1, 1] != powered[-1, 1] != packed[-1, 1]
     assert curves.table(results).count("\n|") == 2 + 3 + 2

@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from transformers import BertForPreTraining, Trainer, TrainingArguments
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION
-from bert_pretrain.config import PretrainConfig
+from bert_pretrain.config import SEQUENCES_PER_STEP, PretrainConfig
 from bert_pretrain.lamb import Lamb
 from bert_pretrain.optimizer import choose_optimizer
 
@@ -182,7 +181,7 @@ def test_the_gradient_of_the_whole_step_is_clipped(packs_per_pass, passes):
 
 
 def configured(folder, policy="packs", training=None, **changes):
-    config = SimpleNamespace(**{"optimizer": "adamw", "beta_power": False, "batch_policy": policy} | changes)
+    config = PretrainConfig(dataset="", tokenizer="", batch_policy=policy, **changes)
     arguments = TrainingArguments(str(folder), use_cpu=True, adam_beta1=0.9, adam_beta2=0.98, **training or {})
     return config, arguments, BertForPreTraining(make_config())
 
@@ -231,11 +230,28 @@ def test_unknown_optimizers_are_refused():
         PretrainConfig(dataset="", tokenizer="", optimizer="lars")
 
 
-def test_lamb_is_refused_where_tensors_are_split(packs, tmp_path):
+@pytest.mark.parametrize("how", ["fsdp", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_lamb_is_refused_where_tensors_are_split(packs, tmp_path, monkeypatch, how):
     config, arguments, model = configured(tmp_path, optimizer="lamb")
-    arguments.fsdp = True  # afterwards: TrainingArguments wants a process group
+    if how == "fsdp":
+        arguments.fsdp = True  # afterwards: TrainingArguments wants a process group
+    else:
+        monkeypatch.setenv(how, "true")
     with pytest.raises(ValueError, match="optimizer='lamb' needs the norms of whole tensors"):
         choose_optimizer(config, arguments, model, packs[0])
+
+
+def test_a_run_of_packs_with_powered_betas(folders, packs, tmp_path):  # noqa: F811
+    """A resumed run has them too, and not the power of the power."""
+    options = ["--batch_policy", "packs", "--beta_power", "True", "--per_device_train_batch_size", "4"]
+    options += ["--sequences_per_step", str(SEQUENCES_PER_STEP)]  # the default, which packs do without
+    assert train(folders, tmp_path / "bert", *options, "--optimizer", "lamb", "--save_steps", "2") == 0
+    checkpoint = str(tmp_path / "bert" / "checkpoint-2")
+    again = ["--resume_from_checkpoint", checkpoint]
+    assert train(folders, tmp_path / "again", *options, "--optimizer", "lamb", "--save_steps", "2", *again) == 0
+    for run in ("bert", "again"):
+        state = torch.load(tmp_path / run / "checkpoint-4" / "optimizer.pt")
+        assert [group["betas"] for group in state["param_groups"]] == [(0.9 ** packs[1], 0.999 ** packs[1])] * 2
 
 
 def test_refused_before_anything_is_written(folders, tmp_path, capsys):  # noqa: F811
