@@ -27,6 +27,7 @@ from collate.layout import PackLayout
 class SdpaAttention(AttentionHead):
     """Softmax attention over the tokens of the same sequence; no parameters, no options."""
 
+    is_full = True
     supports_dropout = True
 
     def attend(
