@@ -17,7 +17,8 @@ from packing import packed_info
 
 
 class _TiedTogether(TrainerCallback):
-    """While FSDP cuts the model up: the vocabulary projection stands for its head, with the bias it is tied to.
+    """While FSDP cuts the model up: layers are parts, and the vocabulary projection stands for its head, with the bias
+    that it is tied to; embedding and head are one part.
 
     accelerate (1.15) puts the projection beside the embedding whose weight it shares, but what its bias is tied to,
     cls.predictions.bias, elsewhere; torch then refuses: "shared with a parameter already managed by another group".
@@ -27,6 +28,7 @@ class _TiedTogether(TrainerCallback):
         self.model, self.head = model, model.cls.predictions
         self.head.__dict__["weight"] = self.head.decoder.weight  # by which accelerate knows that they are tied
         model.__dict__["get_output_embeddings"] = lambda: self.head
+        model._no_split_modules = {"BertLayer"}  # BertEmbeddings would be a part of its own, and holds what is tied
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.head.__dict__.pop("weight", None)

@@ -1,0 +1,132 @@
+"""The model card beside the checkpoint, and what a push to the hub would send."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from tiny_runs import history, make_folders, train
+from transformers import BertForPreTraining
+
+from packing import packed_info
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("card"))
+
+
+@pytest.fixture(scope="module")
+def run(folders, tmp_path_factory):
+    """The folder of a run with 4 steps and an evaluation."""
+    output = tmp_path_factory.mktemp("run") / "tiny-bert"
+    assert train(folders, output, mlm_loss="token", eval_mlm_probability=0.2) == 0
+    return output
+
+
+def table(card, head):
+    """The rows of the table whose head begins with this, as {first cell: other cells}."""
+    lines = card.split(f"| {head}", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: others for first, *others in cells}
+
+
+def test_metadata_is_valid_and_the_text_says_what_was_trained(folders, run):
+    from datasets import load_from_disk
+
+    card = ModelCard.load(run / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "fill-mask"
+    assert "bert" in card.data.tags
+    text = (run / "README.md").read_text(encoding="utf-8")
+    _, metadata, _ = text.split("---\n", 2)
+    assert yaml.safe_load(metadata)["pipeline_tag"] == "fill-mask"
+    info = packed_info(load_from_disk(folders["dataset"])["train"])
+    for fact in (
+        f"`packed`: {info.num_sequences:,} sequences of {info.num_tokens:,} tokens",
+        f"packing factor {info.num_sequences / info.num_packs:.3f}, at most {info.max_depth} sequences in a pack",
+        "masked language modelling and next-sentence prediction",
+        "mean per token, 15% of the tokens predicted in training, 20% in evaluation",
+        "1 layers of 16, 2 attention heads, feed-forward 64, 64 positions",
+        "trained for | 4 optimizer steps of",
+        'BertForPreTraining.from_pretrained("tiny-bert")',
+        "[MASK]",
+        "tensor for tensor",
+    ):
+        assert fact in text, fact
+    assert str(Path(folders["dataset"]).parent) not in text  # nobody's business
+    assert table(text, "package")["transformers"] == [__import__("transformers").__version__]
+
+
+def test_the_figures_are_those_of_the_log(run):
+    text, logs = (run / "README.md").read_text(encoding="utf-8"), history(run)
+    trained = [entry for entry in logs if "loss" in entry][-1]
+    evaluated = [entry for entry in logs if "eval_loss" in entry][-1]
+    rows = table(text, " | training, step 4 | held out")
+    assert len(rows) == 8
+    for name, cells in rows.items():
+        key = name.replace(" ", "_")
+        assert cells == [f"{trained[key]:.4f}", f"{evaluated[f'eval_{key}']:.4f}"], name
+    assert f"{trained['sequences_seen']:,} sequences, {trained['tokens_seen']:,} real tokens" in text
+
+
+def test_other_attention_is_not_promised_to_load_as_stock(folders, tmp_path):
+    options = {"attention": "local", "attention_options": '{"window": 8}', "max_steps": 1}
+    assert train(folders, tmp_path / "bert", **options) == 0
+    text = (tmp_path / "bert" / "README.md").read_text(encoding="utf-8")
+    assert "attention head `local`" in text and "PackedBertForPreTraining.from_pretrained" in text
+    assert "tensor for tensor" not in text
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """What would go to the hub: a copy of each folder at the moment of its upload, and the repositories made."""
+    sent, made = [], []
+
+    class Repository(str):
+        repo_id = property(lambda self: str(self))
+
+    class Done:
+        """An upload that has ended."""
+
+        repo_url = "https://huggingface.co/someone/tiny-bert"
+
+        def is_done(self):
+            return True
+
+        done, result = is_done, lambda self, timeout=None: self
+
+    def create_repo(self, repo_id, **kwargs):
+        made.append(repo_id)
+        return Repository(f"someone/{repo_id}" if "/" not in repo_id else repo_id)
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns=None, commit_message="", **kwargs):
+        copy = tmp_path / f"sent-{len(sent)}"
+        shutil.copytree(folder_path, copy, ignore=shutil.ignore_patterns(*(ignore_patterns or [])))
+        sent.append((repo_id, commit_message, copy))
+        return Done()
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return sent, made
+
+
+def test_a_push_sends_the_weights_with_a_card(folders, tmp_path, hub):
+    sent, made = hub
+    options = {"push_to_hub": True, "hub_model_id": "someone/tiny-bert", "save_strategy": "steps", "save_steps": 2}
+    assert train(folders, tmp_path / "bert", **options, hub_always_push=True) == 0
+    assert set(made) == {"someone/tiny-bert"} and {repository for repository, _, _ in sent} == {"someone/tiny-bert"}
+    assert [message for _, message, _ in sent] == [
+        "Training in progress, step 2",
+        "Training in progress, step 4",
+        "End of training",
+    ]
+    for _, _, folder in sent:
+        BertForPreTraining.from_pretrained(folder)
+        assert ModelCard.load(folder / "README.md").data.pipeline_tag == "fill-mask"
+        assert {"pretrain.json", "versions.json", "tokenizer.json", "config.json"} <= {p.name for p in folder.iterdir()}
+        assert not list(folder.glob("checkpoint-*"))
+    last = (sent[-1][2] / "README.md").read_text(encoding="utf-8")
+    assert '"someone/tiny-bert"' in last
+    assert last == (tmp_path / "bert" / "README.md").read_text(encoding="utf-8")
+    assert table(last, " | training, step 4 | held out")["loss"][1] != "–"  # the evaluation is in
