@@ -320,7 +320,6 @@ OTHER_RUNS = [
     ({"bf16": True}, {}, "bf16"),
     ({"dataloader_drop_last": True}, {}, "dataloader_drop_last"),
     ({"train_sampling_strategy": "sequential"}, {}, "train_sampling_strategy"),
-    ({"per_device_train_batch_size": 4}, {}, "packs_per_step=8, now it is 4"),
     ({}, {"mlm_probability": 0.2}, "mlm_probability=0.15, now it is 0.2"),
     ({}, {"sequences_per_step": 8}, "sequences_per_step"),
 ]
@@ -332,6 +331,15 @@ def test_another_run_is_refused(tmp_path, training, config, message):
     with pytest.raises(ValueError, match=f"was trained with {message}"):
         _check_record(tmp_path, record(training, config))
     _check_record(tmp_path, record())
+
+
+def test_other_packs_per_step_are_refused(tmp_path):
+    """On other devices they may be the same; with sequences_per_step they are in any case."""
+    packs = {"batch_policy": "packs"}
+    (tmp_path / "run.json").write_text(json.dumps(record(config=packs)))
+    _check_record(tmp_path, record({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, packs))
+    with pytest.raises(ValueError, match="was trained with packs_per_step=8, now it is 4"):
+        _check_record(tmp_path, record({"per_device_train_batch_size": 4}, packs))
 
 
 def test_other_data_is_refused_and_moved_data_is_not(tmp_path):
