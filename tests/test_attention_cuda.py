@@ -3,8 +3,12 @@
 import pytest
 import torch
 from attention_contract import heads_input, layout_of
+from transformers import BertConfig
 
+from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION
+from bert_pretrain.attention.choice import choose_attention
+from bert_pretrain.attention.pattern import flex_functions
 from collate import PackLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -48,3 +52,52 @@ def test_a_mate_changes_nothing_on_a_gpu(name):
     before = attention(*inputs, layout)
     after = attention(*(torch.where(mate, x.flip(0) * 100, x) for x in inputs), layout)
     assert (after == before)[~mate.flatten()].all()
+
+
+def small_bert(attention):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
+    config = BertConfig(vocab_size=100, max_position_embeddings=256, packed_attention=attention, **sizes, **off)
+    return PackedBertForPreTraining(config)
+
+
+def loss_and_gradients(model, ids, dtype):
+    device = model.device
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(5, 100, ids.shape, generator=generator)
+    labels = torch.where((torch.rand(ids.shape, generator=generator) < 0.3) & (ids > 0), input_ids, -100)
+    batch = {"input_ids": input_ids, "sequence_ids": ids, "labels": labels}
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss = model(**{name: x.to(device) for name, x in batch.items()}).loss
+    loss.backward()
+    return float(loss), {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bert_with_the_attention_that_auto_chooses(dtype):
+    """A whole model under autocast: loss and gradients beside those of a CPU in float32."""
+    name, _ = choose_attention(torch.device("cuda"), dtype, head_width=64)
+    assert name in ("varlen", "flex")
+    ids = torch.tensor(IDS, dtype=torch.int32)
+    expected, gradients = loss_and_gradients(small_bert("sdpa"), ids, torch.float32)
+    found, found_gradients = loss_and_gradients(small_bert(name).cuda(), ids, dtype)
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 5e-3
+    assert abs(found - expected) <= tolerance * expected and found_gradients.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        # of a bias of keys the gradient is 0 but for rounding
+        allowed = tolerance * max(float(gradient.norm()), 1e-2)
+        assert float((found_gradients[key] - gradient).norm()) <= 2 * allowed, key
+
+
+def test_flex_makes_one_mask_for_all_layers_of_a_batch(monkeypatch):
+    made, (_, create) = [], flex_functions()
+    monkeypatch.setattr(
+        "bert_pretrain.attention.pattern.flex_functions",
+        lambda: (flex_functions()[0], lambda *args, **kwargs: made.append(1) or create(*args, **kwargs)),
+    )
+    model = small_bert("flex").cuda()
+    for width in (250, 100, 37):  # other numbers of tokens each time
+        loss, gradients = loss_and_gradients(model, torch.tensor(IDS, dtype=torch.int32)[:, :width], torch.float32)
+        assert loss > 0 and gradients
+    assert len(made) == 3

@@ -11,7 +11,7 @@ grouped      Elsewhere: sequences of like length side by side (`collate.length_g
              scaled_dot_product_attention, n rounded up to a multiple of 16. Where a group is padded to its width,
              torch's CPU kernel makes a float of every query and key of it: n^2 per sequence, never L^2 per row.
 
-Measured with `python benchmarks/training.py --parts attention`. One by one parallelizes over the heads of one sequence
+Measured with `python benchmarks/exact_attention.py`. One by one parallelizes over the heads of one sequence
 only, so with more threads than heads, groups take its place. The choice follows from the device, dropout, heads and
 threads alone: neither timings nor pack mates have a say, and a resumed run repeats it.
 """

@@ -1,0 +1,97 @@
+"""Which execution of exact attention is the fastest on a CPU? One by one, in groups of like length, or a dense mask.
+
+    python benchmarks/exact_attention.py                  4 heads of 64, one thread
+    python benchmarks/exact_attention.py --heads 12 --threads 2
+
+one by one    each sequence is a slice of the batch: what `sdpa` does without dropout
+grouped       sequences of like length side by side, rounded up to a multiple of 16: what it does elsewhere
+dense mask    rows of --row slots, block-diagonal mask
+
+Forward and backward, from tokens (T, H, K) to gradients; processor time per token, the median of --rounds; the three
+take turns. Sequences of one length, less one token for the last of a row; and lengths drawn from Wikipedia's, packed.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from training import best_fit_decreasing, machine, wikipedia_lengths
+
+from bert_pretrain.attention.sdpa import OneByOne, attend_grouped
+from collate.layout import PackLayout
+
+HEAD_WIDTH = 64
+
+
+def one_by_one(query, key, value, layout: PackLayout) -> Tensor:
+    return OneByOne.apply(query, key, value, layout.lengths.tolist())
+
+
+def dense_mask(query, key, value, layout: PackLayout) -> Tensor:
+    query, key, value = (layout.pad(x).transpose(1, 2) for x in (query, key, value))
+    mask = layout.derived("dense mask", lambda: layout.attention_mask)
+    return layout.unpad(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2))
+
+
+EXECUTIONS = {"one by one": one_by_one, "grouped": attend_grouped, "dense mask": dense_mask}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="of sequences")
+    add("--row", type=int, default=512, help="slots of a row")
+    add("--rows", type=int, default=8)
+    add("--heads", type=int, default=4)
+    add("--rounds", type=int, default=7)
+    add("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.device, options.dtype, options.attention = "cpu", "float32", "sdpa"
+    print(f"{machine(options)}, {options.heads} heads of {HEAD_WIDTH}, {options.rows} rows of {options.row}")
+    print(f"\nµs per token      sequences  {'  '.join(f'{name:>10}' for name in EXECUTIONS)}")
+    cases = {f"of {length}": one_length(length, options) for length in options.lengths} | {"Wikipedia": packed(options)}
+    for name, sequence_ids in cases.items():
+        layout = PackLayout(sequence_ids)
+        times = measure(layout, options)
+        print(f"{name:<16}{layout.num_sequences:>11}  {'  '.join(f'{t:>10.1f}' for t in times.values())}", flush=True)
+
+
+def one_length(length: int, options) -> Tensor:
+    row = np.repeat(np.arange(1, options.row // length + 1), length)
+    row = np.pad(row, (0, options.row - len(row)))
+    row[np.flatnonzero(row)[-1]] = 0  # so that groups have something to hide, as they mostly do
+    return torch.tensor(np.tile(row, (options.rows, 1)), dtype=torch.int32)
+
+
+def packed(options) -> Tensor:
+    lengths = wikipedia_lengths(50 * options.rows, options.row, np.random.default_rng(0))
+    packs = best_fit_decreasing(lengths, options.row)
+    rows = [packs[i] for i in np.random.default_rng(1).permutation(len(packs))[: options.rows]]
+    ids = [np.repeat(np.arange(1, len(row) + 1), lengths[row]) for row in rows]
+    return torch.tensor(np.stack([np.pad(row, (0, options.row - len(row))) for row in ids]), dtype=torch.int32)
+
+
+def measure(layout: PackLayout, options) -> dict[str, float]:
+    """Microseconds of processor time per token."""
+    shape = (layout.num_tokens, options.heads, HEAD_WIDTH)
+    inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    grad, times, first = torch.randn(shape), {name: [] for name in EXECUTIONS}, None
+    for _ in range(options.rounds + 1):
+        for name, attend in EXECUTIONS.items():
+            start = time.process_time()
+            context = attend(*inputs, layout)
+            gradients = torch.autograd.grad(context, inputs, grad)
+            times[name].append((time.process_time() - start) / layout.num_tokens * 1e6)
+            if len(times[name]) == 1:  # the first round warms up, and what is timed must be the same work
+                first = first or (context, *gradients)
+                for found, expected in zip((context, *gradients), first, strict=True):
+                    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    return {name: float(np.median(values[1:])) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    main()
