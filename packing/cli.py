@@ -39,12 +39,17 @@ def main(argv: list[str] | None = None) -> int:
         else:
             pack_folder(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {'; '.join([str(error), *notes(error)])}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{parser.prog}: interrupted; {'; '.join(notes(error)) or 'nothing was written'}", file=sys.stderr)
         return 130
     return 0
+
+
+def notes(error: BaseException) -> list[str]:
+    """How to go on, where something was written."""
+    return getattr(error, "__notes__", [])
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="columns with one value per token; left out: those that are as long as input_ids in every row",
     )
+    add("--num-proc", metavar="N", type=int, default=1, help="processes that write; the same bytes for any number")
     add("--plan-only", action="store_true", help="print the plan and write nothing")
     add(
         "--compare",
@@ -95,13 +101,13 @@ def refuse_ignored(arguments: argparse.Namespace) -> None:
     if arguments.compare or arguments.report is not None:
         work, unused = (
             "--compare and --report try all packers and write no packs",
-            ("target", "packer", "seed", "balance"),
+            ("target", "packer", "seed", "balance", "num_proc"),
         )
     elif arguments.plan_only and Path(arguments.source).is_file():
-        unused = ("target", "seed", "balance", "token_columns", "pad_token_id")
+        unused = ("target", "seed", "balance", "token_columns", "pad_token_id", "num_proc")
         work = "a file of lengths can be planned for, not packed"
     elif arguments.plan_only:
-        work, unused = "--plan-only writes nothing", ("target",)
+        work, unused = "--plan-only writes nothing", ("target", "num_proc")
     else:
         return
     for name in unused:
@@ -112,8 +118,10 @@ def refuse_ignored(arguments: argparse.Namespace) -> None:
 
 def pack_folder(arguments: argparse.Namespace) -> None:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
-    from .folder import check_target, new_folder  # heavy imports wait until the arguments are known to be good
+    from .engines import checked_num_proc  # heavy imports wait until the arguments are known to be good
+    from .folder import check_space, check_target, partial_folder, write_file
 
+    checked_num_proc(arguments.num_proc)
     if arguments.target is not None:
         check_target(arguments.target)
     splits = _load_splits(arguments.source)
@@ -128,14 +136,32 @@ def pack_folder(arguments: argparse.Namespace) -> None:
             print(f"before   {facts.step_costs_before}\nafter    {facts.step_costs_after}\n", flush=True)
     if arguments.plan_only:
         return
-    with new_folder(arguments.target) as folder:
+    with partial_folder(arguments.target) as folder:
+        refuse_other_splits(folder, list(packings))
         for name, packing in packings.items():
-            if name:
-                (folder / name).mkdir()
-            packing.write(folder / name, progress=True)
+            packing.begin(folder / name)
+        check_space(folder, sum(packing.bytes_missing(folder / name) for name, packing in packings.items()))
+        for name, packing in packings.items():
+            packing.write(folder / name, arguments.num_proc, progress=True)
         if "" not in packings:
-            (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(packings)}), encoding="utf-8")
+            write_file(folder / "dataset_dict.json", json.dumps({"splits": list(packings)}).encode())
     print(f"written to {arguments.target}")
+
+
+def refuse_other_splits(folder: Path, splits: list[str]) -> None:
+    """A folder that was begun with other splits would end with theirs in it, too."""
+    from .manifest import FILE
+
+    begun = [path.parent.name if path.parent != folder else "" for path in folder.glob(f"**/{FILE}")]
+    if other := sorted(set(begun) - set(splits)):
+        raise ValueError(
+            f"a packing that was begun cannot be gone on with: it had {_splits(other)}, and now there is "
+            f"{_splits(splits)}; give the source that it was begun with, or remove {str(folder)!r} to begin anew"
+        )
+
+
+def _splits(names: list[str]) -> str:
+    return ", ".join(f"split {name!r}" if name else "a dataset without splits" for name in names)
 
 
 def plan_file(arguments: argparse.Namespace) -> None:

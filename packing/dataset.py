@@ -5,26 +5,34 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import xxhash
 from tqdm.auto import tqdm
 
-from .arrow import list_array, take_rows
 from .assignment import Assignment, assign, checked_seed
 from .balance import balance_packs, checked_packs_per_step, step_costs
-from .folder import check_target, new_folder, write_dataset
+from .engines import checked_num_proc, write_here, write_in_pool
+from .fingerprint import ColumnPrint, column_prints, combined_print
+from .folder import check_space, check_target, checksum, partial_folder, sync, write_state
 from .histogram import length_histogram
 from .info import PackedInfo
+from .manifest import FILE, Manifest, differences, read_manifest
 from .overlong import OVERLONG, Sequences, cut_sequences
 from .packers import Packer, checked_limit, find_packer, plan_packs
 from .plan import PackPlan
+from .shards import PackSlice, ShardRecord, ShardTask, gather_packs, read_record, record_path, write_record
 from .source import INPUT_IDS, Source, read_source
 
-BATCH_TOKENS = 1 << 21  # token slots gathered at a time: memory follows this and not the dataset
+BATCH_TOKENS = 1 << 20  # token slots gathered at a time: memory follows this and not the dataset
+SHARD_BYTES = 500_000_000  # of a file, more or less
 
 ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
 
@@ -41,6 +49,7 @@ def pack_dataset(
     token_columns: Sequence[str] | None = None,
     pad_token_id: int | None = None,
     balance: int | None = None,
+    num_proc: int = 1,
     progress: bool = False,
 ) -> datasets.Dataset:
     """Put the rows of a tokenized dataset together, several to a pack; each sequence stays whole.
@@ -64,12 +73,25 @@ def pack_dataset(
     balance: packs per global batch (or per device): order the packs so that each so many of them have nearly equal
         attention cost, Σ n² of their sequences; packed_info says how nearly. For training that reads the packs in their
         stored order. None: every order is equally likely.
+    num_proc: processes that write `output`, with the same bytes for any number. Each opens the source's files for
+        itself; a source in memory is copied to each.
     progress: show a bar on stderr.
 
-    Every error comes before anything is written. Packing is the same for the same dataset and seed, on any machine.
+    Every error of the source or the options comes before anything is written. Packing is the same for the same dataset
+    and seed, on any machine.
+
+    Written out of core: memory is 12 bytes a sequence, 4 a pack and some buffers, however many tokens there are;
+    4 bytes a sequence more for each of: padding trimmed, rows left out or split, rows truncated before their last
+    token. Twice that from 2**32 sequences on. (The page cache holds files, too, and gives way where memory is wanted.)
+
+    Written so that it can be killed: files come to be in `.OUTPUT.partial` beside the output, shard by shard, and the
+    folder gets its name when it is whole. The same call again goes on after the last finished shard, and ends with the
+    same bytes; one with other options, or from a source that has changed, is refused. manifest.json says what the
+    folder was made from and what its files hold.
     """
     if output is not None:
         check_target(output)
+    checked_num_proc(num_proc)
     packing = prepare_packing(
         dataset,
         max_sequence_length,
@@ -84,8 +106,10 @@ def pack_dataset(
     )
     if output is None:
         return packing.in_memory(progress)
-    with new_folder(output) as folder:
-        packing.write(folder, progress)
+    with partial_folder(output) as folder:
+        packing.begin(folder)
+        check_space(folder, packing.bytes_missing(folder))
+        packing.write(folder, num_proc, progress)
     return datasets.load_from_disk(str(output))
 
 
@@ -97,17 +121,24 @@ class Packing:
     source: Source
     sequences: Sequences
     plan: PackPlan
-    assignment: Assignment | None  # None: not needed to know the facts, and made when the packs are
+    balanced: Assignment | None  # where the order of packs is balanced
     facts: PackedInfo
+    pad_token_id: int | None
+
+    @cached_property
+    def assignment(self) -> Assignment:
+        """Which sequences in which pack: made when the packs are, as the facts do not need it."""
+        return self.balanced or assign(self.plan, self.sequences.lengths, self.facts.seed)
 
     @property
     def features(self) -> datasets.Features:
         """Columns of the packed dataset: input_ids first, then as in the source, then what packing adds."""
         source, features = self.dataset.features, {INPUT_IDS: _tokens_of(self.dataset.features[INPUT_IDS])}
-        for name in self.source.table.column_names:
+        columns = self.source.columns
+        for name in columns.table.column_names:
             if name in self.facts.token_columns:
                 features[name] = _tokens_of(source[name])
-            elif name in self.source.row_columns:
+            elif name in columns.row_columns:
                 features[name] = _list_of(source[name])
         features["sequence_lengths"] = _list_of(datasets.Value("int32"))
         features["sequence_indices"] = _list_of(datasets.Value("int64"))
@@ -132,29 +163,147 @@ class Packing:
             setattr(info, about_the_source_files, None)
         return info
 
-    @property
-    def fingerprint(self) -> str:
-        text = f"{self.dataset._fingerprint} {self.facts.to_description()}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    @cached_property
+    def source_prints(self) -> tuple[ColumnPrint, ...]:
+        """The fingerprint of the source; all its values are read once."""
+        return column_prints(self.dataset)
 
-    def write(self, folder: Path, progress: bool = False) -> None:
-        """Write the packed dataset into an existing, empty folder."""
+    @property
+    def batch_packs(self) -> int:
+        """Packs in a record batch."""
+        return max(1, BATCH_TOKENS // self.plan.max_sequence_length)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of the packed dataset, but for metadata. Token columns of strings or lists count as if nothing were cut."""
+        numbers = [column for column in self.source.columns.token_columns if column.is_numbers]
+        names = {column.name for column in numbers}
+        others = [p for p in self.source_prints if p.name in self.features and p.name not in names]
+        num_bytes = sum(column.value_type.bit_width // 8 for column in numbers) * self.facts.num_tokens
+        num_bytes += sum(column.bytes for column in others)
+        num_bytes += self.facts.num_sequences * (4 + 8 + 4 * (self.facts.overlong == "split"))
+        return num_bytes + 4 * self.facts.num_packs * len(self.features)
+
+    @cached_property
+    def shard_bounds(self) -> list[int]:
+        """Pack shard_bounds[i] is the first of shard i; follows from the source's content and the parameters alone."""
+        shards = min(self.facts.num_packs, -(-self.num_bytes // SHARD_BYTES))
+        return [self.facts.num_packs * i // shards for i in range(shards + 1)]
+
+    @property
+    def shard_files(self) -> list[str]:
+        shards = len(self.shard_bounds) - 1
+        return [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Before anything is written."""
+        facts = self.facts
+        return Manifest(
+            versions={name: metadata.version(name) for name in ("dataset-packing", "datasets", "pyarrow")},
+            source_rows=facts.source_rows,
+            source_columns=self.source_prints,
+            parameters={
+                "max_sequence_length": facts.max_sequence_length,
+                "max_sequences_per_pack": facts.max_sequences_per_pack,
+                "packer": facts.packer,
+                "overlong": facts.overlong,
+                "seed": facts.seed,
+                "token_columns": list(facts.token_columns),
+                "pad_token_id": None if self.pad_token_id is None else int(self.pad_token_id),
+                "balance": facts.balance,
+            },
+            plan=_digest(self.plan.strategy_lengths, self.plan.strategy_offsets, self.plan.repeats),
+            assignment=_digest(self.assignment.sequence_indices, self.assignment.pack_offsets),
+            schema=_digest(self.features.arrow_schema.serialize()),
+            packs=facts.num_packs,
+            sequences=facts.num_sequences,
+            tokens=facts.num_tokens,
+            batch_packs=self.batch_packs,
+            num_shards=len(self.shard_files),
+        )
+
+    def packs(self, first: int, end: int) -> PackSlice:
+        """Packs first..end of the assignment."""
+        bounds = self.assignment.pack_offsets[first : end + 1]
+        chosen = self.assignment.sequence_indices[bounds[0] : bounds[-1]]
+        return self.sequences.take(chosen, bounds - bounds[0])
+
+    def tasks(self, folder: Path) -> Iterator[ShardTask]:
+        """All shards to write into the folder, made one by one, for any engine."""
+        schema = self.features.arrow_schema
+        for i, file in enumerate(self.shard_files):
+            packs = self.packs(self.shard_bounds[i], self.shard_bounds[i + 1])
+            yield ShardTask(str(folder), file, packs, schema, self.batch_packs)
+
+    def begin(self, folder: Path) -> None:
+        """Make the folder ready to be written to, or to go on with. Changes no shard that is finished.
+
+        Raises ValueError where the folder was begun by a packing that would end with other bytes.
+        """
+        folder.mkdir(exist_ok=True)
+        for left_off in folder.glob(".*.writing"):
+            left_off.unlink()
+        if not (folder / FILE).exists():
+            self.manifest.write(folder)
+            return
+        cure = f"give the options and the source that it was begun with, or remove {str(folder)!r} to begin anew"
+        try:
+            found = read_manifest(folder)
+        except ValueError as error:
+            raise ValueError(f"{error}; {cure}") from None
+        if other := differences(found, self.manifest):
+            raise ValueError(f"a packing that was begun cannot be gone on with: {'; '.join(other)}; {cure}")
+        for record in found.shards:  # it was killed between its manifest and its name
+            write_record(folder / record.file, record)
+
+    def bytes_missing(self, folder: Path) -> int:
+        """About how many bytes `write` will add to the folder."""
+        shards = len(self.shard_files)
+        done = sum(read_record(folder / file) is not None for file in self.shard_files)
+        return self.num_bytes * (shards - done) // shards
+
+    def write(self, folder: Path, num_proc: int = 1, progress: bool = False) -> None:
+        """Write the packed dataset into a folder that `begin` has made ready."""
+        records: dict[str, ShardRecord] = {}
+        with tqdm(total=self.facts.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
+            if num_proc == 1 or len(self.shard_files) == 1:
+                written = write_here(self.source.columns, self.tasks(folder), bar.update)
+            else:
+                workers = min(num_proc, len(self.shard_files))
+                source = self.dataset, self.facts.token_columns
+                written = write_in_pool(*source, self.tasks(folder), workers, bar.update)
+            with closing(written):
+                for record in written:
+                    records[record.file] = record
+        self.finish(folder, [records[file] for file in self.shard_files])
+
+    def finish(self, folder: Path, records: list[ShardRecord]) -> None:
+        """All shards are written: now the folder becomes a dataset. records: in the order of the shards."""
         split = None if self.dataset.split is None else str(self.dataset.split)
-        write_dataset(folder, self.batches(progress), self.info, self.fingerprint, split)
+        text = f"{combined_print(self.source_prints)} {self.facts.to_description()}"
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        files = write_state(folder, self.shard_files, self.info, fingerprint, split)
+        for file in files:
+            sync(folder / file)
+        self.manifest.finished(records, {file: checksum(folder / file) for file in files}).write(folder)
+        for file in self.shard_files:
+            record_path(folder / file).unlink()
 
     def in_memory(self, progress: bool = False) -> datasets.Dataset:
+        """The packed dataset, in memory as a whole."""
+        text = f"{self.dataset._fingerprint} {self.facts.to_description()}"
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         table = pa.Table.from_batches(self.batches(progress), self.features.arrow_schema)
-        return datasets.Dataset(table, info=self.info, split=self.dataset.split, fingerprint=self.fingerprint)
+        return datasets.Dataset(table, info=self.info, split=self.dataset.split, fingerprint=fingerprint)
 
     def batches(self, progress: bool = False) -> Iterator[pa.RecordBatch]:
-        """The packs, gathered some thousand at a time."""
-        schema = self.features.arrow_schema
-        assignment = self.assignment or assign(self.plan, self.sequences.lengths, self.facts.seed)
-        step = max(1, BATCH_TOKENS // self.plan.max_sequence_length)
-        with tqdm(total=assignment.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
-            for first in range(0, assignment.num_packs, step):
-                end = min(first + step, assignment.num_packs)
-                yield _gather_packs(self.source, self.sequences, assignment, first, end, schema)
+        """The packs, gathered some thousand at a time, each into memory of its own."""
+        schema, num_packs = self.features.arrow_schema, self.facts.num_packs
+        with tqdm(total=num_packs, desc="packing", unit="pack", disable=not progress) as bar:
+            for first in range(0, num_packs, self.batch_packs):
+                end = min(first + self.batch_packs, num_packs)
+                yield gather_packs(self.source.columns, self.packs(first, end), schema)
                 bar.update(end - first)
 
 
@@ -179,16 +328,16 @@ def prepare_packing(
     _refuse_moved_answers(source, sequences, overlong)
     histogram = length_histogram(sequences.lengths, max_sequence_length)
     plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, packer, progress=progress)
-    assignment, before, after = None, None, None
+    balanced, before, after = None, None, None
     if balance is not None:
         unbalanced = assign(plan, sequences.lengths, seed)
-        assignment = balance_packs(unbalanced, sequences.lengths, balance, seed)
-        before, after = (step_costs(a, sequences.lengths, balance) for a in (unbalanced, assignment))
+        balanced = balance_packs(unbalanced, sequences.lengths, balance, seed)
+        before, after = (step_costs(a, sequences.lengths, balance) for a in (unbalanced, balanced))
     facts = PackedInfo(
         max_sequence_length=plan.max_sequence_length,
         max_sequences_per_pack=None if max_sequences_per_pack is None else int(max_sequences_per_pack),
         max_depth=plan.max_depth,
-        token_columns=tuple(column.name for column in source.token_columns),
+        token_columns=tuple(column.name for column in source.columns.token_columns),
         packer=plan.packer,
         seed=int(seed),
         source_rows=source.num_rows,
@@ -198,13 +347,13 @@ def prepare_packing(
         overlong=overlong,
         overlong_rows=tuple(sequences.overlong_rows.tolist()),
         overlong_tokens=sequences.overlong_tokens,
-        trimmed_rows=int(np.count_nonzero(source.trimmed)),
-        trimmed_tokens=int(source.trimmed.sum()),
+        trimmed_rows=source.trimmed_rows,
+        trimmed_tokens=source.trimmed_tokens,
         balance=None if balance is None else int(balance),
         step_costs_before=before,
         step_costs_after=after,
     )
-    return Packing(dataset, source, sequences, plan, assignment, facts)
+    return Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id)
 
 
 def _check_dataset(dataset) -> None:
@@ -221,10 +370,10 @@ def _check_dataset(dataset) -> None:
 
 def _refuse_moved_answers(source: Source, sequences: Sequences, overlong: str) -> None:
     """Answers of question answering are token numbers of their row: they would point elsewhere once it is cut."""
-    answers = [name for name in ANSWERS if name in source.row_columns]
+    answers = [name for name in ANSWERS if name in source.columns.row_columns]
     if not answers:
         return
-    if source.skipped.any():
+    if source.skipped is not None:
         row = int(np.argmax(source.skipped > 0))
         raise ValueError(
             f"column {answers[0]!r} counts tokens of its row, but row {row} begins with {source.skipped[row]} tokens "
@@ -249,29 +398,12 @@ def _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong
         raise ValueError(f"unknown overlong={overlong!r}; choose from {', '.join(OVERLONG)}")
 
 
-def _gather_packs(
-    source: Source, sequences: Sequences, assignment: Assignment, first: int, end: int, schema: pa.Schema
-) -> pa.RecordBatch:
-    """Packs first..end of the assignment as one record batch."""
-    bounds = assignment.pack_offsets[first : end + 1]
-    chosen = assignment.sequence_indices[bounds[0] : bounds[-1]]
-    rows, lengths = sequences.rows[chosen], sequences.lengths[chosen]
-    begins, lasts = sequences.begins[chosen], sequences.lasts[chosen]
-    per_pack = bounds - bounds[0]
-    token_offsets = np.concatenate([[0], np.cumsum(lengths)])[per_pack]
-
-    packed = {
-        "sequence_lengths": (per_pack, pa.array(lengths.astype(np.int32))),
-        "sequence_indices": (per_pack, pa.array(rows)),
-        "sequence_starts": (per_pack, pa.array(begins.astype(np.int32))),
-    }
-    for column in source.token_columns:
-        starts = column.starts[rows]
-        packed[column.name] = token_offsets, column.gather(starts + begins, lengths, starts + lasts)
-    table_rows = rows if source.rows is None else source.rows[rows]
-    for name in source.row_columns:
-        packed[name] = per_pack, take_rows(source.table.column(name), table_rows)
-    return pa.record_batch([list_array(*packed[field.name], field.type) for field in schema], schema)
+def _digest(*parts) -> str:
+    """XXH3 of arrays or bytes."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(memoryview(part).cast("B"))
+    return digest.hexdigest()
 
 
 def _tokens_of(feature):

@@ -1,7 +1,13 @@
-"""Writing a dataset folder that load_from_disk reads: batch by batch, and all or nothing."""
+"""Folders that are whole or not there, and files that have reached the disk before they have their name.
+
+packed                     the target: it appears when it is complete
+.packed.partial            beside it until then; a killed run's is found by the next run of the same packing
+.packed.partial/lock       held by the run that writes, so that two do not
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,8 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
+import xxhash
 
-SHARD_BYTES = 500_000_000
+SHARD_BYTES = 500_000_000  # of write_dataset
+LOCK = "lock"
+READ_BYTES = 1 << 22
 
 
 def check_target(target: str | os.PathLike) -> Path:
@@ -21,6 +30,179 @@ def check_target(target: str | os.PathLike) -> Path:
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"output {str(target)!r} exists already; choose another folder or remove it first")
     return target
+
+
+# Files
+
+
+def write_bytes(descriptor: int, data) -> None:
+    """Where everything goes to the disk."""
+    data = memoryview(data).cast("B")
+    while len(data):
+        data = data[os.write(descriptor, data) :]
+
+
+def sync(path: Path) -> None:
+    """Wait until a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class HashedFile:
+    """A new file, written under another name, hashed as it is written.
+
+    with HashedFile(path) as file:
+        file.write(data)
+        file.publish()            # now it is on the disk, and named; without this nothing is left
+
+    size, xxh3: of what was written; the hash has 128 bits, in hexadecimal.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.size, self._hash = path, 0, xxhash.xxh3_128()
+        self._unfinished = path.with_name(f".{path.name}.{os.getpid()}.writing")
+        self._descriptor = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.closed = False
+
+    @property
+    def xxh3(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, data) -> int:
+        self._hash.update(data)
+        try:
+            write_bytes(self._descriptor, data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.size += len(data)
+        return len(data)
+
+    def publish(self) -> None:
+        os.fsync(self._descriptor)
+        os.rename(self._unfinished, self.path)
+        sync(self.path.parent)
+
+    def tell(self) -> int:  # as Arrow wants it
+        return self.size
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.closed = True
+        os.close(self._descriptor)
+        with suppress(FileNotFoundError):
+            self._unfinished.unlink()
+
+
+def write_file(path: Path, data: bytes) -> str:
+    """Write a small file, all at once; an older one is replaced. Returns its XXH3."""
+    with HashedFile(path) as file:
+        file.write(data)
+        file.publish()
+    return file.xxh3
+
+
+def checksum(path: Path) -> str:
+    """128 bits of XXH3 over a file, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        room = memoryview(bytearray(READ_BYTES))
+        while count := file.readinto(room):
+            digest.update(room[:count])
+    return digest.hexdigest()
+
+
+# Folders
+
+
+@contextmanager
+def partial_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """The folder `.target.partial` that becomes the target at the end. It outlives a run that is killed or fails.
+
+    with partial_folder("packed") as folder:     # .packed.partial, perhaps with what an earlier run has finished
+        ...                                      # at the end renamed to packed
+
+    An error after which no shard would be kept leaves nothing; others say how to go on.
+    Raises BlockingIOError while another run writes there.
+    """
+    target = check_target(target).absolute()
+    made = [parent for parent in target.parents if not parent.exists()]  # the parents that we make, nearest first
+    partial = target.with_name(f".{target.name}.partial")
+    lock = _make_locked(partial)
+    try:
+        yield partial
+        check_target(target)
+        for folder, _, _ in os.walk(partial):
+            sync(Path(folder))
+        (partial / LOCK).unlink()
+        os.rename(partial, target)
+        sync(target.parent)
+    except BaseException as error:
+        if kept := len(list(partial.rglob("data-*.arrow"))):
+            _say_how_to_go_on(error, partial, kept)
+        else:
+            _remove(partial, made)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _make_locked(partial: Path) -> int:
+    """Make the folder if it is not there, and hold its lock until the descriptor is closed, or this process ends."""
+    import fcntl  # of POSIX; who only plans may do without
+
+    while True:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another run has just ended and taken it along
+            continue
+        except OSError as error:
+            cure = "choose another output, or make its folder writable"
+            raise OSError(error.errno, f"{error.strerror}; {cure}", str(partial)) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_ino == (partial / LOCK).stat().st_ino:
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            raise BlockingIOError(f"another run is writing {str(partial)!r}; wait for it, or stop it") from None
+        except FileNotFoundError:  # as above
+            pass
+        os.close(lock)
+
+
+def _say_how_to_go_on(error: BaseException, partial: Path, kept: int) -> None:
+    shards = f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept in {str(partial)!r}"
+    error.add_note(f"{shards}: run the same again to go on from there, or remove that folder")
+
+
+def _remove(folder: Path, made: list[Path]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # a parent that someone else writes to by now is not empty, and stays
+        for parent in made:
+            parent.rmdir()
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raise OSError if the disk has not so many bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{num_bytes:,} bytes are to be written, and {free:,} are free; make space, or choose another output",
+            str(folder),
+        )
 
 
 @contextmanager
@@ -40,10 +222,7 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         check_target(target)
         os.rename(folder, target)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # a parent that someone else writes to by now is not empty, and stays
-            for parent in made:
-                parent.rmdir()
+        _remove(folder, made)
         raise
 
 
@@ -62,8 +241,13 @@ def write_dataset(folder: Path, batches: Iterable[pa.RecordBatch], info, fingerp
     names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
     for shard, name in zip(shards, names, strict=True):
         shard.rename(folder / name)
+    write_state(folder, names, info, fingerprint, split)
+
+
+def write_state(folder: Path, shards: list[str], info, fingerprint: str, split: str | None) -> list[str]:
+    """What makes a dataset of these Arrow files: dataset_info.json, state.json. Returns the names of what it wrote."""
     state = {
-        "_data_files": [{"filename": name} for name in names],
+        "_data_files": [{"filename": name} for name in shards],
         "_fingerprint": fingerprint,
         "_format_columns": None,
         "_format_kwargs": {},
@@ -71,8 +255,9 @@ def write_dataset(folder: Path, batches: Iterable[pa.RecordBatch], info, fingerp
         "_output_all_columns": False,
         "_split": split,
     }
-    info.write_to_directory(str(folder), pretty_print=True)
+    info.write_to_directory(str(folder), pretty_print=True)  # and LICENSE, if the source has one
     (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    return [name for name in ("LICENSE", "dataset_info.json", "state.json") if (folder / name).exists()]
 
 
 def _write_shards(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> list[Path]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+BLOCK = 1 << 20
+
 
 def length_histogram(lengths: ArrayLike, max_sequence_length: int | None = None) -> np.ndarray:
     """Count the sequences of each length: (max_sequence_length + 1,) int64, indexed by length.
@@ -21,7 +23,10 @@ def length_histogram(lengths: ArrayLike, max_sequence_length: int | None = None)
             raise ValueError("no lengths to count: give at least one sequence, or say max_sequence_length=")
         max_sequence_length = max(int(lengths.max()), 1)
     check_lengths(lengths, max_sequence_length)
-    return np.bincount(lengths, minlength=max_sequence_length + 1).astype(np.int64, copy=False)
+    histogram = np.zeros(max_sequence_length + 1, np.int64)
+    for first in range(0, len(lengths), BLOCK):  # bincount makes int64 of all that it is given
+        histogram += np.bincount(lengths[first : first + BLOCK], minlength=max_sequence_length + 1)
+    return histogram
 
 
 def as_lengths(lengths: ArrayLike) -> np.ndarray:

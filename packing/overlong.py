@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .kernels import njit
+from .shards import PackSlice
 from .source import Source
 
 logger = logging.getLogger(__name__)
@@ -22,17 +24,27 @@ logger = logging.getLogger(__name__)
 class Sequences:
     """The sequences to pack, cut from a source's rows; (num_sequences,) each.
 
-    rows: the source row. begins: the row's token that comes first. lengths: the number of tokens.
-    lasts: the row's token that comes last: begins + lengths - 1, unless a truncated sequence keeps the row's last one.
+    Memory: 4 bytes a sequence for lengths, as long as every row is a sequence, and 4 more (8 from 2**32 rows on for
+    `rows`) for each other array that is there.
+
+    lengths: int32, the number of tokens.
+    rows: the source row; None: every row in order. begins: int32, the row's token that comes first; None: the first.
+    ends: int32, one after the row's token that comes last; None: begins + lengths. A truncated sequence may keep the
+        row's last token.
     overlong_rows: the source rows that did not fit. overlong_tokens: how many tokens they lost.
     """
 
-    rows: np.ndarray
-    begins: np.ndarray
     lengths: np.ndarray
-    lasts: np.ndarray
+    rows: np.ndarray | None
+    begins: np.ndarray | None
+    ends: np.ndarray | None
     overlong_rows: np.ndarray
     overlong_tokens: int = 0
+
+    def take(self, chosen: np.ndarray, pack_offsets: np.ndarray) -> PackSlice:
+        """These sequences, and which of them share a pack."""
+        rows, begins, ends = (a if a is None else a[chosen] for a in (self.rows, self.begins, self.ends))
+        return PackSlice(chosen if rows is None else rows, self.lengths[chosen], begins, ends, pack_offsets)
 
 
 def cut_sequences(source: Source, max_sequence_length: int, overlong: str) -> Sequences:
@@ -55,8 +67,7 @@ def cut_sequences(source: Source, max_sequence_length: int, overlong: str) -> Se
 
 
 def _whole_rows(source: Source) -> Sequences:
-    rows = np.arange(source.num_rows, dtype=np.int64)
-    return Sequences(rows, source.skipped, source.kept, source.skipped + source.kept - 1, rows[:0])
+    return Sequences(source.kept, None, source.skipped, None, np.empty(0, np.int64))
 
 
 def _error(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
@@ -70,36 +81,65 @@ def _error(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequen
 
 def _truncate(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
     """Keep the first tokens; if all rows of the source end in one token, that one closes the cut sequence, too."""
-    whole = _whole_rows(source)
-    lengths = np.minimum(source.kept, max_sequence_length)
-    input_ids = source.token_columns[0]
-    closing = input_ids.numbers()[input_ids.starts + whole.lasts]
-    lasts = whole.lasts if (closing == closing[0]).all() else whole.begins + lengths - 1
-    lost = int((source.kept - lengths).sum())
-    return Sequences(whole.rows, whole.begins, lengths, lasts, rows, lost)
+    lengths = np.minimum(source.kept, np.int32(max_sequence_length))
+    ends = None
+    if _end_alike(source):
+        ends = source.kept if source.skipped is None else source.skipped + source.kept
+    lost = int(source.kept[rows].sum(dtype=np.int64)) - len(rows) * max_sequence_length
+    return Sequences(lengths, None, source.skipped, ends, rows, lost)
+
+
+def _end_alike(source: Source) -> bool:
+    """Whether all rows, without padding, end in one token."""
+    tokens, closing = source.input_ids.numbers(), None
+    for block in source.input_ids.blocks():
+        part = slice(block.first, block.first + len(block.starts))
+        skipped = 0 if source.skipped is None else source.skipped[part]
+        found = tokens[block.starts + skipped + source.kept[part] - 1]
+        closing = found[0] if closing is None else closing
+        if not (found == closing).all():
+            return False
+    return True
 
 
 def _split(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
     """As many pieces as needed, all but a row's last one full: a sequence each, all of the same row."""
-    pieces = -(-source.kept // max_sequence_length)
-    row = np.repeat(np.arange(source.num_rows, dtype=np.int64), pieces)
-    number = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    lengths = np.minimum(source.kept[row] - number * max_sequence_length, max_sequence_length)
-    begins = source.skipped[row] + number * max_sequence_length
-    return Sequences(row, begins, lengths, begins + lengths - 1, rows)
+    pieces = -(-source.kept // np.int32(max_sequence_length))
+    count = int(pieces.sum(dtype=np.int64))
+    row = np.empty(count, row_type(source.num_rows))
+    begins, lengths = np.empty(count, np.int32), np.empty(count, np.int32)
+    skipped = np.zeros(1, np.int32) if source.skipped is None else source.skipped
+    _cut_evenly(source.kept, skipped, max_sequence_length, row, begins, lengths)
+    return Sequences(lengths, row, begins, None, rows)
 
 
 def _drop(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
     """Leave the rows out."""
-    kept = np.flatnonzero(source.kept <= max_sequence_length)
+    kept = np.flatnonzero(source.kept <= max_sequence_length).astype(row_type(source.num_rows))
     if not len(kept):
         raise ValueError(
             f"every row has more than max_sequence_length={max_sequence_length} tokens, so that overlong='drop' leaves "
             "nothing to pack; raise max_sequence_length, or truncate or split"
         )
-    whole = _whole_rows(source)
-    lost = int(source.kept[rows].sum())
-    return Sequences(kept, whole.begins[kept], whole.lengths[kept], whole.lasts[kept], rows, lost)
+    begins = None if source.skipped is None else source.skipped[kept]
+    lost = int(source.kept[rows].sum(dtype=np.int64))
+    return Sequences(source.kept[kept], kept, begins, None, rows, lost)
+
+
+def row_type(num_rows: int) -> type:
+    """The type that numbers so many rows."""
+    return np.uint32 if num_rows <= 2**32 else np.int64
+
+
+@njit(cache=True, nogil=True)
+def _cut_evenly(kept, skipped, longest, rows, begins, lengths):
+    """Fills rows, begins and lengths of all pieces. skipped: of each row, or one 0 for all."""
+    piece, step = 0, np.int64(1 if len(skipped) == len(kept) else 0)
+    for row in range(len(kept)):
+        for first in range(0, kept[row], longest):
+            rows[piece], begins[piece] = row, skipped[row * step] + first
+            lengths[piece] = min(kept[row] - first, longest)
+            piece += 1
 
 
 OVERLONG: dict[str, Callable[[Source, np.ndarray, int], Sequences]] = {

@@ -16,20 +16,22 @@ NONE = -1
 
 
 def trim_by_mask(mask: TokenColumn) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens to skip at the front of each row, and tokens kept: (rows,) int64 each. Raises for a hole in the mask."""
-    skipped, kept = np.zeros_like(mask.lengths), np.zeros_like(mask.lengths)
-    culprit = _first_not_binary(mask.numbers(), mask.starts, mask.lengths)
-    if culprit != NONE:
-        raise ValueError(
-            f"attention_mask has values other than 0 and 1 in row {culprit}; if they number several sequences in one "
-            "row, split the row into its sequences before packing"
-        )
-    culprit = _trim_zeros(mask.numbers(), mask.starts, mask.lengths, skipped, kept)
-    if culprit != NONE:
-        raise ValueError(
-            f"attention_mask has zeros between ones in row {culprit}; padding can only be at the ends of a row: "
-            "remove the masked tokens, or the column attention_mask if they are to be attended to"
-        )
+    """Tokens to skip at the front of each row, and tokens kept: (rows,) int32 each. Raises for a hole in the mask."""
+    skipped, kept = np.zeros(mask.num_rows, np.int32), np.zeros(mask.num_rows, np.int32)
+    for block in mask.blocks():
+        part = slice(block.first, block.first + len(block.starts))
+        culprit = _first_not_binary(mask.numbers(), block.starts, block.lengths)
+        if culprit != NONE:
+            raise ValueError(
+                f"attention_mask has values other than 0 and 1 in row {block.first + culprit}; if they number several "
+                "sequences in one row, split the row into its sequences before packing"
+            )
+        culprit = _trim_zeros(mask.numbers(), block.starts, block.lengths, skipped[part], kept[part])
+        if culprit != NONE:
+            raise ValueError(
+                f"attention_mask has zeros between ones in row {block.first + culprit}; padding can only be at the "
+                "ends of a row: remove the masked tokens, or the column attention_mask if they are to be attended to"
+            )
     _refuse_all_padding(kept, "attention_mask is 0 everywhere")
     return skipped, kept
 
@@ -38,35 +40,39 @@ def trim_by_token(input_ids: TokenColumn, pad_token_id: int) -> tuple[np.ndarray
     """As trim_by_mask, but whatever equals pad_token_id at the ends of a row is padding."""
     if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, int | np.integer):
         raise ValueError(f"pad_token_id={pad_token_id!r} must be a whole number: the id that the tokenizer pads with")
-    skipped, kept = np.zeros_like(input_ids.lengths), np.zeros_like(input_ids.lengths)
-    _trim_token(input_ids.numbers(), input_ids.starts, input_ids.lengths, int(pad_token_id), skipped, kept)
+    skipped, kept = np.zeros(input_ids.num_rows, np.int32), np.zeros(input_ids.num_rows, np.int32)
+    for block in input_ids.blocks():
+        part = slice(block.first, block.first + len(block.starts))
+        places = block.starts, block.lengths, int(pad_token_id)
+        _trim_token(input_ids.numbers(), *places, skipped[part], kept[part])
     _refuse_all_padding(kept, f"input_ids is pad_token_id={pad_token_id} everywhere")
     return skipped, kept
 
 
-def refuse_padding(input_ids: TokenColumn) -> None:
+def refuse_padding(input_ids: TokenColumn, lengths: np.ndarray) -> None:
     """Raise ValueError if the rows look padded: packed as they are they would fill a pack each, and nobody would know.
 
     1. There are several rows, and all have one length.
     2. The token that most rows end in twice or more is the suspect (then the same for the rows' beginnings).
     3. It occurs nowhere else, and no row consists of it alone.
     4. Every row ends in it twice or more, or two rows end in different numbers of it.
+
+    lengths: of the rows. Memory, where all are alike: some 40 bytes a row for the moment.
     """
-    lengths = input_ids.lengths
-    if len(lengths) < 2 or lengths[0] < 2 or (lengths != lengths[0]).any():
+    if len(lengths) < 2 or lengths[0] < 2 or lengths.min() != lengths.max():
         return
-    tokens = input_ids.numbers()
-    for side, first, step in (("end", input_ids.starts + lengths - 1, -1), ("begin", input_ids.starts, 1)):
+    tokens, starts, length = input_ids.numbers(), input_ids.starts, int(lengths[0])
+    for side, first, step in (("end", starts + length - 1, -1), ("begin", starts, 1)):
         suspect = _most_repeated(tokens[first], tokens[first + step])
         if suspect is None:
             continue
-        runs = np.zeros_like(lengths)
-        if not _count_runs(tokens, first, step, lengths[0], suspect, runs):
+        runs = np.zeros(len(starts), np.int64)
+        if not _count_runs(tokens, first, step, length, suspect, runs):
             continue
         if runs.min() >= 2 or len(np.unique(runs[runs > 0])) > 1:
             culprit = int(np.argmax(runs))
             raise ValueError(
-                f"the source looks padded: all {len(lengths)} rows have {lengths[0]} tokens, and "
+                f"the source looks padded: all {len(lengths)} rows have {length} tokens, and "
                 f"{np.count_nonzero(runs)} of them {side} with token {suspect} "
                 f"(row {culprit} with {runs[culprit]} of it), which occurs nowhere else; tokenize without padding, "
                 "keep the column attention_mask, or give pad_token_id=, the token to trim "

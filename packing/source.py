@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from .arrow import TokenColumn, is_list, list_lengths, null_rows, read_token_column
+from .arrow import TokenColumn, is_list, list_lengths, null_rows, open_token_column, read_token_column
 from .padding import refuse_padding, trim_by_mask, trim_by_token
 
 logger = logging.getLogger(__name__)
@@ -22,30 +22,52 @@ RESERVED = ("sequence_lengths", "sequence_indices", "sequence_starts", "sequence
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """A dataset's rows, as packing sees them. A row's tokens without padding are `kept` tokens after `skipped`.
+class SourceColumns:
+    """A dataset's columns, as they are gathered from. Opened in a moment, in any process: see open_columns.
 
     rows: the dataset's own choice of rows in its tables (after select, shuffle, filter); None = all, in order.
     token_columns: one value per token, input_ids first.
     row_columns: names of all others, one value per row.
-    skipped, kept: (rows,) int64.
     """
 
     table: pa.Table
     rows: np.ndarray | None
     token_columns: tuple[TokenColumn, ...]
     row_columns: tuple[str, ...]
-    skipped: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A dataset's rows, as packing sees them. A row's tokens without padding are `kept` tokens after `skipped`.
+
+    Memory: 4 bytes a row for `kept`, and 4 for `skipped` where there is padding.
+
+    skipped: (rows,) int32; None: no row has padding in front.
+    kept: (rows,) int32.
+    trimmed_rows, trimmed_tokens: rows with padding, and the padding tokens in all of them.
+    """
+
+    columns: SourceColumns
+    skipped: np.ndarray | None
     kept: np.ndarray
+    trimmed_rows: int
+    trimmed_tokens: int
 
     @property
     def num_rows(self) -> int:
         return len(self.kept)
 
     @property
-    def trimmed(self) -> np.ndarray:
-        """(rows,) padding tokens trimmed from each row."""
-        return self.token_columns[0].lengths - self.kept
+    def input_ids(self) -> TokenColumn:
+        return self.columns.token_columns[0]
+
+
+def open_columns(dataset, token_columns: Sequence[str]) -> SourceColumns:
+    """The columns of a datasets.Dataset that read_source has checked; token_columns: their names, input_ids first."""
+    table, rows = dataset.data, chosen_rows(dataset)
+    columns = tuple(open_token_column(name, table.column(name), rows) for name in token_columns)
+    row_columns = tuple(c for c in table.column_names if c not in (ATTENTION_MASK, *token_columns))
+    return SourceColumns(table, rows, columns, row_columns)
 
 
 def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_id: int | None = None) -> Source:
@@ -59,31 +81,55 @@ def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_i
         raise ValueError("the dataset is empty: it has no rows to pack")
     _check_columns(table)
     input_ids = read_token_column(INPUT_IDS, table.column(INPUT_IDS), rows)
-    if not input_ids.lengths.all():
-        culprit = int(np.argmin(input_ids.lengths != 0))
-        raise ValueError(f"row {culprit} has length 0: its input_ids are empty; filter such rows out before packing")
-
-    names = _token_names(table, rows, input_ids.lengths, token_columns)
-    columns = [read_token_column(name, table.column(name), rows) for name in names]
-    row_columns = [c for c in table.column_names if c not in (INPUT_IDS, ATTENTION_MASK, *names)]
-    skipped, kept = _trim(table, rows, input_ids, pad_token_id)
-    source = Source(table, rows, (input_ids, *columns), tuple(row_columns), skipped, kept)
-    if source.trimmed.any():
+    lengths = _read_lengths(input_ids)
+    names = _token_names(table, rows, lengths, token_columns)
+    for name in names:
+        read_token_column(name, table.column(name), rows)  # raises for nulls
+    columns = open_columns(dataset, (INPUT_IDS, *names))
+    skipped, kept = _trim(table, rows, input_ids, lengths, pad_token_id)
+    trimmed_rows = trimmed_tokens = 0
+    if kept is not lengths:
+        trimmed_rows = int(np.count_nonzero(kept != lengths))
+        trimmed_tokens = int(lengths.sum(dtype=np.int64) - kept.sum(dtype=np.int64))
+    if trimmed_rows:
         logger.warning(
             "%d padding tokens trimmed from %d of %d rows (%s)",
-            source.trimmed.sum(),
-            np.count_nonzero(source.trimmed),
-            source.num_rows,
+            trimmed_tokens,
+            trimmed_rows,
+            len(lengths),
             f"pad_token_id={pad_token_id}" if pad_token_id is not None else "attention_mask 0",
         )
-    return source
+    return Source(columns, skipped, kept, trimmed_rows, trimmed_tokens)
 
 
 def chosen_rows(dataset) -> np.ndarray | None:
-    """(rows,) where each row of the dataset lies in its table, after select, shuffle or filter; None: in order."""
+    """(rows,) where each row of the dataset lies in its table, after select, shuffle or filter; None: in order.
+
+    A view of the dataset's own numbers, in memory or in a file, where they lie in one piece.
+    """
     if dataset._indices is None:
         return None
-    return dataset._indices.column(0).to_numpy().astype(np.int64)
+    chunks = [chunk.to_numpy() for chunk in dataset._indices.column(0).chunks]
+    return chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, np.uint64), *chunks])
+
+
+def _read_lengths(input_ids: TokenColumn) -> np.ndarray:
+    """(rows,) int32 tokens in each row; at least 1."""
+    lengths = np.empty(input_ids.num_rows, np.int32)
+    for block in input_ids.blocks():
+        if not block.lengths.all():
+            culprit = block.first + int(np.argmin(block.lengths != 0))
+            raise ValueError(
+                f"row {culprit} has length 0: its input_ids are empty; filter such rows out before packing"
+            )
+        if block.lengths.max() >= 2**31:
+            culprit = int(np.argmax(block.lengths))
+            raise ValueError(
+                f"row {block.first + culprit} has {block.lengths[culprit]:,} tokens; a row has at most 2**31 - 1: "
+                "cut it into several before packing"
+            )
+        lengths[block.first : block.first + len(block.lengths)] = block.lengths
+    return lengths
 
 
 def _check_columns(table) -> None:
@@ -119,7 +165,7 @@ def _token_names(table, rows, lengths: np.ndarray, wanted: Sequence[str] | None)
             raise ValueError(
                 f"token_columns names {name!r}, which holds {column.type} and no list of one value per token"
             )
-        _refuse_other_lengths(name, list_lengths(column, rows), lengths)
+        _refuse_other_lengths(open_token_column(name, column, rows), lengths)
     return [c for c in candidates if c in wanted]
 
 
@@ -127,10 +173,9 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows, lengths: np.ndarra
     """Whether every row is as long as input_ids. Where only rows without a value differ, nobody can tell: refused."""
     if not is_list(column.type):
         return False
-    same = list_lengths(column, rows) == lengths
-    if same.all() and not column.null_count:
-        return True
-    missing = null_rows(column, rows) if column.null_count else np.zeros(len(same), np.bool_)
+    if not column.null_count:
+        return _first_other_length(open_token_column(name, column, rows), lengths) is None
+    same, missing = list_lengths(column, rows) == lengths, null_rows(column, rows)
     if missing.any() and not missing.all() and (same | missing).all():
         raise ValueError(
             f"column {name!r} has one value per token, but no value (null) in row {int(np.argmax(missing))}; "
@@ -139,28 +184,43 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows, lengths: np.ndarra
     return bool(same.all())
 
 
-def _refuse_other_lengths(name: str, found: np.ndarray, lengths: np.ndarray) -> None:
-    if not np.array_equal(found, lengths):
-        culprit = int(np.argmax(found != lengths))
+def _first_other_length(column: TokenColumn, lengths: np.ndarray) -> tuple[int, int] | None:
+    """The first row that is not as long as input_ids, and its length; None: there is none."""
+    for block in column.blocks():
+        other = block.lengths != lengths[block.first : block.first + len(block.lengths)]
+        if other.any():
+            culprit = int(np.argmax(other))
+            return block.first + culprit, int(block.lengths[culprit])
+    return None
+
+
+def _refuse_other_lengths(column: TokenColumn, lengths: np.ndarray) -> None:
+    found = _first_other_length(column, lengths)
+    if found is not None:
+        row, length = found
         raise ValueError(
-            f"column {name!r} has {found[culprit]} values in row {culprit}, where input_ids has {lengths[culprit]}; "
+            f"column {column.name!r} has {length} values in row {row}, where input_ids has {lengths[row]}; "
             "a token-level column has one value per token"
         )
 
 
-def _trim(table, rows, input_ids: TokenColumn, pad_token_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """skipped and kept of every row, by what the source says about padding."""
+def _trim(
+    table, rows, input_ids: TokenColumn, lengths: np.ndarray, pad_token_id: int | None
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """skipped and kept of every row, by what the source says about padding; `lengths` itself where there is none."""
     if ATTENTION_MASK in table.column_names:
         if pad_token_id is not None:
             raise ValueError(
                 f"pad_token_id={pad_token_id} was given, but the column attention_mask says already where padding is; "
                 "leave pad_token_id out, or remove the column"
             )
-        return trim_by_mask(_read_mask(table.column(ATTENTION_MASK), rows, input_ids.lengths))
-    if pad_token_id is not None:
-        return trim_by_token(input_ids, pad_token_id)
-    refuse_padding(input_ids)
-    return np.zeros_like(input_ids.lengths), input_ids.lengths
+        skipped, kept = trim_by_mask(_read_mask(table.column(ATTENTION_MASK), rows, lengths))
+    elif pad_token_id is not None:
+        skipped, kept = trim_by_token(input_ids, pad_token_id)
+    else:
+        refuse_padding(input_ids, lengths)
+        return None, lengths
+    return skipped if skipped.any() else None, kept
 
 
 def _read_mask(column: pa.ChunkedArray, rows, lengths: np.ndarray) -> TokenColumn:
@@ -170,5 +230,5 @@ def _read_mask(column: pa.ChunkedArray, rows, lengths: np.ndarray) -> TokenColum
     if pa.types.is_boolean(type_.value_type):
         column = column.cast(pa.large_list(pa.uint8()))  # bits have no address of their own
     mask = read_token_column(ATTENTION_MASK, column, rows)
-    _refuse_other_lengths(ATTENTION_MASK, mask.lengths, lengths)
+    _refuse_other_lengths(mask, lengths)
     return mask

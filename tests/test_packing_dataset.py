@@ -327,6 +327,7 @@ def test_the_folder_is_a_dataset(tmp_path):
     assert sorted(p.name for p in (tmp_path / "new" / "packed").iterdir()) == [
         "data-00000-of-00001.arrow",
         "dataset_info.json",
+        "manifest.json",
         "state.json",
     ]
     loaded = datasets.load_from_disk(tmp_path / "new" / "packed")
@@ -336,7 +337,7 @@ def test_the_folder_is_a_dataset(tmp_path):
 
 
 def test_shards_and_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("packing.folder.SHARD_BYTES", 2000)
+    monkeypatch.setattr("packing.dataset.SHARD_BYTES", 2000)
     monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 256)
     source = make_dataset(reference.random_rows(3, 300, 40))
     packed = pack_dataset(source, 64, output=tmp_path / "packed")
@@ -441,7 +442,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("packing.dataset._gather_packs", fail)
+    monkeypatch.setattr("packing.shards.gather_packs", fail)
     with pytest.raises(OSError, match="disk full"):
         pack_dataset(of(input_ids=[[1]]), output=tmp_path / "new" / "packed")
     assert list(tmp_path.iterdir()) == []

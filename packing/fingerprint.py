@@ -1,0 +1,171 @@
+"""What a dataset holds, as a number: the same for the same rows, however they are stored.
+
+    a folder of 3 files, the same rows in one file, in memory, or after a shuffle back: one fingerprint
+    another token, another label, another name or type of a column, another order of rows: another one
+
+Hashed with 128 bits of XXH3, which tells any accidental change, and none that somebody has made up on purpose. All
+values are read once, at the speed of memory: a dataset's own `_fingerprint` is cheaper, but random for what is made in
+memory, and stays when a file is changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from numba import config
+
+from .arrow import TokenColumn, is_list, open_token_column, take_rows
+from .source import chosen_rows
+
+BLOCK_ROWS = 1 << 15  # hashed by themselves, so that several threads may; part of what a fingerprint is
+GATHERED_TOKENS = 1 << 20  # where rows lie apart, tokens are gathered so many at a time
+
+
+@dataclass(frozen=True)
+class ColumnPrint:
+    """One column. bytes: how many were hashed, which is what its values take up. xxh3: hexadecimal."""
+
+    name: str
+    type: str
+    bytes: int
+    xxh3: str
+
+
+def column_prints(dataset) -> tuple[ColumnPrint, ...]:
+    """The fingerprint of a datasets.Dataset, column by column.
+
+    Each column's digest is that of its blocks' digests, 32,768 rows each. Memory: some blocks of a column that is no
+    list of numbers, a megabyte or so of others.
+    """
+    rows, prints = chosen_rows(dataset), []
+    with ThreadPoolExecutor(config.NUMBA_NUM_THREADS) as pool:
+        for name in dataset.data.column_names:
+            column = dataset.data.column(name)
+            digest_block = _block_digester(name, column, rows)
+            whole, size = xxhash.xxh3_128(), 0
+            for digest, block_bytes in pool.map(digest_block, _blocks(len(dataset))):
+                whole.update(digest)
+                size += block_bytes
+            prints.append(ColumnPrint(name, str(column.type), size, whole.hexdigest()))
+    return tuple(prints)
+
+
+def combined_print(prints: tuple[ColumnPrint, ...]) -> str:
+    """One number for all columns and their order."""
+    return xxhash.xxh3_128("\n".join(f"{p.name} {p.type} {p.xxh3}" for p in prints).encode()).hexdigest()
+
+
+def _blocks(num_rows: int) -> list[np.ndarray]:
+    return [(i, min(i + BLOCK_ROWS, num_rows)) for i in range(0, num_rows, BLOCK_ROWS)]
+
+
+def _block_digester(name: str, column: pa.ChunkedArray, rows: np.ndarray | None):
+    """(first, end) -> digest of these rows, bytes."""
+    is_numbers = is_list(column.type) and not column.null_count and not any(c.values.null_count for c in column.chunks)
+    opened = open_token_column(name, column, rows) if is_numbers else None
+
+    def digest(bounds: tuple[int, int]) -> tuple[bytes, int]:
+        hasher = _Hasher()
+        if opened is not None and opened.is_numbers:
+            _add_tokens(hasher, opened, np.arange(*bounds))
+        elif rows is None:
+            hasher.add_array(_joined(column.slice(bounds[0], bounds[1] - bounds[0])))
+        else:
+            hasher.add_array(take_rows(column, rows[slice(*bounds)].astype(np.int64)))
+        return hasher.xxh3.digest(), hasher.bytes
+
+    return digest
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _add_tokens(hasher: _Hasher, column: TokenColumn, rows: np.ndarray) -> None:
+    """Lengths, then all tokens in order: in one piece where they lie in one."""
+    starts, lengths = column.find(rows)
+    hasher.add(lengths)
+    ends = starts + lengths
+    breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+    if len(breaks) * 64 <= len(rows):
+        for first, end in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+            hasher.add(column.tokens[starts[first] : ends[end - 1]])
+        return
+    for first, end in _token_batches(lengths):
+        part = slice(first, end)
+        hasher.add(column.gather_numbers(starts[part], lengths[part], ends[part] - 1))
+
+
+def _token_batches(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Rows first..end with GATHERED_TOKENS together, or one row with more."""
+    before, first = np.concatenate([[0], np.cumsum(lengths)]), 0
+    while first < len(lengths):
+        end = int(np.searchsorted(before, before[first] + GATHERED_TOKENS, side="right")) - 1
+        end = max(end, first + 1)
+        yield first, end
+        first = end
+
+
+class _Hasher:
+    """Feeds an Arrow array's values to XXH3, whatever its offset, its validity bitmap's shape or what nulls cover."""
+
+    def __init__(self) -> None:
+        self.xxh3, self.bytes = xxhash.xxh3_128(), 0
+
+    def add(self, data) -> None:
+        data = memoryview(data).cast("B") if len(data) else b""
+        self.xxh3.update(data)
+        self.bytes += len(data)
+
+    def add_array(self, array: pa.Array) -> None:
+        self.add(np.array([len(array), array.null_count], np.int64))
+        if array.null_count:
+            self.add(np.packbits(np.asarray(array.is_valid())))
+            array = array.drop_null()
+        self._add_values(array)
+
+    def _add_values(self, array: pa.Array) -> None:
+        """Of an array without nulls."""
+        type_ = array.type
+        if isinstance(array, pa.ExtensionArray):
+            self.add_array(array.storage)
+        elif pa.types.is_null(type_):
+            pass
+        elif pa.types.is_boolean(type_):
+            self.add(np.packbits(np.asarray(array)))
+        elif pa.types.is_dictionary(type_):
+            self.add_array(array.dictionary_decode())
+        elif is_list(type_):
+            self.add(np.asarray(pc.list_value_length(array)))
+            self.add_array(array.flatten())
+        elif pa.types.is_struct(type_):
+            for field in array.flatten():
+                self.add_array(field)
+        elif _is_text(type_):
+            self._add_text(array)
+        elif pa.types.is_primitive(type_) or pa.types.is_fixed_size_binary(type_) or pa.types.is_decimal(type_):
+            width = type_.bit_width // 8
+            values = array.buffers()[1]
+            if values is not None:
+                self.add(values[array.offset * width : (array.offset + len(array)) * width])
+        else:  # maps, unions, views: as Arrow would send them
+            self.add(pa.record_batch([array], ["values"]).serialize())
+
+    def _add_text(self, array: pa.Array) -> None:
+        self.add(np.asarray(pc.binary_length(array)).astype(np.int64))
+        is_large = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
+        _, offsets, values = array.buffers()
+        if len(array) and values is not None:
+            bounds = np.frombuffer(offsets, np.int64 if is_large else np.int32)
+            self.add(values[int(bounds[array.offset]) : int(bounds[array.offset + len(array)])])
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    kinds = pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary
+    return any(is_kind(type_) for is_kind in kinds)

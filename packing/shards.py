@@ -1,0 +1,184 @@
+"""Shards of a packed dataset: what one holds is decided before, and a pure function writes it, in any process.
+
+    plan + assignment -> PackSlice per shard -> write_shard -> ShardRecord           (the parent decides, workers copy)
+
+A shard depends on the source's content, its PackSlice and the schema alone: not on who writes it, nor on how many do.
+So the engine is free: this process, a pool of processes, or a cluster where all see the source's files:
+
+    columns = open_columns(dataset, token_columns)           # in every worker, once: views of the memory map
+    record = write_shard(columns, task)                      # in any order, any number of times
+
+write_shard is idempotent: a shard that is there, with the bytes that its record says, is left as it is. It comes to be
+under another name, reaches the disk, and then gets its name; its record follows in the same way. So a file with a
+record is whole, whenever the power fails.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from .arrow import list_array, take_rows
+from .folder import HashedFile, checksum, write_file
+from .source import SourceColumns
+
+BATCH_TOKENS = 1 << 20  # token slots gathered at a time: memory follows this and not the dataset
+BATCHES_AHEAD = 2  # gathered while another is written
+
+
+@dataclass(frozen=True, eq=False)
+class PackSlice:
+    """Some packs, as the sequences in them, end to end; all that a worker must be told. Picklable.
+
+    pack 0 holds row 4 and row 1, pack 1 holds tokens 2 to 6 of row 0:
+    rows = [4, 1, 0]   lengths = [3, 2, 5]   begins = [0, 0, 2]   ends = [3, 2, 7]   pack_offsets = [0, 2, 3]
+
+    rows: (sequences,) the dataset's row of each. lengths: (sequences,) its tokens.
+    begins: (sequences,) the row's token that comes first; None: the row's first.
+    ends: (sequences,) one after the row's token that comes last; None: begins + lengths. Only a truncated sequence that
+        keeps its row's last token has another.
+    pack_offsets: (packs + 1,) where each pack begins among the sequences.
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    begins: np.ndarray | None
+    ends: np.ndarray | None
+    pack_offsets: np.ndarray
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.pack_offsets) - 1
+
+    def part(self, first: int, end: int) -> PackSlice:
+        """Packs first..end."""
+        bounds = self.pack_offsets[first : end + 1].astype(np.int64)
+        chosen = slice(bounds[0], bounds[-1])
+        begins, ends = (None if array is None else array[chosen] for array in (self.begins, self.ends))
+        return PackSlice(self.rows[chosen], self.lengths[chosen], begins, ends, bounds - bounds[0])
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write. folder: of the dataset in the making. file: the shard's name in it. Picklable.
+
+    batch_packs: packs in a record batch; part of what decides the bytes."""
+
+    folder: str
+    file: str
+    packs: PackSlice
+    schema: pa.Schema
+    batch_packs: int
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is kept of a finished shard. xxh3: 128 bits of XXH3 over the file, in hexadecimal."""
+
+    file: str
+    packs: int
+    sequences: int
+    tokens: int
+    bytes: int
+    xxh3: str
+
+
+def gather_packs(
+    columns: SourceColumns, packs: PackSlice, schema: pa.Schema, buffers: dict[str, np.ndarray] | None = None
+) -> pa.RecordBatch:
+    """The packs as one record batch of the packed dataset's schema.
+
+    buffers: kept from call to call, so that tokens are gathered into the same memory; a batch is then good until the
+        next call with the same buffers only.
+    """
+    rows, lengths = packs.rows.astype(np.int64), packs.lengths.astype(np.int64)
+    begins = np.zeros_like(rows) if packs.begins is None else packs.begins.astype(np.int64)
+    lasts = begins + lengths - 1 if packs.ends is None else packs.ends.astype(np.int64) - 1
+    per_pack = packs.pack_offsets
+    token_offsets = np.concatenate([[0], np.cumsum(lengths)])[per_pack]
+    packed = {
+        "sequence_lengths": (per_pack, pa.array(lengths.astype(np.int32))),
+        "sequence_indices": (per_pack, pa.array(rows)),
+        "sequence_starts": (per_pack, pa.array(begins.astype(np.int32))),
+    }
+    for column in columns.token_columns:
+        starts, _ = column.find(rows)
+        buffer = None if buffers is None else column.buffer(buffers, int(token_offsets[-1]))
+        packed[column.name] = token_offsets, column.gather(starts + begins, lengths, starts + lasts, buffer)
+    table_rows = rows if columns.rows is None else columns.rows[rows].astype(np.int64)
+    for name in columns.row_columns:
+        packed[name] = per_pack, take_rows(columns.table.column(name), table_rows)
+    return pa.record_batch([list_array(*packed[field.name], field.type) for field in schema], schema)
+
+
+def gather_batches(
+    columns: SourceColumns, packs: PackSlice, schema: pa.Schema, batch_packs: int
+) -> Iterator[pa.RecordBatch]:
+    """The packs, batch_packs at a time, gathered by a thread while the caller writes the batch before.
+
+    A batch is good until the next one is asked for: its memory is used again.
+    """
+    bounds = [(i, min(i + batch_packs, packs.num_packs)) for i in range(0, packs.num_packs, batch_packs)]
+    rooms = [{} for _ in range(BATCHES_AHEAD + 1)]
+
+    def gather(number: int) -> pa.RecordBatch:
+        return gather_packs(columns, packs.part(*bounds[number]), schema, rooms[number % len(rooms)])
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(gather, number) for number in range(min(BATCHES_AHEAD, len(bounds)))]
+        for number in range(len(bounds)):
+            batch = ahead.pop(0).result()
+            if number + BATCHES_AHEAD < len(bounds):  # its room is that of the batch before this one
+                ahead.append(pool.submit(gather, number + BATCHES_AHEAD))
+            yield batch
+
+
+def write_shard(columns: SourceColumns, task: ShardTask, advance: Callable[[int], None] | None = None) -> ShardRecord:
+    """Write one shard and its record, unless both are there and agree.
+
+    advance: called with the packs of each batch that is written; what it raises ends the writing.
+
+    Raises OSError where the disk is full or fails; what is finished stays, and nothing has the shard's name.
+    """
+    path = Path(task.folder) / task.file
+    record = read_record(path)
+    if record is not None and record.xxh3 == checksum(path):
+        if advance is not None:
+            advance(record.packs)
+        return record
+    with HashedFile(path) as file:
+        with pa.ipc.new_stream(file, task.schema) as writer:
+            for batch in gather_batches(columns, task.packs, task.schema, task.batch_packs):
+                writer.write_batch(batch)
+                if advance is not None:
+                    advance(batch.num_rows)
+        file.publish()
+    tokens = int(task.packs.lengths.sum(dtype=np.int64))
+    record = ShardRecord(task.file, task.packs.num_packs, len(task.packs.rows), tokens, file.size, file.xxh3)
+    write_record(path, record)
+    return record
+
+
+def record_path(shard: Path) -> Path:
+    """data-00000-of-00003.arrow -> data-00000-of-00003.record, there until the manifest has all of them."""
+    return shard.with_suffix(".record")
+
+
+def write_record(shard: Path, record: ShardRecord) -> None:
+    """After the shard itself is on the disk."""
+    write_file(record_path(shard), json.dumps(asdict(record)).encode())
+
+
+def read_record(shard: Path) -> ShardRecord | None:
+    """The record of a finished shard whose file has the size that it says."""
+    try:
+        record = ShardRecord(**json.loads(record_path(shard).read_text(encoding="utf-8")))
+        return record if shard.stat().st_size == record.bytes else None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
