@@ -37,8 +37,8 @@ TWIN = 10**6
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each model")
-    parser.add_argument("--packs", type=int, default=48, help="packs in a step, of 2 sequences each")
+    parser.add_argument("--steps", type=int, default=250, help="training steps of each model")
+    parser.add_argument("--packs", type=int, default=32, help="packs in a step, of 2 sequences each")
     parser.add_argument("--sequences", type=int, default=200, help="sequences to probe")
     options = parser.parse_args()
     lines, passed = report(options.steps, options.packs, options.sequences)
