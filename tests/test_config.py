@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -164,5 +165,5 @@ def test_help_shows_our_own_options_first(capsys, command):
         places = [shown.index(what) for what in order]
         assert places == sorted(places)
         for field in [*dataclasses.fields(PretrainConfig), *dataclasses.fields(TrainingArguments)]:
-            assert shown.count(f"  --{field.name} ") + shown.count(f"  --{field.name}\n") == 1, field.name
+            assert len(re.findall(rf"^  --{field.name}\b", shown, re.MULTILINE)) == 1, field.name
     assert "--lowercase, --no_lowercase" in shown or command == "train"
