@@ -68,9 +68,9 @@ class PretrainConfig:
         OPTIMIZERS[0],
     )
     beta_power: bool = _help(
-        "For --batch_policy packs, whose steps hold packing factor p times as many sequences: raise adam_beta1 and "
+        "For batch_policy packs, whose steps hold packing factor p times as many sequences: raise adam_beta1 and "
         "adam_beta2 to the power p, as the packing paper (arXiv 2107.02027) does. Scaling the learning rate by p "
-        "instead slowed convergence there. With --batch_policy sequences steps are as large as without packing, and "
+        "instead slowed convergence there. With batch_policy sequences steps are as large as without packing, and "
         "this is refused.",
         False,
     )
