@@ -18,7 +18,8 @@ most --slots token slots, so that no way needs more memory than another; a step 
 
 A block is a few optimizer steps of one way, on batches made beforehand; the blocks of the ways alternate, and each is
 compared with the padded block of its round. Given are medians and, in parentheses, 10-90 %. On a CPU processor time
-counts, too: it suffers less from what else the machine does. "÷ factor" is 1 where packing pays in full.
+counts, too: it suffers less from what else the machine does. "÷ factor" is 1 where packing pays in full: the packing
+factor of the very sequences that were padded in that round, as few of them may be shorter or longer than most.
 MFU: real work over the device's peak in the same type, --peak-tflops if it is not known. Real work is 6 x encoder
 parameters x real tokens + 12 x layers x width x sum of squared lengths + 6 x (D^2 + D V) x predicted tokens.
 
@@ -76,12 +77,13 @@ def main() -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 by autocast")
     add("--sequences-per-step", type=int, help="default: 32, on CUDA 256")
     add("--slots", type=int, help="most token slots in a pass; default: 16,384, on CUDA 32,768")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside padded")
     add("--seconds", type=float, default=90, help="for each length")
     add("--steps-per-block", type=int, default=2)
     add("--threads", type=int, default=1, help="of the CPU")
     add("--peak-tflops", type=float, help="of the device, in --dtype")
     options = parser.parse_args()
+    options.ways = [way for way in WAYS if way in {"padded", *options.ways}]
     on_cuda = options.device.startswith("cuda")
     options.sequences_per_step = options.sequences_per_step or (256 if on_cuda else 32)
     options.slots = options.slots or (32_768 if on_cuda else 16_384)
@@ -115,6 +117,10 @@ class Corpus:
     @property
     def factor(self) -> float:
         return len(self.input_ids) / len(self.packs)
+
+    @property
+    def packing_efficiency(self) -> float:
+        return sum(map(len, self.input_ids)) / len(self.packs) / self.max_sequence_length
 
 
 def synthetic_corpus(max_length: int, sequences: int = SYNTHETIC_SEQUENCES) -> Corpus:
@@ -393,17 +399,18 @@ def table(ways: list[Way], corpus: Corpus, options) -> str:
     columns = ["", "efficiency", "real tokens/s", "x padded, wall", "÷ factor"]
     columns += ["MFU"] if on_cuda else ["x padded, processor", "÷ factor"]
     lines = [columns]
-    base = next((way for way in ways if way.name == "padded"), ways[0])
+    base = ways[0]  # padded
+    factors = corpus.packing_efficiency / np.array(base.efficiency)  # of the sequences of each round
     for way in ways:
         rates, ratio = np.array(way.wall), np.array(way.wall) / base.wall
         line = [way.name, f"{np.mean(way.efficiency):.3f}", f"{np.median(rates):,.0f} {spread(rates, ',.0f')}"]
-        line += [f"{np.median(ratio):.2f} {spread(ratio, '.2f')}", f"{np.median(ratio) / corpus.factor:.2f}"]
+        line += [f"{np.median(ratio):.2f} {spread(ratio, '.2f')}", f"{np.median(ratio / factors):.2f}"]
         if on_cuda:
             peak = options.peak_tflops or known_peak(options)
             line += [f"{np.median(way.flops) / peak / 1e12:.3f}" if peak else "no peak"]
         else:
             ratio = np.array(way.processor) / base.processor
-            line += [f"{np.median(ratio):.2f} {spread(ratio, '.2f')}", f"{np.median(ratio) / corpus.factor:.2f}"]
+            line += [f"{np.median(ratio):.2f} {spread(ratio, '.2f')}", f"{np.median(ratio / factors):.2f}"]
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
