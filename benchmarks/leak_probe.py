@@ -73,7 +73,7 @@ def report(steps: int, packs: int, sequences: int) -> tuple[list[str], bool]:
 
 
 def number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) > 1e-4 else f"{value:.0e}"
+    return f"{value:.4f}" if abs(value) > 1e-4 or value == 0 else f"{value:.0e}"
 
 
 MODELS = {"pretrained": (False, False), "pretrained on twins": (True, False), "trained to leak": (True, True)}
