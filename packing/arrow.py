@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from .kernels import njit
+from .prefetch import prefetch
 
 BLOCK_ROWS = 1 << 18  # rows looked at together, where all are; memory follows this and not their number
 
@@ -32,17 +33,18 @@ class TokenColumn:
     value_type: Arrow type of a token.
     rows: the dataset's own choice of rows; None = all, in order.
     chunk_rows: (chunks + 1,) the first row of each chunk, and the number of rows.
-    token_shifts: (chunks,) where the tokens of each chunk begin in `tokens`.
+    token_shifts, token_counts: (chunks,) where the tokens of each chunk begin in `tokens`, and how many there are.
     offsets, offset_shifts: one flat view of all chunks' offsets, and (chunks,) where those of each begin.
     list_size: tokens in every row of a list of fixed size, which has no offsets (offset_shifts are then rows); or 0.
     """
 
     name: str
-    tokens: np.ndarray | pa.ChunkedArray
+    tokens: np.ndarray | Values
     value_type: pa.DataType
     rows: np.ndarray | None
     chunk_rows: np.ndarray
     token_shifts: np.ndarray
+    token_counts: np.ndarray
     offsets: np.ndarray
     offset_shifts: np.ndarray
     list_size: int
@@ -57,13 +59,16 @@ class TokenColumn:
         return isinstance(self.tokens, np.ndarray)
 
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where each of these rows begins in `tokens`, and how many it has: (len(rows),) int64 each."""
+        """Where each of these rows begins in `tokens`, and how many it has: (len(rows),) int64 each.
+
+        How many is -1 where a damaged file's offsets lead out of its tokens.
+        """
         rows = (rows if self.rows is None else self.rows[rows]).astype(np.int64, copy=False)
         starts, lengths = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
         if not len(rows):
             return starts, lengths
-        places = self.offsets, self.offset_shifts, self.token_shifts, self.list_size
-        _find(rows, self.chunk_rows, *places, starts, lengths)
+        tokens = self.token_shifts, self.token_counts
+        _find(rows, self.chunk_rows, *tokens, self.offsets, self.offset_shifts, self.list_size, starts, lengths)
         return starts, lengths
 
     def blocks(self) -> Iterator[TokenRows]:
@@ -105,7 +110,7 @@ class TokenColumn:
         if not self.is_numbers:
             positions = np.empty(int(lengths.sum()), np.int64)
             _positions(starts, lengths, lasts, positions)
-            return take_rows(self.tokens, positions)
+            return self.tokens.take(positions)
         gathered = self.gather_numbers(starts, lengths, lasts, buffer)
         return pa.Array.from_buffers(self.value_type, len(gathered), [None, pa.py_buffer(gathered)])
 
@@ -177,8 +182,8 @@ def open_token_column(
     if is_numbers and not (nulls and any(child.null_count for child in children)):
         tokens, token_shifts = _flat_view(children, value_type)
     else:
-        tokens = pa.chunked_array(children, value_type)
-        token_shifts = _starts([len(child) for child in children])[:-1]
+        tokens = Values.of(children, value_type)
+        token_shifts = tokens.bounds[:-1]
     if pa.types.is_fixed_size_list(column.type):
         # .values is not sliced with the chunk, so the chunk's offset counts
         list_size, offsets = column.type.list_size, np.empty(0, np.uint32)
@@ -187,7 +192,10 @@ def open_token_column(
         list_size, width = 0, pa.int64() if pa.types.is_large_list(column.type) else pa.int32()
         offsets, offset_shifts = _flat_view([chunk.offsets for chunk in chunks], width)
     chunk_rows = _starts([len(chunk) for chunk in chunks])
-    return TokenColumn(name, tokens, value_type, rows, chunk_rows, token_shifts, offsets, offset_shifts, list_size)
+    counts = np.array([len(child) for child in children], np.int64)
+    return TokenColumn(
+        name, tokens, value_type, rows, chunk_rows, token_shifts, counts, offsets, offset_shifts, list_size
+    )
 
 
 def _starts(counts: list[int]) -> np.ndarray:
@@ -201,27 +209,52 @@ def list_array(offsets: np.ndarray, values: pa.Array, type_: pa.DataType) -> pa.
         values = values.cast(type_.value_type)
     if offsets[-1] >= 2**31:
         raise ValueError(f"{offsets[-1]:,} values are more than a list of 32-bit offsets can hold; take fewer rows")
-    array = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)  # pa.array(…, int32) is slower
+    bounds = pa.py_buffer(offsets.astype(np.int32, copy=False))
+    array = pa.Array.from_buffers(pa.list_(values.type), len(offsets) - 1, [None, bounds], children=[values])
     return array if array.type == type_ else array.cast(type_)  # pyarrow's cast of list<null> to itself loses values
 
 
-def take_rows(column: pa.ChunkedArray, indices: np.ndarray) -> pa.Array:
-    """column[indices] as one array, at a cost that follows the indices and not the column.
+@dataclass(frozen=True, eq=False)
+class Values:
+    """A column that is no list of numbers, or the tokens of one: its chunks, and where each begins.
 
-    pyarrow's own take may join all chunks of a column first; here each chunk is asked for its part only.
+    bounds: (chunks + 1,) kept, as to count them anew each time would take longer than to copy some rows.
     """
-    if column.num_chunks == 1:
-        return column.chunk(0).take(pa.array(indices))
-    bounds = np.cumsum([0] + [len(chunk) for chunk in column.chunks])
-    chunk_of = np.searchsorted(bounds, indices, side="right") - 1
-    order = np.argsort(chunk_of, kind="stable")
-    used, begins = np.unique(chunk_of[order], return_index=True)
-    taken = []
-    for chunk, part in zip(used.tolist(), np.split(order, begins[1:]), strict=True):
-        taken.append(column.chunk(chunk).take(pa.array(indices[part] - bounds[chunk])))
-    back = np.empty(len(order), np.int64)
-    back[order] = np.arange(len(order))
-    return pa.concat_arrays(taken).take(pa.array(back)) if taken else pa.array([], column.type)
+
+    chunks: list[pa.Array]
+    bounds: np.ndarray
+    type: pa.DataType
+
+    @classmethod
+    def of(cls, chunks: list[pa.Array], type_: pa.DataType) -> Values:
+        return cls(chunks, _starts([len(chunk) for chunk in chunks]), type_)
+
+    def take(self, indices: np.ndarray) -> pa.Array:
+        """The values at these indices as one array, at a cost that follows the indices and not the column.
+
+        pyarrow's own take may join all chunks of a column first; here each chunk is asked for its part only.
+        """
+        if len(self.chunks) == 1:
+            return self.chunks[0].take(pa.array(indices))
+        chunk_of = np.searchsorted(self.bounds, indices, side="right") - 1
+        order = np.argsort(chunk_of, kind="stable")
+        used, begins = np.unique(chunk_of[order], return_index=True)
+        taken = []
+        for chunk, part in zip(used.tolist(), np.split(order, begins[1:]), strict=True):
+            taken.append(self.chunks[chunk].take(pa.array(indices[part] - self.bounds[chunk])))
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        return pa.concat_arrays(taken).take(pa.array(back)) if taken else pa.array([], self.type)
+
+    def part(self, first: int, end: int) -> pa.Array:
+        """Values first..end as one array; of a single chunk it is a view."""
+        chunk = int(np.searchsorted(self.bounds, first, side="right")) - 1
+        parts = []
+        while first < end:
+            begin, stop = int(self.bounds[chunk]), min(int(self.bounds[chunk + 1]), end)
+            parts.append(self.chunks[chunk].slice(first - begin, stop - first))
+            first, chunk = stop, chunk + 1
+        return parts[0] if len(parts) == 1 else pa.concat_arrays(parts)
 
 
 def _flat_view(children: list[pa.Array], value_type: pa.DataType) -> tuple[np.ndarray, np.ndarray]:
@@ -264,41 +297,40 @@ def _refuse_nulls(column: TokenColumn, nulls: np.ndarray) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _find(rows, chunk_rows, offsets, offset_shifts, token_shifts, list_size, starts, lengths):
-    """Fills starts and lengths of rows of the table.
+def _find(rows, chunk_rows, token_shifts, token_counts, offsets, offset_shifts, list_size, starts, lengths):
+    """Fills starts and lengths of rows of the table; a length is -1 where offsets lead out of a chunk's tokens.
 
     Chunks mostly have equally many rows, so that a division finds a row's chunk; where it does not, halving does."""
-    rows_per_chunk, last, chunk = max(chunk_rows[1], 1), len(offset_shifts) - 1, 0
+    chunks_per_row, last = 1.0 / max(chunk_rows[1], 1), len(offset_shifts) - 1
     for i in range(len(rows)):
         row = rows[i]
+        chunk = min(np.int64((row + 0.5) * chunks_per_row), last)
         if row < chunk_rows[chunk] or row >= chunk_rows[chunk + 1]:
-            chunk = min(row // rows_per_chunk, last)
-            if row < chunk_rows[chunk] or row >= chunk_rows[chunk + 1]:
-                chunk, end = 0, last + 1
-                while end - chunk > 1:
-                    middle = (chunk + end) // 2
-                    if chunk_rows[middle] <= row:
-                        chunk = middle
-                    else:
-                        end = middle
-        place = row - chunk_rows[chunk]
+            chunk = np.searchsorted(chunk_rows, row, side="right") - 1
+        place = np.uint64(offset_shifts[chunk] + row - chunk_rows[chunk])
         if list_size > 0:
-            starts[i], lengths[i] = token_shifts[chunk] + (offset_shifts[chunk] + place) * list_size, list_size
+            first = np.int64(place) * list_size
+            end = first + list_size
         else:
-            at = np.uint64(offset_shifts[chunk] + place)
-            first = np.int64(offsets[at])
-            starts[i], lengths[i] = token_shifts[chunk] + first, np.int64(offsets[at + np.uint64(1)]) - first
+            first, end = np.int64(offsets[place]), np.int64(offsets[place + np.uint64(1)])
+        is_inside = 0 <= first <= end <= token_counts[chunk]
+        starts[i], lengths[i] = token_shifts[chunk] + first, end - first if is_inside else -1
 
 
 @njit(cache=True, nogil=True)
 def _gather(tokens, starts, lengths, lasts, gathered):
     """Copy runs of tokens end to end; fills gathered.
 
-    Indices are unsigned: the test for negative ones would bar the compiler from copying many tokens at once.
+    Indices are unsigned: the test for negative ones would bar the compiler from copying many tokens at once. The
+    beginning of the run after next is asked for ahead; hardware follows a run only once it has waited for its first.
     """
     filled = np.uint64(0)
     one = np.uint64(1)
     for run in range(len(starts)):
+        coming = np.uint64(starts[min(run + 2, len(starts) - 1)])
+        for _ in range(4):  # cache lines of 4-byte tokens
+            prefetch(tokens, coming)
+            coming += np.uint64(16)
         start, most = np.uint64(starts[run]), np.uint64(lengths[run]) - one
         for i in range(most):
             gathered[filled + i] = tokens[start + i]

@@ -242,6 +242,7 @@ def _prepare(name: str, dataset, arguments: argparse.Namespace):
             token_columns=arguments.token_columns,
             pad_token_id=arguments.pad_token_id,
             balance=arguments.balance,
+            to_write=not arguments.plan_only,
             progress=True,
         )
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +32,7 @@ from .plan import PackPlan
 from .shards import PackSlice, ShardRecord, ShardTask, gather_packs, read_record, record_path, write_record
 from .source import INPUT_IDS, Source, read_source
 
-BATCH_TOKENS = 1 << 20  # token slots gathered at a time: memory follows this and not the dataset
+BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
 SHARD_BYTES = 500_000_000  # of a file, more or less
 
 ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
@@ -102,6 +103,7 @@ def pack_dataset(
         token_columns=token_columns,
         pad_token_id=pad_token_id,
         balance=balance,
+        to_write=output is not None,
         progress=progress,
     )
     if output is None:
@@ -124,6 +126,7 @@ class Packing:
     balanced: Assignment | None  # where the order of packs is balanced
     facts: PackedInfo
     pad_token_id: int | None
+    hashing: Future | None  # of source_prints, begun while the plan was made
 
     @cached_property
     def assignment(self) -> Assignment:
@@ -166,7 +169,7 @@ class Packing:
     @cached_property
     def source_prints(self) -> tuple[ColumnPrint, ...]:
         """The fingerprint of the source; all its values are read once."""
-        return column_prints(self.dataset)
+        return column_prints(self.dataset) if self.hashing is None else self.hashing.result()
 
     @property
     def batch_packs(self) -> int:
@@ -242,11 +245,17 @@ class Packing:
         Raises ValueError where the folder was begun by a packing that would end with other bytes.
         """
         folder.mkdir(exist_ok=True)
+        found = self._begun(folder) if (folder / FILE).exists() else None
         for left_off in folder.glob(".*.writing"):
             left_off.unlink()
-        if not (folder / FILE).exists():
+        if found is None:
             self.manifest.write(folder)
             return
+        for record in found.shards:  # it was killed between its manifest and its name
+            write_record(folder / record.file, record)
+
+    def _begun(self, folder: Path) -> Manifest:
+        """The manifest of a folder that this packing may go on with."""
         cure = f"give the options and the source that it was begun with, or remove {str(folder)!r} to begin anew"
         try:
             found = read_manifest(folder)
@@ -254,8 +263,7 @@ class Packing:
             raise ValueError(f"{error}; {cure}") from None
         if other := differences(found, self.manifest):
             raise ValueError(f"a packing that was begun cannot be gone on with: {'; '.join(other)}; {cure}")
-        for record in found.shards:  # it was killed between its manifest and its name
-            write_record(folder / record.file, record)
+        return found
 
     def bytes_missing(self, folder: Path) -> int:
         """About how many bytes `write` will add to the folder."""
@@ -318,14 +326,19 @@ def prepare_packing(
     token_columns: Sequence[str] | None = None,
     pad_token_id: int | None = None,
     balance: int | None = None,
+    to_write: bool = False,
     progress: bool = False,
 ) -> Packing:
-    """Check the dataset and make its plan. Raises whatever pack_dataset can raise about its input."""
+    """Check the dataset and make its plan. Raises whatever pack_dataset can raise about its input.
+
+    to_write: the packs will be written to a folder, so that the source must be hashed; that begins beside the planning.
+    """
     _check_dataset(dataset)
     _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed, balance)
     source = read_source(dataset, token_columns, pad_token_id)
     sequences = cut_sequences(source, max_sequence_length, overlong)
     _refuse_moved_answers(source, sequences, overlong)
+    hashing = _in_background(column_prints, dataset) if to_write else None
     histogram = length_histogram(sequences.lengths, max_sequence_length)
     plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, packer, progress=progress)
     balanced, before, after = None, None, None
@@ -353,7 +366,14 @@ def prepare_packing(
         step_costs_before=before,
         step_costs_after=after,
     )
-    return Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id)
+    return Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id, hashing)
+
+
+def _in_background(function, *arguments) -> Future:
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(function, *arguments)
+    pool.shutdown(wait=False)
+    return future
 
 
 def _check_dataset(dataset) -> None:

@@ -54,8 +54,8 @@ def write_in_pool(
                 'your own, what starts them must stand under `if __name__ == "__main__":`'
             ) from None
         finally:
-            stop.set()  # those that still write leave off after a batch
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()  # those that still write leave off after a batch, and nobody writes after this
+            pool.shutdown(cancel_futures=True)
 
 
 def _finished(waiting: set, advance: Advance) -> Iterator[ShardRecord]:

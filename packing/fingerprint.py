@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 import xxhash
 from numba import config
 
-from .arrow import TokenColumn, is_list, open_token_column, take_rows
+from .arrow import TokenColumn, Values, is_list, open_token_column
 from .source import chosen_rows
 
-BLOCK_ROWS = 1 << 15  # hashed by themselves, so that several threads may; part of what a fingerprint is
+BLOCK_ROWS = 1 << 12  # hashed by themselves, so that several threads may; part of what a fingerprint is
 GATHERED_TOKENS = 1 << 20  # where rows lie apart, tokens are gathered so many at a time
 
 
@@ -40,8 +40,8 @@ class ColumnPrint:
 def column_prints(dataset) -> tuple[ColumnPrint, ...]:
     """The fingerprint of a datasets.Dataset, column by column.
 
-    Each column's digest is that of its blocks' digests, 32,768 rows each. Memory: some blocks of a column that is no
-    list of numbers, a megabyte or so of others.
+    Each column's digest is that of its blocks' digests, 4,096 rows each. Memory: some blocks of a column that is no
+    list of numbers, a few megabytes of others.
     """
     rows, prints = chosen_rows(dataset), []
     with ThreadPoolExecutor(config.NUMBA_NUM_THREADS) as pool:
@@ -61,7 +61,7 @@ def combined_print(prints: tuple[ColumnPrint, ...]) -> str:
     return xxhash.xxh3_128("\n".join(f"{p.name} {p.type} {p.xxh3}" for p in prints).encode()).hexdigest()
 
 
-def _blocks(num_rows: int) -> list[np.ndarray]:
+def _blocks(num_rows: int) -> list[tuple[int, int]]:
     return [(i, min(i + BLOCK_ROWS, num_rows)) for i in range(0, num_rows, BLOCK_ROWS)]
 
 
@@ -69,22 +69,19 @@ def _block_digester(name: str, column: pa.ChunkedArray, rows: np.ndarray | None)
     """(first, end) -> digest of these rows, bytes."""
     is_numbers = is_list(column.type) and not column.null_count and not any(c.values.null_count for c in column.chunks)
     opened = open_token_column(name, column, rows) if is_numbers else None
+    values = Values.of(column.chunks, column.type)
 
     def digest(bounds: tuple[int, int]) -> tuple[bytes, int]:
         hasher = _Hasher()
         if opened is not None and opened.is_numbers:
             _add_tokens(hasher, opened, np.arange(*bounds))
         elif rows is None:
-            hasher.add_array(_joined(column.slice(bounds[0], bounds[1] - bounds[0])))
+            hasher.add_array(values.part(*bounds))
         else:
-            hasher.add_array(take_rows(column, rows[slice(*bounds)].astype(np.int64)))
+            hasher.add_array(values.take(rows[slice(*bounds)].astype(np.int64)))
         return hasher.xxh3.digest(), hasher.bytes
 
     return digest
-
-
-def _joined(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
 def _add_tokens(hasher: _Hasher, column: TokenColumn, rows: np.ndarray) -> None:

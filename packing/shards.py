@@ -24,11 +24,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from .arrow import list_array, take_rows
+from .arrow import list_array
 from .folder import HashedFile, checksum, write_file
 from .source import SourceColumns
 
-BATCH_TOKENS = 1 << 20  # token slots gathered at a time: memory follows this and not the dataset
 BATCHES_AHEAD = 2  # gathered while another is written
 
 
@@ -97,23 +96,27 @@ def gather_packs(
     buffers: kept from call to call, so that tokens are gathered into the same memory; a batch is then good until the
         next call with the same buffers only.
     """
-    rows, lengths = packs.rows.astype(np.int64), packs.lengths.astype(np.int64)
-    begins = np.zeros_like(rows) if packs.begins is None else packs.begins.astype(np.int64)
-    lasts = begins + lengths - 1 if packs.ends is None else packs.ends.astype(np.int64) - 1
-    per_pack = packs.pack_offsets
-    token_offsets = np.concatenate([[0], np.cumsum(lengths)])[per_pack]
+    rows, lengths = packs.rows.astype(np.int64, copy=False), packs.lengths.astype(np.int64)
+    begins = 0 if packs.begins is None else packs.begins.astype(np.int64)
+    lasts = (begins + lengths if packs.ends is None else packs.ends) - 1
+    token_offsets = np.concatenate([[0], np.cumsum(lengths)])[packs.pack_offsets].astype(np.int64)
+    per_pack = packs.pack_offsets.astype(np.int32)
     packed = {
-        "sequence_lengths": (per_pack, pa.array(lengths.astype(np.int32))),
+        "sequence_lengths": (per_pack, pa.array(packs.lengths.astype(np.int32, copy=False))),
         "sequence_indices": (per_pack, pa.array(rows)),
-        "sequence_starts": (per_pack, pa.array(begins.astype(np.int32))),
     }
+    if "sequence_starts" in schema.names:
+        starts = np.zeros(len(rows), np.int32) if packs.begins is None else packs.begins.astype(np.int32)
+        packed["sequence_starts"] = per_pack, pa.array(starts)
     for column in columns.token_columns:
-        starts, _ = column.find(rows)
+        starts, found = column.find(rows)
+        if (short := found <= lasts).any():
+            raise ValueError(f"row {rows[np.argmax(short)]} of the source has fewer tokens than when packing began")
         buffer = None if buffers is None else column.buffer(buffers, int(token_offsets[-1]))
         packed[column.name] = token_offsets, column.gather(starts + begins, lengths, starts + lasts, buffer)
     table_rows = rows if columns.rows is None else columns.rows[rows].astype(np.int64)
-    for name in columns.row_columns:
-        packed[name] = per_pack, take_rows(columns.table.column(name), table_rows)
+    for name, values in columns.row_columns.items():
+        packed[name] = per_pack, values.take(table_rows)
     return pa.record_batch([list_array(*packed[field.name], field.type) for field in schema], schema)
 
 

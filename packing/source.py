@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from .arrow import TokenColumn, is_list, list_lengths, null_rows, open_token_column, read_token_column
+from .arrow import (
+    TokenColumn,
+    TokenRows,
+    Values,
+    is_list,
+    list_lengths,
+    null_rows,
+    open_token_column,
+    read_token_column,
+)
 from .padding import refuse_padding, trim_by_mask, trim_by_token
 
 logger = logging.getLogger(__name__)
@@ -27,13 +36,13 @@ class SourceColumns:
 
     rows: the dataset's own choice of rows in its tables (after select, shuffle, filter); None = all, in order.
     token_columns: one value per token, input_ids first.
-    row_columns: names of all others, one value per row.
+    row_columns: all others but attention_mask, one value per row of the tables.
     """
 
     table: pa.Table
     rows: np.ndarray | None
     token_columns: tuple[TokenColumn, ...]
-    row_columns: tuple[str, ...]
+    row_columns: dict[str, Values]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +75,8 @@ def open_columns(dataset, token_columns: Sequence[str]) -> SourceColumns:
     """The columns of a datasets.Dataset that read_source has checked; token_columns: their names, input_ids first."""
     table, rows = dataset.data, chosen_rows(dataset)
     columns = tuple(open_token_column(name, table.column(name), rows) for name in token_columns)
-    row_columns = tuple(c for c in table.column_names if c not in (ATTENTION_MASK, *token_columns))
+    names = [name for name in table.column_names if name not in (ATTENTION_MASK, *token_columns)]
+    row_columns = {name: Values.of(table.column(name).chunks, table.column(name).type) for name in names}
     return SourceColumns(table, rows, columns, row_columns)
 
 
@@ -117,6 +127,7 @@ def _read_lengths(input_ids: TokenColumn) -> np.ndarray:
     """(rows,) int32 tokens in each row; at least 1."""
     lengths = np.empty(input_ids.num_rows, np.int32)
     for block in input_ids.blocks():
+        _refuse_damage(input_ids, block)
         if not block.lengths.all():
             culprit = block.first + int(np.argmin(block.lengths != 0))
             raise ValueError(
@@ -170,11 +181,24 @@ def _token_names(table, rows, lengths: np.ndarray, wanted: Sequence[str] | None)
 
 
 def _is_token_level(name: str, column: pa.ChunkedArray, rows, lengths: np.ndarray) -> bool:
-    """Whether every row is as long as input_ids. Where only rows without a value differ, nobody can tell: refused."""
+    """Whether every row is as long as input_ids. Where only rows without a value differ, nobody can tell: refused.
+
+    Refused as well if most rows are as long, but not all: that is no list per sequence, but one value per token gone
+    wrong in some rows.
+    """
     if not is_list(column.type):
         return False
     if not column.null_count:
-        return _first_other_length(open_token_column(name, column, rows), lengths) is None
+        opened = open_token_column(name, column, rows)
+        found = _first_other_length(opened, lengths)
+        if found is not None and 2 * _count_as_long(opened, lengths) > len(lengths):
+            row, length = found
+            raise ValueError(
+                f"column {name!r} has {length} values in row {row}, where input_ids has {lengths[row]}, but as many as "
+                "input_ids in most rows; give token_columns= without it if it is a list for each sequence, or else "
+                "make it one value per token, or leave the row out"
+            )
+        return found is None
     same, missing = list_lengths(column, rows) == lengths, null_rows(column, rows)
     if missing.any() and not missing.all() and (same | missing).all():
         raise ValueError(
@@ -184,14 +208,31 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows, lengths: np.ndarra
     return bool(same.all())
 
 
+def _refuse_damage(column: TokenColumn, block: TokenRows) -> None:
+    if block.lengths.min() < 0:
+        raise ValueError(
+            f"column {column.name!r} is damaged in row {block.first + int(np.argmin(block.lengths))}: its offsets lead "
+            "out of its tokens; make the file anew"
+        )
+
+
 def _first_other_length(column: TokenColumn, lengths: np.ndarray) -> tuple[int, int] | None:
     """The first row that is not as long as input_ids, and its length; None: there is none."""
     for block in column.blocks():
+        _refuse_damage(column, block)
         other = block.lengths != lengths[block.first : block.first + len(block.lengths)]
         if other.any():
             culprit = int(np.argmax(other))
             return block.first + culprit, int(block.lengths[culprit])
     return None
+
+
+def _count_as_long(column: TokenColumn, lengths: np.ndarray) -> int:
+    """Rows that are as long as input_ids."""
+    return sum(
+        np.count_nonzero(block.lengths == lengths[block.first : block.first + len(block.lengths)])
+        for block in column.blocks()
+    )
 
 
 def _refuse_other_lengths(column: TokenColumn, lengths: np.ndarray) -> None:
