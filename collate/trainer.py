@@ -217,8 +217,14 @@ class PackedTrainer(ResumesExactly, Trainer):
                 self._empty_batch = self.data_collator([EMPTY_PACK])
             if ArrowRows.can_hold(dataset):
                 packs = ArrowRows(dataset)
+        has_length = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+        if is_training and self.sequences_per_step is not None and not has_length:
+            raise ValueError(
+                f"sequences_per_step={self.sequences_per_step} chooses among all packs, which an iterable dataset does "
+                "not have; use a dataset with a length, or leave it out"
+            )
         if self.args.world_size > 1:
-            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            if not has_length:
                 raise ValueError(
                     f"the {description} dataset is iterable: over {self.args.world_size} processes accelerate would "
                     "repeat packs to even them out; use a dataset with a length"
@@ -407,6 +413,7 @@ class _Predictions:
         if not is_sequence.any():  # empty packs have none of the dataset's columns, labels and indices among them
             return
         names = [name for name in ("sequence_indices", "sequence_starts") if name in batch]
+        names = names if "sequence_indices" in names else []  # packs of a stream: their order is that of its packs
         keys = torch.stack([batch[name][is_sequence] for name in names], 1).cpu().numpy() if names else None
         labels = None if outputs.labels is None else _on_cpu(outputs.labels)
         self.batches.append((_on_cpu(outputs.predictions), labels, keys))

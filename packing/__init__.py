@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .packers import PACKERS, Packer, plan_packs
     from .plan import PackPlan
     from .report import write_report
+    from .stream import pack_stream
 
 __all__ = [
     "PACKERS",
@@ -34,6 +35,7 @@ __all__ = [
     "compare_packers",
     "length_histogram",
     "pack_dataset",
+    "pack_stream",
     "packed_info",
     "plan_packs",
     "published_histogram",
@@ -58,6 +60,7 @@ _MODULES = {
     "compare_packers": "compare",
     "length_histogram": "histogram",
     "pack_dataset": "dataset",
+    "pack_stream": "stream",
     "packed_info": "info",
     "plan_packs": "packers",
     "published_histogram": "lengths",

@@ -52,6 +52,11 @@ class EpochPacks:
         self._open(packed)
 
     def _open(self, packed: datasets.Dataset) -> None:
+        if isinstance(packed, datasets.IterableDataset):
+            raise TypeError(
+                "EpochPacks needs a packed datasets.Dataset, got a stream; a stream is packed anew by another order of "
+                "its source: shuffle that before pack_stream, and set_epoch"
+            )
         self.packed, self._info = packed, packed_info(packed)
         if packed.format["type"] == "custom":
             raise ValueError("the packed dataset has a transform, which new packs would not go through; remove it")
@@ -167,7 +172,7 @@ class EpochPacks:
         arrays = {}
         for name, (column, type_) in self._columns.items():
             counts, places, offsets = of_tokens if name in self._info.token_columns else of_sequences
-            starts = column.find(rows)[0] + places
+            starts = column.starts[rows] + places
             arrays[name] = list_array(offsets, column.gather(starts, counts, starts + counts - 1), type_)
         return pa.table(arrays)
 

@@ -17,7 +17,8 @@ PREFIX = "Packed by dataset-packing, format 1: "
 @dataclass(frozen=True, kw_only=True)
 class PackedInfo:
     """The making of one packed dataset. It survives save_to_disk, select and shuffle, so num_packs may be more than the
-    rows that are left."""
+    rows that are left. A stream has not been counted: what is None here is not known of it, and what was cut, dropped
+    or trimmed is only in the log."""
 
     max_sequence_length: int
     """Token slots in a pack."""
@@ -25,8 +26,8 @@ class PackedInfo:
     max_sequences_per_pack: int | None
     """The packing depth asked for; None = no limit."""
 
-    max_depth: int
-    """Sequences in the deepest pack: the sequence slots of a batch."""
+    max_depth: int | None
+    """Sequences in the deepest pack: the sequence slots of a batch. Of a stream: its max_sequences_per_pack."""
 
     token_columns: tuple[str, ...]
     """Columns with one value per token, concatenated per pack; input_ids first."""
@@ -37,16 +38,16 @@ class PackedInfo:
     seed: int
     """Seed of the assignment."""
 
-    source_rows: int
+    source_rows: int | None
     """Rows of the dataset that was packed."""
 
-    num_sequences: int
+    num_sequences: int | None
     """Sequences in all packs: rows less what was dropped, pieces of a split counted each."""
 
-    num_packs: int
+    num_packs: int | None
     """Packs made."""
 
-    num_tokens: int
+    num_tokens: int | None
     """Real tokens in all packs."""
 
     overlong: str
@@ -72,6 +73,9 @@ class PackedInfo:
 
     step_costs_after: StepCosts | None = None
     """How it spreads in the order of the packs."""
+
+    buffer_size: int | None = None
+    """Rows of a stream that were packed at a time; None: all, this is no stream."""
 
     def to_description(self) -> str:
         return PREFIX + json.dumps(asdict(self))

@@ -1,0 +1,370 @@
+"""pack_stream: tokenized stream -> packed stream, buffer by buffer."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from . import overlong as overlong_module
+from . import source as source_module
+from .assignment import checked_seed
+from .dataset import ANSWERS, prepare_packing
+from .packers import checked_limit
+from .source import ATTENTION_MASK, INPUT_IDS, read_source
+
+logger = logging.getLogger(__name__)
+
+PACKER = "lpfhp"  # best fit, longest sequences first
+FIRST_ROWS = 1_000  # by which columns and types are known
+TOO_FEW = 100  # rows that may look padded by chance
+INDICES = "sequence_indices"
+
+
+def pack_stream(
+    dataset: datasets.IterableDataset,
+    max_sequence_length: int = 512,
+    max_sequences_per_pack: int | None = None,
+    buffer_size: int = 10_000,
+    overlong: str = "error",
+    seed: int = 0,
+    *,
+    token_columns: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
+) -> datasets.IterableDataset:
+    """Pack a stream of tokenized rows, endless or not: the next buffer_size rows at a time, every sequence once.
+
+    [7 8] [5 6 4] | [9 9] [3] …   buffer_size=2, max_sequence_length=5   ->   [7 8 5 6 4] [9 9 3] …
+
+    Packed rows are as pack_dataset's, but without sequence_indices: no number is unique over the shards of a stream.
+    (DataCollatorWithPacking then draws a sequence's masks by its tokens, so that equal sequences get equal masks within
+    an epoch. Train for several epochs of a stream, then, not for one of stream.repeat().)
+
+    buffer_size: rows packed at a time. Each buffer, and so each shard, ends in some packs that are not full; larger
+        ones lose less and take more memory.
+    max_sequence_length, max_sequences_per_pack, token_columns, pad_token_id: as for pack_dataset.
+    overlong: likewise. Rows that are cut or dropped, and padding that is trimmed, are logged when first met and then
+        at every tenfold count, by each process for itself. "truncate" keeps the last token of a row if it is the one
+        that all of the first rows end in.
+    seed: which of equally long sequences lie together, and the order of a buffer's packs.
+
+    Which columns hold one value per token, and of what types columns are, is decided once: pack_stream reads the first
+    thousand rows, and the stream then begins anew. A later row that is otherwise raises ValueError.
+
+    The result is a map over `dataset`, so what datasets does for streams it does for packs:
+    * state_dict and load_state_dict resume exactly, in the middle of a buffer, too. Except with shuffle(buffer_size=…)
+      before or after: datasets does not save the rows of that buffer, so they would be lost. shuffle(buffer_size=1)
+      shuffles shards alone. A Trainer resumes by reading again, which is exact with any.
+    * Shards are dealt out to DataLoader workers, and to nodes by split_dataset_by_node. Where the number of shards is
+      no multiple of the nodes', each node packs everything and keeps its share of the packs.
+    * set_epoch reaches the source: another order of shards and rows gives other packs.
+    * with_format("arrow") gives packs as Arrow tables, which DataCollatorWithPacking reads fastest.
+
+    packed_info tells what can be known; counts are None.
+    """
+    _check_stream(dataset)
+    if checked_limit("buffer_size", buffer_size) is None:
+        raise ValueError("buffer_size=None must be a whole number, at least 1")
+    seed = int(checked_seed(seed))
+    dataset = dataset.with_format(None)
+    is_arrow = getattr(dataset._ex_iterable, "iter_arrow", None) is not None
+    first, features = _first_rows(dataset, is_arrow)
+    limits = {"max_sequence_length": max_sequence_length, "max_sequences_per_pack": max_sequences_per_pack}
+    options = limits | {"overlong": overlong, "token_columns": token_columns, "pad_token_id": pad_token_id}
+    with _hint(first), _quiet():
+        packing = prepare_packing(_as_dataset(first, features), packer=PACKER, **options)
+    names = packing.facts.token_columns
+    packed_features = datasets.Features({name: f for name, f in packing.features.items() if name != INDICES})
+    pack = _PackBuffer(
+        features,
+        packed_features,
+        options | {"token_columns": [name for name in names if name != INPUT_IDS]},
+        seed,
+        _closing_token(_as_dataset(first, features), pad_token_id) if overlong == "truncate" else None,
+    )
+    if is_arrow:
+        packed = dataset.cast(features) if dataset.features is None else dataset
+        packed = packed.with_format("arrow").map(pack, batched=True, batch_size=buffer_size, features=packed_features)
+        packed = packed.with_format(None)
+    else:
+        gone = [name for name in features if name not in packed_features]  # attention_mask; all others are replaced
+        packed = dataset.map(pack, batched=True, batch_size=buffer_size, features=packed_features, remove_columns=gone)
+    unknown = dict.fromkeys(("source_rows", "num_sequences", "num_packs", "num_tokens"))
+    nothing = {"overlong_rows": (), "overlong_tokens": 0, "trimmed_rows": 0, "trimmed_tokens": 0}
+    facts = replace(
+        packing.facts,
+        max_depth=packing.facts.max_sequences_per_pack,
+        seed=seed,
+        buffer_size=int(buffer_size),
+        **unknown,
+        **nothing,
+    )
+    packed.info.description = facts.to_description()
+    return packed
+
+
+@dataclass(eq=False)
+class _PackBuffer:
+    """One buffer of rows -> its packs; nothing is kept from one to the next, but for the counts in the log.
+
+    features: of the rows; packed_features: of the packs. options: of prepare_packing.
+    closing: the token that all rows end in; None: they do not.
+    """
+
+    features: datasets.Features
+    packed_features: datasets.Features
+    options: dict
+    seed: int
+    closing: int | None
+    seen: Counter = field(default_factory=Counter)
+
+    def __call__(self, rows: pa.Table | dict[str, list]) -> pa.Table | dict[str, list]:
+        """Rows and packs as a table, or both as lists."""
+        table = rows if isinstance(rows, pa.Table) else _as_table(rows, self.features)
+        with _hint(table), _quiet():
+            packs = self._packs(table)
+        if isinstance(rows, pa.Table):
+            return packs
+        return {name: _as_lists(packs.column(name).combine_chunks()) for name in packs.column_names}
+
+    def _packs(self, table: pa.Table) -> pa.Table:
+        seed = _seed_of(table, self.seed)
+        table = self._fitting(table)
+        if not len(table):
+            return self.packed_features.arrow_schema.empty_table()
+        if len(table) < TOO_FEW and ATTENTION_MASK not in table.column_names and self.options["pad_token_id"] is None:
+            table = _unpadded(table)
+        rows = _as_dataset(table, self.features)
+        options = self.options
+        if ATTENTION_MASK in table.column_names and ATTENTION_MASK not in self.features:
+            options = options | {"pad_token_id": None}  # it is trimmed by now
+        packing = prepare_packing(rows, packer=PACKER, seed=seed, **options)
+        facts = packing.facts
+        self._say("have padding trimmed", "tokens of it", facts.trimmed_rows, facts.trimmed_tokens)
+        if facts.overlong_rows:
+            self._say_overlong(len(facts.overlong_rows), facts.overlong_tokens)
+        return pa.Table.from_batches(packing.batches()).select(list(self.packed_features))
+
+    def _fitting(self, table: pa.Table) -> pa.Table:
+        """The buffer, after what must not depend on what else is in it: truncation, and dropping all rows."""
+        longest, overlong = self.options["max_sequence_length"], self.options["overlong"]
+        column = table.column(INPUT_IDS)
+        if overlong not in ("truncate", "drop") or _lengths(column).max() <= longest:
+            return table
+        rows = _as_dataset(table, self.features)
+        source = read_source(rows, self.options["token_columns"], self.options["pad_token_id"])
+        kept = np.asarray(source.kept, np.int64)
+        if overlong == "drop":
+            if kept.min() <= longest:
+                return table
+            self._say_overlong(len(kept), int(kept.sum()))
+            return table.slice(0, 0)
+        lost = np.maximum(kept - longest, 0)
+        if not lost.any() or any(name in table.column_names for name in ANSWERS):
+            return table  # answers that would be cut are refused
+        self._say_overlong(np.count_nonzero(lost), int(lost.sum()))
+        padding = _lengths(column) - kept
+        self._say("have padding trimmed", "tokens of it", np.count_nonzero(padding), int(padding.sum()))
+        return _truncated(table, source, longest, [INPUT_IDS, *self.options["token_columns"]], self.closing)
+
+    def _say_overlong(self, rows: int, tokens: int) -> None:
+        overlong = self.options["overlong"]
+        done = {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong]
+        self._say(f"have more than {self.options['max_sequence_length']} tokens: {done}", "tokens lost", rows, tokens)
+
+    def _say(self, what: str, tokens_are: str, rows: int, tokens: int) -> None:
+        """Count; say so for the first rows and whenever there are ten times as many."""
+        before = self.seen[what, "rows"]
+        self.seen[what, "rows"] += int(rows)
+        self.seen[what, "tokens"] += int(tokens)
+        after = self.seen[what, "rows"]
+        if after and len(str(after)) > (len(str(before)) if before else 0):
+            logger.warning(
+                "%d rows so far %s, %d %s; said again at %d rows",
+                *(after, what, self.seen[what, "tokens"], tokens_are, 10 ** len(str(after))),
+            )
+
+
+def _check_stream(dataset) -> None:
+    if isinstance(dataset, datasets.IterableDatasetDict | datasets.DatasetDict):
+        raise TypeError(
+            f"{type(dataset).__name__} with splits {', '.join(map(str, dataset))} was given; pack split by split: "
+            "pack_stream(dataset['train'])"
+        )
+    if isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            "pack_stream needs a datasets.IterableDataset, got a Dataset; use pack_dataset, which packs it as a whole, "
+            "or dataset.to_iterable_dataset(num_shards=…)"
+        )
+    if not isinstance(dataset, datasets.IterableDataset):
+        raise TypeError(
+            f"pack_stream needs a datasets.IterableDataset, got {type(dataset).__name__}; make one with "
+            "IterableDataset.from_generator"
+        )
+
+
+def _first_rows(dataset: datasets.IterableDataset, is_arrow: bool) -> tuple[pa.Table, datasets.Features]:
+    """The first thousand rows, and what types all rows have."""
+    head = dataset.take(FIRST_ROWS).with_format("arrow" if is_arrow else None)
+    rows = next(iter(head.iter(FIRST_ROWS)), None)
+    if rows is None:
+        raise ValueError("the stream is empty: it has no rows to pack")
+    features = dataset.features
+    if features is None:
+        table = rows if is_arrow else pa.table({name: _as_array(name, rows[name]) for name in rows})
+        features = datasets.Features.from_arrow_schema(table.schema)
+    return rows if is_arrow else _as_table(rows, features), features
+
+
+def _as_table(rows: dict[str, list], features: datasets.Features) -> pa.Table:
+    other = [name for name in rows if name not in features]
+    if other:
+        row = next(i for i, value in enumerate(rows[other[0]]) if value is not None)
+        raise ValueError(
+            f"column {other[0]!r} is in row {row} of a buffer, but not among {', '.join(features)}, the columns of the "
+            "stream so far; give all rows the same columns, or remove it"
+        )
+    count = len(next(iter(rows.values())))
+    schema = features.arrow_schema
+    return pa.table([_as_array(f.name, rows.get(f.name, [None] * count), f.type) for f in schema], schema)
+
+
+def _as_array(name: str, values: list, type_: pa.DataType | None = None) -> pa.Array:
+    try:
+        return pa.array(values, type_)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+        row = next((i for i in range(len(values)) if not _fits(values[i : i + 1], type_)), None)
+        where = "" if row is None else f" in row {row} of a buffer"
+        known = "be of one type in all rows" if type_ is None else f"hold {type_}, by the features or the first rows"
+        raise ValueError(
+            f"column {name!r} must {known}, which it does not{where}: {error}; give the stream features that all rows "
+            "have (from_generator(features=…), cast), or remove the column"
+        ) from None
+
+
+def _fits(values: list, type_: pa.DataType | None) -> bool:
+    try:
+        pa.array(values, type_)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+        return False
+    return True
+
+
+def _as_lists(packs: pa.Array) -> list[list]:
+    """to_pylist, which makes an object of Arrow and then one of Python for each number; this is six times as fast."""
+    values = packs.flatten()
+    if values.null_count or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        return packs.to_pylist()
+    values, ends = values.to_numpy().tolist(), np.cumsum(_lengths(packs)).tolist()
+    return [values[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _as_dataset(table: pa.Table, features: datasets.Features) -> datasets.Dataset:
+    types = datasets.Features({name: features[name] for name in table.column_names if name in features})
+    for name in table.column_names:  # made here, such as a mask or lists that were cut
+        if name not in types or types.arrow_schema.field(name).type != table.schema.field(name).type:
+            types[name] = datasets.Features.from_arrow_schema(table.schema)[name]
+    # a fingerprint of its own would be a hash of all tokens
+    return datasets.Dataset(table, datasets.DatasetInfo(features=types), fingerprint="buffer")
+
+
+def _seed_of(table: pa.Table, seed: int) -> int:
+    """Buffers are drawn by their content: at the same places of each buffer nothing would be the same by design."""
+    lengths = _lengths(table.column(INPUT_IDS))
+    return int.from_bytes(blake2b(lengths.tobytes(), digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
+
+
+def _lengths(lists: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """(rows,) int64; a row without a list has 0."""
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
+
+
+def _unpadded(table: pa.Table) -> pa.Table:
+    """With an attention_mask of ones."""
+    counts = _lengths(table.column(INPUT_IDS))
+    return table.append_column(ATTENTION_MASK, _lists(counts, pa.array(np.ones(counts.sum(), np.int8))))
+
+
+def _real_tokens(source, lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(rows,) where each row's tokens begin in lists.flatten(), and how many there are, without padding."""
+    counts = _lengths(lists)
+    skipped = 0 if source.skipped is None else np.asarray(source.skipped, np.int64)
+    return np.cumsum(counts) - counts + skipped, np.asarray(source.kept, np.int64)
+
+
+def _closing_token(rows: datasets.Dataset, pad_token_id: int | None) -> int | None:
+    """The token that every row ends in, where there is one."""
+    with _quiet():
+        source = read_source(rows, [], pad_token_id)
+    lists = rows.data.column(INPUT_IDS).combine_chunks()
+    begins, kept = _real_tokens(source, lists)
+    found = pc.unique(lists.flatten().take(pa.array(begins + kept - 1))).to_pylist()
+    return found[0] if len(found) == 1 else None
+
+
+def _truncated(table: pa.Table, source, longest: int, names: Sequence[str], closing: int | None) -> pa.Table:
+    """Without padding, and rows cut to their first tokens; the last of these gives way to the closing one, if any.
+
+    longest=3, closing=s:   [c 1 2 s] -> [c 1 s]    [c 1 2 3] -> [c 1 2]    [c s] as it is
+    """
+    lists = table.column(INPUT_IDS).combine_chunks()
+    begins, kept = _real_tokens(source, lists)
+    counts = np.minimum(kept, longest)
+    lasts = begins + counts - 1
+    if closing is not None:
+        own_lasts = begins + kept - 1
+        is_closed = lists.flatten().take(pa.array(own_lasts)).to_numpy() == closing
+        lasts = np.where(is_closed, own_lasts, lasts)
+    ends = np.cumsum(counts)
+    places = np.repeat(begins - (ends - counts), counts) + np.arange(counts.sum())
+    places[ends - 1] = lasts
+    for name in names:
+        values = table.column(name).combine_chunks().flatten().take(pa.array(places))
+        table = table.set_column(table.column_names.index(name), name, _lists(counts, values))
+    mask = [name for name in table.column_names if name == ATTENTION_MASK]
+    return _unpadded(table.drop_columns(mask))
+
+
+def _lists(counts: np.ndarray, values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)), values)
+
+
+@contextmanager
+def _hint(table: pa.Table) -> Iterator[None]:
+    """Errors speak of a row by its number; here that is one in a buffer, so they also say how it begins."""
+    try:
+        yield
+    except ValueError as error:
+        row = re.search(r"\brow (\d+)\b", str(error))
+        if row is None or INPUT_IDS not in table.column_names:
+            raise
+        tokens = (table.column(INPUT_IDS)[int(row[1])].as_py() or [])[:8]
+        raise ValueError(
+            f"{error} (rows are counted in a buffer of {len(table)}: row {row[1]} begins with input_ids {tokens})"
+        ) from None
+
+
+def _say_nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What is logged of a dataset would be logged of every buffer."""
+    loggers = [source_module.logger, overlong_module.logger]
+    for each in loggers:
+        each.addFilter(_say_nothing)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(_say_nothing)
