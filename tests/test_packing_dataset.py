@@ -412,7 +412,7 @@ REFUSED = {
     "unknown token column": (of(input_ids=[[1]]), {"token_columns": ["b"]}, "'b', which is not among input_ids"),
     "other length": (of(input_ids=[[1, 2]], a=[[1]]), {"token_columns": ["a"]}, "1 values in row 0, where .* has 2"),
     "no list": (of(input_ids=[[1, 2]], a=[1]), {"token_columns": ["a"]}, "'a', which holds int64"),
-    "ragged": (of(input_ids=[[1, 2], [3], [4]], a=[[1, 2], [3], [4, 5]]), {}, "'a' has 2 values in row 2, where .* has 1"),
+    "ragged": (of(input_ids=[[1, 2], [3], [4]], a=[[1, 2], [3], [4, 5]]), {}, "'a' has 2 values in row 2, where .* 1"),
     "weights as input_ids": (of(input_ids=[[1.0, 2.0]]), {}, "must be a list of integers"),
     "token_columns is text": (of(input_ids=[[1]]), {"token_columns": "input_ids"}, "must be a list of column names"),
 }  # fmt: skip

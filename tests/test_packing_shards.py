@@ -65,7 +65,7 @@ def test_damaged_offsets_are_refused(offsets):
     column = open_token_column("input_ids", pa.chunked_array([damaged]), None)
     assert (column.find(np.arange(3))[1] < 0).any()
     with pytest.raises(ValueError, match=r"column 'input_ids' is damaged in row [012]: its offsets lead out"):
-        pack_dataset(datasets.Dataset(pa.table({"input_ids": damaged})), 8)
+        pack_dataset(datasets.Dataset(pa.table({"input_ids": damaged}), fingerprint="damaged"), 8)
 
 
 def test_a_source_that_shrinks_while_it_is_packed_is_refused(tmp_path):
