@@ -48,10 +48,10 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
     passes, packs = split_step(plan.most_packs, training.world_size, training.per_device_train_batch_size)
     training.gradient_accumulation_steps, training.per_device_train_batch_size = passes, packs
     logger.info(
-        "packing factor %.3f: %d sequences a step are %.1f packs on average, %d at most: %d passes of up to %d packs "
-        "on each of %d devices",
+        "packing factor %.3f: %d sequences a step are %.1f packs on average, %d at most; "
+        "devices x passes x packs in a pass: %d x %d x %d at most",
         *(factor, config.sequences_per_step, config.sequences_per_step / factor, plan.most_packs),
-        *(passes, packs, training.world_size),
+        *(training.world_size, passes, packs),
     )
     return config.sequences_per_step
 

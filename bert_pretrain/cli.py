@@ -104,6 +104,7 @@ def _train(arguments: list[str]) -> None:
     import os
 
     from transformers import TrainingArguments
+    from transformers.utils.logging import disable_progress_bar
 
     from bert_pretrain.config import PretrainConfig
     from bert_pretrain.pretrain import pretrain
@@ -114,6 +115,8 @@ def _train(arguments: list[str]) -> None:
     own, others = ([field.name for field in fields(options)] for options in (PretrainConfig, TrainingArguments))
     groups = help_groups(own, others)
     config, training = parse((PretrainConfig, TrainingArguments), "bert-pretrain train", *given, groups=groups)
+    if training.disable_tqdm:
+        disable_progress_bar()  # transformers' own bars, of saving, too
     pretrain(config, training)
 
 

@@ -38,6 +38,8 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
         training.ddp_find_unused_parameters = False  # all are used, even by a rank without packs; looking costs time
     run = run_record(config, training, train, tokenizer)
     checkpoint = find_checkpoint(run, training)
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False  # nothing to pin it for, of which torch would warn at every loader
 
     def collator(mlm_probability: float) -> DataCollatorWithPacking:
         return DataCollatorWithPacking(tokenizer, mlm_probability=mlm_probability, seed=training.seed)
