@@ -52,6 +52,7 @@ def main() -> None:
     add("--rounds", type=int, default=5, help="the least time of so many counts")
     add("--folder", type=Path, help="where source and packs are written, and removed; left out: the system's temporary")
     add("--num-proc", type=int, nargs="*", default=[], help="ours by so many processes, too")
+    add("--only", metavar="WORD", help="ours, and those with this word in their name")
     add("--memory", action="store_true", help="peak memory instead of speed")
     add("--peak-of", metavar="SOURCE", help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
@@ -127,6 +128,7 @@ def compare_speed(folder: Path, options) -> None:
     few = datasets.Dataset.from_dict({"sequences": packed["sequence_indices"][: len(packed) // MAP_SHARE]})
     contenders["Dataset.map"] = lambda out: pack_by_map(source, few, out)
 
+    contenders = {name: run for name, run in contenders.items() if "ours" in name or (options.only or name) in name}
     seconds, cpu, synced, packs, tokens = {}, {}, {}, {}, {}
     turns = [name for _ in range(options.rounds) for name in contenders]
     for name in tqdm(turns, unit="run"):

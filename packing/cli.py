@@ -218,6 +218,7 @@ def _load_histograms(arguments: argparse.Namespace):
 def _load_splits(source: str) -> dict:
     """{split: Dataset}; a Dataset without splits is {"": Dataset}."""
     import datasets
+    import pyarrow as pa
 
     if not Path(source).is_dir():
         raise FileNotFoundError(f"SOURCE {source!r} is not a folder; give one that save_to_disk wrote")
@@ -225,7 +226,24 @@ def _load_splits(source: str) -> dict:
         loaded = datasets.load_from_disk(source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"SOURCE {source!r} was not written by save_to_disk: {error}") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's word: not readable, for one
+            raise
+        raise ValueError(f"{_damaged_file(source)} is damaged: {error}; make it anew") from None
     return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+
+
+def _damaged_file(source: str) -> str:
+    """The first file that cannot be opened."""
+    import pyarrow as pa
+
+    for path in sorted(Path(source).rglob("*.arrow")):
+        try:
+            with pa.memory_map(str(path)) as file:
+                pa.ipc.open_stream(file).read_all()
+        except (pa.ArrowInvalid, OSError):
+            return repr(str(path))
+    return f"SOURCE {source!r}"
 
 
 def _prepare(name: str, dataset, arguments: argparse.Namespace):

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from packing import cli, pack_dataset
 from packing import dataset as packing_dataset
-from packing import pack_dataset
 from packing.folder import partial_folder, write_bytes
 from packing.manifest import read_manifest
 
@@ -398,6 +398,81 @@ def test_an_interrupt_says_how_to_go_on(source, whole, tmp_path, monkeypatch):
     assert "6 finished shards are kept in" in caught.value.__notes__[0]
     pack(source, output)
     assert contents(output) == whole
+
+
+# The command
+
+
+@pytest.fixture
+def two_splits(source, tmp_path):
+    splits = {"train": source.select(range(2000)), "test": source.select(range(2000, 2500))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    arguments = [str(tmp_path / "splits"), str(tmp_path / "packed"), "--overlong", "truncate"]
+    assert cli.main([*arguments[:1], str(tmp_path / "whole"), *arguments[2:]]) == 0
+    return arguments
+
+
+def interrupt_at(number: int):
+    real, left = os.rename, [number]
+
+    def rename(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    return rename
+
+
+@pytest.mark.parametrize("number", [3, 7, 14])
+def test_an_interrupted_command_says_how_to_go_on_and_does(two_splits, tmp_path, capsys, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        patch.setattr("packing.folder.os.rename", interrupt_at(number))
+        assert cli.main(two_splits) == 130
+    error = capsys.readouterr().err
+    if number == 3:  # two manifests, and no shard
+        assert "pack-dataset: interrupted; nothing was written" in error
+        assert not partial_of(tmp_path / "packed").exists()
+    else:
+        assert "finished shards are kept in" in error
+        assert "run the same again to go on from there" in error
+    assert not (tmp_path / "packed").exists()
+    assert cli.main(two_splits) == 0
+    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
+
+
+def test_a_command_with_other_options_or_splits_is_refused(two_splits, source, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("packing.folder.os.rename", interrupt_at(7))
+        assert cli.main(two_splits) == 130
+    assert cli.main([*two_splits, "--seed", "5"]) == 2
+    assert "cannot be gone on with: seed was 0 and is 5; give the options" in capsys.readouterr().err
+    source.save_to_disk(tmp_path / "single")
+    assert cli.main([str(tmp_path / "single"), *two_splits[1:]]) == 2
+    assert "it had split 'test', split 'train', and now there is a dataset without splits" in capsys.readouterr().err
+    assert cli.main(two_splits) == 0
+
+
+def test_a_command_on_a_full_disk(two_splits, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("packing.folder.write_bytes", failing_write(400, errno.ENOSPC))
+        assert cli.main(two_splits) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device: '" in error
+    assert ".arrow'; " in error
+    assert "finished shards are kept in" in error
+    assert cli.main([*two_splits, "--num-proc", "0"]) == 2
+    assert "num_proc=0 must be a whole number, at least 1" in capsys.readouterr().err
+    assert cli.main(two_splits) == 0
+    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
+
+
+def test_a_damaged_source_is_named(two_splits, tmp_path, capsys):
+    (damaged,) = (tmp_path / "splits" / "test").glob("*.arrow")
+    damaged.write_bytes(damaged.read_bytes()[:-5000])
+    assert cli.main(two_splits) == 2
+    assert f"pack-dataset: '{damaged}' is damaged: Expected to be able to read " in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
 
 
 # Several processes
