@@ -97,7 +97,10 @@ def checked_packs_per_step(packs_per_step: int, num_packs: int | None = None) ->
     if isinstance(packs_per_step, bool) or not isinstance(packs_per_step, int | np.integer) or packs_per_step < 1:
         raise ValueError(f"packs_per_step={packs_per_step!r} must be a whole number, at least 1")
     if num_packs is not None and packs_per_step > num_packs:
-        raise ValueError(f"packs_per_step={packs_per_step} is more than the {num_packs} packs; give at most as many")
+        raise ValueError(
+            f"packs_per_step={packs_per_step} is more than the {num_packs} packs, so that no batch would be whole; "
+            f"give at most {num_packs} as balance, or leave it out"
+        )
     return int(packs_per_step)
 
 

@@ -1,11 +1,14 @@
-"""The command pack-dataset: a folder of save_to_disk in, a folder of packs out; or lengths in, a plan out."""
+"""The command pack-dataset: sequences or texts in, a folder of packs out; or lengths in, a plan out."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer")
 
 EXAMPLES = """\
 examples:
@@ -16,6 +19,19 @@ examples:
   pack-dataset tokenized packed --max-sequence-length 128 --overlong truncate
   pack-dataset tokenized packed --pad-token-id 0         rows are padded, and have no attention_mask
 
+sources:
+  pack-dataset tokenized packed                          a folder of save_to_disk
+  pack-dataset rows.parquet packed                       a file: .parquet, .jsonl, .json, .jsonl.gz, .arrow
+  pack-dataset data packed                               a folder of such files, all of one kind
+  pack-dataset 'data/train-*.parquet' packed             a glob, in quotes
+  pack-dataset owner/name packed                         a dataset of the hub; of several: owner/name:config
+  pack-dataset reviews.jsonl packed --text-column review --tokenizer bert-base-uncased
+                                                         texts; labels and other columns stay
+
+Files are converted once, and tokens of texts are kept, in the cache of the datasets library: HF_DATASETS_CACHE says
+where. (Arrow streams, as save_to_disk writes them, are read where they lie.)
+
+Files whose names say train, validation and test are splits.
 A source with several splits is packed split by split, each under a plan of its own, into TARGET/<split>.
 
 A file of lengths (.txt, .csv, .json, .npy, .npz) has one whole number a sequence, or is a histogram: a .csv with the
@@ -26,7 +42,9 @@ columns length,count, a .json object {"length": count}, an .npy array of rows le
 def main(argv: list[str] | None = None) -> int:
     """Run the command. 0: done; 2: the input was refused, with one line on stderr that says why."""
     parser = make_parser()
-    arguments = parser.parse_args(argv)
+    arguments, others = parser.parse_known_args(argv)
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)} (several files? quote the glob: 'data/*.parquet')")
     comparing = arguments.compare or arguments.report is not None
     if arguments.target is None and not (arguments.plan_only or comparing):
         parser.error("TARGET is missing: the folder to write (or give --plan-only or --compare)")
@@ -34,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         refuse_ignored(arguments)
         if comparing:
             compare(arguments)
-        elif Path(arguments.source).is_file():
+        elif _is_lengths(arguments.source):
             plan_file(arguments)
         else:
             pack_folder(arguments)
@@ -62,7 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     source = (
-        "folder written by save_to_disk: a Dataset or a DatasetDict with input_ids; for a plan also a file of lengths"
+        "sequences (input_ids) or texts: a folder, a file, a glob or a hub name, see below; for a plan also a "
+        "file of lengths"
     )
     add("source", metavar="SOURCE", help=source)
     add("target", metavar="TARGET", nargs="?", help="folder to write; must not exist")
@@ -84,7 +103,17 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="columns with one value per token; left out: those that are as long as input_ids in every row",
     )
-    add("--num-proc", metavar="N", type=int, default=1, help="processes that write; the same bytes for any number")
+    add("--text-column", metavar="NAME", help="texts to tokenize; the column is left out afterwards")
+    add("--text-pair-column", metavar="NAME", help="the second texts, where tokens are those of pairs")
+    add("--keep-text", action="store_true", help="keep the columns of texts beside their tokens")
+    add("--tokenizer", metavar="FOLDER_OR_NAME", help="tokenizer of transformers, for --text-column")
+    add(
+        "--num-proc",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes that convert, tokenize and write; the same bytes for any number",
+    )
     add("--plan-only", action="store_true", help="print the plan and write nothing")
     add(
         "--compare",
@@ -101,19 +130,34 @@ def refuse_ignored(arguments: argparse.Namespace) -> None:
     if arguments.compare or arguments.report is not None:
         work, unused = (
             "--compare and --report try all packers and write no packs",
-            ("target", "packer", "seed", "balance", "num_proc"),
+            ("target", "packer", "seed", "balance"),
         )
-    elif arguments.plan_only and Path(arguments.source).is_file():
-        unused = ("target", "seed", "balance", "token_columns", "pad_token_id", "num_proc")
+    elif arguments.plan_only and _is_lengths(arguments.source):
+        unused = ("target", "seed", "balance", "token_columns", "pad_token_id", "num_proc", *TEXT_OPTIONS)
         work = "a file of lengths can be planned for, not packed"
     elif arguments.plan_only:
-        work, unused = "--plan-only writes nothing", ("target", "num_proc")
+        work, unused = "--plan-only writes no packs", ("target",)
     else:
-        return
+        work, unused = "", ()
+    if arguments.text_column is None:
+        _refuse(arguments, defaults, TEXT_OPTIONS, "there is no --text-column")
+    elif arguments.tokenizer is None:
+        raise ValueError("--text-column needs --tokenizer: a folder that save_pretrained wrote, or a name on the hub")
+    _refuse(arguments, defaults, unused, work)
+    if arguments.text_pair_column is not None and arguments.overlong == "truncate":
+        raise ValueError(
+            "--overlong truncate would take from the second text of a pair alone; choose split or drop, or raise "
+            "--max-sequence-length"
+        )
+
+
+def _refuse(arguments: argparse.Namespace, defaults: argparse.Namespace, unused: Iterable[str], work: str) -> None:
     for name in unused:
         if getattr(arguments, name) != getattr(defaults, name):
             option = "TARGET" if name == "target" else f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} {getattr(arguments, name)!r} would be ignored: {work}; leave it out")
+            value = getattr(arguments, name)
+            given = option if value is True else f"{option} {value!r}"
+            raise ValueError(f"{given} would be ignored: {work}; leave it out")
 
 
 def pack_folder(arguments: argparse.Namespace) -> None:
@@ -124,7 +168,7 @@ def pack_folder(arguments: argparse.Namespace) -> None:
     checked_num_proc(arguments.num_proc)
     if arguments.target is not None:
         check_target(arguments.target)
-    splits = _load_splits(arguments.source)
+    splits = _load_splits(arguments)
     packings = {}
     for name, dataset in splits.items():
         packings[name] = _prepare(name, dataset, arguments)
@@ -170,8 +214,8 @@ def plan_file(arguments: argparse.Namespace) -> None:
 
     if not arguments.plan_only:
         raise ValueError(
-            f"SOURCE {arguments.source!r} is a file, which can be planned for (--plan-only, --compare) but not packed; "
-            "give the folder that save_to_disk wrote"
+            f"SOURCE {arguments.source!r} is a file of lengths, which can be planned for (--plan-only, --compare) but "
+            "not packed; give a folder of save_to_disk, or a file .parquet, .jsonl, .json or .arrow with rows"
         )
     ((_, histogram),) = _load_histograms(arguments)
     limits = arguments.max_sequence_length, arguments.max_sequences_per_pack
@@ -203,10 +247,10 @@ def _load_histograms(arguments: argparse.Namespace):
     from .packers import checked_limit
 
     limit = checked_limit("max_sequence_length", arguments.max_sequence_length)
-    if Path(arguments.source).is_file():
+    if _is_lengths(arguments.source):
         yield "", cut_histogram(read_histogram(arguments.source), limit, arguments.overlong)
         return
-    for name, dataset in _load_splits(arguments.source).items():
+    for name, dataset in _load_splits(arguments).items():
         try:
             read = arguments.overlong, arguments.token_columns, arguments.pad_token_id
             histogram = dataset_histogram(dataset, limit, *read)
@@ -215,35 +259,37 @@ def _load_histograms(arguments: argparse.Namespace):
         yield name, histogram
 
 
-def _load_splits(source: str) -> dict:
-    """{split: Dataset}; a Dataset without splits is {"": Dataset}."""
-    import datasets
-    import pyarrow as pa
+def _is_lengths(source: str) -> bool:
+    from .load import holds_rows
 
-    if not Path(source).is_dir():
-        raise FileNotFoundError(f"SOURCE {source!r} is not a folder; give one that save_to_disk wrote")
-    try:
-        loaded = datasets.load_from_disk(source)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"SOURCE {source!r} was not written by save_to_disk: {error}") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's word: not readable, for one
-            raise
-        raise ValueError(f"{_damaged_file(source)} is damaged: {error}; make it anew") from None
-    return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    return Path(source).is_file() and not holds_rows(source)
 
 
-def _damaged_file(source: str) -> str:
-    """The first file that cannot be opened."""
-    import pyarrow as pa
+def _load_splits(arguments: argparse.Namespace) -> dict:
+    """{split: Dataset with input_ids}; a Dataset without splits is {"": Dataset}."""
+    from .engines import checked_num_proc
+    from .load import load_splits, suggestion
 
-    for path in sorted(Path(source).rglob("*.arrow")):
+    num_proc = checked_num_proc(arguments.num_proc)
+    if arguments.text_column is not None:
+        from .tokenizing import load_tokenizer, tokenize
+
+        tokenizer = load_tokenizer(arguments.tokenizer)
+        texts = [name for name in (arguments.text_column, arguments.text_pair_column) if name is not None]
+    splits = load_splits(arguments.source, num_proc)
+    for name, dataset in splits.items():
         try:
-            with pa.memory_map(str(path)) as file:
-                pa.ipc.open_stream(file).read_all()
-        except (pa.ArrowInvalid, OSError):
-            return repr(str(path))
-    return f"SOURCE {source!r}"
+            if arguments.text_column is not None:
+                splits[name] = tokenize(dataset, tokenizer, texts, arguments.keep_text, num_proc)
+            elif "input_ids" not in dataset.column_names:
+                names = dataset.column_names
+                raise ValueError(
+                    f"no column 'input_ids' among {', '.join(names)}{suggestion('input_ids', names)}; tokenize before "
+                    "packing, or let it be done here: --text-column NAME --tokenizer FOLDER_OR_NAME"
+                )
+        except ValueError as error:
+            raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None
+    return splits
 
 
 def _prepare(name: str, dataset, arguments: argparse.Namespace):

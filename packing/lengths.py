@@ -145,6 +145,11 @@ def _read_json(path: Path) -> np.ndarray:
 
 def _read_npy(path: Path) -> np.ndarray:
     array = np.load(path, allow_pickle=False)
+    if array.ndim == 1 and array.dtype.kind in "iu" and array[:1].tolist() == [0]:
+        raise ValueError(
+            "its first number is 0, and a length is at least 1. Flat arrays are lengths, one a sequence; a histogram "
+            "that is indexed by length goes into an .npz, as its array `histogram`"
+        )
     return _from_counts(array) if array.ndim == 2 else length_histogram(array)
 
 

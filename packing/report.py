@@ -45,6 +45,8 @@ def check_report(path: str | PathLike):
     ending = Path(path).suffix.lower()
     if ending not in WRITERS:
         raise ValueError(f"a report is written as {' or '.join(WRITERS)}, by the file's ending; got {str(path)!r}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"the report {str(path)!r} is a folder; give the name of a file in it")
     if not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(Path(path).parent)!r} to write the report {path} to")
     _new_figure()

@@ -64,7 +64,7 @@ def test_plan_only_writes_nothing(tmp_path, source, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing", "packed"], "pack-dataset: SOURCE 'missing' is not a folder"),
+        (["missing", "packed"], "pack-dataset: there is no SOURCE 'missing'; give a folder"),
         (["folder", "packed"], "pack-dataset: SOURCE 'folder' was not written by save_to_disk"),
         (["source", "single"], "pack-dataset: output 'single' exists already"),
         (["source", "packed", "--max-sequence-length", "9"], "pack-dataset: split 'a': row "),

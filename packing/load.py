@@ -1,0 +1,395 @@
+"""Where sequences come from: SOURCE of the command -> {split: datasets.Dataset}.
+
+folder of save_to_disk          opened where it lies; a DatasetDict has splits
+.arrow, a stream                mapped into memory where it lies
+.parquet, .jsonl, .json, .arrow converted once by datasets.load_dataset, into its cache (HF_DATASETS_CACHE says where);
+    (a file), also .jsonl.gz    a file that has changed since is converted anew
+folder or glob of such files    one after the other, by name, subfolders too. Names that say train, validation or test
+                                make splits
+OWNER/NAME, OWNER/NAME:CONFIG   a dataset of the hub, by datasets.load_dataset
+
+Files of one dataset have the same columns of the same types; which file differs, or is damaged, is said.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+# Ending -> builder of the datasets library.
+KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
+ENDINGS = ".parquet, .jsonl, .json or .arrow"
+ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "manifest.json")  # files beside data, no rows in them
+
+# Words in a name that say which split a file belongs to, as on the hub.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+FIRST_BLOCK = 1 << 20  # bytes of a JSON file that its columns are read from
+
+
+def holds_rows(source: str) -> bool:
+    """Whether a file is one of sequences, and not of lengths: by its ending, and a .json by how it begins.
+
+    [{"input_ids": …    {"input_ids": …    rows              [12, 7, …    {"12": 1, …    lengths
+    """
+    path = Path(source)
+    if path.suffix.lower() != ".json":
+        return _kind(path) is not None
+    with path.open("rb") as file:
+        begin = file.read(1 << 16).decode("utf-8-sig", "replace")
+    return re.match(r'\s*(\[\s*\{|\{\s*"(?!\s*\d+\s*"\s*:))', begin) is not None
+
+
+def load_splits(source: str, num_proc: int = 1) -> dict[str, datasets.Dataset]:
+    """Open or convert a source; "" is one without splits. num_proc: processes that convert.
+
+    Raises FileNotFoundError, ValueError or OSError that names the file, and the column or line, that is wrong.
+    """
+    import datasets
+
+    path = Path(source)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return _splits_of(datasets.load_from_disk(source))
+    splits = find_files(source)
+    if splits is None:
+        return _load_from_hub(source)
+    (kind,) = {_kind(file) for files in splits.values() for file in files}
+    return {name: _load_files(kind, files, num_proc) for name, files in splits.items()}
+
+
+def find_files(source: str) -> dict[str, list[Path]] | None:
+    """{split: files}, all of one kind, sorted by name; None: source is the name of a dataset on the hub."""
+    path = Path(source)
+    if path.is_file():
+        root, files = path.parent, [path]
+    elif path.is_dir():
+        root, files = path, sorted(f for f in path.rglob("*") if f.is_file() and not _is_hidden(f.relative_to(path)))
+        if not any(_kind(file) for file in files):
+            raise FileNotFoundError(f"SOURCE {source!r} was not written by save_to_disk, and holds no file {ENDINGS}")
+    elif glob.has_magic(source):
+        files = sorted(f for f in map(Path, glob.glob(source, recursive=True)) if f.is_file())
+        root = Path(*[part for part in path.parts if not glob.has_magic(part)])
+        if not files:
+            raise FileNotFoundError(f"SOURCE {source!r} matches no file")
+    elif HUB_NAME.fullmatch(source) and not path.parent.exists():
+        return None
+    else:
+        raise FileNotFoundError(
+            f"there is no SOURCE {source!r}; give a folder that save_to_disk wrote, a file {ENDINGS}, a folder or a "
+            "quoted glob of such files, or OWNER/NAME of a dataset on the hub"
+        )
+    files = [file for file in files if _kind(file) and file.name not in ABOUT] if len(files) > 1 else files
+    kinds = {_kind(file): file for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"files of several kinds, {_listed(kinds.values())}; give a glob for one: 'FOLDER/*.parquet'")
+    if not all(kinds):
+        raise ValueError(f"{str(files[0])!r} is no file {ENDINGS}; convert it")
+    return _by_split(files, root)
+
+
+def _by_split(files: list[Path], root: Path) -> dict[str, list[Path]]:
+    """By the words in their names, or in the name of the folder that they are in; {"": all} if all say the same."""
+    splits: dict[str | None, list[Path]] = {}
+    for file in files:
+        name = file.name.removesuffix(".gz")
+        split = _split_of(name[: name.rindex(".")]) or (_split_of(file.parent.name) if file.parent != root else None)
+        splits.setdefault(split, []).append(file)
+    if len(splits) == 1:
+        return {"": files}
+    if None in splits:
+        unnamed = splits.pop(None)
+        split, (named, *_) = next(iter(splits.items()))
+        raise ValueError(
+            f"{str(named)!r} is named as of split {split!r}, but {str(unnamed[0])!r} as of none; "
+            "give a glob for those that belong together, or move the others away"
+        )
+    return {split: splits[split] for split in SPLITS if split in splits}
+
+
+def _split_of(name: str) -> str | None:
+    """ "wiki_train-00000-of-00002" -> "train"; None where no word says so, or two do."""
+    found = {SPLIT_OF_WORD[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_OF_WORD}
+    return found.pop() if len(found) == 1 else None
+
+
+def _kind(file: Path) -> str | None:
+    """The builder for a file's ending; None: it has another."""
+    name = file.name.lower()
+    if name.endswith((".jsonl.gz", ".json.gz")):
+        return "json"
+    return KINDS.get(Path(name).suffix)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _listed(files) -> str:
+    return " and ".join(repr(str(file)) for file in files)
+
+
+# Opening files
+
+
+def _load_files(kind: str, files: list[Path], num_proc: int) -> datasets.Dataset:
+    """All rows of files of one kind, in the order of the files."""
+    import datasets
+
+    opened = [(file, *READERS[kind](file)) for file in files]
+    with_rows = [(file, schema, is_stream) for file, schema, is_stream in opened if schema is not None]
+    if not with_rows:
+        raise ValueError(f"{_listed(files[:1])} {'has' if len(files) == 1 else 'and the other files have'} no rows")
+    _refuse_differences([(file, schema) for file, schema, _ in with_rows])
+    files = [file for file, _, _ in with_rows]
+    if all(is_stream for _, _, is_stream in with_rows):
+        loaded = datasets.concatenate_datasets([_map_stream(file) for file in files])
+    else:
+        loaded = _convert(kind, files, num_proc)
+    # What the conversion notes about itself (its name, its sizes) is no property of the rows.
+    info = datasets.DatasetInfo(features=loaded.features)
+    return datasets.Dataset(loaded.data, info=info, fingerprint=loaded._fingerprint)
+
+
+def _map_stream(file: Path) -> datasets.Dataset:
+    import datasets
+    import pyarrow as pa
+
+    try:
+        dataset = datasets.Dataset.from_file(str(file))
+        for batch in dataset.data.to_batches():
+            batch.validate(full=True)  # offsets lead into memory: kernels do not look
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(file, error) from None
+    return dataset
+
+
+def _convert(kind: str, files: list[Path], num_proc: int) -> datasets.Dataset:
+    import datasets
+
+    # The library would take a file for unchanged that has another content and the same time of modification.
+    stamps = [file.stat() for file in files]
+    stamp = zlib.crc32(repr([(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stamps]).encode())
+    patterns = [glob.escape(str(file.absolute())) for file in files]
+    num_proc = min(num_proc, len(files))
+    try:
+        return datasets.load_dataset(
+            kind,
+            name=f"pack-dataset-{stamp:08x}",
+            data_files={"train": patterns},
+            split="train",
+            num_proc=num_proc if num_proc > 1 else None,
+        )
+    except (datasets.exceptions.DatasetsError, ValueError, TypeError, KeyError) as error:
+        FIND_DAMAGE[kind](files)
+        cause = error.__cause__ or error
+        named, cache = str(files[0]), datasets.config.HF_DATASETS_CACHE
+        others = f" and {len(files) - 1} more" * (len(files) > 1)
+        raise ValueError(f"{named!r}{others} cannot be converted to Arrow in {str(cache)!r}: {cause}") from None
+
+
+def _load_from_hub(source: str) -> dict[str, datasets.Dataset]:
+    import datasets
+
+    try:
+        return _splits_of(datasets.load_dataset(*source.split(":")))
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise ValueError(
+            f"there is no file or folder {source!r}, and the hub gave no dataset of that name: {error}"
+        ) from None
+
+
+def _splits_of(loaded) -> dict[str, datasets.Dataset]:
+    import datasets
+
+    return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+
+
+def suggestion(name: str, names: list[str]) -> str:
+    """'; did you mean …?' or nothing."""
+    close = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# Columns, before anything is converted: file -> (its schema, None if it has no rows; whether it can be mapped)
+
+
+def _open_parquet(file: Path) -> tuple[pa.Schema | None, bool]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as opened:
+            return opened.schema_arrow if opened.metadata.num_rows else None, False
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(file, error) from None
+
+
+def _open_arrow(file: Path) -> tuple[pa.Schema | None, bool]:
+    import pyarrow as pa
+
+    try:
+        schema, is_stream, batches = _arrow_batches(file)
+        return schema if any(batch.num_rows for batch in batches) else None, is_stream
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(file, error) from None
+
+
+def _arrow_batches(file: Path) -> tuple[pa.Schema, bool, Iterator[pa.RecordBatch]]:
+    """The schema; whether it is a stream, and no file; the batches."""
+    import pyarrow as pa
+
+    mapped = pa.memory_map(str(file))
+    is_stream = mapped.read(6) != b"ARROW1"
+    mapped.seek(0)
+    reader = pa.ipc.open_stream(mapped) if is_stream else pa.ipc.open_file(mapped)
+    batches = iter(reader) if is_stream else map(reader.get_batch, range(reader.num_record_batches))
+    return reader.schema, is_stream, batches
+
+
+def _open_json(file: Path) -> tuple[pa.Schema | None, bool]:
+    """The columns of the first lines."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.json
+
+    try:
+        with _unzipped(file) as opened:
+            begin = (opened.read(FIRST_BLOCK) + opened.readline()).removeprefix(BYTE_ORDER_MARK).lstrip()
+        if begin[:1] == b"[" and begin[1:].lstrip()[:1] == b"{":  # the library would round its numbers to ten digits
+            raise ValueError(f"{str(file)!r} is one JSON list; write one object a line: jq -c '.[]' FILE > FILE.jsonl")
+        if not begin:
+            return None, False
+        options = pyarrow.json.ReadOptions(block_size=len(begin) + 1)
+        return pyarrow.json.read_json(io.BytesIO(begin), read_options=options).schema, False
+    except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as error:
+        _find_bad_line([file])
+        raise _damaged(file, error) from None
+
+
+READERS = {"parquet": _open_parquet, "arrow": _open_arrow, "json": _open_json}
+
+
+def _refuse_differences(schemas: list[tuple[Path, pa.Schema]]) -> None:
+    """Raise ValueError for the first file whose columns, or what they hold, are not those of the first file.
+
+    What holds no value yet (null) may turn out to be anything."""
+    (first, expected), *others = [(file, _features(file, schema)) for file, schema in schemas]
+    for file, found in others:
+        for name in [*expected, *(name for name in found if name not in expected)]:
+            if name not in found or name not in expected:
+                has, lacks = (first, file) if name in expected else (file, first)
+                raise ValueError(f"{str(has)!r} has a column {name!r}, and {str(lacks)!r} has none; make them alike")
+            if found[name] != expected[name] and "null" not in str(found[name]) + str(expected[name]):
+                raise ValueError(
+                    f"column {name!r} is {expected[name]} in {str(first)!r}, but {found[name]} in {str(file)!r}; "
+                    "make them alike"
+                )
+
+
+def _features(file: Path, schema: pa.Schema) -> dict:
+    import datasets
+
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except (ValueError, NotImplementedError, KeyError) as error:
+        raise ValueError(f"{str(file)!r} holds a type of column that datasets has not: {error}") from None
+
+
+# Damage: looked for in every file once something has failed
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{str(file)!r} cannot be read, it is damaged or no {file.suffix} file: {error}")
+
+
+def _find_bad_pages(files: list[Path]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as opened:
+                for _ in opened.iter_batches():
+                    pass
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _damaged(file, error) from None
+
+
+def _find_bad_batch(files: list[Path]) -> None:
+    import pyarrow as pa
+
+    for file in files:
+        try:
+            for batch in _arrow_batches(file)[2]:
+                batch.validate(full=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _damaged(file, error) from None
+
+
+def _find_bad_line(files: list[Path]) -> None:
+    """A line that is no JSON object, or has a value of another kind than the lines before it, in any of the files."""
+    kinds: dict[str, set[str]] = {}
+    for file in files:
+        number = 0
+        try:
+            for number, line in enumerate(_lines(file), 1):
+                row = json.loads(line) if line.strip() else {}
+                if not isinstance(row, dict):
+                    raise TypeError(
+                        f"{str(file)!r} line {number} holds {type(row).__name__}; each line is an object: "
+                        '{"input_ids": […]}'
+                    )
+                for name, value in row.items():
+                    found, before = _kinds_of(value), kinds.setdefault(name, set())
+                    if found and before and found != before:
+                        raise TypeError(
+                            f"{str(file)!r} line {number} holds {', '.join(sorted(found))} in column {name!r}, and "
+                            f"lines before it hold {', '.join(sorted(before))}; make them alike"
+                        )
+                    before |= found
+        except ValueError as error:
+            raise ValueError(f"{str(file)!r} line {number} is no JSON: {error}") from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise _damaged(file, error) from None
+
+
+def _kinds_of(value) -> set[str]:
+    """1.5 -> {number}    [1, None] -> {list, number}    "a" -> {str}    None -> {}"""
+    if isinstance(value, list):
+        return {"list"}.union(*map(_kinds_of, value)) if value else set()
+    if value is None:
+        return set()
+    return {"number" if type(value) in (int, float) else type(value).__name__}
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    with _unzipped(file) as opened:
+        for number, line in enumerate(opened):
+            yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+
+
+def _unzipped(file: Path):
+    import gzip
+
+    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
+
+
+FIND_DAMAGE = {"parquet": _find_bad_pages, "arrow": _find_bad_batch, "json": _find_bad_line}

@@ -1,0 +1,134 @@
+"""Text -> tokens: a column of a dataset by a tokenizer of transformers, in parallel, ready to be packed.
+
+text          label          input_ids      token_type_ids   label
+"we must"     a       ->     [2 57 92 3]    [0 0 0 0]        a
+
+Nothing is truncated or padded: what does not fit into a pack is what `overlong` is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from .arrow import null_rows
+from .fingerprint import column_prints, combined_print
+from .load import suggestion
+from .source import chosen_rows
+
+# Types of what tokenizers give. Whatever it is not in here is no column of tokens, or is not wanted.
+TYPES = {"input_ids": "int32", "token_type_ids": "int8"}
+
+
+def load_tokenizer(name: str):
+    """A tokenizer of transformers, by its folder or its name on the hub. Raises if packs could not be made with it."""
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"tokenizing needs transformers ({error}): pip install 'dataset-packing[train]'"
+        ) from None
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {name!r} with a tokenizer; give one that save_pretrained wrote")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"no tokenizer in {name!r}: {' '.join(str(error).split())}") from None
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer {name!r} ({type(tokenizer).__name__}) has no fast version; tokenize in Python with "
+            "Dataset.map, and pack the column input_ids"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"tokenizer {name!r} has no pad token, which training fills packs up with; set tokenizer.pad_token, "
+            "save it with save_pretrained, and give that folder"
+        )
+    return tokenizer
+
+
+def tokenize(
+    dataset: datasets.Dataset,
+    tokenizer,
+    text_columns: Sequence[str],
+    keep_text: bool = False,
+    num_proc: int = 1,
+) -> datasets.Dataset:
+    """Replace one column of texts, or two that make pairs, by their tokens; the other columns stay.
+
+    num_proc: processes that tokenize. One has as many threads as there are cores; more pay where reading texts and
+    writing tokens takes longer than that.
+
+    Kept in the cache of the datasets library (HF_DATASETS_CACHE), under the content of the texts and of the tokenizer:
+    the same texts are not tokenized twice, and texts that have changed are.
+    """
+    if not len(dataset):
+        raise ValueError("the dataset is empty: it has no texts to tokenize")
+    for name in text_columns:
+        _check_text(dataset, name)
+    taken = [name for name in (*TYPES, "attention_mask") if name in dataset.column_names]
+    if taken:
+        raise ValueError(f"column {taken[0]!r} is there already, so texts were tokenized before: give no text column")
+    names = [name for name in TYPES if name in ("input_ids", *tokenizer.model_input_names)]
+    work = _Tokenize(tokenizer, tuple(text_columns), tuple(names))
+    features = {name: dataset.features[name] for name in dataset.column_names if keep_text or name not in text_columns}
+    features |= {name: _list_of(datasets.Value(TYPES[name])) for name in names}
+    fingerprint = _fingerprint(dataset, work, keep_text)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset"
+    folder.mkdir(parents=True, exist_ok=True)
+    return dataset.map(
+        work,
+        batched=True,
+        remove_columns=None if keep_text else list(text_columns),
+        features=datasets.Features(features),
+        num_proc=num_proc if num_proc > 1 else None,
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,
+        desc="tokenizing",
+    )
+
+
+class _Tokenize:
+    """For Dataset.map: texts of some rows -> their tokens."""
+
+    def __init__(self, tokenizer, text_columns: tuple[str, ...], names: tuple[str, ...]):
+        self.tokenizer, self.text_columns, self.names = tokenizer, text_columns, names
+
+    def __call__(self, rows) -> dict[str, list]:
+        texts = [list(rows[name]) for name in self.text_columns]
+        whole = {"truncation": False, "padding": False, "verbose": False}
+        types = "token_type_ids" in self.names
+        found = self.tokenizer(*texts, return_attention_mask=False, return_token_type_ids=types, **whole)
+        return {name: found[name] for name in self.names}
+
+
+def _check_text(dataset: datasets.Dataset, name: str) -> None:
+    if name not in dataset.column_names:
+        names = dataset.column_names
+        raise ValueError(f"no column {name!r} among {', '.join(names)}{suggestion(name, names)}")
+    column = dataset.data.column(name)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise ValueError(f"column {name!r} holds {column.type}; texts to tokenize are strings")
+    nulls = null_rows(column, chosen_rows(dataset))
+    if nulls.any():
+        row = int(np.argmax(nulls))
+        raise ValueError(f"column {name!r} has no text (null) in row {row}; fill it in or leave the row out")
+
+
+def _fingerprint(dataset: datasets.Dataset, work: _Tokenize, keep_text: bool) -> str:
+    """Of all columns, what is to be done with them, and by which tokenizer."""
+    import tokenizers
+
+    tokenizer = type(work.tokenizer).__name__, tokenizers.__version__, work.tokenizer.backend_tokenizer.to_str()
+    parts = combined_print(column_prints(dataset)), str(dataset.features), tokenizer
+    return xxhash.xxh3_128(repr((parts, work.text_columns, work.names, keep_text)).encode()).hexdigest()
+
+
+def _list_of(feature):
+    # datasets before 4.0 has no List, and takes a Python list for one.
+    return datasets.List(feature) if hasattr(datasets, "List") else [feature]
