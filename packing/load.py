@@ -62,16 +62,36 @@ def load_splits(source: str, num_proc: int = 1) -> dict[str, datasets.Dataset]:
 
     Raises FileNotFoundError, ValueError or OSError that names the file, and the column or line, that is wrong.
     """
-    import datasets
 
     path = Path(source)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _splits_of(datasets.load_from_disk(source))
+        return _open_saved(source)
     splits = find_files(source)
     if splits is None:
         return _load_from_hub(source)
     (kind,) = {_kind(file) for files in splits.values() for file in files}
     return {name: _load_files(kind, files, num_proc) for name, files in splits.items()}
+
+
+def _open_saved(source: str) -> dict[str, datasets.Dataset]:
+    """A folder of save_to_disk."""
+    import datasets
+    import pyarrow as pa
+
+    try:
+        return _splits_of(datasets.load_from_disk(source))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"SOURCE {source!r} was not written whole by save_to_disk: {error}") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's word: not readable, for one
+            raise
+        for file in sorted(Path(source).rglob("*.arrow")):
+            try:
+                for _ in _arrow_batches(file)[2]:
+                    pass
+            except (pa.ArrowInvalid, OSError):
+                raise ValueError(f"{str(file)!r} is damaged: {error}; make it anew") from None
+        raise ValueError(f"SOURCE {source!r} is damaged: {error}; make it anew") from None
 
 
 def find_files(source: str) -> dict[str, list[Path]] | None:

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import reference
-from packing.load import find_files, holds_rows, load_splits
 
 from packing import cli, pack_dataset
+from packing.load import find_files, holds_rows, load_splits
 
 datasets.disable_progress_bars()
 
