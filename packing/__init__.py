@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .plan import PackPlan
     from .report import write_report
     from .stream import pack_stream
+    from .unpack import unpack_dataset
+    from .verify import verify_packed
 
 __all__ = [
     "PACKERS",
@@ -41,6 +43,8 @@ __all__ = [
     "published_histogram",
     "read_histogram",
     "step_costs",
+    "unpack_dataset",
+    "verify_packed",
     "write_report",
 ]
 
@@ -66,6 +70,8 @@ _MODULES = {
     "published_histogram": "lengths",
     "read_histogram": "lengths",
     "step_costs": "balance",
+    "unpack_dataset": "unpack",
+    "verify_packed": "verify",
     "write_report": "report",
 }
 

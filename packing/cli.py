@@ -18,6 +18,7 @@ examples:
   pack-dataset tokenized packed                          packs of 512 tokens
   pack-dataset tokenized packed --max-sequence-length 128 --overlong truncate
   pack-dataset tokenized packed --pad-token-id 0         rows are padded, and have no attention_mask
+  pack-dataset verify packed --source tokenized          is all of it there? (--help says more)
 
 sources:
   pack-dataset tokenized packed                          a folder of save_to_disk
@@ -41,6 +42,11 @@ columns length,count, a .json object {"length": count}, an .npy array of rows le
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. 0: done; 2: the input was refused, with one line on stderr that says why."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["verify"]:  # a SOURCE of that name is ./verify
+        from .verify_command import main as verify_main
+
+        return verify_main(argv[1:])
     parser = make_parser()
     arguments, others = parser.parse_known_args(argv)
     if others:

@@ -160,9 +160,9 @@ class EpochPacks:
         begins = assignment.pack_offsets[packs].astype(np.int64)
         per_pack = _offsets(assignment.pack_offsets[packs + 1].astype(np.int64) - begins)
         places = np.repeat(begins - per_pack[:-1], np.diff(per_pack)) + np.arange(per_pack[-1])
-        return self._table(assignment.sequence_indices[places].astype(np.int64), per_pack)
+        return self.table(assignment.sequence_indices[places].astype(np.int64), per_pack)
 
-    def _table(self, sequences: np.ndarray, per_pack: np.ndarray) -> pa.Table:
+    def table(self, sequences: np.ndarray, per_pack: np.ndarray) -> pa.Table:
         """Sequences by their stored number, per_pack[i] to per_pack[i + 1] in pack i."""
         rows = np.searchsorted(self._pack_offsets, sequences, side="right") - 1
         first = self._pack_offsets[rows]

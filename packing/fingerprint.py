@@ -61,6 +61,13 @@ def combined_print(prints: tuple[ColumnPrint, ...]) -> str:
     return xxhash.xxh3_128("\n".join(f"{p.name} {p.type} {p.xxh3}" for p in prints).encode()).hexdigest()
 
 
+def array_print(array: pa.Array) -> bytes:
+    """The digest of an Arrow array: that of its values, wherever they lie."""
+    hasher = _Hasher()
+    hasher.add_array(array)
+    return hasher.xxh3.digest()
+
+
 def _blocks(num_rows: int) -> list[tuple[int, int]]:
     return [(i, min(i + BLOCK_ROWS, num_rows)) for i in range(0, num_rows, BLOCK_ROWS)]
 

@@ -249,6 +249,58 @@ def random_rows(seed, count, longest, padded=False):
     return rows
 
 
+def what_a_row_becomes(row, column, start, longest, overlong, keeps_closing):
+    """The values of one token-level column in the sequence that begins with the row's token `start`."""
+    mask = row.get("attention_mask", [1] * len(row["input_ids"]))
+    values = trim(row[column], mask)
+    if overlong == "split":
+        first = start - mask.index(1)
+        return values[first : first + longest]
+    if overlong == "truncate" and len(values) > longest:
+        return values[: longest - 1] + values[-1:] if keeps_closing else values[:longest]
+    return values
+
+
+def faults(packs, rows, token_columns, longest, depth, overlong):
+    """Where packs (dicts) are not made of rows (dicts), by the rule for rows that are too long.
+
+    A set of (pack, sequence, column); a column of another length than its pack: (pack, None, column); a row that is
+    in no pack, or in none that adds up: (None, row, None)."""
+    said, seen = set(), []
+    last_tokens = {trim(r["input_ids"], r.get("attention_mask", [1] * len(r["input_ids"])))[-1] for r in rows}
+    whole = [len(what_a_row_becomes(row, "input_ids", 0, longest, "error", True)) for row in rows]
+    for number, pack in enumerate(packs):
+        lengths, broken = pack["sequence_lengths"], set()
+        broken |= {(number, i, "sequence_lengths") for i, n in enumerate(lengths) if not 1 <= n <= longest}
+        for column, values in pack.items():
+            if len(values) != (sum(lengths) if column in token_columns else len(lengths)):
+                broken.add((number, None, column))
+        said |= broken
+        if sum(lengths) > longest or not lengths or len(lengths) > (depth or len(lengths)):
+            said.add((number, None, "sequence_lengths"))
+        if broken:
+            continue
+        end = 0
+        for i, (row, length) in enumerate(zip(pack["sequence_indices"], lengths, strict=True)):
+            first, end = end, end + length
+            if (row in seen and overlong != "split") or (overlong == "drop" and whole[row] > longest):
+                said.add((number, i, "sequence_indices"))
+            seen.append(row)
+            start = pack["sequence_starts"][i] if overlong == "split" else 0
+            rule = start, longest, overlong, len(last_tokens) == 1
+            if len(what_a_row_becomes(rows[row], "input_ids", *rule)) != length:
+                said.add((number, i, "sequence_lengths"))
+            else:
+                for column in token_columns:
+                    if pack[column][first:end] != what_a_row_becomes(rows[row], column, *rule):
+                        said.add((number, i, column))
+            for column in set(rows[row]) - set(token_columns) - {"attention_mask"}:
+                if pack[column][i] != rows[row][column]:
+                    said.add((number, i, column))
+    dropped = {row for row in range(len(rows)) if overlong == "drop" and whole[row] > longest}
+    return said | {(None, row, None) for row in set(range(len(rows))) - set(seen) - dropped}
+
+
 # Sentence pairs: BERT's and ALBERT's way of building them, sentence by sentence and token by token.
 
 

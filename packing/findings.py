@@ -1,0 +1,108 @@
+"""What a verification finds: problems with a name and a place, counted in full and listed up to a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+CHECKS = {
+    "files": "every file is there, with the bytes that were written",
+    "columns": "columns and types are those that packing made",
+    "packs": "lengths add up, no pack is over its limits, and there are as many as were made",
+    "sequences": "every source row exactly once",
+    "source": "every value is the source's",
+}
+SHOWN = 60  # characters of a value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong, and where.
+
+    check: a name in CHECKS. pack: row of the packed dataset. sequence: slot in the pack, from 0. position: token in the
+    pack, from 0. row: of the source. None: does not apply.
+    """
+
+    check: str
+    what: str
+    file: str | None = None
+    pack: int | None = None
+    sequence: int | None = None
+    position: int | None = None
+    row: int | None = None
+    column: str | None = None
+    expected: object = None
+    found: object = None
+
+    def __str__(self) -> str:
+        named = ("file", self.file), ("pack", self.pack), ("sequence", self.sequence), ("position", self.position)
+        named += ("source row", self.row), ("column", self.column)
+        place = ", ".join(f"{name} {value}" for name, value in named if value is not None)
+        values = ""
+        if self.expected is not None or self.found is not None:
+            values = f": {_shown(self.found)} found, {_shown(self.expected)} expected"
+        return f"{place}: {self.what}{values}" if place else f"{self.what}{values}"
+
+
+class Findings:
+    """Collects problems: all are counted, the first `limit` of each check are kept."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.counts = dict.fromkeys(CHECKS, 0)
+        self.problems: list[Problem] = []
+
+    def add(self, check: str, what: str, **where) -> None:
+        self.counts[check] += 1
+        if self.counts[check] <= self.limit:
+            self.problems.append(Problem(check=check, what=what, **where))
+
+    def add_all(self, check: str, what: str, places: np.ndarray, describe: Callable[[int], dict]) -> None:
+        """One for each place; describe(place) says where it is, and is asked only for those that are kept."""
+        room = max(0, self.limit - self.counts[check])
+        self.counts[check] += len(places)
+        for place in places[:room].tolist():
+            self.problems.append(Problem(check=check, what=what, **describe(place)))
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """The outcome. looked_at: for each check, what was looked at, or why nothing was.
+
+    counts: problems of each check, all of them. problems: the first of each check.
+    """
+
+    looked_at: dict[str, str]
+    counts: dict[str, int]
+    problems: tuple[Problem, ...]
+
+    @property
+    def num_problems(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def ok(self) -> bool:
+        return not self.num_problems
+
+    def __str__(self) -> str:
+        """
+        check      looked at                     problems
+        files      3 files, 1,024 bytes                 0
+        """
+        width = max(map(len, [*self.looked_at.values(), "looked at"]))
+        lines = [f"{'check':9}  {'looked at':{width}}  problems"]
+        lines += [f"{check:9}  {self.looked_at[check]:{width}}  {self.counts[check]:8,}" for check in CHECKS]
+        for check in CHECKS:
+            listed = [problem for problem in self.problems if problem.check == check]
+            lines += [f"{check}: {problem}" for problem in listed]
+            if more := self.counts[check] - len(listed):
+                lines.append(f"{check}: … and {more:,} more")
+        total = f"{self.num_problems:,} problem{'s' if self.num_problems != 1 else ''}"
+        return "\n".join([*lines, "verified: nothing is wrong" if self.ok else f"not verified: {total}"])
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
