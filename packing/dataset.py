@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .assignment import Assignment, assign, checked_seed
 from .balance import balance_packs, checked_packs_per_step, step_costs
 from .engines import checked_num_proc, write_here, write_in_pool
-from .fingerprint import ColumnPrint, column_prints, combined_print
+from .fingerprint import ColumnPrint, column_prints, combined_print, in_background
 from .folder import check_space, check_target, checksum, partial_folder, sync, write_state
 from .histogram import length_histogram
 from .info import PackedInfo
@@ -338,7 +338,7 @@ def prepare_packing(
     source = read_source(dataset, token_columns, pad_token_id)
     sequences = cut_sequences(source, max_sequence_length, overlong)
     _refuse_moved_answers(source, sequences, overlong)
-    hashing = _in_background(column_prints, dataset) if to_write else None
+    hashing = in_background(column_prints, dataset) if to_write else None
     histogram = length_histogram(sequences.lengths, max_sequence_length)
     plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, packer, progress=progress)
     balanced, before, after = None, None, None
@@ -367,13 +367,6 @@ def prepare_packing(
         step_costs_after=after,
     )
     return Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id, hashing)
-
-
-def _in_background(function, *arguments) -> Future:
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(function, *arguments)
-    pool.shutdown(wait=False)
-    return future
 
 
 def _check_dataset(dataset) -> None:

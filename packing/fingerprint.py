@@ -10,8 +10,9 @@ memory, and stays when a file is changed in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from .arrow import TokenColumn, Values, is_list, open_token_column
 from .source import chosen_rows
 
 BLOCK_ROWS = 1 << 12  # hashed by themselves, so that several threads may; part of what a fingerprint is
+DIGEST_BYTES = 16
 GATHERED_TOKENS = 1 << 20  # where rows lie apart, tokens are gathered so many at a time
 
 
@@ -44,15 +46,10 @@ def column_prints(dataset) -> tuple[ColumnPrint, ...]:
     list of numbers, a few megabytes of others.
     """
     rows, prints = chosen_rows(dataset), []
-    with ThreadPoolExecutor(config.NUMBA_NUM_THREADS) as pool:
-        for name in dataset.data.column_names:
-            column = dataset.data.column(name)
-            digest_block = _block_digester(name, column, rows)
-            whole, size = xxhash.xxh3_128(), 0
-            for digest, block_bytes in pool.map(digest_block, _blocks(len(dataset))):
-                whole.update(digest)
-                size += block_bytes
-            prints.append(ColumnPrint(name, str(column.type), size, whole.hexdigest()))
+    for name in dataset.data.column_names:
+        column = dataset.data.column(name)
+        digests, sizes = _digest_blocks(_block_digester(name, column, rows), len(dataset))
+        prints.append(ColumnPrint(name, str(column.type), int(sizes.sum()), xxhash.xxh3_128_hexdigest(digests)))
     return tuple(prints)
 
 
@@ -68,8 +65,36 @@ def array_print(array: pa.Array) -> bytes:
     return hasher.xxh3.digest()
 
 
-def _blocks(num_rows: int) -> list[tuple[int, int]]:
-    return [(i, min(i + BLOCK_ROWS, num_rows)) for i in range(0, num_rows, BLOCK_ROWS)]
+def in_background(function: Callable, *arguments) -> Future:
+    """Call it in a thread that an interpreter that ends does not wait for: hashing can take minutes."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _digest_blocks(digest_block: Callable, num_rows: int) -> tuple[bytearray, np.ndarray]:
+    """The digests of all blocks, end to end, and the bytes of each; by several threads, which take them in turn."""
+    num_blocks = -(-num_rows // BLOCK_ROWS)
+    digests, sizes = bytearray(DIGEST_BYTES * num_blocks), np.zeros(num_blocks, np.int64)
+    turns = iter(range(num_blocks))  # next() of it is atomic
+
+    def work() -> None:
+        for block in turns:
+            bounds = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, num_rows)
+            digest, sizes[block] = digest_block(bounds)
+            digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES] = digest
+
+    workers = [in_background(work) for _ in range(min(config.NUMBA_NUM_THREADS, num_blocks))]
+    for worker in workers:
+        worker.result()
+    return digests, sizes
 
 
 def _block_digester(name: str, column: pa.ChunkedArray, rows: np.ndarray | None):
