@@ -172,7 +172,7 @@ class EpochPacks:
         arrays = {}
         for name, (column, type_) in self._columns.items():
             counts, places, offsets = of_tokens if name in self._info.token_columns else of_sequences
-            starts = column.starts[rows] + places
+            starts = column.find(rows)[0] + places
             arrays[name] = list_array(offsets, column.gather(starts, counts, starts + counts - 1), type_)
         return pa.table(arrays)
 
