@@ -20,6 +20,8 @@ A block is a few optimizer steps of one way, on batches made beforehand; the blo
 compared with the padded block of its round. Given are medians and, in parentheses, 10-90 %. On a CPU processor time
 counts, too: it suffers less from what else the machine does. "÷ factor" is 1 where packing pays in full: the packing
 factor of the very sequences that were padded in that round, as few of them may be shorter or longer than most.
+"x bucketed" compares tokens of all blocks over the time of all (on a CPU processor time), since batches of like length
+hold many tokens or few.
 MFU: real work over the device's peak in the same type, --peak-tflops if it is not known. Real work is 6 x encoder
 parameters x real tokens + 12 x layers x width x sum of squared lengths + 6 x (D^2 + D V) x predicted tokens.
 
@@ -207,6 +209,11 @@ class Way:
     processor: list[float] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     efficiency: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    def overall(self, rates: list[float]) -> float:
+        """Tokens of all blocks over the time of all: what an epoch takes, whose steps hold more or fewer tokens."""
+        return sum(self.tokens) / sum(n / rate for n, rate in zip(self.tokens, rates, strict=True))
 
 
 class PaddedBert(PackedBertForPreTraining):
@@ -308,7 +315,8 @@ def compare(corpus: Corpus, options) -> str:
             run_block(way, corpus, options)
         if round_ == 0:  # the first block warms up: memory, caches, compiled kernels
             for way in ways:
-                way.wall.clear(), way.processor.clear(), way.flops.clear(), way.efficiency.clear()
+                for measured in (way.wall, way.processor, way.flops, way.efficiency, way.tokens):
+                    measured.clear()
         round_ += 1
     return table(ways, corpus, options)
 
@@ -340,6 +348,7 @@ def run_block(way: Way, corpus: Corpus, options) -> None:
     way.wall.append(tokens / wall)
     way.processor.append(tokens / processor)
     way.flops.append(sum(real_flops(way.model.config, batch) for batch in batches) / wall)
+    way.tokens.append(tokens)
     way.efficiency.append(tokens / sum(batch["sequence_ids"].numel() for batch in batches))
 
 
@@ -398,6 +407,8 @@ def table(ways: list[Way], corpus: Corpus, options) -> str:
     on_cuda = options.device.startswith("cuda")
     columns = ["", "efficiency", "real tokens/s", "x padded, wall", "÷ factor"]
     columns += ["MFU"] if on_cuda else ["x padded, processor", "÷ factor"]
+    bucketed = next((way for way in ways if way.name == "bucketed"), None)
+    columns += [] if bucketed is None else ["x bucketed, all blocks"]
     lines = [columns]
     base = ways[0]  # padded
     factors = corpus.packing_efficiency / np.array(base.efficiency)  # of the sequences of each round
@@ -411,6 +422,9 @@ def table(ways: list[Way], corpus: Corpus, options) -> str:
         else:
             ratio = np.array(way.processor) / base.processor
             line += [f"{np.median(ratio):.2f} {spread(ratio, '.2f')}", f"{np.median(ratio / factors):.2f}"]
+        if bucketed is not None:
+            of_way, of_bucketed = (way.wall, bucketed.wall) if on_cuda else (way.processor, bucketed.processor)
+            line += [f"{way.overall(of_way) / bucketed.overall(of_bucketed):.3f}"]
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
