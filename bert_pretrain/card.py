@@ -46,12 +46,14 @@ def model_card(
     data: PackedInfo,
     objective: str,
     steps: int,
+    seen: Mapping[str, float],
     log_history: Sequence[Mapping[str, Any]],
     versions: Mapping[str, str],
     mask_token: str,
     is_stock: bool,
 ) -> ModelCard:
-    """name: of the model, or the repository it goes to. is_stock: its attention is what stock BERT computes."""
+    """name: of the model, or the repository it goes to. seen: by the end of training, which may be later than the last
+    log: "sequences_seen" and "tokens_seen". is_stock: its attention is what stock BERT computes."""
     trained = _last(log_history, "loss")
     evaluated = {
         key.removeprefix("eval_"): value for key, value in _last(log_history, "eval_loss").items() if key != "step"
@@ -78,8 +80,8 @@ def model_card(
         "trained for": f"{steps:,} optimizer steps of "
         + ("equally many packs" if config.batch_policy == "packs" else f"{config.sequences_per_step:,} sequences"),
     }
-    if "sequences_seen" in trained:
-        facts["seen"] = f"{trained['sequences_seen']:,} sequences, {trained['tokens_seen']:,} real tokens"
+    if seen["sequences_seen"]:
+        facts["seen"] = f"{seen['sequences_seen']:,} sequences, {seen['tokens_seen']:,} real tokens"
     if config.model is not None:
         facts["begun from"] = f"`{_folder_name(config.model)}`"
     parts = [

@@ -56,6 +56,7 @@ class PretrainTrainer(PackedTrainer):
     ):
         super().__init__(*args, **kwargs)
         self.config, self.record, self.objective = config, record, objective
+        self.args.logging_nan_inf_filter = False  # it logs 0 for a loss of NaN, and waits for the device at every pass
         self.eval_data_collator = eval_data_collator
         self.is_stock = attends_fully(self.model)
         if self.args.fsdp and not self.is_fsdp_enabled:
@@ -123,6 +124,7 @@ class PretrainTrainer(PackedTrainer):
             data=packed_info(getattr(self.train_dataset, "packed", self.train_dataset)),
             objective=self.objective,
             steps=self.state.global_step,
+            seen=self._progress.seen(self.state.global_step),
             log_history=self.state.log_history,
             versions=versions(),
             mask_token=self.processing_class.mask_token,

@@ -109,6 +109,7 @@ class ResumesExactly(SavesWhole):
             loss = sum(rank["loss"] for rank in ranks) / len(ranks)
             sums = None if as_tensor[0] is None else torch.stack(as_tensor).sum(0) * (own == 0)
         self._tr_loss += loss
+        self._total_loss_scalar -= sum(rank["loss"] for rank in ranks) / len(ranks)  # of steps before, see train_loss
         self._globalstep_last_logged = running["last_logged_step"]
         if sums is not None:
             self._train_sums.total = sums.to(self.args.device)

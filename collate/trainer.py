@@ -232,6 +232,8 @@ class PackedTrainer(ResumesExactly, Trainer):
             packs = EvenedPacks(packs, self.args.world_size * batch_size)
         elif isinstance(dataset, EpochPacks) or (is_training and self.sequences_per_step is not None):
             packs = EvenedPacks(packs, 1)  # without a set_epoch, by which accelerate would begin each evaluation anew
+        if not is_training and self.args.dataloader_drop_last and hasattr(packs, "__len__"):
+            packs = EvenedPacks(packs, self.args.world_size * batch_size)  # nothing is left over to be dropped
         self._packed_info, self._source = _packed_info(dataset), dataset
         try:
             return super()._get_dataloader(packs, description, batch_size, *args, is_training=is_training, **kwargs)

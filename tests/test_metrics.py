@@ -1,6 +1,7 @@
 """What a run says of its speed: counted FLOPs, a clock that knows training from the rest, one line a log."""
 
 import itertools
+import math
 import re
 
 import pytest
@@ -287,6 +288,13 @@ def test_a_run_prints_lines_and_no_dictionaries(folders, tmp_path, capsys, disab
     lines = [line for line in shown.out.splitlines() if line.strip()]
     assert [re.split(r"\s+", line.strip())[0] for line in lines] == ["MLM", "step", "train", "train", "trained", "eval"]
     assert "{" not in shown.out and ("2/2" in shown.err) == (not disable_tqdm)
+
+
+def test_a_loss_that_is_no_number_is_logged_as_it_is(folders, tmp_path):
+    """Trainer would log 0."""
+    assert train(folders, tmp_path / "bert", max_steps=3, learning_rate=1e30) == 0
+    losses = [entry["loss"] for entry in history(tmp_path / "bert") if "loss" in entry]
+    assert math.isfinite(losses[0]) and math.isnan(losses[2])
 
 
 def test_trainers_own_printer_is_gone(folders, tmp_path, monkeypatch):

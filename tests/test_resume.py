@@ -271,6 +271,20 @@ def test_what_is_logged_and_saved_may_change_and_takes_effect(options, copy_of_w
     assert_same_end(copy_of_whole, whole, same_log=False)
 
 
+def test_the_mean_loss_at_the_end_is_of_the_steps_since_the_resume(options, copy_of_whole, whole):
+    """Logged are means of two steps; checkpoint-7 lies between two logs, and step 15 after the last."""
+
+    def since_log(step):
+        running = json.loads((whole / f"checkpoint-{step}" / "since_last_log.json").read_text())
+        return running["ranks"][0]["loss"]
+
+    logged = sum(2 * entry["loss"] for entry in figures(whole) if "loss" in entry and entry["step"] > 7)
+    assert train(options, copy_of_whole) == 0
+    history = json.loads((copy_of_whole / "trainer_state.json").read_text())["log_history"]
+    (mean,) = (entry["train_loss"] for entry in history if "train_loss" in entry)
+    assert mean == pytest.approx((logged - since_log(7) + since_log(15)) / 8, rel=1e-5)
+
+
 def test_without_the_saved_sums_the_log_would_differ(options, copy_of_whole, whole, monkeypatch):
     monkeypatch.setattr(ResumesExactly, "_restore_running_sums", lambda self: None)
     assert train(options, copy_of_whole) == 0

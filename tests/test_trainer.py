@@ -15,6 +15,7 @@ from training_runs import (
     BY_SEQUENCES_IN_TWO,
     ONE_PROCESS,
     TWO_PROCESSES,
+    deterministic,
     evaluate,
     make_epochs,
     make_packs,
@@ -267,6 +268,17 @@ def test_evaluation_equals_that_of_the_unpacked_sequences():
     unpacked = evaluate(Dataset.from_list(unpacked_rows(make_packs(22))), 5)
     assert unpacked["eval_sequences"] == packed["eval_sequences"] > 40
     assert unpacked == pytest.approx(packed, rel=1e-9)
+
+
+def test_evaluation_drops_no_packs():
+    """Whatever training does with its incomplete last pass."""
+    results = []
+    for drop_last in (False, True):
+        with make_trainer(
+            eval_dataset=make_packs(22), per_device_eval_batch_size=5, dataloader_drop_last=drop_last
+        ) as trainer:
+            results.append(deterministic(trainer.evaluate()))
+    assert results[0] == results[1]
 
 
 def run_metrics(stock, sequences):
