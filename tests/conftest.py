@@ -1,5 +1,7 @@
 """What many tests share: a tokenizer of 60 words, and packs of sentence pairs made from it."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -7,6 +9,15 @@ from hypothesis import settings
 # The first call of a kernel compiles it: no example has a time limit.
 settings.register_profile("compiled", deadline=None)
 settings.load_profile("compiled")
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """TrainingArguments write environment variables (ACCELERATE_USE_FSDP, …): none outlives its test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def make_tokenizer():
