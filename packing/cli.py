@@ -118,7 +118,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=1,
-        help="processes that convert, tokenize and write; the same bytes for any number",
+        help="processes that convert, tokenize and (unless --engine ray does) write; the same bytes for any number",
+    )
+    add(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="who writes, the same bytes: processes of this machine, or a Ray cluster that sees SOURCE and TARGET",
     )
     add("--plan-only", action="store_true", help="print the plan and write nothing")
     add(
@@ -136,13 +142,13 @@ def refuse_ignored(arguments: argparse.Namespace) -> None:
     if arguments.compare or arguments.report is not None:
         work, unused = (
             "--compare and --report try all packers and write no packs",
-            ("target", "packer", "seed", "balance"),
+            ("target", "packer", "seed", "balance", "engine"),
         )
     elif arguments.plan_only and _is_lengths(arguments.source):
-        unused = ("target", "seed", "balance", "token_columns", "pad_token_id", "num_proc", *TEXT_OPTIONS)
+        unused = ("target", "seed", "balance", "token_columns", "pad_token_id", "num_proc", "engine", *TEXT_OPTIONS)
         work = "a file of lengths can be planned for, not packed"
     elif arguments.plan_only:
-        work, unused = "--plan-only writes no packs", ("target",)
+        work, unused = "--plan-only writes no packs", ("target", "engine")
     else:
         work, unused = "", ()
     if arguments.text_column is None:
@@ -168,9 +174,10 @@ def _refuse(arguments: argparse.Namespace, defaults: argparse.Namespace, unused:
 
 def pack_folder(arguments: argparse.Namespace) -> None:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
-    from .engines import checked_num_proc  # heavy imports wait until the arguments are known to be good
+    from .engines import check_engine, checked_num_proc  # heavy imports wait until the arguments are known to be good
     from .folder import check_space, check_target, partial_folder, write_file
 
+    check_engine(arguments.engine)
     checked_num_proc(arguments.num_proc)
     if arguments.target is not None:
         check_target(arguments.target)
@@ -192,7 +199,7 @@ def pack_folder(arguments: argparse.Namespace) -> None:
             packing.begin(folder / name)
         check_space(folder, sum(packing.bytes_missing(folder / name) for name, packing in packings.items()))
         for name, packing in packings.items():
-            packing.write(folder / name, arguments.num_proc, progress=True)
+            packing.write(folder / name, arguments.num_proc, progress=True, engine=arguments.engine)
         if "" not in packings:
             write_file(folder / "dataset_dict.json", json.dumps({"splits": list(packings)}).encode())
     print(f"written to {arguments.target}")

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from .assignment import Assignment, assign, checked_seed
 from .balance import balance_packs, checked_packs_per_step, step_costs
-from .engines import checked_num_proc, write_here, write_in_pool
+from .cluster import write_on_ray
+from .engines import ENGINES, check_engine, checked_num_proc, write_here, write_in_pool
 from .fingerprint import ColumnPrint, column_prints, combined_print, in_background
 from .folder import check_space, check_target, checksum, partial_folder, sync, write_state
 from .histogram import length_histogram
@@ -51,6 +52,7 @@ def pack_dataset(
     pad_token_id: int | None = None,
     balance: int | None = None,
     num_proc: int = 1,
+    engine: str = "processes",
     progress: bool = False,
 ) -> datasets.Dataset:
     """Put the rows of a tokenized dataset together, several to a pack; each sequence stays whole.
@@ -76,6 +78,8 @@ def pack_dataset(
         stored order. None: every order is equally likely.
     num_proc: processes that write `output`, with the same bytes for any number. Each opens the source's files for
         itself; a source in memory is copied to each.
+    engine: who writes `output`, with the same bytes: "processes" of this machine, or "ray", the CPUs of a cluster, all
+        machines of which see the source's files and the output under the same path; see cluster.py.
     progress: show a bar on stderr.
 
     Every error of the source or the options comes before anything is written. Packing is the same for the same dataset
@@ -93,6 +97,11 @@ def pack_dataset(
     if output is not None:
         check_target(output)
     checked_num_proc(num_proc)
+    check_engine(engine)
+    if engine != ENGINES[0] and output is None:
+        raise ValueError(f"engine={engine!r} writes a folder; give output=, or leave the engine out")
+    if engine != ENGINES[0] and num_proc != 1:
+        raise ValueError(f"num_proc={num_proc} would be ignored: engine={engine!r} takes all CPUs it has; leave it out")
     packing = prepare_packing(
         dataset,
         max_sequence_length,
@@ -111,7 +120,7 @@ def pack_dataset(
     with partial_folder(output) as folder:
         packing.begin(folder)
         check_space(folder, packing.bytes_missing(folder))
-        packing.write(folder, num_proc, progress)
+        packing.write(folder, num_proc, progress, engine)
     return datasets.load_from_disk(str(output))
 
 
@@ -246,8 +255,7 @@ class Packing:
         """
         folder.mkdir(exist_ok=True)
         found = self._begun(folder) if (folder / FILE).exists() else None
-        for left_off in folder.glob(".*.writing"):
-            left_off.unlink()
+        _remove_left_off(folder)
         if found is None:
             self.manifest.write(folder)
             return
@@ -271,15 +279,17 @@ class Packing:
         done = sum(read_record(folder / file) is not None for file in self.shard_files)
         return self.num_bytes * (shards - done) // shards
 
-    def write(self, folder: Path, num_proc: int = 1, progress: bool = False) -> None:
+    def write(self, folder: Path, num_proc: int = 1, progress: bool = False, engine: str = ENGINES[0]) -> None:
         """Write the packed dataset into a folder that `begin` has made ready."""
         records: dict[str, ShardRecord] = {}
         with tqdm(total=self.facts.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
-            if num_proc == 1 or len(self.shard_files) == 1:
+            source = self.dataset, self.facts.token_columns
+            if engine == "ray":
+                written = write_on_ray(*source, self.tasks(folder), bar.update)
+            elif num_proc == 1 or len(self.shard_files) == 1:
                 written = write_here(self.source.columns, self.tasks(folder), bar.update)
             else:
                 workers = min(num_proc, len(self.shard_files))
-                source = self.dataset, self.facts.token_columns
                 written = write_in_pool(*source, self.tasks(folder), workers, bar.update)
             with closing(written):
                 for record in written:
@@ -288,6 +298,7 @@ class Packing:
 
     def finish(self, folder: Path, records: list[ShardRecord]) -> None:
         """All shards are written: now the folder becomes a dataset. records: in the order of the shards."""
+        _remove_left_off(folder)  # by workers that died, and whose task another one did
         split = None if self.dataset.split is None else str(self.dataset.split)
         text = f"{combined_print(self.source_prints)} {self.facts.to_description()}"
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -367,6 +378,11 @@ def prepare_packing(
         step_costs_after=after,
     )
     return Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id, hashing)
+
+
+def _remove_left_off(folder: Path) -> None:
+    for left_off in folder.glob(".*.writing"):
+        left_off.unlink()
 
 
 def _check_dataset(dataset) -> None:

@@ -1,4 +1,4 @@
-"""Who writes the shards: this process, or several. They write the same bytes; see shards.py.
+"""Who writes the shards: this process, several, or a cluster (cluster.py). All write the same bytes; see shards.py.
 
 An engine takes tasks and gives records, in any order. It opens the source where it writes, once for each worker.
 """
@@ -12,10 +12,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
+from .cluster import check_ray
 from .shards import ShardRecord, ShardTask, write_shard
 from .source import SourceColumns, open_columns
 
 Advance = Callable[[int], None]
+
+
+ENGINES = ("processes", "ray")  # of this machine, or of a cluster
+
+
+def check_engine(engine: str) -> None:
+    """Raise where nobody could write so."""
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine={engine!r}; choose from {', '.join(ENGINES)}")
+    if engine == "ray":
+        check_ray()
 
 
 def checked_num_proc(num_proc: int) -> int:

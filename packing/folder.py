@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -63,7 +64,7 @@ class HashedFile:
 
     def __init__(self, path: Path):
         self.path, self.size, self._hash = path, 0, xxhash.xxh3_128()
-        self._unfinished = path.with_name(f".{path.name}.{os.getpid()}.writing")
+        self._unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.writing")  # its own on any machine
         self._descriptor = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self.closed = False
 
