@@ -13,10 +13,10 @@ demo: .venv/installed-demo
 	$(BIN)/python benchmarks/demo.py --output demo-output
 
 test: lint wheel .venv/installed-references
-	$(BIN)/python -m pytest -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 test-long: .venv/installed-dev .venv/installed-references
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
