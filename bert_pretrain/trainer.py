@@ -1,10 +1,14 @@
 """PretrainTrainer: PackedTrainer with a meter, an evaluation of its own masking rate, a model card and a record."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from bert_pretrain.card import model_card
 from bert_pretrain.config import PretrainConfig
@@ -35,6 +39,14 @@ class _TiedTogether(TrainerCallback):
         self.model.__dict__.pop("get_output_embeddings", None)
 
 
+class _LogsLastStep(TrainerCallback):
+    """The last steps are logged, even if logging_steps does not divide max_steps, or is more."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # Trainer logs a step once
+
+
 class PretrainTrainer(PackedTrainer):
     """A pretraining run's trainer.
 
@@ -42,7 +54,8 @@ class PretrainTrainer(PackedTrainer):
     objective: "nsp", "sop" or "none", for the card.
     eval_data_collator: of evaluation; its masks are the same every time.
 
-    Logs have, beside PackedTrainer's metrics, those of `bert_pretrain.metrics.Meter`.
+    Logs have, beside PackedTrainer's metrics, those of `bert_pretrain.metrics.Meter`. A loss that is no number ends the
+    run, and a model with such parameters is not saved.
     """
 
     def __init__(
@@ -66,6 +79,7 @@ class PretrainTrainer(PackedTrainer):
             )
         if self.is_fsdp_enabled:
             self.add_callback(_TiedTogether(self.model))
+        self.add_callback(_LogsLastStep())
         self.meter = Meter(self.model, self.args.device, known_peak(self.args.device, config.peak_tflops))
         # not in a notebook, where Trainer shows a table of its own
         if self.pop_callback(PrinterCallback) is not None:
@@ -105,10 +119,37 @@ class PretrainTrainer(PackedTrainer):
             logs = self.meter.read(self.args.world_size, self.accelerator.gather) | logs
         logs.pop("train_samples_per_second", None)  # Trainer's samples are packs
         super().log(logs, start_time)
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise ValueError(self._diverged(f"the {name.replace('_', ' ')} is {logs[name]}"))
+
+    # -- a run that diverged: all ranks find it out together, for none may wait for another -----------------------
+
+    def _refuse_diverged(self) -> None:
+        """Before anything is saved, lest it push a good checkpoint out."""
+        parameters = self.model_wrapped.parameters()
+        parameters = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in parameters)
+        values = [*parameters, *([self._tr_loss] if hasattr(self, "_tr_loss") else [])]
+        bad = sum((~torch.isfinite(value)).sum().to(self.args.device) for value in values)
+        if self.accelerator.reduce(bad, "sum").item():
+            raise ValueError(self._diverged("the loss or parameters of the model are not finite"))
+
+    def _diverged(self, what: str) -> str:
+        output_dir = self.args.output_dir
+        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        cure = "lower learning_rate, or set more warmup_steps or a lower max_grad_norm"
+        if self.args.fp16:
+            cure += ", or train with bf16 instead of fp16"
+        there = "no checkpoint was saved" if last is None else f"the last checkpoint is {last}, complete and finite"
+        return (
+            f"training diverged: {what} at step {self.state.global_step}, which is not saved, and {there}; {cure}, "
+            "and begin anew in another output_dir"
+        )
 
     # -- what is saved beside the model --------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._refuse_diverged()
         if self.is_world_process_zero():
             write_record(output_dir or self.args.output_dir, self.record)
         super().save_model(output_dir, _internal_call)

@@ -1,12 +1,12 @@
 """What a run says of its speed: counted FLOPs, a clock that knows training from the rest, one line a log."""
 
 import itertools
-import math
 import re
 
 import pytest
 import torch
 from datasets import load_from_disk
+from safetensors.torch import load_file
 from tiny_runs import history, make_folders, train, train_options
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, PrinterCallback, TrainerCallback, TrainingArguments
@@ -290,11 +290,29 @@ def test_a_run_prints_lines_and_no_dictionaries(folders, tmp_path, capsys, disab
     assert "{" not in shown.out and ("2/2" in shown.err) == (not disable_tqdm)
 
 
-def test_a_loss_that_is_no_number_is_logged_as_it_is(folders, tmp_path):
-    """Trainer would log 0."""
-    assert train(folders, tmp_path / "bert", max_steps=3, learning_rate=1e30) == 0
-    losses = [entry["loss"] for entry in history(tmp_path / "bert") if "loss" in entry]
-    assert math.isfinite(losses[0]) and math.isnan(losses[2])
+def test_a_run_that_diverges_ends_and_spoils_no_checkpoint(folders, tmp_path, capsys):
+    """Trainer would log 0 for NaN, go on, and delete the last good checkpoint for a bad one."""
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    assert train(folders, tmp_path / "bert", max_steps=4, learning_rate=1e30, **options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "training diverged: the loss is nan at step" in error and "lower learning_rate" in error
+    (last,) = (tmp_path / "bert").glob("checkpoint-*")
+    assert str(last) in error and not (tmp_path / "bert" / "model.safetensors").exists()
+    assert all(torch.isfinite(weights).all() for weights in load_file(last / "model.safetensors").values())
+
+
+def test_no_checkpoint_between_logs_is_of_a_run_that_diverged(folders, tmp_path, capsys):
+    options = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 100}
+    assert train(folders, tmp_path / "bert", max_steps=4, learning_rate=1e30, **options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite at step 3" in error and "no checkpoint was saved" in error
+    assert not list((tmp_path / "bert").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(("logging_steps", "steps"), [(500, [4]), (3, [3, 4]), (2, [2, 4])])
+def test_the_last_step_is_logged_once(folders, tmp_path, logging_steps, steps):
+    assert train(folders, tmp_path / "bert", logging_steps=logging_steps) == 0
+    assert [entry["step"] for entry in history(tmp_path / "bert") if "loss" in entry] == steps
 
 
 def test_trainers_own_printer_is_gone(folders, tmp_path, monkeypatch):
