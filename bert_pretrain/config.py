@@ -11,6 +11,11 @@ BATCH_POLICIES = ("sequences", "packs")
 SEQUENCES_PER_STEP = 256
 AUTO = "auto"
 
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+"""Options of a new model; a checkpoint has its own."""
+NEW_MODEL = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_dropout_prob": 0.1}
+"""BERT base."""
+
 CONFIG_FILE = "pretrain.json"
 """What a run was configured with, beside its checkpoints: a resumed run must be configured alike."""
 
@@ -79,11 +84,18 @@ class PretrainConfig:
         "GPU, if it is a known one.",
         None,
     )
-    hidden_size: int = _help("Width of a new model.", 768)
-    num_hidden_layers: int = _help("Layers of a new model.", 12)
-    num_attention_heads: int = _help("Attention heads per layer of a new model.", 12)
+    hidden_size: int | None = _help("Width of a new model; by default 768.", None)
+    num_hidden_layers: int | None = _help("Layers of a new model; by default 12.", None)
+    num_attention_heads: int | None = _help("Attention heads per layer of a new model; by default 12.", None)
     intermediate_size: int | None = _help("Feed-forward width of a new model; by default 4 x hidden_size.", None)
-    hidden_dropout_prob: float = _help("Dropout of a new model's hidden states.", 0.1)
+    max_position_embeddings: int | None = _help(
+        "Positions of a new model, at least those of the longest sequence; by default the max_sequence_length of the "
+        "packs. More leave room to continue on longer sequences (--model).",
+        None,
+    )
+    hidden_dropout_prob: float | None = _help(
+        "Dropout of hidden states; by default that of the checkpoint, or 0.1 for a new model.", None
+    )
     attention_probs_dropout_prob: float | None = _help(
         "Dropout of attention weights; by default that of the checkpoint, or 0.1 for a new model, and 0 where an "
         "attention head cannot drop weights.",
@@ -91,9 +103,16 @@ class PretrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("sequences_per_step", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
+        for name in ("sequences_per_step", *SHAPE):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if name in SHAPE and getattr(self, name) is not None and self.model is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for a new model, and model={self.model!r} has its own; leave "
+                    "either out"
+                )
+        if self.hidden_dropout_prob is not None and not 0 <= self.hidden_dropout_prob < 1:
+            raise ValueError(f"hidden_dropout_prob={self.hidden_dropout_prob} must be at least 0 and less than 1")
         for name in ("mlm_probability", "eval_mlm_probability"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0 and at most 1; BERT's is 0.15")
@@ -113,7 +132,6 @@ class PretrainConfig:
             )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; choose from {list(OPTIMIZERS)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
-            )
+        width, heads = (getattr(self, name) or NEW_MODEL[name] for name in ("hidden_size", "num_attention_heads"))
+        if width % heads:
+            raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")

@@ -4,32 +4,66 @@ import json
 import logging
 from dataclasses import replace
 
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from transformers import AutoConfig, BertConfig, TrainingArguments
 
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.choice import choose_attention
-from bert_pretrain.config import AUTO, PretrainConfig
+from bert_pretrain.config import AUTO, NEW_MODEL, PretrainConfig
 from bert_pretrain.model import PackedBertForPreTraining
 
 logger = logging.getLogger(__name__)
 
+READ_PACKS = 10_000  # at a time
+
+
+def longest_sequence(*splits: Dataset | None) -> int:
+    """sequence_lengths [[3, 5], [8]], [[2, 6]] -> 8; positions begin anew in each sequence, so no pack needs more."""
+    longest = 0
+    for split in splits:
+        if split is not None:
+            for table in split.select_columns("sequence_lengths").with_format("arrow").iter(READ_PACKS):
+                longest = max(longest, pc.max(table["sequence_lengths"].combine_chunks().flatten()).as_py())
+    return longest
+
+
+def resolve_shape(config: PretrainConfig, max_sequence_length: int) -> PretrainConfig:
+    """The same configuration with the numbers of a new model in the place of None; a checkpoint has its own."""
+    if config.model is not None:
+        return config
+    config = replace(config, **{n: value for n, value in NEW_MODEL.items() if getattr(config, n) is None})
+    return replace(
+        config,
+        intermediate_size=config.intermediate_size or 4 * config.hidden_size,
+        max_position_embeddings=config.max_position_embeddings or max_sequence_length,
+    )
+
 
 def build_model(
-    config: PretrainConfig, vocabulary_size: int, pad_token_id: int, max_sequence_length: int
+    config: PretrainConfig, vocabulary_size: int, pad_token_id: int, longest: int
 ) -> PackedBertForPreTraining:
-    """A new model whose vocabulary and positions are the dataset's, or the checkpoint to continue from, checked."""
+    """A new model with the dataset's vocabulary, or the checkpoint to continue from; checked against the data.
+
+    config: of `resolve_shape`. longest: `longest_sequence` of the data.
+    """
     attention, options = _chosen_attention(config)
     if config.model is None:
+        if config.max_position_embeddings < longest:
+            raise ValueError(
+                f"max_position_embeddings={config.max_position_embeddings}, but the longest sequence of "
+                f"{config.dataset} has {longest} tokens; give at least as many, or leave it out"
+            )
         bert = BertConfig(
             vocab_size=vocabulary_size,
             hidden_size=config.hidden_size,
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size or 4 * config.hidden_size,
+            intermediate_size=config.intermediate_size,
             hidden_dropout_prob=config.hidden_dropout_prob,
             attention_probs_dropout_prob=_attention_dropout(config, 0.1),
-            max_position_embeddings=max_sequence_length,
+            max_position_embeddings=config.max_position_embeddings,
             pad_token_id=pad_token_id,
             mlm_loss=config.mlm_loss,
             packed_attention=attention,
@@ -40,16 +74,18 @@ def build_model(
     if not isinstance(bert, BertConfig):
         raise ValueError(f"{config.model} is a {bert.model_type} model; only BERT checkpoints can be continued from")
     bert.mlm_loss, bert.packed_attention, bert.packed_attention_options = config.mlm_loss, attention, options
+    if config.hidden_dropout_prob is not None:
+        bert.hidden_dropout_prob = config.hidden_dropout_prob
     bert.attention_probs_dropout_prob = _attention_dropout(config, bert.attention_probs_dropout_prob)
     if bert.vocab_size < vocabulary_size:
         raise ValueError(
             f"{config.model} has a vocabulary of {bert.vocab_size}, the tokenizer one of {vocabulary_size}; "
             "prepare the dataset with the checkpoint's own tokenizer"
         )
-    if bert.max_position_embeddings < max_sequence_length:
+    if bert.max_position_embeddings < longest:
         raise ValueError(
-            f"{config.model} has {bert.max_position_embeddings} positions, but the dataset is packed for "
-            f"max_sequence_length={max_sequence_length}; prepare it with a max_sequence_length the model can hold"
+            f"{config.model} has {bert.max_position_embeddings} positions, but the longest sequence of "
+            f"{config.dataset} has {longest} tokens; prepare it with a max_sequence_length the model can hold"
         )
     return PackedBertForPreTraining.from_pretrained(config.model, config=bert)
 

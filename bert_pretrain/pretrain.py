@@ -7,7 +7,7 @@ from bert_pretrain.batch import set_batch
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.inputs import check_arguments, check_tokenizer, load_splits
 from bert_pretrain.metrics import attends_fully
-from bert_pretrain.new_model import build_model, resolve_attention
+from bert_pretrain.new_model import build_model, longest_sequence, resolve_attention, resolve_shape
 from bert_pretrain.objective import check_objective, for_objective
 from bert_pretrain.optimizer import choose_optimizer
 from bert_pretrain.record import config_record, write_record
@@ -26,12 +26,13 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
     SIGTERM and SIGUSR1 save a checkpoint and end with SystemExit: see collate.signals.
     """
     set_seed(training.seed)
-    config = resolve_attention(config, training)
     train, test = for_objective(config, *load_splits(config.dataset))
     check_arguments(training, test, config.dataset)
+    config = resolve_shape(config, packed_info(train).max_sequence_length)
+    config = resolve_attention(config, training)
     tokenizer = load_tokenizer(config.tokenizer)
     check_tokenizer(config.dataset, train, config.tokenizer, tokenizer)
-    model = build_model(config, len(tokenizer), tokenizer.pad_token_id, packed_info(train).max_sequence_length)
+    model = build_model(config, len(tokenizer), tokenizer.pad_token_id, longest_sequence(train, test))
     record = config_record(config, training)  # before the next line: a batch that was set cannot be set again
     sequences_per_step = set_batch(config, training, train)
     if training.ddp_find_unused_parameters is None and attends_fully(model):

@@ -10,10 +10,12 @@ import torch
 from datasets import DatasetDict, load_from_disk
 from safetensors.torch import load_file
 from tiny_runs import SMALL, flags, history, make_folders, train, train_options
-from transformers import AutoTokenizer, BertForPreTraining, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, BertForPreTraining, TrainerCallback
 
 from bert_pretrain import pretrain as pretrain_module
 from bert_pretrain.cli import main as bert_pretrain
+from bert_pretrain.config import SHAPE
+from bert_pretrain.new_model import longest_sequence
 from packing.cli import main as pack_dataset
 
 HERE = Path(__file__).parent
@@ -134,12 +136,44 @@ def test_integrations_that_are_not_there_are_refused(folders, tmp_path, capsys, 
     refused(capsys, folders, tmp_path / "bert", "report_to='paper' is unknown", "tensorboard", report_to="paper")
 
 
-def test_packs_longer_than_the_models_positions_are_refused(folders, tmp_path, capsys):
-    assert train(folders, tmp_path / "short", max_steps=1) == 0
+def test_positions_are_those_of_the_longest_sequence(folders, tmp_path, capsys):
+    """They begin anew in each sequence: 64 are enough for packs of 96, whose sequences are no longer."""
     longer = str(tmp_path / "packed-96")
     assert pack_dataset([folders["prepared"], longer, "--max-sequence-length", "96"]) == 0
-    messages = ["has 64 positions", "max_sequence_length=96", "the model can hold"]
-    refused(capsys, folders | {"dataset": longer}, tmp_path / "bert", *messages, model=str(tmp_path / "short"))
+    splits = load_from_disk(longer).values()
+    longest = max(max(lengths) for split in splits for lengths in split["sequence_lengths"])
+    assert longest_sequence(*splits) == longest <= 64
+    assert longest_sequence(next(iter(splits)).select([1, 0]), None) == max(
+        max(lengths) for lengths in next(iter(splits))["sequence_lengths"][:2]
+    )
+    longer, new, continued = folders | {"dataset": longer}, tmp_path / "new", tmp_path / "continued"
+    messages = [
+        f"max_position_embeddings={longest - 1}",
+        f"longest sequence of {longer['dataset']} has {longest} tokens",
+    ]
+    refused(capsys, longer, tmp_path / "bert", *messages, max_position_embeddings=longest - 1)
+    assert train(longer, new, max_steps=1, max_position_embeddings=longest) == 0
+    assert AutoConfig.from_pretrained(new).max_position_embeddings == longest
+    assert train(longer, continued, max_steps=1, model=str(new)) == 0
+    assert AutoConfig.from_pretrained(continued).max_position_embeddings == longest
+
+
+def test_a_checkpoint_keeps_its_shape_and_takes_the_dropout_that_is_given(folders, tmp_path, capsys):
+    first = tmp_path / "first"
+    assert train(folders, first, max_steps=1) == 0
+    record, saved = json.loads((first / "pretrain.json").read_text()), AutoConfig.from_pretrained(first)
+    for name in (*SHAPE, "hidden_dropout_prob"):
+        assert record[name] == getattr(saved, name), name
+    assert (record["max_position_embeddings"], record["hidden_dropout_prob"]) == (64, 0.1)
+    for name in SHAPE:
+        message = f"{name}=8 is for a new model, and model={str(first)!r} has its own"
+        refused(capsys, folders, tmp_path / "bert", message, **{"model": str(first), name: 8})
+    for given, dropout in ((None, 0.1), (0.25, 0.25), (0, 0)):
+        output = tmp_path / f"dropout-{given}"
+        assert train(folders, output, max_steps=1, model=str(first), hidden_dropout_prob=given) == 0
+        assert AutoConfig.from_pretrained(output).hidden_dropout_prob == dropout
+        record = json.loads((output / "pretrain.json").read_text())
+        assert record["hidden_dropout_prob"] == given and not any(record[name] for name in SHAPE)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def train(folders, output, *options):
     what = ["--dataset", folders["packed"], "--tokenizer", folders["tokenizer"], "--output_dir", str(output)]
     how = ["--sequences_per_step", "12", "--max_steps", "4", "--logging_steps", "1", "--use_cpu", "True"]
     quietly = ["--report_to", "none", "--disable_tqdm", "True"]
-    return bert_pretrain(["train", *what, *how, *quietly, *SMALL, *options])
+    shape = [] if "--model" in options else SMALL
+    return bert_pretrain(["train", *what, *how, *quietly, *shape, *options])
 
 
 def test_a_checkpoint_that_stock_transformers_opens(folders, tmp_path):
@@ -178,6 +179,11 @@ def test_resuming_is_of_the_same_run_and_from_where_it_is_told(folders, tmp_path
         (["--batch_policy", "tokens"], "unknown batch_policy 'tokens'"),
         (["--num_attention_heads", "0"], "num_attention_heads=0 must be at least 1"),
         (["--auto_find_batch_size", "True"], "auto_find_batch_size"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be at least 1"),
+        (["--sequences_per_step", "3000"], "sequences_per_step=3000 is more than the "),
+        (["--fp16"], "fp16=True needs a GPU"),
+        (["--include_num_input_tokens_seen", "some"], "choose from all, non_padding, no"),
+        (["--metric_for_best_model", "foo"], "metric_for_best_model='foo' is no metric of evaluation; choose from "),
     ],
 )
 def test_bad_options_are_one_clear_line(folders, tmp_path, capsys, options, message):
@@ -204,7 +210,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(folders, tmp_path, capsys):
     short.vocab_size = vocabulary
     BertForPreTraining(short).save_pretrained(tmp_path / "short")
     assert train(folders, tmp_path / "bert", "--model", str(tmp_path / "short")) == 2
-    assert "has 48 positions, but the dataset is packed for max_sequence_length=64" in capsys.readouterr().err
+    assert "has 48 positions, but the longest sequence of" in capsys.readouterr().err
     DistilBertModel(DistilBertConfig(n_layers=1, dim=8, n_heads=1, hidden_dim=8)).save_pretrained(tmp_path / "other")
     assert train(folders, tmp_path / "bert", "--model", str(tmp_path / "other")) == 2
     assert "is a distilbert model; only BERT checkpoints" in capsys.readouterr().err

@@ -44,7 +44,8 @@ def train_options(folders, output, **options):
     data = {name: folders[name] for name in ("dataset", "tokenizer")}
     run = {"output_dir": str(output), "sequences_per_step": 12, "max_steps": 4, "logging_steps": 1, "use_cpu": True}
     quietly = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-    given = data | run | quietly | SMALL | options
+    shape = SMALL if options.get("model") is None else {}
+    given = data | run | quietly | shape | options
     return {name: value for name, value in given.items() if value is not None}
 
 
