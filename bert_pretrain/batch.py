@@ -23,6 +23,9 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
         raise ValueError(
             "auto_find_batch_size would change the packs per step; set per_device_train_batch_size instead"
         )
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"{name}={getattr(training, name)} must be at least 1")
     info = packed_info(train)
     factor = info.num_sequences / info.num_packs
     if config.batch_policy == "packs":
@@ -38,6 +41,11 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
         raise ValueError(
             f"gradient_accumulation_steps={training.gradient_accumulation_steps} follows from sequences_per_step; "
             "leave it at 1 and set sequences_per_step and per_device_train_batch_size, or batch_policy='packs'"
+        )
+    if config.sequences_per_step > info.num_sequences:
+        raise ValueError(
+            f"sequences_per_step={config.sequences_per_step} is more than the {info.num_sequences:,} sequences of the "
+            f"training split; set it to {info.num_sequences} or less"
         )
     plan = plan_steps(pack_depths(train), config.sequences_per_step)
     if plan.most_packs < training.world_size:

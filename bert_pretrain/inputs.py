@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from bert_pretrain.loss import MLM_LOSSES, PretrainingSums, pretraining_metrics
 from bert_pretrain.tokenizer import vocabulary_fingerprint
 from packing import PackedInfo, packed_info
 
@@ -100,6 +102,8 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"output_dir={training.output_dir!r}: {folder} may not be written to; give another")
             break
+    if training.fp16 and training.device.type == "cpu":
+        raise ValueError("fp16=True needs a GPU, and would be ignored on a CPU; choose bf16, or leave it out")
     for name in training.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
@@ -122,3 +126,18 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
                 f"{name}={value} needs held-out sequences, but dataset={dataset!r} has no split named test or "
                 "validation; prepare with a test_fraction, or leave the option out"
             )
+    if test is not None:
+        _check_best_metric(training.metric_for_best_model, test)
+
+
+def _check_best_metric(name: str | None, test: Dataset) -> None:
+    pairs = [0.0, 0.0]
+    for column, is_sop in (("next_sentence_label", 0.0), ("sentence_order_label", 1.0)):
+        if column in test.column_names:
+            pairs = [1.0, is_sop]
+    counts = dict.fromkeys(PretrainingSums._fields, 1.0) | {"pair_sequences": pairs[0], "sop_sequences": pairs[1]}
+    known = pretraining_metrics(
+        torch.tensor([counts[name] for name in PretrainingSums._fields]), MLM_LOSSES[0]
+    ).keys() - {"tokens", "sequences"}
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise ValueError(f"metric_for_best_model={name!r} is no metric of evaluation; choose from {sorted(known)}")

@@ -14,7 +14,7 @@ import ast
 import difflib
 import importlib.util
 import json
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,11 +169,20 @@ def _make_parser(dataclasses: Sequence[type], prog: str):
             action.nargs = "+"
         if action.dest == "fsdp":  # True, or what was written before there was fsdp_config
             action.type, action.nargs, action.const = _true_or_text, "?", True
+        if action.dest == "include_num_input_tokens_seen":  # a word or a boolean; HfArgumentParser takes the latter
+            action.type, action.nargs, action.const = _counted_tokens, "?", "all"
     return parser
 
 
 def _true_or_text(text: str) -> bool | str | None:
     return {"true": True, "false": None}.get(text.lower(), text)
+
+
+def _counted_tokens(text: str) -> str:
+    words = {"all": "all", "non_padding": "non_padding", "no": "no", "true": "all", "false": "no"}
+    if text.lower() not in words:
+        raise ArgumentTypeError(f"{text!r} is unknown; choose from all, non_padding, no")
+    return words[text.lower()]
 
 
 def _options(parser) -> dict[str, Any]:

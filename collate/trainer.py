@@ -147,6 +147,7 @@ class PackedTrainer(ResumesExactly, Trainer):
             "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
             "batch_eval_metrics": self.args.batch_eval_metrics,
             "include_for_metrics": self.args.include_for_metrics,
+            "neftune_noise_alpha": self.args.neftune_noise_alpha,  # its noise is scaled by the whole pack's length
         }
         for name, value in ignored.items():
             if value:
@@ -335,7 +336,17 @@ class PackedTrainer(ResumesExactly, Trainer):
             metrics = self.task.metrics(self.accelerator.reduce(self._train_sums.take(), "sum").cpu())
             del metrics["sequences"], metrics["tokens"]  # since the last log; of interest is how many there were in all
             logs = metrics | self._progress.seen(self.state.global_step) | logs
+        _drop_figures_of_rows(logs)
         super().log(logs, start_time)
+
+    def predict(self, *args, **kwargs):
+        output = super().predict(*args, **kwargs)
+        _drop_figures_of_rows(output.metrics)
+        return output
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: Trainer would take padding for tokens."""
+        return 0
 
     def _track_num_input_tokens(self, inputs):
         if self.args.include_num_input_tokens_seen == "no":
@@ -377,6 +388,13 @@ class PackedTrainer(ResumesExactly, Trainer):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=metrics["sequences"],
         )
+
+
+def _drop_figures_of_rows(metrics: dict) -> None:
+    """What Trainer computes as if a row were one sequence: FLOPs, and evaluation's forward passes per second."""
+    for name in [name for name in metrics if name == "total_flos" or name.endswith("_steps_per_second")]:
+        if name != "train_steps_per_second":
+            del metrics[name]
 
 
 class _OwnLoss:

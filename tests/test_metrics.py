@@ -315,6 +315,16 @@ def test_the_last_step_is_logged_once(folders, tmp_path, logging_steps, steps):
     assert [entry["step"] for entry in history(tmp_path / "bert") if "loss" in entry] == steps
 
 
+def test_logs_count_tokens_and_nothing_by_rows(folders, tmp_path):
+    options = {"include_num_input_tokens_seen": "non_padding", "eval_strategy": "steps", "eval_steps": 2}
+    assert train(folders, tmp_path / "bert", metric_for_best_model="mlm_loss_per_token", **options) == 0
+    log = history(tmp_path / "bert")
+    trained = [entry for entry in log if "loss" in entry]
+    assert all(entry["num_input_tokens_seen"] == entry["tokens_seen"] > 0 for entry in trained)
+    assert any("eval_loss" in entry for entry in log)
+    assert not {"total_flos", "eval_steps_per_second"} & {name for entry in log for name in entry}
+
+
 def test_trainers_own_printer_is_gone(folders, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("transformers' printer was called")

@@ -378,6 +378,7 @@ def test_counts_go_on_after_a_resume_between_logs(pairs, tmp_path):
     ("options", "message"),
     [
         ({"label_smoothing_factor": 0.1}, "cannot honour label_smoothing_factor=0.1"),
+        ({"neftune_noise_alpha": 5.0}, "cannot honour neftune_noise_alpha=5.0"),
         ({"compute_metrics": len}, "cannot honour compute_metrics="),
         ({"compute_loss_func": len}, "cannot honour compute_loss_func="),
     ],
