@@ -8,7 +8,7 @@ from accelerate.utils import str_to_bool
 from datasets import Dataset
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainingArguments
+from transformers import BertForPreTraining, Trainer, TrainingArguments
 
 from bert_pretrain.config import PretrainConfig
 from packing import packed_info
@@ -41,6 +41,16 @@ def choose_optimizer(
             f"beta_power adjusts Adam's betas, which optim={training.optim.value!r} does not have; choose AdamW or LAMB"
         )
     return optimizer_class, options | {"betas": betas}
+
+
+def freeze_unlearned(model: BertForPreTraining, objective: str) -> None:
+    """Without labels of sentence pairs, keep the parts that only they train as they are.
+
+    Their gradients are 0 and not None, so that an optimizer would decay them step by step, a checkpoint's to nothing.
+    """
+    if objective == "none":
+        model.bert.pooler.requires_grad_(False)
+        model.cls.seq_relationship.requires_grad_(False)
 
 
 def power_betas(config: PretrainConfig, betas: tuple[float, float], train: Dataset) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from bert_pretrain.inputs import check_arguments, check_tokenizer, load_splits
 from bert_pretrain.metrics import attends_fully
 from bert_pretrain.new_model import build_model, longest_sequence, resolve_attention, resolve_shape
 from bert_pretrain.objective import check_objective, for_objective
-from bert_pretrain.optimizer import choose_optimizer
+from bert_pretrain.optimizer import choose_optimizer, freeze_unlearned
 from bert_pretrain.record import config_record, write_record
 from bert_pretrain.resume import find_checkpoint, run_record
 from bert_pretrain.tokenizer import load_tokenizer
@@ -33,6 +33,8 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
     tokenizer = load_tokenizer(config.tokenizer)
     check_tokenizer(config.dataset, train, config.tokenizer, tokenizer)
     model = build_model(config, len(tokenizer), tokenizer.pad_token_id, longest_sequence(train, test))
+    objective = check_objective(config, train)
+    freeze_unlearned(model, objective)
     record = config_record(config, training)  # before the next line: a batch that was set cannot be set again
     sequences_per_step = set_batch(config, training, train)
     if training.ddp_find_unused_parameters is None and attends_fully(model):
@@ -56,7 +58,7 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
         eval_data_collator=collator(config.eval_mlm_probability),
         config=config,
         record=record,
-        objective=check_objective(config, train),
+        objective=objective,
         optimizer_cls_and_kwargs=choose_optimizer(config, training, model, train),
     )
     if any(isinstance(module, RoutingAttention) for module in model.modules()):
@@ -67,6 +69,7 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
     with SaveOnSignal() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint)
+    model.requires_grad_(True)  # whoever goes on with it may learn all of it
     stop.end_if_received()
     trainer.save_model(_internal_call=True)  # not to the hub yet: the figures of its card are still to come
     if test is not None:

@@ -9,6 +9,7 @@ import pytest
 import pytorch_optimizer
 import torch
 from reference import lamb_step
+from safetensors.torch import load_file
 from test_equivalence import make_config
 from test_pretrain import folders, train  # noqa: F401 (a fixture)
 from torch import nn
@@ -132,6 +133,20 @@ def test_a_run_has_the_optimizer_it_asked_for(folders, tmp_path, optimizer):  # 
     model = BertForPreTraining.from_pretrained(tmp_path / optimizer)
     names = dict(model.named_parameters())
     assert sum(len(group["params"]) for group in state["param_groups"]) == len(names)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_without_labels_of_pairs_their_head_stays_as_it_was(folders, tmp_path, optimizer):  # noqa: F811
+    first, decay = tmp_path / "first", ["--optimizer", optimizer, "--weight_decay", "0.1", "--learning_rate", "0.01"]
+    assert train(folders, first, "--max_steps", "1") == 0
+    for objective in ("none", "auto"):
+        options = [*decay, "--model", str(first), "--objective", objective]
+        assert train(folders, tmp_path / objective, *options) == 0
+    before, unlabelled, labelled = (load_file(tmp_path / n / "model.safetensors") for n in ("first", "none", "auto"))
+    for name, value in before.items():
+        is_of_pairs = name.startswith(("bert.pooler.", "cls.seq_relationship."))
+        assert torch.equal(unlabelled[name], value) == is_of_pairs, name
+        assert not torch.equal(labelled[name], value), name
 
 
 def test_an_interrupted_run_with_lamb_ends_alike(folders, tmp_path):  # noqa: F811
