@@ -11,7 +11,7 @@ from bert_pretrain.new_model import build_model, longest_sequence, resolve_atten
 from bert_pretrain.objective import check_objective, for_objective
 from bert_pretrain.optimizer import choose_optimizer, freeze_unlearned
 from bert_pretrain.record import config_record, write_record
-from bert_pretrain.resume import find_checkpoint, run_record
+from bert_pretrain.resume import check_output, find_checkpoint, run_record, write_run
 from bert_pretrain.tokenizer import load_tokenizer
 from bert_pretrain.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
@@ -41,6 +41,7 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
         training.ddp_find_unused_parameters = False  # all are used, even by a rank without packs; looking costs time
     run = run_record(config, training, train, tokenizer)
     checkpoint = find_checkpoint(run, training)
+    check_output(run, training)
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # nothing to pin it for, of which torch would warn at every loader
 
@@ -71,6 +72,8 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
         trainer.train(resume_from_checkpoint=checkpoint)
     model.requires_grad_(True)  # whoever goes on with it may learn all of it
     stop.end_if_received()
+    if trainer.is_world_process_zero():
+        write_run(training.output_dir, run)
     trainer.save_model(_internal_call=True)  # not to the hub yet: the figures of its card are still to come
     if test is not None:
         trainer.save_metrics("eval", trainer.evaluate())

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from bert_pretrain.attention import ATTENTION
 from bert_pretrain.config import PretrainConfig
 from collate.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
 
@@ -36,12 +37,13 @@ MUST_STAY = {"dataloader_drop_last"}
 NOT_TRAINING = {"eval_mlm_probability", "peak_tflops"}
 PLACES = {"dataset", "tokenizer"}
 """Folders may be moved: their contents are compared."""
+RESUME_OR_BEGIN = "give the old value to resume, or another output_dir to begin anew"
 
 
 def run_record(
     config: PretrainConfig, training: TrainingArguments, train: Any, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict]:
-    """What decides the outcome of a run, as JSON; kept in each of its checkpoints.
+    """What decides the outcome of a run, as JSON; kept in each of its checkpoints, and beside its model at the end.
 
     Call it when sequences_per_step has become packs per step.
     """
@@ -102,13 +104,37 @@ def _check_parts(checkpoint: Path) -> None:
         )
 
 
-def _check_record(checkpoint: Path, record: dict[str, dict]) -> None:
-    saved = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+def check_output(record: dict[str, dict], training: TrainingArguments) -> None:
+    """A finished run of another configuration is not overwritten, though it may have left no checkpoint."""
+    if (Path(training.output_dir) / RUN_FILE).exists():
+        cure = "its model would be overwritten: give another output_dir, or remove this one"
+        _check_record(Path(training.output_dir), record, cure)
+
+
+def write_run(folder: str | os.PathLike, record: dict[str, dict]) -> None:
+    """Beside a finished run's model, for `check_output`."""
+    (Path(folder) / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_BEGIN) -> None:
+    saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     for part, values in record.items():
         for name, value in values.items():
             before = saved.get(part, {}).get(name, value)
-            if before != value:
-                raise ValueError(
-                    f"{checkpoint} was trained with {name}={before!r}, now it is {value!r}; give the old value to "
-                    "resume, or another output_dir to begin anew"
-                )
+            if before == value:
+                continue
+            if name == "attention" and _attend_alike(before, value, values["attention_probs_dropout_prob"]):
+                logger.info("attention: %s was trained with %s, now it is %s: the same function", folder, before, value)
+                continue
+            raise ValueError(f"{folder} was trained with {name}={before!r}, now it is {value!r}; {cure}")
+
+
+def _attend_alike(before: str, now: str, dropout: float | None) -> bool:
+    """ "local, varlen", "local, flex" -> True: heads of full attention differ in rounding alone.
+
+    "auto" chooses among them by the device. Without a number for it, attention dropout depends on the head's name.
+    """
+    heads = [[name.strip() for name in names.split(",")] for names in (before, now)]
+    full = {name for name, head in ATTENTION.items() if getattr(head, "is_full", False)}
+    unified = [["full" if name in full else name for name in names] for names in heads]
+    return dropout is not None and unified[0] == unified[1]

@@ -380,6 +380,47 @@ def test_what_leaves_the_result_as_it_is_may_change(tmp_path, training):
     _check_record(tmp_path, record(training))
 
 
+NO_DROPOUT = {"attention_probs_dropout_prob": 0.0}
+OTHER_ATTENTION = [
+    ("varlen", "flex", NO_DROPOUT, True),
+    ("sdpa", "varlen", NO_DROPOUT, True),
+    ("local,varlen", "local, sdpa", NO_DROPOUT, True),
+    ("sdpa", "flex", {}, False),  # dropout 0.1, then none
+    ("varlen", "local", NO_DROPOUT, False),
+    ("local,varlen", "sdpa,local", NO_DROPOUT, False),
+]
+
+
+@pytest.mark.parametrize(("before", "now", "dropout", "is_alike"), OTHER_ATTENTION)
+def test_full_attention_may_change_its_kernel(tmp_path, caplog, before, now, dropout, is_alike):
+    """As "auto" does on another device; what is computed must be the same."""
+    (tmp_path / "run.json").write_text(json.dumps(record(config=dropout | {"attention": before})))
+    if is_alike:
+        with caplog.at_level("INFO"):
+            _check_record(tmp_path, record(config=dropout | {"attention": now}))
+        assert f"was trained with {before}, now it is {now}: the same function" in caplog.text
+        with pytest.raises(ValueError, match=r"attention_probs_dropout_prob=0\.0, now it is 0\.5"):
+            _check_record(tmp_path, record(config={"attention": now, "attention_probs_dropout_prob": 0.5}))
+    else:
+        with pytest.raises(ValueError, match=f"was trained with attention='{before}', now it is '{now}'"):
+            _check_record(tmp_path, record(config=dropout | {"attention": now}))
+
+
+def test_a_finished_run_is_overwritten_by_none_but_itself(options, tmp_path, capsys):
+    """It left no checkpoint that could tell."""
+    output, once = tmp_path / "run", {"save_strategy": "no", "max_steps": 2}
+    assert train(options, output, **once) == 0
+    assert last_checkpoint(output) is None
+    files = {file: (output / file).read_bytes() for file in ("model.safetensors", "pretrain.json", "run.json")}
+    assert train(options, output, **once, learning_rate=0.02) == 2
+    message = f"{output} was trained with learning_rate=0.01, now it is 0.02; its model would be overwritten"
+    assert message in capsys.readouterr().err
+    assert files == {file: (output / file).read_bytes() for file in files}
+    (output / "model.safetensors").unlink()
+    assert train(options, output, **once) == 0
+    assert files == {file: (output / file).read_bytes() for file in files}
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
