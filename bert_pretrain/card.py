@@ -51,9 +51,11 @@ def model_card(
     versions: Mapping[str, str],
     mask_token: str,
     is_stock: bool,
+    best_step: int | None = None,
 ) -> ModelCard:
     """name: of the model, or the repository it goes to. seen: by the end of training, which may be later than the last
-    log: "sequences_seen" and "tokens_seen". is_stock: its attention is what stock BERT computes."""
+    log: "sequences_seen" and "tokens_seen". is_stock: its attention is what stock BERT computes.
+    best_step: that the model is of, if it is not that of the last."""
     trained = _last(log_history, "loss")
     evaluated = {
         key.removeprefix("eval_"): value for key, value in _last(log_history, "eval_loss").items() if key != "step"
@@ -82,6 +84,8 @@ def model_card(
     }
     if seen["sequences_seen"]:
         facts["seen"] = f"{seen['sequences_seen']:,} sequences, {seen['tokens_seen']:,} real tokens"
+    if best_step is not None:
+        facts["this model"] = f"that of step {best_step:,}, the best of those that were evaluated"
     if config.model is not None:
         facts["begun from"] = f"`{_folder_name(config.model)}`"
     parts = [

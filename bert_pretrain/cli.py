@@ -63,9 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"bert-pretrain {arguments[0]}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        hint = "; the last checkpoint stays, and the same command goes on from it" if arguments[0] == "train" else ""
-        print(f"bert-pretrain {arguments[0]}: interrupted{hint}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"bert-pretrain {arguments[0]}: interrupted{interrupt}", file=sys.stderr)
         return 130
     except SystemExit as stop:  # --help, or a signal after which a checkpoint was saved
         if isinstance(stop.code, int) and stop.code > 128:
@@ -104,6 +103,7 @@ def _train(arguments: list[str]) -> None:
     import os
 
     from transformers import TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils.logging import disable_progress_bar
 
     from bert_pretrain.config import PretrainConfig
@@ -117,7 +117,12 @@ def _train(arguments: list[str]) -> None:
     config, training = parse((PretrainConfig, TrainingArguments), "bert-pretrain train", *given, groups=groups)
     if training.disable_tqdm:
         disable_progress_bar()  # transformers' own bars, of saving, too
-    pretrain(config, training)
+    try:
+        pretrain(config, training)
+    except KeyboardInterrupt:
+        last = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
+        there = f"; {last} stays, and the same command goes on from it" if last else " before a checkpoint was saved"
+        raise KeyboardInterrupt(there) from None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """PretrainTrainer: PackedTrainer with a meter, an evaluation of its own masking rate, a model card and a record."""
 
+import logging
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of its client, whichever that is
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -18,6 +21,8 @@ from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.record import versions, write_record
 from collate import DataCollatorWithPacking, PackedTrainer
 from packing import packed_info
+
+logger = logging.getLogger(__name__)
 
 
 class _TiedTogether(TrainerCallback):
@@ -39,8 +44,24 @@ class _TiedTogether(TrainerCallback):
         self.model.__dict__.pop("get_output_embeddings", None)
 
 
+@contextmanager
+def _hub_errors(cure: str):
+    try:
+        yield
+    except (HTTPError, HfHubHTTPError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"the hub cannot be reached, or refuses ({first_line}); {cure}") from error
+
+
 class _LogsLastStep(TrainerCallback):
     """The last steps are logged, even if logging_steps does not divide max_steps, or is more."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            logger.info(
+                "finished already: step %d of %d; raise max_steps or num_train_epochs to train on",
+                *(state.global_step, state.max_steps),
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
@@ -170,8 +191,21 @@ class PretrainTrainer(PackedTrainer):
             versions=versions(),
             mask_token=self.processing_class.mask_token,
             is_stock=self.is_stock,
+            best_step=self._best_step(),
         )
         card.save(Path(self.args.output_dir) / "README.md")
+
+    def _best_step(self) -> int | None:
+        is_best = self.args.load_best_model_at_end and not self.is_in_train
+        return self.state.best_global_step if is_best and self.state.best_model_checkpoint is not None else None
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        with _hub_errors("push_to_hub: make a token known (hf auth login), or leave the option out"):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        with _hub_errors(f"the model is saved in {self.args.output_dir}: upload it from there (hf upload)"):
+            return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self.create_model_card()

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import xxhash
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
@@ -163,6 +164,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _not_written(target: Path, error: Exception) -> str:
+    last = get_last_checkpoint(str(target.parent)) if target.parent.is_dir() else None
+    there = "there is no checkpoint before it" if last is None else f"the last complete checkpoint is {last}"
+    free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
+    return f"{target} could not be written: {error}; {free:,} bytes are free there; make room; {there}"
+
+
 class SavesWhole:
     """Part of a Trainer: its checkpoints are complete or not there, and a damaged one is refused.
 
@@ -194,12 +202,22 @@ class SavesWhole:
 
     def _save_checkpoint(self, model, trial) -> None:
         run_folder, best = Path(self._get_output_dir(trial)), self.state.best_model_checkpoint
+        target = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            self._write_checkpoint(model, trial, run_folder, target, best)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "writ" not in str(error):  # torch.save on a full disk: "… failed
+                raise  # writing file …"
+            raise OSError(_not_written(target, error)) from error
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+
+    def _write_checkpoint(self, model, trial, run_folder: Path, target: Path, best: str | None) -> None:
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._is_saving = False
-        target = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = run_folder / UNFINISHED / target.name
         self.state.best_model_checkpoint = self._best_checkpoint(target, best)
         self._add_to_checkpoint(folder)
@@ -211,8 +229,18 @@ class SavesWhole:
             logger.info("%s is complete", target)
             delete_old(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """The best checkpoint is beside the one that training goes on from, wherever the run's folder lies now."""
+        found = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None:
+            beside = Path(resume_from_checkpoint).with_name("its name is that of its step")
+            self.state.best_model_checkpoint = self._best_checkpoint(beside, self.state.best_model_checkpoint)
+        return found
 
     def _best_checkpoint(self, target: Path, before: str | None) -> str | None:
         if not self.state.best_global_step:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file
 from tiny_runs import SMALL, flags, history, make_folders, train, train_options
 from transformers import AutoConfig, AutoTokenizer, BertForPreTraining, TrainerCallback
@@ -16,6 +18,7 @@ from bert_pretrain import pretrain as pretrain_module
 from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import SHAPE
 from bert_pretrain.new_model import longest_sequence
+from bert_pretrain.trainer import PretrainTrainer
 from packing.cli import main as pack_dataset
 
 HERE = Path(__file__).parent
@@ -333,3 +336,60 @@ def test_options_have_no_effect_unless_given(folders, tmp_path):
     """What `train` is given here is what the other tests here compare with."""
     given = flags(train_options(folders, tmp_path))
     assert not {"--bf16", "--torch_compile", "--max_grad_norm"} & set(given) and SMALL["hidden_size"] == 16
+
+
+# -- runs that end otherwise --------------------------------------------------------------------------------------
+
+
+def error_of(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupt_says_what_stays(folders, tmp_path, capsys, monkeypatch):
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    assert train(folders, tmp_path / "saved", save_strategy="steps", save_steps=2, max_steps=2) == 0
+    monkeypatch.setattr(PretrainTrainer, "train", interrupt)
+    assert train(folders, tmp_path / "none") == 130
+    assert error_of(capsys) == "bert-pretrain train: interrupted before a checkpoint was saved"
+    assert train(folders, tmp_path / "saved", save_strategy="steps", save_steps=2, max_steps=4) == 130
+    assert f"{tmp_path / 'saved' / 'checkpoint-2'} stays" in error_of(capsys)
+
+
+def test_a_save_that_fails_names_the_last_checkpoint(folders, tmp_path, capsys, monkeypatch):
+    save = PretrainTrainer._save_optimizer_and_scheduler
+
+    def fail_at_4(self, folder):
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(PretrainTrainer, "_save_optimizer_and_scheduler", fail_at_4)
+    assert train(folders, tmp_path / "bert", save_strategy="steps", save_steps=2) == 2
+    error = error_of(capsys)
+    for words in ("checkpoint-4 could not be written", "No space left", " bytes are free", "checkpoint-2"):
+        assert words in error
+
+
+def test_a_hub_out_of_reach_is_one_line(folders, tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise HTTPError("Name or service not known")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    assert train(folders, tmp_path / "bert", push_to_hub=True) == 2
+    assert "the hub cannot be reached, or refuses (Name or service not known)" in error_of(capsys)
+
+
+def test_the_best_model_is_known_where_the_run_was_moved_and_the_card_says_its_step(folders, tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1e-3}
+    options["greater_is_better"] = True  # the worst, as it were: that of step 2
+    assert train(folders, tmp_path / "old", **options) == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    caplog.set_level("INFO")
+    assert train(folders, tmp_path / "new", **options) == 0
+    assert "finished already: step 4 of 4" in caplog.text
+    state = json.loads((tmp_path / "new" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "new" / "checkpoint-2")
+    assert "that of step 2, the best" in (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
