@@ -75,7 +75,6 @@ def test_what_was_seen_since_the_last_log_counts(folders, run, tmp_path):
     logged = [entry for entry in history(tmp_path / "bert") if "loss" in entry]
     everything = [entry for entry in history(run) if "loss" in entry][-1]
     assert not logged
-    assert logged[0]["sequences_seen"] < everything["sequences_seen"]
     text = (tmp_path / "bert" / "README.md").read_text(encoding="utf-8")
     assert f"{everything['sequences_seen']:,} sequences, {everything['tokens_seen']:,} real tokens" in text
 
