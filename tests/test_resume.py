@@ -113,7 +113,7 @@ def test_a_run_that_is_killed_ends_as_the_one_that_was_not(options, whole, tmp_p
     assert sum(moments.values()) == 3 and moments["saving"], moments
     assert_same_end(tmp_path / "run", whole)
     logged = [entry for entry in figures(whole) if "loss" in entry]
-    assert len(logged) == 7 and logged[-1]["sequences_seen"] > 150
+    assert len(logged) == 8 and logged[-1]["sequences_seen"] > 150
 
 
 LONG_RUNS = {
