@@ -54,6 +54,9 @@ def write_in_pool(
     stop, tasks, waiting = context.Event(), iter(tasks), set()
     with ProcessPoolExecutor(num_proc, context, _begin, (dataset, tuple(token_columns), stop)) as pool:
         try:
+            # All workers start now. One that started after another had died would be waited for without end.
+            for _ in range(num_proc):
+                pool.submit(_ready)
             for task in tasks:
                 waiting.add(pool.submit(_write, task))
                 if len(waiting) > num_proc:
@@ -91,6 +94,10 @@ def _begin(dataset, token_columns: tuple[str, ...], stop) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which says stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = open_columns(dataset, token_columns), stop
+
+
+def _ready() -> None:
+    """Nothing: a worker that does it has begun."""
 
 
 def _end_with_parent() -> None:
