@@ -264,8 +264,8 @@ def test_overlong_lengths_are_cut_as_rows_are(sources, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lengths.npy", "packed"], "SOURCE 'lengths.npy' is a file, which can be planned for"),
-        (["missing.npy", "--compare"], "SOURCE 'missing.npy' is not a folder"),
+        (["lengths.npy", "packed"], "SOURCE 'lengths.npy' is a file of lengths, which can be planned for"),
+        (["missing.npy", "--compare"], "there is no SOURCE 'missing.npy'"),
         (["lengths.npy", "--compare", "--max-sequence-length", "8"], "sequences are longer than max_sequence_length=8"),
         (["splits", "--compare", "--max-sequence-length", "8"], "split 'train': row "),
         (["lengths.npy", "--report", "report.pdf"], "a report is written as .html or .png"),
