@@ -59,6 +59,7 @@ def _read(sources: list[Path], documents: str, sentences: str, language: str) ->
 
 
 def no_text(sources: list[Path]) -> ValueError:
+    """What to raise where nothing but blank lines was found."""
     return ValueError(f"no text in {', '.join(map(str, sources[:3]))}{', …' * (len(sources) > 3)}: only blank lines")
 
 

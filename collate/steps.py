@@ -89,6 +89,7 @@ def plan_steps(depths: np.ndarray, sequences_per_step: int) -> StepPlan:
 
 
 def check_sequences_per_step(value: int) -> None:
+    """Raise ValueError for what is no whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"sequences_per_step={value!r} must be a whole number, at least 1")
 
