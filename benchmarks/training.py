@@ -52,15 +52,13 @@ from transformers import BertConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from bert_pretrain.attention.choice import choose_attention
+from bert_pretrain.metrics import peak_flops
 from bert_pretrain.model import PackedBertForPreTraining
 from collate.labels import IGNORED
 from collate.layout import PackLayout
 
 MODELS = {"bert-tiny": (2, 128), "bert-mini": (4, 256), "bert-small": (4, 512), "bert-base": (12, 768)}
 """Layers and width; attention heads are 64 wide."""
-
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
-"""Dense 16-bit tensor cores, by the makers' data sheets."""
 
 VOCABULARY, SYNTHETIC_SEQUENCES, MEGABATCH = 30_522, 20_000, 50
 PACKS = 4_000  # read from a packed folder; their order is random
@@ -438,8 +436,8 @@ def spread(values: np.ndarray, form: str) -> str:
 
 def known_peak(options) -> float | None:
     """TFLOP/s of the device in 16 bits, where it is known."""
-    device = torch.cuda.get_device_name(options.device)
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device and options.dtype != "float32"), None)
+    peak = None if options.dtype == "float32" else peak_flops(torch.cuda.get_device_name(options.device))
+    return None if peak is None else peak / 1e12
 
 
 def machine(options) -> str:

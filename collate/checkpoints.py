@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
+from packing.folder import sync
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -104,17 +106,17 @@ def publish(folder: Path, target: Path) -> None:
     """A folder that all have written becomes the checkpoint, in one step, and outlives a power cut."""
     files = {}
     for path in sorted(_files(folder)):
-        _sync(path)
+        sync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
-    _sync(manifest)
+    sync(manifest)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        _sync(path)
+        sync(path)
     if target.exists():  # of the same step, from which training was not resumed
         _delete(target)
     os.rename(folder, target)
-    _sync(target.parent)
+    sync(target.parent)
     _remove_if_empty(folder.parent)
 
 
@@ -153,15 +155,6 @@ def _hash(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """To the disk; a folder too, or its names may be lost."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _not_written(target: Path, error: Exception) -> str:

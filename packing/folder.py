@@ -44,7 +44,7 @@ def write_bytes(descriptor: int, data) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a folder's entries are on the disk."""
+    """Wait until a file, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, message):
     assert last_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("moment", ["_sync", "_hash", "write_text", "rename"])
+@pytest.mark.parametrize("moment", ["sync", "_hash", "write_text", "rename"])
 def test_whenever_a_save_ends_early_the_last_checkpoint_stays(tmp_path, monkeypatch, moment):
     whole = write_checkpoint(tmp_path, 8)
 
