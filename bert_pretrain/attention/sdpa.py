@@ -59,34 +59,36 @@ class OneByOne(torch.autograd.Function):
     """(T, H, K) x 3, lengths of the sequences -> (T, H, K)
 
     Written out, with the kernels that scaled_dot_product_attention itself calls on a CPU: through it, every sequence
-    would cost a dozen nodes of the graph, and the gradients a copy more.
+    would cost a dozen nodes of the graph. What a kernel returns is copied to its place at once, while it is in the
+    cache; concatenated at the end it would have gone to memory and back, and would be kept twice.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, lengths):
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        parts = zip(*(_sequences(x, lengths) for x in (query, key, value)), strict=True)
-        contexts, log_sums = zip(*(kernel(*part) for part in parts), strict=True)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        context, log_sums = torch.empty(value.shape, dtype=value.dtype), []
+        for *inputs, place in zip(*(_sequences(x, lengths) for x in (query, key, value, context)), strict=True):
+            result, log_sum = kernel(*inputs)
+            place.copy_(result)
+            log_sums.append(log_sum)
         ctx.lengths = lengths
-        ctx.save_for_backward(query, key, value, *contexts, *log_sums)
-        return _tokens(contexts)
+        ctx.save_for_backward(query, key, value, context, *log_sums)
+        return context
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        query, key, value, *saved = ctx.saved_tensors
-        contexts, log_sums = saved[: len(ctx.lengths)], saved[len(ctx.lengths) :]
-        parts = (_sequences(x, ctx.lengths) for x in (grad, query, key, value))
-        gradients = [kernel(*part, 0.0, False) for part in zip(*parts, contexts, log_sums, strict=True)]
-        return *map(_tokens, zip(*gradients, strict=True)), None
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        query, key, value, context, *log_sums = ctx.saved_tensors
+        gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+        inputs = zip(*(_sequences(x, ctx.lengths) for x in (grad, query, key, value, context)), strict=True)
+        places = zip(*(_sequences(x, ctx.lengths) for x in gradients), strict=True)
+        for parts, log_sum, three in zip(inputs, log_sums, places, strict=True):
+            for place, result in zip(three, kernel(*parts, log_sum, 0.0, False), strict=True):
+                place.copy_(result)
+        return *gradients, None
 
 
 def _sequences(x_THK: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
     """(T, H, K) -> (1, H, n, K) of each sequence: views."""
     return x_THK.transpose(0, 1)[None].split(lengths, 2)
-
-
-def _tokens(parts) -> Tensor:
-    """(1, H, n, K) of each sequence -> (T, H, K)"""
-    return torch.cat([part[0].transpose(0, 1) for part in parts])
