@@ -1,7 +1,8 @@
-"""How fast a run is: real tokens per second, packing efficiency, model FLOPs, memory, waiting for data.
+"""How fast a run is: real tokens and sequences per second, model FLOPs, memory, waiting for data.
 
 Only real tokens count, never padding; and only the time of training steps, not that of evaluations and checkpoints
-between them. Counts stay on the device and are read when something is logged, so no step waits for the device.
+between them. Counts stay on the device and are read when something is logged, so no step waits for the device. After
+a resume the first figures are of the steps since it, counts and time alike.
 """
 
 import re
@@ -152,7 +153,7 @@ class Meter:
         self.stop()
         if not torch.is_tensor(self._counts):
             return {}
-        sequences, tokens, slots, squares, predicted = self._counts.tolist()
+        sequences, tokens, _, squares, predicted = self._counts.tolist()
         own = torch.tensor([[self._seconds, self._waited, self.peak_memory()]], dtype=torch.float64, device=self.device)
         seconds, waited, memory = gather(own).cpu().unbind(1)
         self.reset()
@@ -162,7 +163,6 @@ class Meter:
         metrics = {
             "tokens_per_second": tokens / slowest,
             "sequences_per_second": sequences / slowest,
-            "packing_efficiency": tokens / slots if slots else 1.0,
             name: flops_per_second / 1e12,
         }
         if self.peak is not None and self.flops.attention:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.config import PretrainConfig
+from collate.agreement import agreed
 from collate.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ MAY_CHANGE = {
     *("per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("do_train", "do_eval", "do_predict", "skip_memory_metrics", "include_for_metrics", "batch_eval_metrics"),
     *("push_to_hub", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "label_names"),
-    # on what machine: the same numbers but for rounding; packs_per_step says what a step holds
+    # on what machine: the same numbers but for rounding, and for dropout where passes are cut otherwise, by another
+    # per_device_train_batch_size or number of devices; packs_per_step says what a step holds
     *("per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu", "local_rank", "deepspeed"),
     *("parallelism_config", "accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "auto_find_batch_size"),
@@ -68,7 +70,17 @@ def _must_stay(name: str) -> bool:
 
 
 def find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one asked for, or the last in output_dir; complete, and of such a run."""
+    """The checkpoint to resume from: the one asked for, or the last in output_dir; complete, and of such a run.
+
+    One rank looks for it and reads its files, see `agreed`: all resume from the same one, or raise the same error.
+    """
+    checkpoint = agreed(training, lambda: _find_checkpoint(record, training))
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    return checkpoint
+
+
+def _find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> str | None:
     asked_for = training.resume_from_checkpoint
     if asked_for is None:
         checkpoint = last_checkpoint(training.output_dir)
@@ -84,7 +96,6 @@ def find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> str
             raise DamagedCheckpoint(f"{damage}; name another checkpoint-N folder") from None
     _check_parts(checkpoint)
     _check_record(checkpoint, record)
-    logger.info("resuming from %s", checkpoint)
     return os.fspath(checkpoint)
 
 

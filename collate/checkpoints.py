@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
+from collate.agreement import agreed
 from packing.folder import sync
 
 logger = logging.getLogger(__name__)
@@ -174,20 +175,48 @@ class SavesWhole:
 
     run_record: dict | None = None
     """What the run was configured with: JSON that is saved as run.json in each checkpoint."""
+    checked_checkpoint: str | None = None
+    """One that was found complete already, on all ranks: its files are not read again."""
     _is_saving = False
+    _loaded_from: str | os.PathLike = ""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        run_folder = self.args.output_dir
-        if self.args.local_process_index == 0:
-            remove_unfinished(run_folder)
-        self.accelerator.wait_for_everyone()
-        if resume_from_checkpoint is True and os.path.isdir(run_folder):
-            resume_from_checkpoint = get_last_checkpoint(run_folder) or True  # True: Trainer says that there is none
-        if isinstance(resume_from_checkpoint, str | os.PathLike):
+        if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            if os.path.exists(os.path.join(resume_from_checkpoint, MANIFEST)):  # none: written by a plain Trainer
-                check_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint not in (None, False, self.checked_checkpoint):
+            resume_from_checkpoint = agreed(self.args, lambda: self._checked(resume_from_checkpoint))
+        if self.args.should_save:
+            remove_unfinished(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _checked(self, checkpoint: str | bool | None) -> str | bool | None:
+        """The checkpoint to resume from, complete."""
+        if checkpoint is True and os.path.isdir(self.args.output_dir):
+            checkpoint = get_last_checkpoint(self.args.output_dir) or True  # True: Trainer says that there is none
+        if isinstance(checkpoint, str) and os.path.exists(os.path.join(checkpoint, MANIFEST)):
+            check_checkpoint(checkpoint)  # without a manifest it was written by a plain Trainer
+        return checkpoint
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self._loaded_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._loaded_from = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Parameters that are tied to others are saved once, and are there with these. Others that the checkpoint
+        lacks, or has beside the model's, are refused: Trainer would warn, and go on with random ones."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        missing, unknown = set(load_result.missing_keys) - tied, set(load_result.unexpected_keys)
+        for what, names in (("lacks parameters of the model", missing), ("has parameters of another model", unknown)):
+            if names:
+                raise ValueError(
+                    f"{self._loaded_from} {what}: {', '.join(sorted(names))}; resume with the model that it was saved "
+                    "of, or begin anew in another output_dir"
+                )
 
     def _get_output_dir(self, trial) -> str:
         run_folder = super()._get_output_dir(trial)

@@ -14,8 +14,9 @@ inexact (transformers 5.23), and what is done about it here:
 * ignore_data_skip repeats the begin of the epoch, restore_callback_states_from_checkpoint replaces callbacks that the
   trainer itself holds on to, and without dataloader_in_order no two runs are alike; they are refused.
 
-What is measured by the clock, such as tokens per second, and Trainer's last line with train_loss, cover the time since
-the resume. An evaluation that was due at the step after which a signal stopped the run is left out.
+Counts of packs and tokens are saved by the trainer's own callback. What is measured by the clock, such as tokens per
+second, and Trainer's last line with train_loss, cover the time since the resume. An evaluation that was due at the step
+after which a signal stopped the run is left out.
 """
 
 import json

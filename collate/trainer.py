@@ -4,7 +4,7 @@ A row is several sequences here, and the number of sequences and of predicted to
 mean per micro-batch, which is what Trainer averages, weights sequences unequally (and stock BERT losses are wrong under
 accumulation besides: huggingface/transformers#47688). PackedTrainer counts what a loss is divided by over the whole
 optimizer step, all micro-batches and all ranks, before the first forward pass: the result then depends neither on
-packing, nor on accumulation, nor on the number of processes.
+packing, nor on accumulation, nor on the number of processes. (Dropout does: each forward pass draws for its own rows.)
 
 What is counted, and what the loss is, a task says (collate.heads): for stock models of transformers it is found by
 their class. A model with a loss of its own says so by
@@ -315,7 +315,7 @@ class PackedTrainer(ResumesExactly, Trainer):
             of_batch = torch.cat([count_packs(batch), filled[None], self.task.count(batch)]).to(device)
             counts = of_batch if counts is None else counts + of_batch
         counts = self.accelerator.reduce(counts, "sum")
-        self._progress.add(counts[[0, 1, 4]])
+        self._progress.add(counts[[0, 1, 4, 2]])
         self._step_counted(counts[:4], counts[5:])
         return counts[5:]
 
@@ -335,7 +335,7 @@ class PackedTrainer(ResumesExactly, Trainer):
         if "loss" in logs and self._train_sums.total is not None:
             metrics = self.task.metrics(self.accelerator.reduce(self._train_sums.take(), "sum").cpu())
             del metrics["sequences"], metrics["tokens"]  # since the last log; of interest is how many there were in all
-            logs = metrics | self._progress.seen(self.state.global_step) | logs
+            logs = metrics | self._progress.seen(self.state.global_step) | self._progress.since_last_log() | logs
         _drop_figures_of_rows(logs)
         super().log(logs, start_time)
 
@@ -530,26 +530,38 @@ class StepSampler(Sampler):
 
 
 class PackingProgress(TrainerCallback, ExportableState):
-    """Sequences, tokens and packs that training has seen, over all ranks; saved and resumed with Trainer's state."""
+    """What training has seen, over all ranks: sequences, tokens, packs that hold any, and the token slots of these.
 
-    def __init__(self, sequences: int = 0, tokens: int = 0, packs: int = 0):
-        self._counts = torch.tensor([sequences, tokens, packs])
+    Saved and resumed with Trainer's state, as is what the last log had seen: so an interval with a resume in it is
+    whole.
+
+    counts, logged: (4,) in that order, by now and by the last log.
+    """
+
+    def __init__(self, counts: Sequence[int] = (0, 0, 0, 0), logged: Sequence[int] = (0, 0, 0, 0)):
+        self._counts, self._logged = torch.tensor(counts), list(logged)
 
     def add(self, counts: Tensor) -> None:
-        """counts: (3,) sequences, tokens and packs that hold any, of one optimizer step."""
+        """counts: (4,) of one optimizer step."""
         self._counts = self._counts.to(counts.device) + counts
+
+    def since_last_log(self) -> dict[str, float]:
+        """The packing efficiency, and begin anew."""
+        now = self._counts.tolist()
+        _, tokens, _, slots = (count - logged for count, logged in zip(now, self._logged, strict=True))
+        self._logged = now
+        return {"packing_efficiency": tokens / slots} if slots else {}
 
     def seen(self, steps: int) -> dict[str, float]:
         """For the log, over all steps so far; packing_factor is the realised one."""
-        sequences, tokens, packs = self._counts.tolist()
+        sequences, tokens, packs, _ = self._counts.tolist()
         seen = {"sequences_seen": sequences, "tokens_seen": tokens}
         if packs and steps:
             seen |= {"packing_factor": sequences / packs, "packs_per_step": packs / steps}
         return seen
 
     def state(self) -> dict:
-        sequences, tokens, packs = self._counts.tolist()
-        return {"args": {"sequences": sequences, "tokens": tokens, "packs": packs}, "attributes": {}}
+        return {"args": {"counts": self._counts.tolist(), "logged": self._logged}, "attributes": {}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(type(self).__name__)

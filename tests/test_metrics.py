@@ -152,7 +152,6 @@ def test_rates_are_of_the_time_that_training_ran(clock):
         {
             "tokens_per_second": 96 / 8,
             "sequences_per_second": 4 / 8,
-            "packing_efficiency": 0.75,
             "model_tflops": flops / 8 / 2 / 1e12,
             "mfu": flops / 8 / 2 / 1e9,
             "data_wait_share": 2 / 8,

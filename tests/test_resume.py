@@ -1,5 +1,6 @@
 """Runs that are killed, told to stop, or resumed with damaged or other settings; each ends as the uninterrupted run."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,19 +16,21 @@ import pytest
 import torch
 from conftest import make_pair, make_tokenizer
 from datasets import Dataset, DatasetDict
-from killed_runs import Run, run_killed
-from safetensors.torch import load_file
+from killed_runs import PATIENCE, Run, run_killed
+from safetensors.torch import load_file, save_file
 from training_runs import make_packs, make_trainer
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, trainer
 
 from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.resume import _check_record, run_record
-from collate.checkpoints import check_checkpoint, last_checkpoint
+from collate import agreement, checkpoints
+from collate.agreement import agreed
+from collate.checkpoints import DamagedCheckpoint, check_checkpoint, last_checkpoint
 from collate.exact_resume import ResumesExactly
 from packing import pack_dataset
 
-EXACT = ("loss", "mlm_", "nsp_", "sequences_seen", "tokens_seen", "grad_norm", "learning_rate", "epoch")
+EXACT = ("loss", "mlm_", "nsp_", "sequences_seen", "tokens_seen", "grad_norm", "learning_rate", "epoch", "pack")
 """What logs hold beside timings."""
 SEEN = ("sequences_seen", "tokens_seen")
 
@@ -252,6 +255,92 @@ def test_a_damaged_checkpoint_is_refused(options, copy_of_whole, tmp_path, capsy
     shutil.rmtree(newest)
     assert train(options, copy_of_whole, max_steps=7) == 0
     check_checkpoint(newest)
+
+
+def test_each_file_of_a_checkpoint_is_read_once_to_check_it(options, copy_of_whole, monkeypatch):
+    read, check = [], checkpoints._hash
+    monkeypatch.setattr(checkpoints, "_hash", lambda path: read.append(path) or check(path))
+    assert train(options, copy_of_whole, max_steps=7) == 0  # no step is trained, and so none is saved
+    newest = copy_of_whole / "checkpoint-7"
+    assert sorted(read) == sorted(path for path in newest.iterdir() if path.name != "manifest.json")
+
+
+def test_two_ranks_refuse_a_damaged_checkpoint_once_and_none_waits_for_the_other(options, copy_of_whole):
+    """Rank 0 alone reads it; rank 1 hears of it, and is silent, to be ended as torchrun would."""
+    (copy_of_whole / "checkpoint-7" / "scheduler.pt").unlink()
+    run = Run([*options, *flags(ddp_backend="gloo")], copy_of_whole, ranks=2)
+    first, second = run.ranks
+    first.join(PATIENCE)
+    assert first.exitcode == 2, run.log.read_text()
+    second.terminate()
+    second.join(PATIENCE)
+    said = run.log.read_text()
+    assert said.count("checkpoint-7 is damaged: scheduler.pt is missing; delete the folder to go on from") == 1
+
+
+class OfTwoRanks:
+    def __init__(self, should_save):
+        self.world_size, self.should_save = 2, should_save
+
+
+@pytest.mark.parametrize("answer", [("checkpoint-8", None), (None, DamagedCheckpoint("is damaged"))])
+def test_ranks_agree_on_what_one_of_them_found(monkeypatch, answer):
+    """The answer, or the error; gather_object is a list of what each of them says."""
+
+    def look():
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    said = []
+    for should_save in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(agreement, "gather_object", lambda own: said.extend(own) or list(said))
+            outcome = contextlib.nullcontext() if answer[1] is None else pytest.raises(DamagedCheckpoint, match="is d")
+            with outcome:
+                assert agreed(OfTwoRanks(should_save), look if should_save else None) == answer[0]
+    assert said == [answer]
+
+
+def test_nodes_that_find_different_checkpoints_are_refused(monkeypatch):
+    monkeypatch.setattr(agreement, "gather_object", lambda own: [*own, ("checkpoint-6", None)])
+    with pytest.raises(ValueError, match=r"the nodes found different things: \['checkpoint-8', 'checkpoint-6'\]"):
+        agreed(OfTwoRanks(True), lambda: "checkpoint-8")
+
+
+def rewrite(checkpoint, change):
+    """The model's tensors changed, and the manifest in keeping."""
+    file = checkpoint / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "xxh3_128": checkpoints._hash(file)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+LAYER = "bert.encoder.layer.0.output.dense.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {k: v for k, v in w.items() if k != LAYER}, f"checkpoint-7 lacks parameters of the model: {LAYER}"),
+        (lambda w: w | {"bert.other": torch.zeros(2)}, "checkpoint-7 has parameters of another model: bert.other"),
+    ],
+)
+def test_a_checkpoint_of_other_parameters_is_refused(options, copy_of_whole, capsys, change, message):
+    rewrite(copy_of_whole / "checkpoint-7", change)
+    assert train(options, copy_of_whole) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tied_parameters_that_are_saved_once_are_not_missed(options, copy_of_whole, whole, monkeypatch):
+    """cls.predictions.decoder.* are those of the embeddings and of cls.predictions.bias; Trainer warned of them."""
+    assert not [name for name in load_file(copy_of_whole / "checkpoint-7" / "model.safetensors") if "decoder" in name]
+    warned = []
+    monkeypatch.setattr(trainer.logger, "warning", lambda *words: warned.append(words))
+    assert train(options, copy_of_whole) == 0
+    assert not [words for words in warned if "keys" in str(words)]
+    assert_same_end(copy_of_whole, whole)
 
 
 def test_a_run_that_had_ended_trains_no_more(options, tmp_path):
