@@ -18,6 +18,8 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
 
     For batch_policy "sequences" packs per forward pass and accumulation steps follow, and are written into `training`:
     256 sequences in up to 149 packs, on 2 devices, at most 32 packs per pass -> 75 per device, 3 passes of 25.
+    How a step is cut into passes changes rounding, and which units dropout draws, since a pass draws them for its rows
+    in turn; nothing else.
     """
     if training.auto_find_batch_size:
         raise ValueError(

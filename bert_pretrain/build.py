@@ -49,9 +49,12 @@ class Counts(NamedTuple):
     ones: int = 0
 
 
-def build_sequences(tokens: Path, options: BuildOptions, output: Path, split: str, workers: Workers) -> Counts:
+def build_sequences(
+    tokens: Path, options: BuildOptions, output: Path, split: str, workers: Workers, progress: bool = False
+) -> Counts:
     """Write the sequences of a TokenFolder to a folder that `load_from_disk` reads.
 
+    progress: show a bar on stderr.
     Raises ValueError for options that don't fit the documents, and where SOP finds no pair.
     """
     from datasets import DatasetInfo, Features
@@ -63,7 +66,7 @@ def build_sequences(tokens: Path, options: BuildOptions, output: Path, split: st
     def batches() -> Iterator[pa.RecordBatch]:
         nonlocal counts
         build = partial(_build, tokens, options)
-        with tqdm(desc=f"building {split}", unit=" documents", total=len(documents)) as bar:
+        with tqdm(desc=f"building {split}", unit=" documents", total=len(documents), disable=not progress) as bar:
             tasks = _tasks(documents)
             for numbers, (batch, of_batch) in zip(tasks, workers.map(build, tasks), strict=True):
                 counts = Counts(*map(sum, zip(counts, of_batch, strict=True)))

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import fields
 
+from bert_pretrain.failure import say_end, say_failure
 from bert_pretrain.options import names_in_source, parse, read_config_file, refuse_unknown, split_config_file
 
 USAGE = """usage: bert-pretrain prepare [CONFIG.yaml] --text FILE_OR_FOLDER … --output FOLDER [options]
@@ -61,14 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         commands[arguments[0]](arguments[1:])
     except (ValueError, OSError, ImportError) as error:
-        print(f"bert-pretrain {arguments[0]}: {error}", file=sys.stderr)
+        say_failure(f"bert-pretrain {arguments[0]}: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"bert-pretrain {arguments[0]}: interrupted{interrupt}", file=sys.stderr)
+        say_end(f"bert-pretrain {arguments[0]}: interrupted{interrupt}")
         return 130
     except SystemExit as stop:  # --help, or a signal after which a checkpoint was saved
         if isinstance(stop.code, int) and stop.code > 128:
-            print(f"bert-pretrain {arguments[0]}: {stop}", file=sys.stderr)
+            say_end(f"bert-pretrain {arguments[0]}: {stop}")
             return stop.code
         raise
     return 0
@@ -92,7 +93,7 @@ def _prepare(arguments: list[str]) -> None:
 
     everything = {"options": [field.name for field in fields(PrepareConfig)]}
     (config,) = parse((PrepareConfig,), "bert-pretrain prepare", *given, groups=everything)
-    _, summary = prepare(config)
+    _, summary = prepare(config, progress=True)
     print(summary_table(summary))
 
 
@@ -102,6 +103,7 @@ def _train(arguments: list[str]) -> None:
     import logging
     import os
 
+    from huggingface_hub.utils import logging as hub_logging
     from transformers import TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils.logging import disable_progress_bar
@@ -112,6 +114,7 @@ def _train(arguments: list[str]) -> None:
     # What goes wrong on one rank goes wrong there; what goes right is said once.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    hub_logging.disable_propagation()  # it has a handler of its own, and would say everything twice
     own, others = ([field.name for field in fields(options)] for options in (PretrainConfig, TrainingArguments))
     groups = help_groups(own, others)
     config, training = parse((PretrainConfig, TrainingArguments), "bert-pretrain train", *given, groups=groups)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from bert_pretrain.attention import ATTENTION
-from bert_pretrain.loss import MLM_LOSSES
+from collate.mlm import MLM_LOSSES, check_mlm_loss
 
 OBJECTIVES = ("auto", "nsp", "sop", "none")
 OPTIMIZERS = ("adamw", "lamb")
@@ -53,15 +53,18 @@ class PretrainConfig:
     )
     batch_policy: str = _help(
         "What all optimizer steps have equally many of. sequences: sequences_per_step of them, in as many packs as it "
-        "takes, so that packing changes nothing but the cost. packs: per_device_train_batch_size x "
-        "gradient_accumulation_steps x devices of them; as many packs as there were rows without packing hold packing "
-        "factor times as many sequences, for which the packing paper (arXiv 2107.02027) adjusts the betas: beta_power.",
+        "takes, so that packing changes nothing but the cost (and which units dropout draws). packs: "
+        "per_device_train_batch_size x gradient_accumulation_steps x devices of them; as many packs as there were rows "
+        "without packing hold packing factor times as many sequences, for which the packing paper (arXiv 2107.02027) "
+        "adjusts the betas: beta_power.",
         BATCH_POLICIES[0],
     )
     sequences_per_step: int = _help(
         "Sequences per optimizer step, over all devices, for batch_policy sequences. Exactly as many in every step but "
         "an epoch's last, if packs can be found that add up to it. per_device_train_batch_size is the most packs in "
-        "one forward pass; the number of passes follows.",
+        "one forward pass; the number of passes follows. Another one cuts the passes elsewhere, as another number of "
+        "devices does: the same sequences, masks and loss, but dropout draws other units. Without dropout the result "
+        "is the same but for rounding.",
         SEQUENCES_PER_STEP,
     )
     reassign: bool = _help(
@@ -118,8 +121,7 @@ class PretrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0 and at most 1; BERT's is 0.15")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(f"peak_tflops={self.peak_tflops} must be more than 0; an A100 has 312")
-        if self.mlm_loss not in MLM_LOSSES:
-            raise ValueError(f"unknown mlm_loss {self.mlm_loss!r}; choose from {list(MLM_LOSSES)}")
+        check_mlm_loss(self.mlm_loss)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}; choose from {list(OBJECTIVES)}")
         if self.batch_policy not in BATCH_POLICIES:

@@ -9,8 +9,10 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from bert_pretrain.loss import MLM_LOSSES, PretrainingSums, pretraining_metrics
+from bert_pretrain.loss import PretrainingSums, pretraining_metrics
+from bert_pretrain.places import did_you_mean
 from bert_pretrain.tokenizer import vocabulary_fingerprint
+from collate.mlm import MLM_LOSSES
 from packing import PackedInfo, packed_info
 
 SAMPLED_PACKS = 2000
@@ -22,7 +24,7 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
     try:
         loaded = load_from_disk(folder)
     except FileNotFoundError as error:
-        problem = "is no folder of save_to_disk" if os.path.exists(folder) else "does not exist"
+        problem = "is no folder of save_to_disk" if os.path.exists(folder) else f"does not exist{did_you_mean(folder)}"
         raise ValueError(f"dataset={folder!r} {problem}; give the folder that pack-dataset wrote") from error
     except IndexError as error:  # datasets cannot read what it wrote without rows
         raise ValueError(f"dataset={folder!r} has a split without packs; pack a source with sequences") from error

@@ -1,8 +1,6 @@
 """Token losses + layout -> loss per sequence, with denominators that may span a whole optimizer step.
 
-MLM, "sequence": the mean over sequences of the mean over each one's predicted tokens: the unpacked loss of
-    "Packing: Towards 2x NLP BERT Acceleration" (arXiv 2107.02027, section 3.2.3): every sequence weighs the same.
-MLM, "token": the mean over predicted tokens, as in the original BERT: longer sequences weigh more.
+MLM: by sequence or by token, see collate.mlm.
 NSP or SOP: the mean over sequences that have a label of their pair. Which of the two it is, the labels' column says.
 """
 
@@ -12,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MLM_LOSSES = ("sequence", "token")
+from collate.mlm import mlm_loss_of, mlm_metrics, mlm_sums
 
 
 class PretrainingSums(NamedTuple):
     """Additive statistics: summed over batches and ranks, they give every metric of a run exactly.
 
-    Each is a scalar. `…_by_sequence` sums a mean per sequence, `…_by_token` sums over predicted tokens, `pair_…` over
-    sequences with a label of their pair; sop_sequences are those of them whose label is the sentences' order.
+    Each is a scalar. `mlm_…` are those of collate.mlm, `pair_…` sums over sequences with a label of their pair;
+    sop_sequences are those of them whose label is the sentences' order.
     """
 
     tokens: Tensor
@@ -44,12 +42,9 @@ class PretrainingSums(NamedTuple):
         """
         if denominators is None:
             denominators = torch.stack([self.mlm_tokens, self.mlm_sequences, self.pair_sequences])
-        mlm_tokens, mlm_sequences, pair_sequences = denominators.clamp(min=1).to(self.pair_loss).unbind()
-        if mlm_loss == "sequence":
-            mlm = self.mlm_loss_by_sequence / mlm_sequences
-        else:
-            mlm = self.mlm_loss_by_token / mlm_tokens
-        return mlm + self.pair_loss / pair_sequences
+        tokens, sequences, pair_sequences = denominators.unbind()
+        mlm = mlm_loss_of(self._asdict(), mlm_loss, tokens, sequences)
+        return mlm + self.pair_loss / pair_sequences.clamp(min=1).to(self.pair_loss)
 
     def stacked(self) -> Tensor:
         """(13,) float64, detached; the order is that of the fields."""
@@ -62,28 +57,21 @@ def pretraining_sums(layout, mlm_logits_PV, mlm_labels_P, mlm_sequence_P, pair_l
     P: predicted tokens; mlm_sequence_P: which sequence of the batch each belongs to; N: sequences with a label of their
     pair; objective: "nsp" or "sop", what that label means.
     """
-    loss_P = F.cross_entropy(mlm_logits_PV, mlm_labels_P, reduction="none")
-    correct_P = (mlm_logits_PV.argmax(-1) == mlm_labels_P).to(loss_P.dtype)
-    predicted_per_sequence = torch.bincount(mlm_sequence_P, minlength=layout.num_sequences)
-    share_P = 1 / predicted_per_sequence.to(loss_P.dtype)[mlm_sequence_P]
+    predicted_N = torch.bincount(mlm_sequence_P, minlength=layout.num_sequences)
+    mlm = mlm_sums(mlm_logits_PV, mlm_labels_P, mlm_sequence_P, predicted_N)
     pair_loss_N = F.cross_entropy(pair_logits_N2, pair_labels_N, reduction="none")
 
     def number(value) -> Tensor:
-        return torch.as_tensor(value, dtype=loss_P.dtype, device=loss_P.device)
+        return torch.as_tensor(value, dtype=mlm_logits_PV.dtype, device=mlm_logits_PV.device)
 
     return PretrainingSums(
         tokens=number(layout.num_tokens),
         sequences=number(layout.num_sequences),
-        mlm_tokens=number(len(mlm_labels_P)),
-        mlm_sequences=number((predicted_per_sequence > 0).sum()),
-        mlm_loss_by_token=loss_P.sum(),
-        mlm_loss_by_sequence=(loss_P * share_P).sum(),
-        mlm_correct_by_token=correct_P.sum(),
-        mlm_correct_by_sequence=(correct_P * share_P).sum(),
+        **{name: number(value) for name, value in mlm.items()},
         pair_sequences=number(len(pair_labels_N)),
         pair_loss=pair_loss_N.sum(),
-        pair_correct=(pair_logits_N2.argmax(-1) == pair_labels_N).to(loss_P.dtype).sum(),
-        pair_ones=pair_labels_N.to(loss_P.dtype).sum(),
+        pair_correct=number((pair_logits_N2.argmax(-1) == pair_labels_N).sum()),
+        pair_ones=number(pair_labels_N.sum()),
         sop_sequences=number(len(pair_labels_N) if objective == "sop" else 0),
     )
 
@@ -96,13 +84,7 @@ def pretraining_metrics(stacked: Tensor, mlm_loss: str) -> dict[str, float]:
     """
     sums = PretrainingSums(*stacked)
     metrics = {"loss": float(sums.loss(mlm_loss))}
-    if sums.mlm_sequences > 0:
-        metrics |= {
-            "mlm_loss_per_sequence": float(sums.mlm_loss_by_sequence / sums.mlm_sequences),
-            "mlm_loss_per_token": float(sums.mlm_loss_by_token / sums.mlm_tokens),
-            "mlm_accuracy_per_sequence": float(sums.mlm_correct_by_sequence / sums.mlm_sequences),
-            "mlm_accuracy_per_token": float(sums.mlm_correct_by_token / sums.mlm_tokens),
-        }
+    metrics |= {name: float(value) for name, value in mlm_metrics(sums._asdict()).items()}
     if sums.pair_sequences > 0:
         if 0 < sums.sop_sequences < sums.pair_sequences:
             raise ValueError(

@@ -14,9 +14,10 @@ from transformers.utils import ModelOutput
 
 from bert_pretrain.attention import initialize_head, use_attention
 from bert_pretrain.attention.head import AttentionHead
-from bert_pretrain.loss import MLM_LOSSES, pretraining_metrics, pretraining_sums
+from bert_pretrain.loss import pretraining_metrics, pretraining_sums
 from collate.labels import IGNORED
 from collate.layout import PackLayout
+from collate.mlm import MLM_LOSSES, check_mlm_loss
 
 DEFAULT_ATTENTION = "sdpa"
 
@@ -48,8 +49,7 @@ class PackedBertForPreTraining(BertForPreTraining):
 
     def __init__(self, config: BertConfig):
         mlm_loss = getattr(config, "mlm_loss", None) or MLM_LOSSES[0]
-        if mlm_loss not in MLM_LOSSES:
-            raise ValueError(f"unknown mlm_loss {mlm_loss!r}; choose from {list(MLM_LOSSES)}")
+        check_mlm_loss(mlm_loss)
         if config.is_decoder or config.add_cross_attention:
             raise ValueError("packed pretraining is for encoders; set is_decoder=False and add_cross_attention=False")
         super().__init__(config)

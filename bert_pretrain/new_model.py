@@ -7,12 +7,13 @@ from dataclasses import replace
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, BertConfig, TrainingArguments
+from transformers import AutoConfig, BertConfig, PreTrainedConfig, TrainingArguments
 
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.choice import choose_attention
 from bert_pretrain.config import AUTO, NEW_MODEL, PretrainConfig
 from bert_pretrain.model import PackedBertForPreTraining
+from bert_pretrain.places import find_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ def build_model(
             packed_attention_options=options,
         )
         return PackedBertForPreTraining(bert)
-    bert = AutoConfig.from_pretrained(config.model)
+    place = find_pretrained("model", config.model)
+    bert = _checkpoint_config(config.model, place)
     if not isinstance(bert, BertConfig):
         raise ValueError(f"{config.model} is a {bert.model_type} model; only BERT checkpoints can be continued from")
     bert.mlm_loss, bert.packed_attention, bert.packed_attention_options = config.mlm_loss, attention, options
@@ -87,7 +89,17 @@ def build_model(
             f"{config.model} has {bert.max_position_embeddings} positions, but the longest sequence of "
             f"{config.dataset} has {longest} tokens; prepare it with a max_sequence_length the model can hold"
         )
-    return PackedBertForPreTraining.from_pretrained(config.model, config=bert)
+    return PackedBertForPreTraining.from_pretrained(place, config=bert)
+
+
+def _checkpoint_config(name: str, place: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model={name!r} holds no checkpoint of transformers ({str(error).splitlines()[0]}); give a folder with "
+            "config.json and model.safetensors"
+        ) from error
 
 
 def resolve_attention(config: PretrainConfig, training: TrainingArguments) -> PretrainConfig:
@@ -101,7 +113,9 @@ def resolve_attention(config: PretrainConfig, training: TrainingArguments) -> Pr
         return config
     dropout = config.attention_probs_dropout_prob or 0.0
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    bert = config if config.model is None else AutoConfig.from_pretrained(config.model)
+    bert = config
+    if config.model is not None:
+        bert = _checkpoint_config(config.model, find_pretrained("model", config.model))
     head_width = bert.hidden_size // bert.num_attention_heads
     chosen, reason = choose_attention(training.device, dtype, head_width, dropout)
     logger.info("attention: %s, chosen by %s: %s; attention_probs_dropout_prob %s", chosen, AUTO, reason, dropout)

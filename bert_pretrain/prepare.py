@@ -117,8 +117,10 @@ class Prepared(NamedTuple):
     summary: dict[str, SplitSummary]
 
 
-def prepare(config: PrepareConfig) -> Prepared:
+def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
     """Build the sequences and write them, with tokenizer and numbers, to `config.output`.
+
+    progress: show bars on stderr.
 
     The folder appears when it is complete: whatever fails on the way leaves nothing behind. An existing one is refused.
     What is in it is the same for any `num_proc`, byte for byte.
@@ -126,7 +128,7 @@ def prepare(config: PrepareConfig) -> Prepared:
     from datasets import load_from_disk
 
     with new_folder(config.output) as folder, Workers(config.num_proc) as workers:
-        text = Text(config.text, Reading(config.documents, config.sentences, config.language), workers)
+        text = Text(config.text, Reading(config.documents, config.sentences, config.language), workers, progress)
         splits = split_documents(text.num_documents, config.test_fraction, config.seed)
         _check_splits(splits, config)
 
@@ -178,7 +180,7 @@ def _prepare_split(
         vocabulary=vocabulary_fingerprint(tokenizer),
     )
     try:
-        counts = build_sequences(tokens, options, output, split, workers)
+        counts = build_sequences(tokens, options, output, split, workers, text.progress)
     except ValueError as error:
         hint = "; test_fraction=0 makes no test split" if split == "test" else ""
         raise ValueError(f"{split} split: {error}{hint}") from None

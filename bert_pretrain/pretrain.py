@@ -1,6 +1,9 @@
 """Pretrain BERT on a packed dataset: the run, read from top to bottom."""
 
-from transformers import TrainingArguments, set_seed
+from collections.abc import Sequence
+from copy import copy
+
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from bert_pretrain.attention.routing import RoutingAttention, RoutingCallback
 from bert_pretrain.batch import set_batch
@@ -19,12 +22,22 @@ from collate.signals import SaveOnSignal
 from packing import EpochPacks, packed_info
 
 
-def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTrainer:
+def pretrain(
+    config: PretrainConfig,
+    training: TrainingArguments,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+) -> PretrainTrainer:
     """Train BERT on packed data; the loss is counted per sequence. Returns the trainer, its model trained and saved.
+
+        trainer = pretrain(PretrainConfig("packed", "prepared/tokenizer"), TrainingArguments("bert"))
+
+    callbacks: of transformers, beside those of the run. `training` stays as it is; `trainer.args` is what was made of
+    it, with the number of passes in a step.
 
     Goes on from `training.resume_from_checkpoint`, or by itself from the last checkpoint in `training.output_dir`.
     SIGTERM and SIGUSR1 save a checkpoint and end with SystemExit: see collate.signals.
     """
+    training = copy(training)  # what follows from the data is written into the run's own
     set_seed(training.seed)
     train, test = for_objective(config, *load_splits(config.dataset))
     check_arguments(training, test, config.dataset)
@@ -55,6 +68,7 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
         eval_dataset=test,
         sequences_per_step=sequences_per_step,
         processing_class=tokenizer,
+        callbacks=list(callbacks),
         data_collator=collator(config.mlm_probability),
         eval_data_collator=collator(config.eval_mlm_probability),
         config=config,
@@ -66,7 +80,7 @@ def pretrain(config: PretrainConfig, training: TrainingArguments) -> PretrainTra
         trainer.add_callback(RoutingCallback())
     if trainer.is_world_process_zero():
         write_record(training.output_dir, record)
-    trainer.run_record = run
+    trainer.run_record, trainer.checked_checkpoint = run, checkpoint
     with SaveOnSignal() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -50,11 +50,14 @@ class TextTask(NamedTuple):
 
 
 class Text:
-    """The documents of some sources, as often as they are asked for."""
+    """The documents of some sources, as often as they are asked for.
 
-    def __init__(self, text: list[str], reading: Reading, workers: Workers):
+    progress: show bars on stderr.
+    """
+
+    def __init__(self, text: list[str], reading: Reading, workers: Workers, progress: bool = False):
         self.sources = find_sources(text)
-        self.reading, self.workers = reading, workers
+        self.reading, self.workers, self.progress = reading, workers, progress
 
     @cached_property
     def tasks(self) -> list[list[Block]]:
@@ -114,7 +117,8 @@ class Text:
 
     def _progress(self, what: str, function, tasks: list[TextTask], members: np.ndarray | None = None) -> Iterator:
         """The results of the tasks, with a bar that counts documents."""
-        with tqdm(desc=what, unit=" documents", total=None if members is None else int(members.sum())) as bar:
+        total = None if members is None else int(members.sum())
+        with tqdm(desc=what, unit=" documents", total=total, disable=not self.progress) as bar:
             for task, result in zip(tasks, self.workers.map(function, tasks), strict=True):
                 bar.update(result if task.members is None else int(task.members.sum()))
                 yield result

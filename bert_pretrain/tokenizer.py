@@ -7,11 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bert_pretrain.documents import Document
+from bert_pretrain.places import find_pretrained
 from bert_pretrain.token_documents import TokenDocuments, offsets_of
 
 if TYPE_CHECKING:
@@ -90,16 +92,18 @@ def _alphabet(characters: Counter, tokenizer, most: int) -> tuple[list[str], lis
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """A fast tokenizer from a folder or the hub, without the truncation and padding that its file may have baked in.
 
-    Raises ValueError if it is slow or lacks one of the special tokens that BERT's sequences and masks are made of.
+    Raises ValueError if there is none, or if it is slow or lacks one of the special tokens that BERT's sequences and
+    masks are made of.
     """
     from transformers import AutoTokenizer
 
+    place = find_pretrained("tokenizer", str(name_or_path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-    except OSError as error:
-        raise ValueError(
-            f"no tokenizer at {name_or_path!r}; give a folder with tokenizer.json, or a hub name"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        inside = Path(place) / "tokenizer"
+        cure = f"did you mean {str(inside)!r}?" if inside.is_dir() else "give a folder with tokenizer.json"
+        raise ValueError(f"tokenizer={str(name_or_path)!r} holds no tokenizer; {cure}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{name_or_path!r} is a slow tokenizer; a fast one (with tokenizer.json) is needed")
     roles = ("cls_token", "sep_token", "mask_token", "pad_token")

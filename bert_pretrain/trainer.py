@@ -2,12 +2,10 @@
 
 import logging
 import math
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of its client, whichever that is
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -16,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from bert_pretrain.card import model_card
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.console import LinesAboveBar, LinesCallback
+from bert_pretrain.hub import SaysWhatFailed
 from bert_pretrain.metrics import Meter, attends_fully, known_peak
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.record import versions, write_record
@@ -44,15 +43,6 @@ class _TiedTogether(TrainerCallback):
         self.model.__dict__.pop("get_output_embeddings", None)
 
 
-@contextmanager
-def _hub_errors(cure: str):
-    try:
-        yield
-    except (HTTPError, HfHubHTTPError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(f"the hub cannot be reached, or refuses ({first_line}); {cure}") from error
-
-
 class _LogsLastStep(TrainerCallback):
     """The last steps are logged, even if logging_steps does not divide max_steps, or is more."""
 
@@ -68,7 +58,7 @@ class _LogsLastStep(TrainerCallback):
             control.should_log = True  # Trainer logs a step once
 
 
-class PretrainTrainer(PackedTrainer):
+class PretrainTrainer(SaysWhatFailed, PackedTrainer):
     """A pretraining run's trainer.
 
     config: of the run. record: what is saved beside every model, `bert_pretrain.record`.
@@ -198,14 +188,6 @@ class PretrainTrainer(PackedTrainer):
     def _best_step(self) -> int | None:
         is_best = self.args.load_best_model_at_end and not self.is_in_train
         return self.state.best_global_step if is_best and self.state.best_model_checkpoint is not None else None
-
-    def init_hf_repo(self, *args, **kwargs) -> None:
-        with _hub_errors("push_to_hub: make a token known (hf auth login), or leave the option out"):
-            super().init_hf_repo(*args, **kwargs)
-
-    def push_to_hub(self, *args, **kwargs):
-        with _hub_errors(f"the model is saved in {self.args.output_dir}: upload it from there (hf upload)"):
-            return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self.create_model_card()

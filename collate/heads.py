@@ -29,8 +29,8 @@ from transformers.utils import ModelOutput
 from collate.isolation import is_isolated, isolate_sequences
 from collate.layout import PADDING, PackLayout
 from collate.masking import IGNORED
+from collate.mlm import MLM_SUMS, check_mlm_loss, mlm_loss_of, mlm_metrics, mlm_sums
 
-MLM_LOSSES = ("token", "sequence")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 MODEL_INPUTS = ("input_ids", "position_ids", "token_type_ids")
 
@@ -253,10 +253,10 @@ class _PackedBatch:
         predicted = _is_label(labels_T).nonzero().squeeze(1)
         return self.layout.token_index[predicted], labels_T[predicted]
 
-    def lengths_of(self, slots: Tensor) -> Tensor:
-        """(N,) how many of these slots lie in each sequence."""
-        sequence = self.layout.sequence_of_token[self.layout.token_of_slot[slots]]
-        return torch.bincount(sequence, minlength=self.layout.num_sequences)
+    def sequences_of(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """(P,) the sequence in which each of these slots lies, and (N,) how many lie in each sequence."""
+        sequence_P = self.layout.sequence_of_token[self.layout.token_of_slot[slots]]
+        return sequence_P, torch.bincount(sequence_P, minlength=self.layout.num_sequences)
 
     def stack(self, values: list) -> Tensor:
         """1-D float64: these sums, then the batch's tokens and sequences."""
@@ -586,11 +586,10 @@ class MaskedLM(Task):
     """
 
     mlm_loss: str = "token"
-    names = ("mlm_loss", "mlm_tokens", "mlm_correct", "sequence_loss", "mlm_sequences", "sequence_correct")
+    names = MLM_SUMS
 
     def __post_init__(self) -> None:
-        if self.mlm_loss not in MLM_LOSSES:
-            raise ValueError(f"unknown mlm_loss {self.mlm_loss!r}; choose from {list(MLM_LOSSES)}")
+        check_mlm_loss(self.mlm_loss)
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(2,) predicted tokens, sequences with predicted tokens.
@@ -603,9 +602,7 @@ class MaskedLM(Task):
         return _counts(batch, labelled_BL, _lengths_by_slot(batch["sequence_ids"].where(labelled_BL, PADDING)) > 0)
 
     def loss(self, sums: Mapping[str, Tensor], denominators: Tensor) -> Tensor:
-        if self.mlm_loss == "sequence":
-            return _share(sums["sequence_loss"], denominators[1])
-        return _share(sums["mlm_loss"], denominators[0])
+        return mlm_loss_of(sums, self.mlm_loss, tokens=denominators[0], sequences=denominators[1])
 
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
@@ -613,8 +610,8 @@ class MaskedLM(Task):
         packed = _PackedBatch(batch)
         slots, labels = packed.predicted()
         logits_PV = packed.run(model, slots)["logits"].squeeze(1)
-        lengths = packed.lengths_of(slots)
-        sums = None if labels is None else _mlm_sums(_at_least_float32(logits_PV), labels, lengths)
+        sequence_P, lengths = packed.sequences_of(slots)
+        sums = None if labels is None else mlm_sums(_at_least_float32(logits_PV), labels, sequence_P, lengths)
         return self._output(
             packed,
             sums,
@@ -626,7 +623,7 @@ class MaskedLM(Task):
 
     def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         metrics = {"loss": self.loss(sums, torch.stack([sums["mlm_tokens"], sums["mlm_sequences"]]))}
-        return metrics | _mlm_metrics(sums)
+        return metrics | mlm_metrics(sums)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -674,7 +671,7 @@ class PreTraining(MaskedLM):
         pair_labels = packed.per_sequence(self.pair_label)
         sums = None
         if labels is not None:
-            sums = _mlm_sums(_at_least_float32(logits_PV), labels, packed.lengths_of(slots))
+            sums = mlm_sums(_at_least_float32(logits_PV), labels, *packed.sequences_of(slots))
             sums |= self._pair_sums(_at_least_float32(pair_logits_N2), pair_labels)
         return self._output(
             packed,
@@ -695,7 +692,7 @@ class PreTraining(MaskedLM):
 
     def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         counts = torch.stack([sums["mlm_tokens"], sums["mlm_sequences"], sums["pairs"]])
-        metrics = {"loss": self.loss(sums, counts)} | _mlm_metrics(sums)
+        metrics = {"loss": self.loss(sums, counts)} | mlm_metrics(sums)
         if sums["pairs"] > 0:
             ones = sums["pair_ones"] / sums["pairs"]
             name = PAIR_LABELS[self.pair_label]
@@ -817,33 +814,6 @@ def _cross_entropy_sums(logits_NC: Tensor, labels_N: Tensor) -> dict[str, Tensor
         "loss": F.cross_entropy(logits_NC, labels_N, reduction="sum", ignore_index=IGNORED),
         "labels": is_label.sum(),
         "correct": ((logits_NC.argmax(-1) == labels_N) & is_label).sum(),
-    }
-
-
-def _mlm_sums(logits_PV: Tensor, labels_P: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """lengths (N,): how many of the P predicted tokens each sequence has."""
-    sequence_P, _ = _places(lengths)
-    loss_P = F.cross_entropy(logits_PV, labels_P, reduction="none")
-    correct_P = (logits_PV.argmax(-1) == labels_P).to(loss_P.dtype)
-    share_P = 1 / lengths.to(loss_P.dtype)[sequence_P]
-    return {
-        "mlm_loss": loss_P.sum(),
-        "mlm_tokens": lengths.sum(),
-        "mlm_correct": correct_P.sum(),
-        "sequence_loss": (loss_P * share_P).sum(),
-        "mlm_sequences": (lengths > 0).sum(),
-        "sequence_correct": (correct_P * share_P).sum(),
-    }
-
-
-def _mlm_metrics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not sums["mlm_tokens"] > 0:
-        return {}
-    return {
-        "mlm_loss_per_sequence": sums["sequence_loss"] / sums["mlm_sequences"],
-        "mlm_loss_per_token": sums["mlm_loss"] / sums["mlm_tokens"],
-        "mlm_accuracy_per_sequence": sums["sequence_correct"] / sums["mlm_sequences"],
-        "mlm_accuracy_per_token": sums["mlm_correct"] / sums["mlm_tokens"],
     }
 
 

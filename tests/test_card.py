@@ -1,11 +1,13 @@
 """The model card beside the checkpoint, and what a push to the hub would send."""
 
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HTTPError
 from tiny_runs import history, make_folders, train
 from transformers import BertForPreTraining
 
@@ -104,6 +106,7 @@ def hub(monkeypatch, tmp_path):
             return True
 
         done, result = is_done, lambda self, timeout=None: self
+        exception = lambda self: None  # noqa: E731
 
     def create_repo(self, repo_id, **kwargs):
         made.append(repo_id)
@@ -118,6 +121,45 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     return sent, made
+
+
+@pytest.mark.parametrize("refused", [(0,), (1,), (2, 3), (4,)], ids=["model", "old", "newest", "end"])
+def test_an_upload_that_fails_is_said_and_what_is_missing_at_the_end_is_an_error(
+    folders, tmp_path, hub, monkeypatch, capsys, caplog, refused
+):
+    """Of five uploads: the model and checkpoint-2, the model and checkpoint-4, and the model at the end."""
+    sent, _ = hub
+    upload = HfApi.upload_folder
+
+    def fail(self, run_as_future=False, **kwargs):
+        number = len(sent)
+        upload(self, **kwargs)
+        job = Future()
+        if number not in refused:
+            job.set_result(None)
+        elif run_as_future:
+            job.set_exception(HTTPError("413 Too Large\nhttps://hub"))
+        else:
+            raise HTTPError("413 Too Large\nhttps://hub")
+        return job
+
+    monkeypatch.setattr(HfApi, "upload_folder", fail)
+    output, model = tmp_path / "bert", "someone/tiny-bert"
+    options = {"push_to_hub": True, "hub_model_id": model, "save_strategy": "steps", "save_steps": 2}
+    status = train(folders, output, **options, hub_always_push=True, hub_strategy="all_checkpoints")
+    error, log = capsys.readouterr().err, caplog.text
+    assert len(sent) == 5 and BertForPreTraining.from_pretrained(output)
+    why, to_model = "(413 Too Large)", f"hf upload {model} {output} . --exclude 'checkpoint-*' --exclude '_*'"
+    if refused == (0,):  # later ones have sent the model
+        assert status == 0
+        assert f"the model of checkpoint-2 could not be uploaded to {model} {why}" in log and to_model in log
+    elif refused == (4,):
+        assert status == 2 and f"{why}; the model is saved in {output}: {to_model}" in error
+    else:
+        name = "checkpoint-2" if refused == (1,) else "checkpoint-4"
+        said = f"{name} as {name} could not be uploaded to {model} {why}; {output / name} is complete on the disk: "
+        assert status == 2 and said + f"hf upload {model} {output / name} {name}" in error
+        assert said in log and to_model not in error
 
 
 def test_a_push_sends_the_weights_with_a_card(folders, tmp_path, hub):

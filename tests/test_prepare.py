@@ -198,7 +198,7 @@ def test_unfit_tokenizers_are_refused(tokenizer, tmp_path):
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="has no sep_token, mask_token; add_special_tokens"):
         load_tokenizer(str(tmp_path / "bare"))
-    with pytest.raises(ValueError, match=r"no tokenizer at '.*nowhere'; give a folder"):
+    with pytest.raises(ValueError, match=r"tokenizer='.*nowhere' does not exist"):
         load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="vocab_size=10 has no room"):
         train_tokenizer(["some text"], vocab_size=10)
@@ -391,6 +391,15 @@ def test_existing_output_is_refused_and_failures_leave_nothing(text_file, tmp_pa
     with pytest.raises(ValueError, match="needs two documents in each split, train has 1 of 2"):
         prepare(PrepareConfig(text=[str(text_file)], output=str(tmp_path / "out"), test_fraction=0.5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["smith.txt", "there"]
+
+
+def test_bars_are_shown_where_they_are_asked_for(text_file, tmp_path, capfd):
+    for progress in (False, True):
+        config = PrepareConfig(text=[str(text_file)], output=str(tmp_path / str(progress)), test_fraction=0)
+        prepare(config, progress=progress)
+        shown = capfd.readouterr().err
+        assert all((f"{what}: 100%" in shown) == progress for what in ("tokenizing train", "building train")), shown
+        assert progress or not shown
 
 
 def test_config_is_a_command_line():

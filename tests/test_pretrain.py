@@ -1,15 +1,17 @@
 """The whole way by the commands a user types: text -> sequences -> packs -> checkpoint -> stock transformers."""
 
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from datasets import load_from_disk
-from transformers import BertForPreTraining, TrainingArguments, pipeline
+from transformers import BertForPreTraining, TrainerCallback, TrainingArguments, pipeline
 
 from bert_pretrain.batch import set_batch, split_step
 from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import PretrainConfig
+from bert_pretrain.pretrain import pretrain
 from collate.steps import pack_depths, plan_steps
 from packing import packed_info
 from packing.cli import main as pack_dataset
@@ -83,6 +85,51 @@ def test_objective_none_trains_without_nsp(folders, tmp_path):
     assert train(folders | {"packed": packed}, tmp_path / "bert") == 0
     state = json.loads((tmp_path / "bert" / "trainer_state.json").read_text())
     assert "nsp_accuracy" not in state["log_history"][0] and "mlm_loss_per_token" in state["log_history"][0]
+
+
+class Steps(TrainerCallback):
+    """A user's own."""
+
+    seen: ClassVar[list] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append((state.global_step, args.gradient_accumulation_steps))
+
+
+def test_from_python_callbacks_are_called_and_the_arguments_stay(folders, tmp_path, monkeypatch):
+    """As a class or an object; the passes of a step are found in the trainer's own arguments."""
+    monkeypatch.setattr(Steps, "seen", [])
+    data = {"dataset": folders["packed"], "tokenizer": folders["tokenizer"], "sequences_per_step": 12}
+    config = PretrainConfig(**data, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    training = TrainingArguments(
+        str(tmp_path / "bert"),
+        per_device_train_batch_size=2,
+        max_steps=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    before = training.to_dict()
+    trainer = pretrain(config, training, callbacks=[Steps, Steps()])
+    assert training.to_dict() == before and trainer.args is not training
+    passes = trainer.args.gradient_accumulation_steps
+    assert passes > 1 and Steps.seen == [(1, passes), (1, passes), (2, passes), (2, passes)]
+    assert pretrain(config, training).state.global_step == 2  # given again, they mean the same
+
+
+def test_passes_that_are_cut_otherwise_change_what_dropout_draws_and_nothing_else(folders, tmp_path):
+    def losses(output, *options):
+        assert train(folders, output, *options, "--max_steps", "2", "--learning_rate", "0.01") == 0
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    for name, dropout in (("without", ["--hidden_dropout_prob", "0"]), ("with", [])):
+        big, small = (
+            losses(tmp_path / f"{name}-{packs}", "--per_device_train_batch_size", packs, *dropout)
+            for packs in ("8", "2")
+        )
+        assert (big == pytest.approx(small, rel=1e-5)) == (name == "without")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""What goes wrong on the way to the hub, said so that nobody fears for the model: it is on the disk in any case.
+
+--push_to_hub uploads the model in the background at each save, and once more at the end. Trainer never asks what became
+of the former (transformers 5.23): an upload that failed was lost without a word. Here it is said, training goes on, and
+the next save uploads again; what is not on the hub at the very end, though it should be, is an error.
+"""
+
+import logging
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of its client, whichever that is
+
+logger = logging.getLogger(__name__)
+
+
+class Upload(NamedTuple):
+    """One that was begun in the background."""
+
+    folder: str
+    path_in_repo: str | None
+    """None: the model in output_dir; else a checkpoint's folder there, which the upload at the end has no part in."""
+    job: Future
+
+
+class SaysWhatFailed:
+    """Part of a Trainer: errors of the hub name what failed, where it lies on the disk, and how to upload it."""
+
+    def __init__(self, *args, **kwargs):
+        self._uploads: list[Upload] = []
+        self._not_on_the_hub: dict[str | None, str] = {}
+        super().__init__(*args, **kwargs)
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        with _hub_errors("push_to_hub: make a token known (hf auth login), or leave the option out"):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        output_dir = self.args.output_dir
+        with _hub_errors(f"the model is saved in {output_dir}: {self._command(output_dir, None)}"):
+            pushed = super().push_to_hub(*args, **kwargs)
+        self._not_on_the_hub.pop(None, None)
+        if self._not_on_the_hub:
+            raise OSError("; ".join(self._not_on_the_hub.values()))
+        return pushed
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._look_after_uploads()
+        before = self._jobs()
+        super()._push_from_checkpoint(checkpoint_folder)
+        begun = [job for job in self._jobs() if job not in before]  # the model, and by some hub_strategies a checkpoint
+        places = (None, "last-checkpoint" if self.args.hub_strategy == "checkpoint" else _name(checkpoint_folder))
+        self._uploads += [Upload(checkpoint_folder, *of) for of in zip(places, begun, strict=False)]
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._look_after_uploads()
+
+    def _jobs(self) -> list[Future]:
+        in_progress = getattr(self, "push_in_progress", None)  # rank 0 has one
+        return [] if in_progress is None else list(in_progress.jobs)
+
+    def _look_after_uploads(self) -> None:
+        """Those that have ended; what one could not send, a later one may have."""
+        ended = [upload for upload in self._uploads if upload.job.done()]
+        self._uploads = [upload for upload in self._uploads if upload not in ended]
+        for folder, path_in_repo, job in ended:
+            self._not_on_the_hub.pop(path_in_repo, None)
+            error = job.exception()
+            if error is None:
+                continue
+            what = f"the model of {_name(folder)}" if path_in_repo is None else f"{_name(folder)} as {path_in_repo}"
+            message = (
+                f"{what} could not be uploaded to {self.hub_model_id} ({_first_line(error)}); {folder} is complete on "
+                f"the disk: {self._command(folder, path_in_repo)}"
+            )
+            self._not_on_the_hub[path_in_repo] = message
+            logger.warning("%s; or wait: the next upload sends what is newer", message)
+
+    def _command(self, folder: str, path_in_repo: str | None) -> str:
+        """The shell's, that uploads it."""
+        repository = getattr(self, "hub_model_id", None) or "OWNER/NAME"
+        if path_in_repo is None:
+            return f"hf upload {repository} {self.args.output_dir} . --exclude 'checkpoint-*' --exclude '_*'"
+        return f"hf upload {repository} {folder} {path_in_repo}"
+
+
+@contextmanager
+def _hub_errors(cure: str):
+    try:
+        yield
+    except (HTTPError, HfHubHTTPError) as error:
+        raise OSError(f"the hub cannot be reached, or refuses ({_first_line(error)}); {cure}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _name(folder: str) -> str:
+    return folder.rstrip("/").rpartition("/")[2]

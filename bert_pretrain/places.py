@@ -1,0 +1,84 @@
+"""Folders and names that a user gives: a mistyped one is refused at once, with the one that is near.
+
+prepraed/tokenizer   prepared/tokenizer is there         -> did you mean 'prepared/tokenizer'?
+someone/bert         no such folder, but a hub's name    -> the hub is asked once; transformers would try for a minute
+"""
+
+import difflib
+from pathlib import Path
+
+CACHED = ("config.json", "tokenizer_config.json", "tokenizer.json")
+"""A repository that was downloaded has one of them."""
+HUB_SECONDS = 10
+
+
+def find_pretrained(option: str, name: str) -> str:
+    """What from_pretrained may be given at once: the folder, the name of a model that the hub has, or, where the hub
+    cannot be reached, the folder that it was downloaded to.
+
+    option: "model" or "tokenizer", for messages. Raises ValueError.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return name
+    if path.exists():
+        raise ValueError(f"{option}={name!r} is a file; give the folder that it is in")
+    if not _may_be_on_the_hub(name):
+        raise ValueError(f"{option}={name!r} does not exist{did_you_mean(name)}")
+    return _on_the_hub(option, name)
+
+
+def did_you_mean(name: str) -> str:
+    """ "; did you mean 'prepared/tokenizer'?", or "" if there is nothing near: for the end of a message."""
+    near = near_folder(name)
+    return "" if near is None else f"; did you mean {str(near)!r}?"
+
+
+def near_folder(name: str) -> Path | None:
+    """A folder that is there and whose name differs by a few letters, in the first part that is not there."""
+    path = Path(name).expanduser()
+    missing = next((part for part in reversed([path, *path.parents]) if not part.exists()), None)
+    if missing is None:
+        return None
+    siblings = {folder.name: folder for folder in missing.parent.iterdir() if folder.is_dir()}
+    for close in difflib.get_close_matches(missing.name, siblings, n=3):
+        found = siblings[close] / path.relative_to(missing)
+        if found.is_dir():
+            return found
+    return None
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """OWNER/NAME or NAME, and no folder that it would lie in."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" not in name or not Path(name).parent.exists()
+
+
+def _on_the_hub(option: str, name: str) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+        return name
+    except GatedRepoError:
+        return name  # transformers says what must be agreed to
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"{option}={name!r}: there is no such folder, and no such model on the hub (a private one needs a token: "
+            f"hf auth login){did_you_mean(name)}"
+        ) from None
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        for file in CACHED:
+            if isinstance(cached := try_to_load_from_cache(name, file), str):
+                return str(Path(cached).parent)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{option}={name!r}: there is no such folder, and the hub cannot be reached ({reason}){did_you_mean(name)}"
+        ) from None
