@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                                       BERT-mini, one CPU thread
     python benchmarks/training.py --dataset demo-output/packed          lengths and tokens of packed folders
+    python benchmarks/training.py --ways bucketed packed --steps-per-block 50       beside batches of like length
     python benchmarks/training.py --device cuda --dtype bfloat16 --model bert-base --lengths 128 384 512
 
 padded     rows of max_sequence_length slots, one sequence each; stock transformers' encoder with a padding mask
@@ -17,11 +18,11 @@ weights, optimizer and dropout (of hidden states: FlashAttention's kernels drop 
 most --slots token slots, so that no way needs more memory than another; a step has as many passes as it takes.
 
 A block is a few optimizer steps of one way, on batches made beforehand; the blocks of the ways alternate, and each is
-compared with the padded block of its round. Given are medians and, in parentheses, 10-90 %. On a CPU processor time
-counts, too: it suffers less from what else the machine does. "÷ factor" is 1 where packing pays in full: the packing
-factor of the very sequences that were padded in that round, as few of them may be shorter or longer than most.
-"x bucketed" compares tokens of all blocks over the time of all (on a CPU processor time), since batches of like length
-hold many tokens or few.
+compared with the block of its round of the first way, "padded" unless --ways leaves it out. Given are medians and, in
+parentheses, 10-90 %. On a CPU processor time counts, too: it suffers less from what else the machine does. "÷ factor"
+is 1 where packing pays in full: the packing factor of the very sequences that were padded in that round, as few of them
+may be shorter or longer than most. Batches of like length hold many tokens or few, so to compare with them take blocks
+of 50 steps: those of one sort, which together are a random sample as any other.
 MFU: real work over the device's peak in the same type, --peak-tflops if it is not known. Real work is 6 x encoder
 parameters x real tokens + 12 x layers x width x sum of squared lengths + 6 x (D^2 + D V) x predicted tokens.
 
@@ -77,13 +78,13 @@ def main() -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 by autocast")
     add("--sequences-per-step", type=int, help="default: 32, on CUDA 256")
     add("--slots", type=int, help="most token slots in a pass; default: 16,384, on CUDA 32,768")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside padded")
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="others are compared with the first of them")
     add("--seconds", type=float, default=90, help="for each length")
     add("--steps-per-block", type=int, default=2)
     add("--threads", type=int, default=1, help="of the CPU")
     add("--peak-tflops", type=float, help="of the device, in --dtype")
     options = parser.parse_args()
-    options.ways = [way for way in WAYS if way in {"padded", *options.ways}]
+    options.ways = [way for way in WAYS if way in options.ways]
     on_cuda = options.device.startswith("cuda")
     options.sequences_per_step = options.sequences_per_step or (256 if on_cuda else 32)
     options.slots = options.slots or (32_768 if on_cuda else 16_384)
@@ -207,11 +208,6 @@ class Way:
     processor: list[float] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     efficiency: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-
-    def overall(self, rates: list[float]) -> float:
-        """Tokens of all blocks over the time of all: what an epoch takes, whose steps hold more or fewer tokens."""
-        return sum(self.tokens) / sum(n / rate for n, rate in zip(self.tokens, rates, strict=True))
 
 
 class PaddedBert(PackedBertForPreTraining):
@@ -306,15 +302,13 @@ def compare(corpus: Corpus, options) -> str:
     """Check that the ways agree, train them in turns, and tabulate."""
     ways = [make_way(name, corpus, options) for name in options.ways]
     check_losses([way for way in ways if way.name != "bucketed"], corpus, options)
+    for way in ways:  # warm up: memory, caches, compiled kernels
+        run_block(make_way(way.name, corpus, options), corpus, options, 2)
     start, round_ = time.perf_counter(), 0
-    while round_ < 4 or time.perf_counter() - start < options.seconds:
+    while round_ < 3 or time.perf_counter() - start < options.seconds:
         turn = round_ % len(ways)
         for way in ways[turn:] + ways[:turn]:
-            run_block(way, corpus, options)
-        if round_ == 0:  # the first block warms up: memory, caches, compiled kernels
-            for way in ways:
-                for measured in (way.wall, way.processor, way.flops, way.efficiency, way.tokens):
-                    measured.clear()
+            run_block(way, corpus, options, options.steps_per_block)
         round_ += 1
     return table(ways, corpus, options)
 
@@ -329,8 +323,8 @@ def steps_of(way: Way, corpus: Corpus, options, steps: int) -> list[list[dict[st
     return steps
 
 
-def run_block(way: Way, corpus: Corpus, options) -> None:
-    steps = steps_of(way, corpus, options, options.steps_per_block)
+def run_block(way: Way, corpus: Corpus, options, num_steps: int) -> None:
+    steps = steps_of(way, corpus, options, num_steps)
     synchronize(options)
     wall, processor = time.perf_counter(), time.process_time()
     for passes in steps:
@@ -346,7 +340,6 @@ def run_block(way: Way, corpus: Corpus, options) -> None:
     way.wall.append(tokens / wall)
     way.processor.append(tokens / processor)
     way.flops.append(sum(real_flops(way.model.config, batch) for batch in batches) / wall)
-    way.tokens.append(tokens)
     way.efficiency.append(tokens / sum(batch["sequence_ids"].numel() for batch in batches))
 
 
@@ -402,27 +395,24 @@ def table(ways: list[Way], corpus: Corpus, options) -> str:
         f"packing factor {corpus.factor:.3f}, {options.sequences_per_step} sequences per step, "
         f"{len(ways[0].wall)} blocks of {options.steps_per_block} steps"
     )
-    on_cuda = options.device.startswith("cuda")
-    columns = ["", "efficiency", "real tokens/s", "x padded, wall", "÷ factor"]
-    columns += ["MFU"] if on_cuda else ["x padded, processor", "÷ factor"]
-    bucketed = next((way for way in ways if way.name == "bucketed"), None)
-    columns += [] if bucketed is None else ["x bucketed, all blocks"]
-    lines = [columns]
-    base = ways[0]  # padded
+    on_cuda, base = options.device.startswith("cuda"), ways[0]
+    timed = ("wall",) if on_cuda else ("wall", "processor")
+    is_padded = base.name == "padded"
     factors = corpus.packing_efficiency / np.array(base.efficiency)  # of the sequences of each round
+    columns = ["", "efficiency", "real tokens/s"]
+    for clock in timed:
+        columns += [f"x {base.name}, {clock}"] + ["÷ factor"] * is_padded
+    lines = [columns + ["MFU"] * on_cuda]
     for way in ways:
-        rates, ratio = np.array(way.wall), np.array(way.wall) / base.wall
+        rates = np.array(way.wall)
         line = [way.name, f"{np.mean(way.efficiency):.3f}", f"{np.median(rates):,.0f} {spread(rates, ',.0f')}"]
-        line += [f"{np.median(ratio):.2f} {spread(ratio, '.2f')}", f"{np.median(ratio / factors):.2f}"]
+        for clock in timed:
+            ratio = np.array(getattr(way, clock)) / getattr(base, clock)
+            line += [f"{np.median(ratio):.3f} {spread(ratio, '.3f')}"]
+            line += [f"{np.median(ratio / factors):.2f}"] * is_padded
         if on_cuda:
             peak = options.peak_tflops or known_peak(options)
             line += [f"{np.median(way.flops) / peak / 1e12:.3f}" if peak else "no peak"]
-        else:
-            ratio = np.array(way.processor) / base.processor
-            line += [f"{np.median(ratio):.2f} {spread(ratio, '.2f')}", f"{np.median(ratio / factors):.2f}"]
-        if bucketed is not None:
-            of_way, of_bucketed = (way.wall, bucketed.wall) if on_cuda else (way.processor, bucketed.processor)
-            line += [f"{way.overall(of_way) / bucketed.overall(of_bucketed):.3f}"]
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
