@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .histogram import length_histogram
     from .info import PackedInfo, packed_info
     from .lengths import published_histogram, read_histogram
+    from .packed import load_packed
     from .packers import PACKERS, Packer, plan_packs
     from .plan import PackPlan
     from .report import write_report
@@ -36,6 +37,7 @@ __all__ = [
     "balance_packs",
     "compare_packers",
     "length_histogram",
+    "load_packed",
     "pack_dataset",
     "pack_stream",
     "packed_info",
@@ -63,6 +65,7 @@ _MODULES = {
     "balance_packs": "balance",
     "compare_packers": "compare",
     "length_histogram": "histogram",
+    "load_packed": "packed",
     "pack_dataset": "dataset",
     "pack_stream": "stream",
     "packed_info": "info",

@@ -18,6 +18,8 @@ examples:
   pack-dataset tokenized packed                          packs of 512 tokens
   pack-dataset tokenized packed --max-sequence-length 128 --overlong truncate
   pack-dataset tokenized packed --pad-token-id 0         rows are padded, and have no attention_mask
+  pack-dataset tokenized packed --format parquet         for load_dataset, instead of load_from_disk
+  pack-dataset s3://bucket/tokenized s3://bucket/packed  any file system that fsspec knows, see below
   pack-dataset verify packed --source tokenized          is all of it there? (--help says more)
 
 sources:
@@ -28,9 +30,16 @@ sources:
   pack-dataset owner/name packed                         a dataset of the hub; of several: owner/name:config
   pack-dataset reviews.jsonl packed --text-column review --tokenizer bert-base-uncased
                                                          texts; labels and other columns stay
+  pack-dataset 's3://bucket/data/*.parquet' packed       files, folders and globs at a URL
 
 Files are converted once, and tokens of texts are kept, in the cache of the datasets library: HF_DATASETS_CACHE says
-where. (Arrow streams, as save_to_disk writes them, are read where they lie.)
+where. (Arrow streams, as save_to_disk writes them, are read where they lie.) Files at a URL are copied into that cache
+first, and again once they have changed.
+
+SOURCE and TARGET may be URLs of any file system that fsspec knows: s3://, gs://, abfs://, hf://, sftp://, … ("pip
+install s3fs" for the first). Credentials and settings come from the environment, as it reads them: AWS_ACCESS_KEY_ID,
+FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec. TARGET at a URL has no lock: start one run at a time. Its state.json (of
+Parquet: dataset_info.json) comes last.
 
 Files whose names say train, validation and test are splits.
 A source with several splits is packed split by split, each under a plan of its own, into TARGET/<split>.
@@ -90,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         "file of lengths"
     )
     add("source", metavar="SOURCE", help=source)
-    add("target", metavar="TARGET", nargs="?", help="folder to write; must not exist")
+    add("target", metavar="TARGET", nargs="?", help="folder to write, a path or a URL; must not exist")
     add("--max-sequence-length", metavar="N", type=int, default=512, help="token slots in a pack")
     add("--max-sequences-per-pack", metavar="N", type=int, help="sequences in a pack at most; left out: no limit")
     add("--packer", metavar="NAME", default="optimal", help="algorithm that makes the plan")
@@ -126,6 +135,12 @@ def make_parser() -> argparse.ArgumentParser:
         default="processes",
         help="who writes, the same bytes: processes of this machine, or a Ray cluster that sees SOURCE and TARGET",
     )
+    add(
+        "--format",
+        choices=("arrow", "parquet"),
+        default="arrow",
+        help="files of TARGET: arrow is mapped into memory, by load_from_disk; parquet is compressed, for load_dataset",
+    )
     add("--plan-only", action="store_true", help="print the plan and write nothing")
     add(
         "--compare",
@@ -142,13 +157,14 @@ def refuse_ignored(arguments: argparse.Namespace) -> None:
     if arguments.compare or arguments.report is not None:
         work, unused = (
             "--compare and --report try all packers and write no packs",
-            ("target", "packer", "seed", "balance", "engine"),
+            ("target", "packer", "seed", "balance", "engine", "format"),
         )
     elif arguments.plan_only and _is_lengths(arguments.source):
-        unused = ("target", "seed", "balance", "token_columns", "pad_token_id", "num_proc", "engine", *TEXT_OPTIONS)
+        unused = ("target", "seed", "balance", "token_columns", "pad_token_id", "num_proc", "engine", "format")
+        unused += TEXT_OPTIONS
         work = "a file of lengths can be planned for, not packed"
     elif arguments.plan_only:
-        work, unused = "--plan-only writes no packs", ("target", "engine")
+        work, unused = "--plan-only writes no packs", ("target", "engine", "format")
     else:
         work, unused = "", ()
     if arguments.text_column is None:
@@ -175,12 +191,14 @@ def _refuse(arguments: argparse.Namespace, defaults: argparse.Namespace, unused:
 def pack_folder(arguments: argparse.Namespace) -> None:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
     from .engines import check_engine, checked_num_proc  # heavy imports wait until the arguments are known to be good
-    from .folder import check_space, check_target, partial_folder, write_file
+    from .folder import write_file
+    from .output import check_output, check_room, output_folder
 
     check_engine(arguments.engine)
     checked_num_proc(arguments.num_proc)
     if arguments.target is not None:
-        check_target(arguments.target)
+        one_process = arguments.num_proc == 1 and arguments.engine == "processes"
+        check_output(arguments.target, one_process=one_process)
     splits = _load_splits(arguments)
     packings = {}
     for name, dataset in splits.items():
@@ -193,11 +211,11 @@ def pack_folder(arguments: argparse.Namespace) -> None:
             print(f"before   {facts.step_costs_before}\nafter    {facts.step_costs_after}\n", flush=True)
     if arguments.plan_only:
         return
-    with partial_folder(arguments.target) as folder:
+    with output_folder(arguments.target) as folder:
         refuse_other_splits(folder, list(packings))
         for name, packing in packings.items():
             packing.begin(folder / name)
-        check_space(folder, sum(packing.bytes_missing(folder / name) for name, packing in packings.items()))
+        check_room(folder, sum(packing.bytes_missing(folder / name) for name, packing in packings.items()))
         for name, packing in packings.items():
             packing.write(folder / name, arguments.num_proc, progress=True, engine=arguments.engine)
         if "" not in packings:
@@ -205,11 +223,11 @@ def pack_folder(arguments: argparse.Namespace) -> None:
     print(f"written to {arguments.target}")
 
 
-def refuse_other_splits(folder: Path, splits: list[str]) -> None:
+def refuse_other_splits(folder, splits: list[str]) -> None:
     """A folder that was begun with other splits would end with theirs in it, too."""
     from .manifest import FILE
 
-    begun = [path.parent.name if path.parent != folder else "" for path in folder.glob(f"**/{FILE}")]
+    begun = [path.parent.name if path.parent != folder else "" for path in folder.rglob(FILE)]
     if other := sorted(set(begun) - set(splits)):
         raise ValueError(
             f"a packing that was begun cannot be gone on with: it had {_splits(other)}, and now there is "
@@ -319,6 +337,7 @@ def _prepare(name: str, dataset, arguments: argparse.Namespace):
             token_columns=arguments.token_columns,
             pad_token_id=arguments.pad_token_id,
             balance=arguments.balance,
+            format=arguments.format,
             to_write=not arguments.plan_only,
             progress=True,
         )

@@ -23,18 +23,32 @@ from .balance import balance_packs, checked_packs_per_step, step_costs
 from .cluster import write_on_ray
 from .engines import ENGINES, check_engine, checked_num_proc, write_here, write_in_pool
 from .fingerprint import ColumnPrint, column_prints, combined_print, in_background
-from .folder import check_space, check_target, checksum, partial_folder, sync, write_state
+from .folder import state_files, write_file
 from .histogram import length_histogram
 from .info import PackedInfo
 from .manifest import FILE, Manifest, differences, read_manifest
+from .output import check_output, check_room, output_folder
 from .overlong import OVERLONG, Sequences, cut_sequences
 from .packers import Packer, checked_limit, find_packer, plan_packs
 from .plan import PackPlan
-from .shards import PackSlice, ShardRecord, ShardTask, gather_packs, read_record, record_path, write_record
+from .remote import RemotePath, place
+from .shards import (
+    FORMATS,
+    PackSlice,
+    ShardRecord,
+    ShardTask,
+    check_format,
+    gather_packs,
+    read_record,
+    record_path,
+    write_record,
+)
 from .source import INPUT_IDS, Source, read_source
 
 BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
-SHARD_BYTES = 500_000_000  # of a file, more or less
+ROW_GROUPS = 8  # times as many: a row group of Parquet is read as a whole, and wants to be larger
+SHARD_BYTES = 500_000_000  # of a file, more or less; before Parquet makes it smaller
+FACTS_BYTES = 1 << 24  # in a Parquet file's head
 
 ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
 
@@ -53,8 +67,10 @@ def pack_dataset(
     balance: int | None = None,
     num_proc: int = 1,
     engine: str = "processes",
+    format: str = "arrow",
+    storage_options: dict | None = None,
     progress: bool = False,
-) -> datasets.Dataset:
+) -> datasets.Dataset | None:
     """Put the rows of a tokenized dataset together, several to a pack; each sequence stays whole.
 
     input_ids    label            input_ids        label   sequence_lengths  sequence_indices
@@ -70,7 +86,8 @@ def pack_dataset(
     packer: a name in PACKERS or a callable.
     overlong: what to do with longer rows: "error", "truncate", "split" (adds a column sequence_starts) or "drop".
     seed: which of equally long sequences lie together, and the order of packs.
-    output: a folder to write, for load_from_disk; must not exist. None: the packed dataset stays in memory.
+    output: a folder to write, for load_from_disk; must not exist. A path, or a URL of any file system that fsspec
+        knows: "s3://bucket/packed". None: the packed dataset stays in memory.
     token_columns: names of the columns with one value per token, where row lengths alone would mislead.
     pad_token_id: for a source without attention_mask: trim this token at the ends of rows.
     balance: packs per global batch (or per device): order the packs so that each so many of them have nearly equal
@@ -80,7 +97,14 @@ def pack_dataset(
         itself; a source in memory is copied to each.
     engine: who writes `output`, with the same bytes: "processes" of this machine, or "ray", the CPUs of a cluster, all
         machines of which see the source's files and the output under the same path; see cluster.py.
+    format: of the files in `output`. "arrow" is for load_from_disk, which maps them into memory where they lie;
+        "parquet" is compressed, for load_dataset("parquet", data_files=…), which converts it, and for other programs.
+    storage_options: of the file system of a URL, as datasets' own functions take them. What is in the environment
+        (AWS_…, FSSPEC_…, ~/.config/fsspec) need not be said, and is there on every machine of a cluster, too.
     progress: show a bar on stderr.
+
+    Returns the packed dataset; None where opening it would mean to copy it: from a URL, or out of Parquet. load_packed
+    opens any of them.
 
     Every error of the source or the options comes before anything is written. Packing is the same for the same dataset
     and seed, on any machine.
@@ -93,9 +117,19 @@ def pack_dataset(
     folder gets its name when it is whole. The same call again goes on after the last finished shard, and ends with the
     same bytes; one with other options, or from a source that has changed, is refused. manifest.json says what the
     folder was made from and what its files hold.
+
+    A URL has no names to change at the end: the files come to be in `output` itself, each put whole. The last one is
+    state.json, without which load_from_disk refuses (of Parquet: dataset_info.json, without which load_packed and
+    verify_packed do, but not load_dataset, which takes what shards there are), and the manifest is complete before it.
+    A killed run is gone on with likewise. There is no lock, so start one run at a time: two of one packing put the same
+    bytes; one with other options is refused once the manifest of the first is there, and if both began in the same
+    moment, the shards are found to be another's before the end.
     """
     if output is not None:
-        check_target(output)
+        check_output(output, storage_options, one_process=num_proc == 1 and engine == ENGINES[0])
+    elif storage_options or format != "arrow":
+        raise ValueError("format and storage_options are of an output; give output=, or leave them out")
+    check_format(format)
     checked_num_proc(num_proc)
     check_engine(engine)
     if engine != ENGINES[0] and output is None:
@@ -112,16 +146,19 @@ def pack_dataset(
         token_columns=token_columns,
         pad_token_id=pad_token_id,
         balance=balance,
+        format=format,
         to_write=output is not None,
         progress=progress,
     )
     if output is None:
         return packing.in_memory(progress)
-    with partial_folder(output) as folder:
+    with output_folder(output, storage_options) as folder:
         packing.begin(folder)
-        check_space(folder, packing.bytes_missing(folder))
+        check_room(folder, packing.bytes_missing(folder))
         packing.write(folder, num_proc, progress, engine)
-    return datasets.load_from_disk(str(output))
+    if isinstance(folder, RemotePath) or format != "arrow":
+        return None
+    return datasets.load_from_disk(str(place(output)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +173,7 @@ class Packing:
     facts: PackedInfo
     pad_token_id: int | None
     hashing: Future | None  # of source_prints, begun while the plan was made
+    format: str = "arrow"
 
     @cached_property
     def assignment(self) -> Assignment:
@@ -152,7 +190,9 @@ class Packing:
                 features[name] = _tokens_of(source[name])
             elif name in columns.row_columns:
                 features[name] = _list_of(source[name])
-        features["sequence_lengths"] = _list_of(datasets.Value("int32"))
+        # all that load_dataset hands on of what a Parquet file says about itself: see info.py
+        said = self.facts.to_description() if self.format == "parquet" else None
+        features["sequence_lengths"] = _list_of(datasets.Value("int32", id=said))
         features["sequence_indices"] = _list_of(datasets.Value("int64"))
         if self.facts.overlong == "split":
             features["sequence_starts"] = _list_of(datasets.Value("int32"))
@@ -182,8 +222,9 @@ class Packing:
 
     @property
     def batch_packs(self) -> int:
-        """Packs in a record batch."""
-        return max(1, BATCH_TOKENS // self.plan.max_sequence_length)
+        """Packs in a record batch, or a row group."""
+        tokens = BATCH_TOKENS * (ROW_GROUPS if self.format == "parquet" else 1)
+        return max(1, tokens // self.plan.max_sequence_length)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -205,7 +246,7 @@ class Packing:
     @property
     def shard_files(self) -> list[str]:
         shards = len(self.shard_bounds) - 1
-        return [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
+        return [f"data-{i:05d}-of-{shards:05d}{FORMATS[self.format]}" for i in range(shards)]
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -224,6 +265,7 @@ class Packing:
                 "token_columns": list(facts.token_columns),
                 "pad_token_id": None if self.pad_token_id is None else int(self.pad_token_id),
                 "balance": facts.balance,
+                "format": self.format,
             },
             plan=_digest(self.plan.strategy_lengths, self.plan.strategy_offsets, self.plan.repeats),
             assignment=_digest(self.assignment.sequence_indices, self.assignment.pack_offsets),
@@ -241,14 +283,14 @@ class Packing:
         chosen = self.assignment.sequence_indices[bounds[0] : bounds[-1]]
         return self.sequences.take(chosen, bounds - bounds[0])
 
-    def tasks(self, folder: Path) -> Iterator[ShardTask]:
+    def tasks(self, folder: Path | RemotePath) -> Iterator[ShardTask]:
         """All shards to write into the folder, made one by one, for any engine."""
-        schema = self.features.arrow_schema
+        schema, options = self.features.arrow_schema, getattr(folder, "storage_options", None)
         for i, file in enumerate(self.shard_files):
             packs = self.packs(self.shard_bounds[i], self.shard_bounds[i + 1])
-            yield ShardTask(str(folder), file, packs, schema, self.batch_packs)
+            yield ShardTask(str(folder), file, packs, schema, self.batch_packs, options)
 
-    def begin(self, folder: Path) -> None:
+    def begin(self, folder: Path | RemotePath) -> None:
         """Make the folder ready to be written to, or to go on with. Changes no shard that is finished.
 
         Raises ValueError where the folder was begun by a packing that would end with other bytes.
@@ -262,7 +304,7 @@ class Packing:
         for record in found.shards:  # it was killed between its manifest and its name
             write_record(folder / record.file, record)
 
-    def _begun(self, folder: Path) -> Manifest:
+    def _begun(self, folder: Path | RemotePath) -> Manifest:
         """The manifest of a folder that this packing may go on with."""
         cure = f"give the options and the source that it was begun with, or remove {str(folder)!r} to begin anew"
         try:
@@ -273,13 +315,15 @@ class Packing:
             raise ValueError(f"a packing that was begun cannot be gone on with: {'; '.join(other)}; {cure}")
         return found
 
-    def bytes_missing(self, folder: Path) -> int:
+    def bytes_missing(self, folder: Path | RemotePath) -> int:
         """About how many bytes `write` will add to the folder."""
         shards = len(self.shard_files)
         done = sum(read_record(folder / file) is not None for file in self.shard_files)
         return self.num_bytes * (shards - done) // shards
 
-    def write(self, folder: Path, num_proc: int = 1, progress: bool = False, engine: str = ENGINES[0]) -> None:
+    def write(
+        self, folder: Path | RemotePath, num_proc: int = 1, progress: bool = False, engine: str = ENGINES[0]
+    ) -> None:
         """Write the packed dataset into a folder that `begin` has made ready."""
         records: dict[str, ShardRecord] = {}
         with tqdm(total=self.facts.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
@@ -296,18 +340,32 @@ class Packing:
                     records[record.file] = record
         self.finish(folder, [records[file] for file in self.shard_files])
 
-    def finish(self, folder: Path, records: list[ShardRecord]) -> None:
-        """All shards are written: now the folder becomes a dataset. records: in the order of the shards."""
+    def finish(self, folder: Path | RemotePath, records: list[ShardRecord]) -> None:
+        """All shards are written: now the folder becomes a dataset. records: in the order of the shards.
+
+        At a URL the folder has its name already, so that the file without which it is no dataset comes last."""
         _remove_left_off(folder)  # by workers that died, and whose task another one did
+        for record in records:
+            if (found := read_record(folder / record.file)) != record:
+                what = "is not there" if found is None else "is another one's"
+                raise OSError(
+                    f"{record.file} was written, and {what} in {str(folder)!r}: all processes that write must see one "
+                    "folder there, and no other run may write to it"
+                )
         split = None if self.dataset.split is None else str(self.dataset.split)
         text = f"{combined_print(self.source_prints)} {self.facts.to_description()}"
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        files = write_state(folder, self.shard_files, self.info, fingerprint, split)
-        for file in files:
-            sync(folder / file)
-        self.manifest.finished(records, {file: checksum(folder / file) for file in files}).write(folder)
+        files = state_files(self.shard_files, self.info, fingerprint, split)
+        if self.format == "parquet":
+            del files["state.json"]  # load_from_disk would take the shards for Arrow
+        *first, last = files
+        for file in first:
+            write_file(folder / file, files[file])
+        checksums = {file: xxhash.xxh3_128_hexdigest(data) for file, data in files.items()}
+        self.manifest.finished(records, checksums).write(folder)
         for file in self.shard_files:
             record_path(folder / file).unlink()
+        write_file(folder / last, files[last])
 
     def in_memory(self, progress: bool = False) -> datasets.Dataset:
         """The packed dataset, in memory as a whole."""
@@ -337,6 +395,7 @@ def prepare_packing(
     token_columns: Sequence[str] | None = None,
     pad_token_id: int | None = None,
     balance: int | None = None,
+    format: str = "arrow",
     to_write: bool = False,
     progress: bool = False,
 ) -> Packing:
@@ -377,10 +436,18 @@ def prepare_packing(
         step_costs_before=before,
         step_costs_after=after,
     )
-    return Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id, hashing)
+    packing = Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id, hashing, format)
+    if format == "parquet":
+        check_format(format, packing.features.arrow_schema)
+        if len(facts.to_description()) > FACTS_BYTES:
+            raise ValueError(
+                f"format='parquet' keeps the numbers of rows that were too long in each file, and "
+                f"{len(facts.overlong_rows):,} are too many; take format='arrow', or a larger max_sequence_length"
+            )
+    return packing
 
 
-def _remove_left_off(folder: Path) -> None:
+def _remove_left_off(folder: Path | RemotePath) -> None:
     for left_off in folder.glob(".*.writing"):
         left_off.unlink()
 

@@ -27,7 +27,11 @@ READ_BYTES = 1 << 22
 
 def check_target(target: str | os.PathLike) -> Path:
     """The folder to write, which must not exist yet."""
-    target = Path(target)
+    from .remote import place
+
+    target = place(target)
+    if not isinstance(target, Path):
+        raise ValueError(f"{str(target)!r} is a URL, and this is written to a folder of this machine; give its path")
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"output {str(target)!r} exists already; choose another folder or remove it first")
     return target
@@ -64,9 +68,13 @@ class HashedFile:
 
     def __init__(self, path: Path):
         self.path, self.size, self._hash = path, 0, xxhash.xxh3_128()
-        self._unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.writing")  # its own on any machine
-        self._descriptor = os.open(self._unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.says = str(path)  # an error of writing
+        self._unfinished, self._descriptor = self._new_file()
         self.closed = False
+
+    def _new_file(self) -> tuple[Path, int]:
+        path = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.writing")  # its own on any machine
+        return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
     @property
     def xxh3(self) -> str:
@@ -77,7 +85,7 @@ class HashedFile:
         try:
             write_bytes(self._descriptor, data)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            raise OSError(error.errno, error.strerror, self.says) from error
         self.size += len(data)
         return len(data)
 
@@ -105,15 +113,20 @@ class HashedFile:
             self._unfinished.unlink()
 
 
-def write_file(path: Path, data: bytes) -> str:
+def hashed_file(path) -> HashedFile:
+    """A new file here, or at a URL: see remote.py."""
+    return HashedFile(path) if isinstance(path, Path) else path.hashed_file()
+
+
+def write_file(path, data: bytes) -> str:
     """Write a small file, all at once; an older one is replaced. Returns its XXH3."""
-    with HashedFile(path) as file:
+    with hashed_file(path) as file:
         file.write(data)
         file.publish()
     return file.xxh3
 
 
-def checksum(path: Path) -> str:
+def checksum(path) -> str:
     """128 bits of XXH3 over a file, in hexadecimal."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
@@ -149,8 +162,8 @@ def partial_folder(target: str | os.PathLike) -> Iterator[Path]:
         os.rename(partial, target)
         sync(target.parent)
     except BaseException as error:
-        if kept := len(list(partial.rglob("data-*.arrow"))):
-            _say_how_to_go_on(error, partial, kept)
+        if kept := count_shards(partial):
+            say_how_to_go_on(error, partial, kept)
         else:
             _remove(partial, made)
         raise
@@ -183,7 +196,12 @@ def _make_locked(partial: Path) -> int:
         os.close(lock)
 
 
-def _say_how_to_go_on(error: BaseException, partial: Path, kept: int) -> None:
+def count_shards(folder) -> int:
+    """Those that are finished, or nearly."""
+    return sum(not file.name.endswith(".record") for file in folder.rglob("data-*"))
+
+
+def say_how_to_go_on(error: BaseException, partial, kept: int) -> None:
     shards = f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept in {str(partial)!r}"
     error.add_note(f"{shards}: run the same again to go on from there, or remove that folder")
 
@@ -242,11 +260,12 @@ def write_dataset(folder: Path, batches: Iterable[pa.RecordBatch], info, fingerp
     names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
     for shard, name in zip(shards, names, strict=True):
         shard.rename(folder / name)
-    write_state(folder, names, info, fingerprint, split)
+    for name, data in state_files(names, info, fingerprint, split).items():
+        (folder / name).write_bytes(data)
 
 
-def write_state(folder: Path, shards: list[str], info, fingerprint: str, split: str | None) -> list[str]:
-    """What makes a dataset of these Arrow files: dataset_info.json, state.json. Returns the names of what it wrote."""
+def state_files(shards: list[str], info, fingerprint: str, split: str | None) -> dict[str, bytes]:
+    """What makes a dataset of these Arrow files: LICENSE if the source has one, dataset_info.json, state.json last."""
     state = {
         "_data_files": [{"filename": name} for name in shards],
         "_fingerprint": fingerprint,
@@ -256,9 +275,10 @@ def write_state(folder: Path, shards: list[str], info, fingerprint: str, split: 
         "_output_all_columns": False,
         "_split": split,
     }
-    info.write_to_directory(str(folder), pretty_print=True)  # and LICENSE, if the source has one
-    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    return [name for name in ("LICENSE", "dataset_info.json", "state.json") if (folder / name).exists()]
+    with tempfile.TemporaryDirectory() as folder:
+        info.write_to_directory(folder, pretty_print=True)
+        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    return files | {"state.json": json.dumps(state, indent=2).encode()}
 
 
 def _write_shards(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> list[Path]:

@@ -1,8 +1,13 @@
-"""What a packed dataset knows about its making, carried in its description."""
+"""What a packed dataset knows about its making, carried in its description.
+
+load_dataset takes no description from a Parquet file, but the columns' features: there the same text is the `id` of the
+values of sequence_lengths. It takes them from the first file of all that it is given.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +16,7 @@ if TYPE_CHECKING:
 
     from .balance import StepCosts
 
+LENGTHS = "sequence_lengths"
 PREFIX = "Packed by dataset-packing, format 1: "
 
 
@@ -83,7 +89,13 @@ class PackedInfo:
 
 def packed_info(dataset: datasets.Dataset) -> PackedInfo:
     """Read how a packed dataset was made. Raises ValueError for a dataset that was not packed."""
-    description = getattr(getattr(dataset, "info", None), "description", None) or ""
+    info = getattr(dataset, "info", None)
+    description = getattr(info, "description", None) or ""
+    if not str(description).startswith(PREFIX):
+        by_id = _id_of_lengths(getattr(info, "features", None) or {})
+        description = by_id or description
+        if by_id is not None:
+            _refuse_several(info.splits or {}, by_id)
     if not isinstance(description, str) or not description.startswith(PREFIX):
         raise ValueError("this dataset was not packed: it carries no packing facts; make it with pack_dataset")
     try:
@@ -101,3 +113,20 @@ def packed_info(dataset: datasets.Dataset) -> PackedInfo:
         for name in ("step_costs_before", "step_costs_after"):
             facts[name] = StepCosts(**facts[name])
     return PackedInfo(**facts)
+
+
+def _id_of_lengths(features) -> str | None:
+    lists = features.get(LENGTHS)
+    values = lists[0] if isinstance(lists, list) else getattr(lists, "feature", None)
+    return getattr(values, "id", None)
+
+
+def _refuse_several(splits: dict, description: str) -> None:
+    """Files of several packings that load_dataset has read as one dataset, or as splits of one."""
+    num_rows = sum(split.num_examples or 0 for split in splits.values())
+    found = re.search(r'"num_packs": (\d+)', description)
+    if len(splits) > 1 or (found and num_rows > int(found[1])):
+        raise ValueError(
+            f"load_dataset was given files of several packings, {num_rows:,} packs in splits {', '.join(splits)}, and "
+            "says of all what it read in the first: open the folder with load_packed, or load the files of one packing"
+        )

@@ -7,6 +7,7 @@ folder of save_to_disk          opened where it lies; a DatasetDict has splits
 folder or glob of such files    one after the other, by name, subfolders too. Names that say train, validation or test
                                 make splits
 OWNER/NAME, OWNER/NAME:CONFIG   a dataset of the hub, by datasets.load_dataset
+any of the first four at a URL  copied into that cache first, and then the same: see local_copy.py
 
 Files of one dataset have the same columns of the same types; which file differs, or is damaged, is said.
 """
@@ -21,6 +22,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .remote import URL, is_url, place
 
 if TYPE_CHECKING:
     import datasets
@@ -57,12 +60,29 @@ def holds_rows(source: str) -> bool:
     return re.match(r'\s*(\[\s*\{|\{\s*"(?!\s*\d+\s*"\s*:))', begin) is not None
 
 
-def load_splits(source: str, num_proc: int = 1) -> dict[str, datasets.Dataset]:
+def open_source(
+    source: str, split: str = "", num_proc: int = 1, storage_options: dict | None = None
+) -> datasets.Dataset:
+    """One split of a source; "" is that of a source without splits. On another machine the same arguments give the same
+    rows, of that machine's own copy where the source is at a URL or was converted."""
+    splits = load_splits(source, num_proc, storage_options)
+    if split not in splits:
+        raise ValueError(f"SOURCE {source!r} has no split {split!r}; it has {', '.join(map(repr, splits))}")
+    return splits[split]
+
+
+def load_splits(source: str, num_proc: int = 1, storage_options: dict | None = None) -> dict[str, datasets.Dataset]:
     """Open or convert a source; "" is one without splits. num_proc: processes that convert.
+
+    storage_options: of the file system of a URL.
 
     Raises FileNotFoundError, ValueError or OSError that names the file, and the column or line, that is wrong.
     """
-
+    if is_url(source):
+        return _load_from_url(source, num_proc, storage_options)
+    if storage_options:
+        raise ValueError(f"storage_options would be ignored: {source!r} is no URL; leave them out")
+    source = _without_protocol(source)
     path = Path(source)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _open_saved(source)
@@ -71,6 +91,24 @@ def load_splits(source: str, num_proc: int = 1) -> dict[str, datasets.Dataset]:
         return _load_from_hub(source)
     (kind,) = {_kind(file) for files in splits.values() for file in files}
     return {name: _load_files(kind, files, num_proc) for name, files in splits.items()}
+
+
+def _without_protocol(source: str) -> str:
+    """file:///data/rows.parquet -> /data/rows.parquet"""
+    return str(place(source)) if URL.match(source) else source
+
+
+def _load_from_url(url: str, num_proc: int, storage_options: dict | None) -> dict[str, datasets.Dataset]:
+    from .local_copy import local_copy
+
+    copy = local_copy(url, storage_options, lambda name: _kind(Path(name)) is not None or Path(name).name == "LICENSE")
+    try:
+        return load_splits(str(copy), num_proc)
+    except (ValueError, OSError) as error:  # says where the copy is; the culprit is the file at the URL
+        error.args = tuple(a.replace(str(copy), url) if isinstance(a, str) else a for a in error.args)
+        if isinstance(getattr(error, "filename", None), str):
+            error.filename = error.filename.replace(str(copy), url)
+        raise
 
 
 def _open_saved(source: str) -> dict[str, datasets.Dataset]:

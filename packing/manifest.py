@@ -7,7 +7,7 @@
     plan, assignment, schema    XXH3 of each
     packs, sequences, tokens    how many; batch_packs: packs in each record batch of a shard, the last one's rest
     shards                      file, packs, sequences, tokens, bytes, xxh3 of each: empty until all are written
-    files                       XXH3 of dataset_info.json and state.json
+    files                       XXH3 of dataset_info.json and state.json (Parquet has none)
     checksum                    XXH3 of the manifest itself without this line
 
 There are no times and no paths in it, so that the same packing makes the same manifest anywhere.
@@ -23,6 +23,7 @@ import xxhash
 
 from .fingerprint import ColumnPrint
 from .folder import write_file
+from .remote import RemotePath, place
 from .shards import ShardRecord
 
 FORMAT = "dataset-packing manifest 1"
@@ -56,16 +57,16 @@ class Manifest:
     def finished(self, shards, files: dict[str, str]) -> Manifest:
         return replace(self, shards=tuple(shards), files=files)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path | RemotePath) -> None:
         """All at once: there is never half a manifest."""
         content = {"format": FORMAT, **asdict(self)}
         content["checksum"] = _digest(content)
         write_file(folder / FILE, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path | RemotePath) -> Manifest:
     """Read folder/manifest.json. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
-    path = Path(folder) / FILE
+    path = place(folder) / FILE
     try:
         content = json.loads(path.read_bytes())
         found, checksum = content.pop("format"), content.pop("checksum")
@@ -78,6 +79,12 @@ def read_manifest(folder: Path) -> Manifest:
     content["source_columns"] = tuple(ColumnPrint(**column) for column in content["source_columns"])
     content["shards"] = tuple(ShardRecord(**shard) for shard in content["shards"])
     return Manifest(**content)
+
+
+def is_finished(folder: Path | RemotePath) -> bool:
+    """Whether a packing that was begun in this folder has put its last file."""
+    manifest = read_manifest(folder)
+    return manifest.is_complete and all((folder / file).exists() for file in manifest.files)
 
 
 def differences(found: Manifest, wanted: Manifest) -> list[str]:

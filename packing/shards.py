@@ -10,7 +10,9 @@ So the engine is free: this process, a pool of processes, or a cluster where all
 
 write_shard is idempotent: a shard that is there, with the bytes that its record says, is left as it is. It comes to be
 under another name, reaches the disk, and then gets its name; its record follows in the same way. So a file with a
-record is whole, whenever the power fails.
+record is whole, whenever the power fails. At a URL (see remote.py) both are put whole, the record last: so likewise.
+
+A shard's ending says what it is: .arrow, a stream, not compressed, for a memory map; .parquet, a row group a batch.
 """
 
 from __future__ import annotations
@@ -18,17 +20,43 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from .arrow import list_array
-from .folder import HashedFile, checksum, write_file
+from .folder import checksum, hashed_file, write_file
+from .remote import RemotePath, place
 from .source import SourceColumns
 
 BATCHES_AHEAD = 2  # gathered while another is written
+ARROW, PARQUET = ".arrow", ".parquet"  # endings
+FORMATS = {"arrow": ARROW, "parquet": PARQUET}
+
+
+def check_format(format: str, schema: pa.Schema | None = None) -> None:
+    """Raise ValueError for an unknown format, or a column that it has no type for."""
+    if format not in FORMATS:
+        raise ValueError(f"unknown format={format!r}; choose from {', '.join(FORMATS)}")
+    if format == "parquet" and schema is not None:
+        import pyarrow.parquet as pq
+
+        for field in schema:
+            try:
+                written = pa.BufferOutputStream()
+                pq.write_table(pa.schema([field]).empty_table(), written)
+                found = pq.read_schema(pa.BufferReader(written.getvalue())).field(0).type
+                fault = "" if found == field.type else f"it would be {found}"
+            except pa.ArrowException as error:
+                fault = str(error)
+            if fault:
+                raise ValueError(
+                    f"column {field.name!r} holds {field.type}, which Parquet has not: {fault}; take format='arrow', "
+                    "or leave the column out"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +93,17 @@ class PackSlice:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write. folder: of the dataset in the making. file: the shard's name in it. Picklable.
+    """One shard to write. folder: of the dataset in the making, a path or a URL. file: the shard's name in it.
 
-    batch_packs: packs in a record batch; part of what decides the bytes."""
+    batch_packs: packs in a record batch; part of what decides the bytes. storage_options: of a URL's file system.
+    Picklable."""
 
     folder: str
     file: str
     packs: PackSlice
     schema: pa.Schema
     batch_packs: int
+    storage_options: dict | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -149,14 +179,14 @@ def write_shard(columns: SourceColumns, task: ShardTask, advance: Callable[[int]
 
     Raises OSError where the disk is full or fails; what is finished stays, and nothing has the shard's name.
     """
-    path = Path(task.folder) / task.file
+    path = place(task.folder, task.storage_options) / task.file
     record = read_record(path)
     if record is not None and record.xxh3 == checksum(path):
         if advance is not None:
             advance(record.packs)
         return record
-    with HashedFile(path) as file:
-        with pa.ipc.new_stream(file, task.schema) as writer:
+    with hashed_file(path) as file:
+        with _open_writer(file, task) as writer:
             for batch in gather_batches(columns, task.packs, task.schema, task.batch_packs):
                 writer.write_batch(batch)
                 if advance is not None:
@@ -168,17 +198,29 @@ def write_shard(columns: SourceColumns, task: ShardTask, advance: Callable[[int]
     return record
 
 
-def record_path(shard: Path) -> Path:
+@contextmanager
+def _open_writer(file, task: ShardTask):
+    if not task.file.endswith(PARQUET):
+        with pa.ipc.new_stream(file, task.schema) as writer:
+            yield writer
+        return
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(file, task.schema) as writer:
+        yield writer
+
+
+def record_path(shard: Path | RemotePath) -> Path | RemotePath:
     """data-00000-of-00003.arrow -> data-00000-of-00003.record, there until the manifest has all of them."""
     return shard.with_suffix(".record")
 
 
-def write_record(shard: Path, record: ShardRecord) -> None:
+def write_record(shard: Path | RemotePath, record: ShardRecord) -> None:
     """After the shard itself is on the disk."""
     write_file(record_path(shard), json.dumps(asdict(record)).encode())
 
 
-def read_record(shard: Path) -> ShardRecord | None:
+def read_record(shard: Path | RemotePath) -> ShardRecord | None:
     """The record of a finished shard whose file has the size that it says."""
     try:
         record = ShardRecord(**json.loads(record_path(shard).read_text(encoding="utf-8")))

@@ -8,32 +8,35 @@ from pathlib import Path
 import datasets
 
 from .findings import CHECKS, Findings, Verification
+from .output import DICT
+from .remote import RemotePath, place
 from .verify_files import dataset_blocks, folder_blocks, open_folder, read_facts
 from .verify_packs import PackCheck
 from .verify_source import SourceCheck
 
-DICT = "dataset_dict.json"
-
 
 def verify_packed(
-    packed: str | os.PathLike | datasets.Dataset,
+    packed: str | os.PathLike | RemotePath | datasets.Dataset,
     source: datasets.Dataset | None = None,
     *,
     pad_token_id: int | None = None,
     limit: int = 20,
+    storage_options: dict | None = None,
 ) -> Verification:
     """Look for whatever is wrong with a packed dataset. print(verification) lists it; verification.ok says if nothing.
 
     packed    sequence_indices [0 1]    input_ids [7 8 5 6 9]    source    row 0 [7 8]    row 1 [5 6 4]
     ->        pack 0, sequence 1, position 4, source row 1, column input_ids: … 9 found, 4 expected
 
-    packed: a folder of pack_dataset: its files are held against their checksums, and read on where one is damaged.
-        Or an open dataset, whose files are not looked at.
+    packed: a folder of pack_dataset, of Arrow or Parquet files, a path or a URL: its files are held against their
+        checksums, and read on where one is damaged; at a URL each is read twice, and nothing is kept. Or an open
+        dataset, whose files are not looked at.
     source: the dataset that was packed: every value is compared. None: packs are checked for themselves: limits hold,
         lengths add up in every column, and every source row is there once (of a row that was split, every piece; for
         its last one the source is needed).
     pad_token_id: what pack_dataset was given; a folder's manifest says so itself.
     limit: problems listed of each check; all are counted.
+    storage_options: of the file system of a URL.
 
     Memory: a bit for each source row, with `source` 4 bytes for its length and 4 each where there is padding or rows
     are cut, 40 for each piece of a row that was split, and some buffers, however many tokens there are.
@@ -46,7 +49,7 @@ def verify_packed(
         folder, info = None, packed.info
         looked_at["files"] = "not looked at: give the folder"
     else:
-        folder = open_folder(_checked_folder(packed), findings)
+        folder = open_folder(_checked_folder(packed, storage_options), findings)
         info, looked_at["files"] = folder.info, folder.looked_at
     looked_at["source"] = "not given" if source is None else "nothing"
     facts = None if info is None else read_facts(info, findings)
@@ -78,10 +81,10 @@ def verify_packed(
     return Verification(looked_at, findings.counts, tuple(findings.problems))
 
 
-def _checked_folder(packed) -> Path:
-    if not isinstance(packed, str | os.PathLike):
+def _checked_folder(packed, storage_options: dict | None) -> Path | RemotePath:
+    if not isinstance(packed, str | os.PathLike | RemotePath):
         raise TypeError(f"packed must be a folder or a datasets.Dataset, not {type(packed).__name__}")
-    path = Path(packed)
+    path = place(packed, storage_options)
     if not path.is_dir():
         raise FileNotFoundError(f"{str(path)!r} is not a folder; give one that pack_dataset wrote")
     if (path / DICT).exists():

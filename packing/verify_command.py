@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 DESCRIPTION = "Prove that a packed folder holds what was packed: unchanged, each sequence once, no pack over its limit."
 EXAMPLES = """\
 examples:
   pack-dataset verify packed                            files against their checksums, packs for themselves
   pack-dataset verify packed --source tokenized         every value against the source, too
+  pack-dataset verify s3://bucket/packed                as pack-dataset wrote it there; nothing is kept here
 
 A folder with several splits is verified split by split.
 """
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("packed", metavar="PACKED", help="folder that pack-dataset or pack_dataset wrote")
+    parser.add_argument("packed", metavar="PACKED", help="folder, or URL, that pack-dataset or pack_dataset wrote")
     parser.add_argument(
         "--source",
         metavar="SOURCE",
@@ -33,17 +33,20 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        return 0 if verify(Path(arguments.packed), arguments.source) else 1
+        return 0 if verify(arguments.packed, arguments.source) else 1
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
 
-def verify(packed: Path, source: str | None) -> bool:
+def verify(packed: str, source: str | None) -> bool:
     """Print a table for each split; returns whether nothing is wrong."""
     from .load import load_splits
-    from .verify import DICT, verify_packed
+    from .output import DICT
+    from .remote import place
+    from .verify import verify_packed
 
+    packed = place(packed)
     names = _split_names(packed / DICT) if (packed / DICT).exists() else [""]
     sources = {} if source is None else load_splits(source)
     ok = True
@@ -68,7 +71,7 @@ def verify(packed: Path, source: str | None) -> bool:
 NO_SPLITS = "not verified: the source has no splits, and the packed folder has"
 
 
-def _split_names(path: Path) -> list[str]:
+def _split_names(path) -> list[str]:
     try:
         return [str(name) for name in json.loads(path.read_bytes())["splits"]]
     except (ValueError, TypeError, KeyError):

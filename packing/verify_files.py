@@ -1,7 +1,7 @@
 """The files of a packed folder against its manifest, and what is in them, however damaged they are.
 
     manifest.json       says bytes and XXH3 of every other file
-    data-…arrow         read batch by batch; one that breaks off is named, and the next one is read all the same
+    data-…arrow         or .parquet: read batch by batch; one that breaks off is named, and the next one is read then
     dataset_info.json   the packing's facts: where these are not what was written, the packs cannot be judged
 
 Arrow's reader checks a file's frame but not what offsets point to: every batch is validated in full before it is used,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,18 +24,20 @@ from .findings import Findings
 from .folder import checksum
 from .info import PackedInfo, packed_info
 from .manifest import FILE, Manifest, read_manifest
+from .remote import RemotePath
 
 BLOCK_TOKENS = 1 << 20  # token slots looked at together: memory follows this and not the dataset
+PARQUET_PACKS = 1 << 10  # read together
 CACHES = "cache-*.arrow"  # what datasets puts into a folder after map or shuffle; nobody reads it as packs
 
 
 @dataclass(frozen=True, eq=False)
 class PackedFolder:
-    """A folder as it was found. shards: the Arrow files in order. info: None where it is damaged.
+    """A folder as it was found. shards: the files of packs in order. info: None where it is damaged.
 
     packs: of each shard by the manifest; empty without one."""
 
-    path: Path
+    path: Path | RemotePath
     manifest: Manifest | None
     shards: list[str]
     packs: list[int]
@@ -51,7 +54,7 @@ class Block:
     file: str | None = None
 
 
-def open_folder(path: Path, findings: Findings) -> PackedFolder:
+def open_folder(path: Path | RemotePath, findings: Findings) -> PackedFolder:
     """Check the files of a packed folder, and read what says how to read the rest."""
     manifest = _read_manifest(path, findings)
     records = () if manifest is None else manifest.shards
@@ -126,7 +129,7 @@ def dataset_blocks(dataset: datasets.Dataset, facts: PackedInfo, findings: Findi
             yield Block(first, batch)
 
 
-def _read_manifest(path: Path, findings: Findings) -> Manifest | None:
+def _read_manifest(path: Path | RemotePath, findings: Findings) -> Manifest | None:
     try:
         manifest = read_manifest(path)
     except FileNotFoundError:
@@ -141,7 +144,7 @@ def _read_manifest(path: Path, findings: Findings) -> Manifest | None:
     return manifest
 
 
-def _fault(file: Path, size: int | None, xxh3: str) -> dict | None:
+def _fault(file: Path | RemotePath, size: int | None, xxh3: str) -> dict | None:
     try:
         if size is not None and file.stat().st_size != size:
             found = f"{file.stat().st_size:,} bytes"
@@ -153,8 +156,10 @@ def _fault(file: Path, size: int | None, xxh3: str) -> dict | None:
     return None
 
 
-def _listed_shards(path: Path, findings: Findings) -> list[str]:
-    """The files that state.json names, where there is no manifest."""
+def _listed_shards(path: Path | RemotePath, findings: Findings) -> list[str]:
+    """The files that state.json names, where there is no manifest; Parquet has no state.json."""
+    if parquet := sorted(file.name for file in path.glob("data-*.parquet")):
+        return parquet
     try:
         state = json.loads((path / "state.json").read_bytes())
         shards = [str(entry["filename"]) for entry in state["_data_files"]]
@@ -167,9 +172,9 @@ def _listed_shards(path: Path, findings: Findings) -> list[str]:
     return shards
 
 
-def _read_info(path: Path, findings: Findings) -> datasets.DatasetInfo | None:
+def _read_info(path: Path | RemotePath, findings: Findings) -> datasets.DatasetInfo | None:
     try:
-        info = datasets.DatasetInfo.from_directory(str(path))
+        info = datasets.DatasetInfo.from_directory(str(path), storage_options=getattr(path, "storage_options", None))
         if not isinstance(info.features, datasets.Features):
             raise ValueError("it names no columns")
     except Exception as error:  # whatever a damaged file leads its reader to
@@ -178,16 +183,29 @@ def _read_info(path: Path, findings: Findings) -> datasets.DatasetInfo | None:
     return info
 
 
-def _readable_batches(file: Path, findings: Findings) -> Iterator[pa.RecordBatch]:
+def _readable_batches(file: Path | RemotePath, findings: Findings) -> Iterator[pa.RecordBatch]:
     """Up to the first one that is damaged."""
     try:
-        with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as reader:
-            for batch in reader:
+        with _batches(file) as batches:
+            for batch in batches:
                 batch.validate(full=True)
                 yield batch
     except (pa.ArrowException, OSError, ValueError, MemoryError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         findings.add("files", f"cannot be read further: {reason[:200]}", file=file.name)
+
+
+@contextmanager
+def _batches(file: Path | RemotePath) -> Iterator[Iterator[pa.RecordBatch]]:
+    with pa.memory_map(str(file)) if isinstance(file, Path) else pa.PythonFile(file.open(), "r") as opened:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            with pq.ParquetFile(opened) as parquet:
+                yield parquet.iter_batches(PARQUET_PACKS)
+        else:
+            with pa.ipc.open_stream(opened) as reader:
+                yield iter(reader)
 
 
 def _pieces(batch: pa.RecordBatch, first: int, name: str, facts: PackedInfo) -> Iterator[Block]:

@@ -1,0 +1,94 @@
+"""Files at a URL -> the same files in the cache: copied once, and again once they have changed.
+
+s3://bucket/rows.parquet      one file
+s3://bucket/data/*.parquet    a glob
+s3://bucket/tokenized         a folder, with its subfolders; hidden files are left where they are
+
+Into HF_DATASETS_CACHE/pack-dataset, under the URL and what the file system says of each file (size, time, ETag). A
+file has its name there when it is whole: a copy that was killed goes on with the files that are missing, and a run that
+is resumed copies nothing. Where the file system tells only a file's size, a change that keeps it is not seen.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from .remote import named_errors, open_store
+
+OF_ACCESS = ("atime", "time", "ino", "nlink")  # what changes without the file, or differs between machines
+MAGIC = re.compile(r"[*\[]")
+
+
+def local_copy(
+    url: str, storage_options: dict | None = None, wanted: Callable[[str], bool] = lambda name: True
+) -> Path:
+    """Where the file, or the folder of the files, lies now. Raises FileNotFoundError where there is none.
+
+    wanted: of a folder or a glob, which names to copy."""
+    with named_errors(url):
+        fs, path = open_store(url, storage_options)
+        fs.invalidate_cache()
+        root, found = _find(fs, path, wanted)
+    if not found:
+        raise FileNotFoundError(f"{url!r} matches no file" if MAGIC.search(path) else f"there is no file at {url!r}")
+    stamps = {name: {k: str(v) for k, v in info.items() if k not in OF_ACCESS} for name, info in found.items()}
+    digest = xxhash.xxh3_128_hexdigest(json.dumps([url, stamps], sort_keys=True).encode())
+    folder = _cache() / f"{re.sub(r'[^A-Za-z0-9]+', '-', url)[-60:].strip('-')}-{digest}"
+    with _locked(folder):
+        for name in found:
+            target = folder / name
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = target.with_name(f".{target.name}.part")
+                with named_errors(url):
+                    fs.get_file(root + name, str(part))
+                os.replace(part, target)
+    return folder / path.removeprefix(root) if path.removeprefix(root) in found else folder
+
+
+def _find(fs, path: str, wanted: Callable[[str], bool]) -> tuple[str, dict[str, dict]]:
+    """The folder that all lie in, with a slash at its end; names in it -> what the file system says of them."""
+    if MAGIC.search(path):
+        found = fs.glob(path, detail=True)
+        root = path[: MAGIC.search(path).start()].rpartition("/")[0]
+    elif fs.isfile(path):
+        found = {path: fs.info(path)}
+        root = path.rpartition("/")[0]
+    else:
+        found = fs.find(path, detail=True)
+        root = path.rstrip("/")
+    root += "/"
+    files = {name.removeprefix(root): info for name, info in found.items() if info.get("type") == "file"}
+    if path not in found:
+        files = {name: info for name, info in files.items() if not _is_hidden(name) and wanted(name)}
+    return root, dict(sorted(files.items()))
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def _cache() -> Path:
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process copies, and others of this machine wait for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
