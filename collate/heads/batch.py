@@ -1,0 +1,159 @@
+"""What goes into a packed head: one batch, where its sequences lie, and what of it has a label."""
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from collate.heads.gather import has_gather, task_model
+from collate.isolation import is_isolated
+from collate.labels import IGNORED
+from collate.layout import PADDING, PackLayout
+
+MODEL_INPUTS = ("input_ids", "position_ids", "token_type_ids")
+
+
+class PackedBatch:
+    """A batch of the collator, and the slots that heads read."""
+
+    def __init__(self, batch: Mapping[str, Tensor]):
+        if "sequence_ids" not in batch:
+            raise ValueError(
+                f"the batch has no 'sequence_ids', only {sorted(batch)}; make it with DataCollatorWithPacking"
+            )
+        self.batch = batch
+        self.layout = PackLayout(batch["sequence_ids"])
+
+    @property
+    def cls_slots(self) -> Tensor:
+        """(N,) the slot of each sequence's [CLS]: its first token where the batch has no cls_positions."""
+        positions_BS = self.batch.get("cls_positions")
+        if positions_BS is None:
+            return self.layout.token_index[self.layout.cu_seqlens[:-1].long()]
+        packs = torch.arange(len(positions_BS), device=positions_BS.device)[:, None]
+        slots = (packs * self.layout.sequence_ids_BL.shape[1] + positions_BS)[positions_BS >= 0]
+        if len(slots) != self.layout.num_sequences:
+            raise ValueError(
+                f"cls_positions names {len(slots)} sequences, but sequence_ids has {self.layout.num_sequences}; "
+                "both must come from one collator"
+            )
+        return slots
+
+    @property
+    def _labels_of_nothing(self) -> Tensor | None:
+        """What stands for a column that the batch lacks: packs without sequences have no columns, and all labels."""
+        return None if self.layout.num_sequences else self.layout.token_index
+
+    def per_sequence(self, column: str) -> Tensor | None:
+        """(B, S, …) -> (N, …), in the layout's order; None for a column that the batch lacks."""
+        values_BS = self.batch.get(column)
+        if values_BS is None:
+            return self._labels_of_nothing
+        depth_B = self.layout.sequence_ids_BL.amax(1)
+        packs, slots = values_BS.shape[0], values_BS.shape[1] if values_BS.dim() > 1 else 0
+        expected = self.batch["cls_positions"].shape if "cls_positions" in self.batch else (len(depth_B), slots)
+        if (packs, slots) != tuple(expected):
+            raise ValueError(
+                f"{column!r} has shape {tuple(values_BS.shape)}, but this task needs one per sequence slot, "
+                f"{tuple(expected)}; if these are labels of tokens, choose a token task"
+            )
+        is_sequence_BS = torch.arange(slots, device=depth_B.device) < depth_B[:, None]
+        values_N = values_BS[is_sequence_BS]
+        if len(values_N) != self.layout.num_sequences:
+            raise ValueError(
+                f"{column!r} has {slots} slots per pack, fewer than the {int(depth_B.max())} sequences of one; "
+                "give the collator more slots"
+            )
+        return values_N
+
+    def per_token(self, column: str) -> Tensor | None:
+        """(B, L) -> (T,); None for a column that the batch lacks."""
+        values_BL = self.batch.get(column)
+        if values_BL is None:
+            return self._labels_of_nothing
+        if values_BL.shape != self.layout.sequence_ids_BL.shape:
+            raise ValueError(
+                f"{column!r} has shape {tuple(values_BL.shape)}, but this task needs one per token slot, "
+                f"{tuple(self.layout.sequence_ids_BL.shape)}; if these are labels of sequences, choose a sequence task"
+            )
+        return self.layout.unpad(values_BL)
+
+    def predicted(self) -> tuple[Tensor, Tensor | None]:
+        """(P,) the slots whose labels say that a token is predicted, and these labels; without labels all tokens."""
+        labels_T = self.per_token("labels")
+        if labels_T is None:
+            return self.layout.token_index, None
+        predicted = has_label(labels_T).nonzero().squeeze(1)
+        return self.layout.token_index[predicted], labels_T[predicted]
+
+    def sequences_of(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """(P,) the sequence in which each of these slots lies, and (N,) how many lie in each sequence."""
+        sequence_P = self.layout.sequence_of_token[self.layout.token_of_slot[slots]]
+        return sequence_P, torch.bincount(sequence_P, minlength=self.layout.num_sequences)
+
+    def stack(self, values: list) -> Tensor:
+        """1-D float64: these sums, then the batch's tokens and sequences."""
+        device = self.layout.sequence_ids_BL.device
+        values = [*values, self.layout.num_tokens, self.layout.num_sequences]
+        return torch.stack([torch.as_tensor(value, device=device).detach().double() for value in values])
+
+    def run(
+        self,
+        model: nn.Module,
+        slots: Tensor,
+        head_lengths: Tensor | None = None,
+        pooler_slots: Tensor | None = None,
+    ) -> ModelOutput:
+        """The model on this batch, its head on these slots; see GatherForHead."""
+        stock = task_model(model)
+        encoder = stock.base_model
+        if not (has_gather(encoder) and is_isolated(model)):
+            raise ValueError(
+                f"{type(stock).__name__} is not prepared: its head would read the first token of each pack; "
+                "call task_for(model) or prepare_head(model) after loading it"
+            )
+        accepted = inspect.signature(encoder.forward).parameters
+        inputs = {name: self.batch[name] for name in MODEL_INPUTS if name in accepted and name in self.batch}
+        output = model(
+            **inputs,
+            sequence_ids=self.batch["sequence_ids"],
+            head_slots=slots,
+            head_lengths=head_lengths,
+            pooler_slots=pooler_slots,
+            return_dict=True,
+        )
+        rows = len(slots) if head_lengths is None else len(head_lengths)
+        if len(output[0]) != rows:
+            raise ValueError(
+                f"the head of {type(stock).__name__} made {len(output[0])} rows of {rows}: it does not read the "
+                "encoder's last hidden state alone, so it cannot run packed"
+            )
+        return output
+
+
+def count_hits(batch: Mapping[str, Tensor], *hits: Tensor | None) -> Tensor:
+    """(k,) int64: how often each is True; 0 for None, a column that the batch does not have."""
+    zero = batch["sequence_ids"].new_zeros((), dtype=torch.int64)
+    return torch.stack([zero if hit is None else hit.sum() for hit in hits]) if hits else zero.new_zeros(0)
+
+
+def has_label(labels: Tensor) -> Tensor:
+    """Bool: NaN, and -100 among integers, are no labels."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
+
+
+def labelled_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(B, L) bool."""
+    return has_label(batch["labels"]) & (batch["sequence_ids"] != PADDING) if "labels" in batch else None
+
+
+def lengths_by_slot(sequence_ids_BL: Tensor, depth: int | None = None) -> Tensor:
+    """(B, depth) int64: [[1, 1, 2, 0]], depth 3 -> [[2, 1, 0]]. Of fixed shape: a GPU need not be waited for."""
+    packs, slots = sequence_ids_BL.shape
+    depth = slots if depth is None else depth
+    counts = sequence_ids_BL.new_zeros((packs, max(depth, slots) + 1), dtype=torch.int64)
+    return counts.scatter_add_(1, sequence_ids_BL.long(), torch.ones_like(sequence_ids_BL, dtype=torch.int64))[
+        :, 1 : depth + 1
+    ]

@@ -1,0 +1,153 @@
+"""Labels of sequences, and of tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from collate.heads.batch import PackedBatch, count_hits, has_label, labelled_tokens
+from collate.heads.task import PackedOutput, Task, check_pooling, cross_entropy_sums, share
+from collate.heads.values import PerSequence, at_least_float32, mean_by_sequence
+
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClassification(Task):
+    """One label for each sequence, several, or a number: AutoModelForSequenceClassification.
+
+    Batch: labels (B, S) integers, -100 in empty slots; for regression floats, NaN in empty slots; for several labels
+    floats (B, S, C). A sequence without a label (-100, NaN) is in no mean. logits and predictions: (N, C).
+
+    num_labels, problem_type: as in the model's config. Where that is silent, stock models' rule holds: num_labels 1 is
+        regression, else integers mean one label of many, and floats several.
+    pooling: "cls", "mean" (of the sequence's hidden states), or "late" (of its tokens' logits; EuroBERT's default).
+    """
+
+    num_labels: int
+    problem_type: str | None = None
+    pooling: str = "cls"
+    names = ("loss", "labels", "correct")
+
+    def __post_init__(self) -> None:
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"unknown problem_type {self.problem_type!r}; choose from {list(PROBLEM_TYPES)} or None")
+        check_pooling(self.pooling, ("cls", "mean", "late"))
+
+    @classmethod
+    def for_config(cls, config: PretrainedConfig, **options) -> "SequenceClassification":
+        pooling = getattr(config, "classifier_pooling", "cls")  # ModernBERT and EuroBERT have a choice
+        pooling = "cls" if pooling == "bos" else pooling
+        stock = {"num_labels": config.num_labels, "problem_type": config.problem_type, "pooling": pooling}
+        return cls(**stock | options)
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(1,) labels; of several labels a sequence, each counts."""
+        return count_hits(batch, has_label(batch["labels"]) if "labels" in batch else None)
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
+    ) -> PackedOutput:
+        packed = PackedBatch(batch)
+        logits_NC = self._logits(model, packed)
+        labels = packed.per_sequence("labels")
+        sums = None if labels is None else self._sums(at_least_float32(logits_NC), labels)
+        return self._output(
+            packed,
+            sums,
+            denominators,
+            logits=logits_NC,
+            predictions=PerSequence(logits_NC.detach()),
+            labels=None if labels is None else PerSequence(labels),
+        )
+
+    def _logits(self, model: nn.Module, packed: PackedBatch) -> Tensor:
+        if self.pooling == "cls":
+            slots = packed.cls_slots
+            return packed.run(model, slots, pooler_slots=slots)["logits"]
+        slots, lengths = packed.layout.token_index, packed.layout.lengths
+        if self.pooling == "mean":
+            return packed.run(model, slots, head_lengths=lengths)["logits"]
+        # the stock head takes the mean over the single token that it sees, which leaves the token's logits
+        return mean_by_sequence(packed.run(model, slots)["logits"], lengths)
+
+    def _sums(self, logits_NC: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if not len(logits_NC):  # the type of no labels says nothing
+            return {"loss": logits_NC.sum(), "labels": 0, "correct": 0}
+        problem = self._problem(labels)
+        if problem == "single_label_classification":
+            return cross_entropy_sums(logits_NC, labels)
+        if labels.numel() != logits_NC.numel():
+            raise ValueError(
+                f"labels {tuple(labels.shape)} do not fit logits {tuple(logits_NC.shape)} of {problem}; give "
+                f"{logits_NC.shape[1]} floats per sequence, or if each has one label of many, cast them to integers"
+            )
+        labels_NC = labels.view_as(logits_NC).to(logits_NC)
+        is_label = has_label(labels_NC)
+        labels_NC = labels_NC.nan_to_num()
+        if problem == "regression":
+            loss_NC, correct = (logits_NC - labels_NC) ** 2, labels_NC.new_zeros(())
+        else:
+            loss_NC = F.binary_cross_entropy_with_logits(logits_NC, labels_NC, reduction="none")
+            correct = (((logits_NC > 0) == (labels_NC > 0.5)) & is_label).sum()
+        return {"loss": loss_NC[is_label].sum(), "labels": is_label.sum(), "correct": correct}
+
+    def _problem(self, labels: Tensor) -> str:
+        problem = self.problem_type
+        if problem is None and self.num_labels == 1:
+            problem = "regression"
+        elif problem is None:
+            problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        if labels.is_floating_point() == (problem == "single_label_classification"):
+            wanted = "integers" if problem == "single_label_classification" else "floats"
+            raise ValueError(f"labels are {labels.dtype}, but {problem} needs {wanted}; cast the column before packing")
+        if problem == "single_label_classification" and labels.dim() > 1:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} are integers, of which {problem} needs one per sequence; if each may "
+                "have several labels, cast them to floats before packing"
+            )
+        return problem
+
+    def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        metrics = {"loss": share(sums["loss"], sums["labels"])}
+        is_regression = self.problem_type == "regression" or (self.problem_type is None and self.num_labels == 1)
+        if sums["labels"] > 0 and not is_regression:
+            metrics["accuracy"] = sums["correct"] / sums["labels"]
+        return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassification(Task):
+    """A label for each token: AutoModelForTokenClassification.
+
+    Batch: labels (B, L), -100 where a token has none. The loss is the mean over labelled tokens, as in the stock model.
+    logits: (T, C) of all real tokens; predictions and labels: the same by sequence.
+    """
+
+    names = ("loss", "labels", "correct")
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(1,) labelled tokens."""
+        return count_hits(batch, labelled_tokens(batch))
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
+    ) -> PackedOutput:
+        packed = PackedBatch(batch)
+        logits_TC = packed.run(model, packed.layout.token_index)["logits"].squeeze(1)
+        labels_T = packed.per_token("labels")
+        sums = None if labels_T is None else cross_entropy_sums(at_least_float32(logits_TC), labels_T)
+        return self._output(
+            packed,
+            sums,
+            denominators,
+            logits=logits_TC,
+            predictions=PerSequence(logits_TC.detach(), packed.layout.lengths),
+            labels=None if labels_T is None else PerSequence(labels_T, packed.layout.lengths),
+        )
+
+    def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        metrics = {"loss": share(sums["loss"], sums["labels"])}
+        return metrics | ({"accuracy": sums["correct"] / sums["labels"]} if sums["labels"] > 0 else {})

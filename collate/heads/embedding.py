@@ -1,0 +1,43 @@
+"""Vectors of sequences, for inference."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from collate.heads.batch import PackedBatch, count_hits
+from collate.heads.task import PackedOutput, Task, check_pooling
+from collate.heads.values import PerSequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceEmbedding(Task):
+    """A vector for each sequence: encoders without a head, such as AutoModel gives. For inference: there is no loss.
+
+    pooling: "cls", the hidden state of the sequence's [CLS]; or "mean", that of all its tokens.
+    logits and predictions: (N, D).
+    """
+
+    pooling: str = "cls"
+    names = ()
+
+    def __post_init__(self) -> None:
+        check_pooling(self.pooling, ("cls", "mean"))
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return count_hits(batch)
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
+    ) -> PackedOutput:
+        packed = PackedBatch(batch)
+        if self.pooling == "cls":
+            slots, lengths = packed.cls_slots, None
+        else:
+            slots, lengths = packed.layout.token_index, packed.layout.lengths
+        vectors_ND = packed.run(model, slots, head_lengths=lengths)["last_hidden_state"]
+        vectors_ND = vectors_ND.squeeze(1)
+        return self._output(packed, None, denominators, logits=vectors_ND, predictions=PerSequence(vectors_ND.detach()))
+
+    def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {}
