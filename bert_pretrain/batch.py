@@ -12,6 +12,9 @@ from packing import packed_info
 
 logger = logging.getLogger(__name__)
 
+FEW_STEPS = 100
+"""A run of fewer is a trial, or a beginner's with the defaults of large corpora."""
+
 
 def set_batch(config: PretrainConfig, training: TrainingArguments, train: Dataset) -> int | None:
     """PackedTrainer's sequences_per_step: None if packs are counted. What a step holds is logged.
@@ -63,6 +66,9 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
         *(factor, config.sequences_per_step, config.sequences_per_step / factor, plan.most_packs),
         *(training.world_size, passes, packs),
     )
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * plan.num_steps)
+    few = "; a model learns little in so few: lower sequences_per_step, or raise num_train_epochs"
+    logger.info("an epoch is %d steps, the run %d%s", plan.num_steps, steps, few if steps < FEW_STEPS else "")
     return config.sequences_per_step
 
 

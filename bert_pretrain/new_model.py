@@ -70,7 +70,12 @@ def build_model(
             packed_attention=attention,
             packed_attention_options=options,
         )
-        return PackedBertForPreTraining(bert)
+        model = PackedBertForPreTraining(bert)
+        logger.info(
+            "a new BERT of %.1f million parameters: %d layers of %d",
+            *(model.num_parameters() / 1e6, bert.num_hidden_layers, bert.hidden_size),
+        )
+        return model
     place = find_pretrained("model", config.model)
     bert = _checkpoint_config(config.model, place)
     if not isinstance(bert, BertConfig):

@@ -1,5 +1,6 @@
 """Pretrain BERT on a packed dataset: the run, read from top to bottom."""
 
+import logging
 from collections.abc import Sequence
 from copy import copy
 
@@ -20,6 +21,8 @@ from bert_pretrain.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
 from collate.signals import SaveOnSignal
 from packing import EpochPacks, packed_info
+
+logger = logging.getLogger(__name__)
 
 
 def pretrain(
@@ -93,6 +96,7 @@ def pretrain(
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_state()
     trainer.create_model_card()
+    logger.info("%s has the model, its tokenizer and its card, README.md", training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub()
     return trainer

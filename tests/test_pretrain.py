@@ -152,6 +152,13 @@ def test_sequences_per_step_decide_packs_per_pass(folders, tmp_path, caplog):
     slots = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert training.per_device_train_batch_size <= 4 and most <= slots < most + training.gradient_accumulation_steps
     assert f"packing factor {factor:.3f}: 20 sequences a step" in caplog.text
+    steps = plan_steps(pack_depths(packs), 20).num_steps
+    assert f"an epoch is {steps} steps, the run {3 * steps}; a model learns little in so few" in caplog.text
+    long = TrainingArguments(str(tmp_path), max_steps=100, use_cpu=True)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        set_batch(config, long, packs)
+    assert f"an epoch is {steps} steps, the run 100" in caplog.text and "learns little" not in caplog.text
 
 
 def test_with_the_policy_of_packs_arguments_stay_and_the_factor_is_told(folders, tmp_path, caplog):
