@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py                              10^7 and 10^8 lengths
     python benchmarks/scale.py --sequences 1e9 --parts 8    10^9 in parts alone: 2.6 GB of memory, 8 minutes
+    python benchmarks/scale.py --sequences 1e7 --apart 8    and what packing each of 8 shards by itself would lose
 
 Lengths are those of the paper's Wikipedia, drawn shard by shard, each from its own seed and never all in memory: what a
 cluster would read from its shards. One process does here, one shard or part after the other, what machines do at once.
@@ -9,6 +10,9 @@ cluster would read from its shards. One process does here, one shard or part aft
 "whole": lengths of all shards are kept (uint16), one assign(). "parts": packing/parts.py: the histograms of all shards
 -> one plan -> its packs and the sequences dealt to parts -> the assignment of each part, which is checked to hold what
 its plan says, and dropped. Peak: of the process's own memory, beyond what it had before.
+
+"apart": each shard under a plan of its own, for the same sequences in three orders: by chance; by length with a noise
+of 100 tokens (standard deviation), as where each source of a corpus has shards of its own; by length.
 
 The estimate is a formula, and no measurement: see costs().
 """
@@ -27,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from packing import assign, length_histogram, plan_packs, published_histogram
-from packing.parts import add_histograms, assign_part, deal_lengths, deal_packs, deal_shares
+from packing.parts import TOLERANCE, add_histograms, assign_part, deal_lengths, deal_packs, deal_shares, plan_each
 
 SHARD = 1 << 22  # sequences
 SLOTS = 512
@@ -43,11 +47,12 @@ def main() -> None:
         default=0,
         help="make the assignment in so many parts; 0: as a whole, and in parts of 2**25",
     )
+    add("--apart", type=int, default=0, help="also pack each of so many shards by itself")
     add("--folder", help="for the part of each sequence, 2 bytes; left out: the system's temporary")
     add("--packer", default="optimal")
     add("--tokens", type=float, default=1e11, help="of the estimate, int32, as long as Wikipedia's")
     add("--rate", type=float, default=200e6, help="tokens a second that a machine gathers, hashes and writes")
-    add("--hash-rate", type=float, default=2e9, help="bytes a second that the driver hashes")
+    add("--hash-rate", type=float, default=2e9, help="bytes a second that a machine hashes")
     add("--storage", type=float, default=1e9, help="bytes a second that a machine reads and writes of shared storage")
     options = parser.parse_args()
     print(
@@ -58,6 +63,8 @@ def main() -> None:
     for sequences in map(int, options.sequences):
         if not options.parts:
             measured[sequences] = run_whole(Shards(sequences), options)
+        if options.apart:
+            run_apart(Shards(sequences), options)
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             run_parts(Shards(sequences), options, Path(folder))
     if measured:
@@ -181,6 +188,31 @@ def run_parts(shards: Shards, options, folder: Path) -> None:
     say(f"{num_parts} parts, {len(shards)} shards", plan, steps)
 
 
+def run_apart(shards: Shards, options) -> None:
+    """What TOLERANCE of packing/parts.py allows, and what it refuses."""
+    lengths, draw = np.concatenate(list(shards)), np.random.default_rng(0)
+    noise = draw.normal(0, 100, len(lengths)).astype(np.float32)
+    orders = {
+        "by chance": lengths,
+        "like lengths together": lengths[np.argsort(lengths + noise)],
+        "sorted": np.sort(lengths),
+    }
+    together = plan_packs(length_histogram(lengths, SLOTS), SLOTS, packer=options.packer)
+    print(f"\n{len(lengths):,} sequences, {options.apart} shards, each packed by itself; together")
+    print(f"{together.num_packs:,} packs, efficiency {together.packing_efficiency:.3%}; tolerance {TOLERANCE:.2%}\n")
+    print("| order of sequences | packs | more than together | efficiency | points lost | allowed |")
+    print("|---|--:|--:|--:|--:|---|")
+    for name, ordered in orders.items():
+        histograms = [length_histogram(shard, SLOTS) for shard in np.array_split(ordered, options.apart)]
+        plans = plan_each(histograms, SLOTS, packer=options.packer, tolerance=np.inf)
+        packs = sum(plan.num_packs for plan in plans)
+        efficiency = together.num_tokens / (packs * SLOTS)
+        lost = 100 * (together.packing_efficiency - efficiency)
+        more = packs / together.num_packs - 1
+        said = "yes" if more <= TOLERANCE else "no"
+        print(f"| {name} | {packs:,} | {more:.3%} | {efficiency:.3%} | {lost:.3f} | {said} |", flush=True)
+
+
 def taken(shards: Shards, folder: Path):
     for i, lengths in enumerate(shards):
         yield shards.bounds[i], lengths, np.fromfile(folder / f"{i}", np.uint16)
@@ -197,26 +229,28 @@ def say(name: str, plan, steps: Steps) -> None:
 def costs(whole: dict, options, machines: int) -> dict[str, float]:
     """Seconds of packing options.tokens on so many machines, from seconds a sequence as measured here.
 
-    The driver alone: reads and hashes all of the source once, at the slower of hashing and storage; counts, plans,
-    assigns. The plan does not grow with the sequences. Then all machines: read and write each token, at the slower of
-    gathering and storage.
+    All machines: read and hash all of the source once, at the slower of hashing and storage. The driver alone: counts,
+    plans, assigns; the plan does not grow with the sequences. Then all machines: read and write each token, at the
+    slower of gathering and storage.
     """
     sequences = options.tokens / whole["plan"].num_tokens * whole["sequences"]
     num_bytes = 4 * options.tokens
     driver = (whole["histogram"] + whole["assign"]) / whole["sequences"] * sequences + whole["plan_seconds"]
-    hashing = num_bytes / min(options.hash_rate, options.storage)
+    reading = num_bytes / min(options.hash_rate, options.storage) / machines
     writing = max(options.tokens / options.rate, 2 * num_bytes / options.storage) / machines
-    return {"hash": hashing, "plan and assign": driver, "write": writing, "all": hashing + driver + writing}
+    return {"read": reading, "plan and assign": driver, "write": writing, "all": reading + driver + writing}
 
 
 def print_costs(whole: dict, options) -> None:
     sequences = options.tokens / whole["plan"].num_tokens * whole["sequences"]
     each = whole["peak"] / whole["sequences"]
     print(f"\nEstimate for {options.tokens:.0e} int32 tokens in {sequences:,.0f} sequences:")
-    print(f"a machine packs {options.rate / 1e6:,.0f} M tokens/s, and reads and writes {options.storage / 1e9:g} GB/s;")
-    print(f"the driver hashes {options.hash_rate / 1e9:g} GB/s; for each sequence it needs {each:.1f} bytes, and")
-    print(f"sends 8: {each * sequences / 1e9:.1f} GB and {8 * sequences / 1e9:.1f} GB in all.\n")
-    print("| machines | driver hashes, s | driver plans and assigns, s | machines write, s | all, s | machine hours |")
+    print(f"a machine packs {options.rate / 1e6:,.0f} M tokens/s, hashes {options.hash_rate / 1e9:g} GB/s, reads and")
+    print(
+        f"writes {options.storage / 1e9:g} GB/s; the driver needs, gets and sends {each:.1f}, 4 and 8 bytes a sequence,"
+    )
+    print(f"{each * sequences / 1e9:.1f}, {4 * sequences / 1e9:.1f} and {8 * sequences / 1e9:.1f} GB in all.\n")
+    print("| machines | machines read, s | driver plans and assigns, s | machines write, s | all, s | machine hours |")
     print("|--:|--:|--:|--:|--:|--:|")
     for machines in (1, 4, 16, 64):
         cost = costs(whole, options, machines)

@@ -133,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--engine",
         choices=("processes", "ray"),
         default="processes",
-        help="who writes, the same bytes: processes of this machine, or a Ray cluster that sees SOURCE and TARGET",
+        help="who does it, the same bytes: processes of this machine, or a Ray cluster that sees SOURCE and TARGET",
     )
     add(
         "--format",
@@ -190,9 +190,9 @@ def _refuse(arguments: argparse.Namespace, defaults: argparse.Namespace, unused:
 
 def pack_folder(arguments: argparse.Namespace) -> None:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
-    from .engines import check_engine, checked_num_proc  # heavy imports wait until the arguments are known to be good
-    from .folder import write_file
-    from .output import check_output, check_room, output_folder
+    # heavy imports wait until the arguments are known to be good
+    from .engines import check_engine, checked_num_proc, opened_engine
+    from .output import check_output
 
     check_engine(arguments.engine)
     checked_num_proc(arguments.num_proc)
@@ -200,6 +200,14 @@ def pack_folder(arguments: argparse.Namespace) -> None:
         one_process = arguments.num_proc == 1 and arguments.engine == "processes"
         check_output(arguments.target, one_process=one_process)
     splits = _load_splits(arguments)
+    with opened_engine(arguments.engine):
+        _pack_splits(splits, arguments)
+
+
+def _pack_splits(splits: dict, arguments: argparse.Namespace) -> None:
+    from .folder import write_file
+    from .output import check_room, output_folder
+
     packings = {}
     for name, dataset in splits.items():
         packings[name] = _prepare(name, dataset, arguments)
@@ -339,10 +347,27 @@ def _prepare(name: str, dataset, arguments: argparse.Namespace):
             balance=arguments.balance,
             format=arguments.format,
             to_write=not arguments.plan_only,
+            engine=arguments.engine,
+            opener=_opener(name, arguments),
             progress=True,
         )
     except ValueError as error:
         raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None
+
+
+def _opener(split: str, arguments: argparse.Namespace):
+    """How another machine opens the same rows, of its own copy. Tokens of texts are in a cache that it must see."""
+    from functools import partial
+    from glob import has_magic
+
+    from .load import is_url, open_source
+
+    if arguments.text_column is not None:
+        return None
+    source = arguments.source
+    if not is_url(source) and (has_magic(source) or Path(source).exists()):
+        source = str(Path(source).absolute())
+    return partial(open_source, source, split)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from .assignment import Assignment, assign, checked_seed
 from .balance import balance_packs, checked_packs_per_step, step_costs
-from .cluster import write_on_ray
-from .engines import ENGINES, check_engine, checked_num_proc, write_here, write_in_pool
+from .cluster import read_on_ray, write_on_ray
+from .engines import ENGINES, check_engine, checked_num_proc, opened_engine, write_here, write_in_pool
 from .fingerprint import ColumnPrint, column_prints, combined_print, in_background
 from .folder import state_files, write_file
 from .histogram import length_histogram
@@ -31,6 +31,7 @@ from .output import check_output, check_room, output_folder
 from .overlong import OVERLONG, Sequences, cut_sequences
 from .packers import Packer, checked_limit, find_packer, plan_packs
 from .plan import PackPlan
+from .ranges import Reading, join_ranges, row_ranges
 from .remote import RemotePath, place
 from .shards import (
     FORMATS,
@@ -43,7 +44,7 @@ from .shards import (
     record_path,
     write_record,
 )
-from .source import INPUT_IDS, Source, read_source
+from .source import INPUT_IDS, Source, check_source, read_source
 
 BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
 ROW_GROUPS = 8  # times as many: a row group of Parquet is read as a whole, and wants to be larger
@@ -95,8 +96,9 @@ def pack_dataset(
         stored order. None: every order is equally likely.
     num_proc: processes that write `output`, with the same bytes for any number. Each opens the source's files for
         itself; a source in memory is copied to each.
-    engine: who writes `output`, with the same bytes: "processes" of this machine, or "ray", the CPUs of a cluster, all
-        machines of which see the source's files and the output under the same path; see cluster.py.
+    engine: who reads the source and writes `output`, with the same bytes: "processes" of this machine, or "ray", the
+        CPUs of a cluster, all machines of which see the source's files under the same path, and the output, too, or at
+        a URL; see cluster.py.
     format: of the files in `output`. "arrow" is for load_from_disk, which maps them into memory where they lie;
         "parquet" is compressed, for load_dataset("parquet", data_files=…), which converts it, and for other programs.
     storage_options: of the file system of a URL, as datasets' own functions take them. What is in the environment
@@ -136,26 +138,28 @@ def pack_dataset(
         raise ValueError(f"engine={engine!r} writes a folder; give output=, or leave the engine out")
     if engine != ENGINES[0] and num_proc != 1:
         raise ValueError(f"num_proc={num_proc} would be ignored: engine={engine!r} takes all CPUs it has; leave it out")
-    packing = prepare_packing(
-        dataset,
-        max_sequence_length,
-        max_sequences_per_pack,
-        packer,
-        overlong,
-        seed,
-        token_columns=token_columns,
-        pad_token_id=pad_token_id,
-        balance=balance,
-        format=format,
-        to_write=output is not None,
-        progress=progress,
-    )
-    if output is None:
-        return packing.in_memory(progress)
-    with output_folder(output, storage_options) as folder:
-        packing.begin(folder)
-        check_room(folder, packing.bytes_missing(folder))
-        packing.write(folder, num_proc, progress, engine)
+    with opened_engine(engine):
+        packing = prepare_packing(
+            dataset,
+            max_sequence_length,
+            max_sequences_per_pack,
+            packer,
+            overlong,
+            seed,
+            token_columns=token_columns,
+            pad_token_id=pad_token_id,
+            balance=balance,
+            format=format,
+            to_write=output is not None,
+            engine=engine,
+            progress=progress,
+        )
+        if output is None:
+            return packing.in_memory(progress)
+        with output_folder(output, storage_options) as folder:
+            packing.begin(folder)
+            check_room(folder, packing.bytes_missing(folder))
+            packing.write(folder, num_proc, progress, engine)
     if isinstance(folder, RemotePath) or format != "arrow":
         return None
     return datasets.load_from_disk(str(place(output)))
@@ -172,8 +176,9 @@ class Packing:
     balanced: Assignment | None  # where the order of packs is balanced
     facts: PackedInfo
     pad_token_id: int | None
-    hashing: Future | None  # of source_prints, begun while the plan was made
+    hashing: Future | None  # of source_prints, begun before the plan was made
     format: str = "arrow"
+    opener: Callable | None = None  # of the dataset, on another machine; None: by its pickle, where files are seen
 
     @cached_property
     def assignment(self) -> Assignment:
@@ -329,7 +334,7 @@ class Packing:
         with tqdm(total=self.facts.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
             source = self.dataset, self.facts.token_columns
             if engine == "ray":
-                written = write_on_ray(*source, self.tasks(folder), bar.update)
+                written = write_on_ray(self.opener or self.dataset, source[1], self.tasks(folder), bar.update)
             elif num_proc == 1 or len(self.shard_files) == 1:
                 written = write_here(self.source.columns, self.tasks(folder), bar.update)
             else:
@@ -397,18 +402,25 @@ def prepare_packing(
     balance: int | None = None,
     format: str = "arrow",
     to_write: bool = False,
+    engine: str = ENGINES[0],
+    opener: Callable[[], datasets.Dataset] | None = None,
     progress: bool = False,
 ) -> Packing:
     """Check the dataset and make its plan. Raises whatever pack_dataset can raise about its input.
 
     to_write: the packs will be written to a folder, so that the source must be hashed; that begins beside the planning.
+    engine: who reads and hashes the source.
+    opener: gives the same dataset on another machine; picklable. None: machines see its files under the same path.
     """
     _check_dataset(dataset)
     _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed, balance)
-    source = read_source(dataset, token_columns, pad_token_id)
+    reading = Reading(token_columns, pad_token_id, to_write)
+    if engine == "ray":
+        source, hashing = _read_on_ray(dataset, opener, reading, progress)
+    else:
+        source, hashing = _read_here(dataset, reading)
     sequences = cut_sequences(source, max_sequence_length, overlong)
     _refuse_moved_answers(source, sequences, overlong)
-    hashing = in_background(column_prints, dataset) if to_write else None
     histogram = length_histogram(sequences.lengths, max_sequence_length)
     plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, packer, progress=progress)
     balanced, before, after = None, None, None
@@ -436,7 +448,7 @@ def prepare_packing(
         step_costs_before=before,
         step_costs_after=after,
     )
-    packing = Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id, hashing, format)
+    packing = Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id, hashing, format, opener)
     if format == "parquet":
         check_format(format, packing.features.arrow_schema)
         if len(facts.to_description()) > FACTS_BYTES:
@@ -445,6 +457,24 @@ def prepare_packing(
                 f"{len(facts.overlong_rows):,} are too many; take format='arrow', or a larger max_sequence_length"
             )
     return packing
+
+
+def _read_here(dataset, reading: Reading) -> tuple[Source, Future | None]:
+    source = read_source(dataset, reading.token_columns, reading.pad_token_id)
+    return source, in_background(column_prints, dataset) if reading.to_hash else None
+
+
+def _read_on_ray(dataset, opener, reading: Reading, progress: bool) -> tuple[Source, Future | None]:
+    check_source(dataset)
+    with (
+        tqdm(total=len(dataset), desc="reading", unit="row", disable=not progress) as bar,
+        closing(read_on_ray(opener or dataset, reading, row_ranges(dataset), bar.update)) as read,
+    ):
+        source, prints = join_ranges(dataset, reading, read)
+    hashing = None if prints is None else Future()
+    if hashing is not None:
+        hashing.set_result(prints)
+    return source, hashing
 
 
 def _remove_left_off(folder: Path | RemotePath) -> None:

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 
-from .cluster import check_ray
+from .cluster import check_ray, connection
 from .shards import ShardRecord, ShardTask, write_shard
 from .source import SourceColumns, open_columns
 
@@ -28,6 +29,11 @@ def check_engine(engine: str) -> None:
         raise ValueError(f"unknown engine={engine!r}; choose from {', '.join(ENGINES)}")
     if engine == "ray":
         check_ray()
+
+
+def opened_engine(engine: str):
+    """A context in which an engine is started once, for all that is read and written."""
+    return connection() if engine == "ray" else nullcontext()
 
 
 def checked_num_proc(num_proc: int) -> int:

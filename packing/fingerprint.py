@@ -11,7 +11,7 @@ memory, and stays when a file is changed in place.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -39,17 +39,40 @@ class ColumnPrint:
     xxh3: str
 
 
+@dataclass(frozen=True)
+class RowDigests:
+    """Of some rows, for each column: the digests of their blocks, end to end, and how many bytes were hashed."""
+
+    digests: tuple[bytes, ...]
+    bytes: tuple[int, ...]
+
+
 def column_prints(dataset) -> tuple[ColumnPrint, ...]:
     """The fingerprint of a datasets.Dataset, column by column.
 
     Each column's digest is that of its blocks' digests, 4,096 rows each. Memory: some blocks of a column that is no
     list of numbers, a few megabytes of others.
     """
-    rows, prints = chosen_rows(dataset), []
+    return join_digests(dataset, [digest_rows(dataset, config.NUMBA_NUM_THREADS)])
+
+
+def digest_rows(dataset, threads: int = 1) -> RowDigests:
+    """The digests of a dataset's rows, or of some of a larger one's, where these begin with a block: rows 0, 4096, …"""
+    rows, digests, sizes = chosen_rows(dataset), [], []
     for name in dataset.data.column_names:
-        column = dataset.data.column(name)
-        digests, sizes = _digest_blocks(_block_digester(name, column, rows), len(dataset))
-        prints.append(ColumnPrint(name, str(column.type), int(sizes.sum()), xxhash.xxh3_128_hexdigest(digests)))
+        of_column = _digest_blocks(_block_digester(name, dataset.data.column(name), rows), len(dataset), threads)
+        digests.append(bytes(of_column[0]))
+        sizes.append(int(of_column[1].sum()))
+    return RowDigests(tuple(digests), tuple(sizes))
+
+
+def join_digests(dataset, parts: Sequence[RowDigests]) -> tuple[ColumnPrint, ...]:
+    """The fingerprint, from the digests of all rows in their order, whoever has made them."""
+    prints = []
+    for i, name in enumerate(dataset.data.column_names):
+        digest = xxhash.xxh3_128_hexdigest(b"".join(part.digests[i] for part in parts))
+        num_bytes = sum(part.bytes[i] for part in parts)
+        prints.append(ColumnPrint(name, str(dataset.data.column(name).type), num_bytes, digest))
     return tuple(prints)
 
 
@@ -79,7 +102,7 @@ def in_background(function: Callable, *arguments) -> Future:
     return future
 
 
-def _digest_blocks(digest_block: Callable, num_rows: int) -> tuple[bytearray, np.ndarray]:
+def _digest_blocks(digest_block: Callable, num_rows: int, threads: int) -> tuple[bytearray, np.ndarray]:
     """The digests of all blocks, end to end, and the bytes of each; by several threads, which take them in turn."""
     num_blocks = -(-num_rows // BLOCK_ROWS)
     digests, sizes = bytearray(DIGEST_BYTES * num_blocks), np.zeros(num_blocks, np.int64)
@@ -91,7 +114,7 @@ def _digest_blocks(digest_block: Callable, num_rows: int) -> tuple[bytearray, np
             digest, sizes[block] = digest_block(bounds)
             digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES] = digest
 
-    workers = [in_background(work) for _ in range(min(config.NUMBA_NUM_THREADS, num_blocks))]
+    workers = [in_background(work) for _ in range(min(threads, num_blocks))]
     for worker in workers:
         worker.result()
     return digests, sizes
@@ -120,10 +143,13 @@ def _add_tokens(hasher: _Hasher, column: TokenColumn, rows: np.ndarray) -> None:
     """Lengths, then all tokens in order: in one piece where they lie in one."""
     starts, lengths = column.find(rows)
     hasher.add(lengths)
+    starts, lengths = starts[lengths > 0], lengths[lengths > 0]  # gather copies at least one token
     ends = starts + lengths
     breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+    if not len(starts):
+        return
     if len(breaks) * 64 <= len(rows):
-        for first, end in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+        for first, end in zip([0, *breaks], [*breaks, len(starts)], strict=True):
             hasher.add(column.tokens[starts[first] : ends[end - 1]])
         return
     for first, end in _token_batches(lengths):

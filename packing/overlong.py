@@ -15,7 +15,7 @@ import numpy as np
 
 from .kernels import njit
 from .shards import PackSlice
-from .source import Source
+from .source import Source, closing_token
 
 logger = logging.getLogger(__name__)
 
@@ -83,23 +83,10 @@ def _truncate(source: Source, rows: np.ndarray, max_sequence_length: int) -> Seq
     """Keep the first tokens; if all rows of the source end in one token, that one closes the cut sequence, too."""
     lengths = np.minimum(source.kept, np.int32(max_sequence_length))
     ends = None
-    if _end_alike(source):
+    if closing_token(source) is not None if source.ends_alike is None else source.ends_alike:
         ends = source.kept if source.skipped is None else source.skipped + source.kept
     lost = int(source.kept[rows].sum(dtype=np.int64)) - len(rows) * max_sequence_length
     return Sequences(lengths, None, source.skipped, ends, rows, lost)
-
-
-def _end_alike(source: Source) -> bool:
-    """Whether all rows, without padding, end in one token."""
-    tokens, closing = source.input_ids.numbers(), None
-    for block in source.input_ids.blocks():
-        part = slice(block.first, block.first + len(block.starts))
-        skipped = 0 if source.skipped is None else source.skipped[part]
-        found = tokens[block.starts + skipped + source.kept[part] - 1]
-        closing = found[0] if closing is None else closing
-        if not (found == closing).all():
-            return False
-    return True
 
 
 def _split(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:

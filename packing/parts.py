@@ -15,6 +15,12 @@ makes each part by itself. Nobody ever holds more than one shard's lengths, or o
     assignment = assign_part(parts, part, taken, seed)                       # on any machine, from all shards' of_parts
 
 Every assignment is as likely as with assign(), as every way to deal is equally likely; for one seed it is another one.
+
+Packing each shard by itself would need none of this. pack_dataset never does it: the whole costs 30 to 150 ns and 12
+bytes a sequence (benchmarks/scale.py), little beside what its tokens cost, while shards that are not alike lose. With
+10^7 sequences of Wikipedia's lengths in 8 shards (scale.py --apart 8) it is 6 packs of 5 million where rows lie by
+chance, 4.1 % where like lengths lie together (efficiency 96.0 %), and 6.7 % where they are sorted (93.7 %). Who has
+shards on machines that do not see each other's asks plan_each, with their histograms, before packing each for itself.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ class Source:
     skipped: (rows,) int32; None: no row has padding in front.
     kept: (rows,) int32.
     trimmed_rows, trimmed_tokens: rows with padding, and the padding tokens in all of them.
+    ends_alike: whether all rows, without padding, end in one token; None: nobody has looked yet.
     """
 
     columns: SourceColumns
@@ -61,6 +62,7 @@ class Source:
     kept: np.ndarray
     trimmed_rows: int
     trimmed_tokens: int
+    ends_alike: bool | None = None
 
     @property
     def num_rows(self) -> int:
@@ -86,10 +88,15 @@ def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_i
     token_columns: None takes the columns whose rows are as long as those of input_ids, in every row.
     pad_token_id: trim this token at the ends of rows; only for a source without attention_mask.
     """
+    source = look_at_rows(dataset, token_columns, pad_token_id)
+    say_trimmed(source, pad_token_id)
+    return source
+
+
+def look_at_rows(dataset, token_columns: Sequence[str] | None, pad_token_id: int | None) -> Source:
+    """read_source, which says nothing."""
+    check_source(dataset)
     table, rows = dataset.data, chosen_rows(dataset)
-    if not len(dataset):
-        raise ValueError("the dataset is empty: it has no rows to pack")
-    _check_columns(table)
     input_ids = read_token_column(INPUT_IDS, table.column(INPUT_IDS), rows)
     lengths = _read_lengths(input_ids)
     names = _token_names(table, rows, lengths, token_columns)
@@ -101,15 +108,31 @@ def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_i
     if kept is not lengths:
         trimmed_rows = int(np.count_nonzero(kept != lengths))
         trimmed_tokens = int(lengths.sum(dtype=np.int64) - kept.sum(dtype=np.int64))
-    if trimmed_rows:
+    return Source(columns, skipped, kept, trimmed_rows, trimmed_tokens)
+
+
+def say_trimmed(source: Source, pad_token_id: int | None) -> None:
+    if source.trimmed_rows:
         logger.warning(
             "%d padding tokens trimmed from %d of %d rows (%s)",
-            trimmed_tokens,
-            trimmed_rows,
-            len(lengths),
+            source.trimmed_tokens,
+            source.trimmed_rows,
+            source.num_rows,
             f"pad_token_id={pad_token_id}" if pad_token_id is not None else "attention_mask 0",
         )
-    return Source(columns, skipped, kept, trimmed_rows, trimmed_tokens)
+
+
+def closing_token(source: Source) -> int | None:
+    """The token that all rows, without padding, end in; None: they differ."""
+    tokens, closing = source.input_ids.numbers(), None
+    for block in source.input_ids.blocks():
+        part = slice(block.first, block.first + len(block.starts))
+        skipped = 0 if source.skipped is None else source.skipped[part]
+        found = tokens[block.starts + skipped + source.kept[part] - 1]
+        closing = found[0] if closing is None else closing
+        if not (found == closing).all():
+            return None
+    return int(closing)
 
 
 def chosen_rows(dataset) -> np.ndarray | None:
@@ -143,8 +166,11 @@ def _read_lengths(input_ids: TokenColumn) -> np.ndarray:
     return lengths
 
 
-def _check_columns(table) -> None:
-    """There are input_ids, and no column has a name that packing needs."""
+def check_source(dataset) -> None:
+    """What can be checked without a look at rows: there are some, and input_ids, and no name that packing needs."""
+    if not len(dataset):
+        raise ValueError("the dataset is empty: it has no rows to pack")
+    table = dataset.data
     columns = table.column_names
     if {"sequence_lengths", "sequence_indices"} <= set(columns):
         raise ValueError(

@@ -1,11 +1,17 @@
-"""Packing on a local Ray of several workers: the same bytes as in one process, whatever happens to a worker."""
+"""Packing on a local Ray of several workers: the same bytes as in one process, whatever happens to a worker.
+
+Workers find this file: what replaces cluster._read or cluster._write here, in the driver, is run by them.
+"""
 
 import importlib.util
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from packing import cli, cluster, folder, pack_dataset, verify_packed
+from packing import cli, cluster, folder, pack_dataset, ranges, verify_packed
 
 datasets.disable_progress_bars()
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 PACK = {"max_sequence_length": 128, "overlong": "split", "seed": 3}
-WRITE = cluster._write
+READ, WRITE = cluster._read, cluster._write
+ROWS = 20_000  # five blocks of a fingerprint: five ranges
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -27,9 +34,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def make_table() -> pa.Table:
     rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 150, 2000)
+    lengths = np.append(rng.integers(1, 20, ROWS - 500), rng.integers(100, 150, 500))
     rows = np.split(rng.integers(0, 30_000, lengths.sum()).astype(np.int32), np.cumsum(lengths)[:-1])
-    return pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32())), "name": [f"row {i}" for i in range(2000)]})
+    return pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32())), "name": [f"row {i}" for i in range(ROWS)]})
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +48,10 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def many_shards(monkeypatch):
-    monkeypatch.setattr("packing.dataset.SHARD_BYTES", 60_000)
+def many_shards_and_ranges(monkeypatch):
+    monkeypatch.setattr("packing.dataset.SHARD_BYTES", 200_000)
     monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 4096)
+    monkeypatch.setattr("packing.ranges.RANGE_BYTES", 1)
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ def whole(source, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def cluster_here():
+def cluster_here(tmp_path_factory):
     """A Ray of two CPUs, whose workers are processes."""
     import ray
 
@@ -63,6 +71,7 @@ def cluster_here():
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")  # Ray's of its own future
         patch.setenv("PYTHONPATH", path)  # workers find the functions below
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache of workers")))
         ray.init(
             address="local",
             num_cpus=2,
@@ -75,42 +84,62 @@ def cluster_here():
     ray.shutdown()
 
 
-def note_worker(source, key, task):
-    notes = Path(task.folder).parent / "workers"
-    notes.mkdir(exist_ok=True)
-    (notes / f"{task.file} {os.getpid()}").touch()
-    time.sleep(0.05)  # so that no worker has done all before the other has begun
+def times(notes: str | Path, what: str) -> int:
+    """How often this was asked, across processes: the first answer is 1."""
+    marks = Path(notes) / what
+    marks.mkdir(exist_ok=True)
+    (marks / f"{time.time_ns()} {os.getpid()}").touch()
+    return len(list(marks.iterdir()))
+
+
+def workers(notes: Path, what: str) -> set[int]:
+    return {int(path.name.split()[1]) for path in (notes / what).iterdir()}
+
+
+def note_reader(notes, *arguments, **named):
+    times(notes, "reads")
+    time.sleep(0.3)  # so that no worker has done all before the other has begun
+    return READ(*arguments, **named)
+
+
+def note_writer(source, key, task):
+    times(Path(task.folder).parent, "writes")
+    time.sleep(0.05)
     return WRITE(source, key, task)
 
 
 @needs_ray
 def test_the_same_bytes_as_one_process(cluster_here, source, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "_write", note_worker)
+    """The driver reads no row and writes no shard."""
+    monkeypatch.setattr(cluster, "_read", partial(note_reader, str(tmp_path)))
+    monkeypatch.setattr(cluster, "_write", note_writer)
+    for alone in ("packing.dataset.column_prints", "packing.dataset.read_source", "packing.ranges.read_source"):
+        monkeypatch.setattr(alone, None)
     pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
     assert contents(tmp_path / "packed") == whole
-    workers = {int(path.name.split()[1]) for path in (tmp_path / "workers").iterdir()}
-    assert len(workers) == 2 and os.getpid() not in workers
+    assert len(list((tmp_path / "reads").iterdir())) == 5
+    assert os.getpid() not in workers(tmp_path, "reads")
+    assert len(workers(tmp_path, "writes")) == 2 and os.getpid() not in workers(tmp_path, "writes")
 
 
 @needs_ray
 def test_a_source_in_memory_and_chosen_rows(cluster_here, tmp_path):
-    chosen = datasets.Dataset(make_table()).shuffle(seed=1).select(range(500))
+    chosen = datasets.Dataset(make_table()).shuffle(seed=1).select(range(9000))
     pack_dataset(chosen, **PACK, output=tmp_path / "one")
     pack_dataset(chosen, **PACK, output=tmp_path / "packed", engine="ray")
     assert contents(tmp_path / "packed") == contents(tmp_path / "one")
 
 
-def times(task, what: str) -> int:
-    """How often this was asked, across processes: the first answer is 1."""
-    marks = Path(task.folder).parent / what
-    marks.mkdir(exist_ok=True)
-    (marks / f"{time.time_ns()}").touch()
-    return len(list(marks.iterdir()))
+def die_reading(notes, rows, source, key):
+    """The first time, the worker kills itself."""
+    if rows.column("first")[0].as_py() == 8192 and times(notes, "deaths") == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return READ(rows, source, key)
 
 
-def die_in_the_middle(source, key, task):
+def die_writing(source, key, task):
     """The first time, the worker kills itself with a shard half written."""
-    if task.file.startswith("data-00004") and times(task, "deaths") == 1:
+    if task.file.startswith("data-00004") and times(Path(task.folder).parent, "deaths") == 1:
         real, left = folder.write_bytes, [3]
 
         def write_bytes(descriptor, data):
@@ -124,70 +153,159 @@ def die_in_the_middle(source, key, task):
 
 
 @needs_ray
-def test_a_worker_that_is_killed_is_replaced(cluster_here, source, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "_write", die_in_the_middle)
+@pytest.mark.parametrize("what", ["reading", "writing"])
+def test_a_worker_that_is_killed_is_replaced(cluster_here, source, whole, tmp_path, monkeypatch, what):
+    if what == "reading":
+        monkeypatch.setattr(cluster, "_read", partial(die_reading, str(tmp_path)))
+    else:
+        monkeypatch.setattr(cluster, "_write", die_writing)
     pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
-    assert len(list((tmp_path / "deaths").iterdir())) == 2
+    assert len(workers(tmp_path, "deaths")) == 2
     assert contents(tmp_path / "packed") == whole  # and nothing beside them
     verification = verify_packed(tmp_path / "packed", source)
     assert verification.ok, str(verification)
 
 
-def always_die(source, key, task):
+def always_die(*arguments, **named):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_the_fourth(source, key, task):
+    return always_die() if task.file.startswith("data-00004") else WRITE(source, key, task)
+
+
+def full_at_the_fourth(source, key, task):
     if task.file.startswith("data-00004"):
-        os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(28, "No space left on device", str(Path(task.folder) / task.file))
     return WRITE(source, key, task)
 
 
+ENDS = {
+    "a worker dies": (
+        die_at_the_fourth,
+        ChildProcessError,
+        "a worker that wrote a shard died 2 times",
+        {"engine": "ray"},
+    ),
+    "the disk is full": (full_at_the_fourth, OSError, r"No space left on device.*data-00004", {"num_proc": 2}),
+}
+
+
 @needs_ray
-def test_a_task_that_always_dies_ends_the_run_which_can_go_on(cluster_here, source, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ENDS)
+def test_a_shard_that_always_fails_ends_the_run_which_any_engine_goes_on_with(
+    cluster_here, source, whole, tmp_path, monkeypatch, name
+):
+    write, kind, said, other = ENDS[name]
     monkeypatch.setattr(cluster, "RETRIES", 1)
-    monkeypatch.setattr(cluster, "_write", always_die)
-    with pytest.raises(ChildProcessError, match="a worker that wrote a shard died 2 times") as error:
+    monkeypatch.setattr(cluster, "_write", write)
+    with pytest.raises(kind, match=said) as error:
         pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
     assert any("run the same again to go on from there" in note for note in error.value.__notes__)
     assert not (tmp_path / "packed").exists()
-    kept = contents(tmp_path / ".packed.partial")
-    assert any(name.endswith(".arrow") for name in kept)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".packed.partial").glob("*.arrow")}
+    assert kept
     monkeypatch.setattr(cluster, "_write", WRITE)
-    pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
+    pack_dataset(source, **PACK, output=tmp_path / "packed", **other)
     assert contents(tmp_path / "packed") == whole
+    assert {name: (tmp_path / "packed" / name).stat().st_mtime_ns for name in kept} == kept  # not written again
 
 
-def fail_at_first(source, key, task):
-    if task.file.startswith("data-00002") and times(task, "failures") == 1:
+@needs_ray
+def test_a_reader_that_always_dies_ends_the_run(cluster_here, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "RETRIES", 0)
+    monkeypatch.setattr(cluster, "_read", always_die)
+    with pytest.raises(ChildProcessError, match="a worker that read the source died 1 times"):
+        pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
+    assert list(tmp_path.iterdir()) == []
+
+
+def read_at_last(notes, dataset, reading, first, end):
+    """The file system fails the first time."""
+    if first == 8192 and times(notes, "failures") == 1:
+        raise OSError(5, "Input/output error")
+    return ranges.read_range(dataset, reading, first, end)
+
+
+def fail_reading(notes, rows, source, key):
+    cluster.read_range = partial(read_at_last, notes)
+    try:
+        return READ(rows, source, key)
+    finally:
+        cluster.read_range = ranges.read_range
+
+
+def fail_writing(source, key, task):
+    if task.file.startswith("data-00002") and times(Path(task.folder).parent, "failures") == 1:
         raise OSError(5, "Input/output error", task.file)
     return WRITE(source, key, task)
 
 
 @needs_ray
-def test_a_file_system_that_fails_for_a_moment(cluster_here, source, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "_write", fail_at_first)
+@pytest.mark.parametrize("what", ["reading", "writing"])
+def test_a_file_system_that_fails_for_a_moment(cluster_here, source, whole, tmp_path, monkeypatch, what):
+    if what == "reading":
+        monkeypatch.setattr(cluster, "_read", partial(fail_reading, str(tmp_path)))
+    else:
+        monkeypatch.setattr(cluster, "_write", fail_writing)
     pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
     assert len(list((tmp_path / "failures").iterdir())) == 2
     assert contents(tmp_path / "packed") == whole
 
 
-@needs_ray
-def test_a_machine_that_does_not_see_the_source(cluster_here, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "RETRIES", 0)
-    monkeypatch.setattr("packing.dataset.column_prints", remove_after(tmp_path / "tokens"))
-    datasets.Dataset(make_table()).save_to_disk(tmp_path / "tokens")
-    with pytest.raises(OSError, match=r"the source cannot be opened: .*data-00000-of-00001\.arrow") as error:
-        pack_dataset(datasets.load_from_disk(tmp_path / "tokens"), **PACK, output=tmp_path / "packed", engine="ray")
-    assert any("every machine of the cluster must see the source" in note for note in error.value.__notes__)
-
-
-def remove_after(tokens: Path):
-    """The files go after they were read here: as on a machine that never had them."""
-    from packing.fingerprint import column_prints
-
-    def prints(dataset):
-        found = column_prints(dataset)
+def removed_after_reading(tokens: Path):
+    def join(*arguments):
+        found = ranges.join_ranges(*arguments)
         shutil.rmtree(tokens)
         return found
 
-    return prints
+    return join
+
+
+@needs_ray
+@pytest.mark.parametrize("when", ["before it is read", "before it is written"])
+def test_a_machine_that_does_not_see_the_source(cluster_here, tmp_path, monkeypatch, when):
+    """The driver has opened the files before they go, as on a machine that never had them."""
+    monkeypatch.setattr(cluster, "RETRIES", 0)
+    datasets.Dataset(make_table()).save_to_disk(tmp_path / "tokens")
+    source = datasets.load_from_disk(tmp_path / "tokens")
+    if when == "before it is read":
+        shutil.rmtree(tmp_path / "tokens")
+    else:
+        monkeypatch.setattr("packing.dataset.join_ranges", removed_after_reading(tmp_path / "tokens"))
+    with pytest.raises(OSError, match=r"the source cannot be opened: .*data-00000-of-00001\.arrow") as error:
+        pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
+    assert any("every machine of the cluster must see the source" in note for note in error.value.__notes__)
+    assert list(tmp_path.glob("*packed*")) == []
+
+
+@needs_ray
+def test_what_is_wrong_with_a_source_is_said_as_by_one_process(cluster_here, tmp_path):
+    padded = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]] * 5000, "attention_mask": [[1, 1], [0]] * 5000})
+    for engine in ("processes", "ray"):
+        with pytest.raises(ValueError, match="row 1 is nothing but padding: attention_mask is 0 everywhere"):
+            pack_dataset(padded, **PACK, output=tmp_path / "packed", engine=engine)
+
+
+@needs_ray
+def test_machines_convert_files_into_a_cache_of_their_own(cluster_here, source, tmp_path, monkeypatch):
+    """The workers' cache is not the driver's, and what the driver has converted is gone before they look."""
+    source.to_parquet(tmp_path / "rows.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    options = ["--max-sequence-length", "128", "--overlong", "split"]
+    assert cli.main(["rows.parquet", "one", *options]) == 0
+    monkeypatch.setattr("packing.dataset.row_ranges", removed_before(tmp_path / "cache"))
+    assert cli.main(["rows.parquet", "packed", *options, "--engine", "ray"]) == 0
+    assert contents(tmp_path / "packed") == contents(tmp_path / "one")
+
+
+def removed_before(cache: Path):
+    def look(dataset):
+        shutil.rmtree(cache)
+        return ranges.row_ranges(dataset)
+
+    return look
 
 
 @needs_ray
@@ -197,6 +315,50 @@ def test_the_command(cluster_here, source, tmp_path, capsys):
     assert cli.main([str(tmp_path / "tokens"), str(tmp_path / "one"), *options]) == 0
     assert cli.main([str(tmp_path / "tokens"), str(tmp_path / "ray"), *options, "--engine", "ray"]) == 0
     assert contents(tmp_path / "ray") == contents(tmp_path / "one")
+
+
+ALONE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from packing import cli, dataset
+dataset.SHARD_BYTES = 200_000
+dataset.BATCH_TOKENS = 4096
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def ray_processes() -> set[int]:
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if b"raylet" in command or b"gcs_server" in command or command.startswith(b"ray::"):
+            found.add(int(path.parent.name))
+    return found
+
+
+@needs_ray
+@pytest.mark.long
+def test_the_command_alone_leaves_no_process_and_no_noise(source, whole, tmp_path):
+    source.save_to_disk(tmp_path / "tokens")
+    before = ray_processes()
+    options = ["--max-sequence-length", "128", "--overlong", "split", "--seed", "3", "--engine", "ray"]
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "tokens"), str(tmp_path / "packed"), *options]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "packed") == whole
+    assert done.stdout.startswith(f"{ROWS:,} rows") and done.stdout.endswith(f"written to {tmp_path / 'packed'}\n")
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert any(line.startswith("reading: 100%") for line in lines), done.stderr
+    ours = ("reading:", "packing:", "197 of 20000 rows have more than 128 tokens")
+    assert [line for line in lines if not line.startswith(ours)] == []
+    end = time.monotonic() + 30
+    while ray_processes() - before and time.monotonic() < end:
+        time.sleep(0.2)
+    assert ray_processes() - before == set()
 
 
 def test_what_an_engine_refuses(source, tmp_path, monkeypatch, capsys):

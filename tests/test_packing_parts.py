@@ -46,6 +46,16 @@ def test_shards_sorted_by_length_are_refused():
     assert 0.06 < lost < 0.09
 
 
+def test_the_tolerance_is_what_it_says():
+    """Packs more than together, as a share of those: allowed up to it, and not one pack beyond."""
+    histograms = [[0, 0, 0, 100], [0, 100, 0, 0]]  # 3 3 3 … and 1 1 1 …; together (1 3), apart (3) and (1 1 1 1)
+    assert sum(plan.num_packs for plan in plan_each(histograms, 4, tolerance=0.25)) == 125
+    with pytest.raises(ValueError, match=r"take 125 packs .*, 25.00% more than together .* allows 24.00%"):
+        plan_each(histograms, 4, tolerance=0.24)
+    with pytest.raises(ValueError, match=r"tolerance=0.001 allows 0.10%; the worst is shard 0 \(75.000%\)"):
+        plan_each(histograms, 4)
+
+
 def test_files_sorted_by_length_pack_together_like_any_others(tmp_path):
     """Workers gather from all files: the plan does not care which row lies where."""
     rng = np.random.default_rng(0)

@@ -155,6 +155,17 @@ def test_a_fingerprint_of_several_blocks(monkeypatch):
     assert [b.bytes for b in blocks] >= [w.bytes for w in whole]
 
 
+@pytest.mark.parametrize("empty", [0, 3, None], ids=["first", "later", "all"])
+def test_a_fingerprint_of_chosen_rows_of_which_some_are_empty(empty):
+    """Nothing is copied of an empty row, where rows lie apart."""
+    rows = [[] if empty is None or i % 7 == empty else [i, i + 1] for i in range(200)]
+    source = datasets.Dataset.from_dict({"tags": rows})
+    order = np.random.default_rng(0).permutation(200)
+    order[0], order[np.flatnonzero(order == 0)[0]] = 0, order[0]
+    expected = column_prints(datasets.Dataset.from_dict({"tags": [rows[i] for i in order]}))
+    assert column_prints(source.select(order)) == expected
+
+
 # Shards and their manifest
 
 
