@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from tiny_runs import make_folders, train
 from transformers import AutoTokenizer
 
@@ -98,6 +98,13 @@ def test_a_name_that_the_hub_does_not_have_is_refused(here, hub):
     message = r"no such folder, and no such model on the hub \(a private one.*\); did you mean 'packed'\?"
     with pytest.raises(ValueError, match=message):
         find_pretrained("model", "paced")
+
+
+def test_a_hub_that_is_busy_is_asked_again_by_transformers(here, hub):
+    client = importlib.import_module(HTTPError.__module__.partition(".")[0])
+    response = client.Response(429, request=client.Request("GET", "https://hub"))
+    hub.answer = HfHubHTTPError("429 Too Many Requests", response=response)
+    assert find_pretrained("model", "someone/bert") == "someone/bert"
 
 
 def test_without_a_hub_a_name_is_refused_at_once_or_found_where_it_was_downloaded_to(here, hub, monkeypatch, folders):
