@@ -81,7 +81,11 @@ class Run:
 
     def send(self, number: int, ranks=None, to_group: bool = False) -> None:
         for rank in self.ranks if ranks is None else [self.ranks[i] for i in ranks]:
-            (os.killpg if to_group else os.kill)(rank.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                try:
+                    (os.killpg if to_group else os.kill)(rank.pid, number)
+                except ProcessLookupError:  # it has only just begun, and leads no group yet
+                    os.kill(rank.pid, number)
 
     def kill(self) -> bool:
         """Whether it was killed, and had not ended by itself."""
