@@ -111,9 +111,10 @@ def pack_dataset(
     Every error of the source or the options comes before anything is written. Packing is the same for the same dataset
     and seed, on any machine.
 
-    Written out of core: memory is 12 bytes a sequence, 4 a pack and some buffers, however many tokens there are;
-    4 bytes a sequence more for each of: padding trimmed, rows left out or split, rows truncated before their last
-    token. Twice that from 2**32 sequences on. (The page cache holds files, too, and gives way where memory is wanted.)
+    Written out of core: memory is 12 bytes a sequence, 4 a pack and some buffers (a hundred megabytes of Parquet),
+    however many tokens there are; 4 bytes a sequence more for each of: padding trimmed, rows left out or split, rows
+    truncated before their last token. Twice that from 2**32 sequences on. (The page cache holds files, too, and gives
+    way where memory is wanted.)
 
     Written so that it can be killed: files come to be in `.OUTPUT.partial` beside the output, shard by shard, and the
     folder gets its name when it is whole. The same call again goes on after the last finished shard, and ends with the
@@ -124,8 +125,9 @@ def pack_dataset(
     state.json, without which load_from_disk refuses (of Parquet: dataset_info.json, without which load_packed and
     verify_packed do, but not load_dataset, which takes what shards there are), and the manifest is complete before it.
     A killed run is gone on with likewise. There is no lock, so start one run at a time: two of one packing put the same
-    bytes; one with other options is refused once the manifest of the first is there, and if both began in the same
-    moment, the shards are found to be another's before the end.
+    bytes, but the one that ends later misses its records, and says so; one with other options is refused once the
+    manifest of the first is there, and if both began in the same moment, the shards are found to be another's before
+    the end.
     """
     if output is not None:
         check_output(output, storage_options, one_process=num_proc == 1 and engine == ENGINES[0])
