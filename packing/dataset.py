@@ -47,6 +47,7 @@ from .shards import (
 from .source import INPUT_IDS, Source, check_source, read_source
 
 BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
+BATCH_BYTES = 1 << 27  # or so many bytes, where other columns are wide (images)
 ROW_GROUPS = 8  # times as many: a row group of Parquet is read as a whole, and wants to be larger
 SHARD_BYTES = 500_000_000  # of a file, more or less; before Parquet makes it smaller
 FACTS_BYTES = 1 << 24  # in a Parquet file's head
@@ -179,6 +180,7 @@ class Packing:
     facts: PackedInfo
     pad_token_id: int | None
     hashing: Future | None  # of source_prints, begun before the plan was made
+    files: dict[str, tuple | None]  # the source's, as they were before they were read
     format: str = "arrow"
     opener: Callable | None = None  # of the dataset, on another machine; None: by its pickle, where files are seen
 
@@ -227,11 +229,13 @@ class Packing:
         """The fingerprint of the source; all its values are read once."""
         return column_prints(self.dataset) if self.hashing is None else self.hashing.result()
 
-    @property
+    @cached_property
     def batch_packs(self) -> int:
-        """Packs in a record batch, or a row group."""
-        tokens = BATCH_TOKENS * (ROW_GROUPS if self.format == "parquet" else 1)
-        return max(1, tokens // self.plan.max_sequence_length)
+        """Packs in a record batch, or a row group. Where they are written, it follows from the source's content."""
+        by_tokens = BATCH_TOKENS * (ROW_GROUPS if self.format == "parquet" else 1) // self.plan.max_sequence_length
+        num_bytes = self.dataset.data.nbytes if self.hashing is None else self.num_bytes
+        by_bytes = BATCH_BYTES * self.facts.num_packs // max(1, num_bytes)
+        return max(1, min(by_tokens, by_bytes))
 
     @cached_property
     def num_bytes(self) -> int:
@@ -351,6 +355,7 @@ class Packing:
         """All shards are written: now the folder becomes a dataset. records: in the order of the shards.
 
         At a URL the folder has its name already, so that the file without which it is no dataset comes last."""
+        self._refuse_changed_files(folder)
         _remove_left_off(folder)  # by workers that died, and whose task another one did
         for record in records:
             if (found := read_record(folder / record.file)) != record:
@@ -373,6 +378,16 @@ class Packing:
         for file in self.shard_files:
             record_path(folder / file).unlink()
         write_file(folder / last, files[last])
+
+    def _refuse_changed_files(self, folder: Path | RemotePath) -> None:
+        """Shards would hold some values from before, and some from after."""
+        now = _file_stamps(self.dataset)
+        changed = [name for name in self.files if self.files[name] != now.get(name)]
+        if changed:
+            raise ValueError(
+                f"{changed[0]!r} of the source was changed while it was packed; remove {str(folder)!r}, and pack it "
+                "again once nobody writes to it"
+            )
 
     def in_memory(self, progress: bool = False) -> datasets.Dataset:
         """The packed dataset, in memory as a whole."""
@@ -416,7 +431,7 @@ def prepare_packing(
     """
     _check_dataset(dataset)
     _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed, balance)
-    reading = Reading(token_columns, pad_token_id, to_write)
+    reading, files = Reading(token_columns, pad_token_id, to_write), _file_stamps(dataset)
     if engine == "ray":
         source, hashing = _read_on_ray(dataset, opener, reading, progress)
     else:
@@ -450,7 +465,7 @@ def prepare_packing(
         step_costs_before=before,
         step_costs_after=after,
     )
-    packing = Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id, hashing, format, opener)
+    packing = Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id, hashing, files, format, opener)
     if format == "parquet":
         check_format(format, packing.features.arrow_schema)
         if len(facts.to_description()) > FACTS_BYTES:
@@ -494,6 +509,24 @@ def _check_dataset(dataset) -> None:
         raise TypeError(
             f"pack_dataset needs a datasets.Dataset, got {type(dataset).__name__}; make one with Dataset.from_dict"
         )
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "the dataset has a transform (set_transform, with_transform), which packing would not go through; apply it "
+            "with dataset.map, or take it off: dataset.with_format(None)"
+        )
+
+
+def _file_stamps(dataset) -> dict[str, tuple | None]:
+    """Size, time of modification and number of each file that a dataset lies in; None: it has gone."""
+    stamps = {}
+    for name in sorted({file["filename"] for file in dataset.cache_files}):
+        try:
+            found = os.stat(name)
+        except FileNotFoundError:
+            stamps[name] = None
+        else:
+            stamps[name] = found.st_size, found.st_mtime_ns, found.st_ino
+    return stamps
 
 
 def _refuse_moved_answers(source: Source, sequences: Sequences, overlong: str) -> None:

@@ -29,6 +29,8 @@ ATTENTION_MASK = "attention_mask"  # says where padding is; never stored
 # Columns that packing adds, and those that the collator makes for each batch.
 RESERVED = ("sequence_lengths", "sequence_indices", "sequence_starts", "sequence_ids", "position_ids", "cls_positions")
 
+AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+
 
 @dataclass(frozen=True, eq=False)
 class SourceColumns:
@@ -97,6 +99,9 @@ def look_at_rows(dataset, token_columns: Sequence[str] | None, pad_token_id: int
     """read_source, which says nothing."""
     check_source(dataset)
     table, rows = dataset.data, chosen_rows(dataset)
+    for name in table.column_names:
+        if name != INPUT_IDS:  # whose rows are looked at one by one
+            refuse_broken(name, table.column(name))
     input_ids = read_token_column(INPUT_IDS, table.column(INPUT_IDS), rows)
     lengths = _read_lengths(input_ids)
     names = _token_names(table, rows, lengths, token_columns)
@@ -133,6 +138,30 @@ def closing_token(source: Source) -> int | None:
         if not (found == closing).all():
             return None
     return int(closing)
+
+
+def refuse_broken(name: str, column: pa.ChunkedArray) -> None:
+    """Raise ValueError where a damaged file's offsets of texts or lists lead out of its memory: Arrow would follow.
+
+    Also for a type whose values Arrow cannot pick out, such as string_view.
+    """
+    try:
+        pa.array([], column.type).take(pa.array([], pa.int64()))
+    except pa.ArrowNotImplementedError:
+        raise ValueError(
+            f"column {name!r} holds {column.type}, of which Arrow takes no single values; cast it (a view of texts: "
+            f"dataset.cast_column({name!r}, Value('string'))), or remove it"
+        ) from None
+    first = 0
+    for chunk in column.chunks:
+        # As bytes: whether they are text need not be known, and would have all of them read.
+        plain = AS_BYTES.get(chunk.type, chunk.type)
+        try:
+            (chunk.view(plain) if plain != chunk.type else chunk).validate(full=True)
+        except pa.ArrowInvalid as error:
+            rows = f"rows {first} to {first + len(chunk) - 1} of its files"
+            raise ValueError(f"column {name!r} is damaged in {rows}: {error}; make the file anew") from None
+        first += len(chunk)
 
 
 def chosen_rows(dataset) -> np.ndarray | None:

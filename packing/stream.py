@@ -61,9 +61,10 @@ def pack_stream(
     thousand rows, and the stream then begins anew. A later row that is otherwise raises ValueError.
 
     The result is a map over `dataset`, so what datasets does for streams it does for packs:
-    * state_dict and load_state_dict resume exactly, in the middle of a buffer, too. Except with shuffle(buffer_size=…)
-      before or after: datasets does not save the rows of that buffer, so they would be lost. shuffle(buffer_size=1)
-      shuffles shards alone. A Trainer resumes by reading again, which is exact with any.
+    * state_dict and load_state_dict resume exactly, in the middle of a buffer, too. Except with shuffle(buffer_size=…):
+      datasets does not save that buffer, so that rows would be lost, and others come twice. With one before pack_stream
+      a stream that was resumed raises ValueError when it is read; of one after it, which loses packs, datasets warns.
+      shuffle(buffer_size=1) shuffles shards alone. A Trainer resumes by reading again, which is exact with any.
     * Shards are dealt out to DataLoader workers, and to nodes by split_dataset_by_node. Where the number of shards is
       no multiple of the nodes', each node packs everything and keeps its share of the packs.
     * set_epoch reaches the source: another order of shards and rows gives other packs.
@@ -90,14 +91,15 @@ def pack_stream(
         options | {"token_columns": [name for name in names if name != INPUT_IDS]},
         seed,
         _closing_token(_as_dataset(first, features), pad_token_id) if overlong == "truncate" else None,
+        _has_shuffle_buffer(dataset._ex_iterable),
     )
+    form = {"batched": True, "batch_size": buffer_size, "with_indices": True, "features": packed_features}
     if is_arrow:
         packed = dataset.cast(features) if dataset.features is None else dataset
-        packed = packed.with_format("arrow").map(pack, batched=True, batch_size=buffer_size, features=packed_features)
-        packed = packed.with_format(None)
+        packed = packed.with_format("arrow").map(pack, **form).with_format(None)
     else:
         gone = [name for name in features if name not in packed_features]  # attention_mask; all others are replaced
-        packed = dataset.map(pack, batched=True, batch_size=buffer_size, features=packed_features, remove_columns=gone)
+        packed = dataset.map(pack, remove_columns=gone, **form)
     unknown = dict.fromkeys(("source_rows", "num_sequences", "num_packs", "num_tokens"))
     nothing = {"overlong_rows": (), "overlong_tokens": 0, "trimmed_rows": 0, "trimmed_tokens": 0}
     facts = replace(
@@ -114,10 +116,13 @@ def pack_stream(
 
 @dataclass(eq=False)
 class _PackBuffer:
-    """One buffer of rows -> its packs; nothing is kept from one to the next, but for the counts in the log.
+    """One buffer of rows -> its packs; what is kept from one to the next are counts alone.
 
     features: of the rows; packed_features: of the packs. options: of prepare_packing.
     closing: the token that all rows end in; None: they do not.
+    is_shuffled: whether rows come through a buffer of datasets, which a resumed stream has lost.
+    coming: numbers of the rows that come next, how often each. Whoever reads a stream numbers its rows from 0 on;
+        datasets may read several shards in turns.
     """
 
     features: datasets.Features
@@ -125,10 +130,19 @@ class _PackBuffer:
     options: dict
     seed: int
     closing: int | None
+    is_shuffled: bool
+    coming: Counter = field(default_factory=Counter)
     seen: Counter = field(default_factory=Counter)
 
-    def __call__(self, rows: pa.Table | dict[str, list]) -> pa.Table | dict[str, list]:
-        """Rows and packs as a table, or both as lists."""
+    def __call__(self, rows: pa.Table | dict[str, list], numbers: list[int]) -> pa.Table | dict[str, list]:
+        """Rows and packs as a table, or both as lists. numbers: of the rows."""
+        if self.is_shuffled and numbers[0] and not self.coming[numbers[0]]:
+            raise ValueError(
+                "this stream was resumed in the middle, and comes through shuffle(buffer_size=…), a buffer that "
+                "datasets does not save: rows would be lost, and others come twice; begin anew and skip the packs that "
+                "are done, as a Trainer does, or shuffle shards alone: shuffle(buffer_size=1)"
+            )
+        self.coming = self.coming - Counter(numbers[:1]) + Counter([numbers[-1] + 1])
         table = rows if isinstance(rows, pa.Table) else _as_table(rows, self.features)
         with _hint(table), _quiet():
             packs = self._packs(table)
@@ -212,10 +226,17 @@ def _check_stream(dataset) -> None:
         )
 
 
+def _has_shuffle_buffer(rows) -> bool:
+    """Whether datasets keeps rows back to shuffle them, anywhere on their way."""
+    if type(rows).__name__ == "BufferShuffledExamplesIterable" and rows.buffer_size > 1:
+        return True
+    inner = [getattr(rows, "ex_iterable", None), *getattr(rows, "ex_iterables", ())]
+    return any(_has_shuffle_buffer(each) for each in inner if each is not None)
+
+
 def _first_rows(dataset: datasets.IterableDataset, is_arrow: bool) -> tuple[pa.Table, datasets.Features]:
     """The first thousand rows, and what types all rows have."""
-    head = dataset.take(FIRST_ROWS).with_format("arrow" if is_arrow else None)
-    rows = next(iter(head.iter(FIRST_ROWS)), None)
+    rows = next(iter(dataset.with_format("arrow" if is_arrow else None).iter(FIRST_ROWS)), None)
     if rows is None:
         raise ValueError("the stream is empty: it has no rows to pack")
     features = dataset.features

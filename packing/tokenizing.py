@@ -19,7 +19,7 @@ import xxhash
 from .arrow import null_rows
 from .fingerprint import column_prints, combined_print
 from .load import suggestion
-from .source import chosen_rows
+from .source import chosen_rows, refuse_broken
 
 # Types of what tokenizers give. Whatever it is not in here is no column of tokens, or is not wanted.
 TYPES = {"input_ids": "int32", "token_type_ids": "int8"}
@@ -114,6 +114,7 @@ def _check_text(dataset: datasets.Dataset, name: str) -> None:
     column = dataset.data.column(name)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise ValueError(f"column {name!r} holds {column.type}; texts to tokenize are strings")
+    refuse_broken(name, column)
     nulls = null_rows(column, chosen_rows(dataset))
     if nulls.any():
         row = int(np.argmax(nulls))

@@ -163,6 +163,27 @@ def test_a_shuffle_buffer_keeps_every_sequence():
 
 
 @SOURCES
+@pytest.mark.parametrize("form", [None, "arrow"])
+def test_a_shuffle_buffer_before_packing_cannot_be_resumed(source, form):
+    """Its rows would be lost, and nobody would say so."""
+    rows = make_rows([3] * 3_000)
+
+    def stream():
+        shuffled = source(rows).shuffle(seed=3, buffer_size=600).map(lambda row: row)
+        return pack_stream(shuffled, 16, buffer_size=100).with_format(form)
+
+    begun = stream()
+    for _ in itertools.islice(begun, 150):
+        pass
+    state = begun.state_dict()
+    for resumed in (stream(), begun):
+        resumed.load_state_dict(state)
+        with pytest.raises(ValueError, match="resumed in the middle, and comes through shuffle"):
+            list(resumed)
+    assert by_name(unpack(stream().with_format(None))) == rows  # one that begins anew is read to its end
+
+
+@SOURCES
 @pytest.mark.parametrize("num_shards, nodes", [(1, 3), (2, 3), (4, 2), (5, 2), (6, 3)])
 def test_nodes_share_the_stream(source, num_shards, nodes):
     packed = pack_stream(source(ROWS, num_shards), 16, buffer_size=7)
