@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -48,7 +48,7 @@ def local_copy(
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 part = target.with_name(f".{target.name}.part")
-                with named_errors(url):
+                with named_errors(f"{url} (copied into {folder}; HF_DATASETS_CACHE says where)"):
                     fs.get_file(root + name, str(part))
                 os.replace(part, target)
     return folder / path.removeprefix(root) if path.removeprefix(root) in found else folder
@@ -59,12 +59,15 @@ def _find(fs, path: str, wanted: Callable[[str], bool]) -> tuple[str, dict[str, 
     if MAGIC.search(path):
         found = fs.glob(path, detail=True)
         root = path[: MAGIC.search(path).start()].rpartition("/")[0]
-    elif fs.isfile(path):
+    elif not path.endswith("/") and fs.isfile(path):
         found = {path: fs.info(path)}
         root = path.rpartition("/")[0]
     else:
         found = fs.find(path, detail=True)
         root = path.rstrip("/")
+        if not found:  # is it that there is nothing, or can it not be asked?
+            with suppress(FileNotFoundError):
+                fs.info(path)
     root += "/"
     files = {name.removeprefix(root): info for name, info in found.items() if info.get("type") == "file"}
     if path not in found:

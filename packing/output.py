@@ -56,6 +56,8 @@ def output_folder(output: str | os.PathLike, storage_options: dict | None = None
         with suppress(OSError):
             if kept := count_shards(folder):
                 say_how_to_go_on(error, folder, kept)
+            elif folder.rglob(FILE):  # not removed: without a lock, it may be another run's
+                error.add_note(f"begun in {str(folder)!r}: run the same again, or remove that folder")
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from pathlib import Path
 
@@ -31,8 +32,15 @@ def load_packed(
     folder = place(folder, storage_options)
     if not (folder / DICT).exists():
         return _open(folder)
-    names = sorted(file.parent.name for file in folder.rglob("manifest.json"))
-    return datasets.DatasetDict({name: _open(folder / name) for name in names})
+    return datasets.DatasetDict({name: _open(folder / name) for name in split_names(folder / DICT)})
+
+
+def split_names(path: Path | RemotePath) -> list[str]:
+    """Those that a dataset_dict.json lists, in its order."""
+    try:
+        return [str(name) for name in json.loads(path.read_bytes())["splits"]]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{str(path)!r} is damaged: it names no splits; take their folders one by one") from None
 
 
 def _open(folder: Path | RemotePath) -> datasets.Dataset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 DESCRIPTION = "Prove that a packed folder holds what was packed: unchanged, each sequence once, no pack over its limit."
@@ -43,11 +42,12 @@ def verify(packed: str, source: str | None) -> bool:
     """Print a table for each split; returns whether nothing is wrong."""
     from .load import load_splits
     from .output import DICT
+    from .packed import split_names
     from .remote import place
     from .verify import verify_packed
 
     packed = place(packed)
-    names = _split_names(packed / DICT) if (packed / DICT).exists() else [""]
+    names = split_names(packed / DICT) if (packed / DICT).exists() else [""]
     sources = {} if source is None else load_splits(source)
     ok = True
     for name in names:
@@ -69,10 +69,3 @@ def verify(packed: str, source: str | None) -> bool:
 
 
 NO_SPLITS = "not verified: the source has no splits, and the packed folder has"
-
-
-def _split_names(path) -> list[str]:
-    try:
-        return [str(name) for name in json.loads(path.read_bytes())["splits"]]
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{str(path)!r} is damaged: it names no splits; verify their folders one by one") from None

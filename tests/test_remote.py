@@ -169,6 +169,38 @@ def test_a_loaded_parquet_folder_is_a_packed_dataset(source, whole):
     assert ours.__getitems__([5, 0]).to_pydict() == theirs.__getitems__([5, 0]).to_pydict()
 
 
+def test_training_takes_a_loaded_parquet_folder(pairs, tokenizer, tmp_path):
+    import torch
+    from transformers import BertConfig, BertForMaskedLM, TrainingArguments
+
+    from collate import DataCollatorWithPacking, PackedTrainer
+
+    rows = [{name: pair[name] for name in ("input_ids", "token_type_ids")} for pair in pairs]
+    for format in FORMATS:
+        pack_dataset(datasets.Dataset.from_list(rows), 32, output=tmp_path / format, format=format)
+    parquet = datasets.load_dataset("parquet", data_files=str(tmp_path / "parquet" / "*.parquet"), split="train")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    losses = []
+    for packed in (datasets.load_from_disk(tmp_path / "arrow"), parquet, EpochPacks(parquet)):
+        torch.manual_seed(0)
+        trainer = PackedTrainer(
+            model=BertForMaskedLM(BertConfig(vocab_size=60, max_position_embeddings=32, **sizes)),
+            args=TrainingArguments(
+                output_dir=tmp_path / "run",
+                max_steps=2,
+                report_to=[],
+                use_cpu=True,
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=packed,
+            data_collator=DataCollatorWithPacking(tokenizer, seed=0),
+        )
+        losses.append(trainer.train().training_loss)
+        assert trainer._packed_info.num_sequences == len(rows)
+    assert losses[0] == losses[1] == losses[2] > 0
+
+
 def test_packings_of_parquet_are_not_joined(source, tmp_path):
     """As they are not in Arrow: sequence_indices of two sources would be taken for one's."""
     loaded = []
@@ -464,6 +496,21 @@ def test_a_put_that_fails(source, whole, what, format):
     assert url_contents(URL) == contents(whole[format])
 
 
+def test_a_run_that_fails_before_its_first_shard_says_what_is_left(source, tmp_path, capsys):
+    source.save_to_disk(tmp_path / "tokens")
+    Shelf.at = {"putting": (2, fail)}
+    assert cli.main([str(tmp_path / "tokens"), URL, "--overlong", "split"]) == 2
+    assert f"begun in '{URL}': run the same again, or remove that folder" in capsys.readouterr().err
+    assert list(url_contents(URL)) == [FILE]
+
+
+def test_a_copy_that_fails_names_both_ends(shelf, tmp_path):
+    put_sources(shelf)
+    Shelf.at = {"get": (2, fail)}
+    with pytest.raises(OSError, match=r"ShelfError: the shelf fell down: 'shelf://bucket/many \(copied into /.*CACHE"):
+        open_source("shelf://bucket/many")
+
+
 def test_a_put_that_loses_bytes(source, whole, monkeypatch):
     real, short = Shelf.put_file, []
 
@@ -619,6 +666,12 @@ def test_what_is_wrong_with_a_source_is_said_by_its_url(shelf, capsys, tmp_path)
     }.items():
         assert cli.main([source, str(tmp_path / "packed")]) == 2
         assert message in capsys.readouterr().err
+    with (
+        pytest.raises(OSError, match=r"TypeError: .* missing .* 'root': 'shelf://bucket/one"),
+        pytest.MonkeyPatch.context() as p,
+    ):
+        p.delitem(fsspec.config.conf, "shelf")
+        open_source("shelf://bucket/one")
     with pytest.raises(ValueError, match="has no split 'train'; it has ''"):
         open_source("shelf://bucket/saved", "train")
     with pytest.raises(ValueError, match="storage_options would be ignored"):
@@ -694,6 +747,7 @@ def test_the_command_from_url_to_url(shelf, tmp_path, capsys, format):
         for packs in (loaded["train"], loaded["test"].select([0]), datasets.load_from_disk(tmp_path / "saved")):
             with pytest.raises(ValueError, match=r"files of several packings, .* open the folder with load_packed"):
                 packed_info(packs)  # of which it would be the first one's
+    assert list(load_packed(URL)) == ["train", "test"]
     found = {name: packed_info(packs).source_rows for name, packs in load_packed(tmp_path / "packed").items()}
     assert found == {"train": 600, "test": 300}
 
