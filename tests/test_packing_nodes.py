@@ -129,7 +129,7 @@ def test_a_node_that_is_lost_is_done_without(nodes, tmp_path, monkeypatch):
         def update(self, count):
             if self.desc == "packing":
                 written.append(count)
-                if len(written) == 3:
+                if len(written) == 1:
                     nodes.remove_node(lost, allow_graceful=False)
 
     monkeypatch.setattr("packing.dataset.tqdm", Bar)
@@ -141,6 +141,10 @@ def test_a_node_that_is_lost_is_done_without(nodes, tmp_path, monkeypatch):
 
 
 def write_slowly(source, key, task):
-    note(Path(task.folder).parent, "writes")
+    """Not before all four nodes have begun."""
+    folder, end = Path(task.folder).parent, time.monotonic() + 120
+    note(folder, "writes")
+    while len(nodes_of(folder, "writes")) < 4 and time.monotonic() < end:
+        time.sleep(0.05)
     time.sleep(0.5)
     return WRITE(source, key, task)
