@@ -24,8 +24,9 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
     try:
         loaded = load_from_disk(folder)
     except FileNotFoundError as error:
-        problem = "is no folder of save_to_disk" if os.path.exists(folder) else f"does not exist{did_you_mean(folder)}"
-        raise ValueError(f"dataset={folder!r} {problem}; give the folder that pack-dataset wrote") from error
+        problem = "is no folder of save_to_disk" if os.path.exists(folder) else "does not exist"
+        cure = f"give the folder that pack-dataset wrote{did_you_mean(folder)}"
+        raise ValueError(f"dataset={folder!r} {problem}; {cure}") from error
     except IndexError as error:  # datasets cannot read what it wrote without rows
         raise ValueError(f"dataset={folder!r} has a split without packs; pack a source with sequences") from error
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)

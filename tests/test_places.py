@@ -125,7 +125,11 @@ def test_without_a_hub_a_name_is_refused_at_once_or_found_where_it_was_downloade
 @pytest.mark.parametrize(
     ("option", "wrong", "messages"),
     [
-        ("dataset", "{dataset}d", ["does not exist; did you mean '{dataset}'?", "the folder that pack-dataset wrote"]),
+        (
+            "dataset",
+            "{dataset}d",
+            ["does not exist; give the folder that pack-dataset wrote; did you mean '{dataset}'?"],
+        ),
         ("tokenizer", "{prepared}/tokenizr", ["does not exist; did you mean '{tokenizer}'?"]),
         ("tokenizer", "{prepared}", ["holds no tokenizer; did you mean '{tokenizer}'?"]),
         ("tokenizer", "{dataset}", ["holds no tokenizer; give a folder with tokenizer.json"]),
