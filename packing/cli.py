@@ -118,10 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="columns with one value per token; left out: those that are as long as input_ids in every row",
     )
-    add("--text-column", metavar="NAME", help="texts to tokenize; the column is left out afterwards")
-    add("--text-pair-column", metavar="NAME", help="the second texts, where tokens are those of pairs")
-    add("--keep-text", action="store_true", help="keep the columns of texts beside their tokens")
-    add("--tokenizer", metavar="FOLDER_OR_NAME", help="tokenizer of transformers, for --text-column")
+    add_text_options(parser)
     add(
         "--num-proc",
         metavar="N",
@@ -151,6 +148,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """Of texts that become sequences: TEXT_OPTIONS."""
+    add = parser.add_argument
+    add("--text-column", metavar="NAME", help="texts to tokenize; the column is left out afterwards")
+    add("--text-pair-column", metavar="NAME", help="the second texts, where tokens are those of pairs")
+    add("--keep-text", action="store_true", help="keep the columns of texts beside their tokens")
+    add("--tokenizer", metavar="FOLDER_OR_NAME", help="tokenizer of transformers, for --text-column")
+
+
+def check_text_options(arguments: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    """A column of texts and a tokenizer, or neither."""
+    if arguments.text_column is None:
+        _refuse(arguments, defaults, TEXT_OPTIONS, "there is no --text-column")
+    elif arguments.tokenizer is None:
+        raise ValueError("--text-column needs --tokenizer: a folder that save_pretrained wrote, or a name on the hub")
+
+
 def refuse_ignored(arguments: argparse.Namespace) -> None:
     """An option that the chosen work would not use is a mistake, and is said."""
     defaults = make_parser().parse_args([arguments.source])
@@ -167,10 +181,7 @@ def refuse_ignored(arguments: argparse.Namespace) -> None:
         work, unused = "--plan-only writes no packs", ("target", "engine", "format")
     else:
         work, unused = "", ()
-    if arguments.text_column is None:
-        _refuse(arguments, defaults, TEXT_OPTIONS, "there is no --text-column")
-    elif arguments.tokenizer is None:
-        raise ValueError("--text-column needs --tokenizer: a folder that save_pretrained wrote, or a name on the hub")
+    check_text_options(arguments, defaults)
     _refuse(arguments, defaults, unused, work)
     if arguments.text_pair_column is not None and arguments.overlong == "truncate":
         raise ValueError(
@@ -199,7 +210,7 @@ def pack_folder(arguments: argparse.Namespace) -> None:
     if arguments.target is not None:
         one_process = arguments.num_proc == 1 and arguments.engine == "processes"
         check_output(arguments.target, one_process=one_process)
-    splits = _load_splits(arguments)
+    splits = load_sequences(arguments)
     with opened_engine(arguments.engine):
         _pack_splits(splits, arguments)
 
@@ -289,7 +300,7 @@ def _load_histograms(arguments: argparse.Namespace):
     if _is_lengths(arguments.source):
         yield "", cut_histogram(read_histogram(arguments.source), limit, arguments.overlong)
         return
-    for name, dataset in _load_splits(arguments).items():
+    for name, dataset in load_sequences(arguments).items():
         try:
             read = arguments.overlong, arguments.token_columns, arguments.pad_token_id
             histogram = dataset_histogram(dataset, limit, *read)
@@ -304,7 +315,7 @@ def _is_lengths(source: str) -> bool:
     return Path(source).is_file() and not holds_rows(source)
 
 
-def _load_splits(arguments: argparse.Namespace) -> dict:
+def load_sequences(arguments: argparse.Namespace) -> dict:
     """{split: Dataset with input_ids}; a Dataset without splits is {"": Dataset}."""
     from .engines import checked_num_proc
     from .load import load_splits, suggestion

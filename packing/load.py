@@ -3,7 +3,8 @@
 folder of save_to_disk          opened where it lies; a DatasetDict has splits
 .arrow, a stream                mapped into memory where it lies
 .parquet, .jsonl, .json, .arrow converted once by datasets.load_dataset, into its cache (HF_DATASETS_CACHE says where);
-    (a file), also .jsonl.gz    a file that has changed since is converted anew
+    (a file), also .jsonl.gz    a file that has changed since is converted anew. A .json has an object a line, or is one
+                                list of objects
 folder or glob of such files    one after the other, by name, subfolders too. Names that say train, validation or test
                                 make splits
 OWNER/NAME, OWNER/NAME:CONFIG   a dataset of the hub, by datasets.load_dataset
@@ -78,6 +79,8 @@ def load_splits(source: str, num_proc: int = 1, storage_options: dict | None = N
 
     Raises FileNotFoundError, ValueError or OSError that names the file, and the column or line, that is wrong.
     """
+    if not source:
+        raise ValueError("SOURCE is empty; name a folder, a file or a dataset ('.' is this folder)")
     if is_url(source):
         return _load_from_url(source, num_proc, storage_options)
     if storage_options:
@@ -210,6 +213,8 @@ def _load_files(kind: str, files: list[Path], num_proc: int) -> datasets.Dataset
     """All rows of files of one kind, in the order of the files."""
     import datasets
 
+    if kind == "json" and any(map(_is_json_list, files)):
+        return _load_json_lists(files, num_proc)
     opened = [(file, *READERS[kind](file)) for file in files]
     with_rows = [(file, schema, is_stream) for file, schema, is_stream in opened if schema is not None]
     if not with_rows:
@@ -223,6 +228,38 @@ def _load_files(kind: str, files: list[Path], num_proc: int) -> datasets.Dataset
     # What the conversion notes about itself (its name, its sizes) is no property of the rows.
     info = datasets.DatasetInfo(features=loaded.features)
     return datasets.Dataset(loaded.data, info=info, fingerprint=loaded._fingerprint)
+
+
+def _load_json_lists(files: list[Path], num_proc: int) -> datasets.Dataset:
+    """As _load_files, where some of the files are one JSON list; errors name these, and rows as elements from 1 on."""
+    import datasets
+
+    from .json_list import lines_of_list
+
+    folder, copies = Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset", {}
+    for file in filter(_is_json_list, files):
+        try:
+            with _unzipped(file) as opened:
+                copies[file] = lines_of_list(opened.read(), folder)
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            raise _damaged(file, error) from None
+    try:
+        return _load_files("json", [copies.get(file, file) for file in files], num_proc)
+    except (ValueError, TypeError) as error:
+        said = str(error)
+        for file, copy in copies.items():
+            said = said.replace(f"{str(copy)!r} line", f"{str(file)!r} element").replace(str(copy), str(file))
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(said) from None
+
+
+def _is_json_list(file: Path) -> bool:
+    """[{"input_ids": …"""
+    try:
+        with _unzipped(file) as opened:
+            begin = opened.read(FIRST_BLOCK).removeprefix(BYTE_ORDER_MARK).lstrip()
+    except (OSError, EOFError, zlib.error):
+        return False  # whoever reads it says so
+    return begin[:1] == b"[" and begin[1:].lstrip()[:1] == b"{"
 
 
 def _map_stream(file: Path) -> datasets.Dataset:
@@ -331,8 +368,6 @@ def _open_json(file: Path) -> tuple[pa.Schema | None, bool]:
     try:
         with _unzipped(file) as opened:
             begin = (opened.read(FIRST_BLOCK) + opened.readline()).removeprefix(BYTE_ORDER_MARK).lstrip()
-        if begin[:1] == b"[" and begin[1:].lstrip()[:1] == b"{":  # the library would round its numbers to ten digits
-            raise ValueError(f"{str(file)!r} is one JSON list; write one object a line: jq -c '.[]' FILE > FILE.jsonl")
         if not begin:
             return None, False
         options = pyarrow.json.ReadOptions(block_size=len(begin) + 1)

@@ -1,5 +1,6 @@
 """The command pack-dataset, and what importing costs."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,22 @@ def test_an_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("packing.cli.plan_file", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main([str(file), "--plan-only"]) == 130
     assert capsys.readouterr().err == "pack-dataset: interrupted; nothing was written\n"
+
+
+def test_a_source_that_is_called_verify(tmp_path, source, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(source, "verify")
+    assert cli.main(["verify", "packed"]) == 2
+    assert "to pack the SOURCE that is called verify, write ./verify" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "packed", "--seed", "1"])
+    assert "write ./verify" in capsys.readouterr().err
+    assert cli.main(["./verify", "packed"]) == 0
+    assert cli.main(["verify", "packed", "--source", "verify"]) == 0
+
+
+def test_an_empty_source_is_not_this_folder(tmp_path, source, capsys, monkeypatch):
+    """As an unset variable of a script gives it."""
+    monkeypatch.chdir(source)
+    assert cli.main(["", str(tmp_path / "packed")]) == 2
+    assert "SOURCE is empty" in capsys.readouterr().err

@@ -374,11 +374,36 @@ def test_a_bad_line_is_named(tmp_path, capfd, monkeypatch, block, line, message)
     assert f"{str(bad)!r} " in error
 
 
-def test_one_json_list_is_refused(tmp_path, capsys):
-    """The library would write its numbers anew, with ten digits."""
+@pytest.mark.parametrize(("name", "indent"), [("rows.json", None), ("rows.json", 2), ("rows.json.gz", 2)])
+def test_one_json_list_is_read_as_it_is_written(tmp_path, name, indent):
+    """The library would write its numbers anew, with ten digits; and a text may look like the end of a row."""
+    rows = [{"input_ids": [i, 2**40 + i], "score": 0.1234567890123456 + i, "text": "}],\n[{ é"} for i in range(30)]
+    text = "\ufeff " + json.dumps(rows, indent=indent, ensure_ascii=False).replace("\n", "\r\n") + "\n"
+    content = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for _ in range(2):  # from the cache, too
+        assert load_splits(str(tmp_path / name))[""].to_list() == rows
+    write_lines(tmp_path / "rows.jsonl", rows)
+    assert load_splits(str(tmp_path / "rows.json*"))[""].to_list() == rows + rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"input_ids": [1]}, {"input_ids": [2]}', "Expecting ',' or ']'"),
+        ('[{"input_ids": [1]}, ]', "Expecting a row after the comma"),
+        ('[{"input_ids": [1]}] 7', "Expecting nothing after the list"),
+        ('[{"input_ids": [1]} {"input_ids": [2]}]', "Expecting ',' or ']'"),
+        ('[{"input_ids": [1]}, {"input_ids": [2', "Expecting"),
+        ('[{"input_ids": [1]}, 7]', "element 2 holds int; each line is an object"),
+        ('[{"input_ids": [1]}, {"input_ids": ["a"]}]', "element 2 holds list, str in column 'input_ids'"),
+    ],
+)
+def test_a_json_list_that_is_none_is_named(tmp_path, capsys, content, message):
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps(ROWS, indent=2))
-    assert "is one JSON list; write one object a line: jq -c '.[]'" in refused([path, "--plan-only"], capsys)
+    path.write_text(content)
+    error = refused([path, "--plan-only"], capsys)
+    assert repr(str(path)) in error and message in error
 
 
 @pytest.mark.parametrize(
@@ -538,6 +563,27 @@ def test_from_texts_to_packs(texts, source, names):
         assert packed == expected.to_list()
     assert {path: path.read_bytes() for path in before} == before
     assert {path for path in folder.rglob("*") if path.is_file() and "packed" not in path.parts[-2]} == set(before)
+
+
+def test_packed_texts_are_verified_against_the_texts(texts, capsys):
+    folder, rows = texts
+    options = ["--tokenizer", str(folder / "tokenizer"), "--text-column", "text", "--keep-text"]
+    assert cli.main([str(folder / "texts.jsonl"), str(folder / "packed"), "--max-sequence-length", "32", *options]) == 0
+    verify = ["verify", str(folder / "packed")]
+    assert cli.main([*verify, "--source", str(folder / "texts.jsonl"), *options]) == 0
+    assert "50 rows, 5 columns compared" in capsys.readouterr().out
+    rows[7]["text"] += " w1"
+    write_lines(folder / "others.jsonl", rows)
+    assert cli.main([*verify, "--source", str(folder / "others.jsonl"), *options]) == 1
+    assert "source row 7, column sequence_lengths" in capsys.readouterr().out
+    for wrong, message in (
+        (options, "--text-column 'text' is of texts in a source; give --source, too"),
+        (["--source", "x", *options[2:]], "--text-column needs --tokenizer"),
+        (["--source", "x", "--keep-text"], "--keep-text would be ignored: there is no --text-column"),
+        (["--source", str(folder / "texts.jsonl")], "tokenize before packing, or let it be done here: --text-column"),
+    ):
+        assert cli.main([*verify, *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("overlong", ["error", "truncate", "drop", "split"])
