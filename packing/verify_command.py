@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+
+from .cli import add_text_options, check_text_options, load_sequences
 
 DESCRIPTION = "Prove that a packed folder holds what was packed: unchanged, each sequence once, no pack over its limit."
 EXAMPLES = """\
 examples:
   pack-dataset verify packed                            files against their checksums, packs for themselves
   pack-dataset verify packed --source tokenized         every value against the source, too
+  pack-dataset verify packed --source reviews.jsonl --text-column review --tokenizer bert-base-uncased
+                                                        of texts, with what they were packed with
   pack-dataset verify s3://bucket/packed                as pack-dataset wrote it there; nothing is kept here
 
 A folder with several splits is verified split by split.
@@ -20,6 +25,7 @@ def main(argv: list[str]) -> int:
     """Run the command. 0: nothing is wrong; 1: problems, which it prints; 2: an argument was refused."""
     parser = argparse.ArgumentParser(
         prog="pack-dataset verify",
+        usage="%(prog)s [options] PACKED    (to pack a SOURCE that is called verify, write ./verify)",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -30,17 +36,26 @@ def main(argv: list[str]) -> int:
         metavar="SOURCE",
         help="the sequences that were packed, to compare every value with: as pack-dataset takes them",
     )
+    add_text_options(parser)
+    parser.set_defaults(num_proc=1)
     arguments = parser.parse_args(argv)
     try:
-        return 0 if verify(arguments.packed, arguments.source) else 1
+        check_text_options(arguments, parser.parse_args([arguments.packed]))
+        if arguments.source is None and arguments.text_column is not None:
+            raise ValueError(f"--text-column {arguments.text_column!r} is of texts in a source; give --source, too")
+        sources = None if arguments.source is None else load_sequences(arguments)
+        return 0 if verify(arguments.packed, sources) else 1
+    except FileNotFoundError as error:
+        hint = "; to pack the SOURCE that is called verify, write ./verify" if Path("verify").exists() else ""
+        print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
 
-def verify(packed: str, source: str | None) -> bool:
-    """Print a table for each split; returns whether nothing is wrong."""
-    from .load import load_splits
+def verify(packed: str, source: dict | None) -> bool:
+    """Print a table for each split; returns whether nothing is wrong. source: {split: dataset}; None: not given."""
     from .output import DICT
     from .packed import split_names
     from .remote import place
@@ -48,7 +63,7 @@ def verify(packed: str, source: str | None) -> bool:
 
     packed = place(packed)
     names = split_names(packed / DICT) if (packed / DICT).exists() else [""]
-    sources = {} if source is None else load_splits(source)
+    sources = source or {}
     ok = True
     for name in names:
         title = f"{name}: " if name else ""
