@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -13,7 +13,7 @@ from bert_pretrain.loss import PretrainingSums, pretraining_metrics
 from bert_pretrain.places import did_you_mean
 from bert_pretrain.tokenizer import vocabulary_fingerprint
 from collate.mlm import MLM_LOSSES
-from packing import PackedInfo, packed_info
+from packing import PackedInfo, load_packed, packed_info
 
 SAMPLED_PACKS = 2000
 """Packs whose tokens are compared with the tokenizer: spread over a split, read in a fraction of a second."""
@@ -22,7 +22,7 @@ SAMPLED_PACKS = 2000
 def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
     """The packed training split and, where there is one, the test (or validation) split."""
     try:
-        loaded = load_from_disk(folder)
+        loaded = _open(folder)
     except FileNotFoundError as error:
         problem = "is no folder of save_to_disk" if os.path.exists(folder) else "does not exist"
         cure = f"give the folder that pack-dataset wrote{did_you_mean(folder)}"
@@ -44,6 +44,14 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
             "for the same"
         )
     return train, test
+
+
+def _open(folder: str) -> Dataset | DatasetDict:
+    """What pack-dataset wrote, in either format, here or at a URL; or a packed dataset that save_to_disk wrote."""
+    try:
+        return load_packed(folder)
+    except FileNotFoundError:
+        return load_from_disk(folder)
 
 
 def _checked_info(split: Dataset, folder: str) -> PackedInfo:

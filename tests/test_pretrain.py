@@ -252,6 +252,22 @@ def test_a_dataset_that_was_not_packed_is_refused(folders, tmp_path, capsys):
     assert "was not packed" in capsys.readouterr().err
 
 
+def test_packs_in_parquet_or_at_a_url_train_the_same(folders, tmp_path):
+    packs = {
+        "arrow": folders["packed"],
+        "parquet": str(tmp_path / "parquet"),
+        "url": "memory://test_packs_in_parquet_or_at_a_url/packed",
+    }
+    options = ["--max-sequence-length", "64"]
+    assert pack_dataset([folders["prepared"], packs["parquet"], *options, "--format", "parquet"]) == 0
+    assert pack_dataset([folders["prepared"], packs["url"], *options]) == 0
+    weights = {}
+    for name, packed in packs.items():
+        assert train(folders | {"packed": packed}, tmp_path / name, "--max_steps", "2") == 0
+        weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert weights["arrow"] == weights["parquet"] == weights["url"]
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(folders, tmp_path, capsys):
     from test_equivalence import make_config
     from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
