@@ -29,7 +29,7 @@ MARKER = ".made-by-the-demo"
 MAX_LENGTH = 256
 SEQUENCES_PER_STEP = 32
 STEPS_PER_BLOCK = 4
-TRAINED = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}  # BERT-tiny
+MODEL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}  # BERT-tiny
 COMPARED = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}  # BERT-mini
 TRAIN_STEPS = 400
 TRAIN_LEARNING_RATE = 3e-3  # with warm-up and decay
@@ -72,7 +72,7 @@ def prepare(output: Path) -> None:
 
 
 def train(output: Path, steps: int) -> None:
-    model = [part for name, value in TRAINED.items() for part in (f"--{name}", value)]
+    model = [part for name, value in MODEL.items() for part in (f"--{name}", value)]
     command("bert-pretrain", "train", "--dataset", output / "packed", "--tokenizer", output / "prepared/tokenizer",
             "--output_dir", output / "checkpoint", *model, "--sequences_per_step", SEQUENCES_PER_STEP,
             "--per_device_train_batch_size", 32, "--max_steps", steps, "--learning_rate", TRAIN_LEARNING_RATE,
