@@ -123,7 +123,7 @@ def _open_saved(source: str) -> dict[str, datasets.Dataset]:
         return _splits_of(datasets.load_from_disk(source))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"SOURCE {source!r} was not written whole by save_to_disk: {error}") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, AttributeError, KeyError, TypeError) as error:  # the last three: what columns are
         if getattr(error, "errno", None) is not None:  # the system's word: not readable, for one
             raise
         for file in sorted(Path(source).rglob("*.arrow")):

@@ -1,5 +1,6 @@
 """Sources that would lead packing astray: damaged where only Arrow looks, changed meanwhile, too wide, of odd types."""
 
+import json
 import os
 
 import datasets
@@ -62,6 +63,15 @@ def test_a_damaged_text_in_a_saved_source_is_named(tmp_path, capsys):
     assert cli.main([str(tmp_path / "source"), str(tmp_path / "packed")]) == 2
     assert "column 'text' is damaged in rows 0 to 199 of its files" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_damaged_features_of_a_saved_source_are_said(tmp_path, capsys):
+    """The library's own errors would end the command with a traceback."""
+    datasets.Dataset.from_dict({"input_ids": [[1, 2]] * 9}).save_to_disk(tmp_path / "source")
+    info = tmp_path / "source" / "dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"features": "input_ids"}))
+    assert cli.main([str(tmp_path / "source"), "--plan-only"]) == 2
+    assert "source' is damaged: 'str' object has no attribute" in capsys.readouterr().err
 
 
 def test_views_of_texts_are_refused_with_the_cure():
