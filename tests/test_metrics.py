@@ -327,3 +327,17 @@ def test_trainers_own_printer_is_gone(folders, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PrinterCallback, "on_log", refuse)
     assert train(folders, tmp_path / "bert", max_steps=1) == 0
+
+
+def test_tensorboard_has_what_the_log_has(folders, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    options = {"report_to": "tensorboard", "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    assert train(folders, tmp_path / "bert", **options) == 0
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    logs = [entry for entry in history(tmp_path / "bert") if "loss" in entry]
+    for name in ("mlm_loss_per_sequence", "nsp_accuracy", "nsp_majority", "packing_efficiency", "tokens_seen"):
+        written = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert written == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in logs]
+    assert len(events.Scalars("eval/mlm_loss_per_token")) >= 2
