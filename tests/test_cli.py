@@ -238,6 +238,17 @@ def test_two_ranks_by_ddp_and_by_fsdp(folders, tmp_path):
     assert (tmp_path / "printed-by-rank-1.txt").read_text() == ""
 
 
+def test_accelerate_launches_it_on_several_processes(folders, tmp_path):
+    """--multi_gpu: accelerate would need MPI to start several for a CPU otherwise."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "bert_pretrain.cli"]
+    options = flags(train_options(folders, tmp_path / "bert", max_steps=2))
+    run = subprocess.run([*launch, "train", *options], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "2 x 1 x" in run.stderr  # devices x passes x packs
+    assert [entry["sequences_seen"] for entry in history(tmp_path / "bert") if "loss" in entry] == [12, 24]
+
+
 # -- Trainer's options ---------------------------------------------------------------------------------------------
 
 
