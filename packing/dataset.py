@@ -198,13 +198,13 @@ class Packing:
             if name in self.facts.token_columns:
                 features[name] = _tokens_of(source[name])
             elif name in columns.row_columns:
-                features[name] = _list_of(source[name])
+                features[name] = datasets.List(source[name])
         # all that load_dataset hands on of what a Parquet file says about itself: see info.py
         said = self.facts.to_description() if self.format == "parquet" else None
-        features["sequence_lengths"] = _list_of(datasets.Value("int32", id=said))
-        features["sequence_indices"] = _list_of(datasets.Value("int64"))
+        features["sequence_lengths"] = datasets.List(datasets.Value("int32", id=said))
+        features["sequence_indices"] = datasets.List(datasets.Value("int64"))
         if self.facts.overlong == "split":
-            features["sequence_starts"] = _list_of(datasets.Value("int32"))
+            features["sequence_starts"] = datasets.List(datasets.Value("int32"))
         return datasets.Features(features)
 
     @property
@@ -569,9 +569,4 @@ def _digest(*parts) -> str:
 
 def _tokens_of(feature):
     """A token-level column keeps the type of its values; rows of any length."""
-    return _list_of(feature[0] if isinstance(feature, list) else feature.feature)
-
-
-def _list_of(feature):
-    # datasets before 4.0 has no List, and takes a Python list for one.
-    return datasets.List(feature) if hasattr(datasets, "List") else [feature]
+    return datasets.List(feature[0] if isinstance(feature, list) else feature.feature)

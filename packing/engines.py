@@ -37,6 +37,7 @@ def opened_engine(engine: str):
 
 
 def checked_num_proc(num_proc: int) -> int:
+    """num_proc as it is. Raises ValueError for what is no number of processes."""
     if isinstance(num_proc, bool) or not isinstance(num_proc, int) or num_proc < 1:
         raise ValueError(f"num_proc={num_proc!r} must be a whole number, at least 1: the processes that write")
     return num_proc

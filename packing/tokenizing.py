@@ -77,7 +77,7 @@ def tokenize(
     names = [name for name in TYPES if name in ("input_ids", *tokenizer.model_input_names)]
     work = _Tokenize(tokenizer, tuple(text_columns), tuple(names))
     features = {name: dataset.features[name] for name in dataset.column_names if keep_text or name not in text_columns}
-    features |= {name: _list_of(datasets.Value(TYPES[name])) for name in names}
+    features |= {name: datasets.List(datasets.Value(TYPES[name])) for name in names}
     fingerprint = _fingerprint(dataset, work, keep_text)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset"
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,8 +128,3 @@ def _fingerprint(dataset: datasets.Dataset, work: _Tokenize, keep_text: bool) ->
     tokenizer = type(work.tokenizer).__name__, tokenizers.__version__, work.tokenizer.backend_tokenizer.to_str()
     parts = combined_print(column_prints(dataset)), str(dataset.features), tokenizer
     return xxhash.xxh3_128(repr((parts, work.text_columns, work.names, keep_text)).encode()).hexdigest()
-
-
-def _list_of(feature):
-    # datasets before 4.0 has no List, and takes a Python list for one.
-    return datasets.List(feature) if hasattr(datasets, "List") else [feature]

@@ -279,7 +279,7 @@ def _as(array: pa.Array, type_: pa.DataType) -> pa.Array:
 
 
 def _inner(feature):
-    """The values of a list; datasets before 4.0 has Python lists."""
+    """The values of a list, which may be a Python list."""
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
 
 
