@@ -7,8 +7,8 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from bert_pretrain.config import PretrainConfig
+from bert_pretrain.counted import counted_info
 from collate.steps import pack_depths, plan_steps
-from packing import packed_info
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise ValueError(f"{name}={getattr(training, name)} must be at least 1")
-    info = packed_info(train)
+    info = counted_info(train)
     factor = info.num_sequences / info.num_packs
     if config.batch_policy == "packs":
         packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size

@@ -37,6 +37,11 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
         )
     train, test = splits["train"], splits.get("test", splits.get("validation"))
     infos = [_checked_info(split, folder) for split in (train, test) if split is not None]
+    if "labels" in train.column_names:
+        raise ValueError(
+            f"dataset={folder!r} has a column 'labels', which is what masking makes; remove_columns('labels') in the "
+            "source, and pack it again"
+        )
     if len({info.max_sequence_length for info in infos}) > 1:
         lengths = " and ".join(str(info.max_sequence_length) for info in infos)
         raise ValueError(
@@ -77,7 +82,7 @@ def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTraine
             f"dataset={folder!r} was made with another vocabulary ({made_with}) than that of tokenizer={name!r} "
             f"({given}); {cure}"
         )
-    tokens, lengths = _sample(split)
+    tokens, lengths = (_sample(split, name) for name in ("input_ids", "sequence_lengths"))
     if tokens.max() >= len(tokenizer):
         raise ValueError(
             f"dataset={folder!r} holds token {tokens.max()}, but tokenizer={name!r} has {len(tokenizer)} tokens, up to "
@@ -96,11 +101,23 @@ def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTraine
             )
 
 
-def _sample(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens and the sequence lengths of some packs, one after the other."""
+def check_token_types(folder: str, split: Dataset, known: int) -> None:
+    """Raise ValueError if a sample of the packs has token_type_ids beyond those that the model knows."""
+    if "token_type_ids" not in split.column_names:
+        return  # all are 0
+    types = _sample(split, "token_type_ids")
+    for wrong in types[(types < 0) | (types >= known)][:1]:
+        raise ValueError(
+            f"dataset={folder!r} has token_type_ids of {wrong}, but the model knows 0 to {known - 1}; correct or "
+            "remove_columns() them in the source, and pack it again"
+        )
+
+
+def _sample(split: Dataset, column: str) -> np.ndarray:
+    """The values of some packs, one after the other."""
     chosen = np.unique(np.linspace(0, len(split) - 1, SAMPLED_PACKS).astype(int))
-    table = split.select_columns(["input_ids", "sequence_lengths"]).with_format("arrow")[chosen]
-    return tuple(table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "sequence_lengths"))
+    table = split.select_columns([column]).with_format("arrow")[chosen]
+    return table[column].combine_chunks().flatten().to_numpy()
 
 
 def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: str) -> None:

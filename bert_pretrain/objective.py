@@ -2,12 +2,15 @@
 
 import logging
 
+import pyarrow as pa
 from datasets import Dataset
 
 from bert_pretrain.config import PretrainConfig
-from bert_pretrain.examples import PAIR_LABELS
+from bert_pretrain.examples import NO_PAIR, PAIR_LABELS
 
 logger = logging.getLogger(__name__)
+
+READ_PACKS = 10_000  # at a time
 
 
 def check_objective(config: PretrainConfig, dataset: Dataset) -> str:
@@ -46,8 +49,24 @@ def for_objective(config: PretrainConfig, *splits: Dataset | None) -> list[Datas
             f"the splits of {config.dataset} are made for different objectives, {sorted(objectives)}; prepare them "
             "together, or choose objective='none'"
         )
+    for column in (PAIR_LABELS[objective] for objective in objectives - {"none"}):
+        for split in splits:
+            if split is not None:
+                _check_labels(config.dataset, split, column)
     logger.info("objective: masked language modelling%s", "".join(f" and {o}" for o in objectives - {"none"}))
     return [None if split is None else _without_others(split, objectives) for split in splits]
+
+
+def _check_labels(dataset: str, split: Dataset, column: str) -> None:
+    """All of them: one that is wrong would end the run when its turn comes, after days perhaps."""
+    cure = f"a label is 0 or 1, or {NO_PAIR} where there is no pair; correct the source, and pack it again"
+    for table in split.select_columns([column]).with_format("arrow").iter(READ_PACKS):
+        labels = table[column].combine_chunks().flatten()
+        if not (pa.types.is_integer(labels.type) or pa.types.is_boolean(labels.type)):
+            raise ValueError(f"{dataset}: the column {column!r} holds {labels.type}; {cure}")
+        wrong = set(labels.unique().to_pylist()) - {0, 1, NO_PAIR}
+        if wrong:
+            raise ValueError(f"{dataset}: the column {column!r} holds {sorted(wrong, key=str)[0]}; {cure}")
 
 
 def _without_others(split: Dataset, objectives: set[str]) -> Dataset:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from transformers import BertForPreTraining, Trainer, TrainingArguments
 
 from bert_pretrain.config import PretrainConfig
-from packing import packed_info
+from bert_pretrain.counted import counted_info
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def power_betas(config: PretrainConfig, betas: tuple[float, float], train: Datas
             f"beta_power is for batch_policy='packs', whose steps hold more sequences than without packing; "
             f"batch_policy={config.batch_policy!r} keeps their number, so the betas must stay: leave out beta_power"
         )
-    info = packed_info(train)
+    info = counted_info(train)
     factor = info.num_sequences / info.num_packs
     powered = betas[0] ** factor, betas[1] ** factor
     logger.info("beta_power: betas %s to the packing factor %.4f are (%.6g, %.6g)", betas, factor, *powered)

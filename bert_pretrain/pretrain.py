@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from bert_pretrain.attention.routing import RoutingAttention, RoutingCallback
 from bert_pretrain.batch import set_batch
 from bert_pretrain.config import PretrainConfig
-from bert_pretrain.inputs import check_arguments, check_tokenizer, load_splits
+from bert_pretrain.inputs import check_arguments, check_token_types, check_tokenizer, load_splits
 from bert_pretrain.metrics import attends_fully
 from bert_pretrain.new_model import build_model, longest_sequence, resolve_attention, resolve_shape
 from bert_pretrain.objective import check_objective, for_objective
@@ -47,8 +47,11 @@ def pretrain(
     config = resolve_shape(config, packed_info(train).max_sequence_length)
     config = resolve_attention(config, training)
     tokenizer = load_tokenizer(config.tokenizer)
-    check_tokenizer(config.dataset, train, config.tokenizer, tokenizer)
+    for split in filter(None, (train, test)):
+        check_tokenizer(config.dataset, split, config.tokenizer, tokenizer)
     model = build_model(config, len(tokenizer), tokenizer.pad_token_id, longest_sequence(train, test))
+    for split in filter(None, (train, test)):
+        check_token_types(config.dataset, split, model.config.type_vocab_size)
     objective = check_objective(config, train)
     freeze_unlearned(model, objective)
     record = config_record(config, training)  # before the next line: a batch that was set cannot be set again

@@ -89,7 +89,10 @@ def _find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> st
     else:
         checkpoint = Path(asked_for)
         if not checkpoint.is_dir():
-            raise ValueError(f"resume_from_checkpoint={asked_for!r} is no folder; name a checkpoint-N folder")
+            raise ValueError(
+                f"resume_from_checkpoint={asked_for!r} is no folder; name a checkpoint-N folder, or leave it out: "
+                "a run goes on by itself from the last one in output_dir"
+            )
         try:
             check_checkpoint(checkpoint)
         except DamagedCheckpoint as damage:

@@ -14,12 +14,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from bert_pretrain.card import model_card
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.console import LinesAboveBar, LinesCallback
+from bert_pretrain.counted import counted_info
 from bert_pretrain.hub import SaysWhatFailed
 from bert_pretrain.metrics import Meter, attends_fully, known_peak
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.record import versions, write_record
 from collate import DataCollatorWithPacking, PackedTrainer
-from packing import packed_info
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,16 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
 
     def train(self, *args, **kwargs):
         self.meter.reset()
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        seen = self._progress.seen(self.state.global_step)
+        if "packing_factor" in seen:
+            logger.info(
+                "seen by step %d: %s sequences, %s real tokens; realised packing factor %.3f",
+                self.state.global_step,
+                *(f"{seen[name]:,}" for name in ("sequences_seen", "tokens_seen")),
+                seen["packing_factor"],
+            )
+        return output
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device):
         self.meter.run()
@@ -173,7 +182,7 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
             name=self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
             config=self.config,
             bert=self.model.config,
-            data=packed_info(getattr(self.train_dataset, "packed", self.train_dataset)),
+            data=counted_info(getattr(self.train_dataset, "packed", self.train_dataset)),
             objective=self.objective,
             steps=self.state.global_step,
             seen=self._progress.seen(self.state.global_step),

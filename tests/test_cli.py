@@ -117,6 +117,29 @@ def test_datasets_that_are_none_are_refused(folders, tmp_path, capsys, no_model)
     refuses(str(tmp_path / "mixed"), "packed for max_sequence_length 64 and 96; pack both for the same")
 
 
+def test_a_held_out_split_of_another_vocabulary_is_refused(folders, tmp_path, capsys, no_model):
+    splits = load_from_disk(folders["dataset"])
+    splits["test"].info.config_name = splits["train"].info.config_name[:-1] + "?"
+    splits.save_to_disk(tmp_path / "mixed")
+    messages = [f"dataset={str(tmp_path / 'mixed')!r} was made with another vocabulary", "?) than that of tokenizer="]
+    refused(capsys, folders, tmp_path / "bert", *messages, dataset=str(tmp_path / "mixed"))
+
+
+def with_columns(folders, folder, change):
+    """The dataset with each pack changed."""
+    load_from_disk(folders["dataset"]).map(change).save_to_disk(folder)
+    return str(folder)
+
+
+def test_columns_that_would_end_a_run_later_are_refused(folders, tmp_path, capsys):
+    """Sentence types that the model has no embedding for, and what masking makes."""
+    types = with_columns(folders, tmp_path / "types", lambda pack: {"token_type_ids": [2] * len(pack["input_ids"])})
+    message = f"dataset={types!r} has token_type_ids of 2, but the model knows 0 to 1"
+    refused(capsys, folders, tmp_path / "bert", message, dataset=types)
+    labels = with_columns(folders, tmp_path / "labels", lambda pack: {"labels": pack["next_sentence_label"]})
+    refused(capsys, folders, tmp_path / "bert", "has a column 'labels', which is what masking makes", dataset=labels)
+
+
 def test_evaluation_without_held_out_sequences_is_refused(folders, tmp_path, capsys, no_model):
     alone = folders | {"dataset": f"{folders['dataset']}/train"}
     messages = ["needs held-out sequences", f"dataset={alone['dataset']!r}", "test_fraction"]

@@ -60,6 +60,25 @@ def test_columns_that_do_not_fit_are_refused(objective, labels, message):
         check_objective(config(objective), dataset(labels))
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2], "the column 'next_sentence_label' holds 2; a label is 0 or 1, or -100 where there is no pair"),
+        ([0, None], "the column 'next_sentence_label' holds None; a label is 0 or 1"),
+        ([0.0, 1.0], "the column 'next_sentence_label' holds double; a label is 0 or 1"),
+    ],
+)
+def test_labels_that_no_loss_could_take_are_refused_wherever_they_are(labels, message):
+    """In the last of many packs of the other split, too."""
+    right = Dataset.from_dict({"next_sentence_label": [[0, 1], [-100]]})
+    wrong = Dataset.from_dict({"next_sentence_label": [[type(labels[0])(0)]] * 12_000 + [labels]})
+    with pytest.raises(ValueError, match=f"^packed: {message}"):
+        for_objective(config("auto"), right, wrong)
+    assert for_objective(config("none"), right, wrong)[1].column_names == []  # not looked at
+    flags = Dataset.from_dict({"next_sentence_label": [[True, False]]})
+    assert for_objective(config("auto"), right, flags) == [right, flags]
+
+
 def test_splits_of_two_kinds_are_refused():
     with pytest.raises(ValueError, match=r"different objectives, \['nsp', 'sop'\]"):
         for_objective(config("auto"), dataset("nsp"), dataset("sop"))

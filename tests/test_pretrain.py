@@ -5,12 +5,13 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
 from transformers import BertForPreTraining, TrainerCallback, TrainingArguments, pipeline
 
 from bert_pretrain.batch import set_batch, split_step
 from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import PretrainConfig
+from bert_pretrain.counted import counted_info
 from bert_pretrain.pretrain import pretrain
 from collate.steps import pack_depths, plan_steps
 from packing import packed_info
@@ -175,8 +176,9 @@ def test_with_the_policy_of_packs_arguments_stay_and_the_factor_is_told(folders,
 
 
 @pytest.mark.parametrize("reassign", ["True", "False"])
-def test_steps_have_as_many_sequences_in_all_epochs(folders, tmp_path, reassign):
-    """12 in each but the last of an epoch; each epoch has all sequences."""
+def test_steps_have_as_many_sequences_in_all_epochs(folders, tmp_path, caplog, reassign):
+    """12 in each but the last of an epoch; each epoch has all sequences. In the end what was seen is said."""
+    caplog.set_level("INFO")
     whole = ["--max_steps", "-1", "--num_train_epochs", "3", "--per_device_train_batch_size", "4"]
     assert train(folders, tmp_path / "bert", *whole, "--reassign", reassign) == 0
     info = packed_info(load_from_disk(folders["packed"])["train"])
@@ -187,6 +189,27 @@ def test_steps_have_as_many_sequences_in_all_epochs(folders, tmp_path, reassign)
     last = [entry for entry in history if "loss" in entry][-1]
     assert last["packing_factor"] == pytest.approx(info.num_sequences / info.num_packs)
     assert last["packs_per_step"] == pytest.approx(info.num_packs / steps)
+    said = f"{3 * info.num_sequences:,} sequences, {3 * info.num_tokens:,} real tokens; realised packing factor"
+    assert f"seen by step {3 * steps}: {said} {info.num_sequences / info.num_packs:.3f}" in caplog.text
+
+
+def test_packs_that_were_left_out_are_not_counted(folders, tmp_path, capsys):
+    """packed_info tells what was packed, of a selection, too."""
+    splits = load_from_disk(folders["packed"])
+    some = splits["train"].select(range(5, 25))
+    lengths = [length for pack in some["sequence_lengths"] for length in pack]
+    depth = max(map(len, some["sequence_lengths"]))
+    DatasetDict({"train": some, "test": splits["test"]}).save_to_disk(tmp_path / "some")
+    counted = counted_info(load_from_disk(tmp_path / "some")["train"])
+    facts = counted.num_packs, counted.num_sequences, counted.num_tokens, counted.max_depth
+    assert facts == (20, len(lengths), sum(lengths), depth)
+    assert packed_info(some).num_packs > 20 and counted_info(splits["train"]) == packed_info(splits["train"])
+    chosen = folders | {"packed": str(tmp_path / "some")}
+    assert train(chosen, tmp_path / "bert", "--max_steps", "1") == 0
+    card = (tmp_path / "bert" / "README.md").read_text(encoding="utf-8")
+    assert f"`some`: {len(lengths):,} sequences of {sum(lengths):,} tokens" in card and "into 20 packs" in card
+    assert train(chosen, tmp_path / "other", "--sequences_per_step", str(len(lengths) + 1)) == 2
+    assert f"is more than the {len(lengths)} sequences of the training split" in capsys.readouterr().err
 
 
 def test_steps_of_packs(folders, tmp_path):
