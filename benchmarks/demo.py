@@ -35,6 +35,7 @@ TRAIN_STEPS = 400
 TRAIN_LEARNING_RATE = 3e-3  # with warm-up and decay
 LEARNING_RATE = 1e-3  # constant, in the comparison
 TEST_PACKS = 50
+SORTED = 50  # batches' worth of sequences that are sorted by length together
 PROMPT = "we must defend the constitution of the united [MASK] ."
 
 
@@ -165,7 +166,7 @@ def compare(output: Path, seconds: float) -> dict:
         stock.set_attn_implementation("sdpa")
     # the same held-out sequences for all: in packs, and each in a row of its own
     held_out = fixed.for_evaluation()
-    batches = [[test_packs[i] for i in range(start, start + 25)] for start in range(0, TEST_PACKS, 25)]
+    batches = [[test_packs[i] for i in range(start, min(start + 25, TEST_PACKS))] for start in range(0, TEST_PACKS, 25)]
     in_packs = [held_out(rows) for rows in batches]
     in_rows = [held_out(one_by_one(rows, test_sequences)) for rows in batches]
     arms = [
@@ -217,14 +218,15 @@ def one_by_one(packs, sequences) -> list[dict]:
 
 
 def like_lengths(sequences):
-    """What transformers calls group_by_length: 50 batches' worth of sequences at random, sorted, cut into batches."""
+    """What transformers calls group_by_length: many batches' worth of sequences at random, sorted, cut into batches."""
+    together = SORTED * SEQUENCES_PER_STEP
     rng = np.random.default_rng(0)
     while True:
         order = rng.permutation(len(sequences))
-        for start in range(0, len(order) - 50 * SEQUENCES_PER_STEP + 1, 50 * SEQUENCES_PER_STEP):
-            rows = [one_row(sequences, int(i)) for i in order[start : start + 50 * SEQUENCES_PER_STEP]]
+        for start in range(0, len(order) - together + 1, together):
+            rows = [one_row(sequences, int(i)) for i in order[start : start + together]]
             rows.sort(key=lambda row: len(row["input_ids"]))
-            for batch in rng.permutation(50):
+            for batch in rng.permutation(SORTED):
                 yield rows[batch * SEQUENCES_PER_STEP : (batch + 1) * SEQUENCES_PER_STEP]
 
 

@@ -62,6 +62,26 @@ def test_the_probe_finds_a_leak_and_isolation_ends_it(benchmark):
     np.testing.assert_allclose(np.stack([unrelated, twin]), np.stack([alone, alone]), rtol=0, atol=1e-10)
 
 
+def test_the_demo_compares_three_ways(benchmark, folders, tmp_path, monkeypatch):  # noqa: F811
+    demo = benchmark("demo")
+    small = {"TEST_PACKS": 6, "SEQUENCES_PER_STEP": 4, "STEPS_PER_BLOCK": 1, "SORTED": 5}
+    small["COMPARED"] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(demo, name, value)
+    results = demo.compare(folders["folder"], seconds=0)
+    curves = {name: arm["curve"] for name, arm in results["arms"].items()}
+    assert list(curves) == ["padded", "bucketed", "packed"]
+    seen = {name: [point["sequences_seen"] for point in curve] for name, curve in curves.items()}
+    assert seen["padded"] == seen["packed"] and seen["bucketed"][-1] == 4 * 4
+    for padded, packed in zip(curves["padded"], curves["packed"], strict=True):
+        assert packed["loss"] == pytest.approx(padded["loss"], abs=1e-5)
+    assert abs(curves["bucketed"][-1]["loss"] - curves["packed"][-1]["loss"]) > 1e-4  # other sequences
+    lines = demo.table(results).splitlines()
+    assert lines[1].startswith("1 layers of 16, ") and lines[-1].startswith("largest difference of held-out loss")
+    demo.plot(results, tmp_path / "ways.png")
+    assert (tmp_path / "ways.png").stat().st_size > 10_000
+
+
 def test_learning_curves_of_padded_and_packed_coincide(benchmark, folders, tmp_path, monkeypatch):  # noqa: F811
     curves = benchmark("learning_curves")
     monkeypatch.setattr(curves, "POINTS", 2)
