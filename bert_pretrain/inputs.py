@@ -1,6 +1,8 @@
 """What a run is given, refused before a model is built where it cannot be meant: folders, tokenizer, arguments."""
 
+import inspect
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from bert_pretrain.loss import PretrainingSums, pretraining_metrics
 from bert_pretrain.places import did_you_mean
@@ -132,6 +135,7 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
             break
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("fp16=True needs a GPU, and would be ignored on a CPU; choose bf16, or leave it out")
+    _check_schedule(training)
     for name in training.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
@@ -156,6 +160,33 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
             )
     if test is not None:
         _check_best_metric(training.metric_for_best_model, test)
+
+
+def _check_schedule(training: TrainingArguments) -> None:
+    """lr_scheduler_kwargs are what the schedule takes: transformers would raise late, or leave them out."""
+    kind, given = training.lr_scheduler_type, training.lr_scheduler_kwargs or {}
+    parameters = dict(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return  # it hands them on to a class of torch's
+    known = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name not in ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    }
+    options = f"its options are {list(known)}" if known else "it has no options"
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"lr_scheduler_kwargs has {name!r}, which lr_scheduler_type={kind.value!r} does not know{meant}; "
+                f"{options}"
+            )
+    for name, default in known.items():
+        if default is inspect.Parameter.empty and name not in given:
+            raise ValueError(
+                f"lr_scheduler_type={kind.value!r} needs {name!r}: --lr_scheduler_kwargs '{{\"{name}\": …}}'; {options}"
+            )
 
 
 def _check_best_metric(name: str | None, test: Dataset) -> None:

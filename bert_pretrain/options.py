@@ -143,7 +143,12 @@ def parse(
             given += _as_flags(actions[key], value)
         except ValueError as error:
             raise ValueError(f"config file {config_file!r}: {key} {error}") from None
-    return parser.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)
+    try:
+        return parser.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)
+    except json.JSONDecodeError as error:  # of an option that takes a dictionary
+        raise ValueError(f"{error.doc!r} is no JSON: {error}") from None
+    except TypeError as error:  # a key that such a dictionary may not have
+        raise ValueError(str(error)) from error
 
 
 def _make_parser(dataclasses: Sequence[type], prog: str):

@@ -209,6 +209,12 @@ def test_a_checkpoint_keeps_its_shape_and_takes_the_dropout_that_is_given(folder
         ({"eval_mlm_probability": 1.5}, "eval_mlm_probability=1.5 must be more than 0 and at most 1"),
         ({"peak_tflops": -1}, "peak_tflops=-1.0 must be more than 0"),
         ({"fsdp": True}, "Using fsdp only works in distributed training"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"pwer": 2.0}'},
+            "'pwer', which lr_scheduler_type='polynomial' does not know; did you mean power?; its options are [",
+        ),
+        ({"lr_scheduler_kwargs": '{"zzz": 2.0}'}, "lr_scheduler_type='linear' does not know; it has no options"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs 'num_decay_steps': --lr_scheduler_kwargs '{\"num_decay"),
     ],
 )
 def test_options_out_of_bounds_are_refused(folders, tmp_path, capsys, options, message):

@@ -116,6 +116,18 @@ def test_mistakes_in_flags_are_one_line(capsys, arguments, message):
     assert error.startswith(f"bert-pretrain train: {message}")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("lr_scheduler_kwargs", '{"power": 2', "'{\"power\": 2' is no JSON: Expecting ',' delimiter"),
+        ("accelerator_config", '{"spit_batches": true}', "got an unexpected keyword argument 'spit_batches'"),
+    ],
+)
+def test_mistakes_in_options_of_options_are_one_line(capsys, option, value, message):
+    assert bert_pretrain(["train", *FLAGS, f"--{option}", value]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_twins_in_json_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"run\.json': 'seed' is given twice"):
         read_config_file(written(tmp_path, "run.json", '{"seed": 1, "seed": 2}'))
