@@ -24,6 +24,17 @@ class Upload(NamedTuple):
     job: Future
 
 
+class Secret(str):
+    """A token that nothing writes down.
+
+    Trainer pickles its arguments beside each model, into training_args.bin, which goes to the hub with it: with the
+    token that it was sent by. This one is pickled as None; otherwise it is a string like any other.
+    """
+
+    def __reduce_ex__(self, protocol):
+        return type(None), ()
+
+
 class SaysWhatFailed:
     """Part of a Trainer: errors of the hub name what failed, where it lies on the disk, and how to upload it."""
 

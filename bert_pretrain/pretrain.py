@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from bert_pretrain.attention.routing import RoutingAttention, RoutingCallback
 from bert_pretrain.batch import set_batch
 from bert_pretrain.config import PretrainConfig
+from bert_pretrain.hub import Secret
 from bert_pretrain.inputs import check_arguments, check_token_types, check_tokenizer, load_splits
 from bert_pretrain.metrics import attends_fully
 from bert_pretrain.new_model import build_model, longest_sequence, resolve_attention, resolve_shape
@@ -41,6 +42,7 @@ def pretrain(
     SIGTERM and SIGUSR1 save a checkpoint and end with SystemExit: see collate.signals.
     """
     training = copy(training)  # what follows from the data is written into the run's own
+    training.hub_token = training.hub_token and Secret(training.hub_token)
     set_seed(training.seed)
     train, test = for_objective(config, *load_splits(config.dataset))
     check_arguments(training, test, config.dataset)

@@ -1,6 +1,8 @@
 """`bert-pretrain train` as a user meets it: what it refuses, what it saves, several ranks, Trainer's options."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, BertForPreTraining, TrainerC
 from bert_pretrain import pretrain as pretrain_module
 from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import SHAPE
+from bert_pretrain.hub import Secret
 from bert_pretrain.new_model import longest_sequence
 from bert_pretrain.trainer import PretrainTrainer
 from packing.cli import main as pack_dataset
@@ -241,9 +244,23 @@ def test_the_saved_configuration_can_be_given_back(folders, tmp_path):
         assert json.loads((folder / "versions.json").read_text())["torch"] == torch.__version__
 
 
-def test_secrets_are_not_saved(folders, tmp_path):
-    assert train(folders, tmp_path / "bert", max_steps=1, hub_token="hf_secret") == 0
-    assert "hf_secret" not in (tmp_path / "bert" / "pretrain.json").read_text()
+def test_secrets_are_not_saved(folders, tmp_path, monkeypatch):
+    """In no file: Trainer would pickle the token into training_args.bin, and send that to the hub."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "bert" / "events"))
+    options = {"hub_token": "hf_secret", "save_strategy": "steps", "save_steps": 1, "report_to": "tensorboard"}
+    assert train(folders, tmp_path / "bert", max_steps=1, **options) == 0
+    files = [path for path in (tmp_path / "bert").rglob("*") if path.is_file()]
+    assert [path.name for path in files].count("training_args.bin") == 2 and any(
+        "tfevents" in path.name for path in files
+    )
+    assert not [path for path in files if b"hf_secret" in path.read_bytes()]
+    assert torch.load(tmp_path / "bert" / "training_args.bin", weights_only=False).hub_token is None
+
+
+def test_a_secret_is_a_string_that_is_not_pickled():
+    secret = Secret("hf_secret")
+    assert f"Bearer {secret}" == "Bearer hf_secret" and secret == "hf_secret" and copy.copy([secret]) == [secret]
+    assert pickle.loads(pickle.dumps({"hub_token": secret})) == {"hub_token": None}
 
 
 # -- several ranks ------------------------------------------------------------------------------------------------
