@@ -217,6 +217,10 @@ def test_a_checkpoint_keeps_its_shape_and_takes_the_dropout_that_is_given(folder
             "'pwer', which lr_scheduler_type='polynomial' does not know; did you mean power?; its options are [",
         ),
         ({"lr_scheduler_kwargs": '{"zzz": 2.0}'}, "lr_scheduler_type='linear' does not know; it has no options"),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 2},
+            "lr_scheduler_type='constant' has no warm-up, warmup_steps=2 would be ignored; choose another, such",
+        ),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "needs 'num_decay_steps': --lr_scheduler_kwargs '{\"num_decay"),
     ],
 )
