@@ -168,8 +168,8 @@ def _check_schedule(training: TrainingArguments) -> None:
     parameters = dict(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters)
     if "num_warmup_steps" not in parameters and training.warmup_steps:
         raise ValueError(
-            f"lr_scheduler_type={kind.value!r} has no warm-up, warmup_steps={training.warmup_steps:g} would be ignored; "
-            "choose another, such as 'constant_with_warmup' or 'linear', or leave warmup_steps out"
+            f"lr_scheduler_type={kind.value!r} has no warm-up, warmup_steps={training.warmup_steps:g} would be ignored"
+            "; choose another, such as 'constant_with_warmup' or 'linear', or leave warmup_steps out"
         )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return  # it hands them on to a class of torch's
