@@ -217,7 +217,7 @@ def pack_folder(arguments: argparse.Namespace) -> None:
 
 def _pack_splits(splits: dict, arguments: argparse.Namespace) -> None:
     from .folder import write_file
-    from .output import check_room, output_folder
+    from .output import check_room, output_folder, refuse_other_splits
 
     packings = {}
     for name, dataset in splits.items():
@@ -240,22 +240,6 @@ def _pack_splits(splits: dict, arguments: argparse.Namespace) -> None:
         if "" not in packings:
             write_file(folder / "dataset_dict.json", json.dumps({"splits": list(packings)}).encode())
     print(f"written to {arguments.target}")
-
-
-def refuse_other_splits(folder, splits: list[str]) -> None:
-    """A folder that was begun with other splits would end with theirs in it, too."""
-    from .manifest import FILE
-
-    begun = [path.parent.name if path.parent != folder else "" for path in folder.rglob(FILE)]
-    if other := sorted(set(begun) - set(splits)):
-        raise ValueError(
-            f"a packing that was begun cannot be gone on with: it had {_splits(other)}, and now there is "
-            f"{_splits(splits)}; give the source that it was begun with, or remove {str(folder)!r} to begin anew"
-        )
-
-
-def _splits(names: list[str]) -> str:
-    return ", ".join(f"split {name!r}" if name else "a dataset without splits" for name in names)
 
 
 def plan_file(arguments: argparse.Namespace) -> None:
@@ -371,13 +355,15 @@ def _opener(split: str, arguments: argparse.Namespace):
     from functools import partial
     from glob import has_magic
 
-    from .load import is_url, open_source
+    from .load import is_url, open_source, without_protocol
 
     if arguments.text_column is not None:
         return None
     source = arguments.source
-    if not is_url(source) and (has_magic(source) or Path(source).exists()):
-        source = str(Path(source).absolute())
+    if not is_url(source):
+        source = without_protocol(source)
+        if has_magic(source) or Path(source).exists():
+            source = str(Path(source).absolute())
     return partial(open_source, source, split)
 
 

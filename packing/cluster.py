@@ -31,20 +31,26 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+import platform
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import xxhash
 
+from .arrow import open_token_column
 from .ranges import RangeLost, RangeRead, RangeWrong, Reading, from_arrow, read_range
 from .shards import ShardRecord, ShardTask, write_shard
-from .source import open_columns
+from .source import INPUT_IDS, chosen_rows, open_columns
 
 RETRIES = 3  # of one task, after its worker has died or the file system has failed
 TASKS_PER_CPU = 2  # at work or waiting: no worker waits for the driver, which keeps no more indices than that
 END_SECONDS = 60  # that tasks have to leave off
+SAMPLED = 256  # rows by which a worker knows the source
 
 Advance = Callable[[int], None]
 
@@ -72,15 +78,52 @@ def connection():
         ray.shutdown()
 
 
+@dataclass(frozen=True, eq=False)
+class SharedSource:
+    """A dataset, as the workers get it: itself, by the paths of its files, or a function that opens it.
+
+    rows, types, tokens: what it has where packing began; of the tokens, the XXH3 of SAMPLED rows.
+    """
+
+    source: object
+    rows: int
+    types: str
+    tokens: str
+
+    @classmethod
+    def of(cls, dataset, opener: Callable | None = None) -> SharedSource:
+        return cls(opener or dataset, len(dataset), str(dataset.features), _sampled_tokens(dataset))
+
+    def open(self):
+        """The dataset, here. Raises OSError where it is another one, as a few rows tell: an old copy, say."""
+        dataset = self.source() if callable(self.source) else self.source
+        rows, types = len(dataset), str(dataset.features)
+        if (rows, types) != (self.rows, self.types):
+            told = f"it has {rows:,} rows of {types}, and {self.rows:,} of {self.types} where packing began"
+        elif _sampled_tokens(dataset) != self.tokens:
+            told = "its tokens are not those that it has where packing began"
+        else:
+            return dataset
+        raise OSError(f"the source is another one on machine {platform.node()!r}: {told}")
+
+
+def _sampled_tokens(dataset) -> str:
+    """XXH3 of input_ids in rows that lie evenly apart. The file may be damaged: nothing has been checked."""
+    column = open_token_column(INPUT_IDS, dataset.data.column(INPUT_IDS), chosen_rows(dataset))
+    starts, lengths = column.find(np.linspace(0, len(dataset) - 1, SAMPLED).astype(np.int64))
+    starts, whole = starts[lengths > 0], lengths[lengths > 0]
+    tokens = column.gather_numbers(starts, whole, starts + whole - 1)
+    return xxhash.xxh3_128_hexdigest(lengths.tobytes() + tokens.tobytes())
+
+
 # Reading
 
 
 def read_on_ray(
-    source, reading: Reading, ranges: Sequence[tuple[int, int]], advance: Advance
+    source: SharedSource, reading: Reading, ranges: Sequence[tuple[int, int]], advance: Advance
 ) -> Iterator[RangeRead | RangeWrong]:
     """Each range on some CPU of the cluster, in any order. advance(rows) is called for each that is read.
 
-    source: a datasets.Dataset, or a function that opens it where it is called.
     Raises OSError where a range cannot be read in RETRIES + 1 rounds, and ChildProcessError where its worker dies as
     often.
     """
@@ -137,11 +180,10 @@ def _quiet(name: str):
 
 
 def write_on_ray(
-    source, token_columns: Sequence[str], tasks: Iterable[ShardTask], advance: Advance
+    source: SharedSource, token_columns: Sequence[str], tasks: Iterable[ShardTask], advance: Advance
 ) -> Iterator[ShardRecord]:
     """Each task on some CPU of the cluster, in any order. advance(packs) is called for each shard that is written.
 
-    source: as read_on_ray has it.
     Raises what write_shard raises, and ChildProcessError where a task's worker has died RETRIES + 1 times.
     """
     import ray
@@ -184,7 +226,7 @@ def _with_cure(error: Exception) -> Exception:
 
 
 def _end(ray, waiting: list) -> None:
-    """Nobody writes after this."""
+    """Nobody writes after this, unless a put to a URL takes longer; and that puts what belongs there."""
     if not waiting:
         return
     for task in waiting:
@@ -204,10 +246,10 @@ def _open(source: list, key: str, prepare: Callable):
         import ray
 
         try:
-            dataset, *others = ray.get(source[0])
+            shared, *others = ray.get(source[0])
         except ray.exceptions.RaySystemError as error:  # in this form comes what opening its files has raised
             raise OSError(f"the source cannot be opened: {str(error).splitlines()[0]}") from None
-        _opened = key, prepare(dataset() if callable(dataset) else dataset, *others)
+        _opened = key, prepare(shared.open(), *others)
     return _opened[1]
 
 
@@ -216,7 +258,7 @@ def _read(rows: pa.Table, source: list, key: str) -> pa.Table:
     try:
         dataset, reading = _open(source, key, lambda *found: found)
         return read_range(dataset, reading, first, end).to_arrow()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: it cannot be opened; of rows, read_range says what is wrong
         return RangeLost(first, end - first, str(error)).to_arrow()
 
 

@@ -20,14 +20,14 @@ from tqdm.auto import tqdm
 
 from .assignment import Assignment, assign, checked_seed
 from .balance import balance_packs, checked_packs_per_step, step_costs
-from .cluster import read_on_ray, write_on_ray
+from .cluster import SharedSource, read_on_ray, write_on_ray
 from .engines import ENGINES, check_engine, checked_num_proc, opened_engine, write_here, write_in_pool
 from .fingerprint import ColumnPrint, column_prints, combined_print, in_background
 from .folder import state_files, write_file
 from .histogram import length_histogram
 from .info import PackedInfo
 from .manifest import FILE, Manifest, differences, read_manifest
-from .output import check_output, check_room, output_folder
+from .output import check_output, check_room, output_folder, refuse_other_splits
 from .overlong import OVERLONG, Sequences, cut_sequences
 from .packers import Packer, checked_limit, find_packer, plan_packs
 from .plan import PackPlan
@@ -127,8 +127,8 @@ def pack_dataset(
     verify_packed do, but not load_dataset, which takes what shards there are), and the manifest is complete before it.
     A killed run is gone on with likewise. There is no lock, so start one run at a time: two of one packing put the same
     bytes, but the one that ends later misses its records, and says so; one with other options is refused once the
-    manifest of the first is there, and if both began in the same moment, the shards are found to be another's before
-    the end.
+    manifest of the first is there, and if both began in the same moment, one at least finds the other's shards before
+    its end; what the other has finished by then, verify_packed judges.
     """
     if output is not None:
         check_output(output, storage_options, one_process=num_proc == 1 and engine == ENGINES[0])
@@ -160,6 +160,7 @@ def pack_dataset(
         if output is None:
             return packing.in_memory(progress)
         with output_folder(output, storage_options) as folder:
+            refuse_other_splits(folder, [""])
             packing.begin(folder)
             check_room(folder, packing.bytes_missing(folder))
             packing.write(folder, num_proc, progress, engine)
@@ -340,7 +341,8 @@ class Packing:
         with tqdm(total=self.facts.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
             source = self.dataset, self.facts.token_columns
             if engine == "ray":
-                written = write_on_ray(self.opener or self.dataset, source[1], self.tasks(folder), bar.update)
+                shared = SharedSource.of(self.dataset, self.opener)
+                written = write_on_ray(shared, self.facts.token_columns, self.tasks(folder), bar.update)
             elif num_proc == 1 or len(self.shard_files) == 1:
                 written = write_here(self.source.columns, self.tasks(folder), bar.update)
             else:
@@ -380,9 +382,10 @@ class Packing:
         write_file(folder / last, files[last])
 
     def _refuse_changed_files(self, folder: Path | RemotePath) -> None:
-        """Shards would hold some values from before, and some from after."""
+        """Shards would hold some values from before, and some from after. A file that has gone has not changed: who has
+        it open reads on, and nobody else could open it."""
         now = _file_stamps(self.dataset)
-        changed = [name for name in self.files if self.files[name] != now.get(name)]
+        changed = [name for name in self.files if now.get(name) not in (self.files[name], None)]
         if changed:
             raise ValueError(
                 f"{changed[0]!r} of the source was changed while it was packed; remove {str(folder)!r}, and pack it "
@@ -485,7 +488,7 @@ def _read_on_ray(dataset, opener, reading: Reading, progress: bool) -> tuple[Sou
     check_source(dataset)
     with (
         tqdm(total=len(dataset), desc="reading", unit="row", disable=not progress) as bar,
-        closing(read_on_ray(opener or dataset, reading, row_ranges(dataset), bar.update)) as read,
+        closing(read_on_ray(SharedSource.of(dataset, opener), reading, row_ranges(dataset), bar.update)) as read,
     ):
         source, prints = join_ranges(dataset, reading, read)
     hashing = None if prints is None else Future()

@@ -121,19 +121,21 @@ def _digest_blocks(digest_block: Callable, num_rows: int, threads: int) -> tuple
 
 
 def _block_digester(name: str, column: pa.ChunkedArray, rows: np.ndarray | None):
-    """(first, end) -> digest of these rows, bytes."""
-    is_numbers = is_list(column.type) and not column.null_count and not any(c.values.null_count for c in column.chunks)
-    opened = open_token_column(name, column, rows) if is_numbers else None
+    """(first, end) -> digest of these rows, bytes. How they are hashed follows from these rows alone: others may be in
+    another file, or read on another machine."""
+    opened = open_token_column(name, column, rows) if is_list(column.type) else None
+    is_numbers = opened is not None and opened.is_numbers
+    nulls_somewhere = column.null_count or (is_numbers and any(c.values.null_count for c in column.chunks))
     values = Values.of(column.chunks, column.type)
 
     def digest(bounds: tuple[int, int]) -> tuple[bytes, int]:
-        hasher = _Hasher()
-        if opened is not None and opened.is_numbers:
+        hasher, array = _Hasher(), None
+        if nulls_somewhere or not is_numbers:
+            array = values.part(*bounds) if rows is None else values.take(rows[slice(*bounds)].astype(np.int64))
+        if is_numbers and (array is None or not (array.null_count or array.flatten().null_count)):
             _add_tokens(hasher, opened, np.arange(*bounds))
-        elif rows is None:
-            hasher.add_array(values.part(*bounds))
         else:
-            hasher.add_array(values.take(rows[slice(*bounds)].astype(np.int64)))
+            hasher.add_array(array)
         return hasher.xxh3.digest(), hasher.bytes
 
     return digest

@@ -85,7 +85,7 @@ def load_splits(source: str, num_proc: int = 1, storage_options: dict | None = N
         return _load_from_url(source, num_proc, storage_options)
     if storage_options:
         raise ValueError(f"storage_options would be ignored: {source!r} is no URL; leave them out")
-    source = _without_protocol(source)
+    source = without_protocol(source)
     path = Path(source)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _open_saved(source)
@@ -96,7 +96,7 @@ def load_splits(source: str, num_proc: int = 1, storage_options: dict | None = N
     return {name: _load_files(kind, files, num_proc) for name, files in splits.items()}
 
 
-def _without_protocol(source: str) -> str:
+def without_protocol(source: str) -> str:
     """file:///data/rows.parquet -> /data/rows.parquet"""
     return str(place(source)) if URL.match(source) else source
 

@@ -11,6 +11,7 @@ is resumed copies nothing. Where the file system tells only a file's size, a cha
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -21,9 +22,9 @@ from pathlib import Path
 
 import xxhash
 
-from .remote import named_errors, open_store
+from .remote import is_file_in, named_errors, open_store
 
-OF_ACCESS = ("atime", "time", "ino", "nlink")  # what changes without the file, or differs between machines
+OF_ACCESS = re.compile("^(atime|time|ino|nlink)$|access", re.I)  # changes without the file, or differs by machine
 MAGIC = re.compile(r"[*\[]")
 
 
@@ -35,27 +36,35 @@ def local_copy(
     wanted: of a folder or a glob, which names to copy."""
     with named_errors(url):
         fs, path = open_store(url, storage_options)
-        fs.invalidate_cache()
         root, found = _find(fs, path, wanted)
     if not found:
         raise FileNotFoundError(f"{url!r} matches no file" if MAGIC.search(path) else f"there is no file at {url!r}")
-    stamps = {name: {k: str(v) for k, v in info.items() if k not in OF_ACCESS} for name, info in found.items()}
+    stamps = _stamps(found)
     digest = xxhash.xxh3_128_hexdigest(json.dumps([url, stamps], sort_keys=True).encode())
     folder = _cache() / f"{re.sub(r'[^A-Za-z0-9]+', '-', url)[-60:].strip('-')}-{digest}"
     with _locked(folder):
-        for name in found:
+        missing = [name for name in found if not (folder / name).exists()]
+        for name in missing:
             target = folder / name
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                part = target.with_name(f".{target.name}.part")
-                with named_errors(f"{url} (copied into {folder}; HF_DATASETS_CACHE says where)"):
-                    fs.get_file(root + name, str(part))
-                os.replace(part, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.part")
+            with named_errors(f"{url} (copied into {folder}; HF_DATASETS_CACHE says where)"):
+                fs.get_file(root + name, str(part))
+                copied, size = part.stat().st_size, found[name].get("size")
+                if size is not None and copied != size:
+                    raise OSError(errno.EIO, f"{copied:,} of {size:,} bytes of {name!r} have come")
+            os.replace(part, target)
+        if missing:
+            with named_errors(url):
+                changed = _stamps(_find(fs, path, wanted)[1]) != stamps
+            if changed:
+                raise ValueError(f"{url!r} was changed while it was copied; start again once nobody writes to it")
     return folder / path.removeprefix(root) if path.removeprefix(root) in found else folder
 
 
 def _find(fs, path: str, wanted: Callable[[str], bool]) -> tuple[str, dict[str, dict]]:
     """The folder that all lie in, with a slash at its end; names in it -> what the file system says of them."""
+    fs.invalidate_cache()
     if MAGIC.search(path):
         found = fs.glob(path, detail=True)
         root = path[: MAGIC.search(path).start()].rpartition("/")[0]
@@ -69,10 +78,16 @@ def _find(fs, path: str, wanted: Callable[[str], bool]) -> tuple[str, dict[str, 
             with suppress(FileNotFoundError):
                 fs.info(path)
     root += "/"
-    files = {name.removeprefix(root): info for name, info in found.items() if info.get("type") == "file"}
+    found = {name: info for name, info in found.items() if info.get("type") == "file" and is_file_in(root, name)}
+    files = {name.removeprefix(root): info for name, info in found.items()}
     if path not in found:
         files = {name: info for name, info in files.items() if not _is_hidden(name) and wanted(name)}
     return root, dict(sorted(files.items()))
+
+
+def _stamps(found: dict[str, dict]) -> dict[str, dict]:
+    """What changes when a file does."""
+    return {n: {k: str(v) for k, v in info.items() if not OF_ACCESS.search(k)} for n, info in found.items()}
 
 
 def _is_hidden(name: str) -> bool:

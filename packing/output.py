@@ -31,15 +31,27 @@ def check_output(
     if folder.is_of_this_process and not one_process:
         raise ValueError(f"{str(folder)!r} is in the memory of this process: let it write alone, without others")
     files = folder.rglob("*")
-    begun = [file for file in files if file.name == FILE]
-    if files and not begun:
-        raise FileExistsError(
-            f"output {str(folder)!r} holds other files, {files[0].relative_to(folder)!r} for one; choose another folder"
-        )
+    begun = {file.parent for file in files if file.name == FILE}
     with suppress(ValueError):  # one that is damaged is no end, and is said when it is to be gone on with
-        if (folder / DICT).exists() or (begun and begun[0].parent == folder and is_finished(folder)):
+        if (folder / DICT).exists() or (folder in begun and is_finished(folder)):
             raise FileExistsError(f"output {str(folder)!r} exists already; choose another folder or remove it first")
+    if others := [file.relative_to(folder) for file in files if file.parent not in begun]:
+        raise FileExistsError(f"output {str(folder)!r} holds other files, {others[0]!r} for one; choose another folder")
     return folder
+
+
+def refuse_other_splits(folder: Path | RemotePath, splits: list[str]) -> None:
+    """A folder that was begun with other splits would end with theirs in it, too; "" is a dataset without splits."""
+    begun = [path.parent.name if path.parent != folder else "" for path in folder.rglob(FILE)]
+    if other := sorted(set(begun) - set(splits)):
+        raise ValueError(
+            f"a packing that was begun cannot be gone on with: it had {_splits(other)}, and now there is "
+            f"{_splits(splits)}; give the source that it was begun with, or remove {str(folder)!r} to begin anew"
+        )
+
+
+def _splits(names: list[str]) -> str:
+    return ", ".join(f"split {name!r}" if name else "a dataset without splits" for name in names)
 
 
 @contextmanager

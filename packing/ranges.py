@@ -177,7 +177,7 @@ def join_ranges(
     Raises what read_source raises, in its words. Memory: that of the Source, and a range.
     """
     check_source(dataset)
-    kept, skipped, seen = np.empty(len(dataset), np.int32), None, []
+    kept, skipped, seen, bounds = np.empty(len(dataset), np.int32), None, [], []
     for part in parts:
         if isinstance(part, RangeWrong) or (seen and part.token_columns != seen[0].token_columns):
             return _read_alone(dataset, reading)
@@ -187,6 +187,10 @@ def join_ranges(
             skipped = np.zeros(len(dataset), np.int32) if skipped is None else skipped
             skipped[place] = part.skipped
         seen.append(replace(part, kept=None, skipped=None))
+        bounds.append((place.start, place.stop))
+    firsts, ends = zip(*sorted(bounds), strict=True)
+    if (*firsts, len(dataset)) != (0, *ends):
+        raise RuntimeError(f"the {len(bounds)} ranges read are not the {len(dataset):,} rows of the source, each once")
     seen.sort(key=lambda part: part.first)
     source = Source(
         open_columns(dataset, seen[0].token_columns),

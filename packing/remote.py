@@ -5,7 +5,8 @@
 
 A store of objects can neither rename, nor lock, nor wait for a disk, but it puts a file whole or not at all. So a file
 is written here first, into the folder for temporary files (TMPDIR says which), hashed as it grows, and then put under
-its name.
+its name. (What is no store of objects, sftp for one, may keep half a file if it is killed: half a shard is seen, as its
+record comes after it, and written again; half a manifest is said to be damaged.)
 
 Credentials come from the environment, as fsspec reads them (AWS_ACCESS_KEY_ID …, FSSPEC_S3_ENDPOINT_URL …, or
 ~/.config/fsspec), so that they are there in every process and on every machine; or from storage_options, as in
@@ -83,6 +84,11 @@ def open_store(url: str, storage_options: dict | None = None):
         raise ValueError(f"{url!r}: no file system is known as {protocol!r} ({error})") from None
 
 
+def is_file_in(root: str, found: str) -> bool:
+    """Whether what find gives is a file beneath; an empty object packed/ is how some stores keep an empty folder."""
+    return found.startswith(root) and not found.endswith("/")
+
+
 @contextmanager
 def named_errors(url: str) -> Iterator[None]:
     """Whatever a file system raises, which may be of its own kind, becomes an OSError that names the URL."""
@@ -155,8 +161,12 @@ class RemotePath:
     # Looking
 
     def exists(self) -> bool:
-        with self._store() as (fs, path):
-            return fs.exists(path)
+        """Not fs.exists, which takes a store that does not answer for one without the file: it would be overwritten."""
+        try:
+            with self._store() as (fs, path):
+                return bool(fs.info(path))
+        except FileNotFoundError:
+            return False
 
     def is_dir(self) -> bool:
         with self._store() as (fs, path):
@@ -171,7 +181,9 @@ class RemotePath:
         try:
             with self._store() as (fs, path):
                 root = path.rstrip("/") + "/"
-                names = [found.removeprefix(root) for found in fs.find(path) if found.startswith(root)]
+                names = [found.removeprefix(root) for found in fs.find(path) if is_file_in(root, found)]
+                if not names:
+                    fs.info(path)  # is there nothing, or was an error passed over?
         except FileNotFoundError:
             return []
         return [self / name for name in sorted(names) if fnmatchcase(PurePosixPath(name).name, pattern)]
@@ -292,10 +304,17 @@ class RemoteFile(HashedFile):
         while True:
             path = folder / f"{self.PREFIX}{secrets.token_hex(8)}{self.ENDING}"
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with suppress(OSError):
+            try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if path.exists():  # and nobody has taken it for left off before it was locked
                     return path, descriptor
+            except BlockingIOError:  # somebody is about to
+                pass
+            except OSError as error:
+                os.close(descriptor)
+                path.unlink()
+                cure = "temporary files want a disk that knows locks; TMPDIR says where they are"
+                raise OSError(error.errno, f"{error.strerror}; {cure}", str(path)) from error
             os.close(descriptor)
 
     def publish(self) -> None:

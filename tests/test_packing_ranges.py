@@ -69,6 +69,8 @@ SOURCES = {
         {"token_columns": ["same"]},
     ),
     "empty texts": (lambda: rows_of([3, 4] * 150, text=[None, "a"] * 150), {}),
+    "no list in one range": (lambda: rows_of([3, 4] * 150, tags=[None if i == 20 else [i] for i in range(300)]), {}),
+    "a null in one range": (lambda: rows_of([3, 4] * 150, tags=[[None if i == 20 else i] for i in range(300)]), {}),
 }
 
 
@@ -86,6 +88,29 @@ def test_ranges_say_what_one_process_reads(name):
     assert [c.name for c in found.columns.token_columns] == [c.name for c in whole.columns.token_columns]
     assert list(found.columns.row_columns) == list(whole.columns.row_columns)
     assert found.ends_alike == (closing_token(whole) is not None)
+
+
+TAGS = {
+    "no list": pa.array([None if i == 20 else [i] * (i % 3) for i in range(300)], pa.list_(pa.int32())),
+    "null": pa.array([[None] if i == 20 else [i] * (i % 3) for i in range(300)], pa.list_(pa.int32())),
+    "no list of fixed size": pa.array([None if i == 20 else [i, 1] for i in range(300)], pa.list_(pa.int32(), 2)),
+    "null of fixed size": pa.array([[None, 1] if i == 20 else [i, 1] for i in range(300)], pa.list_(pa.int32(), 2)),
+}
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_one_fingerprint_however_rows_with_nulls_are_stored(name):
+    """In chunks of any length, chosen, or alone: rows beside them do not count."""
+    tags, whole, part = TAGS[name], set(), set()
+    for rows in (300, 100, 17):
+        chunks = [pa.array(tags[i : i + rows].to_pylist(), tags.type) for i in range(0, 300, rows)]
+        ids = rows_of([3, 4] * 150)["input_ids"]
+        dataset = datasets.Dataset(pa.table({"input_ids": ids, "tags": pa.chunked_array(chunks)}))
+        chosen = dataset.select(range(299, -1, -1)).select(range(299, -1, -1))
+        for same in (dataset, chosen):
+            whole |= {column_prints(same), by_ranges(same)[1]}
+            part |= {column_prints(same.select(range(100, 300))), by_ranges(same.select(range(100, 300)))[1]}
+    assert (len(whole), len(part)) == (1, 1)
 
 
 def test_rows_end_alike_in_each_range_but_not_in_all():
@@ -162,6 +187,16 @@ def test_truncation_takes_what_ranges_said_of_how_rows_end(monkeypatch):
     assert cut_sequences(alike, 4, "truncate").ends is not None
     other, _, _ = by_ranges(datasets.Dataset.from_dict({"input_ids": [[i % 9] * (2 + i % 9) for i in range(300)]}))
     assert cut_sequences(other, 4, "truncate").ends is None
+
+
+@pytest.mark.parametrize("given", [slice(1, None), slice(None, -1), [0, 1, 1, 2], [0, 0, 2]], ids=str)
+def test_ranges_that_are_not_all_rows_once_are_refused(given):
+    dataset = rows_of([3, 4] * 20)
+    reading = Reading(None, None, False)
+    parts = [read_range(dataset, reading, *bounds) for bounds in row_ranges(dataset)]
+    parts = parts[given] if isinstance(given, slice) else [parts[i] for i in given]
+    with pytest.raises(RuntimeError, match="are not the 40 rows of the source, each once"):
+        join_ranges(dataset, reading, parts)
 
 
 def test_a_range_that_was_lost_travels_as_one():
