@@ -15,11 +15,14 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from shelf import Shelf, fail
 
 from packing import cli, cluster, folder, pack_dataset, ranges, verify_packed
+from packing.dataset import prepare_packing
 
 datasets.disable_progress_bars()
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
@@ -64,14 +67,18 @@ def whole(source, tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster_here(tmp_path_factory):
-    """A Ray of two CPUs, whose workers are processes."""
+    """A Ray of two CPUs, whose workers are processes. -> the folder of the file system shelf://, which they know"""
     import ray
+
+    shelf = tmp_path_factory.mktemp("urls") / "shelf"
+    shelf.mkdir()
 
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)]).strip(os.pathsep)
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")  # Ray's of its own future
         patch.setenv("PYTHONPATH", path)  # workers find the functions below
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache of workers")))
+        patch.setenv("FSSPEC_SHELF_ROOT", str(shelf))
         ray.init(
             address="local",
             num_cpus=2,
@@ -80,7 +87,7 @@ def cluster_here(tmp_path_factory):
             logging_level="ERROR",
             log_to_driver=False,
         )
-    yield
+    yield shelf
     ray.shutdown()
 
 
@@ -110,7 +117,7 @@ def note_writer(source, key, task):
 
 @needs_ray
 def test_the_same_bytes_as_one_process(cluster_here, source, whole, tmp_path, monkeypatch):
-    """The driver reads no row and writes no shard."""
+    """The driver reads no range and writes no shard."""
     monkeypatch.setattr(cluster, "_read", partial(note_reader, str(tmp_path)))
     monkeypatch.setattr(cluster, "_write", note_writer)
     for alone in ("packing.dataset.column_prints", "packing.dataset.read_source", "packing.ranges.read_source"):
@@ -296,9 +303,59 @@ def test_machines_convert_files_into_a_cache_of_their_own(cluster_here, source, 
     options = ["--max-sequence-length", "128", "--overlong", "split"]
     assert cli.main(["rows.parquet", "one", *options]) == 0
     monkeypatch.setattr("packing.dataset.row_ranges", removed_before(tmp_path / "cache"))
-    monkeypatch.setattr("packing.dataset.Packing._refuse_changed_files", lambda *_: None)  # it would miss them, too
     assert cli.main(["rows.parquet", "packed", *options, "--engine", "ray"]) == 0
     assert contents(tmp_path / "packed") == contents(tmp_path / "one")
+
+
+def shorter_source():
+    return datasets.Dataset(make_table()).select(range(ROWS - 1))
+
+
+def shuffled_source():
+    return datasets.Dataset(make_table()).shuffle(seed=0)
+
+
+def no_source():
+    raise ValueError("'rows.parquet' cannot be converted")
+
+
+OTHERS = {
+    "shorter": (shorter_source, "another one on machine '.*': it has 19,999 rows of .*, and 20,000 of .* where"),
+    "shuffled": (shuffled_source, "another one on machine '.*': its tokens are not those that it has where packing"),
+    "none": (no_source, r"'rows\.parquet' cannot be converted"),
+}
+
+
+@needs_ray
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_machine_that_sees_another_source(cluster_here, source, monkeypatch, name):
+    opener, said = OTHERS[name]
+    monkeypatch.setattr(cluster, "RETRIES", 0)
+    with pytest.raises(OSError, match=f"the source cannot be read from row .*{said}") as error:
+        prepare_packing(source, **PACK, to_write=True, engine="ray", opener=opener)
+    assert any("every machine of the cluster must see the source" in note for note in error.value.__notes__)
+
+
+def test_how_workers_know_a_source(source):
+    """By rows, types and some tokens, wherever the same rows lie."""
+    shared = cluster.SharedSource.of(source)
+    assert len(shared.open()) == ROWS
+    assert cluster.SharedSource.of(datasets.Dataset(make_table())).tokens == shared.tokens
+    for opener, said in (OTHERS["shorter"], OTHERS["shuffled"]):
+        with pytest.raises(OSError, match=said):
+            cluster.SharedSource.of(source, opener).open()
+
+
+def test_a_source_is_opened_from_any_folder(tmp_path, monkeypatch):
+    """Workers are in a folder of their own."""
+    (tmp_path / "rows-0.jsonl").write_text('{"input_ids": [1, 2]}\n')
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    openers = []
+    for name in ("rows-0.jsonl", "*.jsonl", f"file://{tmp_path}/rows-0.jsonl", f"file://{tmp_path}/*.jsonl"):
+        openers.append(cli._opener("", cli.make_parser().parse_args([name, "packed"])))
+    monkeypatch.chdir("/")
+    assert [opener().to_dict() for opener in openers] == [{"input_ids": [[1, 2]]}] * 4
 
 
 def removed_before(cache: Path):
@@ -307,6 +364,45 @@ def removed_before(cache: Path):
         return ranges.row_ranges(dataset)
 
     return look
+
+
+def see_shelf() -> None:
+    """A worker of a user has the package of its file system installed; this one is registered."""
+    fsspec.register_implementation("shelf", Shelf, clobber=True)
+
+
+def read_from_shelf(rows, source, key):
+    see_shelf()
+    return READ(rows, source, key)
+
+
+def write_to_shelf(source, key, task):
+    see_shelf()
+    if task.file.startswith("data-00003"):
+        Shelf.at["put"] = Shelf.done["put"] + 1, fail_once
+    return WRITE(source, key, task)
+
+
+def fail_once() -> None:
+    if times(Path(os.environ["FSSPEC_SHELF_ROOT"]).parent, "failures") == 1:  # in a worker
+        fail()
+
+
+@needs_ray
+def test_from_url_to_url(cluster_here, source, whole, tmp_path, monkeypatch):
+    """Workers copy the source to their own cache, and the file system fails for a moment."""
+    root = cluster_here
+    monkeypatch.setitem(fsspec.config.conf, "shelf", {"root": str(root)})
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(cluster, "_read", read_from_shelf)
+    monkeypatch.setattr(cluster, "_write", write_to_shelf)
+    see_shelf()
+    (root / "bucket").mkdir()
+    source.save_to_disk(root / "bucket" / "tokens", num_shards=2)
+    options = ["--max-sequence-length", "128", "--overlong", "split", "--seed", "3", "--engine", "ray"]
+    assert cli.main(["shelf://bucket/tokens", "shelf://bucket/packed", *options]) == 0
+    assert len(list((root.parent / "failures").iterdir())) == 2
+    assert contents(root / "bucket" / "packed") == whole
 
 
 @needs_ray
