@@ -28,6 +28,7 @@ def context():
 def _command(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     multiprocessing.set_start_method("fork", force=True)  # for dataloader workers, as in a process of a user's
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a shell's background inherit that it is ignored
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
