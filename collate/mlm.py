@@ -37,6 +37,7 @@ def mlm_sums(logits_PV: Tensor, labels_P: Tensor, sequence_P: Tensor, lengths_N:
 
 
 def check_mlm_loss(name: str) -> None:
+    """Raise ValueError for a name that is not in MLM_LOSSES."""
     if name not in MLM_LOSSES:
         raise ValueError(f"unknown mlm_loss {name!r}; choose from {list(MLM_LOSSES)}")
 

@@ -202,6 +202,7 @@ def count_shards(folder) -> int:
 
 
 def say_how_to_go_on(error: BaseException, partial, kept: int) -> None:
+    """Add to the error that finished shards are kept, and what to do with them."""
     shards = f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept in {str(partial)!r}"
     error.add_note(f"{shards}: run the same again to go on from there, or remove that folder")
 

@@ -117,6 +117,7 @@ def look_at_rows(dataset, token_columns: Sequence[str] | None, pad_token_id: int
 
 
 def say_trimmed(source: Source, pad_token_id: int | None) -> None:
+    """Log how much padding was trimmed, if any, and by what it was known."""
     if source.trimmed_rows:
         logger.warning(
             "%d padding tokens trimmed from %d of %d rows (%s)",

@@ -61,6 +61,7 @@ def prepare_head(model: nn.Module) -> nn.Module:
 
 
 def has_gather(encoder: nn.Module) -> bool:
+    """Whether prepare_head has hooked it."""
     return any(isinstance(hook, GatherForHead) for hook in encoder._forward_hooks.values())
 
 

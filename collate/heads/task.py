@@ -89,6 +89,7 @@ class Task:
 
 
 def cross_entropy_sums(logits_NC: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+    """loss: summed over what has a label; labels: how many have one; correct: how many of these are predicted."""
     is_label = has_label(labels_N)
     return {
         "loss": F.cross_entropy(logits_NC, labels_N, reduction="sum", ignore_index=IGNORED),
@@ -103,5 +104,6 @@ def share(total: Tensor, count: Tensor) -> Tensor:
 
 
 def check_pooling(pooling: str, choices: Sequence[str]) -> None:
+    """Raise ValueError for a pooling that is none of the choices."""
     if pooling not in choices:
         raise ValueError(f"unknown pooling {pooling!r}; choose from {list(choices)}")

@@ -63,4 +63,5 @@ def mean_by_sequence(values_T: Tensor, lengths: Tensor) -> Tensor:
 
 
 def at_least_float32(values: Tensor) -> Tensor:
+    """16 bits widened to 32, for sums; others as they are."""
     return values.float() if values.dtype.itemsize < 4 else values
