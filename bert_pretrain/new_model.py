@@ -12,6 +12,7 @@ from transformers import AutoConfig, BertConfig, PreTrainedConfig, TrainingArgum
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.choice import choose_attention
 from bert_pretrain.config import AUTO, NEW_MODEL, PretrainConfig
+from bert_pretrain.contents import parameters_digest
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.places import find_pretrained
 
@@ -94,7 +95,10 @@ def build_model(
             f"{config.model} has {bert.max_position_embeddings} positions, but the longest sequence of "
             f"{config.dataset} has {longest} tokens; prepare it with a max_sequence_length the model can hold"
         )
-    return PackedBertForPreTraining.from_pretrained(place, config=bert)
+    model, found = PackedBertForPreTraining.from_pretrained(place, config=bert, output_loading_info=True)
+    # what the checkpoint lacks is drawn by the seed
+    model.loaded_parameters = parameters_digest(model, without=set(found["missing_keys"]))
+    return model
 
 
 def _checkpoint_config(name: str, place: str) -> PreTrainedConfig:

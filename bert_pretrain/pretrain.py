@@ -60,7 +60,7 @@ def pretrain(
     sequences_per_step = set_batch(config, training, train)
     if training.ddp_find_unused_parameters is None and attends_fully(model):
         training.ddp_find_unused_parameters = False  # all are used, even by a rank without packs; looking costs time
-    run = run_record(config, training, train, tokenizer)
+    run = run_record(config, training, train, tokenizer, test, model) if training.should_save else None
     checkpoint = find_checkpoint(run, training)
     check_output(run, training)
     if training.device.type == "cpu":

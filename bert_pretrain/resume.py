@@ -1,17 +1,19 @@
 """Which checkpoint a run goes on from, and whether it is one of the same run."""
 
-import hashlib
 import json
 import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.config import PretrainConfig
+from bert_pretrain.contents import dataset_contents, model_contents, tokenizer_contents
+from bert_pretrain.record import versions
 from collate.agreement import agreed
 from collate.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
 
@@ -37,30 +39,46 @@ MAY_CHANGE_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_",
 MAY_CHANGE_PREFIXES += ("dataloader_",)
 MUST_STAY = {"dataloader_drop_last"}
 NOT_TRAINING = {"eval_mlm_probability", "peak_tflops"}
-PLACES = {"dataset", "tokenizer"}
+PLACES = {"dataset", "tokenizer", "model"}
 """Folders may be moved: their contents are compared."""
+OF_THE_BEST = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay")
+OF_THE_BEST += ("save_strategy", "save_steps", "load_best_model_at_end")
+"""What decides which checkpoint is the best: it must stay where the best one is loaded at the end."""
+CONTENTS = ("dataset", "tokenizer")
+"""Parts of which everything is compared, what has gone and what has come, too."""
 RESUME_OR_BEGIN = "give the old value to resume, or another output_dir to begin anew"
 
 
 def run_record(
-    config: PretrainConfig, training: TrainingArguments, train: Any, tokenizer: PreTrainedTokenizerBase
+    config: PretrainConfig,
+    training: TrainingArguments,
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Dataset | None = None,
+    model: nn.Module | None = None,
 ) -> dict[str, dict]:
     """What decides the outcome of a run, as JSON; kept in each of its checkpoints, and beside its model at the end.
 
-    Call it when sequences_per_step has become packs per step.
+    Call it when sequences_per_step has become packs per step. It reads all of the data, so one rank does.
     """
-    packs = None  # with sequences_per_step, those of a step are the same on any number of devices
+    packs = split_batches = None  # with sequences_per_step, packs of a step are the same on any number of devices
     if config.batch_policy == "packs":
         packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+        split_batches = training.accelerator_config.split_batches
+    arguments = training.to_dict()
     record = {
         "config": {name: value for name, value in asdict(config).items() if name not in PLACES | NOT_TRAINING},
-        "training": {name: value for name, value in training.to_dict().items() if _must_stay(name)},
-        "data": {
+        "training": {name: value for name, value in arguments.items() if _must_stay(name)},
+        "steps": {
             "packs_per_step": packs,
-            "dataset": getattr(train, "packed", train)._fingerprint,  # EpochPacks: of what it re-assigns
-            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+            "split_batches": split_batches,
+            "mixed_precision": training.mixed_precision,  # of accelerate launch, where training has none
         },
+        "dataset": dataset_contents(train=train, test=test),
+        "tokenizer": tokenizer_contents(tokenizer),
+        "model": {} if model is None else model_contents(model),
+        "best": {name: arguments[name] for name in OF_THE_BEST} | {"eval_mlm_probability": config.eval_mlm_probability},
+        "versions": versions(),
     }
     return json.loads(json.dumps(record, default=str))
 
@@ -120,9 +138,16 @@ def _check_parts(checkpoint: Path) -> None:
 
 def check_output(record: dict[str, dict], training: TrainingArguments) -> None:
     """A finished run of another configuration is not overwritten, though it may have left no checkpoint."""
-    if (Path(training.output_dir) / RUN_FILE).exists():
-        cure = "its model would be overwritten: give another output_dir, or remove this one"
-        _check_record(Path(training.output_dir), record, cure)
+    folder, cure = (
+        Path(training.output_dir),
+        "its model would be overwritten: give another output_dir, or remove this one",
+    )
+
+    def look() -> None:
+        if (folder / RUN_FILE).exists():
+            _check_record(folder, record, cure)
+
+    agreed(training, look)
 
 
 def write_run(folder: str | os.PathLike, record: dict[str, dict]) -> None:
@@ -133,14 +158,30 @@ def write_run(folder: str | os.PathLike, record: dict[str, dict]) -> None:
 def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_BEGIN) -> None:
     saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     for part, values in record.items():
-        for name, value in values.items():
-            before = saved.get(part, {}).get(name, value)
-            if before == value:
-                continue
-            if name == "attention" and _attend_alike(before, value, values["attention_probs_dropout_prob"]):
-                logger.info("attention: %s was trained with %s, now it is %s: the same function", folder, before, value)
-                continue
-            raise ValueError(f"{folder} was trained with {name}={before!r}, now it is {value!r}; {cure}")
+        if part in CONTENTS and part not in saved:
+            raise ValueError(
+                f"{folder}/{RUN_FILE} does not say what its {part} held: an earlier version wrote it; begin anew in "
+                "another output_dir, with --model to go on from its parameters"
+            )
+        before = saved.get(part, {})
+        names = {**values, **before} if part in CONTENTS else values
+        default = {} if part in CONTENTS else values  # options that came with a newer version
+        pairs = {name: (before.get(name, default.get(name)), values.get(name)) for name in names}
+        _check_part(folder, part, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, record, cure)
+
+
+def _check_part(folder: Path, part: str, changed: dict[str, tuple], record: dict[str, dict], cure: str) -> None:
+    """changed: {name: (before, now)}."""
+    if part == "best" and not record["best"]["load_best_model_at_end"]:
+        return
+    where = f"{part} " if part in ("dataset", "tokenizer", "model") else ""
+    for name, (before, now) in changed.items():
+        if part == "versions":
+            logger.warning("%s was trained with %s %s, now it is %s: numbers may differ", folder, name, before, now)
+        elif name == "attention" and _attend_alike(before, now, record["config"]["attention_probs_dropout_prob"]):
+            logger.info("attention: %s was trained with %s, now it is %s: the same function", folder, before, now)
+        else:
+            raise ValueError(f"{folder} was trained with {where}{name}={before!r}, now it is {now!r}; {cure}")
 
 
 def _attend_alike(before: str, now: str, dropout: float | None) -> bool:

@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pair, make_tokenizer
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from killed_runs import PATIENCE, Run, run_killed
 from safetensors.torch import load_file, save_file
+from test_equivalence import make_config
+from tokenizers import normalizers
 from training_runs import make_packs, make_trainer
-from transformers import Trainer, TrainingArguments, trainer
+from transformers import BertForMaskedLM, Trainer, TrainingArguments, trainer
 
 from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import PretrainConfig
+from bert_pretrain.new_model import build_model
 from bert_pretrain.resume import _check_record, run_record
 from collate import agreement, checkpoints
 from collate.agreement import agreed
@@ -403,16 +406,15 @@ def test_leftovers_of_a_killed_save_are_removed(options, copy_of_whole, whole, c
 # -- other settings ----------------------------------------------------------------------------------------------
 
 
-class Data:
-    _fingerprint = "a"
+def some_packs(seed=0):
+    rng = np.random.default_rng(seed)
+    return pack_dataset(Dataset.from_list([make_pair(rng, int(n)) for n in rng.integers(8, 40, 9)]), 64, packer="spfhp")
 
 
-def record(training=(), config=(), fingerprint="a"):
-    data = Data()
-    data._fingerprint = fingerprint
+def record(training=(), config=(), data=0, tokenizer=None, **inputs):
     arguments = TrainingArguments("nowhere", use_cpu=True, **dict(training))
     own = PretrainConfig(**{"dataset": "d", "tokenizer": "t"} | dict(config))
-    return run_record(own, arguments, data, make_tokenizer())
+    return run_record(own, arguments, some_packs(data), tokenizer or make_tokenizer(), **inputs)
 
 
 OTHER_RUNS = [
@@ -451,10 +453,137 @@ def test_other_packs_per_step_are_refused(tmp_path):
 
 
 def test_other_data_is_refused_and_moved_data_is_not(tmp_path):
+    """Held-out data, too."""
+    (tmp_path / "run.json").write_text(json.dumps(record(test=some_packs(1))))
+    _check_record(tmp_path, record(config={"dataset": "moved", "tokenizer": "moved"}, test=some_packs(1)))
+    with pytest.raises(ValueError, match="was trained with dataset train input_ids='"):
+        _check_record(tmp_path, record(data=2, test=some_packs(1)))
+    with pytest.raises(ValueError, match="was trained with dataset test input_ids='"):
+        _check_record(tmp_path, record(test=some_packs(2)))
+    with pytest.raises(ValueError, match=r"was trained with dataset test input_ids='.*', now it is None"):
+        _check_record(tmp_path, record())
+
+
+def with_other(change):
+    tokenizer = make_tokenizer()
+    change(tokenizer)
+    return tokenizer
+
+
+OTHER_TOKENIZERS = {
+    "mask_token='[MASK]', now it is '[UNK]'": lambda tokenizer: setattr(tokenizer, "mask_token", "[UNK]"),
+    "cls_token='[CLS]', now it is '[SEP]'": lambda tokenizer: setattr(tokenizer, "cls_token", "[SEP]"),
+    "added_tokens=": lambda tokenizer: tokenizer.add_tokens(["new"]),
+    "normalizer=": lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.NFKC()),
+    "model_max_length=": lambda tokenizer: setattr(tokenizer, "model_max_length", 7),
+}
+
+
+@pytest.mark.parametrize("message", OTHER_TOKENIZERS)
+def test_all_of_the_tokenizer_is_compared(tmp_path, message):
     (tmp_path / "run.json").write_text(json.dumps(record()))
-    _check_record(tmp_path, record(config={"dataset": "moved", "tokenizer": "moved"}))
-    with pytest.raises(ValueError, match="was trained with dataset='a', now it is 'b'"):
-        _check_record(tmp_path, record(fingerprint="b"))
+    with pytest.raises(ValueError, match=f"was trained with tokenizer {re.escape(message)}"):
+        _check_record(tmp_path, record(tokenizer=with_other(OTHER_TOKENIZERS[message])))
+    used = make_tokenizer()
+    used(["word1 word2"], padding="max_length", truncation=True, max_length=4)  # it notes its last call
+    _check_record(tmp_path, record(tokenizer=used))
+
+
+def test_a_model_to_continue_from_is_compared_by_its_config_and_weights(tmp_path):
+    """Its folder may be moved. What it lacks is drawn by the seed, which is compared anyway."""
+    torch.manual_seed(0)
+    stock = BertForMaskedLM(make_config(hidden_act="gelu"))
+    records = {}
+    for name, act, change in (("a", "gelu", 0), ("moved", "gelu", 0), ("weights", "gelu", 1), ("config", "relu", 0)):
+        stock.config.hidden_act = act
+        with torch.no_grad():
+            stock.bert.encoder.layer[0].output.dense.weight += change
+        stock.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            stock.bert.encoder.layer[0].output.dense.weight -= change
+        config = PretrainConfig(dataset="d", tokenizer="t", model=str(tmp_path / name), attention="sdpa")
+        torch.manual_seed(len(records))  # the pair's head, which the checkpoint lacks
+        model = build_model(config, 10, 0, 8)
+        records[name] = record(config={"model": config.model}, model=model)
+    (tmp_path / "run.json").write_text(json.dumps(records["a"]))
+    _check_record(tmp_path, records["moved"])
+    with pytest.raises(ValueError, match="was trained with model parameters="):
+        _check_record(tmp_path, records["weights"])
+    with pytest.raises(ValueError, match="was trained with model hidden_act='gelu', now it is 'relu'"):
+        _check_record(tmp_path, records["config"])
+
+
+def test_what_chooses_the_best_checkpoint_stays_where_one_is_chosen(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5}
+    best |= {"save_steps": 5}
+    (tmp_path / "run.json").write_text(json.dumps(record(best)))
+    _check_record(tmp_path, record(best))
+    _check_record(tmp_path, record({"metric_for_best_model": "mlm_accuracy"}))  # none is chosen
+    for name, value in {"metric_for_best_model": "mlm_accuracy", "eval_steps": 1, "greater_is_better": True}.items():
+        with pytest.raises(ValueError, match=f"was trained with {name}="):
+            _check_record(tmp_path, record(best | {name: value}))
+    with pytest.raises(ValueError, match="was trained with eval_mlm_probability="):
+        _check_record(tmp_path, record(best, {"eval_mlm_probability": 0.3}))
+    _check_record(tmp_path, record(config={"eval_mlm_probability": 0.3}))
+
+
+def test_mixed_precision_by_the_launcher_and_split_batches_are_compared(tmp_path, monkeypatch):
+    packs = {"batch_policy": "packs"}
+    (tmp_path / "run.json").write_text(json.dumps(record(config=packs)))
+    with pytest.raises(ValueError, match="was trained with split_batches=False, now it is True"):
+        _check_record(tmp_path, record({"accelerator_config": {"split_batches": True}}, packs))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="was trained with mixed_precision='no', now it is 'bf16'"):
+        _check_record(tmp_path, record(config=packs))
+
+
+def test_other_versions_are_said_and_a_record_without_contents_is_refused(tmp_path, caplog):
+    before = record()
+    before["versions"]["torch"] = "2.1.0"
+    (tmp_path / "run.json").write_text(json.dumps(before))
+    _check_record(tmp_path, record())
+    assert "was trained with torch 2.1.0, now it is" in caplog.text
+    for part in ("dataset", "tokenizer"):
+        (tmp_path / "run.json").write_text(json.dumps({name: before[name] for name in before if name != part}))
+        with pytest.raises(ValueError, match=f"run.json does not say what its {part} held: an earlier version"):
+            _check_record(tmp_path, record())
+
+
+def change_packs_in_place(folder):
+    """One token becomes another, in the file that training maps; fingerprint and lengths stay."""
+    (file,) = (folder / "train").glob("data-*.arrow")
+    whole = load_from_disk(str(folder / "train")).data.column("input_ids").chunk(0).flatten().to_numpy()
+    raw, tokens = bytearray(file.read_bytes()), whole.tobytes()
+    at = raw.index(tokens)
+    raw[at + 8] ^= 1
+    file.write_bytes(raw)
+
+
+def change_mask_token(folder):
+    file = folder / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"mask_token": "[MASK]"', '"mask_token": "[UNK]"'))
+
+
+@pytest.mark.parametrize(
+    ("option", "change", "message"),
+    [
+        ("dataset", change_packs_in_place, "was trained with dataset train input_ids="),
+        ("tokenizer", change_mask_token, "was trained with tokenizer mask_token='[MASK]', now it is '[UNK]'"),
+    ],
+)
+def test_inputs_that_were_changed_in_place_are_refused(
+    options, copy_of_whole, whole, tmp_path, capsys, option, change, message
+):
+    place = options.index(f"--{option}") + 1
+    shutil.copytree(options[place], tmp_path / option)
+    other = [*options[:place], str(tmp_path / option), *options[place + 1 :]]
+    assert train(other, copy_of_whole, max_steps=7) == 0  # a copy is the same
+    change(tmp_path / option)
+    assert train(other, copy_of_whole) == 2
+    assert message in capsys.readouterr().err
+    shutil.copytree(whole, tmp_path / "finished", ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert train(other, tmp_path / "finished") == 2
+    assert "its model would be overwritten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
