@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import packing
 from packing.draws import fisher_yates
 from packing.kernels import stamp
@@ -36,3 +38,33 @@ def test_a_change_in_a_file_that_is_called_is_noticed(tmp_path):
         )
         found.append(int(ran.stdout))
     assert found == [1, 1, 2]
+
+
+WITHOUT_A_HOME = """
+import os, sys
+from numba.core import caching
+os.umask(0o022)
+unwritable = lambda self: (_ for _ in ()).throw(OSError("read-only"))
+caching.InTreeCacheLocator.ensure_cache_path = caching.UserWideCacheLocator.ensure_cache_path = unwritable
+from packing.draws import fisher_yates
+print(fisher_yates._cache.cache_path)
+"""
+
+
+@pytest.mark.parametrize("folder", ["absent", "ours", "open to others", "a link"])
+def test_where_no_cache_can_be_written_beside_the_sources_or_in_the_home(tmp_path, folder):
+    """The temporary folder serves, if nobody else can write there; otherwise kernels are not cached."""
+    path = tmp_path / f"dataset-packing-kernels-{os.getuid()}"
+    if folder == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        path.symlink_to(tmp_path / "elsewhere")
+    elif folder != "absent":
+        path.mkdir()
+        path.chmod(0o777 if folder == "open to others" else 0o700)
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_HOME], capture_output=True, text=True, env=environment, check=True
+    )
+    found = ran.stdout.strip()
+    assert found.startswith(str(path)) if folder in ("absent", "ours") else found == "None"
