@@ -3,8 +3,8 @@
 Numba stamps what it caches with the file of the function alone. A kernel that calls one of another file would then keep
 the old machine code of that, after an upgrade just as after an edit.
 
-Numba caches beside the sources or in the user's home, and raises where it can write to neither. Then the cache lies in a
-temporary folder of this user; where even that fails, each process compiles anew.
+Numba caches beside the sources or in the user's home, and raises where it can write to neither. Then the cache lies in
+a temporary folder of this user; where even that fails, each process compiles anew.
 """
 
 from __future__ import annotations
