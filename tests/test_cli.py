@@ -270,6 +270,7 @@ def test_a_secret_is_a_string_that_is_not_pickled():
 # -- several ranks ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_two_ranks_by_ddp_and_by_fsdp(folders, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     data = [folders["dataset"], folders["tokenizer"], str(tmp_path)]

