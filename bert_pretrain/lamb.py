@@ -10,8 +10,10 @@ word embeddings of BERT begin at 97) and adapts biases like everything else.
 """
 
 import math
+from collections.abc import Iterator
 
 import pytorch_optimizer
+import torch
 from torch import nn
 
 
@@ -35,24 +37,51 @@ class Lamb(pytorch_optimizer.Lamb):
         group.setdefault("adam", all(parameter.ndim < 2 for parameter in group["params"]))
         super().add_param_group(group)
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Also of a state that counted the steps of a group: of each of its parameters then."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            step = group.pop("step", None)
+            for parameter in group["params"]:
+                if step is not None and parameter in self.state:
+                    self.state[parameter].setdefault("step", step)
+
     def step(self, closure=None):
-        """One step with both bias corrections, by what the library does without them.
+        """One step with both bias corrections, whose t counts the gradients of each parameter.
+
+        The library corrects nothing here, and takes the parameters of a group with the same t for a group.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        self.param_groups = [part for group in groups for part in self._parts(group)]
+        try:
+            super().step()
+            for part in self.param_groups:
+                for parameter in part["params"]:
+                    self.state[parameter]["step"] = part["step"]
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _parts(self, group: dict) -> Iterator[dict]:
+        """A group for each t among its parameters with a gradient.
 
         With c = √(1 - β2^t) / (1 - β1^t), u is c times the library's m / (√v + ε √(1 - β2^t)) + (λ / c) x. Since
         ‖x‖ / ‖u‖ · u does not change with c, only what is not adapted needs c · lr.
         """
-        given = [{name: group[name] for name in ("lr", "eps", "weight_decay")} for group in self.param_groups]
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            step = group.get("step", 0) + 1
+        by_step: dict[int, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_step.setdefault(self.state.get(parameter, {}).get("step", 0) + 1, []).append(parameter)
+        beta1, beta2 = group["betas"]
+        for step, parameters in by_step.items():
             root = math.sqrt(1 - beta2**step)
             correction = root / (1 - beta1**step)
-            group["eps"] *= root
-            group["weight_decay"] /= correction
-            if group["adam"]:
-                group["lr"] *= correction
-        try:
-            return super().step(closure)
-        finally:
-            for group, values in zip(self.param_groups, given, strict=True):
-                group.update(values)
+            part = group | {"params": parameters, "step": step - 1}  # the library adds 1
+            part["eps"] *= root
+            part["weight_decay"] /= correction
+            part["lr"] *= correction if group["adam"] else 1
+            yield part

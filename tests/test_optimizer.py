@@ -83,6 +83,96 @@ def test_each_rule_of_lamb_shows(mistake, tensors):
     assert min(error_of_lamb(Lamb, mistake)[tensors]) > 1e-5
 
 
+LATE = {0: 0, 1: 3, 2: 1, 3: 5}
+"""Parameter: steps before its first gradient. The second skips step 6 besides."""
+
+
+def late_run(optimizer, parameters, seed, steps=range(1, 10)):
+    """[step][parameter]: whether it had a gradient, and what it was then."""
+    rng, seen = np.random.default_rng(seed), []
+    for step in steps:
+        draw_gradients(rng, parameters)
+        for i, parameter in enumerate(parameters):
+            if step <= LATE[i] or (i, step) == (1, 6):
+                parameter.grad = None
+        gradients = [None if parameter.grad is None else parameter.grad.numpy().copy() for parameter in parameters]
+        optimizer.step()
+        seen.append((gradients, [parameter.detach().numpy().copy() for parameter in parameters]))
+    return seen
+
+
+def late_errors(steps_of):
+    """Worst relative difference of each parameter to the paper's algorithm; steps_of(step, count): its t."""
+    parameters, groups = make_parameters()
+    states = [(parameter.detach().numpy().copy(), 0.0, 0.0) for parameter in parameters]
+    counts, errors = [0] * len(parameters), []
+    for step, (gradients, values) in enumerate(late_run(Lamb(groups, lr=1e-2), parameters, 4), 1):
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                counts[i] += 1
+                rules = {"t": steps_of(step, counts[i]), "lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-6}
+                rules |= {"weight_decay": 0.01 if i < 2 else 0.0, "adapted": i < 2}
+                states[i] = lamb_step(*states[i], gradient, **rules)
+        pairs = zip(values, [state[0] for state in states], strict=True)
+        errors.append([abs(ours - paper).max() / (abs(paper).max() or 1) for ours, paper in pairs])
+    assert counts == [9, 5, 8, 4]
+    return np.max(errors, 0)
+
+
+def test_lamb_counts_the_steps_of_each_parameter():
+    """A parameter whose first gradient comes late has a late t; by the steps of its group it would go too far."""
+    assert max(late_errors(lambda step, count: count)) < 1e-6
+    assert max(late_errors(lambda step, count: step)[[1, 2, 3]]) > 0.05
+
+
+def test_lamb_without_layerwise_adaptation_is_torchs_adam_for_late_parameters():
+    ours, theirs = make_parameters()[0], make_parameters()[0]
+    ours_seen = late_run(Lamb([{"params": ours, "adam": True}], lr=1e-2, eps=1e-8), ours, 5)
+    theirs_seen = late_run(torch.optim.Adam(theirs, lr=1e-2, eps=1e-8), theirs, 5)
+    for (_, our_values), (_, their_values) in zip(ours_seen, theirs_seen, strict=True):
+        for our_value, their_value in zip(our_values, their_values, strict=True):
+            np.testing.assert_allclose(our_value, their_value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["own steps", "a group's steps"])
+def test_lamb_resumes_late_parameters_and_states_of_before(is_old):
+    """An old state counts the steps of groups: exact for parameters that had a gradient in each."""
+    parameters, groups = make_parameters()
+    optimizer = Lamb(groups, lr=1e-2)
+    late_run(optimizer, parameters, 6, range(1, 5))
+    state = copy.deepcopy(optimizer.state_dict())
+    assert [state["state"][i]["step"] for i in range(3)] == [4, 1, 3] and 3 not in state["state"]
+    assert not any("step" in group for group in state["param_groups"])
+    if is_old:
+        for group in state["param_groups"]:
+            group["step"] = 4
+        for own in state["state"].values():
+            del own["step"]
+    others = copy.deepcopy(parameters)
+    resumed = Lamb([{"params": others[:2]}, {"params": others[2:]}], lr=1e-2)
+    resumed.load_state_dict(state)
+    late_run(optimizer, parameters, 7, range(5, 8))
+    late_run(resumed, others, 7, range(5, 8))
+    alike = [torch.equal(a, b) for a, b in zip(parameters, others, strict=True)]
+    assert alike == [True, not is_old, not is_old, True]
+    assert not any("step" in group for group in resumed.param_groups)
+
+
+def test_a_closure_of_lamb_makes_the_gradients():
+    (parameter, *_), _ = make_parameters()
+    optimizer = Lamb([parameter], lr=1e-2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    before = parameter.detach().clone()
+    assert optimizer.step(closure) == before.square().sum()
+    assert not torch.equal(parameter, before) and optimizer.state[parameter]["step"] == 1
+
+
 @pytest.mark.parametrize("options", [{}, {"weight_decouple": False}, {"weight_decouple": False, "adam_debias": True}])
 def test_the_librarys_own_lamb_is_not_the_papers(options):
     """Once it is, `bert_pretrain.lamb` has no more reason to be."""
