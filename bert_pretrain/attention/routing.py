@@ -47,8 +47,8 @@ class RoutingOptions:
     keys. None: about sqrt(n), the cheapest. 1: full attention."""
 
     decay: float = 0.999
-    """How much of a centroid stays at each optimizer step; less follows the model faster. In the first steps it is
-    (1 + step) / (10 + step), if that is less, to forget the random start. 1: centroids stay as they are."""
+    """How much of a centroid stays at each optimizer step; less follows the model faster. At its first moves it is
+    (1 + moves) / (10 + moves), if that is less, to forget the random start. 1: centroids stay as they are."""
 
     seed: int = 0
     """Of the first centroids; every layer draws its own under the same seed."""
@@ -68,7 +68,7 @@ class RoutingAttention(AttentionHead):
         super().__init__(*args, **kwargs)
         self.max_clusters = self.num_clusters(self.max_sequence_length)
         self.register_buffer("centroids_HCK", torch.empty(self.num_heads, self.max_clusters, self.head_width))
-        self.register_buffer("num_updates", torch.empty((), dtype=torch.int64))
+        self.register_buffer("num_updates", torch.empty(self.centroids_HCK.shape[:2], dtype=torch.int64))
         self._sums: tuple[Tensor, Tensor] | None = None  # no buffer: ranks have their own, and DDP levels buffers
         self._micro_batches = 0
         self.reset_parameters()
@@ -203,12 +203,12 @@ class RoutingAttention(AttentionHead):
             both = torch.cat([sums, counts[..., None]], dim=-1)
             dist.all_reduce(both)
             sums, counts = both[..., :-1], both[..., -1]
-        steps = self.num_updates.to(sums)
-        decay = torch.clamp((1 + steps) / (10 + steps), max=self.options.decay)
+        moves = self.num_updates.to(sums)[..., None]  # each centroid's own: many are first seen late
+        decay = torch.clamp((1 + moves) / (10 + moves), max=self.options.decay)
         moved = decay * self.centroids_HCK.to(sums) + (1 - decay) * F.normalize(sums, dim=-1)
         seen = (counts > 0) & sums.isfinite().all(-1)  # a NaN would stay for good
         self.centroids_HCK.copy_(torch.where(seen[..., None], moved, self.centroids_HCK.to(sums)))
-        self.num_updates += (counts.sum() > 0).long()
+        self.num_updates += seen
         self._sums, self._micro_batches = None, 0
 
 
