@@ -44,12 +44,17 @@ def test_is_stored_as_one_run_from_top_to_bottom(path):
 def test_imports_what_exists(path):
     lines = "\n".join(cell.source for cell in read(path)[1]).splitlines()
     source = "\n".join(line for line in lines if not line.startswith(("%", "!")))
-    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    ours = [node for node in statements if node.module.split(".")[0] in ("packing", "collate", "bert_pretrain")]
-    assert ours
-    for node in ours:
-        module = importlib.import_module(node.module)
-        assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+    found = 0
+    for node in ast.walk(ast.parse(source)):
+        modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in modules:
+            if name.split(".")[0] in ("packing", "collate", "bert_pretrain"):
+                module = importlib.import_module(name)
+                names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+                assert all(hasattr(module, each) for each in names), ast.unparse(node)
+                found += 1
+    assert found
 
 
 def marked(path):
