@@ -8,12 +8,12 @@ No chunk crosses a boundary, and nothing depends on where in the row, or in the 
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from collate.length_groups import Gather, Scatter
+from collate.views import view
 
 NO_CHUNK = -1
 
@@ -45,17 +45,17 @@ class Chunks:
         """C"""
         return self.index.shape[1]
 
-    @cached_property
+    @view
     def first(self) -> Tensor:
         """(N,) int64: the first chunk of each sequence."""
         return self.chunks_per_sequence.cumsum(0) - self.chunks_per_sequence
 
-    @cached_property
+    @view
     def positions(self) -> Tensor:
         """(NC, C) int64: the position of each slot in its sequence; those of padding go on behind the last token."""
         return self.number[:, None] * self.size + torch.arange(self.size, device=self.index.device)
 
-    @cached_property
+    @view
     def by_number(self) -> tuple["Chunks", list[int]]:
         """These chunks in the order of their number, those of long sequences first, and how many have each number.
 

@@ -6,7 +6,6 @@ Order is the same everywhere: pack by pack, and inside a pack from left to right
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from collate.chunks import Chunks, cut_into_chunks
 from collate.length_groups import LengthGroups, length_groups
+from collate.views import in_ordinary_mode, view
 
 Made = TypeVar("Made")
 
@@ -45,64 +45,64 @@ class PackLayout:
         if self.sequence_ids_BL.device.type == "cpu":
             _check_ids(self.sequence_ids_BL, self._is_start_BL)
 
-    @cached_property
+    @view
     def is_real_BL(self) -> Tensor:
         """(B, L) bool: True where a slot holds a token."""
         return self.sequence_ids_BL != PADDING
 
-    @cached_property
+    @view
     def _is_start_BL(self) -> Tensor:
         """(B, L) bool: True on the first token of each sequence."""
         previous_BL = torch.nn.functional.pad(self.sequence_ids_BL, (1, 0))[:, :-1]
         return self.is_real_BL & (self.sequence_ids_BL != previous_BL)
 
-    @cached_property
+    @view
     def token_index(self) -> Tensor:
         """(T,) int64: the slots that hold tokens, counted through the whole batch (pack * L + slot)."""
         return self.is_real_BL.flatten().nonzero().squeeze(1)
 
-    @cached_property
+    @view
     def token_of_slot(self) -> Tensor:
         """(B * L,) int64: the inverse of `token_index`; -1 on padding."""
         is_real = self.is_real_BL.flatten()
         return torch.where(is_real, is_real.cumsum(0) - 1, -1)
 
-    @cached_property
+    @view
     def cu_seqlens(self) -> Tensor:
         """(N + 1,) int32: where each sequence begins among the T tokens, and T at the end."""
         starts = self._is_start_BL.flatten()[self.token_index].nonzero().squeeze(1)
         return torch.nn.functional.pad(starts, (0, 1), value=len(self.token_index)).int()
 
-    @cached_property
+    @view
     def lengths(self) -> Tensor:
         """(N,) int64: tokens of each sequence."""
         return self.cu_seqlens.diff().long()
 
-    @cached_property
+    @view
     def num_tokens(self) -> int:
         return len(self.token_index)
 
-    @cached_property
+    @view
     def num_sequences(self) -> int:
         return len(self.cu_seqlens) - 1
 
-    @cached_property
+    @view
     def sequence_of_token(self) -> Tensor:
         """(T,) int64: which of the batch's sequences a token belongs to, from 0."""
         return self._is_start_BL.flatten()[self.token_index].cumsum(0) - 1
 
-    @cached_property
+    @view
     def positions_T(self) -> Tensor:
         """(T,) int64: each token's place in its own sequence, from 0."""
         tokens = torch.arange(self.num_tokens, device=self.token_index.device)
         return tokens - self.cu_seqlens.long()[self.sequence_of_token]
 
-    @cached_property
+    @view
     def positions(self) -> Tensor:
         """(B, L) int64: each token's place in its own sequence, from 0; 0 on padding."""
         return self.pad(self.positions_T)
 
-    @cached_property
+    @view
     def length_groups(self) -> LengthGroups:
         """The sequences side by side, those of like length together; needs at least one sequence."""
         return length_groups(self.cu_seqlens[:-1].long(), self.lengths, self.sequence_of_token, self.positions_T)
@@ -115,10 +115,12 @@ class PackLayout:
         if size < 1:
             raise ValueError(f"chunks of {size} tokens; give a size of at least 1")
         if size not in self._chunks:
-            self._chunks[size] = cut_into_chunks(size, self.lengths, self.sequence_of_token, self.positions_T)
+            self._chunks[size] = in_ordinary_mode(
+                lambda: cut_into_chunks(size, self.lengths, self.sequence_of_token, self.positions_T)
+            )
         return self._chunks[size]
 
-    @cached_property
+    @view
     def _chunks(self) -> dict[int, Chunks]:
         return {}
 
@@ -126,16 +128,18 @@ class PackLayout:
         """What `make` returns, made once per key: for views of this layout that an attention head needs in each layer.
 
         key: says all that the result depends on besides the layout; begin it with the name of who asks.
+        make: takes nothing from outside but numbers and views of this layout. What a caller has made under
+            torch.inference_mode() would be kept, and could not be trained with.
         """
         if key not in self._derived:
-            self._derived[key] = make()
+            self._derived[key] = in_ordinary_mode(make)
         return self._derived[key]
 
-    @cached_property
+    @view
     def _derived(self) -> dict[Hashable, object]:
         return {}
 
-    @cached_property
+    @view
     def attention_mask(self) -> Tensor:
         """(B, 1, L, L) bool, True = attend: query and key are tokens of one sequence.
 

@@ -212,6 +212,21 @@ def check_state(build) -> None:
     assert all(p.requires_grad for p in empty.parameters())
 
 
+def check_inference_first(build) -> None:
+    """A layout that was first seen under inference mode, by ids of either kind, is trained on as any other."""
+    attention, ids = make(build), torch.tensor(LAYOUTS["long and short"])
+    inputs, weights = heads_input(layout_of(ids)), heads_input(layout_of(ids), 1)[0]
+    expected = run(attention, layout_of(ids), inputs, weights)
+    with torch.inference_mode():
+        ids_of_inference = ids.clone()
+    for seen_ids in (ids, ids_of_inference):
+        layout = PackLayout(seen_ids)
+        with torch.inference_mode():
+            attention(*inputs, layout)
+        found = run(attention, layout, inputs, weights)
+        assert all((found[name] == expected[name]).all() for name in expected)
+
+
 def check_contract(build, survives_nan: bool = True, bfloat16: float = 0.15) -> None:
     """All checks; isolation over every layout of LAYOUTS. bfloat16: how far it may be off in that type."""
     for ids in LAYOUTS.values():
@@ -221,3 +236,4 @@ def check_contract(build, survives_nan: bool = True, bfloat16: float = 0.15) -> 
     check_empty_batch(build)
     check_dtypes(build, ((torch.float32, 1e-4), (torch.bfloat16, bfloat16)))
     check_state(build)
+    check_inference_first(build)

@@ -52,19 +52,44 @@ def test_dropout_is_that_of_the_layers_and_not_what_the_config_says_later():
         use_attention(model, "lsh")
 
 
-def test_ids_written_anew_make_a_layout_anew():
+def write(ids, following):
+    ids.copy_(following)
+
+
+def write_data(ids, following):
+    ids.data.copy_(following)  # unseen by the tensor's version
+
+
+def write_by_numpy(ids, following):
+    ids.numpy()[:] = following.numpy()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", [write, write_data, write_by_numpy])
+def test_ids_written_anew_make_a_layout_anew(write, context):
     """A buffer that the next batch is copied into."""
     torch.manual_seed(0)
     model = use_attention(BertModel(make_config()).double().eval(), "sdpa")
     input_ids = torch.randint(5, 60, (1, 12))
     buffer, following = torch.tensor([[1] * 8 + [2] * 4]), torch.tensor([[1] * 3 + [2] * 9])
+    with context():
+        ids = buffer.clone()
+        before = model(input_ids, sequence_ids=ids).last_hidden_state
+        write(ids, following)
+        found = model(input_ids, sequence_ids=ids).last_hidden_state
+        assert torch.equal(found, model(input_ids, sequence_ids=following.clone()).last_hidden_state)
+        assert not torch.equal(found, before)
+
+
+def test_the_layers_of_a_model_share_one_layout(monkeypatch):
+    made = []
+    monkeypatch.setattr("bert_pretrain.attention.PackLayout", lambda ids: made.append(PackLayout(ids)) or made[-1])
+    model = use_attention(BertModel(make_config()).eval(), "sdpa")
+    ids = torch.tensor([[1] * 8 + [2] * 4])
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            ids = buffer.clone()
-            model(input_ids, sequence_ids=ids)
-            ids.copy_(following)
-            found = model(input_ids, sequence_ids=ids).last_hidden_state
-            assert torch.equal(found, model(input_ids, sequence_ids=following.clone()).last_hidden_state)
+            model(torch.randint(5, 60, ids.shape), sequence_ids=ids)
+    assert len(made) == 1
 
 
 def test_a_batch_is_freed_without_the_garbage_collector():

@@ -47,6 +47,7 @@ from bert_pretrain.attention.strided import StridedAttention
 from bert_pretrain.attention.varlen import VarlenAttention
 from collate.isolation import isolate_sequences
 from collate.layout import PackLayout
+from collate.views import in_ordinary_mode
 
 ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "sdpa": SdpaAttention,
@@ -249,13 +250,18 @@ def packed_attention(
 def _layout_of(sequence_ids: Tensor) -> PackLayout:
     """The layout of these ids, made by the first layer of a forward pass and kept with the tensor for the others.
 
-    Made anew when the tensor was written to since. It holds an alias of the tensor: with the tensor itself it would be
-    a cycle, and every batch's masks would wait for the garbage collector.
+    Made anew when the ids have changed since. On a CPU they are compared, which sees a write through numpy, too.
+    Elsewhere the tensor's version tells, as a comparison would wait for the device. The layout holds a copy of the ids:
+    with the tensor itself it would be a cycle, and every batch's masks would wait for the garbage collector.
     """
     version = None if sequence_ids.is_inference() else sequence_ids._version
     layout, made_from = getattr(sequence_ids, "packed_layout", (None, None))
-    if layout is None or version is None or made_from != version:
-        layout = PackLayout(sequence_ids.detach())
+    if sequence_ids.device.type == "cpu":
+        is_current = layout is not None and torch.equal(layout.sequence_ids_BL, sequence_ids)
+    else:
+        is_current = layout is not None and version is not None and made_from == version
+    if not is_current:
+        layout = PackLayout(in_ordinary_mode(sequence_ids.clone))
         sequence_ids.packed_layout = layout, version
     return layout
 

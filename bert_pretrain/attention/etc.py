@@ -76,8 +76,11 @@ class EtcAttention(PatternAttention):
 
     def exists(self, layout: PackLayout) -> Tensor:
         """(N, G) bool: a sequence of fewer than G tokens has as many global tokens as tokens."""
-        number = torch.arange(self.options.global_tokens, device=layout.lengths.device)
-        return number < layout.lengths[:, None]
+        number = self.options.global_tokens
+        return layout.derived(
+            ("etc exists", number),
+            lambda: torch.arange(number, device=layout.lengths.device) < layout.lengths[:, None],
+        )
 
     def chunk_mask(self, view: Windows, layout: PackLayout) -> Tensor:
         """(NC, 1, C, M + G) bool: the window, then the global tokens."""

@@ -126,27 +126,30 @@ class PatternAttention(AttentionHead):
         return masks
 
     def attend_flex(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
-        extra, extra_sequence = self.extra_keys(key_THK, value_THK, layout), None
+        extra = self.extra_keys(key_THK, value_THK, layout)
+        exists = None if extra is None else extra[2]
         if extra is not None:
             key_THK, value_THK = (
                 torch.cat([key_THK, extra[0].flatten(0, 1)]),
                 torch.cat([value_THK, extra[1].flatten(0, 1)]),
             )
-            own = torch.arange(layout.num_sequences, device=query_THK.device)[:, None]
-            extra_sequence = torch.where(extra[2], own, -1).flatten()
         if (
             not query_THK.is_cuda
             and torch.is_grad_enabled()
             and any(x.requires_grad for x in (query_THK, key_THK, value_THK))
         ):
             raise ValueError("flex has no gradient on CPUs; set execution='chunks' there, or use torch.no_grad()")
-        block_mask = layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout, extra_sequence))
+        block_mask = layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout, exists))
         flex_attention, _ = flex_functions()
         query, key, value = (x.transpose(0, 1)[None] for x in (query_THK, key_THK, value_THK))
         return flex_attention(query, key, value, block_mask=block_mask)[0].transpose(0, 1)
 
-    def block_mask(self, layout: PackLayout, extra_sequence: Tensor | None):
-        """FlexAttention's mask of the batch: (1, H or 1, T, T + E)."""
+    def block_mask(self, layout: PackLayout, exists: Tensor | None = None):
+        """FlexAttention's mask of the batch: (1, H or 1, T, T + E). exists: (N, G), of keys that are no tokens."""
+        extra_sequence = None
+        if exists is not None:
+            own = torch.arange(layout.num_sequences, device=exists.device)[:, None]
+            extra_sequence = torch.where(exists, own, -1).flatten()
         mask_mod = self.mask_mod(layout, extra_sequence)
         num_tokens = layout.num_tokens
         num_extra = 0 if extra_sequence is None else len(extra_sequence)
