@@ -6,15 +6,20 @@ a resume the first figures are of the steps since it, counts and time alike.
 """
 
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psutil  # accelerate brings it
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PEAK_FLOPS = {
     "A10": 125e12,
@@ -175,6 +180,8 @@ class Meter:
         """Bytes: of tensors on a CUDA device; elsewhere of the whole process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        if resource is None:
+            return psutil.Process().memory_info().peak_wset
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

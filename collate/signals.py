@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""SIGTERM is what schedulers, containers and torchrun send before they kill; SIGUSR1 what Slurm is often told to."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""SIGTERM is what schedulers, containers and torchrun send before they kill; SIGUSR1, which Windows has not, what Slurm
+is often told to."""
 
 
 class Stopped(SystemExit):

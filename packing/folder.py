@@ -2,7 +2,7 @@
 
 packed                     the target: it appears when it is complete
 .packed.partial            beside it until then; a killed run's is found by the next run of the same packing
-.packed.partial/lock       held by the run that writes, so that two do not
+.packed.partial.lock       held by the run that writes, until the folder has its name
 """
 
 from __future__ import annotations
@@ -14,27 +14,59 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
 import xxhash
 
+from .locks import held
+
 SHARD_BYTES = 500_000_000  # of write_dataset
-LOCK = "lock"
 READ_BYTES = 1 << 22
+TRIES = 100  # a folder may go while files are put into it, if another run ends
+BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends
+CURE = "choose another output, or make its folder writable"
 
 
 def check_target(target: str | os.PathLike) -> Path:
-    """The folder to write, which must not exist yet."""
+    """The folder to write, which must not exist yet, in a place where it can be made.
+
+    Raises FileExistsError where it exists, and OSError where the system would not have it."""
     from .remote import place
 
     target = place(target)
     if not isinstance(target, Path):
         raise ValueError(f"{str(target)!r} is a URL, and this is written to a folder of this machine; give its path")
-    if target.exists() or target.is_symlink():
-        raise FileExistsError(f"output {str(target)!r} exists already; choose another folder or remove it first")
+    if "\0" in str(target):
+        raise ValueError(f"output {str(target)!r} has a NUL in its name; choose another name")
+    with writing_errors(target):
+        if os.path.lexists(target):
+            raise FileExistsError(f"output {str(target)!r} exists already; choose another folder or remove it first")
+        _check_parent(target.absolute())
     return target
+
+
+def _check_parent(target: Path) -> None:
+    """That it can be written to, as far as the system says so without a try."""
+    os.path.lexists(target) or _partial_of(target).is_symlink()  # raises for a name that is too long
+    parent = next(parent for parent in target.parents if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+
+
+@contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """An error of the system names the path and the cure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or CURE in str(error.strerror):
+            raise
+        said = error.strerror if error.filename in (None, str(path)) else f"{error.strerror} ({str(error.filename)!r})"
+        raise OSError(error.errno, f"{said}; {CURE}", str(path)) from error
 
 
 # Files
@@ -48,8 +80,11 @@ def write_bytes(descriptor: int, data) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or a folder's entries, are on the disk. Windows opens no folder, and has no such wait."""
+    on_windows = os.name == "nt"
+    if on_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -74,7 +109,7 @@ class HashedFile:
 
     def _new_file(self) -> tuple[Path, int]:
         path = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.writing")  # its own on any machine
-        return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
 
     @property
     def xxh3(self) -> str:
@@ -91,7 +126,8 @@ class HashedFile:
 
     def publish(self) -> None:
         os.fsync(self._descriptor)
-        os.rename(self._unfinished, self.path)
+        self.close()  # Windows renames no file that is open, and only os.replace goes over another
+        (os.replace if os.name == "nt" else os.rename)(self._unfinished, self.path)
         sync(self.path.parent)
 
     def tell(self) -> int:  # as Arrow wants it
@@ -101,14 +137,15 @@ class HashedFile:
         pass
 
     def close(self) -> None:
-        pass
+        if not self.closed:
+            self.closed = True
+            os.close(self._descriptor)
 
     def __enter__(self) -> HashedFile:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.closed = True
-        os.close(self._descriptor)
+        self.close()
         with suppress(FileNotFoundError):
             self._unfinished.unlink()
 
@@ -151,49 +188,58 @@ def partial_folder(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = check_target(target).absolute()
     made = [parent for parent in target.parents if not parent.exists()]  # the parents that we make, nearest first
-    partial = target.with_name(f".{target.name}.partial")
-    lock = _make_locked(partial)
+    partial = _partial_of(target)
+    try:
+        with _made_and_locked(partial, target):
+            yield from _becomes(target, partial)
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _becomes(target: Path, partial: Path) -> Iterator[Path]:
+    """Give out the partial folder, and give it its name after that."""
     try:
         yield partial
         check_target(target)
         for folder, _, _ in os.walk(partial):
             sync(Path(folder))
-        (partial / LOCK).unlink()
         os.rename(partial, target)
         sync(target.parent)
     except BaseException as error:
         if kept := count_shards(partial):
             say_how_to_go_on(error, partial, kept)
         else:
-            _remove(partial, made)
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    finally:
-        os.close(lock)
 
 
-def _make_locked(partial: Path) -> int:
-    """Make the folder if it is not there, and hold its lock until the descriptor is closed, or this process ends."""
-    import fcntl  # of POSIX; who only plans may do without
+def _partial_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
-    while True:
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            lock = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another run has just ended and taken it along
-            continue
-        except OSError as error:
-            cure = "choose another output, or make its folder writable"
-            raise OSError(error.errno, f"{error.strerror}; {cure}", str(partial)) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock).st_ino == (partial / LOCK).stat().st_ino:
-                return lock
-        except BlockingIOError:
-            os.close(lock)
-            raise BlockingIOError(f"another run is writing {str(partial)!r}; wait for it, or stop it") from None
-        except FileNotFoundError:  # as above
-            pass
-        os.close(lock)
+
+@contextmanager
+def _made_and_locked(partial: Path, target: Path) -> Iterator[None]:
+    """Make the folder if it is not there, and hold its lock, which lies beside it.
+
+    So the folder can get its name while the lock is held, and holds no file that must go before."""
+    with writing_errors(target), ExitStack() as stack:
+        for left in reversed(range(TRIES)):
+            try:
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(partial.with_name(f"{partial.name}.lock")))
+                break
+            except BlockingIOError:
+                raise BlockingIOError(f"another run is writing {str(partial)!r}; wait for it, or stop it") from None
+            except FileNotFoundError:  # another run has just ended and taken our parents along; or this is no place
+                if not left:
+                    raise
+        if partial.is_symlink():
+            raise FileExistsError(errno.EEXIST, "it is a link, and would be followed; remove it", str(partial))
+        partial.mkdir(exist_ok=True)
+        lock = stack.pop_all()
+    with lock:
+        yield
 
 
 def count_shards(folder) -> int:
@@ -207,9 +253,8 @@ def say_how_to_go_on(error: BaseException, partial, kept: int) -> None:
     error.add_note(f"{shards}: run the same again to go on from there, or remove that folder")
 
 
-def _remove(folder: Path, made: list[Path]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # a parent that someone else writes to by now is not empty, and stays
+def _remove_empty(made: list[Path]) -> None:
+    with suppress(OSError):  # a parent with something in it stays
         for parent in made:
             parent.rmdir()
 
@@ -234,15 +279,17 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = check_target(target).absolute()
     made = [parent for parent in target.parents if not parent.exists()]  # the parents that we make, nearest first
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
+    with writing_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
     folder.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
     try:
         yield folder
         check_target(target)
         os.rename(folder, target)
     except BaseException:
-        _remove(folder, made)
+        shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(made)
         raise
 
 

@@ -12,16 +12,16 @@ is resumed copies nothing. Where the file system tells only a file's size, a cha
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
 
+from .locks import held
 from .remote import is_file_in, named_errors, open_store
 
 OF_ACCESS = re.compile("^(atime|time|ino|nlink)$|access", re.I)  # changes without the file, or differs by machine
@@ -42,7 +42,8 @@ def local_copy(
     stamps = _stamps(found)
     digest = xxhash.xxh3_128_hexdigest(json.dumps([url, stamps], sort_keys=True).encode())
     folder = _cache() / f"{re.sub(r'[^A-Za-z0-9]+', '-', url)[-60:].strip('-')}-{digest}"
-    with _locked(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder.with_name(f"{folder.name}.lock"), wait=True):  # one process copies, others of this machine wait
         missing = [name for name in found if not (folder / name).exists()]
         for name in missing:
             target = folder / name
@@ -98,15 +99,3 @@ def _cache() -> Path:
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process copies, and others of this machine wait for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder.with_name(f"{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)

@@ -28,7 +28,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PurePosixPath
 from types import SimpleNamespace
 
-from .folder import READ_BYTES, HashedFile
+from .folder import BINARY, READ_BYTES, HashedFile
+from .locks import LOOK, lock
 
 URL = re.compile(r"([A-Za-z][\w+.-]*)((::[\w+.-]+)*)://")
 LOCAL = ("file", "local")
@@ -290,22 +291,20 @@ class RemoteFile(HashedFile):
 
     def _new_file(self) -> tuple[Path, int]:
         """Locked while it is in use: what a killed process has left is known by that, and removed."""
-        import fcntl
-
         folder = Path(tempfile.gettempdir())
         for left_off in folder.glob(f"{self.PREFIX}*{self.ENDING}"):
             with suppress(OSError):  # it is another user's, or in use, or gone
-                descriptor = os.open(left_off, os.O_WRONLY)
+                descriptor = os.open(left_off, os.O_WRONLY | LOOK)
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(descriptor)
                     left_off.unlink()
                 finally:
                     os.close(descriptor)
         while True:
             path = folder / f"{self.PREFIX}{secrets.token_hex(8)}{self.ENDING}"
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o600)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(descriptor)
                 if path.exists():  # and nobody has taken it for left off before it was locked
                     return path, descriptor
             except BlockingIOError:  # somebody is about to

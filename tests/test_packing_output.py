@@ -1,0 +1,134 @@
+"""Where packs are written to: places that take none, links, pipes and junk in the way, and who holds the lock."""
+
+import errno
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+
+from packing import cli, pack_dataset, unpack_dataset
+from packing.folder import new_folder, partial_folder
+from packing.locks import held
+
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def source():
+    return datasets.Dataset.from_dict({"input_ids": [[1, 2], [3], [4, 5, 6]], "text": ["a", "b", "c"]})
+
+
+def partial_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
+
+
+UNWRITABLE = {
+    "a file system that makes no folders": ("/proc/packed", "No such file"),
+    "below such a one": ("/proc/new/packed", "No such file"),
+    "another one": ("/sys/packed", ""),
+    "a device in the path": ("/dev/null/packed", "Not a directory"),
+    "a file in the path": ("{tmp}/file/new/packed", "Not a directory"),
+    "a dangling link in the path": ("{tmp}/dangling/packed", ""),
+    "a name that is too long": ("{tmp}/" + "x" * 300, "File name too long"),
+    "a name that is too long with what is added": ("{tmp}/" + "x" * 250, "File name too long"),
+    "links in a circle": ("{tmp}/circle/packed", ""),
+}
+
+
+@pytest.mark.parametrize(("output", "said"), UNWRITABLE.values(), ids=UNWRITABLE)
+def test_places_that_take_no_output(source, tmp_path, capsys, output, said):
+    """One error that names the output and the cure, in both ways of writing; nothing is left."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at all")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    before = sorted(tmp_path.rglob("*"))
+    output = output.format(tmp=tmp_path)
+    packed = pack_dataset(source, 8)
+    for write in (lambda: pack_dataset(source, 8, output=output), lambda: unpack_dataset(packed, output)):
+        with pytest.raises(OSError, match=f"{said}.*; choose another output, or make its folder writable") as caught:
+            write()
+        assert output in str(caught.value)
+    source.save_to_disk(tmp_path / "source")
+    assert cli.main([str(tmp_path / "source"), output]) == 2
+    assert "choose another output" in capsys.readouterr().err
+    assert sorted(path for path in tmp_path.rglob("*") if "source" not in path.parts) == before
+
+
+def test_a_name_with_nul_is_refused(source, tmp_path):
+    with pytest.raises(ValueError, match="has a NUL in its name"):
+        pack_dataset(source, 8, output=f"{tmp_path}/a\0b")
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+def test_a_system_that_refuses_a_folder(source, tmp_path, monkeypatch, code):
+    """Not writable, no space, a quota: tests may run as root, whom permissions do not stop."""
+    real = os.open
+
+    def refuse(path, flags, *arguments, **options):
+        if flags & os.O_CREAT and str(path).startswith(str(tmp_path)):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError, match="choose another output, or make its folder writable") as caught:
+        pack_dataset(source, 8, output=tmp_path / "new" / "packed")
+    assert caught.value.errno == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("packing.folder.os.access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="choose another output, or make its folder writable"):
+        pack_dataset("no dataset, which would be the next error", 8, output=tmp_path / "packed")
+
+
+@pytest.mark.parametrize("to", ["a folder", "nothing"])
+def test_a_partial_folder_that_is_a_link_is_refused(source, tmp_path, to):
+    """What it leads to may be another one's."""
+    elsewhere = tmp_path / "elsewhere"
+    if to == "a folder":
+        elsewhere.mkdir()
+    partial_of(tmp_path / "packed").symlink_to(elsewhere)
+    with pytest.raises(FileExistsError, match="it is a link, and would be followed; remove it"):
+        pack_dataset(source, 8, output=tmp_path / "packed")
+    assert not elsewhere.exists() or list(elsewhere.iterdir()) == []
+    partial_of(tmp_path / "packed").unlink()
+    pack_dataset(source, 8, output=tmp_path / "packed")
+
+
+def test_a_lock_that_is_a_link_is_refused(source, tmp_path):
+    tmp_path.joinpath(".packed.partial.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="choose another output"):
+        pack_dataset(source, 8, output=tmp_path / "packed")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_the_lock_is_held_until_the_folder_has_its_name(tmp_path, monkeypatch):
+    """Another run that came between would write into the folder that is being finished."""
+    real, seen = os.rename, []
+
+    def rename(old, new):
+        for moment in ("before", "after"):
+            with pytest.raises(BlockingIOError), held(tmp_path / ".packed.partial.lock"):
+                pass
+            if moment == "before":
+                with pytest.raises(BlockingIOError, match="another run is writing"), partial_folder(new):
+                    pass
+                real(old, new)
+            seen.append(moment)
+
+    monkeypatch.setattr("packing.folder.os.rename", rename)
+    with partial_folder(tmp_path / "packed") as folder:
+        (folder / "file").write_text("a")
+    assert seen == ["before", "after"]
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+    assert [path.name for path in (tmp_path / "packed").iterdir()] == ["file"]
+
+
+def test_an_error_leaves_nothing_of_either_kind(tmp_path):
+    for make in (partial_folder, new_folder):
+        with pytest.raises(ZeroDivisionError), make(tmp_path / "new" / "packed") as folder:
+            (folder / "file").write_text("a")
+            raise ZeroDivisionError
+        assert list(tmp_path.iterdir()) == []
