@@ -11,6 +11,7 @@ documents: packing or training shuffles them.
 """
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,11 @@ from packing.folder import new_folder
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_SHARE = 0.001
+"""Of the tokens: more are worth a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +190,20 @@ def _prepare_split(
     except ValueError as error:
         hint = "; test_fraction=0 makes no test split" if split == "test" else ""
         raise ValueError(f"{split} split: {error}{hint}") from None
+    unknown = int(np.count_nonzero(documents.tokens == tokenizer.unk_token_id))
+    if unknown > UNKNOWN_SHARE * documents.num_tokens:
+        cure = "give a tokenizer of this language"
+        if config.tokenizer is None:
+            cure = f"give a larger vocab_size, or where words have no spaces between them {cure.removeprefix('give ')}"
+        logger.warning(
+            "%s split: %s of %s tokens (%.2f%%) are unknown to the vocabulary; %s",
+            *(split, f"{unknown:,}", f"{documents.num_tokens:,}", 100 * unknown / documents.num_tokens, cure),
+        )
     return SplitSummary(
         objective=config.objective,
         documents=len(documents),
         sentences=documents.num_sentences,
-        unknown_tokens=int(np.count_nonzero(documents.tokens == tokenizer.unk_token_id)),
+        unknown_tokens=unknown,
         max_sequence_length=config.max_sequence_length,
         **counts._asdict(),
     )

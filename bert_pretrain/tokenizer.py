@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
+
 # Their ids are their places: [PAD] is 0, as in BERT's own vocabularies.
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
-# Characters that get a token of their own, the most frequent first; rarer ones become [UNK]. Writing systems of many
-# characters (Chinese) may fill half of the vocabulary with them.
+# Characters that get a token of their own, the most frequent first. Writing systems of many characters (Chinese) may
+# fill half of the vocabulary with them, and more where words leave places free. Rarer ones become [UNK].
 MAX_ALPHABET = 1000
 
 # Documents tokenized at a time: enough to keep every core busy, few enough to hold as Python lists.
@@ -37,7 +41,7 @@ def train_tokenizer(
     """Train a WordPiece vocabulary; the same texts give the same vocabulary, on any machine and thread count.
 
     texts: read twice, so a list or an object that can be iterated again, not a generator.
-    vocab_size: at most this many tokens, special tokens included; less text gives fewer.
+    vocab_size: at most this many tokens, special tokens included; less text gives fewer, which is logged.
     characters: how often each occurs in the texts, if that is known: they are read once then.
 
     WordPiece: Wu et al. 2016, https://arxiv.org/abs/1609.08144, as BERT uses it.
@@ -51,42 +55,70 @@ def train_tokenizer(
     untrained = BertTokenizerFast(do_lower_case=lowercase).backend_tokenizer
     if characters is None:
         characters = Counter(chain.from_iterable(texts))
-    alphabet, continuations = _alphabet(characters, untrained, max(MAX_ALPHABET, vocab_size // 2))
+    pieces = _pieces(characters, untrained)
+    places = vocab_size - len(SPECIAL_TOKENS)
+    alphabet = _fitting(pieces, places, max(MAX_ALPHABET, vocab_size // 2))
     # The trainer numbers "##x" pieces in the order of a randomly seeded hash map and breaks ties between merges by
     # number, so that by itself it gives another vocabulary on each run (huggingface/tokenizers#1794). Pieces that it
     # is told of beforehand keep the numbers they are given.
-    fixed = SPECIAL_TOKENS + continuations
-    smallest = len(fixed) + len(alphabet)
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size={vocab_size} has no room for {smallest} special tokens and single characters")
+    fixed = SPECIAL_TOKENS + [piece for character in sorted(alphabet) for piece in pieces[character][1:]]
     trainer = WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         show_progress=False,
         special_tokens=fixed,
-        initial_alphabet=alphabet,
+        initial_alphabet=sorted(alphabet),
         limit_alphabet=len(alphabet),
     )
     # A copy, because training makes "##x" special in the tokenizer that is trained; only its vocabulary is used.
     trained = Tokenizer.from_str(untrained.to_str())
     trained.train_from_iterator(texts, trainer)
-    return BertTokenizerFast(vocab=trained.get_vocab(), do_lower_case=lowercase)
+    vocabulary = _filled(trained.get_vocab(), pieces, vocab_size)
+    if len(vocabulary) < vocab_size:
+        logger.warning("vocab_size=%d was asked for, and the text has %d tokens", vocab_size, len(vocabulary))
+    return BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase)
 
 
-def _alphabet(characters: Counter, tokenizer, most: int) -> tuple[list[str], list[str]]:
-    """The characters that get a token, and "##x" for those that can continue a word, both sorted."""
+def _pieces(characters: Counter, tokenizer) -> dict[str, list[str]]:
+    """{"e": ["e", "##e"], "的": ["的"], …}: what each character takes, the most frequent first.
+
+    Punctuation and CJK characters are always words of their own, so nothing continues with them.
+    """
+    split, normalize = tokenizer.pre_tokenizer.pre_tokenize_str, tokenizer.normalizer.normalize_str
     counts = Counter()
     for character, count in characters.items():
-        for normalized in tokenizer.normalizer.normalize_str(character):
+        for normalized in normalize(character):
             if not normalized.isspace():
                 counts[normalized] += count
     if not counts:
         raise ValueError("no text to train a tokenizer on")
-    alphabet = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:most])
-    # Punctuation and CJK characters are always words of their own.
-    split = tokenizer.pre_tokenizer.pre_tokenize_str
-    normalize = tokenizer.normalizer.normalize_str
-    return alphabet, [f"##{character}" for character in alphabet if len(split(normalize(f"a{character}"))) == 1]
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    return {
+        character: [character, f"##{character}"] if len(split(normalize(f"a{character}"))) == 1 else [character]
+        for character in ranked
+    }
+
+
+def _fitting(pieces: dict[str, list[str]], places: int, most: int) -> list[str]:
+    """The first `most` characters; but of those behind MAX_ALPHABET no more than there are places for."""
+    ends = list(accumulate(len(of_character) for of_character in pieces.values()))
+    sure = min(len(ends), MAX_ALPHABET)
+    if ends[sure - 1] > places:
+        size, least = (count + len(SPECIAL_TOKENS) for count in (places, ends[sure - 1]))
+        raise ValueError(
+            f"vocab_size={size} has no room for {len(SPECIAL_TOKENS)} special tokens and {ends[sure - 1]} pieces of "
+            f"the {sure} most frequent characters; give {least} or more"
+        )
+    return list(pieces)[: min(most, bisect_right(ends, places))]
+
+
+def _filled(vocabulary: dict[str, int], pieces: dict[str, list[str]], size: int) -> dict[str, int]:
+    """The vocabulary; where places are left, with the next characters in them."""
+    for of_character in pieces.values():
+        if of_character[0] not in vocabulary and len(vocabulary) + len(of_character) <= size:
+            for piece in of_character:
+                vocabulary.setdefault(piece, len(vocabulary))
+    return vocabulary
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:

@@ -1,6 +1,7 @@
 """Text -> documents -> tokenizer -> a folder of sequences."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -418,3 +419,64 @@ def test_writing_systems_of_many_characters_keep_them():
     tokenizer = train_tokenizer(texts, vocab_size=13_000)
     ids = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
     assert len(ids) == 6000 and tokenizer.unk_token_id not in ids
+
+
+def zipf_text(first, num_characters, sentences, seed=0):
+    """Sentences of 40 characters from `first` on, the k-th of them 1 / k as frequent as the first; each occurs."""
+    rng = np.random.default_rng(seed)
+    shares = 1 / np.arange(1, num_characters + 1)
+    drawn = rng.choice(num_characters, 40 * sentences, p=shares / shares.sum())
+    drawn[rng.permutation(len(drawn))[:num_characters]] = np.arange(num_characters)
+    order = rng.permutation(num_characters)
+    return ["".join(chr(first + order[c]) for c in line) for line in drawn.reshape(sentences, 40)]
+
+
+CJK, HANGUL = 0x4E00, 0xAC00
+
+
+def unknown_share(tokenizer, texts):
+    ids = [token for text in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in text]
+    return ids.count(tokenizer.unk_token_id) / len(ids)
+
+
+@pytest.mark.parametrize(("first", "num_characters", "vocab_size"), [(CJK, 5000, 6000), (CJK, 8000, 8100)])
+def test_places_that_words_leave_free_go_to_the_next_characters(caplog, first, num_characters, vocab_size):
+    texts = zipf_text(first, num_characters, 1000)
+    tokenizer = train_tokenizer(texts, vocab_size)
+    assert unknown_share(tokenizer, texts) == 0
+    assert len(tokenizer) == num_characters + 5
+    assert f"vocab_size={vocab_size} was asked for, and the text has {num_characters + 5} tokens" in caplog.text
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+    assert train_tokenizer(texts, vocab_size).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_vocabulary_too_small_for_all_characters_is_full_and_has_the_most_frequent(caplog):
+    texts = zipf_text(CJK, 5000, 1000)
+    tokenizer = train_tokenizer(texts, 4000)
+    counts = Counter("".join(texts))
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    assert len(tokenizer) == 4000 and "was asked for" not in caplog.text
+    assert set(tokenizer.get_vocab()) == {*SPECIAL_TOKENS, *ranked[:3995]}
+
+
+def test_characters_that_continue_words_take_two_places():
+    """Korean: 4,500 syllables of a text take 9,000 places; 8,192 have room for the most frequent 4,093."""
+    texts = [" ".join(line[i : i + 4] for i in range(0, 40, 4)) for line in zipf_text(HANGUL, 4500, 1000)]
+    tokenizer = train_tokenizer(texts, 8192, lowercase=False)
+    counts = Counter("".join(texts).replace(" ", ""))
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))[:4093]
+    assert len(tokenizer) == 8192
+    assert {*ranked, *(f"##{character}" for character in ranked)} <= set(tokenizer.get_vocab())
+
+
+def test_many_unknown_tokens_are_said(tmp_path, caplog):
+    paragraphs = zipf_text(CJK, 1500, 400)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{p}。" for p in paragraphs), encoding="utf-8")
+    options = {"text": [str(tmp_path / "text.txt")], "max_sequence_length": 64, "test_fraction": 0.0}
+    prepared = prepare(PrepareConfig(**options, output=str(tmp_path / "all"), vocab_size=2000))
+    assert prepared.summary["train"].unknown_tokens == 0 and "unknown" not in caplog.text
+    prepared = prepare(PrepareConfig(**options, output=str(tmp_path / "few"), vocab_size=1200))
+    unknown = prepared.summary["train"].unknown_tokens
+    assert unknown > 16
+    assert f"train split: {unknown:,} of 16,400 tokens" in caplog.text
+    assert "are unknown to the vocabulary; give a larger vocab_size" in caplog.text
