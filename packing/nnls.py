@@ -44,7 +44,7 @@ def fit_strategies(histogram, weights, depth_limit, lengths, offsets, repeats):
     parts = table_parts(depth_limit, longest)
     tables = np.zeros((len(parts), longest + 1))
     columns, triangle, x = _nothing_in_use(longest)
-    packs, noise = goal.sum(), NOISE * np.sqrt(squares @ goal**2)
+    packs, noise = goal.sum(), NOISE * np.sqrt(_write_worth(goal, squares, columns, x, 0, np.empty(longest + 1)))
     start = lengths.astype(np.int64), offsets, repeats
     size = _fit(goal, squares, parts, tables, columns, triangle, x, start, np.array([packs, noise]))
 
@@ -52,8 +52,7 @@ def fit_strategies(histogram, weights, depth_limit, lengths, offsets, repeats):
     slots = np.zeros((len(used), longest + 1), np.int64)
     row, entry = np.nonzero(np.arange(slot_lengths.shape[1]) < entries[:, None])
     slots[row, slot_lengths[row, entry]] = slot_counts[row, entry]
-    slots = slots[used[:size]]
-    return slots, *_refined(x[:size], slots, goal, squares, *triangle)
+    return slots[used[:size]], *_refined(goal, squares, columns, triangle, x[:size])
 
 
 def _nothing_in_use(longest):
@@ -68,14 +67,28 @@ def _nothing_in_use(longest):
     return columns, (np.zeros((rows, rows)), np.zeros(rows)), np.zeros(rows)
 
 
-def _refined(x, slots, goal, squares, factor, _):
-    """x after one correction by what it leaves over, for the digits that R'R = A'WA cost, and the norm."""
-    change = slots @ (squares * (goal - x @ slots))
-    _solve_forward(factor, change)
+def _refined(goal, squares, columns, triangle, x):
+    """x after one correction by what it leaves over, for the digits that R'R = A'WA cost, and the norm.
+
+    By the loops, not by `@`: NumPy's products differ in their last bits from processor to processor.
+    """
+    worth, change = np.empty(len(goal)), np.zeros(len(x))
+    _write_worth(goal, squares, columns, x, len(x), worth)
+    _write_change(columns, worth, change)
+    _solve_forward(triangle[0], change)
     missing = change.copy()
-    _solve_backward(factor, missing, change)
+    _solve_backward(triangle[0], missing, change)
     x = np.maximum(x + change, 0.0)
-    return x, np.sqrt(squares @ (goal - x @ slots) ** 2)
+    return x, np.sqrt(_write_worth(goal, squares, columns, x, len(x), worth))
+
+
+@njit(cache=True)
+def _write_change(columns, worth, change):
+    """change = A' worth, in place."""
+    slot_lengths, slot_counts, entries, used = columns
+    for i in range(len(change)):
+        for k in range(entries[used[i]]):
+            change[i] += worth[slot_lengths[used[i], k]] * slot_counts[used[i], k]
 
 
 @njit(cache=True)
