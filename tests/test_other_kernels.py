@@ -1,0 +1,71 @@
+"""The numeric tests once more, with the kernels that other processors would choose.
+
+Each setting runs them in a pytest of its own, since libraries read their environment once. A setting that changes no
+bit of any product on this machine is skipped, which says so.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from other_kernels import SETTINGS, changed, environment
+
+TESTS = Path(__file__).parent
+EVERY_DAY = "MKL and ATen"
+
+CONTRACT = [
+    "test_equivalence.py",
+    "test_attention.py::test_every_attention_head_keeps_the_contract",
+    "test_attention.py::test_packing_changes_nothing_in_any_layout",
+    "test_attention.py::test_pretrained_weights_run_with_other_attention",
+    "test_attention.py::test_stock_encoders_take_an_attention_head",
+    "test_attention_patterns.py::test_contract",
+    "test_attention_patterns.py::test_contract_with_short_and_long_sequences",
+    "test_attention_learned.py::test_packed_equals_alone",
+    "test_attention_learned.py::test_the_rest_of_the_contract",
+    "test_attention_summaries.py::test_packing_changes_nothing",
+    "test_attention_summaries.py::test_nystrom_with_a_landmark_for_each_token_is_softmax",
+]
+"""What runs every day: the contract of every head, and packed = unpacked."""
+
+LONG = {
+    "attention": [f"test_attention{name}.py" for name in ("", "_patterns", "_summaries", "_learned", "_use")],
+    "encoders": ["test_equivalence.py", "test_isolation.py", "test_heads.py"],
+    "training": ["test_trainer.py", "test_stock_trainer.py", "test_optimizer.py", "test_masks_end_to_end.py"],
+    "packing": ["test_packing_optimal.py", "test_packing_nnlshp.py", "test_packing_plans.py", "test_masking.py"],
+}
+TORCH, NUMPY = ("attention", "encoders", "training"), ("packing",)
+
+
+def run(setting, tests):
+    """Run tests under a setting; its last line is printed, and its failures are this test's."""
+    if not changed("products", setting):
+        pytest.skip(f"{SETTINGS[setting]} changes no bit of any product on this machine")
+    options = ["-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not long", "--durations=0", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", *options, *(str(TESTS / test) for test in tests)]
+    ran = subprocess.run(
+        command, env=environment(setting), cwd=TESTS.parent, capture_output=True, text=True, check=False
+    )
+    lines = [line for line in ran.stdout.splitlines() if line.strip()]
+    assert ran.returncode == 0, "\n".join(lines[-60:]) + ran.stderr[-2000:]
+    print(f"{setting}: {len(tests)} files or tests: {lines[-1]}")
+
+
+def test_the_contract_with_other_kernels():
+    run(EVERY_DAY, CONTRACT)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", LONG)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_numeric_tests_with_other_kernels(setting, part):
+    if (part in NUMPY) != (setting in ("NumPy", "Numba", "libm")):
+        pytest.skip(f"{setting} is not what {part} computes with")
+    run(setting, LONG[part])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_plans_assignments_and_masks_are_the_same_on_every_processor(setting):
+    assert changed("decisions", setting) == []
