@@ -1,5 +1,7 @@
 """A resumed run ends with the parameters, and logs the figures, of the run that was never interrupted, bit for bit.
 
+On a processor of one kind and with one number of threads: another may compute the same products by other kernels.
+
 Trainer restores parameters, optimizer, schedule and random state, and skips the batches that were seen. What it leaves
 inexact (transformers 5.23), and what is done about it here:
 

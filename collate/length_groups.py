@@ -3,7 +3,7 @@
     lengths 3, 20, 5, 17    ->    width 16: 2 sequences     width 32: 2 sequences
 
 Every sequence has a place of its own along the first dimension, so no product of two sequences is ever taken. Its width
-is its own length rounded up to a multiple of 16, and nothing else: not even rounding errors depend on its pack mates.
+is its own length rounded up to a multiple of 16: neither its pack mates nor their values have a say in that.
 """
 
 from dataclasses import dataclass

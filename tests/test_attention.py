@@ -6,7 +6,16 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
-from attention_contract import check_contract, check_isolation, heads_input, make, rows
+from attention_contract import (
+    ROUNDING,
+    check_broken_mate,
+    check_contract,
+    check_isolation,
+    check_place,
+    heads_input,
+    make,
+    rows,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import packed_rows
@@ -66,9 +75,36 @@ def test_packing_changes_nothing_in_any_layout(name, ids, seed):
     check_isolation(partial(ATTENTION[name], **SMALL_OPTIONS.get(name, {})), ids, seed)
 
 
+def test_one_by_one_not_even_rounding_knows_of_other_sequences(monkeypatch):
+    """Exact attention on a CPU computes a sequence by the same products of the same shapes, alone or packed."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # with more threads than heads it takes groups
+    check_place(ATTENTION["sdpa"], tolerance=0)
+
+
 def test_the_contract_fails_for_an_attention_that_leaks():
     with pytest.raises(AssertionError):
         check_isolation(RowWideAttention, [[1, 1, 1, 2, 2, 0]])
+    with pytest.raises(AssertionError, match="with another mate: context"):
+        check_broken_mate(RowWideAttention)
+    with pytest.raises(AssertionError, match="context"):
+        check_place(RowWideAttention)
+
+
+class NearlyIsolated(nn.Module):
+    """A mate's values, times 1e-14: no more than rounding, and a leak all the same."""
+
+    def __init__(self, **_):
+        super().__init__()
+
+    def forward(self, query_THK, key_THK, value_THK, layout, dropout=0.0):
+        return value_THK + 1e-14 * value_THK[layout.sequence_of_token == 1].sum(0)
+
+
+def test_a_leak_as_small_as_rounding_is_found_by_a_mates_values():
+    check_place(NearlyIsolated)
+    with pytest.raises(AssertionError, match="with another mate"):
+        check_broken_mate(NearlyIsolated)
+    check_broken_mate(NearlyIsolated, values=(), tolerance=ROUNDING)
 
 
 @pytest.mark.parametrize("name", HERE)

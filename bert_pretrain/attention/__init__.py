@@ -5,9 +5,16 @@ The contract. An attention head is a module
     head = ATTENTION[name](num_heads=, head_width=, max_sequence_length=, layer_index=, **options)
     context_THK = head(query_THK, key_THK, value_THK, layout, dropout=0.0)
 
-over the T real tokens of a batch: padding is not there, so it can neither leak nor cost. A sequence's context and
-gradients are those of the sequence alone, whatever else lies in its pack. A head scales its scores by 1/sqrt(K) itself;
-one that cannot honour attention dropout says so with `supports_dropout = False` and is refused where dropout is on.
+over the T real tokens of a batch: padding is not there, so it can neither leak nor cost. A head scales its scores by
+1/sqrt(K) itself; one that cannot honour attention dropout says so with `supports_dropout = False` and is refused where
+dropout is on.
+
+What a sequence may notice of others, in its context and gradients:
+
+* what they say: nothing. Other values in a pack mate, NaN among them, change no bit, on every processor.
+* that they are there: rounding (in float64 1e-12 of the largest value). Alone, or in another place or company, a
+  sequence is computed in products of other shapes, for which a processor may choose another kernel.
+* A head whose products take their shape from values (none here does) promises rounding in both.
 
 `use_attention` attaches heads to the layers of a transformers encoder, each a submodule of the layer that owns it. The
 encoder's attention implementation becomes "packed_attention", which hands the layer's queries, keys and values on.

@@ -83,7 +83,7 @@ class DeltaAttention(AttentionHead):
         with torch.autocast(query_THK.device.type, enabled=False):
             query, key, value = (at_least_float32(x) for x in (query_THK, key_THK, value_THK))
             weight_HK, bias_H = (x.to(key.dtype) for x in (self.strength_weight_HK, self.strength_bias_H))
-            beta_TH1 = sigmoid((key * weight_HK).sum(2) + bias_H)[..., None]
+            beta_TH1 = ((key * weight_HK).sum(2) + bias_H).sigmoid()[..., None]
             features = FEATURES[self.options.features]
             there_and_back = Reversal(layout)
             context = delta_rule(
@@ -91,11 +91,6 @@ class DeltaAttention(AttentionHead):
                 layout.chunks(self.options.chunk),
             )
             return there_and_back.mean(context).to(query_THK.dtype)
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """As torch's, whose last bit depends on where in memory a number lies: the tail of a vector goes another way."""
-    return torch.stack([x, torch.zeros_like(x)], dim=-1).softmax(-1)[..., 0]
 
 
 class Reversal:

@@ -12,8 +12,8 @@ predicate makes
 
 The rule that keeps sequences apart: positions and n are the sequence's own, and in flex the predicate is AND-ed with
 "same sequence". Chunks never hold two sequences, so that a NaN stays where it is; flex computes in tiles that may hold
-several and hides what is not seen, so a huge number stays where it is, but a NaN does not. Which sequences are taken
-whole is decided by a sequence's own length, so not even rounding errors depend on the rest of the batch.
+several and hides what is not seen, so a huge number stays where it is, but a NaN does not. Whether a sequence is taken
+whole is decided by its own length alone.
 """
 
 from collections.abc import Callable, Hashable
@@ -258,32 +258,11 @@ def attend_part(query, key, value, mask, dropout: float = 0.0) -> tuple[Tensor, 
     The least number hides and not -inf: a query may see none of this part. It then has a log sum exp far below any.
     """
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    weights, log_sum = SoftmaxWithLogSum.apply(scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2))
-    return F.dropout(weights, dropout) @ value, log_sum
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
+    return F.dropout(scores.softmax(-1), dropout) @ value, scores.logsumexp(-1)
 
 
 def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
     """The softmax over the keys of both parts; their keys must be disjoint. Contexts (…, K), log sums (…)."""
     shares = torch.stack([first[1], second[1]], -1).softmax(-1)
     return first[0] * shares[..., :1] + second[0] * shares[..., 1:]
-
-
-class SoftmaxWithLogSum(torch.autograd.Function):
-    """scores (…, M) -> softmax (…, M), log sum exp (…).
-
-    By functions of whole rows alone: torch rounds exp and log of single elements otherwise at the end of a tensor than
-    inside, so that the last bit would depend on the batch.
-    """
-
-    @staticmethod
-    def forward(ctx, scores):
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(weights)
-        return weights, scores.amax(-1) - scores.log_softmax(-1).amax(-1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_weights, grad_log_sum):
-        (weights,) = ctx.saved_tensors
-        mean = (grad_weights * weights).sum(-1, keepdim=True)
-        return weights * (grad_weights - mean + grad_log_sum[..., None])

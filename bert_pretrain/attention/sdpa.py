@@ -6,7 +6,8 @@ Two executions, and no two sequences ever meet in a product, so not even a NaN c
 block-diagonal mask would cost L^2 K for each row and multiply other sequences' values by 0.
 
 one by one   On CPUs, without dropout: each sequence is a slice of the batch, handed to torch's CPU kernel as it lies.
-             Nothing is gathered, padded or masked. Cost: sum of n^2 K over the sequences; memory N.
+             Nothing is gathered, padded or masked. Cost: sum of n^2 K over the sequences; memory N. Alone or packed, a
+             sequence meets the same products of the same shapes, so not even rounding knows of other sequences.
 grouped      Elsewhere: sequences of like length side by side (`collate.length_groups`), each group one call of
              scaled_dot_product_attention, n rounded up to a multiple of 16. Where a group is padded to its width,
              torch's CPU kernel makes a float of every query and key of it: n^2 per sequence, never L^2 per row.

@@ -4,8 +4,8 @@
 
 Sequences of like length lie side by side (`collate.length_groups`), each with a place of its own along the first
 dimension of every product. So a sum over a sequence is a matrix product over its own rows: no scatter, no order of
-addition that another sequence could change. Its width, its length rounded up to a multiple of 16, is all that the
-arithmetic depends on.
+addition that another sequence's values could change. Which kernel computes a product depends on the processor, and on
+the shape: on the width, a length rounded up to a multiple of 16, and on how many sequences share it.
 
 Shape letters: S sequences of a group, W its width, n a sequence's own length.
 """
@@ -37,7 +37,7 @@ class WholeSequenceHead(AttentionHead):
         contexts = []
         with torch.autocast(query_THK.device.type, enabled=False) if self.precise else nullcontext():
             for query, key, value, is_real in zip(*map(groups.gather, tokens), groups.key_masks, strict=True):
-                # contiguous: torch sums strided tensors in an order that depends on the number of sequences
+                # contiguous once: each product would copy a strided tensor again
                 query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
                 contexts.append(self.mix(query, key, value, is_real, **settings).transpose(1, 2))
         return groups.scatter(contexts).to(query_THK.dtype)
