@@ -14,11 +14,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets.features.features import encode_nested_example
 
 from . import overlong as overlong_module
 from . import source as source_module
 from .assignment import checked_seed
 from .dataset import ANSWERS, prepare_packing
+from .exact import NotHeldError, exact_array
 from .packers import checked_limit
 from .source import ATTENTION_MASK, INPUT_IDS, read_source
 
@@ -58,7 +60,8 @@ def pack_stream(
     seed: which of equally long sequences lie together, and the order of a buffer's packs.
 
     Which columns hold one value per token, and of what types columns are, is decided once: pack_stream reads the first
-    thousand rows, and the stream then begins anew. A later row that is otherwise raises ValueError.
+    thousand rows, and the stream then begins anew. A later row that is otherwise, or holds a value that these types
+    would change (0.5 where the first rows hold whole numbers), raises ValueError.
 
     The result is a map over `dataset`, so what datasets does for streams it does for packs:
     * state_dict and load_state_dict resume exactly, in the middle of a buffer, too. Except with shuffle(buffer_size=…):
@@ -77,7 +80,8 @@ def pack_stream(
         raise ValueError("buffer_size=None must be a whole number, at least 1")
     seed = int(checked_seed(seed))
     dataset = dataset.with_format(None)
-    is_arrow = getattr(dataset._ex_iterable, "iter_arrow", None) is not None
+    # Without features each table may have types of its own, and a cast would make text of numbers.
+    is_arrow = dataset.features is not None and getattr(dataset._ex_iterable, "iter_arrow", None) is not None
     first, features = _first_rows(dataset, is_arrow)
     limits = {"max_sequence_length": max_sequence_length, "max_sequences_per_pack": max_sequences_per_pack}
     options = limits | {"overlong": overlong, "token_columns": token_columns, "pad_token_id": pad_token_id}
@@ -92,14 +96,14 @@ def pack_stream(
         seed,
         _closing_token(_as_dataset(first, features), pad_token_id) if overlong == "truncate" else None,
         _has_shuffle_buffer(dataset._ex_iterable),
+        dataset.features is not None,
     )
     form = {"batched": True, "batch_size": buffer_size, "with_indices": True, "features": packed_features}
     if is_arrow:
-        packed = dataset.cast(features) if dataset.features is None else dataset
-        packed = packed.with_format("arrow").map(pack, **form).with_format(None)
+        packed = dataset.with_format("arrow").map(pack, **form).with_format(None)
     else:
         gone = [name for name in features if name not in packed_features]  # attention_mask; all others are replaced
-        packed = dataset.map(pack, remove_columns=gone, **form)
+        packed = _uncast(dataset).map(pack, remove_columns=gone, **form)
     unknown = dict.fromkeys(("source_rows", "num_sequences", "num_packs", "num_tokens"))
     nothing = {"overlong_rows": (), "overlong_tokens": 0, "trimmed_rows": 0, "trimmed_tokens": 0}
     facts = replace(
@@ -121,6 +125,7 @@ class _PackBuffer:
     features: of the rows; packed_features: of the packs. options: of prepare_packing.
     closing: the token that all rows end in; None: they do not.
     is_shuffled: whether rows come through a buffer of datasets, which a resumed stream has lost.
+    is_declared: whether the stream itself says what types its columns have.
     coming: numbers of the rows that come next, how often each. Whoever reads a stream numbers its rows from 0 on;
         datasets may read several shards in turns.
     """
@@ -131,6 +136,7 @@ class _PackBuffer:
     seed: int
     closing: int | None
     is_shuffled: bool
+    is_declared: bool
     coming: Counter = field(default_factory=Counter)
     seen: Counter = field(default_factory=Counter)
 
@@ -143,7 +149,7 @@ class _PackBuffer:
                 "are done, as a Trainer does, or shuffle shards alone: shuffle(buffer_size=1)"
             )
         self.coming = self.coming - Counter(numbers[:1]) + Counter([numbers[-1] + 1])
-        table = rows if isinstance(rows, pa.Table) else _as_table(rows, self.features)
+        table = rows if isinstance(rows, pa.Table) else _as_table(rows, self.features, self.is_declared)
         with _hint(table), _quiet():
             packs = self._packs(table)
         if isinstance(rows, pa.Table):
@@ -236,48 +242,67 @@ def _has_shuffle_buffer(rows) -> bool:
 
 def _first_rows(dataset: datasets.IterableDataset, is_arrow: bool) -> tuple[pa.Table, datasets.Features]:
     """The first thousand rows, and what types all rows have."""
-    rows = next(iter(dataset.with_format("arrow" if is_arrow else None).iter(FIRST_ROWS)), None)
+    plain = dataset.with_format("arrow") if is_arrow else _uncast(dataset)
+    rows = next(iter(plain.iter(FIRST_ROWS)), None)
     if rows is None:
         raise ValueError("the stream is empty: it has no rows to pack")
+    if is_arrow:
+        return rows, dataset.features
     features = dataset.features
     if features is None:
-        table = rows if is_arrow else pa.table({name: _as_array(name, rows[name]) for name in rows})
-        features = datasets.Features.from_arrow_schema(table.schema)
-    return rows if is_arrow else _as_table(rows, features), features
+        schema = pa.table({name: _as_array(name, rows[name]) for name in rows}).schema
+        features = datasets.Features.from_arrow_schema(schema)
+    return _as_table(rows, features, dataset.features is not None), features
 
 
-def _as_table(rows: dict[str, list], features: datasets.Features) -> pa.Table:
+def _uncast(dataset: datasets.IterableDataset) -> datasets.IterableDataset:
+    """The stream with its values as they come: datasets would cut 4.75 to a declared integer."""
+    plain = dataset.with_format(None)  # a copy
+    plain._info = dataset._info.copy()
+    plain._info.features = None
+    return plain
+
+
+def _as_table(rows: dict[str, list], features: datasets.Features, is_declared: bool) -> pa.Table:
     other = [name for name in rows if name not in features]
     if other:
-        row = next(i for i, value in enumerate(rows[other[0]]) if value is not None)
+        row = next((i for i, value in enumerate(rows[other[0]]) if value is not None), 0)
         raise ValueError(
             f"column {other[0]!r} is in row {row} of a buffer, but not among {', '.join(features)}, the columns of the "
             "stream so far; give all rows the same columns, or remove it"
         )
     count = len(next(iter(rows.values())))
-    schema = features.arrow_schema
-    return pa.table([_as_array(f.name, rows.get(f.name, [None] * count), f.type) for f in schema], schema)
+    columns = []
+    for name, feature in features.items():
+        columns.append(_as_array(name, rows.get(name, [None] * count), feature, is_declared))
+    return pa.table(columns, features.arrow_schema)
 
 
-def _as_array(name: str, values: list, type_: pa.DataType | None = None) -> pa.Array:
+def _as_array(name: str, values: list, feature=None, is_declared: bool = False) -> pa.Array:
+    type_ = None if feature is None else datasets.Features({name: feature}).arrow_schema.field(name).type
     try:
-        return pa.array(values, type_)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
-        row = next((i for i in range(len(values)) if not _fits(values[i : i + 1], type_)), None)
-        where = "" if row is None else f" in row {row} of a buffer"
+        return exact_array(values, type_, rounds=is_declared)
+    except NotHeldError as error:
+        if is_declared and not _is_of_numbers(feature):  # names of classes, images, numbers declared as text
+            encoded = [encode_nested_example(feature, value) for value in values]
+            return exact_array(encoded, type_, rounds=True)
         known = "be of one type in all rows" if type_ is None else f"hold {type_}, by the features or the first rows"
         raise ValueError(
-            f"column {name!r} must {known}, which it does not{where}: {error}; give the stream features that all rows "
-            "have (from_generator(features=…), cast), or remove the column"
+            f"column {name!r} must {known}, which it does not in row {error.row} of a buffer: {error}; give the stream "
+            "features that all rows have (from_generator(features=…), cast), or remove the column"
         ) from None
 
 
-def _fits(values: list, type_: pa.DataType | None) -> bool:
-    try:
-        pa.array(values, type_)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
-        return False
-    return True
+def _is_of_numbers(feature) -> bool:
+    """Whether a feature is of numbers alone, in lists and structs, too."""
+    if isinstance(feature, dict):
+        return all(map(_is_of_numbers, feature.values()))
+    if isinstance(feature, list):
+        return _is_of_numbers(feature[0])
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _is_of_numbers(feature.feature)
+    type_ = feature.pa_type if isinstance(feature, datasets.Value) else pa.null()
+    return pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)
 
 
 def _as_lists(packs: pa.Array) -> list[list]:
