@@ -194,7 +194,7 @@ def _prepare_split(
     if unknown > UNKNOWN_SHARE * documents.num_tokens:
         cure = "give a tokenizer of this language"
         if config.tokenizer is None:
-            cure = f"give a larger vocab_size, or where words have no spaces between them {cure.removeprefix('give ')}"
+            cure = "give a larger vocab_size, or a tokenizer of this language if it parts words by no spaces"
         logger.warning(
             "%s split: %s of %s tokens (%.2f%%) are unknown to the vocabulary; %s",
             *(split, f"{unknown:,}", f"{documents.num_tokens:,}", 100 * unknown / documents.num_tokens, cure),

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from copy import copy
 
+from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from bert_pretrain.attention.routing import RoutingAttention, RoutingCallback
@@ -20,6 +21,7 @@ from bert_pretrain.resume import check_output, find_checkpoint, run_record, writ
 from bert_pretrain.tokenizer import load_tokenizer
 from bert_pretrain.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
+from collate.one_run import one_run
 from collate.signals import SaveOnSignal
 from packing import EpochPacks, packed_info
 
@@ -39,13 +41,25 @@ def pretrain(
     it, with the number of passes in a step.
 
     Goes on from `training.resume_from_checkpoint`, or by itself from the last checkpoint in `training.output_dir`.
-    SIGTERM and SIGUSR1 save a checkpoint and end with SystemExit: see collate.signals.
+    Raises BlockingIOError while another run writes there. SIGTERM and SIGUSR1 save a checkpoint and end with
+    SystemExit: see collate.signals.
     """
     training = copy(training)  # what follows from the data is written into the run's own
     training.hub_token = training.hub_token and Secret(training.hub_token)
     set_seed(training.seed)
     train, test = for_objective(config, *load_splits(config.dataset))
     check_arguments(training, test, config.dataset)
+    with one_run(training, training.output_dir):
+        return _pretrain(config, training, callbacks, train, test)
+
+
+def _pretrain(
+    config: PretrainConfig,
+    training: TrainingArguments,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]],
+    train: Dataset,
+    test: Dataset | None,
+) -> PretrainTrainer:
     config = resolve_shape(config, packed_info(train).max_sequence_length)
     config = resolve_attention(config, training)
     tokenizer = load_tokenizer(config.tokenizer)

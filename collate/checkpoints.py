@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import xxhash
@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from collate.agreement import agreed
+from collate.one_run import one_run
 from packing.folder import sync
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,12 @@ class SavesWhole:
     _is_saving = False
     _loaded_from: str | os.PathLike = ""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, *args, **kwargs):
+        saves = self.args.save_strategy != "no"
+        with one_run(self.args, self._get_output_dir(trial)) if saves else nullcontext():
+            return self._train_alone(resume_from_checkpoint, trial, *args, **kwargs)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, *args, **kwargs):
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint not in (None, False, self.checked_checkpoint):

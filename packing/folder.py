@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import xxhash
 
-from .locks import held
+from .locks import held, holder
 
 SHARD_BYTES = 500_000_000  # of write_dataset
 READ_BYTES = 1 << 22
@@ -224,22 +224,30 @@ def _made_and_locked(partial: Path, target: Path) -> Iterator[None]:
 
     So the folder can get its name while the lock is held, and holds no file that must go before."""
     with writing_errors(target), ExitStack() as stack:
-        for left in reversed(range(TRIES)):
-            try:
-                partial.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(held(partial.with_name(f"{partial.name}.lock")))
-                break
-            except BlockingIOError:
-                raise BlockingIOError(f"another run is writing {str(partial)!r}; wait for it, or stop it") from None
-            except FileNotFoundError:  # another run has just ended and taken our parents along; or this is no place
-                if not left:
-                    raise
+        _lock_beside(stack, target, partial)
         if partial.is_symlink():
             raise FileExistsError(errno.EEXIST, "it is a link, and would be followed; remove it", str(partial))
         partial.mkdir(exist_ok=True)
         lock = stack.pop_all()
     with lock:
         yield
+
+
+def _lock_beside(stack: ExitStack, target: Path, written: Path) -> None:
+    """Hold .target.partial.lock, whose folder is made. written: what to name if another run holds it."""
+    partial = _partial_of(target)
+    lock = partial.with_name(f"{partial.name}.lock")
+    for left in reversed(range(TRIES)):
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(lock))
+            return
+        except BlockingIOError:
+            who = holder(lock)
+            raise BlockingIOError(f"another run{who} is writing {str(written)!r}; wait for it, or stop it") from None
+        except FileNotFoundError:  # another run has just ended and taken our parents along; or this is no place
+            if not left:
+                raise
 
 
 def count_shards(folder) -> int:
@@ -276,19 +284,22 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
 
     with new_folder("packed") as folder:     # .packed.writing-a1b2c3
         ...                                  # at the end renamed to packed
+
+    Raises BlockingIOError while another run writes there.
     """
     target = check_target(target).absolute()
     made = [parent for parent in target.parents if not parent.exists()]  # the parents that we make, nearest first
-    with writing_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
-    folder.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
     try:
-        yield folder
-        check_target(target)
-        os.rename(folder, target)
+        with ExitStack() as stack:
+            with writing_errors(target):
+                _lock_beside(stack, target, target)
+                folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)  # what has its name by then is not there
+            folder.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
+            yield folder
+            check_target(target)
+            os.rename(folder, target)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(made)
         raise
 

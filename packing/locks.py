@@ -2,6 +2,9 @@
 
     with held(Path("packed.lock")):      # another process that tries gets BlockingIOError, or waits
         ...
+    holder(Path("packed.lock"))          # " (process 4711 on node7)", for the error of that other process
+
+A process that is forked meanwhile does not hold it: a worker that outlives its parent keeps nobody out.
 
 fcntl where there is one, msvcrt on Windows. Importing this needs neither.
 """
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import stat
 import time
 from collections.abc import Iterator
@@ -28,6 +32,7 @@ except ImportError:
 TRIES = 100  # a holder that ends takes its file along: so often another one may have been first
 PAUSE = 0.05  # seconds between two looks, where the system cannot wait
 FAR = 0x7FFF0000  # msvcrt locks bytes, and nobody may read those: this one lies behind all data
+HOLDER_BYTES = 300  # of the line that says who holds it
 LOOK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # no link is followed, no pipe is waited for
 
 
@@ -38,15 +43,55 @@ def held(path: Path, wait: bool = False) -> Iterator[None]:
     Raises BlockingIOError where another process holds it and `wait` is False; OSError where the file cannot be made.
     """
     descriptor = _open_locked(path, wait)
+    _own.add(descriptor)
     try:
+        _sign(descriptor)
         yield
     finally:
-        with suppress(OSError):  # before it is free: whoever waits for this file sees that it has gone
-            path.unlink()
-        os.close(descriptor)
-        if msvcrt is not None:  # Windows keeps a file that is open
-            with suppress(OSError):
+        if descriptor in _own:  # a forked process has closed it
+            _own.discard(descriptor)
+            with suppress(OSError):  # before it is free: whoever waits for this file sees that it has gone
                 path.unlink()
+            os.close(descriptor)
+            if msvcrt is not None:  # Windows keeps a file that is open
+                with suppress(OSError):
+                    path.unlink()
+
+
+def holder(path: Path) -> str:
+    """ " (process 4711 on node7)", or "" where that is not known: for a message."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | LOOK)
+    except OSError:
+        return ""
+    try:
+        said = os.read(descriptor, HOLDER_BYTES).decode("utf-8", "replace").strip()
+    except OSError:
+        said = ""
+    finally:
+        os.close(descriptor)
+    return f" ({said})" if said.isprintable() and said else ""
+
+
+def _sign(descriptor: int) -> None:
+    with suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node() or 'this machine'}\n".encode())
+
+
+_own: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _close_in_child() -> None:
+    for descriptor in _own:
+        with suppress(OSError):
+            os.close(descriptor)
+    _own.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _open_locked(path: Path, wait: bool) -> int:

@@ -298,7 +298,8 @@ def test_two_runs_at_once_are_refused(source, whole, tmp_path):
         child = run_in_child(pack, source, output)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
         with pytest.raises(
-            BlockingIOError, match=r"another run is writing '.*packed\.partial'; wait for it, or stop it"
+            BlockingIOError,
+            match=r"another run \(process \d+ on .+\) is writing '.*packed\.partial'; wait for it, or stop it",
         ):
             pack(source, output)
         raise ZeroDivisionError

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -9,7 +12,7 @@ import pytest
 
 from packing import cli, pack_dataset, unpack_dataset
 from packing.folder import new_folder, partial_folder
-from packing.locks import held
+from packing.locks import held, holder
 
 datasets.disable_progress_bars()
 
@@ -113,7 +116,7 @@ def test_the_lock_is_held_until_the_folder_has_its_name(tmp_path, monkeypatch):
             with pytest.raises(BlockingIOError), held(tmp_path / ".packed.partial.lock"):
                 pass
             if moment == "before":
-                with pytest.raises(BlockingIOError, match="another run is writing"), partial_folder(new):
+                with pytest.raises(BlockingIOError, match=r"another run \(process .* is writing"), partial_folder(new):
                     pass
                 real(old, new)
             seen.append(moment)
@@ -132,3 +135,45 @@ def test_an_error_leaves_nothing_of_either_kind(tmp_path):
             (folder / "file").write_text("a")
             raise ZeroDivisionError
         assert list(tmp_path.iterdir()) == []
+
+
+def test_two_of_either_kind_are_refused_at_once_and_the_holder_is_named(tmp_path):
+    """A prepare that ended hours later would find that its folder is there already."""
+    for first in (partial_folder, new_folder):
+        for second in (partial_folder, new_folder):
+            with first(tmp_path / "out") as folder:
+                (folder / "data-0").write_text("a")
+                who = rf"another run \(process {os.getpid()} on .+\) is writing '.*out.*'; wait for it"
+                with pytest.raises(BlockingIOError, match=who), second(tmp_path / "out"):
+                    pass
+            assert [path.name for path in tmp_path.iterdir()] == ["out"]
+            shutil.rmtree(tmp_path / "out")
+
+
+HOLDS_AND_FORKS = """
+import os, sys, time
+from pathlib import Path
+from packing.locks import held, holder
+with held(Path(sys.argv[1])):
+    if not os.fork():
+        sys.stdin.read()  # the worker: until the test ends
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_worker_that_outlives_its_parent_keeps_nobody_out(tmp_path):
+    """Data loaders live on for seconds after a kill: the lock is the parent's alone."""
+    lock, command = tmp_path / "lock", [sys.executable, "-c", HOLDS_AND_FORKS, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError), held(lock):
+            pass
+        assert holder(lock).startswith(f" (process {parent.pid} on ")
+        parent.kill()
+        parent.wait()
+        with held(lock):
+            assert holder(lock).startswith(f" (process {os.getpid()} on ")
+        assert holder(lock) == ""

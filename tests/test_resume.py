@@ -1,7 +1,9 @@
 """Runs that are killed, told to stop, or resumed with damaged or other settings; each ends as the uninterrupted run."""
 
 import contextlib
+import errno
 import json
+import platform
 import re
 import shutil
 import signal
@@ -30,7 +32,9 @@ from collate import agreement, checkpoints
 from collate.agreement import agreed
 from collate.checkpoints import DamagedCheckpoint, check_checkpoint, last_checkpoint
 from collate.exact_resume import ResumesExactly
+from collate.one_run import one_run
 from packing import pack_dataset
+from packing.locks import held
 
 EXACT = ("loss", "mlm_", "nsp_", "sequences_seen", "tokens_seen", "grad_norm", "learning_rate", "epoch", "pack")
 """What logs hold beside timings."""
@@ -166,6 +170,69 @@ def test_the_command_itself_is_killed(options, whole, tmp_path):
         assert subprocess.run(command, stdout=log, stderr=log).returncode == 0, (tmp_path / "log").read_text()
     assert "resuming from" in (tmp_path / "log").read_text()
     assert_same_end(output, whole)
+
+
+# -- two at once -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_into_the_same_folder_is_refused(options, whole, tmp_path, capsys):
+    """With the same options, while the first trains; not when it was killed; and a refused one leaves no trace."""
+    output = tmp_path / "run"
+    first = Run([*options, *flags(num_train_epochs=3, dataloader_num_workers=2)], output)
+    assert first.wait_for_checkpoint()
+    first.send(signal.SIGSTOP)
+    assert train(options, output) == 2
+    (rank,) = first.ranks
+    message = f"another run (process {rank.pid} on {platform.node()}) is writing into output_dir='{output}'; wait for"
+    assert message in capsys.readouterr().err
+    assert train(options, output, max_steps=3, learning_rate=1.0) == 2
+    first.send(signal.SIGKILL)  # not to its workers, which live on for a while
+    assert first.end() == {-signal.SIGKILL}
+    assert train(options, output) == 0
+    assert_same_end(output, whole)
+    assert not (output / "_lock").exists()
+
+
+def test_two_ranks_hear_of_the_other_run_and_leave_no_folder(options, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    with held(output / "_lock"):
+        run = Run([*options, *flags(ddp_backend="gloo")], output, ranks=2)
+        run.ranks[0].join(PATIENCE)
+        assert run.ranks[0].exitcode == 2, run.log.read_text()
+        run.ranks[1].terminate()
+        run.ranks[1].join(PATIENCE)
+    assert run.log.read_text().count("is writing into output_dir=") == 1
+    assert list(output.iterdir()) == []
+
+
+def test_a_trainer_holds_its_folder_while_it_trains_and_saves(tmp_path):
+    how = {"train_dataset": make_packs(8), "max_steps": 1, "folder": tmp_path / "run"}
+    with make_trainer(save_strategy="steps", save_steps=1, **how) as trainer:
+        with held_by_another(tmp_path / "run" / "_lock"), pytest.raises(BlockingIOError, match="is writing into outp"):
+            trainer.train()
+        assert not (tmp_path / "run" / "checkpoint-1").exists()
+        trainer.train()
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-1"}
+    with make_trainer(save_strategy="no", **how) as trainer, held_by_another(tmp_path / "run" / "_lock"):
+        trainer.train()  # it writes nothing
+
+
+@contextlib.contextmanager
+def held_by_another(lock):
+    lock.parent.mkdir(exist_ok=True)
+    with held(lock):
+        yield
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, wait=False):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("packing.locks.lock", refuse)
+    with one_run(TrainingArguments(str(tmp_path), use_cpu=True), tmp_path):
+        pass
+    assert f"{tmp_path} cannot be locked (Function not implemented): start no second run in it" in caplog.text
 
 
 # -- told to stop ------------------------------------------------------------------------------------------------
