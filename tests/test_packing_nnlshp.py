@@ -91,21 +91,21 @@ def test_reaches_the_dense_minimum_of_corpora(limit, depth, seed):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("histogram", "faster"), [(WIKIPEDIA, 50), (SQUAD, 20)], ids=["wiki", "squad"])
-def test_reaches_the_dense_minimum_of_published_histograms(histogram, faster):
-    """The whole matrix, 22,102 columns at 512 tokens, takes at least 50 times as long; -s shows the times."""
+@pytest.mark.parametrize("histogram", [WIKIPEDIA, SQUAD], ids=["wiki", "squad"])
+def test_reaches_the_dense_minimum_of_published_histograms(histogram):
+    """By a few hundred of the whole matrix's columns, 22,102 at 512 tokens; -s shows the times."""
     limit, seconds = len(histogram) - 1, []
     fit_histogram(histogram, limit, 3)  # compiles
     for _ in range(3):
         start = time.perf_counter()
-        _, _, norm = fit_histogram(histogram, limit, 3)
+        slots, _, norm = fit_histogram(histogram, limit, 3)
         seconds.append(time.perf_counter() - start)
     start = time.perf_counter()
-    _, dense_norm = reference.dense_nnls(histogram, 3)
+    dense_x, dense_norm = reference.dense_nnls(histogram, 3)
     dense_seconds = time.perf_counter() - start
     print(f"\n{norm!r} in {min(seconds):.3f} s; dense: {dense_norm!r} in {dense_seconds:.1f} s")
     assert norm == pytest.approx(dense_norm, rel=1e-8)
-    assert dense_seconds > faster * min(seconds)
+    assert len(slots) <= limit and len(dense_x) > 20 * limit
 
 
 @pytest.mark.parametrize("depth", [3, 4, 8, None])
