@@ -7,10 +7,16 @@ a.txt   First one.          Block(a.txt, 0, 24)     a blank line ends a block, s
 rows/   1500 rows           Block(rows, 0, 1000), Block(rows, 1000, 1500)
 """
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from bert_pretrain.not_text import refuse_other_formats
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 20
 """A block ends at the first blank line behind so many bytes."""
@@ -46,14 +52,32 @@ def _sources_under(path: Path) -> list[Path]:
     if (path / "dataset_dict.json").exists():
         splits = sorted(split.parent.name for split in path.glob("*/state.json"))
         raise ValueError(f"{path} holds several splits; name the one that is meant, out of {splits}: {path}/SPLIT")
-    if path.is_file() or _is_dataset(path):
+    if _is_dataset(path):
         return [path]
-    files = sorted(file for file in path.rglob("*.txt") if file.is_file())
-    if not files:
-        raise FileNotFoundError(
-            f"no .txt file in {path} or its subfolders; name files one by one if they end otherwise"
-        )
+    files = [path] if path.is_file() else _text_files(path)
+    for file in files:
+        refuse_other_formats(file)
     return files
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """The .txt files under a folder; what is left out is said."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    others = [file for file in files if not _is_hidden(file.relative_to(folder)) and file.suffix.lower() != ".txt"]
+    kinds = Counter(file.suffix or file.name for file in others)
+    said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) + (", …" if len(kinds) > 5 else "")
+    if not texts:
+        there = f"; there are {said}" if others else ""
+        cure = "name files one by one if they hold text and end otherwise"
+        raise FileNotFoundError(f"no .txt file in {folder} or its subfolders{there}; {cure}")
+    if others:
+        logger.warning("%s: only .txt files are read; left out are %s", folder, said)
+    return texts
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
 
 
 def _is_dataset(path: Path) -> bool:

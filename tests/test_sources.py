@@ -1,12 +1,18 @@
 """Files and rows -> blocks -> lines: nothing torn, nothing misread."""
 
+import bz2
+import gzip
+import lzma
+import re
+
 import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.documents import read_documents
-from bert_pretrain.sources import find_blocks
+from bert_pretrain.sources import find_blocks, find_sources
 
 NO_BOM = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "utf-32-le": "UTF-32LE", "utf-32-be": "UTF-32BE"}
 ENGLISH = "First one. Second one.\n\nThird one.\n"
@@ -81,3 +87,81 @@ def test_rows_come_in_blocks_too(tmp_path, monkeypatch):
     blocks = list(find_blocks([tmp_path / "rows"], whole_files=False))
     assert len(blocks) > 5 and blocks[-1].end == 40
     assert documents_of(tmp_path / "rows") == [[f"Row {n}.", "It is short."] for n in range(40)]
+
+
+ROW = '{"text": "One is here. Two is there.", "label": 1}'
+OTHER_FORMATS = {
+    "corpus.jsonl": (ROW, r"rows \(JSON lines\).*load_dataset\('json', data_files='.*corpus\.jsonl'"),
+    "corpus.JSON": (f"[{ROW}]", r"rows \(JSON\).*save_to_disk\('rows'\)"),
+    "corpus.csv": ("text,label\nOne.,1\n", r"rows \(CSV\).*load_dataset\('csv'"),
+    "corpus.tsv": ("text\tlabel\nOne.\t1\n", r"rows \(TSV\).*sep='\\t'"),
+    "corpus.parquet": (b"PAR1\0\0", r"rows \(Parquet\).*load_dataset\('parquet'"),
+    "corpus.arrow": (b"ARROW1\0\0", r"rows \(Arrow\).*load_dataset\('arrow'"),
+    "corpus.txt.gz": (
+        gzip.compress(b"One."),
+        r"compressed data \(gzip\).*unpack it first: gunzip -k .*corpus\.txt\.gz",
+    ),
+    "corpus.txt.zst": (b"\x28\xb5\x2f\xfd", r"compressed data \(zstd\)"),
+    "corpus.zip": (b"PK\x03\x04", r"compressed data \(zip\).*unzip"),
+    "page.html": ("<p>One.</p>", "HTML.*take the text out of it"),
+    "paper.pdf": (b"%PDF-1.7", "PDF"),
+    # by what they begin with, whatever their name
+    "a.txt": (f"{ROW}\n{ROW}\n", r"rows \(JSON lines\).*let it begin with a line of words"),
+    "b.txt": (f"\ufeff\n[\n  {ROW},\n  {ROW}\n]", r"rows \(JSON\)"),
+    "c.txt": (f"{ROW[:-1]}".ljust(100_000, "x"), r"rows \(JSON\)"),
+    "d.txt": (b"\x1f\x8b\x08\0", r"compressed data \(gzip\)"),
+    "e.txt": ("\n<!DOCTYPE html>\n<html>", "HTML"),
+    "f.txt": ("<?xml version='1.0'?><doc/>", "XML"),
+    "g.txt": (bz2.compress(b"One."), r"compressed data \(bzip2\)"),
+    "h.txt": ("[101, 7592, 102]\n[101, 102]\n", r"rows \(JSON lines\)"),
+    "without_a_suffix": (lzma.compress(b"One."), r"compressed data \(xz\)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_what_is_no_text_is_refused_by_name_or_content(tmp_path, name):
+    content, message = OTHER_FORMATS[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} holds {message}"):
+        find_sources(tmp_path / name)
+    if name.endswith(".txt"):
+        with pytest.raises(ValueError, match=f"{name} holds "):
+            find_sources(tmp_path)
+
+
+TEXTS = [
+    '"Hello."',
+    "[1] A footnote.",
+    "[1]",
+    "{sic}",
+    "<b>bold</b> words",
+    '{"quoted"} braces',
+    "[Illustration]",
+    "BZhang",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", ["a.txt", "README", "notes.md", "B.TXT"])
+def test_text_that_looks_a_little_like_another_format_is_text(tmp_path, name, text):
+    (tmp_path / name).write_text(f"{text}\nMore of it.\n")
+    assert find_sources(tmp_path / name) == [tmp_path / name]
+
+
+def test_files_of_a_folder_that_are_left_out_are_said(tmp_path, caplog):
+    for name in ("a.txt", "B.TXT", "b.jsonl", "c.jsonl", "sub/LICENSE", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("One.")
+    assert find_sources(tmp_path) == [tmp_path / "B.TXT", tmp_path / "a.txt"]
+    assert f"{tmp_path}: only .txt files are read; left out are 2 .jsonl, 1 LICENSE" in caplog.text
+    with pytest.raises(FileNotFoundError, match=r"no \.txt file in .*; there are 1 LICENSE; name files one by one"):
+        find_sources(tmp_path / "sub")
+
+
+def test_prepare_refuses_json_lines_at_once_and_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "corpus.jsonl").write_text(f"{ROW}\n" * 50)
+    output = tmp_path / "new" / "prepared"
+    assert bert_pretrain(["prepare", "--text", str(tmp_path / "corpus.jsonl"), "--output", str(output)]) == 2
+    assert "corpus.jsonl holds rows (JSON lines), and prepare takes text" in capsys.readouterr().err
+    assert not output.parent.exists()
