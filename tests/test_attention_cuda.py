@@ -51,7 +51,8 @@ def test_a_mate_changes_nothing_on_a_gpu(name):
     mate = (layout.sequence_of_token == 1)[:, None, None]
     before = attention(*inputs, layout)
     after = attention(*(torch.where(mate, x.flip(0) * 100, x) for x in inputs), layout)
-    assert (after == before)[~mate.flatten()].all()
+    moved = float((after - before)[~mate.flatten()].abs().max())
+    assert moved <= (1e-5 if name == "routing" else 0)  # a GPU adds a token's clusters up in any order
 
 
 def small_bert(attention):
