@@ -144,20 +144,22 @@ def check_isolation(build, ids, seed: int = 0, tolerance: float = ROUNDING) -> N
     assert_equal(packed, run_one_by_one(attention, layout, inputs, weights), tolerance)
 
 
-def check_broken_mate(build, ids=None, values=(1e4, -1e4, float("nan")), tolerance: float = 0.0) -> None:
+def check_broken_mate(
+    build, ids=None, values=(1e4, -1e4, float("nan")), tolerance: float = 0.0, dtype: torch.dtype = torch.float64
+) -> None:
     """Another mate, a huge or a NaN one changes no bit of the others' context, nor of their gradients.
 
     tolerance: ROUNDING for a head whose products take their shape from values.
     """
-    attention = make(build)
+    attention = make(build).to(dtype)
     layout = layout_of(ids or [[1] * 3 + [2] * 3 + [3], [1] * 3 + [0] * 4, [0] * 7])
-    inputs = heads_input(layout)
+    inputs, others, (weights, *_) = ([x.to(dtype) for x in heads_input(layout, seed)] for seed in (0, 2, 1))
     mate = layout.sequence_of_token == 1
-    weights = torch.where(mate[:, None, None], 0, heads_input(layout, 1)[0])
+    weights = torch.where(mate[:, None, None], 0, weights)
     before = of_tokens(run(attention, layout, inputs, weights), ~mate)
     for value in (None, *values):
-        others = heads_input(layout, 2) if value is None else [torch.full_like(x, value) for x in inputs]
-        changed = [torch.where(mate[:, None, None], other, x) for other, x in zip(others, inputs, strict=True)]
+        mates = others if value is None else [torch.full_like(x, value) for x in inputs]
+        changed = [torch.where(mate[:, None, None], other, x) for other, x in zip(mates, inputs, strict=True)]
         after = of_tokens(run(attention, layout, changed, weights), ~mate)
         try:
             assert_equal(after, before, tolerance)
@@ -251,7 +253,9 @@ def check_contract(build, survives_nan: bool = True, bfloat16: float = 0.15, mat
     for ids in LAYOUTS.values():
         check_isolation(build, ids)
     values = (1e4, -1e4, float("nan")) if survives_nan else (1e4, -1e4)
-    check_broken_mate(build, values=values, tolerance=mate_tolerance)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        check_broken_mate(build, None, values, mate_tolerance, dtype)
+    check_broken_mate(build, LAYOUTS["long and short"], values, mate_tolerance)
     check_place(build)
     check_empty_batch(build)
     check_dtypes(build, ((torch.float32, 1e-4), (torch.bfloat16, bfloat16)))
