@@ -259,6 +259,13 @@ SequenceBuilder = Callable[..., Iterator[BuiltSequence]]
 OBJECTIVES: dict[str, SequenceBuilder] = {"nsp": nsp_pairs, "sop": sop_pairs, "none": single_sequences}
 
 
+def longest_sentence(objective: str, max_sequence_length: int) -> int:
+    """The most tokens that a sentence may have and be in no danger of being cut off: one side of a pair, or all."""
+    if objective in PAIR_LABELS:
+        return (max_sequence_length - PAIR_SPECIALS) // 2
+    return max_sequence_length - SINGLE_SPECIALS
+
+
 def document_draws(seed: int, document: int) -> np.random.Generator:
     """The random draws of one document: a stream of its own."""
     # The 0 parts these streams from those that other code might key by two numbers; it also is what it always was.

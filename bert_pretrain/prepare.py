@@ -22,7 +22,7 @@ import numpy as np
 
 from bert_pretrain.build import BuildOptions, build_sequences
 from bert_pretrain.documents import DOCUMENTS, SENTENCES
-from bert_pretrain.examples import OBJECTIVES
+from bert_pretrain.examples import OBJECTIVES, longest_sentence
 from bert_pretrain.parallel import Workers
 from bert_pretrain.summary import SplitSummary
 from bert_pretrain.text import Reading, Text
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-
-UNKNOWN_SHARE = 0.001
-"""Of the tokens: more are worth a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +170,8 @@ def _prepare_split(
     """Documents -> token ids, in a temporary folder -> sequences, in `output`."""
     tokenizer_file, tokens = temporary / "tokenizer.json", temporary / split
     tokenizer_file.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
-    documents = text.tokenize(members, tokenizer_file, tokens, split)
+    longest = longest_sentence(config.objective, config.max_sequence_length)
+    documents = text.tokenize(members, tokenizer_file, tokens, split, longest)
     if not len(documents):
         raise ValueError(f"{split} split: the tokenizer left no token of {members.sum()} documents")
     options = BuildOptions(
@@ -190,23 +188,19 @@ def _prepare_split(
     except ValueError as error:
         hint = "; test_fraction=0 makes no test split" if split == "test" else ""
         raise ValueError(f"{split} split: {error}{hint}") from None
-    unknown = int(np.count_nonzero(documents.tokens == tokenizer.unk_token_id))
-    if unknown > UNKNOWN_SHARE * documents.num_tokens:
-        cure = "give a tokenizer of this language"
-        if config.tokenizer is None:
-            cure = "give a larger vocab_size, or a tokenizer of this language if it parts words by no spaces"
-        logger.warning(
-            "%s split: %s of %s tokens (%.2f%%) are unknown to the vocabulary; %s",
-            *(split, f"{unknown:,}", f"{documents.num_tokens:,}", 100 * unknown / documents.num_tokens, cure),
-        )
-    return SplitSummary(
+    summary = SplitSummary(
         objective=config.objective,
         documents=len(documents),
         sentences=documents.num_sentences,
-        unknown_tokens=unknown,
+        long_sentences=documents.long_sentences,
+        source_tokens=documents.num_tokens,
+        unknown_tokens=int(np.count_nonzero(documents.tokens == tokenizer.unk_token_id)),
         max_sequence_length=config.max_sequence_length,
         **counts._asdict(),
     )
+    for warning in summary.warnings(is_trained=config.tokenizer is None):
+        logger.warning("%s split: %s", split, warning)
+    return summary
 
 
 def split_documents(num_documents: int, test_fraction: float, seed: int) -> dict[str, np.ndarray]:

@@ -1,6 +1,10 @@
 """The numbers of a prepared split."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+
+UNKNOWN_SHARE, DROPPED_SHARE = 0.001, 0.05
+"""Of a split's tokens: more are worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,10 @@ class SplitSummary:
     """Pairs labelled 1: B is random (nsp), A and B are switched (sop)."""
     max_sequence_length: int
     """Token slots that a padded row would have."""
+    long_sentences: int = 0
+    """Sentences with more tokens than a sequence has room for, which may begin and end between their words."""
+    source_tokens: int = 0
+    """Tokens of the text itself."""
 
     @property
     def ones_share(self) -> float | None:
@@ -43,6 +51,26 @@ class SplitSummary:
     def packing_factor_bound(self) -> float:
         """Sequences per pack if packs had no empty slot: packing cannot shorten an epoch by more."""
         return self.sequences * self.max_sequence_length / self.tokens
+
+    def warnings(self, is_trained: bool) -> Iterator[str]:
+        """What a user must know of: tokens that are lost. is_trained: the vocabulary was made for this text."""
+        for count, share, what, cure in (
+            (
+                self.unknown_tokens,
+                UNKNOWN_SHARE,
+                "unknown to the vocabulary",
+                ("give a larger vocab_size, or " if is_trained else "give ") + "a tokenizer of this language",
+            ),
+            (
+                self.tokens_dropped,
+                DROPPED_SHARE,
+                "in no sequence, because a pair was too long",
+                "give a larger max_sequence_length, or objective='none', which drops none",
+            ),
+        ):
+            if count > share * self.source_tokens:
+                of_all = f"{count:,} of {self.source_tokens:,} tokens ({count / self.source_tokens:.2%})"
+                yield f"{of_all} are {what}; {cure}"
 
     def as_json(self) -> dict[str, int | float | str | None]:
         derived = ("ones_share", "majority", "padding_share", "packing_factor_bound")
@@ -66,6 +94,7 @@ def summary_table(summary: dict[str, SplitSummary]) -> str:
     rows = [
         ("documents", "{:,}", lambda split: split.documents),
         ("sentences", "{:,}", lambda split: split.sentences),
+        ("cut at words", "{:,}", lambda split: split.long_sentences),
         ("sequences", "{:,}", lambda split: split.sequences),
         ("tokens", "{:,}", lambda split: split.tokens),
         ("tokens dropped", "{:,}", lambda split: split.tokens_dropped),
@@ -79,6 +108,8 @@ def summary_table(summary: dict[str, SplitSummary]) -> str:
     only_for = {"without a pair": "sop", None: "nothing"}  # what has no meaning for this objective is left out
     lines = [" " * 22 + "".join(f"{name:>14}" for name in summary)]
     for name, form, number in rows:
+        if name == "cut at words" and not any(map(number, summary.values())):
+            continue
         if only_for.get(name, objective) == objective:
             lines.append(f"{name:<22}" + "".join(f"{form.format(number(split)):>14}" for split in summary.values()))
     return "\n".join(lines)

@@ -36,6 +36,7 @@ class TextTask(NamedTuple):
     members: np.ndarray | None = None
     """bool, one per document; None: all."""
     tokenizer: Path | None = None
+    longest: int | None = None
 
     def chosen(self) -> list[Document]:
         found = [document for block in self.blocks for document in documents_of(block, *self.reading)]
@@ -98,22 +99,22 @@ class Text:
             total.update(counts)
         return total
 
-    def tokenize(self, members: np.ndarray, tokenizer: Path, folder: Path, name: str) -> TokenDocuments:
+    def tokenize(self, members: np.ndarray, tokenizer: Path, folder: Path, name: str, longest: int) -> TokenDocuments:
         """Those documents as token ids, written to a folder.
 
-        tokenizer: a file of `bare_tokenizer`.
+        tokenizer: a file of `bare_tokenizer`. longest: sentence, see `tokenize_sentences`.
         """
-        tasks = self._tasks(members, tokenizer)
+        tasks = [task._replace(tokenizer=tokenizer, longest=longest) for task in self._tasks(members)]
         with TokenFolder(folder) as written:
             for part in self._progress(f"tokenizing {name}", _tokenize, tasks, members):
                 written.add(part)
         return TokenFolder.open(folder)
 
-    def _tasks(self, members: np.ndarray, tokenizer: Path | None = None) -> list[TextTask]:
+    def _tasks(self, members: np.ndarray) -> list[TextTask]:
         """The tasks with any such document."""
         parts = np.split(members, np.cumsum(self._documents_per_task)[:-1])
         tasks = zip(self.tasks, parts, strict=True)
-        return [TextTask(blocks, self.reading, part, tokenizer) for blocks, part in tasks if part.any()]
+        return [TextTask(blocks, self.reading, part) for blocks, part in tasks if part.any()]
 
     def _progress(self, what: str, function, tasks: list[TextTask], members: np.ndarray | None = None) -> Iterator:
         """The results of the tasks, with a bar that counts documents."""
@@ -137,7 +138,7 @@ def _count_characters(task: TextTask) -> Counter:
 
 
 def _tokenize(task: TextTask) -> TokenDocuments:
-    return tokenize_sentences(task.chosen(), _loaded(task.tokenizer))
+    return tokenize_sentences(task.chosen(), _loaded(task.tokenizer), task.longest)
 
 
 @lru_cache(maxsize=1)

