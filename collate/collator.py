@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,16 +14,22 @@ from transformers import TrainerCallback
 
 from collate.isolation import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
-from collate.masking import IGNORED, MaskingRule, sequence_keys, token_keys, word_continuations
+from collate.masking import IGNORED, MaskingRule, sequence_keys, token_keys
 from collate.plain_trainer import PlainTrainerCallback, SetEpoch
 from collate.rows import ANSWERS, FlatRows, pack_sequences, read_packed_rows, read_sequences
+from collate.words import token_ids, word_boundaries, word_continuations
 from packing import packed_info
+
+logger = logging.getLogger(__name__)
 
 EMIT = ("sequence_ids", "attention_mask", "attention_bias", "flash")
 UNPACKED_ROWS = (None, "keep", "pack")
 NO_CLS = -1
 EVALUATION_EPOCH = -1
 """The epoch that evaluation's masks are drawn for: always the same ones."""
+
+CUT_SHARE = 0.05
+"""Whole words that are cut hold at most this share of the tokens of a batch, or it is said."""
 
 BOOKKEEPING = ("sequence_indices", "sequence_starts", "special_tokens_mask", "word_ids")
 """Columns that the collator reads for itself; a model gets them only when `columns` names them."""
@@ -156,6 +163,7 @@ class DataCollatorWithPacking:
             )
         self._tell: tuple[str, ...] = ()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._has_said = torch.zeros((), dtype=torch.bool).share_memory_()
         if model is not None:
             self.position_ids_start = self.for_model(model).position_ids_start
 
@@ -324,10 +332,38 @@ class DataCollatorWithPacking:
             keys = sequence_keys(self.seed, int(self._epoch), indices.astype(np.int64), starts)
         else:
             keys = sequence_keys(self.seed, int(self._epoch), token_keys(input_ids, flat.offsets))
-        word_ids = flat.token_columns.get("word_ids") if self.masking_rule.whole_word_mask else None
-        if word_ids is not None:
-            return self.masking_rule(input_ids, flat.offsets, keys, word_ids.astype(np.int64))
-        return self.masking_rule(input_ids, flat.offsets, keys)
+        marks = self._marks(flat)
+        self._say_cut_words(input_ids, flat.offsets, marks)
+        return self.masking_rule(input_ids, flat.offsets, keys, **marks)
+
+    def _marks(self, flat: FlatRows) -> dict[str, np.ndarray | None]:
+        """What the rows themselves say of words, and of tokens that are not to be predicted."""
+        names = ["special_tokens_mask"] + ["word_ids"] * self.masking_rule.whole_word_mask
+        return {f"{name}_T": flat.token_columns.get(name) for name in names}
+
+    def _say_cut_words(self, input_ids: np.ndarray, offsets: np.ndarray, marks: dict[str, np.ndarray | None]) -> None:
+        """Of the first batch, and once only: in whatever copy of the collator, in whatever process."""
+        if not self.masking_rule.whole_word_mask or self._has_said or not len(input_ids):
+            return
+        self._has_said.fill_(True)
+        counts = self.masking_rule.count_words(input_ids, offsets, **marks)
+        if counts["cut_tokens"] > CUT_SHARE * counts["tokens"]:
+            logger.warning(
+                "whole_word_mask: %d of %d tokens of the first batch lie in %d words that are longer than their "
+                "sequence's budget, as in scripts without spaces; these tokens are masked one by one; for other words "
+                "give a column word_ids; collator.count_words(rows) counts them",
+                *(counts["cut_tokens"], counts["tokens"], counts["cut_words"]),
+            )
+
+    def count_words(self, rows) -> dict[str, int]:
+        """What whole_word_mask=True makes of rows: words, and cut_words, those that are longer than the budget of their
+        sequence, so that their tokens are masked one by one; tokens and cut_tokens, how many lie in either."""
+        if self.masking_rule is None or not self.masking_rule.whole_word_mask:
+            raise ValueError("count_words is for whole_word_mask=True, which this collator was not given")
+        flat = self._read(rows)
+        return self.masking_rule.count_words(
+            flat.token_columns["input_ids"].astype(np.int64), flat.offsets, **self._marks(flat)
+        )
 
 
 class _Table:
@@ -348,11 +384,13 @@ class _Table:
 def _masking_rule(tokenizer, mlm_probability: float, masking: str, **options) -> MaskingRule:
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token; set tokenizer.mask_token or mlm_probability=None")
-    is_special_V = np.zeros(len(tokenizer), dtype=bool)
-    is_special_V[tokenizer.all_special_ids] = True
+    ids = token_ids(tokenizer)
+    is_special_V, has_token_V = np.zeros((2, ids[-1] + 1), dtype=bool)
+    is_special_V[tokenizer.all_special_ids] = has_token_V[ids] = True
     if options["whole_word_mask"]:
         with contextlib.suppress(ValueError):  # then the rows must have word_ids, and masking says so if they have not
-            options["continues_word_V"] = word_continuations(tokenizer)
+            options |= {"continues_word_V": word_continuations(tokenizer), "boundaries": word_boundaries(tokenizer)}
+    options["has_token_V"] = has_token_V
     return MaskingRule(mlm_probability, masking, tokenizer.mask_token_id, is_special_V, **options)
 
 

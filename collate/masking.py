@@ -4,7 +4,8 @@ The same sequence gets the same masks in whatever pack, batch, worker or rank it
 changes nothing, and packed and unpacked training can be compared number by number. The draws come from a counter-based
 generator (`packing.draws`): draw k of a sequence is mix(key + k * STEP), its key is mixed from (seed, epoch, index).
 
-1. Words: each token starts a word, continues one, or is in none. Unless whole words are asked for, each is a word.
+1. Words: each token starts a word, continues one, or is in none; see `collate.words`. Unless whole words are asked for,
+   each is a word.
 2. Choose words: an exact count (BERT), independent draws (transformers), or spans of words (SpanBERT).
 3. Corrupt what was chosen: 80 % [MASK], 10 % a random ordinary token, 10 % as they were.
 
@@ -18,12 +19,23 @@ from functools import cached_property
 import numpy as np
 
 from collate.labels import IGNORED
+from collate.words import (
+    CONTINUES,
+    NO_WORD,
+    STARTS,
+    Boundaries,
+    cut_long_words,
+    find_words,
+    parts_by_vocabulary,
+    parts_by_word_ids,
+    word_end,
+)
+from collate.words import word_continuations as word_continuations
 from packing.draws import STEP, make_key, mix
 from packing.kernels import njit
 
 MASKING = ("exact", "independent", "span")
 
-NO_WORD, CONTINUES, STARTS = np.int8(-1), np.int8(0), np.int8(1)  # a token's part in a word
 NOT_CHOSEN = -1
 
 _DRAWS_PER_TOKEN = np.uint64(3)  # chosen? corrupted how? which random word?
@@ -46,18 +58,20 @@ class MaskingRule:
         "span" = the budget of "exact", spent on spans that start at random words: 1 to max_span_length words of one
         run without special tokens, their number geometric; a span ends early where another lies or the budget ends.
     mask_token_id: the token of a masked position.
-    is_special_V: (V,) bool; special tokens are never predicted and never drawn as random words.
+    is_special_V: (V,) bool, V the highest id + 1; special tokens are never predicted and never drawn as random words.
+    has_token_V: (V,) bool, ids that a token has; None: all. Others are refused in sequences, and never drawn.
     mask_replace_prob, random_replace_prob: shares of the predicted tokens that become mask_token_id, and a random
         ordinary token; the others stay. Decided per token, but per span with "span", as in SpanBERT: all its tokens
         are masked, or replaced by a random token each, or stay.
     whole_word_mask: choose words, all tokens of each. "independent": a draw per word. "exact": words in random order,
-        those left out that exceed the rest of the budget, so now and then it is not spent to the end. Where no word
-        fits into the budget, the first in that order is predicted all the same: a sequence with ordinary tokens never
-        goes without.
-    continues_word_V: (V,) bool, tokens that continue the word before them; see `word_continuations`. Whole words need
-        it, or word_ids_T in every call.
-    max_predictions_per_sequence: an upper limit of the budget (BERT: 20 at 128 tokens, 76 at 512). Only a single word
-        that is longer may exceed it.
+        those left out that exceed the rest of the budget, so now and then it is not spent to the end. A word with more
+        tokens than max(1, round(mlm_probability * length)), the budget, is cut: each of its tokens counts as a word. So
+        no sequence exceeds its budget, and a sentence in a script without spaces, which has one mark of a word, is
+        masked token by token. `count_words` tells how many are cut.
+    continues_word_V: (V,) bool, tokens that continue the word before them; see `collate.words`. Whole words need it, or
+        word_ids_T in every call.
+    boundaries: where words end by their characters, beside continues_word_V; None: nowhere.
+    max_predictions_per_sequence: an upper limit of the budget (BERT: 20 at 128 tokens, 76 at 512).
     geometric_p, max_span_length: P(span has n words) is proportional to (1 - geometric_p)^n for n = 1 to
         max_span_length. SpanBERT's mean of 3.8 words is this truncated distribution's, and its code draws from it; a
         clipped one (all longer spans become 10) would have 4.5.
@@ -77,6 +91,8 @@ class MaskingRule:
     whole_word_mask: bool = False
     continues_word_V: np.ndarray | None = None
     max_predictions_per_sequence: int | None = None
+    has_token_V: np.ndarray | None = None
+    boundaries: Boundaries | None = None
     geometric_p: float = 0.2
     max_span_length: int = 10
 
@@ -114,27 +130,31 @@ class MaskingRule:
         if self.is_special_V.dtype != bool or self.is_special_V.ndim != 1:
             raise ValueError(f"is_special_V must be (V,) bool, not {self.is_special_V.shape} {self.is_special_V.dtype}")
         vocabulary = len(self.is_special_V)
-        if self.is_special_V.all():
+        self._check_table("has_token_V", self.has_token_V, (vocabulary,))
+        if not len(self._ordinary):
             raise ValueError(
                 f"all {vocabulary} tokens of the vocabulary are special: there is no ordinary one to predict, "
                 f"nor to draw as a random word (random_replace_prob={self.random_replace_prob})"
             )
         if not 0 <= self.mask_token_id < vocabulary:
             raise ValueError(f"mask_token_id={self.mask_token_id} is not in the vocabulary of {vocabulary}")
-        continues = self.continues_word_V
-        if continues is None:
-            return
-        if not self.whole_word_mask:
+        if self.continues_word_V is not None and not self.whole_word_mask:
             raise ValueError("continues_word_V is for whole words; set whole_word_mask=True or leave it out")
-        if continues.dtype != bool or continues.shape != (vocabulary,):
-            raise ValueError(f"continues_word_V must be ({vocabulary},) bool, not {continues.shape} {continues.dtype}")
+        self._check_table("continues_word_V", self.continues_word_V, (vocabulary,))
+        if self.boundaries is not None and self.boundaries.kinds_V2.shape != (vocabulary, 2):
+            raise ValueError(f"boundaries must be of {vocabulary} tokens, not of {len(self.boundaries.kinds_V2)}")
 
-    def __call__(self, input_ids_T, offsets, keys, word_ids_T=None):
+    def _check_table(self, name: str, table: np.ndarray | None, shape: tuple[int, ...]) -> None:
+        if table is not None and (table.dtype != bool or table.shape != shape):
+            raise ValueError(f"{name} must be {shape!s} bool, not {table.shape} {table.dtype}")
+
+    def __call__(self, input_ids_T, offsets, keys, word_ids_T=None, special_tokens_mask_T=None):
         """Corrupt the sequences of a batch.
 
         input_ids_T: (T,) integers; offsets: (N + 1,) where sequence i's tokens are offsets[i]:offsets[i + 1];
         keys: (N,) uint64, see `sequence_keys`; word_ids_T: (T,) integers, equal neighbours are one word, negative ones
         (-1, -100) are in none and never predicted. With whole_word_mask only, where it goes before continues_word_V.
+        special_tokens_mask_T: (T,) 1 where a token is not predicted either, beside the special ones.
         Returns corrupted input_ids (T,) and labels (T,), both int64; -100 where nothing is predicted.
 
             [CLS] the cat sat [SEP]  ->  [CLS] the [MASK] sat [SEP]     labels  -100 -100 cat -100 -100
@@ -143,8 +163,11 @@ class MaskingRule:
         nothing is known.
         """
         input_ids_T, offsets, keys = np.asarray(input_ids_T), np.asarray(offsets), np.asarray(keys, np.uint64)
-        self._check_batch(input_ids_T, offsets, keys)
-        parts_T = self._parts(input_ids_T, offsets, word_ids_T)
+        parts_T = self._parts(input_ids_T, offsets, word_ids_T, special_tokens_mask_T)
+        if len(keys) != len(offsets) - 1:
+            raise ValueError(f"{len(keys)} keys for {len(offsets) - 1} sequences; give one to each")
+        if self.whole_word_mask:
+            cut_long_words(parts_T, offsets, self._budget(offsets))
         if self.masking == "independent":
             decider_T = _choose_independent(parts_T, offsets, keys, float(self.mlm_probability))
         elif self.masking == "span":
@@ -156,36 +179,46 @@ class MaskingRule:
         shares = float(self.mask_replace_prob), float(self.mask_replace_prob + self.random_replace_prob)
         return _corrupt(input_ids_T, offsets, keys, decider_T, shares, self._ordinary, self.mask_token_id)
 
-    def _check_batch(self, input_ids_T, offsets, keys) -> None:
+    def count_words(self, input_ids_T, offsets, word_ids_T=None, special_tokens_mask_T=None) -> dict[str, int]:
+        """What a call with these arguments sees: words, cut_words, tokens (of all words) and cut_tokens."""
+        input_ids_T, offsets = np.asarray(input_ids_T), np.asarray(offsets)
+        parts_T = self._parts(input_ids_T, offsets, word_ids_T, special_tokens_mask_T)
+        counts = cut_long_words(parts_T, offsets, self._budget(offsets)).tolist()
+        return dict(zip(("words", "cut_words", "tokens", "cut_tokens"), counts, strict=True))
+
+    def _check_batch(self, input_ids_T, offsets) -> None:
         vocabulary = len(self.is_special_V)
         if len(input_ids_T) and not 0 <= input_ids_T.min() <= input_ids_T.max() < vocabulary:
             raise ValueError(
                 f"token ids {input_ids_T.min()}..{input_ids_T.max()} exceed the vocabulary of {vocabulary}; "
                 "use the tokenizer that the sequences were made with"
             )
+        if self.has_token_V is not None and not self.has_token_V[input_ids_T].all():
+            foreign = input_ids_T[~self.has_token_V[input_ids_T]][0]
+            raise ValueError(
+                f"token id {foreign} is below the vocabulary's highest, {vocabulary - 1}, but no token has it; use the "
+                "tokenizer that the sequences were made with"
+            )
         if offsets[0] != 0 or offsets[-1] != len(input_ids_T) or (offsets[1:] < offsets[:-1]).any():
             raise ValueError(f"offsets must ascend from 0 to the {len(input_ids_T)} tokens of input_ids_T")
-        if len(keys) != len(offsets) - 1:
-            raise ValueError(f"{len(keys)} keys for {len(offsets) - 1} sequences; give one to each")
 
-    def _parts(self, input_ids_T, offsets, word_ids_T) -> np.ndarray:
+    def _parts(self, input_ids_T, offsets, word_ids_T, special_tokens_mask_T) -> np.ndarray:
         """(T,) int8: STARTS, CONTINUES or NO_WORD."""
+        self._check_batch(input_ids_T, offsets)
+        is_special_T = self.is_special_V[input_ids_T]
+        if special_tokens_mask_T is not None:
+            is_special_T |= _checked("special_tokens_mask_T", special_tokens_mask_T, input_ids_T) != 0
         if word_ids_T is None:
             if self.whole_word_mask and self.continues_word_V is None:
                 raise ValueError(
                     "whole_word_mask=True needs to know what a word is; give word_ids_T (a token-level column of word "
                     "ids) or continues_word_V=word_continuations(tokenizer)"
                 )
-            return _parts_by_vocabulary(input_ids_T, offsets, self.is_special_V, self._continues)
+            marks = self._continues, self._boundaries.kinds_V2, self._boundaries.parted_KK
+            return parts_by_vocabulary(input_ids_T, is_special_T, offsets, *marks)
         if not self.whole_word_mask:
             raise ValueError("word_ids_T is for whole words; set whole_word_mask=True or leave it out")
-        word_ids_T = np.asarray(word_ids_T)
-        if word_ids_T.shape != input_ids_T.shape or word_ids_T.dtype.kind not in "iu":
-            raise ValueError(
-                f"word_ids_T must hold {len(input_ids_T)} integers, one a token, not {word_ids_T.shape} "
-                f"{word_ids_T.dtype}"
-            )
-        return _parts_by_word_ids(input_ids_T, offsets, self.is_special_V, word_ids_T)
+        return parts_by_word_ids(is_special_T, offsets, _checked("word_ids_T", word_ids_T, input_ids_T))
 
     def _budget(self, offsets) -> np.ndarray:
         """(N,) tokens to predict, if there are as many: BERT's max(1, round(probability * length))."""
@@ -194,7 +227,13 @@ class MaskingRule:
 
     @cached_property
     def _ordinary(self) -> np.ndarray:
-        return np.flatnonzero(~self.is_special_V)
+        """Ids that are drawn as random words."""
+        is_ordinary_V = ~self.is_special_V
+        return np.flatnonzero(is_ordinary_V if self.has_token_V is None else is_ordinary_V & self.has_token_V)
+
+    @cached_property
+    def _boundaries(self) -> Boundaries:
+        return Boundaries.none(len(self.is_special_V)) if self.boundaries is None else self.boundaries
 
     @cached_property
     def _continues(self) -> np.ndarray:
@@ -210,42 +249,14 @@ class MaskingRule:
         return cumulative / cumulative[-1]
 
 
-def word_continuations(tokenizer) -> np.ndarray:
-    """(V,) bool: tokens that continue the word before them, by the mark that the tokenizer sets at word pieces.
-
-        WordPiece      em ##bed ##ding      False True True     what begins with ## continues
-        SentencePiece  ▁em bed ding         False True True     what does not begin with ▁ continues
-        byte-level     Ġem bed ding         False True True     what does not begin with Ġ continues
-
-    Special and added tokens are words of their own. With ▁ and Ġ punctuation belongs to the word before it. Raises
-    ValueError where tokens do not tell: marks at the end of words (</w>, @@), single bytes or characters.
-    """
-    vocabulary = tokenizer.get_vocab()
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    prefix = getattr(model, "continuing_subword_prefix", None)  # a WordPiece may have no pieces
-    mark = prefix or _commonest_mark(tokenizer, vocabulary)
-    continues_V = np.zeros(len(tokenizer), bool)
-    marked = [token_id for token, token_id in vocabulary.items() if token.startswith(mark)]
-    continues_V[marked] = True
-    if mark in ("▁", "Ġ"):
-        continues_V = ~continues_V
-    continues_V[[*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})]] = False
-    return continues_V
-
-
-def _commonest_mark(tokenizer, vocabulary) -> str:
-    """Of a RoBERTa vocabulary some tokens are "##" and "@@", but half of them begin with Ġ: so count."""
-    counts = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in ("##", "▁", "Ġ")}
-    counts |= {mark: sum(token.endswith(mark) for token in vocabulary) for mark in ("</w>", "@@")}
-    mark = max(counts, key=counts.get)
-    if mark in ("</w>", "@@") or counts[mark] == 0:
-        name = f"{type(tokenizer).__name__} {getattr(tokenizer, 'name_or_path', '') or ''}".strip()
+def _checked(name: str, values_T, input_ids_T: np.ndarray) -> np.ndarray:
+    """An integer or bool for each token."""
+    values_T = np.asarray(values_T)
+    if values_T.shape != input_ids_T.shape or values_T.dtype.kind not in "iub":
         raise ValueError(
-            f"the tokens of {name} do not tell where words begin: of {len(vocabulary)}, {counts['##']} begin with ##, "
-            f"{counts['▁']} with ▁, {counts['Ġ']} with Ġ; for whole words give a token-level column of word ids "
-            "(encoding.word_ids())"
+            f"{name} must hold {len(input_ids_T)} integers, one a token, not {values_T.shape} {values_T.dtype}"
         )
-    return mark
+    return values_T
 
 
 def sequence_keys(seed: int, epoch: int, sequence_indices: np.ndarray, sequence_starts: np.ndarray | None = None):
@@ -290,59 +301,6 @@ def _hash_tokens(input_ids_T, offsets):
 def _uniform(key, counter):
     """Draw number `counter` of the sequence with this key, in [0, 1): 53 bits, the same on every machine."""
     return (mix(key + np.uint64(counter) * STEP) >> np.uint64(11)) * 2.0**-53
-
-
-# 1. Words.
-
-
-@njit(cache=True, nogil=True)
-def _parts_by_vocabulary(input_ids_T, offsets, is_special_V, continues_word_V):
-    """A token that continues nothing (it follows a special token, or is its sequence's first) starts a word."""
-    parts_T = np.empty(len(input_ids_T), np.int8)
-    for i in range(len(offsets) - 1):
-        inside = False
-        for t in range(offsets[i], offsets[i + 1]):
-            if is_special_V[input_ids_T[t]]:
-                parts_T[t] = NO_WORD
-            else:
-                parts_T[t] = CONTINUES if inside and continues_word_V[input_ids_T[t]] else STARTS
-            inside = parts_T[t] != NO_WORD
-    return parts_T
-
-
-@njit(cache=True, nogil=True)
-def _parts_by_word_ids(input_ids_T, offsets, is_special_V, word_ids_T):
-    """As above, of neighbours with one word id."""
-    parts_T = np.empty(len(input_ids_T), np.int8)
-    for i in range(len(offsets) - 1):
-        inside = False
-        for t in range(offsets[i], offsets[i + 1]):
-            if is_special_V[input_ids_T[t]] or word_ids_T[t] < 0:
-                parts_T[t] = NO_WORD
-            else:
-                parts_T[t] = CONTINUES if inside and word_ids_T[t] == word_ids_T[t - 1] else STARTS
-            inside = parts_T[t] != NO_WORD
-    return parts_T
-
-
-@njit(cache=True, nogil=True)
-def _word_end(parts_T, start, end):
-    """One past the last token of the word that begins at `start`."""
-    t = start + 1
-    while t < end and parts_T[t] == CONTINUES:
-        t += 1
-    return t
-
-
-@njit(cache=True, nogil=True)
-def _find_words(parts_T, first, end, words):
-    """Put where the words of a sequence begin into `words`; returns how many there are."""
-    count = 0
-    for t in range(first, end):
-        if parts_T[t] == STARTS:
-            words[count] = t
-            count += 1
-    return count
 
 
 @njit(cache=True, nogil=True)
@@ -400,7 +358,7 @@ def _choose_independent(parts_T, offsets, keys, probability):
                 # all draws were above the probability: rescaled to [0, 1) they serve to select one word
                 draw = _uniform(keys[i], np.uint64(t - first) * _DRAWS_PER_TOKEN)
                 if (draw - probability) / (1.0 - probability) * words < 1.0:
-                    _choose_word(decider_T, first, t, _word_end(parts_T, t, end))
+                    _choose_word(decider_T, first, t, word_end(parts_T, t, end))
                     break
                 words -= 1
     return decider_T
@@ -414,24 +372,22 @@ def _choose_word(decider_T, first, start, stop):
 
 @njit(cache=True, nogil=True)
 def _choose_words(parts_T, offsets, keys, budget):
-    """Words in random order, each that fits into what is left of the budget; the first one if none fits."""
+    """Words in random order, each that fits into what is left of the budget. None is longer than all of it."""
     decider_T = np.full(len(parts_T), NOT_CHOSEN, np.int64)
     words = np.empty(len(parts_T), np.int64)
     for i in range(len(keys)):
         first, end = offsets[i], offsets[i + 1]
-        count = _find_words(parts_T, first, end, words)
+        count = find_words(parts_T, first, end, words)
         order_key = make_key(keys[i], _ORDER)
         left = budget[i]
         for drawn in range(count):
             start = _draw_word(words, drawn, count, order_key)
-            stop = _word_end(parts_T, start, end)
+            stop = word_end(parts_T, start, end)
             if stop - start <= left:
                 _choose_word(decider_T, first, start, stop)
                 left -= stop - start
                 if left == 0:
                     break
-        if left == budget[i] and count > 0:
-            _choose_word(decider_T, first, words[0], _word_end(parts_T, words[0], end))
     return decider_T
 
 
@@ -443,7 +399,7 @@ def _choose_spans(parts_T, offsets, keys, budget, cumulative):
     words = np.empty(len(parts_T), np.int64)
     for i in range(len(keys)):
         first, end = offsets[i], offsets[i + 1]
-        count = _find_words(parts_T, first, end, words)
+        count = find_words(parts_T, first, end, words)
         order_key, length_key = make_key(keys[i], _ORDER), make_key(keys[i], _SPAN_LENGTH)
         left = budget[i]
         for drawn in range(count):
@@ -451,7 +407,7 @@ def _choose_spans(parts_T, offsets, keys, budget, cumulative):
             for _ in range(_span_length(length_key, drawn, cumulative)):
                 if t == end or parts_T[t] == NO_WORD or decider_T[t] != NOT_CHOSEN:
                     break
-                stop = _word_end(parts_T, t, end)
+                stop = word_end(parts_T, t, end)
                 if stop - t > left:
                     break
                 decider_T[t:stop] = start - first
@@ -459,8 +415,6 @@ def _choose_spans(parts_T, offsets, keys, budget, cumulative):
                 t = stop
             if left == 0:
                 break
-        if left == budget[i] and count > 0:
-            decider_T[words[0] : _word_end(parts_T, words[0], end)] = words[0] - first
     return decider_T
 
 

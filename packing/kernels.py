@@ -20,13 +20,14 @@ import numba
 
 
 def njit(**options) -> Callable[[Callable], Callable]:
-    """numba.njit with options; with cache=True the stamp covers this whole package."""
+    """numba.njit with options; with cache=True the stamp covers this whole package, and the function's own folder."""
 
     def decorate(function: Callable) -> Callable:
         dispatcher = _njit(function, options)
         file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)  # none under NUMBA_DISABLE_JIT
         if hasattr(file, "_source_stamp"):
-            file._source_stamp = (file._source_stamp, stamp())
+            own = Path(function.__code__.co_filename).parent
+            file._source_stamp = (file._source_stamp, stamp(), stamp(own))
         return dispatcher
 
     return decorate
@@ -62,9 +63,9 @@ def _temporary_folder() -> Path | None:
 
 
 @cache
-def stamp() -> str:
-    """A digest of the sources of this package."""
+def stamp(folder: Path = Path(__file__).parent) -> str:
+    """A digest of the Python files in a folder, by default this package."""
     digest = blake2b(digest_size=16)
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(folder.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()

@@ -470,6 +470,11 @@ def budget_of(rule, length):
     return min(budget, rule.max_predictions_per_sequence or budget)
 
 
+def cut_words(words, longest):
+    """Words of more tokens become words of one each: [[1, 2, 3], [4]], 2 -> [[1], [2], [3], [4]]"""
+    return [part for word in words for part in ([word] if len(word) <= longest else [[t] for t in word])]
+
+
 def shuffled_words(words, key):
     order = list(words)
     for i in range(len(order)):
@@ -500,13 +505,13 @@ def choose_exact(words, key, budget):
 
 
 def choose_whole_words(words, key, budget):
-    """As above: the loop of BERT's create_masked_lm_predictions, and one word at least."""
+    """As above: the loop of BERT's create_masked_lm_predictions."""
     chosen = {}
     order = shuffled_words(words, make_key(key, 1))
     for word in order:
         if len(chosen) + len(word) <= budget:
             chosen |= {t: t for t in word}
-    return chosen or {t: t for word in order[:1] for t in word}
+    return chosen
 
 
 def choose_spans(words, key, budget, p, longest):
@@ -523,13 +528,14 @@ def choose_spans(words, key, budget, p, longest):
                 break
             chosen |= dict.fromkeys(word, start[0])
             position = word[-1] + 1
-    return chosen or {t: word[0] for word in order[:1] for t in word}
+    return chosen
 
 
 def mask_one_by_one(sequence, key, rule, word_ids=None):
     """One sequence under a MaskingRule: corrupted input_ids and labels."""
     words = words_of(sequence, rule.is_special_V, rule.continues_word_V, word_ids)
     budget = budget_of(rule, len(sequence))
+    words = cut_words(words, budget)
     if rule.masking == "independent":
         chosen = choose_independent(words, key, rule.mlm_probability)
     elif rule.masking == "span":

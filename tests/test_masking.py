@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import budget_of, mask_one_by_one, sequence_key, words_of
+from reference import budget_of, cut_words, mask_one_by_one, sequence_key, words_of
 from scipy import stats
 
 from collate.masking import IGNORED, MASKING, MaskingRule, _span_length, sequence_keys, word_continuations
@@ -118,7 +118,8 @@ def batches(draw):
 def check_properties(rule, sequence, masked, word_ids=None):
     """What holds for every sequence under every rule."""
     corrupted, labels = masked
-    words = words_of(sequence, rule.is_special_V, rule.continues_word_V, word_ids)
+    budget = budget_of(rule, len(sequence))
+    words = cut_words(words_of(sequence, rule.is_special_V, rule.continues_word_V, word_ids), budget)
     ordinary = [t for t, token in enumerate(sequence) if not rule.is_special_V[token]]
     predicted = [t for t, label in enumerate(labels) if label != IGNORED]
     assert set(predicted) <= set(ordinary)
@@ -130,17 +131,13 @@ def check_properties(rule, sequence, masked, word_ids=None):
             assert corrupted[t] == token
     assert all(set(word) <= set(predicted) or not set(word) & set(predicted) for word in words)
     assert bool(predicted) == bool(words)
-    budget = budget_of(rule, len(sequence))
     if rule.masking == "independent":
         return
+    assert len(predicted) <= budget
     if not rule.whole_word_mask:
         assert len(predicted) == min(budget, len(ordinary))
-    elif words and min(map(len, words)) <= budget:
-        assert len(predicted) <= budget
-        left = [word for word in words if word[0] not in predicted]
-        assert all(len(word) > budget - len(predicted) for word in left)  # no word that would still fit was left out
-    elif words:
-        assert sum(word[0] in predicted for word in words) == 1
+    left = [word for word in words if word[0] not in predicted]
+    assert all(len(word) > budget - len(predicted) for word in left)  # no word that would still fit was left out
 
 
 @settings(max_examples=300)
@@ -235,15 +232,21 @@ def test_tokens_that_are_in_no_word_are_not_predicted():
 
 
 @pytest.mark.parametrize("masking", MASKING)
-def test_a_word_longer_than_the_budget_is_predicted_if_no_other_fits(masking):
+def test_a_word_longer_than_the_budget_is_cut(masking):
+    """round(0.15 * 20) = 3: a word of 12 tokens is masked token by token, one of 3 as a whole."""
     rule = MaskingRule(0.15, masking, MASK, IS_SPECIAL, whole_word_mask=True)
-    words = [-1, 0, 0, 0, 1, 1, 1, -1]
-    _, _, predicted = many(rule, [CLS, *range(10, 16), SEP], 500, word_ids=words)  # round(0.15 * 8) = 1
-    first, second = predicted[:, 1], predicted[:, 4]
-    assert (predicted[:, 1:7] == np.repeat(np.stack([first, second], 1), 3, axis=1)).all()
-    assert (first | second).all()
+    words = [-1, *[0] * 12, *[1] * 3, *[2] * 3, -1]
+    sequence = [CLS, *range(10, 28), SEP]
+    _, _, predicted = many(rule, sequence, 2000, word_ids=words)
+    assert predicted.any(1).all()
+    for first in (13, 16):
+        assert (predicted[:, [first, first + 1]] == predicted[:, [first + 1, first + 2]]).all()
+    assert len({tuple(row) for row in predicted[:, 1:13]}) > 100
+    assert stats.chisquare(predicted[:, 1:13].sum(0)).pvalue > LUCK or masking == "span"  # which begin before they end
     if masking != "independent":
-        assert (first ^ second).all() and stats.binomtest(int(first.sum()), 500).pvalue > LUCK
+        assert (predicted.sum(1) == 3).all()
+    counts = rule.count_words(sequence, [0, 20], words)
+    assert counts == {"words": 3, "cut_words": 1, "tokens": 18, "cut_tokens": 12}
 
 
 @pytest.mark.parametrize("masking", ["exact", "span"])
