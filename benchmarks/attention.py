@@ -51,6 +51,7 @@ from tqdm import tqdm
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.routing import update_after_step
 from collate.layout import PackLayout
+from collate.vocabulary import vocabulary_size
 
 NUM_HEADS, HEAD_WIDTH = 4, 64
 EXACT = "sdpa"
@@ -610,7 +611,7 @@ class Data:
         self.packs_per_step = max(1, round(sequences_per_step / factor(self.train)))
         size = MODEL | {"intermediate_size": 4 * MODEL["hidden_size"], "max_position_embeddings": MAX_LENGTH}
         no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        self.bert = BertConfig(vocab_size=len(tokenizer), **size, **no_dropout)
+        self.bert = BertConfig(vocab_size=vocabulary_size(tokenizer), **size, **no_dropout)
 
     def step(self, number: int) -> dict[str, Tensor]:
         return self._batch(self.collator, self.train, number * self.packs_per_step, self.packs_per_step)

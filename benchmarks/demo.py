@@ -134,6 +134,7 @@ def compare(output: Path, seconds: float) -> dict:
 
     from bert_pretrain import PackedBertForPreTraining
     from collate import DataCollatorWithPacking
+    from collate.vocabulary import vocabulary_size
 
     class PaddedBert(PackedBertForPreTraining):
         """The same weights and losses; the encoder runs on padded rows, as stock transformers runs it."""
@@ -149,7 +150,7 @@ def compare(output: Path, seconds: float) -> dict:
     packs, test_packs = (load_from_disk(output / "packed")[s].with_format("numpy") for s in ("train", "test"))
     fixed = DataCollatorWithPacking(tokenizer, pad_to=MAX_LENGTH)
     bert = BertConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         max_position_embeddings=MAX_LENGTH,
         intermediate_size=4 * COMPARED["hidden_size"],
         hidden_dropout_prob=0.0,

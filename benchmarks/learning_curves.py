@@ -32,6 +32,7 @@ from transformers import AutoTokenizer, BertConfig, get_scheduler
 from bert_pretrain import PackedBertForPreTraining
 from collate import DataCollatorWithPacking
 from collate.steps import lay_out_steps, plan_steps
+from collate.vocabulary import vocabulary_size
 
 PER_STEP = 16
 """Sequences, or packs, in a step."""
@@ -93,7 +94,7 @@ def curve(name: str, seed: int, tokenizer, data: dict, sequences: int, p: float)
     train_rows, train_packs = data["train"]
     padded = name == "padded"
     torch.manual_seed(seed)
-    model = (PaddedBert if padded else PackedBertForPreTraining)(make_config(len(tokenizer))).train()
+    model = (PaddedBert if padded else PackedBertForPreTraining)(make_config(vocabulary_size(tokenizer))).train()
     if padded:
         model.set_attn_implementation("sdpa")
     collator = DataCollatorWithPacking(tokenizer, pad_to=MAX_LENGTH, seed=seed)

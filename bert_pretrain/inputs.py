@@ -16,6 +16,7 @@ from bert_pretrain.loss import PretrainingSums, pretraining_metrics
 from bert_pretrain.places import did_you_mean
 from bert_pretrain.tokenizer import vocabulary_fingerprint
 from collate.mlm import MLM_LOSSES
+from collate.vocabulary import token_ids, vocabulary_size
 from packing import PackedInfo, load_packed, packed_info
 
 SAMPLED_PACKS = 2000
@@ -86,10 +87,11 @@ def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTraine
             f"({given}); {cure}"
         )
     tokens, lengths = (_sample(split, name) for name in ("input_ids", "sequence_lengths"))
-    if tokens.max() >= len(tokenizer):
+    foreign = np.setdiff1d(tokens, token_ids(tokenizer))
+    if len(foreign):
         raise ValueError(
-            f"dataset={folder!r} holds token {tokens.max()}, but tokenizer={name!r} has {len(tokenizer)} tokens, up to "
-            f"{len(tokenizer) - 1}; {cure}"
+            f"dataset={folder!r} holds token {foreign[-1]}, but tokenizer={name!r} has {len(tokenizer)} tokens, up to "
+            f"{vocabulary_size(tokenizer) - 1}, and none with that id; {cure}"
         )
     ends = np.cumsum(lengths)
     for token, its_id, found in (

@@ -23,6 +23,7 @@ from bert_pretrain.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
 from collate.one_run import one_run
 from collate.signals import SaveOnSignal
+from collate.vocabulary import vocabulary_size
 from packing import EpochPacks, packed_info
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def _pretrain(
     tokenizer = load_tokenizer(config.tokenizer)
     for split in filter(None, (train, test)):
         check_tokenizer(config.dataset, split, config.tokenizer, tokenizer)
-    model = build_model(config, len(tokenizer), tokenizer.pad_token_id, longest_sequence(train, test))
+    model = build_model(config, vocabulary_size(tokenizer), tokenizer.pad_token_id, longest_sequence(train, test))
     for split in filter(None, (train, test)):
         check_token_types(config.dataset, split, model.config.type_vocab_size)
     objective = check_objective(config, train)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,19 @@ from transformers import TrainerCallback
 from collate.isolation import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
 from collate.masking import IGNORED, MaskingRule, sequence_keys, token_keys
-from collate.plain_trainer import PlainTrainerCallback, SetEpoch
-from collate.rows import ANSWERS, FlatRows, pack_sequences, read_packed_rows, read_sequences
-from collate.words import token_ids, word_boundaries, word_continuations
+from collate.plain_trainer import HEADS_OF_TOKENS, PlainTrainerCallback, SetEpoch
+from collate.rows import (
+    ANSWERS,
+    LABELS,
+    MADE_HERE,
+    FlatRows,
+    Levels,
+    pack_sequences,
+    read_packed_rows,
+    read_sequences,
+)
+from collate.vocabulary import token_ids, vocabulary_size
+from collate.words import word_boundaries, word_continuations
 from packing import packed_info
 
 logger = logging.getLogger(__name__)
@@ -34,12 +45,18 @@ CUT_SHARE = 0.05
 BOOKKEEPING = ("sequence_indices", "sequence_starts", "special_tokens_mask", "word_ids")
 """Columns that the collator reads for itself; a model gets them only when `columns` names them."""
 
+HEADS_OF_SEQUENCES = ("ForSequenceClassification", "ForNextSentencePrediction")
+"""Ends of the names of stock classes whose labels belong to sequences."""
 
-MADE_HERE = ("sequence_ids", "position_ids", "cls_positions")
-"""What a column of the same name would replace, and sequences would read each other."""
-
-LABELS = ("label", "label_ids")
-"""What transformers' collators pass on as `labels`."""
+RETURN_TENSORS = ("pt", "np")
+OF_MASKING = {
+    "masking": "exact",
+    "mask_replace_prob": 0.8,
+    "random_replace_prob": 0.1,
+    "whole_word_mask": False,
+    "max_predictions_per_sequence": None,
+}
+"""Options that only masking reads, and their defaults."""
 
 
 class DataCollatorWithPacking:
@@ -74,16 +91,20 @@ class DataCollatorWithPacking:
         columns: which columns to pass on. None: all that hold numbers, but for those in BOOKKEEPING. A column with a
             value per token becomes (B, L), one with a value per sequence (B, S); text is left out. Without masking,
             `label` and `label_ids` become `labels`, as in transformers' collators.
-        token_columns: those with a value per token. None: `for_dataset` knows, or else their number says it.
+        token_columns: those with a value per token. None: `for_dataset` knows, for labels the model's task (`model`,
+            `for_model`), or else their number says it; where rows of one length leave it open, they are refused.
         mask_replace_prob, random_replace_prob, whole_word_mask: as in DataCollatorForLanguageModeling. Whole words are
-            told by the rows' `word_ids`, or else by the pieces of the vocabulary (##, ▁ or Ġ).
+            told by the rows' `word_ids` (None or negative: in no word), or else by the pieces of the vocabulary (##, ▁
+            or Ġ). Those longer than a sequence's budget are masked token by token; `count_words` counts them.
         max_predictions_per_sequence: at most so many tokens are predicted in a sequence; None: no limit.
-        pad_to_multiple_of: rounds L up, where pad_to is None.
+        pad_to_multiple_of: rounds L up.
         return_tensors: "pt" or "np".
 
     Returns: input_ids, sequence_ids (int32), position_ids (B, L); labels (B, L) of masking, -100 where nothing is
     predicted; cls_positions (B, S), -1 in empty slots; other columns, token-level ones with 0 on padding (`labels`:
     -100), sequence-level ones with -100 in empty slots, or NaN if they are floats. Floats are float32, all else int64.
+
+    A row's `special_tokens_mask` says which tokens are never predicted, beside the tokenizer's special ones.
 
     Masks are a function of (seed, epoch, sequence index). The epoch lives in shared memory, where dataloader workers
     read it; PackedTrainer sets it. Under plain `Trainer` add `callbacks=[collator.callback()]`: it sets the epoch, and
@@ -93,9 +114,9 @@ class DataCollatorWithPacking:
     mlm=False, which is mlm_probability=None. DataCollatorWithFlattening's return_flash_attn_kwargs is emit="flash", its
     return_seq_idx is sequence_ids, its return_position_ids is always on.
 
-    Raises ValueError for rows without `sequence_lengths`, for lengths that do not add up, for missing values, and for
-    packs that exceed pad_to or the sequence slots: nothing is cut here. Also for columns called like what is made
-    here, and for answers' positions in sequences that were split.
+    Raises ValueError for a batch without rows, for rows without `sequence_lengths`, for lengths that do not add up, for
+    missing values, and for packs that exceed pad_to or the sequence slots: nothing is cut here. Also for columns called
+    like what is made here, and for answers' positions in sequences that were split.
     """
 
     def __init__(
@@ -123,10 +144,9 @@ class DataCollatorWithPacking:
         for name, value, choices in (
             ("emit", emit, EMIT),
             ("unpacked_rows", unpacked_rows, UNPACKED_ROWS),
-            ("return_tensors", return_tensors, ("pt", "np")),
+            ("return_tensors", return_tensors, RETURN_TENSORS),
         ):
-            if value not in choices:
-                raise ValueError(f"unknown {name}={value!r}; choose from {', '.join(map(repr, choices))}")
+            _check_choice(name, value, choices)
         for name, limit in (
             ("pad_to", pad_to),
             ("max_sequences_per_pack", max_sequences_per_pack),
@@ -137,6 +157,9 @@ class DataCollatorWithPacking:
         for name, names in (("columns", columns), ("token_columns", token_columns)):
             if isinstance(names, str):
                 raise ValueError(f"{name}={names!r} must be a list of column names: [{names!r}]")
+        if pad_to_multiple_of is not None and (emit == "flash" or (pad_to or 0) % pad_to_multiple_of):
+            what = "emit='flash', which has no padding" if emit == "flash" else f"pad_to={pad_to}, which is no multiple"
+            raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of} contradicts {what}; leave one of them out")
         if unpacked_rows == "pack" and pad_to is None:
             raise ValueError("unpacked_rows='pack' needs pad_to, the token slots of the packs that it makes")
         if tokenizer.pad_token_id is None:
@@ -150,30 +173,43 @@ class DataCollatorWithPacking:
         self.seed = seed
         self.max_sequences_per_pack = max_sequences_per_pack
         self.unpacked_rows, self.columns, self.token_columns = unpacked_rows, columns, token_columns
+        options = {
+            "masking": masking,
+            "mask_replace_prob": mask_replace_prob,
+            "random_replace_prob": random_replace_prob,
+            "whole_word_mask": whole_word_mask,
+            "max_predictions_per_sequence": max_predictions_per_sequence,
+        }
         self.masking_rule = None
         if mlm_probability is not None:
-            self.masking_rule = _masking_rule(
-                tokenizer,
-                mlm_probability,
-                masking,
-                mask_replace_prob=mask_replace_prob,
-                random_replace_prob=random_replace_prob,
-                whole_word_mask=whole_word_mask,
-                max_predictions_per_sequence=max_predictions_per_sequence,
-            )
+            self.masking_rule = _masking_rule(tokenizer, mlm_probability, **options)
+        for name, value in options.items():
+            if mlm_probability is None and value != OF_MASKING[name]:
+                raise ValueError(
+                    f"{name}={value!r} is for masking, but mlm_probability=None switches it off; leave it out"
+                )
+        self._levels = Levels()
         self._tell: tuple[str, ...] = ()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._has_said = torch.zeros((), dtype=torch.bool).share_memory_()
         if model is not None:
-            self.position_ids_start = self.for_model(model).position_ids_start
+            bound = self.for_model(model)
+            self.position_ids_start, self._levels = bound.position_ids_start, bound._levels
 
     # -- copies --------------------------------------------------------------------------------------------------
 
     def for_dataset(self, packed) -> "DataCollatorWithPacking":
-        """A copy whose L and S are those of this packed dataset, so that all batches have one shape; same epoch."""
-        info = packed_info(packed)
+        """A copy whose L and S are those of this packed dataset, so that all batches have one shape; same epoch.
+
+        With unpacked_rows, of a dataset of such rows: a copy that knows by all of them which lists have a value per
+        token, where a single batch may mislead.
+        """
         bound = copy.copy(self)
-        bound.pad_to = info.max_sequence_length if self.pad_to is None else self.pad_to
+        if self.unpacked_rows is not None:
+            bound._levels = self._levels.of(packed)
+            return bound
+        info = packed_info(packed)
+        bound.pad_to = self._rounded(info.max_sequence_length) if self.pad_to is None else self.pad_to
         if self.max_sequences_per_pack is None:
             bound.max_sequences_per_pack = info.max_depth
         if self.token_columns is None:
@@ -181,8 +217,13 @@ class DataCollatorWithPacking:
         return bound
 
     def for_model(self, model: nn.Module) -> "DataCollatorWithPacking":
-        """A copy whose positions begin where this model's do, unless position_ids_start was given; same epoch."""
+        """A copy whose positions begin where this model's do, unless position_ids_start was given, and that knows
+        whether labels belong to tokens or to sequences, if the model's class says it; same epoch."""
         bound = copy.copy(self)
+        names = [parent.__name__ for parent in type(model).__mro__]
+        for heads in (HEADS_OF_TOKENS, HEADS_OF_SEQUENCES):
+            if any(name.endswith(heads) for name in names):
+                bound._levels = replace(self._levels, labels=heads is HEADS_OF_TOKENS)
         if self.position_ids_start is None and hasattr(model, "config"):
             bound.position_ids_start = start_of(model.config)
         return bound
@@ -220,12 +261,14 @@ class DataCollatorWithPacking:
     def __call__(
         self, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any] | pa.Table, return_tensors: str | None = None
     ) -> dict[str, Any]:
+        return_tensors = self.return_tensors if return_tensors is None else return_tensors
+        _check_choice("return_tensors", return_tensors, RETURN_TENSORS)
         batch = self._arrays(self._read(rows))
         if self.emit in ("attention_mask", "attention_bias"):
             layout = PackLayout(torch.from_numpy(batch["sequence_ids"]))
             mask = layout.attention_mask if self.emit == "attention_mask" else layout.attention_bias()
             batch["attention_mask"] = mask.numpy()
-        if (return_tensors or self.return_tensors) == "np":
+        if return_tensors == "np":
             return batch
         return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
 
@@ -233,9 +276,10 @@ class DataCollatorWithPacking:
         columns = self.columns
         if columns is not None:  # what the collator needs for itself it reads where it is
             columns = list(dict.fromkeys([*columns, *(name for name in BOOKKEEPING if _has_column(rows, name))]))
-        if self.unpacked_rows is None:
-            return read_packed_rows(rows, self.token_columns, columns)
-        flat = read_sequences(rows, self.token_columns, columns)
+        levels = replace(self._levels, named=self.token_columns)
+        flat = (read_packed_rows if self.unpacked_rows is None else read_sequences)(rows, levels, columns)
+        if not flat.num_rows:
+            raise ValueError("the batch has no rows, so there is nothing to collate; give at least one")
         if self.unpacked_rows == "pack":
             flat = pack_sequences(flat, self.pad_to, self.max_sequences_per_pack)
         return flat
@@ -248,15 +292,14 @@ class DataCollatorWithPacking:
         sequence_of_token = np.repeat(np.arange(flat.num_sequences), flat.lengths)
         positions = np.arange(flat.num_tokens) - flat.offsets[sequence_of_token]
         start = self.position_ids_start or 0
+        width = self._width("pad_to", self.pad_to, flat.tokens_per_row, "tokens", "a longer pad_to")
+        depth = self._width(
+            "max_sequences_per_pack", self.max_sequences_per_pack, flat.sequences_per_row, "sequences", "more slots"
+        )
         if self.emit == "flash":  # one row without padding
             flat = FlatRows(np.array([flat.num_sequences]), flat.lengths, flat.token_columns, flat.sequence_columns)
             numbers = np.arange(flat.num_sequences)
             width, depth = flat.num_tokens, flat.num_sequences
-        else:
-            width = self._width("pad_to", self.pad_to, flat.tokens_per_row, "tokens", "a longer pad_to")
-            depth = self._width(
-                "max_sequences_per_pack", self.max_sequences_per_pack, flat.sequences_per_row, "sequences", "more slots"
-            )
         tokens = _Table(flat.tokens_per_row, width)
         sequences = _Table(flat.sequences_per_row, depth)
 
@@ -296,8 +339,7 @@ class DataCollatorWithPacking:
     def _width(self, option: str, limit: int | None, counts: np.ndarray, what: str, cure: str) -> int:
         if limit is None:
             longest = int(counts.max(initial=1))
-            multiple = self.pad_to_multiple_of if option == "pad_to" and self.pad_to_multiple_of else 1
-            return -(-longest // multiple) * multiple
+            return self._rounded(longest) if option == "pad_to" else longest
         if counts.max(initial=0) > limit:
             row = int(counts.argmax())
             raise ValueError(
@@ -305,6 +347,11 @@ class DataCollatorWithPacking:
                 f"give the collator {cure} or pack the dataset again"
             )
         return limit
+
+    def _rounded(self, width: int) -> int:
+        """Up to a multiple of pad_to_multiple_of."""
+        multiple = self.pad_to_multiple_of or 1
+        return -(-width // multiple) * multiple
 
     def _refuse_padding(self, flat: FlatRows) -> None:
         if self._pads_only and (flat.token_columns["input_ids"] == self.pad_token_id).any():
@@ -384,14 +431,18 @@ class _Table:
 def _masking_rule(tokenizer, mlm_probability: float, masking: str, **options) -> MaskingRule:
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token; set tokenizer.mask_token or mlm_probability=None")
-    ids = token_ids(tokenizer)
-    is_special_V, has_token_V = np.zeros((2, ids[-1] + 1), dtype=bool)
-    is_special_V[tokenizer.all_special_ids] = has_token_V[ids] = True
+    is_special_V, has_token_V = np.zeros((2, vocabulary_size(tokenizer)), dtype=bool)
+    is_special_V[tokenizer.all_special_ids] = has_token_V[token_ids(tokenizer)] = True
     if options["whole_word_mask"]:
         with contextlib.suppress(ValueError):  # then the rows must have word_ids, and masking says so if they have not
             options |= {"continues_word_V": word_continuations(tokenizer), "boundaries": word_boundaries(tokenizer)}
     options["has_token_V"] = has_token_V
     return MaskingRule(mlm_probability, masking, tokenizer.mask_token_id, is_special_V, **options)
+
+
+def _check_choice(name: str, value, choices: Sequence) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name}={value!r}; choose from {', '.join(map(repr, choices))}")
 
 
 def _refuse_split_answers(flat: FlatRows) -> None:

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from collate.layout import PADDING, PackLayout
+from collate.vocabulary import token_ids, vocabulary_size
 
 SUPPORTED = (
     *("albert", "bert", "bert-generation", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "eurobert"),
@@ -529,8 +530,9 @@ class _Probe:
             size = self.model.get_input_embeddings().weight.shape[0]
         except (AttributeError, NotImplementedError):
             size = getattr(self.config, "vocab_size", None)
-        if tokenizer is not None:
-            size = len(tokenizer) if size is None else min(size, len(tokenizer))
+        known = None if tokenizer is None else token_ids(tokenizer)
+        if size is None and known is not None:
+            size = vocabulary_size(tokenizer)
         if size is None:
             raise ValueError(f"{self.name} does not say how many words it knows; give check_isolation its tokenizer")
         source = self.config if tokenizer is None else tokenizer
@@ -538,7 +540,8 @@ class _Probe:
             name: getattr(source, f"{name}_token_id", None) for name in ("pad", "mask", "cls", "sep", "bos", "eos")
         }
         special = {name: value for name, value in named.items() if isinstance(value, int) and 0 <= value < size}
-        words = np.setdiff1d(np.arange(size), [*special.values(), *getattr(tokenizer, "all_special_ids", [])])
+        known = np.arange(size) if known is None else known[known < size]
+        words = np.setdiff1d(known, [*special.values(), *getattr(tokenizer, "all_special_ids", [])])
         if len(words) < 2:
             raise ValueError(f"{self.name} has {len(words)} words besides special tokens; the probe needs two")
         return words, special

@@ -30,7 +30,8 @@ class PackLayout:
         sequence_ids [[1, 1, 1, 2, 2, 0]]
         positions    [[0, 1, 2, 0, 1, 0]]      cu_seqlens [0, 3, 5]      lengths [3, 2]
 
-    Raises ValueError for ids that no packing produces: a sequence in two pieces, or numbers not counted up from 1.
+    Raises ValueError for no packs, and for ids that no packing produces: a sequence in two pieces, or numbers not
+    counted up from 1.
     (On an accelerator that check would wait for the device, so it is done for CPU tensors only: the collator's.)
     """
 
@@ -42,6 +43,9 @@ class PackLayout:
                 f"sequence_ids must be (packs, slots) integers, got {tuple(self.sequence_ids_BL.shape)} "
                 f"{self.sequence_ids_BL.dtype}"
             )
+        if not self.sequence_ids_BL.numel():
+            packs, slots = self.sequence_ids_BL.shape
+            raise ValueError(f"sequence_ids has {packs} packs of {slots} slots: there is no layout of nothing")
         if self.sequence_ids_BL.device.type == "cpu":
             _check_ids(self.sequence_ids_BL, self._is_start_BL)
 

@@ -13,10 +13,18 @@ import pyarrow as pa
 from torch.utils.data import Dataset
 
 from packing import assign, length_histogram, plan_packs
+from packing.arrow import is_list, list_lengths
+from packing.source import chosen_rows
 
 INPUT_IDS, LENGTHS, MASK = "input_ids", "sequence_lengths", "attention_mask"
-TOKEN_LEVEL = ("token_type_ids", "labels", "special_tokens_mask", "word_ids", MASK)
-"""Columns that must have a value per token where they are lists of unequal lengths."""
+WORD_IDS = "word_ids"
+TOKEN_LEVEL = ("token_type_ids", "special_tokens_mask", WORD_IDS, "offset_mapping", MASK)
+"""Columns that have a value per token whatever else is known: tokenizers make them."""
+NO_WORD_ID = -1
+"""What word ids are in front of [CLS], where a tokenizer has None."""
+MADE_HERE = ("sequence_ids", "position_ids", "cls_positions")
+"""What a column of the same name would replace, and sequences would read each other."""
+LABELS = ("labels", "label", "label_ids")
 ANSWERS = ("start_positions", "end_positions")
 """Columns that hold places in a sequence."""
 ADVICE = (
@@ -69,10 +77,45 @@ class Column:
     counts: np.ndarray | None
 
 
-def read_packed_rows(rows, token_columns: Sequence[str] | None, columns: Sequence[str] | None) -> FlatRows:
+@dataclass(frozen=True)
+class Levels:
+    """Which columns have a value per token, and which per sequence, as far as it is known before a batch is seen.
+
+    named: the token-level columns that somebody named, or that a packed dataset has. labels: whether labels belong to
+    tokens, by the model's task; None: unknown. found: the token-level columns of a dataset of unpacked rows.
+    ragged: its columns of lists that are neither, which are left out.
+    """
+
+    named: tuple[str, ...] | None = None
+    labels: bool | None = None
+    found: tuple[str, ...] | None = None
+    ragged: tuple[str, ...] = ()
+
+    def is_token_level(self, name: str) -> bool | None:
+        """None: not known."""
+        if name in TOKEN_LEVEL:
+            return True
+        if self.named is not None:
+            return name in self.named
+        if self.labels is not None and name in LABELS:
+            return self.labels
+        return None if self.found is None else name in self.found
+
+    def of(self, dataset) -> "Levels":
+        """These, and what all rows of a `datasets.Dataset` of unpacked rows say; others say nothing."""
+        table = getattr(dataset, "data", None)
+        if not hasattr(table, "column_names") or INPUT_IDS not in table.column_names:
+            return self
+        lists = [name for name in table.column_names if is_list(table.column(name).type)]
+        counts = {name: list_lengths(table.column(name), chosen_rows(dataset)) for name in lists}
+        found = tuple(name for name in lists if np.array_equal(counts[name], counts[INPUT_IDS]))
+        ragged = tuple(name for name in lists if name not in found and len(np.unique(counts[name])) > 1)
+        return replace(self, found=found, ragged=ragged)
+
+
+def read_packed_rows(rows, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
     """Rows of pack_dataset.
 
-    token_columns: names of the columns with a value per token; None: those with as many values as tokens.
     columns: which to read beside the lengths; None: all that hold numbers.
     """
     read = _Reader(rows, columns)
@@ -91,23 +134,27 @@ def read_packed_rows(rows, token_columns: Sequence[str] | None, columns: Sequenc
             continue
         if column.counts is None:
             raise ValueError(f"column {name!r} has one value per row; a packed row has one per token or per sequence")
-        if _is_token_level(name, column.counts, tokens_per_row, per_row, token_columns):
+        if _is_token_level(name, column.counts, tokens_per_row, per_row, levels):
             _check_counts(name, column.counts, tokens_per_row, "tokens")
             in_tokens[name] = column.values
         else:
             _check_counts(name, column.counts, per_row, "sequences")
             in_sequences[name] = column.values
+    if MASK in read.names:
+        _refuse_masked(read.column(MASK), tokens_per_row)
     return FlatRows(per_row, lengths.values.astype(np.int64), in_tokens, in_sequences)
 
 
-def read_sequences(rows, token_columns: Sequence[str] | None, columns: Sequence[str] | None) -> FlatRows:
+def read_sequences(rows, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
     """Unpacked rows, each one sequence; where there is an attention_mask, its zeros at the ends are cut off.
 
     A value per row becomes a value per sequence, and so does a list, unless it has one value per token. A column of
     lists of other lengths is left out, as it is from packed rows, unless its name says that it belongs to the tokens.
+    Raises ValueError where a column's lists are as long as the tokens, in rows that are all of one length, and nothing
+    but this batch says what they belong to.
     """
     if isinstance(rows, Sequence) and any(_is_empty_pack(row) for row in rows):
-        return _with_empty_rows(rows, token_columns, columns)
+        return _with_empty_rows(rows, levels, columns)
     read = _Reader(rows, columns, needed=(INPUT_IDS,))
     if LENGTHS in read.names:
         raise ValueError("the rows are packed: they have sequence_lengths; leave unpacked_rows out")
@@ -115,20 +162,46 @@ def read_sequences(rows, token_columns: Sequence[str] | None, columns: Sequence[
     lengths = tokens.counts
     in_tokens, in_sequences = {INPUT_IDS: tokens.values}, {}
     for name in [*read.others(), *([MASK] if MASK in read.names else [])]:
+        if name in levels.ragged and name not in (columns or ()):
+            continue
         column = read.column(name)
         if column is None:
             continue
         if column.counts is None:
             in_sequences[name] = column.values
-        elif np.array_equal(column.counts, lengths) and (
-            token_columns is None or name in token_columns or name == MASK
-        ):
+        elif _is_list_of_tokens(name, column.counts, lengths, levels):
+            _check_counts(name, column.counts, lengths, "tokens")
             in_tokens[name] = column.values
-        elif len(set(column.counts.tolist())) == 1 and (token_columns is None or name not in token_columns):
+        elif len(set(column.counts.tolist())) == 1:
             in_sequences[name] = column.values.reshape(len(lengths), -1)
-        elif name in TOKEN_LEVEL or name in (token_columns or ()) or name in (columns or ()):
+        elif name == "labels" or name in (columns or ()):
             _check_counts(name, column.counts, lengths, "tokens")
     return _without_padding(FlatRows(np.ones(len(lengths), np.int64), lengths, in_tokens, in_sequences))
+
+
+def _is_list_of_tokens(name: str, counts: np.ndarray, lengths: np.ndarray, levels: Levels) -> bool:
+    """Whether lists have a value per token; six of them in rows of six tokens may as well be six labels a sequence."""
+    known = levels.is_token_level(name)
+    if known is not None or not np.array_equal(counts, lengths):
+        return bool(known)
+    if len(set(lengths.tolist())) == 1 and name not in MADE_HERE:  # which are refused by that name
+        raise ValueError(
+            f"column {name!r} has {counts[0]} values in each row of the batch, and each row has {lengths[0]} tokens: "
+            "whether there is one a token, or a list for each sequence, is unclear; name the columns with a value per "
+            "token as token_columns=[…], [] if there is none, or give the collator the dataset (for_dataset) or, for "
+            "labels, the model"
+        )
+    return True
+
+
+def _refuse_masked(mask: Column, tokens_per_row: np.ndarray) -> None:
+    """A packed row has no padding, so an attention_mask can only say 1 of all tokens."""
+    _check_counts(MASK, mask.counts, tokens_per_row, "tokens")
+    if not mask.values.all():
+        raise ValueError(
+            "the packed rows have an attention_mask with zeros, but all of their tokens are attended to; pack the "
+            "source, which trims padding by its attention_mask, or remove the column"
+        )
 
 
 def _is_empty_pack(row) -> bool:
@@ -136,13 +209,13 @@ def _is_empty_pack(row) -> bool:
     return isinstance(row, Mapping) and LENGTHS in row and not len(row[LENGTHS])
 
 
-def _with_empty_rows(rows, token_columns: Sequence[str] | None, columns: Sequence[str] | None) -> FlatRows:
+def _with_empty_rows(rows, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
     """Unpacked rows of which some are empty packs."""
     is_empty = np.array([_is_empty_pack(row) for row in rows])
     if is_empty.all():
         return FlatRows(np.zeros(len(rows), np.int64), np.zeros(0, np.int64), {INPUT_IDS: np.zeros(0, np.int64)}, {})
     real = [row for row, empty in zip(rows, is_empty, strict=True) if not empty]
-    return replace(read_sequences(real, token_columns, columns), sequences_per_row=(~is_empty).astype(np.int64))
+    return replace(read_sequences(real, levels, columns), sequences_per_row=(~is_empty).astype(np.int64))
 
 
 def pack_sequences(flat: FlatRows, max_sequence_length: int, max_sequences_per_pack: int | None) -> FlatRows:
@@ -250,6 +323,8 @@ def _names(rows: pa.Table | Mapping | list) -> list[str]:
 
 
 def _from_values(name: str, values: list[Any]) -> Column | None:
+    if name == WORD_IDS:
+        values = [_without_none(value) for value in values]
     try:
         arrays = [np.asarray(value) for value in values]
     except ValueError:  # lists of unequal lists
@@ -272,6 +347,14 @@ def _from_values(name: str, values: list[Any]) -> Column | None:
     return Column(np.stack(filled) if counts is None else np.concatenate(filled), counts)
 
 
+def _without_none(word_ids):
+    """[None, 0, 0, None] -> [-1, 0, 0, -1]; NumPy and torch formats of datasets have NaN for None."""
+    array = np.asarray(word_ids)
+    if array.dtype == object:
+        array = np.array([NO_WORD_ID if word is None else word for word in word_ids])
+    return np.nan_to_num(array, nan=NO_WORD_ID).astype(np.int64) if array.dtype.kind == "f" else array
+
+
 def _from_arrow(name: str, column: pa.ChunkedArray) -> Column | None:
     type_ = column.type
     is_plain_list = pa.types.is_list(type_) or pa.types.is_large_list(type_)
@@ -285,6 +368,8 @@ def _from_arrow(name: str, column: pa.ChunkedArray) -> Column | None:
         return _from_values(name, column.to_pylist())
     lists = column.combine_chunks()  # datasets gives a chunk for each row
     values = lists.flatten()
+    if name == WORD_IDS:
+        values = values.fill_null(NO_WORD_ID)
     if values.null_count:
         raise ValueError(f"column {name!r} has a missing value (null) in the batch; fill it in")
     return Column(values.to_numpy(), np.diff(lists.offsets.to_numpy()).astype(np.int64))
@@ -294,9 +379,10 @@ def _is_text(type_: pa.DataType) -> bool:
     return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
-def _is_token_level(name, counts, tokens_per_row, sequences_per_row, token_columns: Sequence[str] | None) -> bool:
-    if token_columns is not None:
-        return name in token_columns
+def _is_token_level(name, counts, tokens_per_row, sequences_per_row, levels: Levels) -> bool:
+    known = levels.is_token_level(name)
+    if known is not None:
+        return known
     per_token, per_sequence = np.array_equal(counts, tokens_per_row), np.array_equal(counts, sequences_per_row)
     if per_token and per_sequence and len(counts) and counts.any():
         raise ValueError(
@@ -313,6 +399,7 @@ def _check_counts(name: str, counts: np.ndarray | None, expected: np.ndarray, wh
         raise ValueError(
             f"row {row} of the batch has {found} in {name!r} but {expected[row]} {what} by its "
             f"{'sequence_lengths' if what == 'sequences' else 'lengths'}; leave the column out with columns=[…]"
+            + (", or remove it from the dataset" if name in TOKEN_LEVEL else "")
         )
 
 

@@ -242,7 +242,7 @@ class PackedTrainer(ResumesExactly, Trainer):
             self.data_collator = collator
 
     def _bound_collator(self, collator: DataCollatorWithPacking, dataset, is_training: bool) -> DataCollatorWithPacking:
-        if _packed_info(dataset) is not None:
+        if _packed_info(dataset) is not None or collator.unpacked_rows is not None:
             collator = collator.for_dataset(dataset)
         return collator if is_training else collator.for_prediction()
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from collate.vocabulary import vocabulary_size
 from packing.kernels import njit
 
 NO_WORD, CONTINUES, STARTS = np.int8(-1), np.int8(0), np.int8(1)  # a token's part in a word
@@ -48,15 +49,6 @@ class Boundaries:
         return cls(np.zeros((vocabulary, 2), np.int8), np.zeros((1, 1), bool))
 
 
-def token_ids(tokenizer) -> np.ndarray:
-    """(tokens,) int64, ascending: the ids that have a token.
-
-    Not range(len(tokenizer)): a vocabulary file may name a token twice, and added tokens may have ids far above.
-    """
-    ids = {*tokenizer.get_vocab().values(), *getattr(tokenizer, "added_tokens_decoder", {})}
-    return np.array(sorted(ids.union(tokenizer.all_special_ids)), np.int64)
-
-
 def word_continuations(tokenizer) -> np.ndarray:
     """(V,) bool: tokens that continue the word before them, by the mark that the tokenizer sets at word pieces.
 
@@ -65,7 +57,7 @@ def word_continuations(tokenizer) -> np.ndarray:
     """
     vocabulary = tokenizer.get_vocab()
     mark = _word_mark(tokenizer, vocabulary)
-    continues_V = np.zeros(token_ids(tokenizer)[-1] + 1, bool)
+    continues_V = np.zeros(vocabulary_size(tokenizer), bool)
     for token, token_id in vocabulary.items():
         if mark in ("▁", "Ġ"):
             text = _bytes_of(token, mark)[:1]
@@ -82,7 +74,7 @@ def word_boundaries(tokenizer) -> Boundaries:
     A WordPiece needs none: all of its pieces have a mark. Raises ValueError like `word_continuations`.
     """
     vocabulary = tokenizer.get_vocab()
-    mark, size = _word_mark(tokenizer, vocabulary), token_ids(tokenizer)[-1] + 1
+    mark, size = _word_mark(tokenizer, vocabulary), vocabulary_size(tokenizer)
     if mark not in ("▁", "Ġ"):
         return Boundaries.none(size)
     kinds_V2 = np.zeros((size, 2), np.int8)

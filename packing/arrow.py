@@ -24,6 +24,9 @@ from .prefetch import prefetch
 BLOCK_ROWS = 1 << 18  # rows looked at together, where all are; memory follows this and not their number
 
 
+NULLABLE = ("word_ids",)  # a tokenizer's word ids are None for special tokens, which are in no word
+
+
 @dataclass(frozen=True, eq=False)
 class TokenColumn:
     """One list column. What is kept is a few numbers for each chunk.
@@ -159,6 +162,7 @@ def read_token_column(
     if column.null_count and null_rows(column, rows).any():
         culprit = int(np.argmax(null_rows(column, rows)))
         raise ValueError(f"column {name!r} has no value (null) in row {culprit}; fill it in or leave the row out")
+    nulls = nulls or name in NULLABLE
     opened = open_token_column(name, column, rows, nulls=nulls)
     children = [chunk.values for chunk in column.chunks if len(chunk)]
     if not nulls and any(child.null_count for child in children):
@@ -175,6 +179,7 @@ def open_token_column(
 
     Takes a moment for each chunk, none for rows or tokens, and checks nothing.
     """
+    nulls = nulls or name in NULLABLE
     chunks = [chunk for chunk in column.chunks if len(chunk)]
     children = [chunk.values for chunk in chunks]
     value_type = column.type.value_type

@@ -123,7 +123,8 @@ def _digest_blocks(digest_block: Callable, num_rows: int, threads: int) -> tuple
 def _block_digester(name: str, column: pa.ChunkedArray, rows: np.ndarray | None):
     """(first, end) -> digest of these rows, bytes. How they are hashed follows from these rows alone: others may be in
     another file, or read on another machine."""
-    opened = open_token_column(name, column, rows) if is_list(column.type) else None
+    # Without its name, by which word ids with None would be no numbers: blocks that have none of them are.
+    opened = open_token_column("", column, rows) if is_list(column.type) else None
     is_numbers = opened is not None and opened.is_numbers
     nulls_somewhere = column.null_count or (is_numbers and any(c.values.null_count for c in column.chunks))
     values = Values.of(column.chunks, column.type)

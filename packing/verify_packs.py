@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .arrow import TokenColumn, is_list, open_token_column
+from .arrow import NULLABLE, TokenColumn, is_list, open_token_column
 from .findings import Findings
 from .info import PackedInfo
 from .kernels import njit
@@ -181,7 +181,7 @@ class PackCheck:
         for name in columns:
             lists = block.batch.column(name)
             missing = np.asarray(lists.is_null())
-            if name in self._needed and lists.values.null_count:
+            if name in self._needed and name not in NULLABLE and lists.values.null_count:
                 begins, counts = found[name]
                 before = np.concatenate([[0], np.cumsum(np.asarray(lists.values.is_null()))])
                 # offsets count in lists.values, which begins where the column's own view does

@@ -389,7 +389,9 @@ def test_masks_are_the_same_packed_or_not(tokenizer):
 
 def test_unpacked_rows_lose_their_padding(tokenizer):
     row = {"input_ids": [0, 2, 8, 3, 0], "attention_mask": [0, 1, 1, 1, 0], "tags": [9, 1, 2, 3, 9]}
-    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to=4, unpacked_rows="keep")
+    collate = DataCollatorWithPacking(
+        tokenizer, mlm_probability=None, pad_to=4, unpacked_rows="keep", token_columns=["tags"]
+    )
     batch = collate([row, {"input_ids": [2, 3], "attention_mask": [1, 1], "tags": [4, 5]}])
     assert batch["input_ids"].tolist() == [[2, 8, 3, 0], [2, 3, 0, 0]]
     assert batch["tags"].tolist() == [[1, 2, 3, 0], [4, 5, 0, 0]]
