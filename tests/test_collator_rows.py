@@ -11,12 +11,14 @@ from transformers import (
     BertForTokenClassification,
     BertTokenizer,
     DataCollatorForLanguageModeling,
+    RoCBertConfig,
+    RoCBertForSequenceClassification,
     TrainingArguments,
 )
 
 from bert_pretrain.inputs import check_tokenizer
 from collate import DataCollatorWithPacking, PackedTrainer, PackLayout, check_isolation
-from collate.heads import MaskedLM
+from collate.heads import MaskedLM, packed_predictions
 from collate.masking import MASKING
 from collate.vocabulary import token_ids, vocabulary_size
 from packing import EpochPacks, pack_dataset, pack_stream, unpack_dataset, verify_packed
@@ -352,3 +354,22 @@ def test_there_is_no_layout_of_nothing(shape):
     with pytest.raises(ValueError, match=f"{shape[0]} packs of {shape[1]} slots"):
         PackLayout(torch.zeros(shape, dtype=torch.int32))
     assert PackLayout(torch.zeros((1, 8), dtype=torch.int32)).num_sequences == 0  # evens out the ranks
+
+
+def test_columns_that_a_model_takes_reach_it(tokenizer):
+    """RoCBert reads two more ids of each token; without them its logits are others."""
+    sizes = {"pronunciation_vocab_size": 8, "shape_vocab_size": 8, "pronunciation_embed_dim": 8, "shape_embed_dim": 8}
+    torch.manual_seed(0)
+    model = RoCBertForSequenceClassification(RoCBertConfig(**SIZES, **sizes, initializer_range=0.5)).eval()
+    names = ("input_ids", "input_shape_ids", "input_pronunciation_ids")
+    rows = [
+        dict(zip(names, values, strict=True))
+        for values in (([2, 8, 9, 3], [1, 2, 3, 4], [4, 3, 2, 1]), ([2, 7, 3], [1, 7, 3], [5, 6, 7]))
+    ]
+    with torch.no_grad():
+        alone = [model(**{name: torch.tensor([row[name]]) for name in names}).logits[0] for row in rows]
+    packed = {name: [value for row in rows for value in row[name]] for name in names} | {"sequence_lengths": [4, 3]}
+    batch = DataCollatorWithPacking(tokenizer, None, pad_to=8)([packed])
+    torch.testing.assert_close(torch.stack(packed_predictions(model, batch)), torch.stack(alone))
+    del batch["input_shape_ids"]
+    assert (torch.stack(packed_predictions(model, batch)) - torch.stack(alone)).abs().max() > 0.1

@@ -12,7 +12,8 @@ from collate.isolation import is_isolated
 from collate.labels import IGNORED
 from collate.layout import PADDING, PackLayout
 
-MODEL_INPUTS = ("input_ids", "position_ids", "token_type_ids")
+NOT_PASSED = ("attention_mask", "sequence_ids")
+"""What an encoder takes and a batch may have, but sequence_ids say better. All else that both have is passed."""
 
 
 class PackedBatch:
@@ -115,7 +116,7 @@ class PackedBatch:
                 "call task_for(model) or prepare_head(model) after loading it"
             )
         accepted = inspect.signature(encoder.forward).parameters
-        inputs = {name: self.batch[name] for name in MODEL_INPUTS if name in accepted and name in self.batch}
+        inputs = {name: self.batch[name] for name in accepted if name in self.batch and name not in NOT_PASSED}
         output = model(
             **inputs,
             sequence_ids=self.batch["sequence_ids"],
