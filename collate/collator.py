@@ -277,6 +277,8 @@ class DataCollatorWithPacking:
         if columns is not None:  # what the collator needs for itself it reads where it is
             columns = list(dict.fromkeys([*columns, *(name for name in BOOKKEEPING if _has_column(rows, name))]))
         levels = replace(self._levels, named=self.token_columns)
+        if self.masking_rule is not None:  # which makes the labels that the model's task is about
+            levels = replace(levels, labels=None)
         flat = (read_packed_rows if self.unpacked_rows is None else read_sequences)(rows, levels, columns)
         if not flat.num_rows:
             raise ValueError("the batch has no rows, so there is nothing to collate; give at least one")

@@ -160,7 +160,7 @@ def test_options_that_were_not_heard(tokenizer):
 # Labels of tokens, or several of a sequence
 
 
-def idiots(count=6, labels=6, tokens=6, column="labels"):
+def listed_rows(count=6, labels=6, tokens=6, column="labels"):
     return [{"input_ids": [CLS, *range(8, 6 + tokens), SEP], column: [float(i % 2)] * labels} for i in range(count)]
 
 
@@ -168,17 +168,17 @@ def test_six_labels_of_six_tokens_are_whose_the_task_says(tokenizer):
     config = BertConfig(**SIZES, num_labels=6, problem_type="multi_label_classification")
     options = {"mlm_probability": None, "unpacked_rows": "keep"}
     by_model = {
-        cls: DataCollatorWithPacking(tokenizer, model=cls(config), **options)(idiots())["labels"]
+        cls: DataCollatorWithPacking(tokenizer, model=cls(config), **options)(listed_rows())["labels"]
         for cls in (BertForSequenceClassification, BertForTokenClassification)
     }
     assert by_model[BertForSequenceClassification].shape == (6, 1, 6)
     assert by_model[BertForTokenClassification].shape == (6, 6)
     named = DataCollatorWithPacking(tokenizer, token_columns=[], **options)
-    assert named(idiots())["labels"].shape == (6, 1, 6)
+    assert named(listed_rows())["labels"].shape == (6, 1, 6)
     with pytest.raises(ValueError, match=r"'labels' has 6 values in each row .* each row has 6 tokens.*token_columns="):
-        DataCollatorWithPacking(tokenizer, **options)(idiots())
+        DataCollatorWithPacking(tokenizer, **options)(listed_rows())
     for count in (1, 2):  # other lengths leave no doubt
-        longer = [*idiots(count), {"input_ids": [2, 8, 3], "labels": [0.0] * 6}]
+        longer = [*listed_rows(count), {"input_ids": [2, 8, 3], "labels": [0.0] * 6}]
         assert DataCollatorWithPacking(tokenizer, **options)(longer)["labels"].shape == (count + 1, 1, 6)
 
 
@@ -186,7 +186,8 @@ def test_six_labels_of_six_tokens_are_whose_the_task_says(tokenizer):
 def test_what_lists_belong_to_is_decided_by_the_whole_dataset(tokenizer, column):
     """One row of 9 tokens at the end says what the batches before it mean."""
     several, of_tokens, ragged = (
-        datasets.Dataset.from_list(idiots(8, column=column) + idiots(1, labels, 9, column)) for labels in (6, 9, 7)
+        datasets.Dataset.from_list(listed_rows(8, column=column) + listed_rows(1, labels, 9, column))
+        for labels in (6, 9, 7)
     )
     collate = DataCollatorWithPacking(tokenizer, mlm_probability=None, unpacked_rows="keep")
     for first in range(8):
@@ -203,8 +204,10 @@ def test_training_on_several_labels_where_a_batch_misleads(tokenizer, tmp_path):
         TrainingArguments(tmp_path, per_device_eval_batch_size=2, report_to="none", use_cpu=True),
         data_collator=DataCollatorWithPacking(tokenizer, mlm_probability=None, unpacked_rows="keep"),
     )
-    alone = [trainer.evaluate(datasets.Dataset.from_list(idiots(2, tokens=tokens)))["eval_loss"] for tokens in (6, 7)]
-    together = trainer.evaluate(datasets.Dataset.from_list(idiots(2) + idiots(2, tokens=7)))["eval_loss"]
+    alone = [
+        trainer.evaluate(datasets.Dataset.from_list(listed_rows(2, tokens=tokens)))["eval_loss"] for tokens in (6, 7)
+    ]
+    together = trainer.evaluate(datasets.Dataset.from_list(listed_rows(2) + listed_rows(2, tokens=7)))["eval_loss"]
     assert together == pytest.approx(sum(alone) / 2, rel=1e-5)
 
 
@@ -212,8 +215,8 @@ def test_a_stream_is_not_of_two_minds():
     """Lists as long as the tokens in the first thousand rows, and then not: refused, not packed by another rule."""
 
     def rows():
-        yield from idiots(1000)
-        yield from idiots(20, tokens=9)
+        yield from listed_rows(1000)
+        yield from listed_rows(20, tokens=9)
 
     stream = datasets.IterableDataset.from_generator(rows)
     with pytest.raises(ValueError, match=r"column 'labels' has 6 values in row .* where input_ids has 9"):
@@ -269,6 +272,8 @@ def test_word_ids_of_a_tokenizer_survive_packing(tmp_path):
     assert [list(words[i]) for i in range(len(source))] == source["word_ids"]
     pack_dataset(source, max_sequence_length=64, output=tmp_path / "packed")
     assert verify_packed(tmp_path / "packed", source).ok
+    stream = pack_stream(source.to_iterable_dataset(), max_sequence_length=64)
+    assert sum(row["word_ids"].count(None) for row in stream) == 2 * len(source)
     with pytest.raises(ValueError, match=r"'tags' has .*null"):
         pack_dataset(source.rename_column("word_ids", "tags"), max_sequence_length=64)
 
