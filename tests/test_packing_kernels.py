@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import collate
 import packing
+from collate.masking import _choose_words
 from packing.draws import fisher_yates
 from packing.kernels import stamp
 
@@ -16,7 +18,10 @@ PROGRAM = "import numpy as np; from packing.caller import call; print(call())"
 
 
 def test_every_kernel_carries_the_stamp():
+    """Of the package, and of its own folder: masking's kernels call those of words."""
     assert stamp() in fisher_yates._cache._cache_file._source_stamp
+    own = stamp(Path(collate.__file__).parent)
+    assert {stamp(), own} <= set(_choose_words._cache._cache_file._source_stamp) and own != stamp()
 
 
 def test_a_change_in_a_file_that_is_called_is_noticed(tmp_path):
