@@ -7,6 +7,8 @@ A document is what next-sentence prediction may not cross: a list of sentences.
     (blank line)                     "Second, wrapped           "Second, wrapped over a line.",
     Third one.                        over a line."],           "Third one."]]
                                     ["Third one."]]
+
+    documents="line"            -> [["First one.", "Second,"], ["wrapped over a line."], ["Third one."]]
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,7 @@ import sentencex
 
 from bert_pretrain.sources import Block, find_blocks, find_sources, read_block
 
-DOCUMENTS = ("paragraph", "file")
+DOCUMENTS = ("paragraph", "line", "file")
 SENTENCES = ("split", "lines")
 
 Document = list[str]
@@ -33,8 +35,8 @@ def read_documents(
 
     text: `.txt` files, folders of them (searched recursively, in sorted order), or folders written by
         `datasets.Dataset.save_to_disk` with a `text` column, whose every row counts as a file.
-    documents: "paragraph": a blank line parts documents (BERT's own input format); "file": each file is one document
-        and blank lines only part its paragraphs.
+    documents: "paragraph": a blank line parts documents (BERT's own input format); "line": each line is one, blank
+        ones are none; "file": each file is one, and blank lines only part its paragraphs.
     sentences: "split": the lines of a paragraph are joined, then split into sentences; "lines": each line is one
         sentence already (BERT's own input format, https://github.com/google-research/bert#pre-training-with-bert).
     language: ISO 639 code for the splitter's abbreviations ("Mr." ends no sentence in English).
@@ -50,7 +52,7 @@ def read_documents(
 
 def _read(sources: list[Path], documents: str, sentences: str, language: str) -> Iterator[Document]:
     found = False
-    for block in find_blocks(sources, whole_files=documents == "file"):
+    for block in find_blocks(sources, whole_files=documents == "file", lines=documents == "line"):
         for document in documents_of(block, documents, sentences, language):
             found = True
             yield document
@@ -66,7 +68,8 @@ def no_text(sources: list[Path]) -> ValueError:
 def documents_of(block: Block, documents: str, sentences: str, language: str) -> Iterator[Document]:
     """The documents of one block; options as in `read_documents`."""
     for lines in read_block(block):
-        paragraphs = (_sentences(paragraph, sentences, language) for paragraph in _paragraphs(lines))
+        parts = ([line] for line in lines if line) if documents == "line" else _paragraphs(lines)
+        paragraphs = (_sentences(part, sentences, language) for part in parts)
         if documents == "file":
             paragraphs = iter([[sentence for paragraph in paragraphs for sentence in paragraph]])
         yield from filter(None, paragraphs)

@@ -45,11 +45,12 @@ class PrepareConfig:
         }
     )
     output: str = field(metadata={"help": "The folder to write; it must not exist yet."})
-    documents: Literal["paragraph", "file"] = field(
+    documents: Literal["paragraph", "line", "file"] = field(
         default="paragraph",
         metadata={
             "help": "What next-sentence prediction may not cross: `paragraph` (a blank line parts documents, BERT's "
-            "own format) or `file`. Longer documents give longer sequences and so less to gain by packing."
+            "own format), `line` (each line is a document) or `file`. Longer documents give longer sequences and so "
+            "less to gain by packing."
         },
     )
     sentences: Literal["split", "lines"] = field(
@@ -132,8 +133,8 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
 
     with new_folder(config.output) as folder, Workers(config.num_proc) as workers:
         text = Text(config.text, Reading(config.documents, config.sentences, config.language), workers, progress)
+        _check_documents(text.num_documents, config)
         splits = split_documents(text.num_documents, config.test_fraction, config.seed)
-        _check_splits(splits, config)
 
         if config.tokenizer is None:
             train = splits["train"]
@@ -220,11 +221,25 @@ def split_documents(num_documents: int, test_fraction: float, seed: int) -> dict
     return {"train": ~test, "test": test} if num_test else {"train": ~test}
 
 
-def _check_splits(splits: dict[str, np.ndarray], config: PrepareConfig) -> None:
+TAKES = {"paragraph": "what blank lines part", "line": "each line", "file": "each file"}
+"""For a document, by the option documents."""
+
+
+def _check_documents(num_documents: int, config: PrepareConfig) -> None:
     """Before a vocabulary is trained: a random next sentence comes from another document of the same split."""
-    for split, members in splits.items():
-        if config.objective == "nsp" and members.sum() < 2:
-            raise ValueError(
-                f"objective='nsp' needs two documents in each split, {split} has {members.sum()} of {len(members)}; "
-                f"give more text, test_fraction=0 for no test split (now {config.test_fraction}), or objective='none'"
-            )
+    num_test = math.ceil(config.test_fraction * num_documents)
+    least = 2 if config.objective == "nsp" else 1
+    why = "objective='nsp' needs two documents in each split" if least == 2 else "each split needs a document"
+    for split, count in (("train", num_documents - num_test), ("test", num_test)):
+        if count >= least or (split == "test" and not num_test):
+            continue
+        cures = ["give text of more documents"]
+        if num_test and num_documents >= least:
+            cures.append(f"test_fraction=0 for no test split (now {config.test_fraction})")
+        if least == 2 and (num_documents > 1 or not num_test):
+            cures.append("objective='none'")
+        others = " or ".join(f"{name!r} ({TAKES[name]})" for name in DOCUMENTS if name != config.documents)
+        raise ValueError(
+            f"{why}, {split} has {count} of {num_documents}: documents={config.documents!r} takes "
+            f"{TAKES[config.documents]} for one; choose documents={others}, or {', or '.join(cures)}"
+        )

@@ -19,7 +19,7 @@ from bert_pretrain.not_text import refuse_other_formats
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 20
-"""A block ends at the first blank line behind so many bytes."""
+"""A block ends at the first blank line behind so many bytes; or line, where each is a document."""
 
 WINDOW_BYTES = 1 << 16
 """What is read at once to look for line ends."""
@@ -84,10 +84,10 @@ def _is_dataset(path: Path) -> bool:
     return (path / "state.json").exists() and (path / "dataset_info.json").exists()
 
 
-def find_blocks(sources: Iterable[Path], whole_files: bool) -> Iterator[Block]:
-    """All of the text, in order; with whole_files a file is one block."""
+def find_blocks(sources: Iterable[Path], whole_files: bool, lines: bool = False) -> Iterator[Block]:
+    """All of the text, in order. whole_files: a file is one block. lines: any line may be a document."""
     for source in sources:
-        yield from _row_blocks(source) if source.is_dir() else _file_blocks(source, whole_files)
+        yield from _row_blocks(source) if source.is_dir() else _file_blocks(source, whole_files, lines)
 
 
 def _row_blocks(folder: Path) -> Iterator[Block]:
@@ -99,7 +99,7 @@ def _row_blocks(folder: Path) -> Iterator[Block]:
         yield Block(folder, start, end, num_bytes * (end - start) // len(texts))
 
 
-def _file_blocks(file: Path, whole: bool) -> Iterator[Block]:
+def _file_blocks(file: Path, whole: bool, lines: bool) -> Iterator[Block]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(WINDOW_BYTES)
@@ -107,21 +107,21 @@ def _file_blocks(file: Path, whole: bool) -> Iterator[Block]:
         newline = b"\r" if b"\r" in head and b"\n" not in head else b"\n"  # lines of old Macs end in a return alone
         start = 0
         while start < size:
-            end = size if whole else _behind_blank_line(stream, start + BLOCK_BYTES, size, newline)
+            end = size if whole else _behind_end(stream, start + BLOCK_BYTES, size, newline, lines)
             yield Block(file, start, end, end - start, newline)
             start = end
 
 
-def _behind_blank_line(stream: BinaryIO, position: int, size: int, newline: bytes) -> int:
-    """Where the first line begins that follows `position` and a blank line; or the size of the file."""
+def _behind_end(stream: BinaryIO, position: int, size: int, newline: bytes, lines: bool) -> int:
+    """Where the first line begins that follows `position` and a blank line, or any; or the size of the file."""
     if position >= size:
         return size
-    blank_line = re.compile(newline + rb"[ \t\r]*" + newline)
+    end = re.compile(newline if lines else newline + rb"[ \t\r]*" + newline)
     stream.seek(position)
     held = b""
     while window := stream.read(WINDOW_BYTES):
         held += window
-        if found := blank_line.search(held):
+        if found := end.search(held):
             return position + found.end()
         # A blank line may have begun: keep the last line end, if there is only white space behind it.
         last = held.rfind(newline)

@@ -64,7 +64,8 @@ class Text:
     def tasks(self) -> list[list[Block]]:
         """Blocks, about BLOCK_BYTES together: small files share a task."""
         tasks, size = [[]], 0
-        for block in find_blocks(self.sources, whole_files=self.reading.documents == "file"):
+        documents = self.reading.documents
+        for block in find_blocks(self.sources, whole_files=documents == "file", lines=documents == "line"):
             if tasks[-1] and size + block.bytes > 2 * BLOCK_BYTES:
                 tasks.append([])
                 size = 0

@@ -53,6 +53,17 @@ def test_a_blank_line_parts_documents(text_file):
     ]
 
 
+def test_a_line_is_a_document(text_file, tmp_path):
+    expected = [["Mr. Smith came at 5 p.m. and said hello.", "He left"], ["soon after.", "Why?"], ["Nobody knows."]]
+    assert list(read_documents(text_file, documents="line")) == expected
+    assert [" ".join(d) for d in expected] == [d for (d,) in read_documents(text_file, "line", sentences="lines")]
+    for newline in ("\r\n", "\r"):
+        (tmp_path / "other.txt").write_bytes(TEXT.replace("\n", newline).encode())
+        assert list(read_documents(tmp_path / "other.txt", documents="line")) == expected
+    datasets.Dataset.from_dict({"text": [TEXT, "One."]}).save_to_disk(tmp_path / "rows")
+    assert list(read_documents(tmp_path / "rows", documents="line")) == [*expected, ["One."]]
+
+
 def test_a_file_is_a_document(text_file):
     assert list(read_documents(text_file, documents="file")) == [
         ["Mr. Smith came at 5 p.m. and said hello.", "He left soon after.", "Why?", "Nobody knows."],
@@ -400,6 +411,61 @@ def test_existing_output_is_refused_and_failures_leave_nothing(text_file, tmp_pa
     with pytest.raises(ValueError, match="needs two documents in each split, train has 1 of 2"):
         prepare(PrepareConfig(text=[str(text_file)], output=str(tmp_path / "out"), test_fraction=0.5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["smith.txt", "there"]
+
+
+ONE, MANY = "One is here. Two is there.", "\n".join(f"Line {i} is here. It is short." for i in range(30))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (
+            MANY,
+            {},
+            "train has 0 of 1: documents='paragraph' takes what blank lines part for one; choose documents='line'",
+        ),
+        (
+            MANY,
+            {"test_fraction": 0},
+            "train has 1 of 1: documents='paragraph' takes .*; choose documents='line' .each line.",
+        ),
+        (
+            MANY,
+            {"documents": "file", "test_fraction": 0},
+            "documents='file' takes each file for one; choose documents='para",
+        ),
+        (ONE, {"documents": "line"}, "documents='line' takes each line for one; choose documents='paragraph'"),
+        (
+            MANY,
+            {"objective": "sop"},
+            "each split needs a document, train has 0 of 1.*test_fraction=0 for no test split .now",
+        ),
+        (
+            "\n\n".join([ONE] * 20),
+            {},
+            "test has 1 of 20: .*test_fraction=0 for no test split .now 0.05., or objective='none'",
+        ),
+    ],
+)
+def test_too_few_documents_are_refused_with_their_cause(tmp_path, text, options, message):
+    (tmp_path / "text.txt").write_text(text)
+    config = {"text": [str(tmp_path / "text.txt")], "output": str(tmp_path / "out")} | options
+    with pytest.raises(ValueError, match=message) as refused:
+        prepare(PrepareConfig(**config))
+    if options.get("test_fraction") == 0:
+        assert "test_fraction" not in str(refused.value)  # no cure that was taken already
+
+
+@pytest.mark.parametrize(
+    "cure",
+    [{"documents": "line"}, {"documents": "line", "test_fraction": 0}, {"objective": "none", "test_fraction": 0}],
+)
+def test_the_cures_of_text_without_blank_lines_help(tmp_path, cure):
+    (tmp_path / "text.txt").write_text("\n".join([MANY, MANY]))
+    prepared = prepare(PrepareConfig(text=[str(tmp_path / "text.txt")], output=str(tmp_path / "out"), **cure))
+    numbers = prepared.summary.values()
+    assert sum(split.documents for split in numbers) == (60 if "documents" in cure else 1)
+    assert all(split.tokens_dropped == 0 for split in numbers)
 
 
 def test_bars_are_shown_where_they_are_asked_for(text_file, tmp_path, capfd):

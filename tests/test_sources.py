@@ -59,22 +59,23 @@ def test_the_byte_and_line_are_those_of_the_file(tmp_path, monkeypatch):
 pieces = st.lists(st.sampled_from(["a.", "Bc d.", "é", " ", "\t", "\n", "\n", "\r", "\u3000"]), max_size=60)
 
 
+@pytest.mark.parametrize("kind", ["paragraph", "line"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 @given(pieces, st.integers(1, 30), st.integers(1, 30))
-def test_blocks_tear_no_document(tmp_path_factory, newline, pieces, block_bytes, window_bytes):
+def test_blocks_tear_no_document(tmp_path_factory, kind, newline, pieces, block_bytes, window_bytes):
     text = "".join(pieces).replace("\r", " ").replace("\n", newline)
     file = tmp_path_factory.getbasetemp() / "torn.txt"
     file.write_bytes(("x" + text).encode())
-    whole = documents_of(file)
+    whole = documents_of(file, documents=kind)
     lines = ("x" + text).replace(newline, "\n").split("\n")
     assert "".join("".join(document) for document in whole).replace(" ", "") == "".join("".join(lines).split())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bert_pretrain.sources.BLOCK_BYTES", block_bytes)
-        blocks = list(find_blocks([file], whole_files=False))
-        assert documents_of(file) == whole
+        blocks = list(find_blocks([file], whole_files=False, lines=kind == "line"))
+        assert documents_of(file, documents=kind) == whole
         if newline != "\r":  # which is found out from the first window
             patch.setattr("bert_pretrain.sources.WINDOW_BYTES", window_bytes)
-            assert list(find_blocks([file], whole_files=False)) == blocks
+            assert list(find_blocks([file], whole_files=False, lines=kind == "line")) == blocks
     ends = [0, *(block.end for block in blocks)]
     assert [block.start for block in blocks] == ends[:-1] and ends[-1] == len(("x" + text).encode())
     assert all(block.end - block.start >= min(block_bytes, ends[-1] - block.start) for block in blocks)
