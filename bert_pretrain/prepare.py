@@ -28,6 +28,7 @@ from bert_pretrain.summary import SplitSummary
 from bert_pretrain.text import Reading, Text
 from bert_pretrain.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
 from packing.folder import new_folder
+from packing.text_tokenizer import describe
 
 if TYPE_CHECKING:
     import datasets
@@ -170,7 +171,7 @@ def _prepare_split(
 ) -> SplitSummary:
     """Documents -> token ids, in a temporary folder -> sequences, in `output`."""
     tokenizer_file, tokens = temporary / "tokenizer.json", temporary / split
-    tokenizer_file.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    tokenizer_file.write_text(describe(tokenizer), encoding="utf-8")
     longest = longest_sentence(config.objective, config.max_sequence_length)
     documents = text.tokenize(members, tokenizer_file, tokens, split, longest)
     if not len(documents):

@@ -17,7 +17,8 @@ from bert_pretrain.documents import Document, documents_of, no_text
 from bert_pretrain.parallel import Workers
 from bert_pretrain.sources import BLOCK_BYTES, Block, find_blocks, find_sources
 from bert_pretrain.token_documents import TokenDocuments, TokenFolder
-from bert_pretrain.tokenizer import bare_tokenizer, tokenize_sentences
+from bert_pretrain.tokenizer import tokenize_sentences
+from packing.text_tokenizer import text_tokenizer
 
 
 class Reading(NamedTuple):
@@ -103,7 +104,7 @@ class Text:
     def tokenize(self, members: np.ndarray, tokenizer: Path, folder: Path, name: str, longest: int) -> TokenDocuments:
         """Those documents as token ids, written to a folder.
 
-        tokenizer: a file of `bare_tokenizer`. longest: sentence, see `tokenize_sentences`.
+        tokenizer: a file that `describe` made. longest: sentence, see `tokenize_sentences`.
         """
         tasks = [task._replace(tokenizer=tokenizer, longest=longest) for task in self._tasks(members)]
         with TokenFolder(folder) as written:
@@ -144,4 +145,4 @@ def _tokenize(task: TextTask) -> TokenDocuments:
 
 @lru_cache(maxsize=1)
 def _loaded(file: Path):
-    return bare_tokenizer(file.read_text(encoding="utf-8"))
+    return text_tokenizer(file.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ import numpy as np
 from bert_pretrain.documents import Document
 from bert_pretrain.places import find_pretrained
 from bert_pretrain.token_documents import TokenDocuments, offsets_of
+from packing.text_tokenizer import describe, text_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -159,25 +160,14 @@ def tokenize_documents(documents: Iterable[Document], tokenizer: PreTrainedToken
     Text that looks like a special token is text: a page about BERT that says "[MASK]" must not become a mask.
     Sentences of which the tokenizer leaves nothing (control characters) are left out, as are documents of nothing else.
     """
-    bare = bare_tokenizer(tokenizer.backend_tokenizer.to_str())  # a copy: the caller's keeps its own settings
+    bare = text_tokenizer(describe(tokenizer))  # a copy: the caller's keeps its own settings
     return TokenDocuments.concatenate(
         tokenize_sentences(batch, bare) for batch in _batches(documents, DOCUMENTS_PER_BATCH)
     )
 
 
-def bare_tokenizer(description: str) -> Tokenizer:
-    """A tokenizer, from its JSON, that neither cuts nor pads and takes special tokens in the text for text."""
-    from tokenizers import Tokenizer
-
-    bare = Tokenizer.from_str(description)
-    bare.no_truncation()
-    bare.no_padding()
-    bare.encode_special_tokens = True
-    return bare
-
-
 def tokenize_sentences(documents: list[Document], bare: Tokenizer, longest: int | None = None) -> TokenDocuments:
-    """Some documents at once, by a `bare_tokenizer`.
+    """Some documents at once, by a `text_tokenizer`.
 
     longest: a sentence of more tokens lies there as its words, so that sequences may begin and end between these, and
         none of it is cut off. Text without sentence ends is such a sentence: a transcript, say.

@@ -29,7 +29,8 @@ sources:
   pack-dataset 'data/train-*.parquet' packed             a glob, in quotes
   pack-dataset owner/name packed                         a dataset of the hub; of several: owner/name:config
   pack-dataset reviews.jsonl packed --text-column review --tokenizer bert-base-uncased
-                                                         texts; labels and other columns stay
+                                                         texts; labels and other columns stay. A text that spells
+                                                         a special token ("[MASK]") is text
   pack-dataset 's3://bucket/data/*.parquet' packed       files, folders and globs at a URL
 
 Files are converted once, and tokens of texts are kept, in the cache of the datasets library: HF_DATASETS_CACHE says

@@ -3,7 +3,8 @@
 text          label          input_ids      token_type_ids   label
 "we must"     a       ->     [2 57 92 3]    [0 0 0 0]        a
 
-Nothing is truncated or padded: what does not fit into a pack is what `overlong` is about.
+Nothing is truncated or padded: what does not fit into a pack is what `overlong` is about. A text that spells a special
+token ("[MASK]") is text: see text_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from .arrow import null_rows
 from .fingerprint import column_prints, combined_print
 from .load import suggestion
 from .source import chosen_rows, refuse_broken
+from .text_tokenizer import describe, text_tokenizer
 
 # Types of what tokenizers give. Whatever it is not in here is no column of tokens, or is not wanted.
 TYPES = {"input_ids": "int32", "token_type_ids": "int8"}
+FIELDS = {"input_ids": "ids", "token_type_ids": "type_ids"}  # of tokenizers.Encoding
 
 
 def load_tokenizer(name: str):
@@ -97,14 +100,13 @@ class _Tokenize:
     """For Dataset.map: texts of some rows -> their tokens."""
 
     def __init__(self, tokenizer, text_columns: tuple[str, ...], names: tuple[str, ...]):
-        self.tokenizer, self.text_columns, self.names = tokenizer, text_columns, names
+        self.description = describe(tokenizer)
+        self.tokenizer, self.text_columns, self.names = text_tokenizer(self.description), text_columns, names
 
     def __call__(self, rows) -> dict[str, list]:
-        texts = [list(rows[name]) for name in self.text_columns]
-        whole = {"truncation": False, "padding": False, "verbose": False}
-        types = "token_type_ids" in self.names
-        found = self.tokenizer(*texts, return_attention_mask=False, return_token_type_ids=types, **whole)
-        return {name: found[name] for name in self.names}
+        texts = [rows[name] for name in self.text_columns]
+        found = self.tokenizer.encode_batch_fast(list(zip(*texts, strict=True)) if len(texts) > 1 else list(texts[0]))
+        return {name: [getattr(encoding, FIELDS[name]) for encoding in found] for name in self.names}
 
 
 def _check_text(dataset: datasets.Dataset, name: str) -> None:
@@ -125,6 +127,6 @@ def _fingerprint(dataset: datasets.Dataset, work: _Tokenize, keep_text: bool) ->
     """Of all columns, what is to be done with them, and by which tokenizer."""
     import tokenizers
 
-    tokenizer = type(work.tokenizer).__name__, tokenizers.__version__, work.tokenizer.backend_tokenizer.to_str()
+    tokenizer = tokenizers.__version__, work.description
     parts = combined_print(column_prints(dataset)), str(dataset.features), tokenizer
     return xxhash.xxh3_128(repr((parts, work.text_columns, work.names, keep_text)).encode()).hexdigest()

@@ -21,12 +21,12 @@ from bert_pretrain.summary import SplitSummary, summary_table
 from bert_pretrain.token_documents import TokenDocuments
 from bert_pretrain.tokenizer import (
     SPECIAL_TOKENS,
-    bare_tokenizer,
     load_tokenizer,
     tokenize_documents,
     tokenize_sentences,
     train_tokenizer,
 )
+from packing.text_tokenizer import describe, text_tokenizer
 
 TEXT = """\
 Mr. Smith came at 5 p.m. and said hello. He left
@@ -608,7 +608,7 @@ def test_text_without_sentence_ends_is_cut_at_words_and_not_off(transcripts, tmp
 def test_the_words_of_a_long_sentence_are_those_of_its_tokenizer():
     """Chinese without a full stop by its characters; one word, as Unigram makes of it, or a URL, by its tokens."""
     tokenizer = train_tokenizer(["un##believable things we talked about"] * 3, 40)
-    bare = bare_tokenizer(tokenizer.backend_tokenizer.to_str())
+    bare = text_tokenizer(describe(tokenizer))
 
     def pieces(sentence, longest, bare=bare):
         found = tokenize_sentences([[sentence, "we"], ["we"]], bare, longest)
