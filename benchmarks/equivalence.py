@@ -286,6 +286,8 @@ def train_in_two_processes(options: argparse.Namespace) -> None:
 class MeanOfMeans(PackedTrainer):
     """Each pass has its own mean, and passes are averaged: what Trainer does with a loss that is a plain mean."""
 
+    loss_is_scaled_for_ga = True  # it divides by the passes itself
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return super().compute_loss(model, inputs, return_outputs) / self.args.gradient_accumulation_steps
 

@@ -79,11 +79,13 @@ def pretraining_sums(layout, mlm_logits_PV, mlm_labels_P, mlm_sequence_P, pair_l
 def pretraining_metrics(stacked: Tensor, mlm_loss: str) -> dict[str, float]:
     """What the sums mean. NSP or SOP accuracy stands beside that of always answering the more frequent label.
 
-    `loss` is there for evaluation; a metric whose count is 0 (no NSP in this dataset, say) is left out.
+    `loss` is there for evaluation; a metric whose count is 0 (no NSP in this dataset, say) is left out, and so is the
+    loss where nothing at all has a label.
     Raises ValueError for sums over both NSP and SOP, whose accuracies cannot be told apart any more.
     """
     sums = PretrainingSums(*stacked)
-    metrics = {"loss": float(sums.loss(mlm_loss))}
+    has_labels = sums.mlm_tokens > 0 or sums.pair_sequences > 0
+    metrics = {"loss": float(sums.loss(mlm_loss))} if has_labels else {}
     metrics |= {name: float(value) for name, value in mlm_metrics(sums._asdict()).items()}
     if sums.pair_sequences > 0:
         if 0 < sums.sop_sequences < sums.pair_sequences:

@@ -163,6 +163,8 @@ class Meter:
         seconds, waited, memory = gather(own).cpu().unbind(1)
         self.reset()
         slowest = float(seconds.max())
+        if not slowest > 0:  # a clock so coarse that no step took time
+            return {}
         flops_per_second = self.flops(tokens, squares, predicted) / slowest / num_processes
         name = "model_tflops" if self.flops.attention else "model_tflops_without_attention"
         metrics = {
@@ -173,7 +175,7 @@ class Meter:
         if self.peak is not None and self.flops.attention:
             metrics["mfu"] = flops_per_second / self.peak
         metrics["peak_memory_gib"] = float(memory.max()) / GIB
-        metrics["data_wait_share"] = float((waited / seconds).mean())
+        metrics["data_wait_share"] = float((waited / seconds).nanmean())
         return metrics
 
     def peak_memory(self) -> int:

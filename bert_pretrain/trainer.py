@@ -137,7 +137,6 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = self.meter.read(self.args.world_size, self.accelerator.gather) | logs
-        logs.pop("train_samples_per_second", None)  # Trainer's samples are packs
         super().log(logs, start_time)
         for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):

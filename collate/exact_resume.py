@@ -13,8 +13,8 @@ inexact (transformers 5.23), and what is done about it here:
 * A run that had ended, and was killed before the last save, would train one more step.
 * logging_steps, save_steps and eval_steps are those of the checkpoint, whatever is asked for now.
 * A run that is made longer would take its first step with the learning rate of the old schedule, often 0.
-* ignore_data_skip repeats the begin of the epoch, restore_callback_states_from_checkpoint replaces callbacks that the
-  trainer itself holds on to, and without dataloader_in_order no two runs are alike; they are refused.
+* ignore_data_skip repeats the begin of the epoch, and is refused. So are restore_callback_states_from_checkpoint, which
+  replaces callbacks that the trainer itself holds on to, and dataloader_in_order=False: see collate.refused.
 
 Counts of packs and tokens are saved by the trainer's own callback. What is measured by the clock, such as tokens per
 second, and Trainer's last line with train_loss, cover the time since the resume. An evaluation that was due at the step
@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from collate.checkpoints import SavesWhole
+from collate.refused import refuse_data_skip
 
 RUNNING_FILE = "since_last_log.json"
 """Sums of the interval that the next log reports, of each rank."""
@@ -48,25 +49,12 @@ class ResumesExactly(SavesWhole):
         super().__init__(*args, **kwargs)
         self._resumed_from: str | None = None
         self.add_callback(_ExactSteps(self))
-        if not self.args.dataloader_in_order:
-            raise ValueError(
-                "dataloader_in_order=False takes batches as workers finish them, so that no two runs would be alike; "
-                "leave it out"
-            )
-        if self.args.restore_callback_states_from_checkpoint:
-            raise ValueError(
-                "restore_callback_states_from_checkpoint=True would replace the callback that counts what was seen; "
-                "leave it out: its counts are restored in any case"
-            )
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
-        if resume_from_checkpoint is not None and self.args.ignore_data_skip:
-            raise ValueError(
-                "ignore_data_skip=True would begin the epoch again and see its sequences twice; leave it out: what "
-                "was seen is skipped without loading it"
-            )
+        if resume_from_checkpoint is not None:
+            refuse_data_skip(self.args)
         found = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )

@@ -7,7 +7,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from collate.isolation import REFUSED, is_isolated, position_ids_start
+from collate.refused import refuse_arguments, refuse_data_skip
 
+PLAIN = "plain Trainer on packs"
 INSTEAD = "use collate.PackedTrainer, which counts a loss over the whole optimizer step"
 HEADS_OF_TOKENS = ("ForMaskedLM", "ForTokenClassification")
 """Ends of the names of stock classes whose heads and losses mean on a packed row what they mean on its sequences."""
@@ -46,7 +48,7 @@ class SetEpoch(TrainerCallback):
 
 class PlainTrainerCallback(SetEpoch):
     """SetEpoch, and a ValueError at the begin of training for what plain Trainer would get wrong with packs, the first
-    four also at the begin of an evaluation:
+    four and the last also at the begin of an evaluation:
 
     * a stock model that was not isolated ignores sequence_ids: its sequences would read each other;
     * positions that begin elsewhere than the model's own;
@@ -54,7 +56,8 @@ class PlainTrainerCallback(SetEpoch):
     * heads that read the first token of a row, or pool it: a row is several sequences;
     * stock losses under gradient accumulation or on several ranks (huggingface/transformers#47688);
     * rows that accelerate repeats to even out ranks, or columns that Trainer strips;
-    * tokens counted from an attention_mask, which packs have none of, or a square one.
+    * tokens counted from an attention_mask, which packs have none of, or a square one;
+    * all else that PackedTrainer refuses, see collate.refused, such as noise that is scaled by a row's length.
 
     What is right for training is not exact for evaluation: plain Trainer averages the losses of batches by their rows,
     and evaluation's masks are those of the epoch.
@@ -69,6 +72,7 @@ class PlainTrainerCallback(SetEpoch):
         """Evaluation without training before it."""
         if not self.is_checked:
             self._check_model(model)
+            refuse_arguments(args, PLAIN)
 
     def _check_model(self, model: nn.Module | None) -> None:
         check_model(self.collator, model)
@@ -94,6 +98,9 @@ class PlainTrainerCallback(SetEpoch):
                 f"include_num_input_tokens_seen={args.include_num_input_tokens_seen!r} counts an attention_mask, which "
                 "packs have none of; set it to 'all' (slots) or use collate.PackedTrainer (real tokens)"
             )
+        refuse_arguments(args, PLAIN)
+        if state.global_step:
+            refuse_data_skip(args)
         if self.collator.emit == "flash" and type(train_dataloader).__name__ == "DataLoaderDispatcher":
             raise ValueError(
                 "emit='flash' gives one row per batch, which dispatch would cut into pieces; set "

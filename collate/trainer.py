@@ -15,32 +15,44 @@ their class. A model with a loss of its own says so by
 """
 
 import inspect
-import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
+import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, default_data_collator
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    EvalPrediction,
+    default_compute_objective,
+    denumpify_detensorize,
+)
 
-from collate.collator import DataCollatorWithPacking
+from collate.collator import LABELS, DataCollatorWithPacking
 from collate.exact_resume import ResumesExactly
-from collate.heads import PAIR_LABELS, PerSequence, prepare_head, task_for
+from collate.heads import PAIR_LABELS, prepare_head, task_for
+from collate.heads.check import CheckedCollator, check_inputs, check_label_ids, embedding_sizes, refuse_text
 from collate.layout import PADDING
 from collate.masking import IGNORED
+from collate.own_loss import SeenModel, has_sequences, loss_by
 from collate.plain_trainer import SetEpoch, check_forward, check_model
+from collate.predictions import Predictions, RunningSums
+from collate.refused import refuse_arguments
 from collate.rows import ArrowRows
 from collate.steps import SequencesPerStep, check_sequences_per_step
+from collate.workers import names_killed_workers
 from packing import EpochPacks, PackedInfo, packed_info
 
 logger = logging.getLogger(__name__)
 
+COUNTED_PACKS = 10_000  # at a time
 EMPTY_PACK = {"input_ids": [], "sequence_lengths": []}
 """A row without any sequence: no loss, no denominator, no gradient."""
 
@@ -103,10 +115,13 @@ class PackedTrainer(ResumesExactly, Trainer):
     sequences_per_step: sequences per optimizer step, over all ranks, the last step of an epoch excepted; None: as many
         as the packs of a step hold.
 
+    A subclass may override compute_loss: it is used in evaluation, too, and is given a row per label, see
+    collate.own_loss. Then evaluation averages the losses of batches by their labels.
+
     What it cannot honour it refuses with a ValueError: models that cannot be isolated, a class with a forward (and so
     perhaps a loss) of its own unless `task` is given, transformers' own collators, nn.DataParallel (it splits packs
-    without their counts), iterable datasets over several ranks (accelerate would repeat packs), label smoothing, and
-    compute_loss_func, and whatever would see or change logits batch by batch.
+    without their counts), iterable datasets over several ranks (accelerate would repeat packs), compute_loss_func,
+    prediction_step, the arguments in collate.refused, and labels and ids that the model has no place for.
     """
 
     def __init__(self, *args, task=None, sequences_per_step: int | None = None, **kwargs):
@@ -115,12 +130,14 @@ class PackedTrainer(ResumesExactly, Trainer):
         self._refuse_unsupported()
         self.task = self._find_task(self.model)
         self._refuse_metrics_of_own_loss()
-        self._train_sums = _RunningSums()
+        self._train_sums = RunningSums()
         self._train_order: Sampler | None = None
+        self._objectives: set[str] = set()
         self._progress = PackingProgress()
         self.add_callback(self._progress)
         # Either alone is enough in transformers 5.23; the first is newer, the second is read by other code, too.
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by the step's counts; Trainer must not divide again
+        # compute_loss divides by the step's counts, and Trainer must not divide again; an override may say otherwise
+        self.loss_is_scaled_for_ga = self._override is None or self.loss_is_scaled_for_ga is not False
         self.model_accepts_loss_kwargs = True  # so that the step's counts reach compute_loss
         if isinstance(self.data_collator, DataCollatorWithPacking):
             self.data_collator = self.data_collator.for_model(self.model)
@@ -134,31 +151,17 @@ class PackedTrainer(ResumesExactly, Trainer):
                 part.set_epoch(epoch)
 
     def _refuse_unsupported(self) -> None:
-        if self.args.n_gpu > 1:
+        refuse_arguments(self.args, "PackedTrainer")
+        for name in ("compute_loss_func", "preprocess_logits_for_metrics"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"PackedTrainer cannot honour {name}={getattr(self, name)!r}; leave it out")
+        if type(self).prediction_step is not Trainer.prediction_step:
             raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process would run as nn.DataParallel, which cannot count a loss over "
-                f"the step; start one process each: torchrun --nproc-per-node {self.args.n_gpu} …"
+                f"{type(self).__name__}.prediction_step would never be called: evaluation adds up sums over packs; "
+                "override compute_loss, or give a task"
             )
-        ignored = {
-            "label_smoothing_factor": self.args.label_smoothing_factor,
-            "compute_loss_func": self.compute_loss_func,
-            "bf16_full_eval": self.args.bf16_full_eval,
-            "fp16_full_eval": self.args.fp16_full_eval,
-            "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
-            "batch_eval_metrics": self.args.batch_eval_metrics,
-            "include_for_metrics": self.args.include_for_metrics,
-            "neftune_noise_alpha": self.args.neftune_noise_alpha,  # its noise is scaled by the whole pack's length
-        }
-        for name, value in ignored.items():
-            if value:
-                raise ValueError(f"PackedTrainer cannot honour {name}={value!r}; leave it out")
         if self.sequences_per_step is not None:
             self._refuse_other_steps()
-        if self.args.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"train_sampling_strategy={self.args.train_sampling_strategy!r} is for rows of unequal length; packs "
-                "are of one length: choose 'random' or 'sequential'"
-            )
 
     def _refuse_other_steps(self) -> None:
         """Settings that would tear the steps of sequences_per_step."""
@@ -195,6 +198,26 @@ class PackedTrainer(ResumesExactly, Trainer):
                     "of its own; leave it out"
                 )
 
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        """The default objective is Trainer's: the loss, or with compute_metrics the sum of what that returns."""
+        if compute_objective is None:
+            compute_objective = self._default_objective
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+
+    def _default_objective(self, metrics: dict[str, float]) -> float:
+        """Of what evaluate() returned: the losses and the user's metrics, as Trainer would have them."""
+        objective = default_compute_objective({k: v for k, v in metrics.items() if k in self._objectives})
+        if objective is None:
+            raise ValueError(
+                f"hyperparameter_search has no objective: evaluation gives no eval_loss, only {sorted(metrics)}; give "
+                "the evaluation set labels, or hyperparameter_search a compute_objective"
+            )
+        return objective
+
+    def _hp_search_setup(self, trial) -> None:
+        super()._hp_search_setup(trial)
+        refuse_arguments(self.args, "PackedTrainer")  # a trial may have set them
+
     def call_model_init(self, trial=None):
         """A model of hyperparameter search is prepared like the first."""
         model = super().call_model_init(trial)
@@ -213,7 +236,11 @@ class PackedTrainer(ResumesExactly, Trainer):
                 f"{name} knows nothing of packs; give PackedTrainer data_collator=DataCollatorWithPacking(tokenizer, …)"
             )
         if isinstance(collator, DataCollatorWithPacking):
-            self.data_collator = self._bound_collator(collator, dataset, is_training)
+            bound = self._bound_collator(collator, dataset, is_training)
+            if bound.masking_rule is None:
+                refuse_text(dataset, ("labels", *LABELS), bound.columns)
+            checks = [partial(check_inputs, sizes=embedding_sizes(self.model)), self.task.check]
+            self.data_collator = CheckedCollator(bound, checks)
             if is_training and not hasattr(dataset, "__len__"):
                 self._empty_batch = self.data_collator([EMPTY_PACK])
             if ArrowRows.can_hold(dataset):
@@ -323,11 +350,52 @@ class PackedTrainer(ResumesExactly, Trainer):
         """One optimizer step, over all ranks: for trainers that measure. packs: see count_packs."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = self.task(model, inputs, num_items_in_batch)
-        self._train_sums.add(outputs.sums)
+        """An override is used in training and in evaluation; what it is given says collate.own_loss."""
+        if isinstance(model, SeenModel):
+            denominators = None if num_items_in_batch is None else model.denominators
+            outputs, ranks = self.task(model.model, model.restored(inputs), denominators), model.ranks
+            model.output, model.is_counted = outputs, denominators is not None
+        else:
+            outputs, ranks = self.task(model, inputs, num_items_in_batch), self.accelerator.num_processes
+            self._train_sums.add(outputs.sums)
         # DDP and FSDP average gradients over ranks, but the loss is already divided by all ranks' counts
-        loss = outputs.loss * self.accelerator.num_processes
+        loss = outputs.loss * ranks
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _override(self):
+        """A compute_loss other than that of this class: a subclass's, or one that was set on this object."""
+        is_own = getattr(self.compute_loss, "__func__", None) is PackedTrainer.compute_loss
+        return None if is_own else self.compute_loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        override = self._override
+        if override is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+            # the mean of nothing would be no number, and the loss of a model of one's own is none
+            if not isinstance(self.task, _OwnLoss) and not has_sequences(inputs):
+                return PackedTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            seen = SeenModel(self.task, model, inputs, num_items_in_batch, self.accelerator.num_processes)
+            loss = loss_by(override, seen, type(self).__name__, self._passes_must_be_counted)
+            if seen.output is not None:
+                self._train_sums.add(seen.output.sums)
+            return loss
+
+        replaced = self.__dict__.get("compute_loss")
+        self.compute_loss = compute_loss
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            del self.compute_loss
+            if replaced is not None:
+                self.compute_loss = replaced
+
+    @property
+    def _passes_must_be_counted(self) -> bool:
+        is_said = getattr(type(self), "loss_is_scaled_for_ga", None) is not None or not self.loss_is_scaled_for_ga
+        return self.args.gradient_accumulation_steps * self.args.world_size > 1 and not is_said
 
     # -- log -----------------------------------------------------------------------------------------------------
 
@@ -336,11 +404,23 @@ class PackedTrainer(ResumesExactly, Trainer):
             metrics = self.task.metrics(self.accelerator.reduce(self._train_sums.take(), "sum").cpu())
             del metrics["sequences"], metrics["tokens"]  # since the last log; of interest is how many there were in all
             logs = metrics | self._progress.seen(self.state.global_step) | self._progress.since_last_log() | logs
+        if logs.get("train_runtime"):  # Trainer's samples are packs
+            logs["train_samples_per_second"] = round(self._progress.in_this_run / logs["train_runtime"], 3)
         _drop_figures_of_rows(logs)
         super().log(logs, start_time)
 
+    def num_examples(self, dataloader) -> int:
+        """Sequences, as in every figure of samples."""
+        counted = count_sequences(getattr(dataloader, "dataset", None))
+        return super().num_examples(dataloader) if counted is None else counted
+
+    def evaluate(self, *args, **kwargs):
+        with names_killed_workers(self.args):
+            return super().evaluate(*args, **kwargs)
+
     def predict(self, *args, **kwargs):
-        output = super().predict(*args, **kwargs)
+        with names_killed_workers(self.args):
+            output = super().predict(*args, **kwargs)
         _drop_figures_of_rows(output.metrics)
         return output
 
@@ -367,11 +447,13 @@ class PackedTrainer(ResumesExactly, Trainer):
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         was_training = model.training
         model.eval()
-        sums, collected = _RunningSums(), None if prediction_loss_only else _Predictions()
+        sums, losses = RunningSums(), RunningSums()
+        collected = None if prediction_loss_only else Predictions()
         for inputs in dataloader:
             with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = self.task(model, self._prepare_inputs(inputs))
+                outputs, loss_and_weight = self._evaluated(model, self._prepare_inputs(inputs))
             sums.add(outputs.sums)
+            losses.add(loss_and_weight)
             if collected is not None:
                 collected.add(outputs, inputs)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -379,15 +461,45 @@ class PackedTrainer(ResumesExactly, Trainer):
         if sums.total is None:
             raise ValueError(f"{description}: the dataset has no packs; give an evaluation set with at least one")
         metrics = self.task.metrics(self.accelerator.reduce(sums.take(), "sum").cpu())
+        if self._override is not None:
+            metrics = _with_loss(metrics, *self.accelerator.reduce(losses.take(), "sum").tolist())
         predictions, labels = (None, None) if collected is None else collected.gathered(self.args.world_size)
+        users = {}
         if self.compute_metrics is not None and labels is not None:
-            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+            given = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+            users = _prefixed(denumpify_detensorize(given), metric_key_prefix)
+        self._objectives |= {f"{metric_key_prefix}_loss", *users}
         return EvalLoopOutput(
             predictions=predictions,
             label_ids=labels,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            metrics=_prefixed(metrics, metric_key_prefix) | users,
             num_samples=metrics["sequences"],
         )
+
+    def _evaluated(self, model: nn.Module, inputs: Mapping[str, Tensor]):
+        """The task's outputs; (2,) the loss of an override, times what it is a mean over, and the latter."""
+        nothing = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        if self._override is None or not has_sequences(inputs):
+            return self.task(model, inputs), nothing
+        counts = self.task.count(inputs)
+        if len(counts) and not counts.any():  # as in training, there is no loss without labels
+            return self.task(model, inputs), nothing
+        seen = SeenModel(self.task, model, inputs, counts, ranks=1)
+        loss = loss_by(self._override, seen, type(self).__name__, needs_count=False).detach().double()
+        outputs = self.task(model, inputs) if seen.output is None else seen.output
+        weight = self.task.weight(inputs).to(nothing)
+        return outputs, torch.stack([loss.to(nothing) * weight, weight])
+
+
+def _prefixed(metrics: Mapping, prefix: str) -> dict:
+    """As Trainer names them: {"f1": 1, "eval_f2": 2}, eval -> {"eval_f1": 1, "eval_f2": 2}"""
+    return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+def _with_loss(metrics: dict, total: float, weight: float) -> dict:
+    """The override's loss in place of the task's."""
+    others = {name: value for name, value in metrics.items() if name != "loss"}
+    return {"loss": total / weight, **others} if weight else others
 
 
 def _drop_figures_of_rows(metrics: dict) -> None:
@@ -407,6 +519,17 @@ class _OwnLoss:
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         return count_denominators(batch)
 
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return count_packs(batch)[0]
+
+    def targets(self, packed) -> dict[str, Tensor]:
+        return {}
+
+    @staticmethod  # so that no worker is sent the model
+    def check(batch: Mapping[str, Tensor]) -> None:
+        for name in PAIR_LABELS:
+            check_label_ids(batch, name, 2, "kinds of pairs")
+
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None):
         batch = {name: values for name, values in batch.items() if name in self.arguments}
         return model(**batch, denominators=denominators)
@@ -414,55 +537,6 @@ class _OwnLoss:
 
 def _has_own_loss(model: nn.Module) -> bool:
     return "denominators" in inspect.signature(model.forward).parameters and hasattr(model, "metrics")
-
-
-class _Predictions:
-    """Predictions and labels of all sequences, in the order of the dataset that was packed."""
-
-    def __init__(self):
-        self.batches: list[tuple[PerSequence, PerSequence | None, np.ndarray | None]] = []
-
-    def add(self, outputs, batch: Mapping[str, Tensor]) -> None:
-        """One batch; its sequences are known by their row in the source, and where in it they begin."""
-        if getattr(outputs, "predictions", None) is None:
-            raise ValueError(
-                "a model with a loss of its own has no predictions per sequence; evaluate() gives metrics, and the "
-                "model itself logits"
-            )
-        is_sequence = batch["cls_positions"] >= 0
-        if not is_sequence.any():  # empty packs have none of the dataset's columns, labels and indices among them
-            return
-        names = [name for name in ("sequence_indices", "sequence_starts") if name in batch]
-        names = names if "sequence_indices" in names else []  # packs of a stream: their order is that of its packs
-        keys = torch.stack([batch[name][is_sequence] for name in names], 1).cpu().numpy() if names else None
-        labels = None if outputs.labels is None else _on_cpu(outputs.labels)
-        self.batches.append((_on_cpu(outputs.predictions), labels, keys))
-
-    def gathered(self, num_processes: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """(N, …) each; what is ragged is padded: logits with -inf, labels with -100."""
-        batches = self.batches
-        if num_processes > 1:  # the ranks take turns: for rows without indices this is their order
-            turns = itertools.zip_longest(*gather_object([batches]))
-            batches = [batch for turn in turns for batch in turn if batch is not None]
-        predictions, labels, keys = zip(*batches, strict=True)
-        predictions = PerSequence.concatenate(predictions)
-        labels = None if labels[0] is None else PerSequence.concatenate(labels)
-        if keys[0] is not None:
-            keys = np.concatenate(keys)
-            if len(np.unique(keys, axis=0)) < len(keys):
-                raise ValueError(
-                    "several sequences have the same sequence_indices, so predictions have no order: packed datasets "
-                    "were concatenated; predict on each, or concatenate the sources and pack them together"
-                )
-            order = torch.from_numpy(np.lexsort(keys.T[::-1]))
-            predictions = predictions.take(order)
-            labels = None if labels is None else labels.take(order)
-        ragged = float("-inf") if predictions.values.is_floating_point() else IGNORED
-        return predictions.padded(ragged).numpy(), None if labels is None else labels.padded(IGNORED).numpy()
-
-
-def _on_cpu(values: PerSequence) -> PerSequence:
-    return PerSequence(values.values.cpu(), None if values.lengths is None else values.lengths.cpu())
 
 
 class EvenedPacks(Dataset):
@@ -540,10 +614,16 @@ class PackingProgress(TrainerCallback, ExportableState):
 
     def __init__(self, counts: Sequence[int] = (0, 0, 0, 0), logged: Sequence[int] = (0, 0, 0, 0)):
         self._counts, self._logged = torch.tensor(counts), list(logged)
+        self._sequences_before = counts[0]
 
     def add(self, counts: Tensor) -> None:
         """counts: (4,) of one optimizer step."""
         self._counts = self._counts.to(counts.device) + counts
+
+    @property
+    def in_this_run(self) -> int:
+        """Sequences since training began or was resumed."""
+        return int(self._counts[0]) - self._sequences_before
 
     def since_last_log(self) -> dict[str, float]:
         """The packing efficiency, and begin anew."""
@@ -569,18 +649,23 @@ class PackingProgress(TrainerCallback, ExportableState):
         self.__init__(**saved["args"]) if is_resumed else self.__init__()
 
 
-class _RunningSums:
-    """A float64 sum of 1-D statistics that stays on the device: adding does not wait for it."""
+def count_sequences(dataset) -> int | None:
+    """How many sequences a dataset of packs holds; None where that would mean to read all of it.
 
-    def __init__(self):
-        self.total: Tensor | None = None
-
-    def add(self, sums: Tensor) -> None:
-        self.total = sums.detach().clone() if self.total is None else self.total + sums.detach()
-
-    def take(self) -> Tensor:
-        total, self.total = self.total, None
-        return total
+    Rows that are not packed are a sequence each.
+    """
+    while isinstance(dataset, EvenedPacks | ArrowRows):
+        dataset = dataset.packs if isinstance(dataset, EvenedPacks) else dataset.dataset
+    if isinstance(dataset, EpochPacks):
+        return len(dataset.lengths)
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    if "sequence_lengths" not in dataset.column_names:
+        return len(dataset)
+    lengths = dataset.select_columns(["sequence_lengths"]).with_format("arrow")
+    return sum(
+        pc.sum(pc.list_value_length(table["sequence_lengths"])).as_py() or 0 for table in lengths.iter(COUNTED_PACKS)
+    )
 
 
 def _packed_info(dataset) -> PackedInfo | None:

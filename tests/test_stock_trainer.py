@@ -5,6 +5,7 @@ as in test_equivalence; the last step is an uneven one, in which one rank of two
 """
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ from transformers import (
 )
 
 from collate import isolate_sequences, task_for
+from collate.refused import REFUSED_ARGUMENTS, refuse_arguments
 from packing import pack_dataset
 
 WORKERS = {"dataloader_num_workers": 2}
@@ -448,6 +450,46 @@ def begin_training(model, emit="sequence_ids", train_dataloader=None, **changes)
     with make_trainer(make_model("mlm"), Trainer, **options) as trainer:
         args = OtherArguments(trainer.args, changes)
         callback.on_train_begin(args, trainer.state, trainer.control, model=model, train_dataloader=train_dataloader)
+
+
+REFUSED_BY_BOTH = {
+    "neftune_noise_alpha": 5.0,
+    "label_smoothing_factor": 0.1,
+    "bf16_full_eval": True,
+    "batch_eval_metrics": True,
+    "include_for_metrics": ["inputs"],
+    "eval_do_concat_batches": False,
+    "dataloader_in_order": False,
+    "restore_callback_states_from_checkpoint": True,
+    "train_sampling_strategy": "group_by_length",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_BOTH)
+def test_what_packed_trainer_refuses_the_callback_refuses(name):
+    options = {name: REFUSED_BY_BOTH[name]}
+    for who, run in (
+        ("PackedTrainer", lambda: make_trainer(make_model("mlm"), **options).__enter__()),
+        ("plain Trainer on packs", lambda: train_plain(**options)),
+    ):
+        with pytest.raises(ValueError, match=f"{who} cannot honour {name}="):
+            run()
+
+
+def test_the_list_holds_what_is_refused_and_no_default():
+    assert {"use_liger_kernel", "fp16_full_eval", *REFUSED_BY_BOTH} == {entry.name for entry in REFUSED_ARGUMENTS}
+    with make_trainer(make_model("mlm"), Trainer) as trainer:
+        refuse_arguments(trainer.args, "nobody")
+        for name, value in {"use_liger_kernel": True, "fp16_full_eval": True, "n_gpu": 2}.items():
+            with pytest.raises(ValueError, match="cannot"):
+                refuse_arguments(OtherArguments(trainer.args, {name: value}), "nobody")
+        with pytest.raises(ValueError, match="cannot honour average_tokens_across_devices=False"):
+            refuse_arguments(
+                OtherArguments(trainer.args, {"world_size": 2, "average_tokens_across_devices": False}), "nobody"
+            )
+        sizes = SimpleNamespace(cp_size=2)
+        with pytest.raises(ValueError, match="cannot honour cp_size"):
+            refuse_arguments(OtherArguments(trainer.args, {"parallelism_config": sizes}), "nobody")
 
 
 class OwnForward(BertForMaskedLM):

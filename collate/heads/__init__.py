@@ -14,6 +14,7 @@ processes; it is the same formula with denominators that may be counted over a w
 
 gather               the hook, and the models that it is for
 batch                what goes in: where the sequences of a batch lie, and what of them has a label
+check                what has no place in a model: labels and ids out of range
 task                 what a task is; classification, question_answering, pretraining, embedding: the tasks
 values               what comes out: values by sequence
 

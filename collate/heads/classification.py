@@ -1,15 +1,17 @@
 """Labels of sequences, and of tokens."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from collate.heads.batch import PackedBatch, count_hits, has_label, labelled_tokens
-from collate.heads.task import PackedOutput, Task, check_pooling, cross_entropy_sums, share
+from collate.heads.check import check_label_ids, check_shares
+from collate.heads.task import PackedOutput, Task, check_pooling, cross_entropy_sums, label_metrics
 from collate.heads.values import PerSequence, at_least_float32, mean_by_sequence
+from collate.layout import PADDING
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -47,12 +49,28 @@ class SequenceClassification(Task):
         """(1,) labels; of several labels a sequence, each counts."""
         return count_hits(batch, has_label(batch["labels"]) if "labels" in batch else None)
 
+    def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
+        return {"labels": packed.per_sequence("labels")} if "labels" in packed.batch else {}
+
+    def check(self, batch: Mapping[str, Tensor]) -> None:
+        shape = batch["labels"].shape[:2] if "labels" in batch else None
+        is_empty = not (batch["sequence_ids"] != PADDING).any()  # the type of no labels says nothing
+        if shape is None or is_empty or shape != batch.get("cls_positions", batch["labels"]).shape[:2]:
+            return
+        problem = self._problem(batch["labels"].flatten(0, 1))
+        if problem == "single_label_classification":
+            check_label_ids(batch, "labels", self.num_labels)
+        elif problem == "multi_label_classification":
+            check_shares(batch, "labels")
+
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
     ) -> PackedOutput:
         packed = PackedBatch(batch)
         logits_NC = self._logits(model, packed)
         labels = packed.per_sequence("labels")
+        if labels is not None and labels.device.type == "cpu":
+            self.check(batch)
         sums = None if labels is None else self._sums(at_least_float32(logits_NC), labels)
         return self._output(
             packed,
@@ -111,10 +129,10 @@ class SequenceClassification(Task):
         return problem
 
     def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        metrics = {"loss": share(sums["loss"], sums["labels"])}
+        metrics = label_metrics(sums)
         is_regression = self.problem_type == "regression" or (self.problem_type is None and self.num_labels == 1)
-        if sums["labels"] > 0 and not is_regression:
-            metrics["accuracy"] = sums["correct"] / sums["labels"]
+        if is_regression:
+            metrics.pop("accuracy", None)
         return metrics
 
 
@@ -124,13 +142,26 @@ class TokenClassification(Task):
 
     Batch: labels (B, L), -100 where a token has none. The loss is the mean over labelled tokens, as in the stock model.
     logits: (T, C) of all real tokens; predictions and labels: the same by sequence.
+
+    num_labels: None: unknown until there are logits.
     """
 
+    num_labels: int | None = field(default=None, compare=False)
     names = ("loss", "labels", "correct")
+
+    @classmethod
+    def for_config(cls, config: PretrainedConfig, **options) -> "TokenClassification":
+        return cls(**{"num_labels": config.num_labels} | options)
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(1,) labelled tokens."""
         return count_hits(batch, labelled_tokens(batch))
+
+    def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
+        return {"labels": packed.per_token("labels")} if "labels" in packed.batch else {}
+
+    def check(self, batch: Mapping[str, Tensor]) -> None:
+        check_label_ids(batch, "labels", self.num_labels)
 
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
@@ -138,6 +169,7 @@ class TokenClassification(Task):
         packed = PackedBatch(batch)
         logits_TC = packed.run(model, packed.layout.token_index)["logits"].squeeze(1)
         labels_T = packed.per_token("labels")
+        check_label_ids(batch, "labels", logits_TC.shape[1])
         sums = None if labels_T is None else cross_entropy_sums(at_least_float32(logits_TC), labels_T)
         return self._output(
             packed,
@@ -149,5 +181,4 @@ class TokenClassification(Task):
         )
 
     def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        metrics = {"loss": share(sums["loss"], sums["labels"])}
-        return metrics | ({"accuracy": sums["correct"] / sums["labels"]} if sums["labels"] > 0 else {})
+        return label_metrics(sums)

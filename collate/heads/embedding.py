@@ -27,6 +27,12 @@ class SequenceEmbedding(Task):
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         return count_hits(batch)
 
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return (batch["sequence_ids"].amax(1)).sum()  # its sequences
+
+    def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
+        return {"labels": packed.per_sequence("labels")} if "labels" in packed.batch else {}
+
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
     ) -> PackedOutput:

@@ -1,13 +1,14 @@
 """Masked language modelling, alone and with sentence pairs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from collate.heads.batch import PackedBatch, count_hits, has_label, labelled_tokens, lengths_by_slot
+from collate.heads.check import check_label_ids
 from collate.heads.task import PackedOutput, Task, cross_entropy_sums, share
 from collate.heads.values import PerSequence, at_least_float32
 from collate.labels import IGNORED
@@ -37,7 +38,13 @@ class MaskedLM(Task):
     """
 
     mlm_loss: str = "token"
+    vocab_size: int | None = field(default=None, compare=False)
+    """Token ids that may be labels; None: unknown until there are logits."""
     names = MLM_SUMS
+
+    @classmethod
+    def for_config(cls, config: PretrainedConfig, **options) -> "MaskedLM":
+        return cls(**{"vocab_size": config.vocab_size} | options)
 
     def __post_init__(self) -> None:
         check_mlm_loss(self.mlm_loss)
@@ -52,6 +59,15 @@ class MaskedLM(Task):
             return count_hits(batch, None, None)
         return count_hits(batch, labelled_BL, lengths_by_slot(batch["sequence_ids"].where(labelled_BL, PADDING)) > 0)
 
+    def check(self, batch: Mapping[str, Tensor]) -> None:
+        check_label_ids(batch, "labels", self.vocab_size, "vocab_size")
+
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.count(batch)[1 if self.mlm_loss == "sequence" else 0]
+
+    def targets(self, packed: PackedBatch) -> dict[str, Tensor] | None:
+        return {"labels": packed.predicted()[1]} if "labels" in packed.batch else {}
+
     def loss(self, sums: Mapping[str, Tensor], denominators: Tensor) -> Tensor:
         return mlm_loss_of(sums, self.mlm_loss, tokens=denominators[0], sequences=denominators[1])
 
@@ -60,6 +76,7 @@ class MaskedLM(Task):
     ) -> PackedOutput:
         packed = PackedBatch(batch)
         slots, labels = packed.predicted()
+        self.check(batch)
         logits_PV = packed.run(model, slots)["logits"].squeeze(1)
         sequence_P, lengths = packed.sequences_of(slots)
         sums = None if labels is None else mlm_sums(at_least_float32(logits_PV), labels, sequence_P, lengths)
@@ -73,8 +90,9 @@ class MaskedLM(Task):
         )
 
     def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        metrics = {"loss": self.loss(sums, torch.stack([sums["mlm_tokens"], sums["mlm_sequences"]]))}
-        return metrics | mlm_metrics(sums)
+        if not sums["mlm_tokens"] > 0:
+            return {}
+        return {"loss": self.loss(sums, torch.stack([sums["mlm_tokens"], sums["mlm_sequences"]]))} | mlm_metrics(sums)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +115,8 @@ class PreTraining(MaskedLM):
                 f"{config.model_type} is not pretrained by masked language modelling and sentence pairs; "
                 f"PreTraining is for {sorted(PAIR_OUTPUTS)}"
             )
-        return cls(**dict(zip(("pair_logits", "pair_label"), PAIR_OUTPUTS[config.model_type], strict=True)) | options)
+        pairs = dict(zip(("pair_logits", "pair_label"), PAIR_OUTPUTS[config.model_type], strict=True))
+        return cls(**pairs | {"vocab_size": config.vocab_size} | options)
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(3,) predicted tokens, sequences with predicted tokens, sequences with a label of their pair."""
@@ -109,6 +128,13 @@ class PreTraining(MaskedLM):
         pairs = count_hits(batch, has_label(batch[self.pair_label]) if self.pair_label in batch else None)
         return torch.cat([super().count(batch), pairs])
 
+    def check(self, batch: Mapping[str, Tensor]) -> None:
+        super().check(batch)
+        check_label_ids(batch, self.pair_label, 2, "kinds of pairs")
+
+    def targets(self, packed: PackedBatch) -> None:
+        return None  # logits of tokens and of pairs
+
     def loss(self, sums: Mapping[str, Tensor], denominators: Tensor) -> Tensor:
         return super().loss(sums, denominators) + share(sums["pair_loss"], denominators[2])
 
@@ -117,6 +143,7 @@ class PreTraining(MaskedLM):
     ) -> PackedOutput:
         packed = PackedBatch(batch)
         slots, labels = packed.predicted()
+        self.check(batch)
         output = packed.run(model, slots, pooler_slots=packed.cls_slots)
         logits_PV, pair_logits_N2 = output["prediction_logits"].squeeze(1), output[self.pair_logits]
         pair_labels = packed.per_sequence(self.pair_label)
@@ -143,7 +170,8 @@ class PreTraining(MaskedLM):
 
     def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         counts = torch.stack([sums["mlm_tokens"], sums["mlm_sequences"], sums["pairs"]])
-        metrics = {"loss": self.loss(sums, counts)} | mlm_metrics(sums)
+        metrics = {"loss": self.loss(sums, counts)} if counts.any() else {}
+        metrics |= mlm_metrics(sums)
         if sums["pairs"] > 0:
             ones = sums["pair_ones"] / sums["pairs"]
             name = PAIR_LABELS[self.pair_label]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collate.heads.batch import PackedBatch, count_hits, lengths_by_slot
+from collate.heads.check import check_label_ids
 from collate.heads.task import PackedOutput, Task, share
 from collate.heads.values import PerSequence, at_least_float32
 from collate.labels import IGNORED
@@ -37,6 +38,10 @@ class QuestionAnswering(Task):
             batch, *(_is_inside(batch[name], lengths_BS) for name in ("start_positions", "end_positions"))
         )
 
+    def check(self, batch: Mapping[str, Tensor]) -> None:
+        for name in ("start_positions", "end_positions"):
+            check_label_ids(batch, name, None)
+
     def loss(self, sums: Mapping[str, Tensor], denominators: Tensor) -> Tensor:
         starts, ends = denominators
         return (share(sums["start_loss"], starts) + share(sums["end_loss"], ends)) / 2
@@ -45,6 +50,7 @@ class QuestionAnswering(Task):
         self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
     ) -> PackedOutput:
         packed = PackedBatch(batch)
+        self.check(batch)
         output = packed.run(model, packed.layout.token_index)
         logits_T2 = torch.cat([output["start_logits"], output["end_logits"]], dim=1)
         targets = [packed.per_sequence(name) for name in ("start_positions", "end_positions")]
@@ -81,7 +87,9 @@ class QuestionAnswering(Task):
         }
 
     def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        metrics = {"loss": self.loss(sums, torch.stack([sums["starts"], sums["ends"]]))}
+        metrics, counts = {}, torch.stack([sums["starts"], sums["ends"]])
+        if counts.all():  # half a loss is none
+            metrics["loss"] = self.loss(sums, counts)
         for name, correct, count in (
             ("start_accuracy", "start_correct", "starts"),
             ("end_accuracy", "end_correct", "ends"),

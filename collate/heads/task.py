@@ -53,6 +53,17 @@ class Task:
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         raise NotImplementedError
 
+    def check(self, batch: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for labels that the head has no place for; see collate.heads.check."""
+
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the loss of a batch is a mean over, by which losses of several batches are averaged."""
+        return self.count(batch)[0]
+
+    def targets(self, packed: PackedBatch) -> dict[str, Tensor] | None:
+        """The batch's label columns with a row for each row of PackedOutput.logits; None: they have no such form."""
+        return None
+
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
     ) -> PackedOutput:
@@ -72,6 +83,7 @@ class Task:
         }
 
     def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those with something to count: a loss of 0 over nothing would pass for the best one."""
         raise NotImplementedError
 
     def _output(self, packed: PackedBatch, sums: dict | None, denominators: Tensor | None, **fields) -> PackedOutput:
@@ -82,7 +94,7 @@ class Task:
         elif denominators is not None:
             raise ValueError(
                 f"{type(self).__name__} cannot train on a batch without labels, only {sorted(packed.batch)}; "
-                "keep the label columns when you pack the dataset"
+                "keep the label columns when you pack the dataset, and as numbers: text is left out"
             )
         values = [0] * len(self.names) if sums is None else [sums[name] for name in self.names]
         return PackedOutput(loss=loss, sums=packed.stack(values), **fields)
@@ -96,6 +108,13 @@ def cross_entropy_sums(logits_NC: Tensor, labels_N: Tensor) -> dict[str, Tensor]
         "labels": is_label.sum(),
         "correct": ((logits_NC.argmax(-1) == labels_N) & is_label).sum(),
     }
+
+
+def label_metrics(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What cross_entropy_sums mean; nothing where nothing has a label."""
+    if not sums["labels"] > 0:
+        return {}
+    return {"loss": sums["loss"] / sums["labels"], "accuracy": sums["correct"] / sums["labels"]}
 
 
 def share(total: Tensor, count: Tensor) -> Tensor:

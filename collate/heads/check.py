@@ -1,0 +1,157 @@
+"""Values that a model has no place for, found before torch's bare "index out of bounds", or the end of a GPU's program.
+
+They are looked for on the host, where the collator has just made the batch: a GPU would have to be waited for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from collate.heads.batch import has_label
+from collate.labels import IGNORED
+from collate.layout import PADDING
+
+EMBEDDINGS = {
+    "input_ids": "word_embeddings",
+    "token_type_ids": "token_type_embeddings",
+    "position_ids": "position_embeddings",
+}
+CURES = {
+    "num_labels": "number the labels from 0 (label2id), or load the model with more num_labels",
+    "vocab_size": "use the model's own tokenizer",
+    "kinds of pairs": "a pair's label is 0 or 1",
+    "input_ids": "use the model's own tokenizer, or model.resize_token_embeddings(…)",
+    "token_type_ids": "remove the column, or load the model with a larger type_vocab_size",
+    "position_ids": "truncate sequences when tokenizing, or take a model for longer ones",
+}
+
+
+def check_label_ids(batch: Mapping[str, Tensor], column: str, number: int | None, of: str = "num_labels") -> None:
+    """Raise ValueError unless each label of a sequence or token is an id of 0 to number - 1, or -100.
+
+    number: None: unknown. of: what there are so many of, for the message.
+    """
+    labels = _column(batch, column)
+    if labels is None:
+        return
+    if labels.is_floating_point():
+        raise ValueError(f"{column!r} holds floats, but labels are ids; cast the column to integers before packing")
+    if number is None:
+        return
+    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= number))
+    limit = f"the model has {of}={number}: ids are 0 to {number - 1}, and {IGNORED} where nothing is labelled"
+    _refuse(batch, column, wrong, f"{limit}; {CURES[of]}")
+
+
+def check_shares(batch: Mapping[str, Tensor], column: str) -> None:
+    """Raise ValueError unless all numbers are within 0 and 1, or NaN for a label that is missing."""
+    labels = _column(batch, column)
+    if labels is not None and labels.dim() == 3 and labels.is_floating_point():
+        wrong = has_label(labels) & ~((labels >= 0) & (labels <= 1))
+        cure = "each of several labels is a number from 0 to 1, or NaN where it is not known"
+        _refuse(batch, column, wrong, cure)
+
+
+def embedding_sizes(model: nn.Module) -> dict[str, int]:
+    """How many token ids, token types and positions a model has embeddings for, as far as it has any."""
+    base = getattr(model, "base_model", model)
+    embeddings = getattr(base, "embeddings", None)
+    found = {column: getattr(embeddings, name, None) for column, name in EMBEDDINGS.items()}
+    if hasattr(base, "get_input_embeddings"):
+        found["input_ids"] = base.get_input_embeddings()
+    return {column: table.num_embeddings for column, table in found.items() if isinstance(table, nn.Embedding)}
+
+
+def check_inputs(batch: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+    """Raise ValueError for an id that has no embedding. sizes: see embedding_sizes."""
+    for column, size in sizes.items():
+        if (values := _column(batch, column)) is not None:
+            wrong = (values < 0) | (values >= size)
+            _refuse(batch, column, wrong, f"the model has embeddings for 0 to {size - 1}; {CURES[column]}")
+
+
+def refuse_text(dataset, names: Sequence[str], columns: Sequence[str] | None = None) -> None:
+    """Raise ValueError if a label column holds text, which no tensor can be made of, and no other has the labels.
+
+    names: columns of which one has the labels. columns: those that are passed on; None: all.
+    """
+    dataset = getattr(dataset, "packed", dataset)  # EpochPacks
+    features = getattr(dataset, "features", None) or {}
+    names = [name for name in names if name in features and (columns is None or name in columns)]
+    if not names or not all(_is_text(features[name]) for name in names):
+        return
+    found = sorted(set(_texts(next(iter(dataset.select_columns(names[:1])))[names[0]])))
+    shown = ", ".join(map(repr, found[:5])) + (", …" if len(found) > 5 else "")
+    ids = ", ".join(f"{text!r}: {number}" for number, text in enumerate(found[:2]))
+    raise ValueError(
+        f"the labels in column {names[0]!r} are text, in the first pack {shown}; map them to ids before packing, "
+        f"label2id = {{{ids}, …}}, or leave the column out"
+    )
+
+
+def _is_text(feature) -> bool:
+    while isinstance(feature, list) or hasattr(feature, "feature"):
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _texts(values) -> list[str]:
+    return [values] if isinstance(values, str) else [text for value in values or () for text in _texts(value)]
+
+
+class CheckedCollator:
+    """A collator of packs whose batches are checked; what is wrong is named by its row in the source."""
+
+    def __init__(self, collator, checks: Sequence[Callable[[Mapping[str, Tensor]], None]]):
+        self.collator, self.checks = collator, checks
+
+    def __call__(self, rows):
+        batch = self.collator(rows)
+        try:
+            self._check(batch)
+        except ValueError:
+            self._check(self.collator.for_prediction()(rows))  # which knows sequence_indices
+            raise
+        return batch
+
+    def _check(self, batch: Mapping[str, Tensor]) -> None:
+        for check in self.checks:
+            check(batch)
+
+
+def _column(batch: Mapping[str, Tensor], column: str) -> Tensor | None:
+    """Values on the host, of tokens or of sequences; what has another shape is refused elsewhere."""
+    values = batch.get(column)
+    if not isinstance(values, Tensor) or values.device.type != "cpu":
+        return None
+    return values if _is_real(batch, values) is not None else None
+
+
+def _is_real(batch: Mapping[str, Tensor], values: Tensor) -> Tensor | None:
+    """Bool, where values are of a token or of a sequence, and not of an empty slot."""
+    sequence_ids_BL = batch["sequence_ids"]
+    if values.shape == sequence_ids_BL.shape:
+        return sequence_ids_BL != PADDING
+    slots = values.shape[1] if values.dim() > 1 else 0
+    if len(values) != len(sequence_ids_BL) or not slots:
+        return None
+    is_sequence_BS = torch.arange(slots) < sequence_ids_BL.amax(1)[:, None]
+    return is_sequence_BS.view(*is_sequence_BS.shape, *[1] * (values.dim() - 2)).expand_as(values)
+
+
+def _refuse(batch: Mapping[str, Tensor], column: str, wrong: Tensor, cure: str) -> None:
+    values = batch[column]
+    wrong = wrong & _is_real(batch, values)
+    if not wrong.any():
+        return
+    pack, slot, *_ = place = tuple(wrong.nonzero()[0].tolist())
+    is_token = values.shape == batch["sequence_ids"].shape
+    number = int(batch["sequence_ids"][pack, slot]) - 1 if is_token else slot
+    where = f"sequence {number} of pack {pack} of the batch"
+    if "sequence_indices" in batch:
+        where = f"row {int(batch['sequence_indices'][pack, number])} of the source"
+    if is_token:
+        begin = int((batch["sequence_ids"][pack] == number + 1).nonzero()[0])
+        where = f"token {slot - begin} of {where}"
+    raise ValueError(f"{column!r} is {values[place].item():g} at {where}, but {cure}")

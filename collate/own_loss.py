@@ -1,0 +1,99 @@
+"""What an overridden `compute_loss` is given: one row per label, however the sequences are packed.
+
+Trainer's documentation shows the recipe, and with packs it reads the same:
+
+    labels = inputs.pop("labels")                    (N,)     instead of (B, S)
+    logits = model(**inputs).logits                  (N, C)   instead of (B, C) of the packs' first tokens
+    loss = CrossEntropyLoss(weight)(logits.view(-1, C), labels.view(-1))
+
+N sequences of the batch, or with token labels its T tokens, or with masks its P predicted tokens. Nothing is padded.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from collate.heads import PackedOutput
+from collate.heads.batch import PackedBatch
+from collate.layout import PADDING
+
+
+class SeenModel:
+    """The model of one batch, as an overridden compute_loss sees it; all but the call is the model's own.
+
+    inputs: the batch, its label columns with one row per label.
+    count: what the loss of a whole step is divided by: labels, over all passes and ranks. With several ranks it is the
+        number per rank, since ranks average their gradients. None: the task has no labels.
+    output: what the task made of the batch, when the model was called.
+    is_counted: whether the loss came from PackedTrainer.compute_loss with this count.
+    """
+
+    def __init__(self, task, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor, ranks: int):
+        self.task, self.model, self.batch, self.denominators, self.ranks = task, model, batch, denominators, ranks
+        targets = task.targets(PackedBatch(batch))
+        self.fits = targets is not None
+        self.targets = targets or {}
+        self.inputs = {**batch, **self.targets}
+        self.output = None
+        self.is_counted = False
+
+    @property
+    def count(self) -> Tensor | None:
+        if not len(self.denominators):
+            return None
+        return self.denominators[0] / self.ranks if self.ranks > 1 else self.denominators[0]
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["model"], name)
+
+    def __call__(self, **inputs):
+        """logits, and with labels the loss: the mean over this batch."""
+        if not self.fits:
+            raise ValueError(
+                f"an overridden compute_loss cannot call the model for {type(self.task).__name__}, whose outputs have "
+                "no single row of logits per label; let it call super().compute_loss(model, inputs, …) instead"
+            )
+        unknown = [name for name in inputs if name not in self.batch]
+        if unknown:
+            raise ValueError(
+                f"compute_loss gives the model {unknown[0]!r}, which a packed head cannot honour; give it the batch "
+                f"alone: {', '.join(sorted(self.batch))}"
+            )
+        self.output = self.task(self.model, self.restored(inputs))
+        if not isinstance(self.output, PackedOutput):  # a model with a loss of its own
+            return self.output
+        has_labels = bool(self.targets.keys() & inputs.keys())
+        return SequenceClassifierOutput(loss=self.output.loss if has_labels else None, logits=self.output.logits)
+
+    def restored(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with what was changed in inputs; labels that were taken out are put back in their places."""
+        for name in self.targets.keys() & inputs.keys():
+            if inputs[name] is not self.targets[name]:
+                raise ValueError(
+                    f"compute_loss changed {name!r} before it called the model; change the dataset's column instead, "
+                    "or take it out of inputs, call the model, and compute the loss from its logits"
+                )
+        return {**self.batch, **{name: value for name, value in inputs.items() if name not in self.targets}}
+
+
+def loss_by(override: Callable, seen: SeenModel, name: str, needs_count: bool) -> Tensor:
+    """The scalar loss that an overridden compute_loss gives for a batch.
+
+    name: of its class. needs_count: the step has several passes or ranks, and nobody said how their losses add up.
+    """
+    loss = override(seen, seen.inputs, num_items_in_batch=seen.count)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    if needs_count and not seen.is_counted:
+        raise ValueError(
+            f"{name}.compute_loss makes a loss of its own, and a step has several passes or ranks, whose packs hold "
+            "unequal numbers of sequences. Let it return sum / num_items_in_batch and set loss_is_scaled_for_ga = True "
+            "in the class; or False, if it returns a mean over each batch and all batches shall weigh the same; or "
+            "pass num_items_in_batch on to super().compute_loss"
+        )
+    return loss.squeeze() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+
+
+def has_sequences(batch: Mapping[str, Tensor]) -> bool:
+    return bool((batch["sequence_ids"] != PADDING).any())

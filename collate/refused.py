@@ -1,0 +1,76 @@
+"""TrainingArguments that packs cannot honour: one list, which PackedTrainer and the callback of plain Trainer read."""
+
+from typing import NamedTuple
+
+from transformers import TrainingArguments
+
+
+class Refused(NamedTuple):
+    """An argument, the values that are harmless, and what any other would do."""
+
+    name: str
+    harmless: tuple
+    reason: str
+
+
+LOGITS = "it would see the logits of packs, not of sequences"
+HALF = "evaluation adds up sums, for which the model stays as it is; set bf16 or fp16"
+REFUSED_ARGUMENTS = (
+    Refused("label_smoothing_factor", (0, None), "it would replace the loss by one that is not counted over the step"),
+    Refused("neftune_noise_alpha", (None, 0), "its noise is scaled by the length of the whole pack"),
+    Refused("use_liger_kernel", (False,), "it replaces the model's forward, which packs are isolated in"),
+    Refused("bf16_full_eval", (False,), HALF),
+    Refused("fp16_full_eval", (False,), HALF),
+    Refused("include_for_metrics", ([], None), LOGITS),
+    Refused("batch_eval_metrics", (False,), LOGITS),
+    Refused("eval_do_concat_batches", (True,), "predictions of all batches are sorted together"),
+    Refused(
+        "dataloader_in_order", (True,), "it takes batches as workers finish them, so that no two runs would be alike"
+    ),
+    Refused(
+        "restore_callback_states_from_checkpoint",
+        (False,),
+        "it would replace the callback that counts what was seen, whose counts are restored in any case",
+    ),
+    Refused(
+        "train_sampling_strategy",
+        ("random", "sequential"),
+        "it is for rows of unequal length, packs are of one length: choose 'random' or 'sequential'",
+    ),
+)
+
+
+def refuse_arguments(args: TrainingArguments, who: str) -> None:
+    """Raise ValueError for the first argument that packs cannot honour.
+
+    who: whose arguments they are, for the message.
+    """
+    for name, harmless, reason in REFUSED_ARGUMENTS:
+        value = getattr(args, name, harmless[0])
+        if value not in harmless:
+            raise ValueError(f"{who} cannot honour {name}={value!r}: {reason}; leave it out")
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            f"{who} cannot honour average_tokens_across_devices=False: a loss is divided by the counts of all ranks; "
+            "leave it out"
+        )
+    for axis in ("cp", "sp", "tp"):
+        if getattr(getattr(args, "parallelism_config", None), f"{axis}_size", 1) not in (1, None):
+            raise ValueError(
+                f"{who} cannot honour {axis}_size in parallelism_config: it cuts up rows, or repeats them on several "
+                "ranks, and packs are counted over ranks; leave it out"
+            )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would run as nn.DataParallel, which cannot count a loss over "
+            f"the step; start one process each: torchrun --nproc-per-node {args.n_gpu} …"
+        )
+
+
+def refuse_data_skip(args: TrainingArguments) -> None:
+    """For a run that is resumed."""
+    if args.ignore_data_skip:
+        raise ValueError(
+            "ignore_data_skip=True would begin the epoch again and see its sequences twice; leave it out: what "
+            "was seen is skipped without loading it"
+        )
