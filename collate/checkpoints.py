@@ -1,7 +1,8 @@
 """Checkpoints that are complete or not there: written aside, listed with their hashes, renamed when all is on disk.
 
     output/_unfinished/checkpoint-8/…                  all ranks write here
-    output/_unfinished/checkpoint-8/manifest.json      last: {"files": {"optimizer.pt": {"bytes": …, "xxh3_128": …}, …}}
+    output/_unfinished/checkpoint-8/manifest.json      last: {"files": {"optimizer.pt": {"bytes": …, "xxh3_128": …}, …},
+                                                              "xxh3_128": …}     the last of these is that of "files"
     output/checkpoint-8/…                              one rename
 
 A process that dies leaves at most an _unfinished folder, which nobody takes for a checkpoint. What a disk or a copy
@@ -13,17 +14,21 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 
+import torch
 import xxhash
-from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, safe_globals
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from collate.agreement import agreed
 from collate.one_run import one_run
+from collate.workers import names_killed_workers
 from packing.folder import sync
 
 logger = logging.getLogger(__name__)
@@ -45,14 +50,19 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
     """Raises DamagedCheckpoint unless every file is there as it was written."""
     folder = Path(folder)
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
         expected = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in files.items()}
     except FileNotFoundError:
         raise DamagedCheckpoint(
             f"{folder} has no {MANIFEST}: it was not written to its end, or by another program"
         ) from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST} cannot be read ({error})") from None
+    if manifest != {"files": files} and manifest != _with_own_hash(files):  # the first: written before there was one
+        raise DamagedCheckpoint(
+            f"{folder} is damaged: {MANIFEST} itself has other contents than were written; the files may be whole"
+        )
     for name, (num_bytes, digest) in expected.items():
         path = folder / name
         if not path.is_file():
@@ -110,9 +120,8 @@ def publish(folder: Path, target: Path) -> None:
     for path in sorted(_files(folder)):
         sync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
-    sync(manifest)
+    write_manifest(folder, files)
+    sync(folder / MANIFEST)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync(path)
     if target.exists():  # of the same step, from which training was not resumed
@@ -122,15 +131,20 @@ def publish(folder: Path, target: Path) -> None:
     _remove_if_empty(folder.parent)
 
 
-def delete_old(run_folder: Path, limit: int | None, best: str | None) -> None:
-    """Keeps `limit` checkpoints, the latest and the best among them, as Trainer does; but each stays whole or goes."""
-    if limit is None or limit <= 0:
+def delete_old(run_folder: Path, limit: int | None, best: str | None, newest: Path | None = None) -> None:
+    """Keeps `limit` checkpoints, the newest and the best among them, as Trainer does; but each stays whole or goes.
+
+    The lowest steps go first. By the files' times, as in Trainer, the newest would go when a clock was set back.
+
+    newest: the one just written; None: that of the highest step.
+    """
+    checkpoints = _newest_first(run_folder)
+    if limit is None or limit <= 0 or not checkpoints:
         return
-    checkpoints = sort_checkpoints(str(run_folder), use_mtime=True)
-    kept = {checkpoints[-1]} | ({str(Path(best))} if best else set())
-    others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
+    kept = {path.resolve() for path in (newest or checkpoints[0], best and Path(best)) if path}
+    others = [checkpoint for checkpoint in reversed(checkpoints) if checkpoint.resolve() not in kept]
     for checkpoint in others[: max(0, len(checkpoints) - max(limit, len(kept)))]:
-        _delete(Path(checkpoint))
+        _delete(checkpoint)
 
 
 def _delete(checkpoint: Path) -> None:
@@ -157,6 +171,58 @@ def _hash(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_manifest(folder: Path, files: dict[str, dict]) -> None:
+    """files: {name: {"bytes": …, "xxh3_128": …}}"""
+    (folder / MANIFEST).write_text(json.dumps(_with_own_hash(files), indent=1) + "\n", encoding="utf-8")
+
+
+def _with_own_hash(files: dict) -> dict:
+    """The manifest, which is checked like the files that it lists."""
+    text = json.dumps(files, sort_keys=True)
+    return {"files": files, "xxh3_128": xxhash.xxh3_128(text.encode()).hexdigest()}
+
+
+def _check_json(file: Path) -> None:
+    if not file.is_file():
+        return
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(
+            f"{file.parent} is damaged: {file.name} cannot be read ({error}); resume from another checkpoint"
+        ) from None
+
+
+@contextmanager
+def _blaming(checkpoint: str | None, names: Sequence[str]):
+    """DamagedCheckpoint for the first of these files that torch cannot load; by itself it names none."""
+    try:
+        yield
+    except (UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError, SafetensorError) as error:
+        bad = next((name for name in names if not _loads(Path(checkpoint or "") / name)), None)
+        if bad is None:
+            raise
+        raise DamagedCheckpoint(
+            f"{checkpoint} is damaged: {bad} holds more than tensors and numbers, or is cut off, so it is not loaded "
+            "and nothing in it is executed; delete the folder, and resume from another checkpoint"
+        ) from error
+
+
+def _loads(file: Path) -> bool:
+    if not file.is_file():
+        return True
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+        else:
+            with safe_globals():
+                torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # whatever a damaged file makes a reader raise
+        return False
+    return True
 
 
 def _not_written(target: Path, error: Exception) -> str:
@@ -194,19 +260,35 @@ class SavesWhole:
         if self.args.should_save:
             remove_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with names_killed_workers(self.args):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _checked(self, checkpoint: str | bool | None) -> str | bool | None:
         """The checkpoint to resume from, complete."""
         if checkpoint is True and os.path.isdir(self.args.output_dir):
             checkpoint = get_last_checkpoint(self.args.output_dir) or True  # True: Trainer says that there is none
         if isinstance(checkpoint, str) and os.path.exists(os.path.join(checkpoint, MANIFEST)):
-            check_checkpoint(checkpoint)  # without a manifest it was written by a plain Trainer
+            check_checkpoint(checkpoint)
+        elif isinstance(checkpoint, str):  # a plain Trainer has written it
+            _check_json(Path(checkpoint) / TRAINER_STATE_NAME)
         return checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self._loaded_from = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with _blaming(resume_from_checkpoint, (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _blaming(checkpoint, (OPTIMIZER_NAME, SCHEDULER_NAME)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _blaming(checkpoint, (SCALER_NAME,)):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _blaming(checkpoint, ("rng_state.pth", f"rng_state_{self.args.process_index}.pth")):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         self._loaded_from = self.state.best_model_checkpoint
@@ -255,7 +337,7 @@ class SavesWhole:
             self._check_parts(folder)
             publish(folder, target)
             logger.info("%s is complete", target)
-            delete_old(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            delete_old(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, target)
         self.accelerator.wait_for_everyone()
 
     def _init_training_state(

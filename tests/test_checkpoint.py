@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,27 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, message):
     assert last_checkpoint(tmp_path) is None
 
 
+@pytest.mark.parametrize("sixteenth", range(16))
+def test_a_flip_in_the_manifest_is_not_blamed_on_another_file(tmp_path, sixteenth):
+    """Every sixteenth bit of it in turn, and what it lists is whole."""
+    manifest = write_checkpoint(tmp_path, 8) / MANIFEST
+    whole = manifest.read_bytes()
+    for place in range(sixteenth, 8 * len(whole), 16):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        if bytes(flipped).split() == whole.split():
+            continue  # of a space between words
+        manifest.write_bytes(flipped)
+        with pytest.raises(DamagedCheckpoint, match=r"checkpoint-8 is damaged: manifest\.json (itself|cannot be read)"):
+            check_checkpoint(manifest.parent)
+
+
+def test_a_manifest_without_a_hash_of_its_own_was_written_before_there_was_one(tmp_path):
+    manifest = write_checkpoint(tmp_path, 8) / MANIFEST
+    manifest.write_text(json.dumps({"files": json.loads(manifest.read_text())["files"]}))
+    check_checkpoint(manifest.parent)
+
+
 @pytest.mark.parametrize("moment", ["sync", "_hash", "write_text", "rename"])
 def test_whenever_a_save_ends_early_the_last_checkpoint_stays(tmp_path, monkeypatch, moment):
     whole = write_checkpoint(tmp_path, 8)
@@ -205,6 +227,31 @@ def test_old_checkpoints_go(tmp_path, limit, best, kept):
         write_checkpoint(tmp_path, step)
     delete_old(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in kept}
+
+
+@pytest.mark.parametrize("ages", [(3, 2, 1), (1, 1, 3), (-9, 1, -5)], ids=["set back", "alike", "from the future"])
+def test_the_lowest_steps_go_whatever_their_times(tmp_path, ages):
+    """A clock that was set back, a copied run."""
+    for step, age in zip((1, 2, 10), ages, strict=True):
+        past = time.time() - 86_400 * (4 - age)
+        os.utime(write_checkpoint(tmp_path, step), (past, past))
+    delete_old(tmp_path, 2, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}
+
+
+def test_the_checkpoint_just_written_stays_beside_higher_steps_of_another_run(tmp_path):
+    for step in (4, 5, 8, 12):
+        write_checkpoint(tmp_path, step)
+    delete_old(tmp_path, 2, None, newest=tmp_path / "checkpoint-5")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "checkpoint-12"}
+
+
+def test_the_best_checkpoint_is_known_by_any_path(tmp_path, monkeypatch):
+    for step in (4, 8, 12):
+        write_checkpoint(tmp_path / "run", step)
+    monkeypatch.chdir(tmp_path)
+    delete_old(Path("run"), 2, str(tmp_path / "run" / "checkpoint-4"), Path("run/checkpoint-12"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-4", "checkpoint-12"}
 
 
 def test_an_old_checkpoint_stays_whole_or_goes(tmp_path, monkeypatch):

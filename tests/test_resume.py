@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import json
+import os
+import pickle
 import platform
 import re
 import shutil
@@ -19,7 +21,7 @@ from conftest import make_pair, make_tokenizer
 from datasets import Dataset, DatasetDict, load_from_disk
 from killed_runs import PATIENCE, Run, run_killed
 from safetensors.torch import load_file, save_file
-from test_equivalence import make_config
+from test_equivalence import MAX_LENGTH, make_config
 from tokenizers import normalizers
 from training_runs import make_packs, make_trainer
 from transformers import BertForMaskedLM, Trainer, TrainingArguments, trainer
@@ -28,7 +30,7 @@ from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.new_model import build_model
 from bert_pretrain.resume import _check_record, run_record
-from collate import agreement, checkpoints
+from collate import DataCollatorWithPacking, agreement, checkpoints
 from collate.agreement import agreed
 from collate.checkpoints import DamagedCheckpoint, check_checkpoint, last_checkpoint
 from collate.exact_resume import ResumesExactly
@@ -386,7 +388,7 @@ def rewrite(checkpoint, change):
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "xxh3_128": checkpoints._hash(file)}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    checkpoints.write_manifest(checkpoint, manifest["files"])
 
 
 LAYER = "bert.encoder.layer.0.output.dense.bias"
@@ -723,7 +725,7 @@ def test_a_checkpoint_that_lacks_what_training_needs_is_refused(options, whole, 
     manifest = tmp_path / "run" / "checkpoint-6" / "manifest.json"
     listed = json.loads(manifest.read_text())
     del listed["files"][missing]
-    manifest.write_text(json.dumps(listed))
+    checkpoints.write_manifest(manifest.parent, listed["files"])
     (manifest.parent / missing).unlink()
     assert train(options, tmp_path / "run") == 2
     assert message in capsys.readouterr().err
@@ -771,6 +773,70 @@ def test_a_damaged_checkpoint_is_refused_by_the_trainer_and_skipping_no_data_too
     refusal = pytest.raises(ValueError, match=r"checkpoint-2 is damaged: scheduler\.pt is missing")
     with make_trainer(train_dataset=packs, **how) as trainer, refusal:
         trainer.train(resume_from_checkpoint=True)
+
+
+class Bomb:
+    """What executes code when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+BAD_FILES = {
+    "a bomb": lambda file: torch.save(Bomb(), file),
+    "a bare pickle": lambda file: file.write_bytes(pickle.dumps(Bomb(), protocol=2)),
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[:-100]),
+    "empty": lambda file: file.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_file_that_is_no_state_is_named_and_not_executed(tmp_path, monkeypatch, file):
+    """In a checkpoint of a plain Trainer's, which has no manifest, or with one that somebody made for it."""
+    monkeypatch.chdir(tmp_path)
+    how = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "folder": tmp_path / "run"}
+    with make_trainer(train_dataset=make_packs(4), **how) as trainer:
+        trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (checkpoint / "manifest.json").unlink()
+    whole = (checkpoint / file).read_bytes()
+    for name, spoil in BAD_FILES.items():
+        (checkpoint / file).write_bytes(whole)
+        spoil(checkpoint / file)
+        how["max_steps"] = 2
+        message = rf"checkpoint-1 is damaged: {file} holds more .*resume from another checkpoint"
+        refusal = pytest.raises(DamagedCheckpoint, match=message)
+        with make_trainer(train_dataset=make_packs(4), **how) as trainer, refusal:
+            trainer.train(resume_from_checkpoint=True)
+        assert not (tmp_path / "executed").exists(), name
+
+
+def test_a_state_that_is_no_json_is_named(tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{")
+    refusal = pytest.raises(DamagedCheckpoint, match=r"checkpoint-1 is damaged: trainer_state\.json cannot be read")
+    with make_trainer(train_dataset=make_packs(4), folder=tmp_path) as trainer, refusal:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+class KilledCollator(DataCollatorWithPacking):
+    """As by a machine that is out of memory."""
+
+    def __call__(self, rows):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(rows)
+
+
+@pytest.mark.parametrize("what", ["train", "evaluate"])
+def test_a_killed_worker_is_named(what):
+    collator = KilledCollator(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=8)
+    packs = make_packs(4)
+    options = {"train_dataset": packs, "eval_dataset": packs, "data_collator": collator, "dataloader_num_workers": 1}
+    message = r"DataLoader worker \(pid.*ended from outside.*lower dataloader_num_workers=1.*there is no checkpoint yet"
+    with make_trainer(**options) as trainer, pytest.raises(OSError, match=message):
+        getattr(trainer, what)()
 
 
 @pytest.mark.parametrize(
