@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from training import best_fit_decreasing, machine, wikipedia_lengths
 
-from bert_pretrain.attention.sdpa import OneByOne, attend_grouped
+from collate.exact_attention import OneByOne, attend_grouped, pieces_of_tokens
 from collate.layout import PackLayout
 
 HEAD_WIDTH = 64
 
 
 def one_by_one(query, key, value, layout: PackLayout) -> Tensor:
-    return OneByOne.apply(query, key, value, layout.lengths.tolist())
+    rows = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return OneByOne.apply(*rows, pieces_of_tokens(layout))[0].transpose(0, 1)
 
 
 def dense_mask(query, key, value, layout: PackLayout) -> Tensor:

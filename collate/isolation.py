@@ -14,8 +14,9 @@ that is loaded again must be isolated again, since a stock forward swallows `seq
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from collate.layout import PADDING, PackLayout
+from collate.lazy_mask import LazyMask
 from collate.vocabulary import token_ids, vocabulary_size
 
 SUPPORTED = (
@@ -64,7 +66,7 @@ def position_ids_start(config: PretrainedConfig) -> int:
     return config.pad_token_id + 1 if config.model_type in STARTS_AFTER_PADDING_IDX else 0
 
 
-def isolate_sequences(model: nn.Module) -> nn.Module:
+def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
     """Make a stock encoder honour `sequence_ids=` (B, L), with any task head on it, and return it.
 
         sequence_ids [[1, 1, 1, 2, 2, 0]]  ->  position_ids [[0, 1, 2, 0, 1, 0]]  and, True = attend,
@@ -91,7 +93,7 @@ def isolate_sequences(model: nn.Module) -> nn.Module:
     _refuse_several(model)
     if is_isolated(model):
         return model
-    hook = encoder.register_forward_pre_hook(_IsolateSequences(encoder), with_kwargs=True)
+    hook = encoder.register_forward_pre_hook(_IsolateSequences(encoder, dense_mask), with_kwargs=True)
     if not _is_known(model):
         try:
             check_isolation(model).raise_if_leaking(but_for=("pooling",))
@@ -113,8 +115,9 @@ def is_isolated(model: nn.Module) -> bool:
 class _IsolateSequences:
     """The pre-hook. It holds no tensor and no module, so that copies and pickles of the model just work."""
 
-    def __init__(self, encoder: PreTrainedModel):
+    def __init__(self, encoder: PreTrainedModel, dense_mask: bool = False):
         self.arguments = tuple(inspect.signature(encoder.forward).parameters)
+        self.dense_mask = dense_mask
         self.has_checked = False
 
     def __call__(self, encoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -132,7 +135,7 @@ class _IsolateSequences:
         self._check_ids(sequence_ids, kwargs.get("position_ids"), start)
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = _own_positions(sequence_ids) + start
-        return (), kwargs | _attention_arguments(encoder, sequence_ids)
+        return (), kwargs | _attention_arguments(encoder, sequence_ids, self.dense_mask)
 
     def _check_ids(self, sequence_ids: Tensor, position_ids: Tensor | None, start: int) -> None:
         """Refuse ids that no packing produces, and positions that begin below the model's own start.
@@ -156,7 +159,7 @@ class _IsolateSequences:
             )
 
 
-def _attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor) -> dict:
+def _attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor, dense_mask: bool) -> dict:
     """What keeps sequences apart under the encoder's attention implementation, as arguments of its forward."""
     implementation = encoder.config._attn_implementation
     if implementation in TAKES_SEQUENCE_IDS:
@@ -169,11 +172,23 @@ def _attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor) -> d
             f"belong together; choose sdpa, eager, flex_attention or flash_attention_2, or register a mask function"
         )
     dtype = encoder.get_input_embeddings().weight.dtype
+    build = partial(_mask, implementation, sequence_ids_BL, dtype)
+    if implementation == "sdpa" and not dense_mask and not _is_traced():
+        build = partial(_lazy_mask, PackLayout(sequence_ids_BL), build)
     layer_types = set(getattr(encoder.config, "layer_types", None) or ())
     if "sliding_attention" not in layer_types:
-        return {"attention_mask": _mask(implementation, sequence_ids_BL, dtype)}
+        return {"attention_mask": build()}
     windows = {"full_attention": None, "sliding_attention": encoder.config.sliding_window}
-    return {"attention_mask": {t: _mask(implementation, sequence_ids_BL, dtype, windows[t]) for t in layer_types}}
+    return {"attention_mask": {layer_type: build(window=windows[layer_type]) for layer_type in layer_types}}
+
+
+def _lazy_mask(layout: PackLayout, build: Callable[..., Tensor], window: int | None = None) -> LazyMask:
+    return LazyMask(layout, window, partial(build, window=window))
+
+
+def _is_traced() -> bool:
+    """Whether the forward is traced or transformed: then it needs an ordinary mask, and shapes that stay."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _mask(implementation: str, sequence_ids_BL: Tensor, dtype: torch.dtype, window: int | None = None):

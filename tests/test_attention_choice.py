@@ -10,7 +10,9 @@ from test_pretrain import folders, train  # noqa: F401
 
 from bert_pretrain.attention import choice
 from bert_pretrain.attention.choice import choose_attention
-from bert_pretrain.attention.sdpa import SdpaAttention, attend_grouped
+from bert_pretrain.attention.sdpa import SdpaAttention
+from collate.exact_attention import attend_grouped
+from collate.varlen import has_varlen_kernel
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -22,7 +24,7 @@ def gpu(monkeypatch):
 
     def pretend(capability=(9, 0), varlen=True, triton=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(choice, "has_varlen_kernel", lambda: varlen)
+        monkeypatch.setattr("collate.varlen.has_varlen_kernel", lambda: varlen)
         monkeypatch.setattr(choice, "find_spec", lambda name: triton if name == "triton" else None)
 
     return pretend
@@ -53,7 +55,7 @@ def test_what_is_chosen_where(gpu, machine, arguments, name, reason):
 def test_a_cpu_only_torch_has_no_varlen_kernel():
     if torch.version.cuda or torch.version.hip:
         pytest.skip("this torch is built for GPUs")
-    assert not choice.has_varlen_kernel()
+    assert not has_varlen_kernel()
 
 
 def test_a_run_names_what_auto_chose(folders, tmp_path, caplog):  # noqa: F811
@@ -91,6 +93,6 @@ def test_one_by_one_computes_what_groups_compute(dtype):
 def test_more_threads_than_heads_take_groups(monkeypatch):
     layout, calls = layout_of([[1, 1, 2]]), []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr("bert_pretrain.attention.sdpa.attend_grouped", lambda *inputs: calls.append(len(inputs)))
+    monkeypatch.setattr("collate.exact_attention.attend_grouped", lambda *inputs: calls.append(len(inputs)))
     SdpaAttention(2, 8, 64)(*heads_input(layout), layout)
     assert calls == [5]

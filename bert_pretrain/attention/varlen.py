@@ -8,13 +8,11 @@ torch.nn.attention.varlen.varlen_attn, or in a torch that has it not as flash_at
 Isolation: the kernel takes the boundaries of the sequences (cu_seqlens) and works on one sequence at a time.
 """
 
-from collections.abc import Callable
-from functools import cache
-
 from torch import Tensor, bfloat16, float16
 
 from bert_pretrain.attention.head import AttentionHead
 from collate.layout import PackLayout
+from collate.varlen import attend_varlen
 
 
 class VarlenAttention(AttentionHead):
@@ -28,18 +26,4 @@ class VarlenAttention(AttentionHead):
                 f"varlen runs on CUDA in bfloat16 or float16, not on {query_THK.device.type} in {query_THK.dtype}; "
                 "train with bf16=True, or use attention 'sdpa'"
             )
-        longest = layout.sequence_ids_BL.shape[1]  # an upper bound does, and needs no wait for the device
-        inputs = (x.contiguous() for x in (query_THK, key_THK, value_THK))
-        return varlen_kernel()(*inputs, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
-
-
-@cache
-def varlen_kernel() -> Callable[..., Tensor]:
-    """(query, key, value, cu_seqlens of queries, of keys, longest query, longest key) -> context, both directions."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func
-    return varlen_attn
+        return attend_varlen(query_THK, key_THK, value_THK, layout)

@@ -1,0 +1,103 @@
+"""A block-diagonal attention mask (B, 1, L, L) that is not built unless somebody looks at it.
+
+    mask = LazyMask(layout, window=None, build=...)
+    F.scaled_dot_product_attention(query, key, value, attn_mask=mask)     # each sequence by itself: no mask
+
+Stock encoders hand their mask on to scaled_dot_product_attention and do nothing else with it. So the mask itself can
+say what to do there, as torch's own `torch.nn.attention.bias.CausalBias` does. The model, its config and its attention
+implementation stay stock, and so does what is saved. Whatever else is done with the mask gets the built one, so a
+model that treats it otherwise is as exact as before, only slower.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from collate.exact_attention import attend_rows
+from collate.layout import PackLayout
+from collate.varlen import attend_varlen, varlen_obstacle
+
+
+class LazyMask(Tensor):
+    """True = attend: query and key of one sequence of `layout`, at most `window` tokens apart (None: any).
+
+    build: makes the mask; called at most once for all layers.
+    """
+
+    @staticmethod
+    def __new__(cls, layout: PackLayout, window: int | None, build: Callable[[], Tensor]):
+        packs, slots = layout.sequence_ids_BL.shape
+        mask = Tensor._make_wrapper_subclass(
+            cls, (packs, 1, slots, slots), dtype=torch.bool, device=layout.sequence_ids_BL.device
+        )
+        mask.pack_layout, mask.window, mask.build = layout, window, build
+        return mask
+
+    @property
+    def built(self) -> Tensor:
+        return self.pack_layout.derived(("built mask", self.window), self.build)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return _attend(*args, **kwargs or {})
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return LazyMask(args[0].pack_layout, args[0].window, args[0].build)
+        args, kwargs = tree_map(_built, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __repr__(self, **_) -> str:  # type: ignore[override]
+        return f"LazyMask(shape={tuple(self.shape)}, window={self.window})"
+
+
+def _built(value):
+    return value.built if isinstance(value, LazyMask) else value
+
+
+def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """scaled_dot_product_attention where the mask, or by mistake another argument, is a LazyMask."""
+    mask, same_heads = attn_mask, query.shape[1:2] == key.shape[1:2]
+    if isinstance(mask, LazyMask) and not is_causal and _are_rows_of(mask, query, key, value) and same_heads:
+        inputs = _as_autocast_has_it(query, key, value)
+        if query.device.type == "cpu":
+            return attend_rows(*inputs, mask.pack_layout, dropout_p, scale, mask.window)
+        if _takes_varlen(mask, inputs[0], dropout_p, scale):
+            context = attend_varlen(*(mask.pack_layout.unpad(x.transpose(1, 2)) for x in inputs), mask.pack_layout)
+            return mask.pack_layout.pad(context).transpose(1, 2)
+    arguments = map(_built, (query, key, value, attn_mask))
+    return F.scaled_dot_product_attention(*arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _are_rows_of(mask: LazyMask, *tensors: Tensor) -> bool:
+    """Whether queries, keys and values are (B, H, L, K) of the mask's rows, all of one type."""
+    packs, _, slots, _ = mask.shape
+    first = tensors[0]
+    return first.dim() == 4 and all(
+        x.dim() == 4 and x.shape[0] == packs and x.shape[2:] == (slots, first.shape[3]) and x.device == first.device
+        for x in tensors
+    )
+
+
+def _as_autocast_has_it(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast torch's own function casts to 16 bits; so must what takes its place."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind)) for x in tensors]
+
+
+def _takes_varlen(mask: LazyMask, query: Tensor, dropout: float, scale: float | None) -> bool:
+    """Whether FlashAttention's kernel can do this; it is tried on no GPU here."""
+    width = query.shape[-1]
+    is_usual = scale is None or math.isclose(scale, width**-0.5, rel_tol=1e-6)
+    if not query.is_cuda or dropout or not is_usual or mask.window is not None:
+        return False
+    return varlen_obstacle(query.dtype, width, torch.cuda.get_device_capability(query.device)) is None
