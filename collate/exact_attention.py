@@ -204,7 +204,7 @@ class Band:
 
 
 def _space_like(x_BHLK: Tensor, pieces: list[Piece], band: Band | None = None) -> Tensor:
-    """Where results of pieces go, in memory (B, L, H, K) as the layers want it; zeros where they leave gaps or add up."""
+    """Where results of pieces go, in memory (B, L, H, K) as layers want it; zeros where they leave gaps or add up."""
     packs, heads, slots, width = x_BHLK.shape
     is_filled = sum(piece.length for piece in pieces) == packs * slots and (band is None or band.window is None)
     make = x_BHLK.new_empty if is_filled else x_BHLK.new_zeros

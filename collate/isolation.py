@@ -5,10 +5,11 @@
     print(check_isolation(model, tokenizer))      # what leaks, and by how much: for any model
 
 Nothing in transformers is patched. One pre-hook on the encoder turns `sequence_ids` (B, L) into what the configured
-attention wants, once per step for all layers: a boolean mask (sdpa), an additive one (eager), a BlockMask (flex),
-boundaries (flash); one mask per layer type where the encoder has sliding windows. It also fills in the positions that
-restart in each sequence. A hook is no part of the weights: `save_pretrained` writes the stock checkpoint, and a model
-that is loaded again must be isolated again, since a stock forward swallows `sequence_ids` without a word.
+attention wants, once per step for all layers: a mask that need not be built (sdpa: `collate.lazy_mask`), an additive
+one (eager), a BlockMask (flex), boundaries (flash); one per layer type where the encoder has sliding windows. It also
+fills in the positions that restart in each sequence. A hook is no part of the weights: `save_pretrained` writes the
+stock checkpoint, and a model that is loaded again must be isolated again, since a stock forward swallows
+`sequence_ids` without a word.
 """
 
 import contextlib
@@ -78,6 +79,12 @@ def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
                                                0 0 0 0 0 1    padding attends to padding: no row without a key
 
     Without `sequence_ids` the model is the stock one. Given `position_ids` are kept. Calling it twice changes nothing.
+    Under sdpa the mask above is not built: each sequence attends by itself, at a cost of n^2 and not of L^2. So it is
+    on CPUs, and on CUDA in 16 bits; elsewhere, and in a compiled forward, the mask is built.
+
+    dense_mask: True builds it always. Attention "eager" (which returns attention weights) and "flex_attention" have
+        masks of their own, by choice: `model.set_attn_implementation("eager")`.
+
     Under flash the boundaries are those of the flattened rows, so a batch may hold any number of them.
     A head that pools a row still pools the row: `collate.heads` has heads that pool sequences.
 
@@ -92,6 +99,8 @@ def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
     _refuse_known_leaks(encoder.config)
     _refuse_several(model)
     if is_isolated(model):
+        for hook in _hooks(model):
+            hook.dense_mask |= dense_mask
         return model
     hook = encoder.register_forward_pre_hook(_IsolateSequences(encoder, dense_mask), with_kwargs=True)
     if not _is_known(model):
@@ -108,8 +117,12 @@ def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
 
 def is_isolated(model: nn.Module) -> bool:
     """Whether `isolate_sequences` was called on this model."""
+    return any(True for _ in _hooks(model))
+
+
+def _hooks(model: nn.Module) -> Iterator["_IsolateSequences"]:
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return any(isinstance(hook, _IsolateSequences) for hook in hooks)
+    return (hook for hook in hooks if isinstance(hook, _IsolateSequences))
 
 
 class _IsolateSequences:
@@ -131,36 +144,49 @@ class _IsolateSequences:
                     f"{type(encoder).__name__} got sequence_ids and {other}; give sequence_ids alone (0 on padding): "
                     "they say all that a mask says, and which tokens belong together"
                 )
+        if kwargs.get("is_causal"):
+            raise ValueError(
+                f"{type(encoder).__name__} got sequence_ids and is_causal=True; leave is_causal out: tokens of a "
+                "sequence see both directions"
+            )
         start = position_ids_start(encoder.config)
-        self._check_ids(sequence_ids, kwargs.get("position_ids"), start)
+        layout = self._checked_layout(sequence_ids, kwargs.get("position_ids"), start)
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = _own_positions(sequence_ids) + start
-        return (), kwargs | _attention_arguments(encoder, sequence_ids, self.dense_mask)
+        return (), kwargs | _attention_arguments(encoder, sequence_ids, None if self.dense_mask else layout)
 
-    def _check_ids(self, sequence_ids: Tensor, position_ids: Tensor | None, start: int) -> None:
-        """Refuse ids that no packing produces, and positions that begin below the model's own start.
+    def _checked_layout(self, sequence_ids: Tensor, position_ids: Tensor | None, start: int) -> PackLayout | None:
+        """The layout; None where the forward is traced or transformed: shapes must not depend on ids then.
 
-        On an accelerator looking would wait for the device, so there the first batch is checked; compiled, none.
+        Refuses ids that no packing produces, and positions that begin below the model's own start. On an accelerator
+        looking would wait for the device, so there the first batch is checked; compiled, none.
         """
         if sequence_ids.dim() != 2:
             raise ValueError(f"sequence_ids must be (packs, slots) integers, got {tuple(sequence_ids.shape)}")
-        if torch.compiler.is_compiling() or (self.has_checked and sequence_ids.device.type != "cpu"):
-            return
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+            return None
+        layout = PackLayout(sequence_ids)
+        if self.has_checked and sequence_ids.device.type != "cpu":
+            return layout
         self.has_checked = True
         sequence_ids = sequence_ids.cpu()
         PackLayout(sequence_ids)
         if position_ids is None or not start:
-            return
+            return layout
         first = int(torch.where(sequence_ids == PADDING, start, position_ids.cpu()).min())
         if first < start:
             raise ValueError(
                 f"position_ids begin at {first}, but the first position of this model is {start}; build the collator "
                 f"with position_ids_start={start}, or leave position_ids out"
             )
+        return layout
 
 
-def _attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor, dense_mask: bool) -> dict:
-    """What keeps sequences apart under the encoder's attention implementation, as arguments of its forward."""
+def _attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor, layout: PackLayout | None) -> dict:
+    """What keeps sequences apart under the encoder's attention implementation, as arguments of its forward.
+
+    layout: None asks for a mask that is built.
+    """
     implementation = encoder.config._attn_implementation
     if implementation in TAKES_SEQUENCE_IDS:
         return {"sequence_ids": sequence_ids_BL}
@@ -173,8 +199,8 @@ def _attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor, dens
         )
     dtype = encoder.get_input_embeddings().weight.dtype
     build = partial(_mask, implementation, sequence_ids_BL, dtype)
-    if implementation == "sdpa" and not dense_mask and not _is_traced():
-        build = partial(_lazy_mask, PackLayout(sequence_ids_BL), build)
+    if implementation == "sdpa" and layout is not None:
+        build = partial(_lazy_mask, layout, build)
     layer_types = set(getattr(encoder.config, "layer_types", None) or ())
     if "sliding_attention" not in layer_types:
         return {"attention_mask": build()}
@@ -184,11 +210,6 @@ def _attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor, dens
 
 def _lazy_mask(layout: PackLayout, build: Callable[..., Tensor], window: int | None = None) -> LazyMask:
     return LazyMask(layout, window, partial(build, window=window))
-
-
-def _is_traced() -> bool:
-    """Whether the forward is traced or transformed: then it needs an ordinary mask, and shapes that stay."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _mask(implementation: str, sequence_ids_BL: Tensor, dtype: torch.dtype, window: int | None = None):

@@ -45,7 +45,8 @@ class LazyMask(Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             return _attend(*args, **kwargs or {})
-        return super().__torch_function__(function, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():  # what is made of a mask is an ordinary tensor
+            return function(*args, **kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):

@@ -31,8 +31,17 @@ from transformers import (
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import use_attention
-from collate import DataCollatorWithPacking, PackLayout, check_isolation, isolate_sequences, position_ids_start
+from collate import (
+    DataCollatorWithPacking,
+    PackLayout,
+    check_isolation,
+    exact_attention,
+    isolate_sequences,
+    isolation,
+    position_ids_start,
+)
 from collate.isolation import REFUSED, SUPPORTED, _IsolateSequences, is_isolated
+from collate.lazy_mask import LazyMask
 
 PAD = 1
 COMMON = {
@@ -157,13 +166,152 @@ def softmax_in_float64(monkeypatch):
     monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: torch.softmax(x, dim))
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.fixture
+def built_masks(monkeypatch):
+    """The shapes of the L x L masks that are built meanwhile."""
+    built, build = [], isolation._mask
+
+    def record(*args, **kwargs):
+        mask = build(*args, **kwargs)
+        built.append(tuple(mask.shape))
+        return mask
+
+    monkeypatch.setattr(isolation, "_mask", record)
+    return built
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "dense mask", "eager"])
 @pytest.mark.parametrize("kind", SUPPORTED)
-def test_packed_equals_alone(kind, implementation, softmax_in_float64):
-    stock = make_model(kind, implementation)
-    packed = isolate_sequences(copy.deepcopy(stock))
+def test_packed_equals_alone(kind, implementation, softmax_in_float64, built_masks):
+    """Under sdpa no mask of L x L is built, by any of these types, unless it is asked for."""
+    stock = make_model(kind, implementation.replace("dense mask", "sdpa"))
+    packed = isolate_sequences(copy.deepcopy(stock), dense_mask=implementation == "dense mask")
     assert value_error(packed_and_alone(packed, stock)) < 1e-10
     assert gradient_error(packed, stock) < 1e-10
+    assert bool(built_masks) == (implementation != "sdpa")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "eurobert"])
+def test_no_mask_in_long_rows_one_by_one_or_in_groups(kind, threads, monkeypatch, built_masks):
+    """Sequences of one token, of some windows' length in several pieces, an empty row; more threads than heads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(exact_attention, "SMALLEST_PIECE", 4)
+    stock = make_model(kind)
+    packed = isolate_sequences(copy.deepcopy(stock))
+    rows = make_rows([[1, 50, 7, 1], [9, 8, 13, 37], []])
+    assert value_error(packed_and_alone(packed, stock, rows)) < 1e-10
+    assert gradient_error(packed, stock) < 1e-10
+    assert not built_masks
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_a_batch_without_tokens_gives_gradients_of_0(kind):
+    packed = isolate_sequences(make_model(kind))
+    input_ids, sequence_ids = make_rows([[], []])
+    packed(input_ids, sequence_ids=sequence_ids)[0].sum().backward()
+    of_attention = [p.grad for name, p in packed.named_parameters() if "query.weight" in name or "Wqkv" in name]
+    assert of_attention and all(torch.equal(grad, torch.zeros_like(grad)) for grad in of_attention)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_dropped_attention_weights_leave_a_mate_out(kind, built_masks):
+    """The same draws, another mate: not even a NaN passes. A seed of its own changes what is dropped."""
+    name = "attention_dropout" if kind == "modernbert" else "attention_probs_dropout_prob"
+    packed = isolate_sequences(make_model(kind, **{name: 0.4}))
+    input_ids, sequence_ids = make_rows()
+    mate = sequence_ids == 2
+
+    def hidden(seed, spoil):
+        hook = packed.get_input_embeddings().register_forward_hook(
+            lambda _, args, output: torch.where(mate[..., None], spoil, output)
+        )
+        torch.manual_seed(seed)
+        result = packed(input_ids, sequence_ids=sequence_ids)[0]
+        hook.remove()
+        return result
+
+    before, after = hidden(0, 1.0), hidden(0, float("nan"))
+    assert after[mate].isnan().all()
+    assert torch.equal(after[~mate & (sequence_ids > 0)], before[~mate & (sequence_ids > 0)])
+    assert relative_error(hidden(1, 1.0)[~mate], before[~mate]) > 1e-2
+    assert not built_masks
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "eurobert"])
+def test_autocast_casts_as_stock_attention_does(kind, built_masks):
+    """Rotary positions leave queries and keys in float32 beside values in bfloat16."""
+    stock = make_model(kind, initializer_range=0.1).float()
+    packed = isolate_sequences(copy.deepcopy(stock))
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = [tuple(x.double() for x in pair) for pair in packed_and_alone(packed, stock)]
+    assert value_error(pairs) < 0.05
+    assert not built_masks
+
+
+def test_the_config_stays_stock_and_other_attention_can_be_asked_for(built_masks):
+    stock = make_model()
+    packed = isolate_sequences(copy.deepcopy(stock))
+    input_ids, sequence_ids = make_rows()
+    expected = packed(input_ids, sequence_ids=sequence_ids)[0]
+    assert packed.config.to_dict() == stock.config.to_dict()
+    assert packed.config._attn_implementation == "sdpa" and not built_masks
+    packed.set_attn_implementation("eager")
+    found = packed(input_ids, sequence_ids=sequence_ids, output_attentions=True)
+    real = sequence_ids > 0
+    assert relative_error(found[0][real], expected[real]) < 1e-10
+    mates = PackLayout(sequence_ids).attention_mask.expand_as(found.attentions[0])
+    assert found.attentions[0][~mates & real[:, None, :, None]].max() == 0
+    packed.set_attn_implementation("sdpa")
+    packed(input_ids, sequence_ids=sequence_ids)
+    assert len(built_masks) == 1
+    isolate_sequences(packed, dense_mask=True)
+    packed(input_ids, sequence_ids=sequence_ids)
+    assert len(built_masks) == 2
+
+
+def test_what_is_done_with_a_lazy_mask_is_done_with_the_built_one():
+    ids = torch.tensor([[1, 1, 2, 0], [1, 2, 2, 2]], dtype=torch.int32)
+    expected = (ids[:, :, None] == ids[:, None, :])[:, None]
+    built = []
+
+    def build():
+        built.append(1)
+        return expected.clone()
+
+    mask = LazyMask(PackLayout(ids), None, build)
+    assert mask.shape == (2, 1, 4, 4) and mask.dtype == torch.bool and mask.ndim == 4
+    assert isinstance(mask.detach(), LazyMask) and "window=None" in repr(mask) and not built
+    scores = torch.randn(2, 3, 4, 4)
+    assert torch.equal(torch.where(mask, scores, 0.0), torch.where(expected, scores, 0.0))
+    assert torch.equal(mask[:, :, 1:], expected[:, :, 1:]) and torch.equal(~mask.to("cpu"), ~expected)
+    query, key = torch.randn(2, 3, 4, 8), torch.randn(2, 1, 4, 8)  # heads that broadcast: not what layers do
+    found = F.scaled_dot_product_attention(query, key, key, attn_mask=mask, scale=0.7)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, key, expected, scale=0.7))
+    assert len(built) == 1
+    inputs = [torch.randn(2, 3, 4, 8, dtype=torch.float64) for _ in range(3)]
+    exact = F.scaled_dot_product_attention(*inputs, expected, scale=0.7)
+    found = F.scaled_dot_product_attention(*inputs, mask, scale=0.7)
+    torch.testing.assert_close(found[0, :, :3], exact[0, :, :3], rtol=0, atol=1e-12)
+    assert found[0, :, 3].abs().max() == 0  # padding; the mask lets it see padding
+
+
+def test_a_transformed_forward_gets_a_mask_that_is_built(built_masks):
+    """torch.func knows no gradient of our own functions."""
+    model = isolate_sequences(make_model())
+    rows = dict(zip(("input_ids", "sequence_ids"), make_rows(), strict=True))
+    weights = dict(model.named_parameters())
+
+    def total(weights):
+        return torch.func.functional_call(model, weights, kwargs=rows)[0][rows["sequence_ids"] > 0].square().sum()
+
+    found = torch.func.grad(total)(weights)
+    assert len(built_masks) == 1
+    total(weights).backward()
+    assert len(built_masks) == 1
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=1e-8)
 
 
 def test_every_encoder_that_is_promised_is_supported():
@@ -332,6 +480,8 @@ def test_misuse_is_refused():
         isolate_sequences(make_model("roberta"))(
             input_ids, sequence_ids=sequence_ids, position_ids=PackLayout(sequence_ids).positions
         )
+    with pytest.raises(ValueError, match="BertModel got sequence_ids and is_causal=True; leave is_causal out"):
+        model(input_ids, sequence_ids=sequence_ids, is_causal=True)
     model.config._attn_implementation = "mine"
     with pytest.raises(ValueError, match="attention implementation 'mine' has no mask function"):
         model(input_ids, sequence_ids=sequence_ids)
@@ -405,13 +555,14 @@ def test_flex(kind):
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(kind, reentrant):
+def test_gradient_checkpointing(kind, reentrant, built_masks):
     stock = make_model(kind)
     packed = isolate_sequences(copy.deepcopy(stock))
     packed.activation_checkpointing_enable({"use_reentrant": reentrant})
     packed.enable_input_require_grads()
     assert value_error(packed_and_alone(packed, stock)) < 1e-10
     assert gradient_error(packed, stock) < 1e-10
+    assert not built_masks
 
 
 COMPILED = [("roberta", "eager", "aot_eager"), ("modernbert", "sdpa", "aot_eager")]
