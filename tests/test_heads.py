@@ -736,3 +736,18 @@ def test_other_refusals():
         SequenceClassification(num_labels=2, problem_type="ranking")
     with pytest.raises(ValueError, match="unknown mlm_loss 'sum'; choose from"):
         MaskedLM(mlm_loss="sum")
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+def test_a_packed_head_needs_no_mask(architecture, monkeypatch):
+    """Which is L x L for each row, and slow where rows are long."""
+    monkeypatch.setattr("collate.isolation._mask", lambda *_, **__: pytest.fail("a mask was built"))
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    model = AutoModelForSequenceClassification.from_config(config)
+    ids = torch.tensor([[1] * 9 + [2] * 20 + [0] * 3], dtype=torch.int32)
+    batch = {"input_ids": torch.randint(5, 40, ids.shape), "sequence_ids": ids}
+    found = packed_predictions(model, batch)
+    model.eval()
+    expected = [model(batch["input_ids"][ids == number][None]).logits[0].detach() for number in (1, 2)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
