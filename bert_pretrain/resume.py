@@ -156,7 +156,7 @@ def write_run(folder: str | os.PathLike, record: dict[str, dict]) -> None:
 
 
 def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_BEGIN) -> None:
-    saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    saved = _read_record(folder / RUN_FILE)
     for part, values in record.items():
         if part in CONTENTS and part not in saved:
             raise ValueError(
@@ -168,6 +168,17 @@ def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_B
         default = {} if part in CONTENTS else values  # options that came with a newer version
         pairs = {name: (before.get(name, default.get(name)), values.get(name)) for name in names}
         _check_part(folder, part, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, record, cure)
+
+
+def _read_record(file: Path) -> dict[str, dict]:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(saved, dict) and all(isinstance(part, dict) for part in saved.values()):
+            return saved
+        found = "it is no record of a run"
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
+        found = str(error)
+    raise ValueError(f"{file} is damaged ({found}); remove it if its folder may be overwritten, or choose another")
 
 
 def _check_part(folder: Path, part: str, changed: dict[str, tuple], record: dict[str, dict], cure: str) -> None:

@@ -618,6 +618,13 @@ def test_other_versions_are_said_and_a_record_without_contents_is_refused(tmp_pa
             _check_record(tmp_path, record())
 
 
+@pytest.mark.parametrize("content", [b"", b'{"config": {', b"[]", b'{"config": 1}', b"\xff", b"[" * 100_000])
+def test_a_damaged_record_is_refused_by_name(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'run.json'))} is damaged \(.+\); remove it"):
+        _check_record(tmp_path, {"config": {}})
+
+
 def change_packs_in_place(folder):
     """One token becomes another, in the file that training maps; fingerprint and lengths stay."""
     (file,) = (folder / "train").glob("data-*.arrow")
