@@ -200,7 +200,10 @@ def _prepare_split(
         max_sequence_length=config.max_sequence_length,
         **counts._asdict(),
     )
-    for warning in summary.warnings(is_trained=config.tokenizer is None):
+    vocabulary_cure = ""
+    if config.tokenizer is None:
+        vocabulary_cure = ", or a larger vocab_size" if len(tokenizer) == config.vocab_size else ", or more text"
+    for warning in summary.warnings(vocabulary_cure):
         logger.warning("%s split: %s", split, warning)
     return summary
 

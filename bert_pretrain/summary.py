@@ -52,21 +52,14 @@ class SplitSummary:
         """Sequences per pack if packs had no empty slot: packing cannot shorten an epoch by more."""
         return self.sequences * self.max_sequence_length / self.tokens
 
-    def warnings(self, is_trained: bool) -> Iterator[str]:
-        """What a user must know of: tokens that are lost. is_trained: the vocabulary was made for this text."""
+    def warnings(self, vocabulary_cure: str) -> Iterator[str]:
+        """What a user must know of: tokens that are lost. vocabulary_cure: what else may be given."""
+        unknown_cure = f"give a tokenizer of this language{vocabulary_cure}"
+        dropped = "in no sequence, because a pair was too long"
+        dropped_cure = "give a larger max_sequence_length, or objective='none', which drops none"
         for count, share, what, cure in (
-            (
-                self.unknown_tokens,
-                UNKNOWN_SHARE,
-                "unknown to the vocabulary",
-                ("give a larger vocab_size, or " if is_trained else "give ") + "a tokenizer of this language",
-            ),
-            (
-                self.tokens_dropped,
-                DROPPED_SHARE,
-                "in no sequence, because a pair was too long",
-                "give a larger max_sequence_length, or objective='none', which drops none",
-            ),
+            (self.unknown_tokens, UNKNOWN_SHARE, "unknown to the vocabulary", unknown_cure),
+            (self.tokens_dropped, DROPPED_SHARE, dropped, dropped_cure),
         ):
             if count > share * self.source_tokens:
                 of_all = f"{count:,} of {self.source_tokens:,} tokens ({count / self.source_tokens:.2%})"

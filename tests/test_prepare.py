@@ -553,7 +553,7 @@ def test_many_unknown_tokens_are_said(tmp_path, caplog):
     unknown = prepared.summary["train"].unknown_tokens
     assert unknown > 16
     assert f"train split: {unknown:,} of 16,400 tokens" in caplog.text
-    assert "are unknown to the vocabulary; give a larger vocab_size" in caplog.text
+    assert "are unknown to the vocabulary; give a tokenizer of this language, or a larger vocab_size" in caplog.text
 
 
 # --- sentences that are too long -----------------------------------------------------------------------------------
@@ -656,5 +656,5 @@ def test_long_sentences_and_warnings_of_a_summary():
     dropped, unknown = (
         f"{share} tokens ({percent}) are" for share, percent in (("60 of 1,000", "6.00%"), ("2 of 1,000", "0.20%"))
     )
-    assert [warning.partition(" are")[0] + " are" for warning in numbers.warnings(True)] == [unknown, dropped]
-    assert not list(SplitSummary("nsp", 10, 40, 20, 1280, 50, 1, 20, 12, 128, source_tokens=1000).warnings(True))
+    assert [warning.partition(" are")[0] + " are" for warning in numbers.warnings("")] == [unknown, dropped]
+    assert not list(SplitSummary("nsp", 10, 40, 20, 1280, 50, 1, 20, 12, 128, source_tokens=1000).warnings(""))
