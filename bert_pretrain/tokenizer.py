@@ -32,6 +32,9 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # fill half of the vocabulary with them, and more where words leave places free. Rarer ones become [UNK].
 MAX_ALPHABET = 1000
 
+# A word may have so many tokens, or an eighth of the longest sentence.
+WORD_TOKENS = 16
+
 # Documents tokenized at a time: enough to keep every core busy, few enough to hold as Python lists.
 DOCUMENTS_PER_BATCH = 1000
 
@@ -191,11 +194,12 @@ def tokenize_sentences(documents: list[Document], bare: Tokenizer, longest: int 
 
 
 def _word_lengths(words: list[int | None], longest: int) -> list[int]:
-    """Tokens of each word: [0, 0, 1, 2, 2] -> [2, 1, 2]; a word of more than `longest`, or none, is its tokens."""
-    lengths = []
+    """Tokens of each word: [0, 0, 1, 2, 2] -> [2, 1, 2]. What is too long for a word, or none, is its tokens: a clause
+    of Chinese, say, which is one word to SentencePiece."""
+    lengths, limit = [], min(longest, max(WORD_TOKENS, longest // 8))
     for word, run in groupby(words):
         length = len(list(run))
-        lengths += [length] if word is not None and length <= longest else [1] * length
+        lengths += [length] if word is not None and length <= limit else [1] * length
     return lengths
 
 

@@ -21,6 +21,7 @@ from bert_pretrain.summary import SplitSummary, summary_table
 from bert_pretrain.token_documents import TokenDocuments
 from bert_pretrain.tokenizer import (
     SPECIAL_TOKENS,
+    _word_lengths,
     load_tokenizer,
     tokenize_documents,
     tokenize_sentences,
@@ -576,8 +577,7 @@ def transcripts(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("length", [32, 128, 512])
-@pytest.mark.parametrize("objective", ["nsp", "sop", "none"])
+@pytest.mark.parametrize(("objective", "length"), [("nsp", 128), ("sop", 128), ("none", 32)])
 def test_text_without_sentence_ends_is_cut_at_words_and_not_off(transcripts, tmp_path, caplog, objective, length):
     """Uncut, each would be one sentence, of which a sequence has room for a part."""
     config = PrepareConfig(
@@ -593,10 +593,8 @@ def test_text_without_sentence_ends_is_cut_at_words_and_not_off(transcripts, tmp
     dataset, summary = prepare(config)
     numbers = summary["train"]
     assert numbers.sentences == numbers.long_sentences == 28 and numbers.source_tokens > 28 * 900
-    assert (
-        numbers.tokens_dropped <= (0 if objective == "none" else 0.1 if length == 32 else 0.02) * numbers.source_tokens
-    )
-    assert "in no sequence" not in caplog.text or length == 32
+    assert numbers.tokens_dropped <= (0 if objective == "none" else 0.02 * numbers.source_tokens)
+    assert "in no sequence" not in caplog.text
     if objective == "none":
         tokenizer = load_tokenizer(f"{config.output}/tokenizer")
         rows = dataset["train"]["input_ids"]
@@ -632,6 +630,15 @@ def test_the_words_of_a_long_sentence_are_those_of_its_tokenizer():
     assert pieces("今天" * 20, 10, unigram) == [1] * 41
     unigram.pre_tokenizer = None  # and no words at all
     assert pieces("今天" * 20, 10, unigram) == [1] * 40
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest", "expected"),
+    [(17, 254, [17]), (31, 254, [31]), (32, 254, [1] * 32), (16, 62, [16]), (17, 62, [1] * 17), (6, 5, [1] * 6)],
+)
+def test_a_clause_without_spaces_is_no_word(tokens, longest, expected):
+    assert _word_lengths([0, 0, *[1] * tokens, 2], longest) == [2, *expected, 1]
+    assert _word_lengths([None, None], longest) == [1, 1]
 
 
 def test_many_dropped_tokens_are_said(tmp_path, caplog):
