@@ -11,8 +11,8 @@ dropout is on.
 
 What a sequence may notice of others, in its context and gradients:
 
-* what they say: nothing. Other values in a pack mate, NaN among them, change no bit, on every processor. (A GPU adds up
-  the clusters of `routing` in any order: there it is rounding.)
+* what they say: nothing. Other values in a pack mate change no bit, on every processor; nor does NaN, where
+  `survives_nan` is True. (A GPU adds up the clusters of `routing` in any order: there it is rounding.)
 * that they are there: rounding (in float64 1e-12 of the largest value). Alone, or in another place or company, a
   sequence is computed in products of other shapes, for which a processor may choose another kernel.
 * A head whose products take their shape from values (none here does) promises rounding in both.
