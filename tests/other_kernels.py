@@ -37,12 +37,16 @@ SETTINGS = {
 
 
 def environment(setting: str | None = None) -> dict[str, str]:
-    """Of a process under a setting: one thread unless it says otherwise, and nothing of an outer pytest's."""
+    """Of a process under a setting: one thread unless it says otherwise, and nothing of an outer pytest's.
+
+    Threads that wait sleep and do not spin: other tests run on the same cores.
+    """
     changed = {name for variables in SETTINGS.values() for name in variables}
     kept = {name: value for name, value in os.environ.items() if name not in changed and "PYTEST" not in name}
     here = str(Path(__file__).parent), str(Path(__file__).parents[1])
     path = os.pathsep.join([*here, *filter(None, [kept.get("PYTHONPATH")])])
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | (SETTINGS[setting] if setting else {})
+    own = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
+    return kept | own | (SETTINGS[setting] if setting else {})
 
 
 @cache
