@@ -220,13 +220,17 @@ class DataCollatorWithPacking:
         """A copy whose positions begin where this model's do, unless position_ids_start was given, and that knows
         whether labels belong to tokens or to sequences, if the model's class says it; same epoch."""
         bound = copy.copy(self)
-        names = [parent.__name__ for parent in type(model).__mro__]
-        for heads in (HEADS_OF_TOKENS, HEADS_OF_SEQUENCES):
-            if any(name.endswith(heads) for name in names):
-                bound._levels = replace(self._levels, labels=heads is HEADS_OF_TOKENS)
+        bound.learn_task(model)
         if self.position_ids_start is None and hasattr(model, "config"):
             bound.position_ids_start = start_of(model.config)
         return bound
+
+    def learn_task(self, model: nn.Module | None) -> None:
+        """In place: whether labels belong to tokens or to sequences, if the model's class says it."""
+        names = [parent.__name__ for parent in type(model).__mro__]
+        for heads in (HEADS_OF_TOKENS, HEADS_OF_SEQUENCES):
+            if any(name.endswith(heads) for name in names):
+                self._levels = replace(self._levels, labels=heads is HEADS_OF_TOKENS)
 
     def for_evaluation(self) -> "DataCollatorWithPacking":
         """A copy whose masks are the same at every evaluation."""

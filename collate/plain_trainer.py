@@ -79,6 +79,7 @@ class PlainTrainerCallback(SetEpoch):
         _check_mask(self.collator.emit, model)
         if _has_stock_loss(model):
             _check_head(model)
+        self.collator.learn_task(_stock(model))
         self.is_checked = True
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):

@@ -13,11 +13,12 @@ from transformers import (
     DataCollatorForLanguageModeling,
     RoCBertConfig,
     RoCBertForSequenceClassification,
+    Trainer,
     TrainingArguments,
 )
 
 from bert_pretrain.inputs import check_tokenizer
-from collate import DataCollatorWithPacking, PackedTrainer, PackLayout, check_isolation
+from collate import DataCollatorWithPacking, PackedTrainer, PackLayout, check_isolation, isolate_sequences
 from collate.heads import MaskedLM, packed_predictions
 from collate.masking import MASKING
 from collate.vocabulary import token_ids, vocabulary_size
@@ -209,6 +210,18 @@ def test_training_on_several_labels_where_a_batch_misleads(tokenizer, tmp_path):
     ]
     together = trainer.evaluate(datasets.Dataset.from_list(listed_rows(2) + listed_rows(2, tokens=7)))["eval_loss"]
     assert together == pytest.approx(sum(alone) / 2, rel=1e-5)
+
+
+def test_plain_trainer_tells_the_collator_of_the_task(tokenizer, tmp_path):
+    """Labels of tokens, in a batch whose rows are all of one length."""
+    model = BertForTokenClassification(BertConfig(**SIZES, num_labels=2))
+    isolate_sequences(model)
+    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None, unpacked_rows="keep")
+    arguments = {"report_to": "none", "use_cpu": True, "remove_unused_columns": False, "max_steps": 2}
+    rows = [{"input_ids": row["input_ids"], "labels": [0, 1] * 3} for row in listed_rows(8)]
+    options = {"data_collator": collate, "train_dataset": datasets.Dataset.from_list(rows)}
+    Trainer(model, TrainingArguments(tmp_path, **arguments), callbacks=[collate.callback()], **options).train()
+    assert collate(rows)["labels"].shape == (8, 6)
 
 
 def test_a_stream_is_not_of_two_minds():
