@@ -27,7 +27,7 @@ from collate.rows import (
     read_packed_rows,
     read_sequences,
 )
-from collate.vocabulary import token_ids, vocabulary_size
+from collate.vocabulary import token_ids
 from collate.words import word_boundaries, word_continuations
 from packing import packed_info
 
@@ -437,8 +437,9 @@ class _Table:
 def _masking_rule(tokenizer, mlm_probability: float, masking: str, **options) -> MaskingRule:
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token; set tokenizer.mask_token or mlm_probability=None")
-    is_special_V, has_token_V = np.zeros((2, vocabulary_size(tokenizer)), dtype=bool)
-    is_special_V[tokenizer.all_special_ids] = has_token_V[token_ids(tokenizer)] = True
+    ids = token_ids(tokenizer)
+    is_special_V, has_token_V = np.zeros((2, ids[-1] + 1), dtype=bool)
+    is_special_V[tokenizer.all_special_ids] = has_token_V[ids] = True
     if options["whole_word_mask"]:
         with contextlib.suppress(ValueError):  # then the rows must have word_ids, and masking says so if they have not
             options |= {"continues_word_V": word_continuations(tokenizer), "boundaries": word_boundaries(tokenizer)}

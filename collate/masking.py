@@ -218,7 +218,8 @@ class MaskingRule:
             return parts_by_vocabulary(input_ids_T, is_special_T, offsets, *marks)
         if not self.whole_word_mask:
             raise ValueError("word_ids_T is for whole words; set whole_word_mask=True or leave it out")
-        return parts_by_word_ids(is_special_T, offsets, _checked("word_ids_T", word_ids_T, input_ids_T))
+        word_ids_T = _checked("word_ids_T", word_ids_T, input_ids_T).astype(np.int64, copy=False)
+        return parts_by_word_ids(is_special_T, offsets, word_ids_T)
 
     def _budget(self, offsets) -> np.ndarray:
         """(N,) tokens to predict, if there are as many: BERT's max(1, round(probability * length))."""

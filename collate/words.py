@@ -15,6 +15,7 @@ the same. Masking such a word as a whole would leave nothing to predict it from:
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -117,34 +118,37 @@ BYTES = _byte_alphabet()
 
 def _bytes_of(token: str, mark: str) -> bytes:
     """The text of a token, a mark as a space: ▁em -> b" em"   Ġem -> b" em"   Ċ -> b"\\n"   <0xE4> -> b"\\xe4" """
-    if mark == "Ġ":
-        if all(character in BYTES for character in token):
-            return bytes(BYTES[character] for character in token)
-        return token.encode(errors="replace")
-    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
-    return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode(errors="replace")
+    if mark == "Ġ" and BYTES.keys() >= set(token):
+        return bytes(BYTES[character] for character in token)
+    if token.startswith("<0x") and (byte := re.fullmatch("<0x([0-9A-F]{2})>", token)):
+        return bytes([int(byte[1], 16)])
+    return token.replace("▁", " ").encode(errors="replace")
 
 
 def _kinds_of(text: bytes) -> tuple[int, int]:
     """Of the first and the last character."""
-    starts = [i for i, byte in enumerate(text) if byte & 0xC0 != 0x80]  # others continue a character
-    if not starts:
+    last = next((i for i in range(len(text) - 1, -1, -1) if _begins_character(text[i])), None)
+    if last is None:
         return INSIDE, INSIDE
-    ends = [*starts[1:], len(text)]
-    first = INSIDE if starts[0] else _kind(text[: ends[0]])
-    return first, _kind(text[starts[-1] :])
+    end = next((i for i in range(1, len(text)) if _begins_character(text[i])), len(text))
+    return _kind(text[:end]) if _begins_character(text[0]) else INSIDE, _kind(text[last:])
+
+
+def _begins_character(byte: int) -> bool:
+    return byte & 0xC0 != 0x80
 
 
 TAILS = (b"\xad\xad\xad", b"\x9f\x98\x80")
 """What completes a character that lacks bytes: E3 81 + AD is a Japanese letter, F0 + 9F 98 80 an emoji."""
 
 
+@lru_cache(1 << 16)
 def _kind(character: bytes) -> int:
     """Of one that lacks bytes at its end: of a character that begins so."""
     size = 1 + (character[0] >= 0xC0) + (character[0] >= 0xE0) + (character[0] >= 0xF0)
     missing = size - len(character)
     texts = [(character + tail[3 - missing :]).decode(errors="replace") for tail in TAILS]
-    text = next((text for text in texts if unicodedata.category(text[0]) != "Cn" and text != "\ufffd"), "a")[0]
+    text = next((text[0] for text in texts if unicodedata.category(text[0]) != "Cn" and text[0] != "\ufffd"), "a")
     if text.isspace():
         return BLANK if text == " " else BREAK
     if unicodedata.name(text, "").startswith(IDEOGRAPHS):

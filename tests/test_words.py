@@ -35,7 +35,7 @@ ALPHABETS = {
 }
 
 
-def sentences(script, between="", words=30, count=150):
+def sentences(script, between="", words=30, count=80):
     """Of made-up words with nothing, or a blank now and then, between them."""
     draw = random.Random(script)
     longest = 14 if script == "german" else 3
