@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
@@ -18,6 +18,7 @@ from bert_pretrain.tokenizer import vocabulary_fingerprint
 from collate.mlm import MLM_LOSSES
 from collate.vocabulary import token_ids, vocabulary_size
 from packing import PackedInfo, load_packed, packed_info
+from packing.saved import load_saved
 
 SAMPLED_PACKS = 2000
 """Packs whose tokens are compared with the tokenizer: spread over a split, read in a fraction of a second."""
@@ -60,7 +61,7 @@ def _open(folder: str) -> Dataset | DatasetDict:
     try:
         return load_packed(folder)
     except FileNotFoundError:
-        return load_from_disk(folder)
+        return load_saved(folder)
 
 
 def _checked_info(split: Dataset, folder: str) -> PackedInfo:

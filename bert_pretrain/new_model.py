@@ -137,7 +137,7 @@ def _chosen_attention(config: PretrainConfig) -> tuple[str | list[str], dict]:
     choices = [name.strip() for name in config.attention.split(",")]
     try:
         options = json.loads(config.attention_options or "{}")
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"attention_options={config.attention_options!r} is no JSON: {error}") from None
     if not isinstance(options, dict):
         raise ValueError(

@@ -39,7 +39,7 @@ def read_config_file(file: str) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
     try:
         values = json.loads(text, object_pairs_hook=_without_twins) if path.suffix == ".json" else _load_yaml(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config file {file!r}: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"config file {file!r} must hold options and their values, as in `seed: 1`")

@@ -16,6 +16,7 @@ from bert_pretrain.contents import dataset_contents, model_contents, tokenizer_c
 from bert_pretrain.record import versions
 from collate.agreement import agreed
 from collate.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
+from packing.metadata import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -172,11 +173,11 @@ def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_B
 
 def _read_record(file: Path) -> dict[str, dict]:
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = read_json(file)
         if isinstance(saved, dict) and all(isinstance(part, dict) for part in saved.values()):
             return saved
         found = "it is no record of a run"
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
+    except ValueError as error:
         found = str(error)
     raise ValueError(f"{file} is damaged ({found}); remove it if its folder may be overwritten, or choose another")
 

@@ -146,9 +146,9 @@ def read_block(block: Block) -> Iterator[Iterable[str]]:
 
 def _rows(folder: Path):
     """The text of a `datasets` folder."""
-    from datasets import load_from_disk
+    from packing.saved import load_saved
 
-    dataset = load_from_disk(str(folder))
+    dataset = load_saved(folder)
     if "text" not in dataset.column_names:
         raise ValueError(
             f"{folder} has no column 'text' but {dataset.column_names}; rename_column() the one that is text"

@@ -30,6 +30,8 @@ from collate.agreement import agreed
 from collate.one_run import one_run
 from collate.workers import names_killed_workers
 from packing.folder import sync
+from packing.metadata import read_json
+from packing.names import checked_path, file_in
 
 logger = logging.getLogger(__name__)
 
@@ -50,29 +52,46 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
     """Raises DamagedCheckpoint unless every file is there as it was written."""
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         files = manifest["files"]
-        expected = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in files.items()}
+        checked = {checked_path(name, folder / MANIFEST): entry for name, entry in files.items()}
+        expected = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in checked.items()}
     except FileNotFoundError:
         raise DamagedCheckpoint(
             f"{folder} has no {MANIFEST}: it was not written to its end, or by another program"
         ) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST} cannot be read ({error})") from None
     if manifest != {"files": files} and manifest != _with_own_hash(files):  # the first: written before there was one
         raise DamagedCheckpoint(
             f"{folder} is damaged: {MANIFEST} itself has other contents than were written; the files may be whole"
         )
     for name, (num_bytes, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing")
+        try:
+            path = file_in(folder, name, folder / MANIFEST)
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{folder} is damaged: {name} is missing") from None
+        except ValueError as error:  # a pipe, or a link that leads out
+            raise DamagedCheckpoint(f"{folder} is damaged: {error}") from None
         if path.stat().st_size != num_bytes:
             raise DamagedCheckpoint(
                 f"{folder} is damaged: {name} has {path.stat().st_size} bytes, {num_bytes} were written"
             )
         if _hash(path) != digest:
             raise DamagedCheckpoint(f"{folder} is damaged: {name} has other contents than were written")
+    for name in expected:
+        if name.endswith(".index.json"):
+            _check_index(folder, name, set(expected))
+
+
+def _check_index(folder: Path, name: str, written: set[str]) -> None:
+    """transformers opens whatever file an index of weights names: each is one that was written."""
+    content = read_json(folder / name)
+    parts = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+        raise DamagedCheckpoint(f"{folder} is damaged: {name} is no index of weights")
+    if other := sorted({(Path(name).parent / part).as_posix() for part in parts.values()} - written):
+        raise DamagedCheckpoint(f"{folder} is damaged: {name} names {other[0]!r}, which is not among its files")
 
 
 def last_checkpoint(run_folder: str | os.PathLike) -> Path | None:

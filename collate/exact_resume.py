@@ -32,6 +32,7 @@ from transformers import TrainerCallback
 
 from collate.checkpoints import SavesWhole
 from collate.refused import refuse_data_skip
+from packing.metadata import read_json
 
 RUNNING_FILE = "since_last_log.json"
 """Sums of the interval that the next log reports, of each rank."""
@@ -88,7 +89,7 @@ class ResumesExactly(SavesWhole):
         file = None if self._resumed_from is None else Path(self._resumed_from) / RUNNING_FILE
         if file is None or not file.exists():
             return
-        running = json.loads(file.read_text(encoding="utf-8"))
+        running = read_json(file)
         ranks, own = running["ranks"], self.args.process_index
         as_tensor = [
             None if rank["sums"] is None else torch.tensor(rank["sums"], dtype=getattr(torch, rank["dtype"]))

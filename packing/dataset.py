@@ -22,8 +22,8 @@ from .assignment import Assignment, assign, checked_seed
 from .balance import balance_packs, checked_packs_per_step, step_costs
 from .cluster import SharedSource, read_on_ray, write_on_ray
 from .engines import ENGINES, check_engine, checked_num_proc, opened_engine, write_here, write_in_pool
-from .fingerprint import ColumnPrint, column_prints, combined_print, in_background
-from .folder import state_files, write_file
+from .fingerprint import ColumnPrint, column_prints, in_background, packed_fingerprint
+from .folder import refuse_others, state_files, write_file
 from .histogram import length_histogram
 from .info import PackedInfo
 from .manifest import FILE, Manifest, differences, read_manifest
@@ -33,6 +33,7 @@ from .packers import Packer, checked_limit, find_packer, plan_packs
 from .plan import PackPlan
 from .ranges import Reading, join_ranges, row_ranges
 from .remote import RemotePath, place
+from .saved import INFO, STATE
 from .shards import (
     FORMATS,
     PackSlice,
@@ -52,6 +53,7 @@ ROW_GROUPS = 8  # times as many: a row group of Parquet is read as a whole, and 
 SHARD_BYTES = 500_000_000  # of a file, more or less; before Parquet makes it smaller
 FACTS_BYTES = 1 << 24  # in a Parquet file's head
 
+ABOUT = (INFO, STATE, "LICENSE")  # what state_files makes
 ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
 
 
@@ -307,14 +309,24 @@ class Packing:
 
         Raises ValueError where the folder was begun by a packing that would end with other bytes.
         """
+        if isinstance(folder, Path) and os.path.lexists(folder):
+            refuse_others(folder)
         folder.mkdir(exist_ok=True)
         found = self._begun(folder) if (folder / FILE).exists() else None
+        if isinstance(folder, Path):
+            refuse_others(folder, self._own_files)
         _remove_left_off(folder)
         if found is None:
             self.manifest.write(folder)
             return
         for record in found.shards:  # it was killed between its manifest and its name
             write_record(folder / record.file, record)
+
+    @property
+    def _own_files(self) -> list[str]:
+        """All that lies in the folder, until it is finished and then."""
+        records = [record_path(Path(file)).name for file in self.shard_files]
+        return [*self.shard_files, *records, FILE, *ABOUT]
 
     def _begun(self, folder: Path | RemotePath) -> Manifest:
         """The manifest of a folder that this packing may go on with."""
@@ -367,8 +379,7 @@ class Packing:
                     "folder there, and no other run may write to it"
                 )
         split = None if self.dataset.split is None else str(self.dataset.split)
-        text = f"{combined_print(self.source_prints)} {self.facts.to_description()}"
-        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        fingerprint = packed_fingerprint(self.source_prints, self.facts.to_description())
         files = state_files(self.shard_files, self.info, fingerprint, split)
         if self.format == "parquet":
             del files["state.json"]  # load_from_disk would take the shards for Arrow

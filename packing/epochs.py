@@ -16,7 +16,7 @@ from .balance import balance_packs
 from .draws import make_key
 from .info import packed_info
 from .plan import PackPlan
-from .source import chosen_rows
+from .source import chosen_rows, refuse_broken
 
 LENGTHS = "sequence_lengths"
 REASSIGN = np.uint64(2**64 - 4)  # a stream of draws beside those of assign (lengths) and balance (2**64 - 1 to - 3)
@@ -42,13 +42,16 @@ class EpochPacks:
 
     Memory: 12 bytes a sequence, 8 a pack for each column, and 4 each for the assignment.
 
-    Raises ValueError for a dataset that was not packed, has no rows, a transform of its own, or whose columns no longer
-    belong to its sequences.
+    Raises ValueError for a dataset that was not packed, is damaged, has no rows, a transform of its own, or whose
+    columns no longer belong to its sequences.
     """
 
     def __init__(self, packed: datasets.Dataset, seed: int = 0):
         self.seed = int(checked_seed(seed))
         self._epoch = _SharedNumber()
+        if isinstance(packed, datasets.Dataset):
+            for name in packed.column_names:  # once: what a process that is started opens is this
+                refuse_broken(name, packed.data.column(name))
         self._open(packed)
 
     def _open(self, packed: datasets.Dataset) -> None:

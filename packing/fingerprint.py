@@ -10,6 +10,7 @@ memory, and stays when a file is changed in place.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -79,6 +80,11 @@ def join_digests(dataset, parts: Sequence[RowDigests]) -> tuple[ColumnPrint, ...
 def combined_print(prints: tuple[ColumnPrint, ...]) -> str:
     """One number for all columns and their order."""
     return xxhash.xxh3_128("\n".join(f"{p.name} {p.type} {p.xxh3}" for p in prints).encode()).hexdigest()
+
+
+def packed_fingerprint(prints: tuple[ColumnPrint, ...], description: str) -> str:
+    """By which datasets knows a packed dataset: that of its source, and of the packing facts."""
+    return hashlib.sha256(f"{combined_print(prints)} {description}".encode()).hexdigest()[:16]
 
 
 def array_print(array: pa.Array) -> bytes:

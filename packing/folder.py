@@ -25,6 +25,7 @@ from .locks import held, holder
 SHARD_BYTES = 500_000_000  # of write_dataset
 READ_BYTES = 1 << 22
 TRIES = 100  # a folder may go while files are put into it, if another run ends
+UNFINISHED = ".writing"  # how names end that files have before their own
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends
 CURE = "choose another output, or make its folder writable"
 
@@ -108,7 +109,7 @@ class HashedFile:
         self.closed = False
 
     def _new_file(self) -> tuple[Path, int]:
-        path = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.writing")  # its own on any machine
+        path = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}{UNFINISHED}")  # its own on any machine
         return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
 
     @property
@@ -206,6 +207,8 @@ def _becomes(target: Path, partial: Path) -> Iterator[Path]:
             sync(Path(folder))
         os.rename(partial, target)
         sync(target.parent)
+    except NotOurs:
+        raise
     except BaseException as error:
         if kept := count_shards(partial):
             say_how_to_go_on(error, partial, kept)
@@ -248,6 +251,26 @@ def _lock_beside(stack: ExitStack, target: Path, written: Path) -> None:
         except FileNotFoundError:  # another run has just ended and taken our parents along; or this is no place
             if not left:
                 raise
+
+
+class NotOurs(FileExistsError):
+    """Something in a partial folder that no packing has put there. It is left where it is."""
+
+
+def refuse_others(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Raise NotOurs for what lies in a folder to go on with, and is none of these files or folders, or is a link.
+
+    It would be in the packed dataset at the end, or be written through. names: None = any."""
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    wanted = None if names is None else set(names)
+    for path in sorted(folder.iterdir()) if is_folder else [folder]:
+        is_unfinished = path.name.startswith(".") and path.name.endswith(UNFINISHED)
+        is_ours = is_folder and (wanted is None or path.name in wanted or is_unfinished)
+        if path.is_symlink() or not is_ours or not (path.is_dir() or path.is_file()):
+            raise NotOurs(
+                f"{str(path)!r} was not put there by this packing, and would be part of the output; move it away, or "
+                f"remove {str(folder)!r} to begin anew"
+            )
 
 
 def count_shards(folder) -> int:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from .metadata import build, parse_json
 
 if TYPE_CHECKING:
     import datasets
@@ -98,21 +101,54 @@ def packed_info(dataset: datasets.Dataset) -> PackedInfo:
             _refuse_several(info.splits or {}, by_id)
     if not isinstance(description, str) or not description.startswith(PREFIX):
         raise ValueError("this dataset was not packed: it carries no packing facts; make it with pack_dataset")
+    return read_facts(description.removeprefix(PREFIX))
+
+
+def read_facts(text: str) -> PackedInfo:
+    """What to_description wrote. Raises ValueError where it is something else, or cannot be true."""
+    what = "the packing facts of this dataset"
     try:
-        facts = json.loads(description.removeprefix(PREFIX))
-    except json.JSONDecodeError:
+        content = parse_json(text, what)
+    except ValueError as error:
         raise ValueError(
-            "this dataset carries the packing facts of several packings; use packed datasets one by one, "
-            "or concatenate the sources and pack them together"
+            f"{error}. Or it carries those of several packings: use packed datasets one by one, or concatenate the "
+            "sources and pack them together"
         ) from None
-    for name in ("token_columns", "overlong_rows"):
-        facts[name] = tuple(facts[name])
-    if facts.get("balance") is not None:
+    names = {"StepCosts": type(None)}
+    if isinstance(content, dict) and content.get("balance") is not None:
         from .balance import StepCosts  # not at the top: Numba takes a second to import
 
-        for name in ("step_costs_before", "step_costs_after"):
-            facts[name] = StepCosts(**facts[name])
-    return PackedInfo(**facts)
+        names["StepCosts"] = StepCosts
+    facts = build(PackedInfo, content, what, **names)
+    for name, is_true in _conditions(facts).items():
+        if not is_true:
+            raise ValueError(f"{what} cannot be true: {name}={getattr(facts, name)!r}; pack the source again")
+    return facts
+
+
+def _conditions(facts: PackedInfo) -> dict[str, bool]:
+    """{fact: whether it can be so, beside the others}"""
+    rows, cut = facts.source_rows, facts.overlong_rows
+    conditions = {
+        "max_sequence_length": 1 <= facts.max_sequence_length < 2**31,
+        "max_sequences_per_pack": facts.max_sequences_per_pack is None or 1 <= facts.max_sequences_per_pack < 2**31,
+        "max_depth": facts.max_depth is None or facts.max_depth < 2**31,
+        "token_columns": facts.token_columns[:1] == ("input_ids",),
+        "overlong": facts.overlong in ("error", "truncate", "split", "drop"),
+        "balance": facts.balance is None or 1 <= facts.balance < 2**63,
+    }
+    counts = (facts.num_packs, facts.num_sequences, facts.num_tokens)
+    if facts.buffer_size is None and None not in (rows, *counts):
+        conditions["num_packs"] = 1 <= facts.num_packs <= facts.num_sequences
+        conditions["num_tokens"] = facts.num_sequences <= facts.num_tokens < 2**63
+        conditions["overlong_rows"] = all(a < b for a, b in pairwise(cut)) and cut[-1:] < (rows,)
+        dropped = len(cut) if facts.overlong == "drop" else 0
+        conditions["source_rows"] = (
+            0 < rows <= facts.num_sequences if facts.overlong == "split" else rows == facts.num_sequences + dropped
+        )
+    elif facts.buffer_size is None:
+        conditions["num_sequences"] = False
+    return conditions
 
 
 def _id_of_lengths(features) -> str | None:

@@ -116,11 +116,12 @@ def _load_from_url(url: str, num_proc: int, storage_options: dict | None) -> dic
 
 def _open_saved(source: str) -> dict[str, datasets.Dataset]:
     """A folder of save_to_disk."""
-    import datasets
     import pyarrow as pa
 
+    from .saved import load_saved
+
     try:
-        return _splits_of(datasets.load_from_disk(source))
+        return _splits_of(load_saved(source))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"SOURCE {source!r} was not written whole by save_to_disk: {error}") from None
     except (pa.ArrowInvalid, OSError, AttributeError, KeyError, TypeError) as error:  # the last three: what columns are

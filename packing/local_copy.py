@@ -22,6 +22,7 @@ from pathlib import Path
 import xxhash
 
 from .locks import held
+from .names import checked_path
 from .remote import is_file_in, named_errors, open_store
 
 OF_ACCESS = re.compile("^(atime|time|ino|nlink)$|access", re.I)  # changes without the file, or differs by machine
@@ -80,7 +81,7 @@ def _find(fs, path: str, wanted: Callable[[str], bool]) -> tuple[str, dict[str, 
                 fs.info(path)
     root += "/"
     found = {name: info for name, info in found.items() if info.get("type") == "file" and is_file_in(root, name)}
-    files = {name.removeprefix(root): info for name, info in found.items()}
+    files = {checked_path(name.removeprefix(root), root): info for name, info in found.items()}  # of an archive, say
     if path not in found:
         files = {name: info for name, info in files.items() if not _is_hidden(name) and wanted(name)}
     return root, dict(sorted(files.items()))

@@ -16,18 +16,23 @@ There are no times and no paths in it, so that the same packing makes the same m
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import xxhash
 
 from .fingerprint import ColumnPrint
 from .folder import write_file
+from .metadata import build, read_json
+from .names import checked_name
 from .remote import RemotePath, place
-from .shards import ShardRecord
+from .saved import INFO, STATE
+from .shards import ARROW, PARQUET, ShardRecord
 
 FORMAT = "dataset-packing manifest 1"
 FILE = "manifest.json"
+MOST = 2**62  # of anything: sums fit into 64 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +72,55 @@ class Manifest:
 def read_manifest(folder: str | Path | RemotePath) -> Manifest:
     """Read folder/manifest.json. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
     path = place(folder) / FILE
-    try:
-        content = json.loads(path.read_bytes())
-        found, checksum = content.pop("format"), content.pop("checksum")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{str(path)!r} is damaged: it is no manifest of a packed dataset") from None
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"format", "checksum"} <= set(content):
+        raise ValueError(f"{str(path)!r} is damaged: it is no manifest of a packed dataset")
+    found, checksum = content.pop("format"), content.pop("checksum")
     if found != FORMAT:
         raise ValueError(f"{str(path)!r} has format {found!r}, this version reads {FORMAT!r}; pack the source again")
     if checksum != _digest({"format": found, **content}):
         raise ValueError(f"{str(path)!r} is damaged: its content is not what its checksum says")
-    content["source_columns"] = tuple(ColumnPrint(**column) for column in content["source_columns"])
-    content["shards"] = tuple(ShardRecord(**shard) for shard in content["shards"])
-    return Manifest(**content)
+    manifest = build(Manifest, content, f"{str(path)!r} is damaged: it")
+    _check_content(manifest, path)
+    return manifest
+
+
+def _check_content(manifest: Manifest, path: Path | RemotePath) -> None:
+    """What is said of files, and how many there are, can be true. A checksum anybody can make."""
+    for fault in _faults(manifest, path):
+        raise ValueError(f"{str(path)!r} is damaged: {fault}")
+
+
+def _faults(manifest: Manifest, path: Path | RemotePath) -> Iterator[str]:
+    shards = manifest.shards
+    names = [checked_name(name, path) for name in (FILE, *(record.file for record in shards), *manifest.files)]
+    if len({name.casefold() for name in names}) < len(names):
+        yield "it names a file twice"
+    if not manifest.num_shards or not manifest.batch_packs:
+        yield "it says that there is no shard, or no pack in a batch"
+    pad = manifest.parameters.get("pad_token_id")
+    if pad is not None and type(pad) is not int:
+        yield f"its pad_token_id is {pad!r}"
+    if not shards:  # they are not written yet
+        return
+    if len(shards) != manifest.num_shards:
+        yield f"it lists {len(shards)} shards, and says num_shards={manifest.num_shards}"
+    for name in ("packs", "sequences", "tokens"):
+        total, said = sum(getattr(record, name) for record in shards), getattr(manifest, name)
+        if total != said or said > MOST:
+            yield f"its shards have {total:,} {name}, and it says {said:,}"
+    endings = {PurePath(record.file).suffix for record in shards}
+    if endings not in ({ARROW}, {PARQUET}):
+        yield f"it lists shards that end in {', '.join(sorted(endings))}"
+    for name in (INFO, STATE) if endings == {ARROW} else (INFO,):
+        if name not in manifest.files:
+            yield f"it does not list {name}"
 
 
 def is_finished(folder: Path | RemotePath) -> bool:
     """Whether a packing that was begun in this folder has put its last file."""
     manifest = read_manifest(folder)
-    return manifest.is_complete and all((folder / file).exists() for file in manifest.files)
+    return manifest.is_complete and all((folder / name).exists() for name in manifest.files)
 
 
 def differences(found: Manifest, wanted: Manifest) -> list[str]:

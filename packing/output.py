@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .folder import check_space, check_target, count_shards, partial_folder, say_how_to_go_on
+from .folder import check_space, check_target, count_shards, partial_folder, refuse_others, say_how_to_go_on
 from .manifest import FILE, is_finished
 from .remote import RemotePath, place
-
-DICT = "dataset_dict.json"  # last of all, where there are several splits
+from .saved import DICT  # written last of all, where there are several splits
 
 
 def check_output(
@@ -48,6 +47,9 @@ def refuse_other_splits(folder: Path | RemotePath, splits: list[str]) -> None:
             f"a packing that was begun cannot be gone on with: it had {_splits(other)}, and now there is "
             f"{_splits(splits)}; give the source that it was begun with, or remove {str(folder)!r} to begin anew"
         )
+
+    if isinstance(folder, Path) and splits != [""]:
+        refuse_others(folder, [*splits, DICT])
 
 
 def _splits(names: list[str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .bounds import lower_bound
+from .metadata import read_json
 
 FILE_FORMAT = "dataset-packing plan 1"
 
@@ -171,7 +172,7 @@ class PackPlan:
     def load(cls, path: str | PathLike) -> PackPlan:
         """Read what save() wrote."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(Path(path))
             found = content.pop("format")
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is not a saved plan; give a file that PackPlan.save() wrote") from None

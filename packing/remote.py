@@ -169,6 +169,9 @@ class RemotePath:
         except FileNotFoundError:
             return False
 
+    def is_symlink(self) -> bool:
+        return False
+
     def is_dir(self) -> bool:
         with self._store() as (fs, path):
             return fs.isdir(path)

@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from .arrow import list_array
 from .folder import checksum, hashed_file, write_file
+from .metadata import build, read_json
 from .remote import RemotePath, place
 from .source import SourceColumns
 
@@ -223,7 +224,7 @@ def write_record(shard: Path | RemotePath, record: ShardRecord) -> None:
 def read_record(shard: Path | RemotePath) -> ShardRecord | None:
     """The record of a finished shard whose file has the size that it says."""
     try:
-        record = ShardRecord(**json.loads(record_path(shard).read_text(encoding="utf-8")))
+        record = build(ShardRecord, read_json(record_path(shard)), "the record")
         return record if shard.stat().st_size == record.bytes else None
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError):
         return None

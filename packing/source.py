@@ -156,13 +156,21 @@ def refuse_broken(name: str, column: pa.ChunkedArray) -> None:
     first = 0
     for chunk in column.chunks:
         # As bytes: whether they are text need not be known, and would have all of them read.
-        plain = AS_BYTES.get(chunk.type, chunk.type)
+        plain = _as_bytes(chunk.type)
         try:
             (chunk.view(plain) if plain != chunk.type else chunk).validate(full=True)
-        except pa.ArrowInvalid as error:
+        except pa.ArrowException as error:
             rows = f"rows {first} to {first + len(chunk) - 1} of its files"
             raise ValueError(f"column {name!r} is damaged in {rows}: {error}; make the file anew") from None
         first += len(chunk)
+
+
+def _as_bytes(type_: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(type_):
+        return pa.list_(_as_bytes(type_.value_type))
+    if pa.types.is_large_list(type_):
+        return pa.large_list(_as_bytes(type_.value_type))
+    return AS_BYTES.get(type_, type_)
 
 
 def chosen_rows(dataset) -> np.ndarray | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import datasets
 
 from .findings import CHECKS, Findings, Verification
-from .output import DICT
 from .remote import RemotePath, place
-from .verify_files import dataset_blocks, folder_blocks, open_folder, read_facts
+from .saved import DICT
+from .verify_files import checked_facts, dataset_blocks, folder_blocks, num_bytes_of, open_folder
 from .verify_packs import PackCheck
 from .verify_source import SourceCheck
 
@@ -52,7 +52,8 @@ def verify_packed(
         folder = open_folder(_checked_folder(packed, storage_options), findings)
         info, looked_at["files"] = folder.info, folder.looked_at
     looked_at["source"] = "not given" if source is None else "nothing"
-    facts = None if info is None else read_facts(info, findings)
+    num_bytes = packed.data.nbytes if folder is None else num_bytes_of(folder)
+    facts = None if info is None else checked_facts(info, num_bytes, findings)
     if facts is None:
         if folder is None:
             raise ValueError(f"{findings.problems[0].what}; give a dataset of pack_dataset")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from .cli import add_text_options, check_text_options, load_sequences
@@ -56,15 +57,20 @@ def main(argv: list[str]) -> int:
 
 def verify(packed: str, source: dict | None) -> bool:
     """Print a table for each split; returns whether nothing is wrong. source: {split: dataset}; None: not given."""
-    from .output import DICT
-    from .packed import split_names
     from .remote import place
-    from .verify import verify_packed
+    from .saved import DICT, split_names
 
     packed = place(packed)
-    names = split_names(packed / DICT) if (packed / DICT).exists() else [""]
-    sources = source or {}
-    ok = True
+    sources, names, ok = source or {}, [""], True
+    if (packed / DICT).exists():
+        try:
+            names = split_names(packed / DICT)
+        except (ValueError, OSError) as error:
+            print(f"not verified: {error}")
+            return False
+        for fault in _beside_splits(packed, names):
+            print(f"not verified: {fault}")
+            ok = False
     for name in names:
         title = f"{name}: " if name else ""
         if name and not (packed / name).is_dir():
@@ -74,13 +80,39 @@ def verify(packed: str, source: dict | None) -> bool:
             print(f"{title}not verified: the source has no such split")
             ok = False
         else:
-            verification = verify_packed(packed / name, sources.get(name))
-            print(f"{title}{verification}")
-            ok &= verification.ok
+            ok &= _verify_one(packed, name, sources.get(name), title)
     for name in sorted({*sources} - {*names}) if source is not None else ():
         print(f"not verified: split {name!r} of the source is not among the packed ones" if name else NO_SPLITS)
         ok = False
     return ok
+
+
+def _verify_one(packed, name: str, source, title: str) -> bool:
+    from .saved import check_split
+    from .verify import verify_packed
+
+    try:
+        check_split(packed, name)
+        verification = verify_packed(packed / name, source)
+    except (ValueError, FileNotFoundError) as error:
+        if not name:  # the argument itself
+            raise
+        print(f"{title}not verified: {error}")
+        return False
+    print(f"{title}{verification}")
+    return verification.ok
+
+
+def _beside_splits(packed, names: list[str]) -> Iterator[str]:
+    """What load_from_disk would leave out, or take instead of the splits."""
+    from .manifest import FILE
+    from .saved import DICT, INFO, STATE
+
+    for file in sorted(str(file) for file in packed.rglob(FILE) if file.parent.name not in names):
+        yield f"{file!r} is of packs that {DICT} does not list; remove its folder, or list it"
+    for name in (INFO, STATE):
+        if (packed / name).exists():
+            yield f"{name} does not belong beside {DICT}: load_from_disk would open it instead of the splits; remove it"
 
 
 NO_SPLITS = "not verified: the source has no splits, and the packed folder has"

@@ -10,7 +10,6 @@ since a wrong offset would lead out of the file's memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +20,17 @@ import datasets
 import pyarrow as pa
 
 from .findings import Findings
+from .fingerprint import packed_fingerprint
 from .folder import checksum
 from .info import PackedInfo, packed_info
 from .manifest import FILE, Manifest, read_manifest
+from .names import file_in
 from .remote import RemotePath
+from .saved import INFO, STATE, read_info, read_state, state_faults, state_shards
 
 BLOCK_TOKENS = 1 << 20  # token slots looked at together: memory follows this and not the dataset
 PARQUET_PACKS = 1 << 10  # read together
+ROWS_AT_LEAST, ROWS_PER_BYTE = 1 << 24, 8  # rows that so few bytes may be said to hold: the work follows them
 CACHES = "cache-*.arrow"  # what datasets puts into a folder after map or shuffle; nobody reads it as packs
 
 
@@ -61,42 +64,67 @@ def open_folder(path: Path | RemotePath, findings: Findings) -> PackedFolder:
     wanted = {record.file: record.xxh3 for record in records}
     wanted |= {} if manifest is None else manifest.files
     sizes = {record.file: record.bytes for record in records}
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
     changed, num_bytes = set(), 0
     for name in sorted(wanted):
-        if name not in present:
-            findings.add("files", "is missing; pack the source again", file=name)
-            changed.add(name)
-        elif fault := _fault(path / name, sizes.get(name), wanted[name]):
+        if fault := _fault(path, name, sizes.get(name), wanted[name]):
             findings.add("files", **fault, file=name)
             changed.add(name)
         else:
             num_bytes += (path / name).stat().st_size
     if manifest is not None and manifest.is_complete:
         caches = {file.name for file in path.glob(CACHES)}
-        for name in sorted(present - set(wanted) - {FILE} - caches):
+        for name in sorted(_present(path) - set(wanted) - {FILE} - caches):
             findings.add("files", "does not belong here: the manifest has no such file; remove it", file=name)
     looked_at = f"{len(wanted) - len(changed):,} of {len(wanted):,} files as written, {num_bytes:,} bytes"
     if manifest is None:
         looked_at = "no manifest to check them against"
     shards = [record.file for record in records] or _listed_shards(path, findings)
-    info = None if "dataset_info.json" in changed else _read_info(path, findings)
+    info = None if INFO in changed else _read_info(path, findings)
+    if STATE in wanted and STATE not in changed and info is not None:
+        _check_state(path, shards, packed_fingerprint(manifest.source_columns, info.description), findings)
     return PackedFolder(path, manifest, shards, [record.packs for record in records], info, looked_at)
 
 
-def read_facts(info: datasets.DatasetInfo, findings: Findings) -> PackedInfo | None:
-    """The packing's facts, where they can be read and can be true."""
+def _present(path: Path | RemotePath) -> set[str]:
+    """Names of all that is in the folder, but for folders."""
+    found = {file.relative_to(path) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
+    return {name if isinstance(name, str) else name.as_posix() for name in found}
+
+
+def _check_state(path: Path | RemotePath, shards: list[str], fingerprint: str, findings: Findings) -> None:
+    """load_from_disk follows state.json, and not the manifest."""
+    try:
+        for fault in state_faults(read_state(path), shards, fingerprint, path / STATE):
+            findings.add("files", **fault, file=STATE)
+    except (ValueError, OSError) as error:
+        findings.add("files", f"cannot be read: {error}", file=STATE)
+
+
+def checked_facts(info: datasets.DatasetInfo, num_bytes: int, findings: Findings) -> PackedInfo | None:
+    """The packing's facts, where they can be read and can be true of so many bytes."""
     try:
         facts = packed_info(SimpleNamespace(info=info))
-        if facts.buffer_size is not None:
+        if facts.buffer_size is not None or facts.source_rows is None:
             raise ValueError("they are a stream's, whose rows nobody has counted")
-        for name in ("max_sequence_length", "max_depth", "source_rows", "num_sequences", "num_packs", "num_tokens"):
-            if type(value := getattr(facts, name)) is not int or value < 0:
-                raise ValueError(f"{name}={value!r} is no number of anything")
-    except (ValueError, TypeError, KeyError) as error:
-        findings.add("files", f"the packing's facts cannot be read: {error}", file="dataset_info.json")
+        if facts.source_rows > max(ROWS_AT_LEAST, ROWS_PER_BYTE * num_bytes):
+            raise ValueError(f"source_rows={facts.source_rows:,} are more than {num_bytes:,} bytes can hold")
+    except ValueError as error:
+        findings.add("files", f"the packing's facts cannot be read: {error}", file=INFO)
         return None
     return facts
+
+
+def num_bytes_of(folder: PackedFolder) -> int:
+    """Of the shards that are there."""
+    return sum((folder.path / name).stat().st_size for name in folder.shards if _is_readable(folder.path, name))
+
+
+def _is_readable(path: Path | RemotePath, name: str) -> bool:
+    """Whether it can be opened; where not, that has been said."""
+    try:
+        return file_in(path, name, FILE).exists()
+    except (ValueError, OSError):
+        return False
 
 
 def folder_blocks(folder: PackedFolder, facts: PackedInfo, findings: Findings) -> Iterator[Block]:
@@ -104,7 +132,7 @@ def folder_blocks(folder: PackedFolder, facts: PackedInfo, findings: Findings) -
     first = 0
     for number, name in enumerate(folder.shards):
         read = 0
-        if (folder.path / name).exists():  # else it has been named already
+        if _is_readable(folder.path, name):
             for batch in _readable_batches(folder.path / name, findings):
                 yield from _pieces(batch, first + read, name, facts)
                 read += batch.num_rows
@@ -116,17 +144,27 @@ def folder_blocks(folder: PackedFolder, facts: PackedInfo, findings: Findings) -
 
 def dataset_blocks(dataset: datasets.Dataset, facts: PackedInfo, findings: Findings) -> Iterator[Block]:
     """The packs of a dataset that is open, in its order."""
+    is_chosen = dataset._indices is not None
+    if is_chosen and not _is_sound(dataset.data.table, 0, findings):  # Arrow would follow any offset to pick rows
+        return
     rows = dataset.with_format("arrow")
     step = max(1, BLOCK_TOKENS // max(1, facts.max_sequence_length))
     for first in range(0, len(dataset), step):
-        table = rows[first : min(first + step, len(dataset))]
-        try:
-            table.validate(full=True)
-        except pa.ArrowException as error:
-            findings.add("packs", f"this pack and the next {len(table) - 1} cannot be read: {error}", pack=first)
-            continue
-        for batch in table.combine_chunks().to_batches():
-            yield Block(first, batch)
+        count = min(step, len(dataset) - first)
+        table = rows[first : first + count] if is_chosen else dataset.data.table.slice(first, count)
+        if is_chosen or _is_sound(table, first, findings):
+            for batch in table.combine_chunks().to_batches():
+                yield Block(first, batch)
+
+
+def _is_sound(table: pa.Table, first: int, findings: Findings) -> bool:
+    try:
+        table.validate(full=True)
+    except pa.ArrowException as error:
+        what = f"this pack and the next {len(table) - 1} cannot be read: {error}"
+        findings.add("packs", what, pack=first)
+        return False
+    return True
 
 
 def _read_manifest(path: Path | RemotePath, findings: Findings) -> Manifest | None:
@@ -136,7 +174,7 @@ def _read_manifest(path: Path | RemotePath, findings: Findings) -> Manifest | No
         what = "is missing, so that no file can be held against its checksum; pack the source again"
         findings.add("files", what, file=FILE)
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, OSError) as error:
         findings.add("files", str(error), file=FILE)
         return None
     if not manifest.is_complete:
@@ -144,14 +182,18 @@ def _read_manifest(path: Path | RemotePath, findings: Findings) -> Manifest | No
     return manifest
 
 
-def _fault(file: Path | RemotePath, size: int | None, xxh3: str) -> dict | None:
+def _fault(folder: Path | RemotePath, name: str, size: int | None, xxh3: str) -> dict | None:
     try:
-        if size is not None and file.stat().st_size != size:
-            found = f"{file.stat().st_size:,} bytes"
-            return {"what": "is not what was written", "found": found, "expected": f"{size:,} bytes"}
+        file = file_in(folder, name, FILE)
+        found = file.stat().st_size
+        if size is not None and found != size:
+            what = "is not what was written"
+            return {"what": what, "found": f"{found:,} bytes", "expected": f"{size:,} bytes"}
         if (found := checksum(file)) != xxh3:
             return {"what": "is not what was written: its XXH3", "found": found, "expected": xxh3}
-    except OSError as error:
+    except FileNotFoundError:
+        return {"what": "is missing; pack the source again"}
+    except (ValueError, OSError) as error:
         return {"what": f"cannot be read: {error}"}
     return None
 
@@ -161,26 +203,27 @@ def _listed_shards(path: Path | RemotePath, findings: Findings) -> list[str]:
     if parquet := sorted(file.name for file in path.glob("data-*.parquet")):
         return parquet
     try:
-        state = json.loads((path / "state.json").read_bytes())
-        shards = [str(entry["filename"]) for entry in state["_data_files"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        findings.add("files", f"cannot be read: {error!r}", file="state.json")
+        shards = state_shards(read_state(path), path / STATE)
+    except (OSError, ValueError) as error:
+        findings.add("files", f"cannot be read: {error}", file=STATE)
         return sorted(file.name for file in path.glob("data-*.arrow"))
     for name in shards:
-        if not (path / name).exists():
+        try:
+            if not file_in(path, name, STATE).exists():  # at a URL
+                raise FileNotFoundError
+        except FileNotFoundError:
             findings.add("files", "is missing; pack the source again", file=name)
+        except ValueError as error:
+            findings.add("files", f"cannot be read: {error}", file=name)
     return shards
 
 
 def _read_info(path: Path | RemotePath, findings: Findings) -> datasets.DatasetInfo | None:
     try:
-        info = datasets.DatasetInfo.from_directory(str(path), storage_options=getattr(path, "storage_options", None))
-        if not isinstance(info.features, datasets.Features):
-            raise ValueError("it names no columns")
-    except Exception as error:  # whatever a damaged file leads its reader to
-        findings.add("files", f"cannot be read: {error!r}", file="dataset_info.json")
+        return read_info(path)
+    except (ValueError, OSError) as error:
+        findings.add("files", f"cannot be read: {error}", file=INFO)
         return None
-    return info
 
 
 def _readable_batches(file: Path | RemotePath, findings: Findings) -> Iterator[pa.RecordBatch]:
@@ -190,7 +233,7 @@ def _readable_batches(file: Path | RemotePath, findings: Findings) -> Iterator[p
             for batch in batches:
                 batch.validate(full=True)
                 yield batch
-    except (pa.ArrowException, OSError, ValueError, MemoryError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a damaged file leads its reader to
         reason = " ".join(str(error).split()) or type(error).__name__
         findings.add("files", f"cannot be read further: {reason[:200]}", file=file.name)
 

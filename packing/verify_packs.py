@@ -21,6 +21,7 @@ from .arrow import NULLABLE, TokenColumn, is_list, open_token_column
 from .findings import Findings
 from .info import PackedInfo
 from .kernels import njit
+from .saved import schema_features
 from .source import INPUT_IDS
 from .verify_files import Block
 
@@ -66,7 +67,7 @@ class PackCheck:
 
     def __init__(self, facts: PackedInfo, features: datasets.Features, findings: Findings):
         self.facts, self.findings = facts, findings
-        self.schema = features.arrow_schema
+        self.schema, self.features = features.arrow_schema, features
         self.packs = self.sequences = self.tokens = self.deepest = 0
         self.overlong_rows = np.array(facts.overlong_rows, np.int64)
         self._seen = np.zeros(-(-facts.source_rows // 8), np.uint8)  # a bit for each row
@@ -162,11 +163,27 @@ class PackCheck:
                 faults[name] = schema.field(name).type
         if block.file not in self._schemas:
             self._schemas.add(block.file)
+            self._check_notes(block)
             for name, found in sorted(faults.items()):
                 expected = self.schema.field(name).type if name in self.schema.names else None
                 what = "a column or a type that dataset_info.json does not say"
                 self.findings.add("columns", what, file=block.file, column=name, found=found, expected=expected)
         return not faults
+
+    def _check_notes(self, block: Block) -> None:
+        """datasets notes columns in a file's head: names of classes, and in Parquet the packing facts."""
+        if block.file is None:
+            return
+        try:
+            found = schema_features(block.batch.schema)
+        except ValueError as error:
+            self.findings.add("columns", str(error), file=block.file)
+            return
+        for name in self.features:
+            if name in found and found[name] != self.features[name]:
+                what = "the file's head says something else of it than dataset_info.json"
+                values = {"found": found[name], "expected": self.features[name]}
+                self.findings.add("columns", what, file=block.file, column=name, **values)
 
     def _open(self, block: Block) -> dict[str, TokenColumn]:
         opened = {}

@@ -125,6 +125,52 @@ def write_checkpoint(run, step, contents=b"weights"):
     return run / folder.name
 
 
+def sharded(folder):
+    """A checkpoint whose weights lie in two files that an index names."""
+    folder.mkdir()
+    (folder / "parts").mkdir()
+    for name in ("a.safetensors", "parts/b.safetensors"):
+        (folder / name).write_text(name)
+    weights = {"x": "a.safetensors", "y": "parts/b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    publish(folder, folder.with_name("checkpoint-1"))
+    return folder.with_name("checkpoint-1")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "", "..", "a\\b", "a\0", "parts/../../outside"])
+def test_names_that_lead_out_of_a_checkpoint(tmp_path, name):
+    """Of its manifest, and of the index of its weights, with checksums that are right."""
+    (tmp_path / "outside").write_text("a.safetensors")
+    checkpoint = sharded(tmp_path / "written")
+    check_checkpoint(checkpoint)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    files = dict(manifest["files"])
+    files[name] = files.pop("a.safetensors")
+    (checkpoint / MANIFEST).write_text(json.dumps({"files": files}))
+    with pytest.raises(DamagedCheckpoint, match="which is no name of a file inside its folder"):
+        check_checkpoint(checkpoint)
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    (checkpoint / MANIFEST).unlink()
+    publish(checkpoint, tmp_path / "again")
+    with pytest.raises(DamagedCheckpoint, match="which is not among its files"):
+        check_checkpoint(tmp_path / "again")
+
+
+def test_a_checkpoint_with_a_link_that_leads_out_or_a_pipe(tmp_path):
+    checkpoint = sharded(tmp_path / "written")
+    (checkpoint / "a.safetensors").rename(tmp_path / "moved")
+    (checkpoint / "a.safetensors").symlink_to(tmp_path / "moved")
+    with pytest.raises(DamagedCheckpoint, match="is a link that leads out of"):
+        check_checkpoint(checkpoint)
+    (checkpoint / "a.safetensors").unlink()
+    os.mkfifo(checkpoint / "a.safetensors")
+    with pytest.raises(DamagedCheckpoint, match="is a pipe and no file"):
+        check_checkpoint(checkpoint)
+    (checkpoint / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json cannot be read"):
+        check_checkpoint(checkpoint)
+
+
 def test_a_published_checkpoint_is_complete(tmp_path):
     checkpoint = write_checkpoint(tmp_path, 8)
     check_checkpoint(checkpoint)

@@ -177,3 +177,70 @@ def test_a_forked_worker_that_outlives_its_parent_keeps_nobody_out(tmp_path):
         with held(lock):
             assert holder(lock).startswith(f" (process {os.getpid()} on ")
         assert holder(lock) == ""
+
+
+def begun(source, output: Path) -> Path:
+    """A partial folder with a finished shard, of a run that ended before its end."""
+    partial = partial_of(output)
+    shutil.copytree(output, partial)
+    (partial / "state.json").unlink()
+    shutil.rmtree(output)
+    return partial
+
+
+JUNK = {
+    "a file": lambda place: place.joinpath("notes.txt").write_text("mine"),
+    "a hidden file": lambda place: place.joinpath(".notes").write_text("mine"),
+    "a shard of no such packing": lambda place: place.joinpath("data-00007-of-00008.arrow").write_text("mine"),
+    "a folder": lambda place: place.joinpath("notes").mkdir(),
+    "a link": lambda place: place.joinpath("link").symlink_to("/etc"),
+    "a link by the name of a shard": lambda place: place.joinpath("data-00000-of-00001.record").symlink_to(
+        "/etc/passwd"
+    ),
+    "a pipe by the name of a file": lambda place: os.mkfifo(place / "dataset_info.json.fifo"),
+    "a pipe": lambda place: os.mkfifo(place / "state.json"),
+}
+
+
+@pytest.mark.parametrize("with_shards", [True, False])
+@pytest.mark.parametrize("make", JUNK.values(), ids=JUNK)
+def test_what_others_put_into_a_partial_folder_is_refused(source, tmp_path, make, with_shards):
+    """It would be part of the output. It stays, and what is finished, too."""
+    output = tmp_path / "packed"
+    pack_dataset(source, 8, output=output)
+    whole = {path.name: path.read_bytes() for path in output.iterdir()}
+    partial = begun(source, output)
+    if not with_shards:
+        for path in partial.iterdir():
+            path.unlink()
+    make(partial)
+    (junk,) = {path.name for path in partial.iterdir()} - {*whole, "LICENSE"} or {"state.json"}
+    before = sorted(partial.iterdir())
+    with pytest.raises(FileExistsError, match=f"{junk}' was not put there by this packing.*; move it away"):
+        pack_dataset(source, 8, output=output)
+    assert sorted(partial.iterdir()) == before
+    (partial / junk).rmdir() if junk == "notes" else (partial / junk).unlink()
+    pack_dataset(source, 8, output=output)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == whole
+
+
+def test_what_lies_beside_splits_in_a_partial_folder_is_refused(source, tmp_path, capsys):
+    datasets.DatasetDict(train=source, test=source).save_to_disk(tmp_path / "source")
+    partial = partial_of(tmp_path / "packed")
+    for make in (Path.mkdir, Path.touch, lambda path: path.symlink_to(tmp_path)):
+        for name in ("other", "train"):
+            partial.mkdir()
+            make(partial / name)
+            expected = 0 if make == Path.mkdir and name == "train" else 2
+            assert cli.main([str(tmp_path / "source"), str(tmp_path / "packed")]) == expected
+            said = capsys.readouterr().err
+            assert expected == 0 or f"{name}' was not put there by this packing" in said
+            shutil.rmtree(partial if expected else tmp_path / "packed", ignore_errors=True)
+
+
+def test_what_a_killed_run_was_writing_is_removed(source, tmp_path):
+    partial = partial_of(tmp_path / "packed")
+    partial.mkdir()
+    (partial / ".data-00000-of-00001.arrow.0123456789abcdef.writing").write_text("half")
+    pack_dataset(source, 8, output=tmp_path / "packed")
+    assert not [path for path in (tmp_path / "packed").iterdir() if path.name.startswith(".")]

@@ -1,0 +1,68 @@
+"""Names of files, as a file says them: each is of a file inside one folder, or refused before anything is opened.
+
+"data-00000-of-00001.arrow"                              is one
+"../rows.arrow"  "/etc/passwd"  "a\\b"  "."  ""  "C:x"     is none, nor is what is no text
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+LONGEST = 255  # bytes of a name
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
+def checked_name(name: object, said_by: object) -> str:
+    """The name of one file or folder. Raises ValueError, with the file that says it, for what would lead elsewhere."""
+    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\:\0"):
+        raise ValueError(f"{str(said_by)!r} names {name!r}, which is no name of a file inside its folder; make it anew")
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        length = None
+    if length is None or length > LONGEST:
+        raise ValueError(
+            f"{str(said_by)!r} names {name[:40]!r}…, which no file can be called: a name has {LONGEST} bytes of UTF-8 "
+            "at most; make it anew"
+        )
+    return name
+
+
+def checked_path(name: object, said_by: object) -> str:
+    """As checked_name, where folders may come before the file: "global_step8/model.pt"."""
+    parts = name.split("/") if isinstance(name, str) else [name]
+    return "/".join(checked_name(part, said_by) for part in parts)
+
+
+def file_in(folder, name: object, said_by: object):
+    """The file of this name in a folder of this machine, or at a URL.
+
+    Raises ValueError where it lies outside, by its name or by a link, or is a folder, a pipe or a device;
+    FileNotFoundError where there is none."""
+    file = folder / checked_path(name, said_by)
+    if isinstance(file, Path):
+        check_file(file, folder)
+    return file
+
+
+def check_file(file: Path, folder: Path) -> None:
+    """Raise ValueError unless it is a file, and lies in the folder when links are followed."""
+    try:
+        lies, root = file.resolve(strict=True), folder.resolve()
+    except RuntimeError:
+        raise ValueError(f"{str(file)!r} is a link to itself; put the file there") from None
+    if not lies.is_relative_to(root):
+        raise ValueError(
+            f"{str(file)!r} is a link that leads out of {str(folder)!r}; copy the files themselves (cp -rL), for "
+            "nothing outside a folder is read"
+        )
+    check_is_file(file)
+
+
+def check_is_file(file: Path) -> None:
+    """Raise ValueError for a pipe, which would be waited for, and whatever else is no file."""
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "a device")
+        raise ValueError(f"{str(file)!r} is {kind} and no file; put the file there")
