@@ -197,6 +197,7 @@ def _is_list_of_tokens(name: str, counts: np.ndarray, lengths: np.ndarray, level
 def _refuse_masked(mask: Column, tokens_per_row: np.ndarray) -> None:
     """A packed row has no padding, so an attention_mask can only say 1 of all tokens."""
     _check_counts(MASK, mask.counts, tokens_per_row, "tokens")
+    _refuse_numbers(mask.values)
     if not mask.values.all():
         raise ValueError(
             "the packed rows have an attention_mask with zeros, but all of their tokens are attended to; pack the "
@@ -403,10 +404,22 @@ def _check_counts(name: str, counts: np.ndarray | None, expected: np.ndarray, wh
         )
 
 
+def _refuse_numbers(mask: np.ndarray) -> None:
+    """An attention_mask says 0 or 1; elsewhere it numbers the sequences of a row, which would be taken for one."""
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if len(wrong):
+        raise ValueError(
+            f"attention_mask has the value {wrong[0]} in the batch, but must be 0 or 1; if it numbers the sequences of a "
+            "row, split the row into its sequences"
+        )
+
+
 def _without_padding(flat: FlatRows) -> FlatRows:
     """The tokens where the attention_mask is 1; the mask itself is left out."""
     tokens = {name: values for name, values in flat.token_columns.items() if name != MASK}
-    real = flat.token_columns.get(MASK, np.ones(flat.num_tokens, np.int64)) != 0
+    mask = flat.token_columns.get(MASK, np.ones(flat.num_tokens, np.int64))
+    _refuse_numbers(mask)
+    real = mask != 0
     row_of_token = np.repeat(np.arange(flat.num_rows), flat.lengths)
     kept = np.bincount(row_of_token[real], minlength=flat.num_rows)
     if flat.num_rows and not kept.all():

@@ -129,6 +129,18 @@ def test_packed_rows_have_no_masked_tokens(tokenizer):
         collate([row | {"attention_mask": [1, 1, 1, 1, 0, 1]}])
 
 
+@pytest.mark.parametrize("form", ["lists", "arrow"])
+def test_a_mask_that_numbers_sequences_is_refused(tokenizer, form):
+    """[1, 1, 1, 2, 2, 2] would be taken for one sequence of six tokens."""
+    row = {"input_ids": [2, 8, 3, 2, 9, 3], "attention_mask": [1, 1, 1, 2, 2, 2]}
+    for options, more in (({"unpacked_rows": "keep"}, {}), ({}, {"sequence_lengths": [6]})):
+        rows = [row | more]
+        if form == "arrow":
+            rows = datasets.Dataset.from_list(rows).with_format("arrow")[:]
+        with pytest.raises(ValueError, match="attention_mask has the value 2 in the batch"):
+            DataCollatorWithPacking(tokenizer, **options)(rows)
+
+
 # Options that would not be heard
 
 
