@@ -409,8 +409,8 @@ def _refuse_numbers(mask: np.ndarray) -> None:
     wrong = mask[(mask != 0) & (mask != 1)]
     if len(wrong):
         raise ValueError(
-            f"attention_mask has the value {wrong[0]} in the batch, but must be 0 or 1; if it numbers the sequences of a "
-            "row, split the row into its sequences"
+            f"attention_mask has the value {wrong[0]} in the batch, but must be 0 or 1; if it numbers sequences "
+            "in one row, split the row into them"
         )
 
 

@@ -58,8 +58,8 @@ class PackedBatch:
         if (packs, slots) != tuple(expected):
             raise ValueError(
                 f"{column!r} has shape {tuple(values_BS.shape)}, but this task needs one per sequence slot, "
-                f"{tuple(expected)}; if these are labels of tokens, choose a token task, or else pack the dataset again "
-                "with token_columns that do not name them"
+                f"{tuple(expected)}; if these are labels of tokens, choose a token task, or else pack the dataset "
+                "again with token_columns that do not name them"
             )
         is_sequence_BS = torch.arange(slots, device=depth_B.device) < depth_B[:, None]
         values_N = values_BS[is_sequence_BS]
