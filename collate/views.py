@@ -20,5 +20,7 @@ def view(make: Callable[[Any], Made]) -> cached_property[Made]:
 
 def in_ordinary_mode(make: Callable[[], Made]) -> Made:
     """What `make` returns, made outside of inference mode."""
+    if torch.compiler.is_compiling():  # a graph ends where sizes are read, which it may not do within a mode
+        return make()
     with torch.inference_mode(False), torch.no_grad():
         return make()
