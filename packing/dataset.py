@@ -45,7 +45,7 @@ from .shards import (
     record_path,
     write_record,
 )
-from .source import INPUT_IDS, Source, check_source, read_source
+from .source import INPUT_IDS, Source, check_source, read_source, refuse_foreign_ids
 
 BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
 BATCH_BYTES = 1 << 27  # or so many bytes, where other columns are wide (images)
@@ -492,6 +492,7 @@ def prepare_packing(
 
 def _read_here(dataset, reading: Reading) -> tuple[Source, Future | None]:
     source = read_source(dataset, reading.token_columns, reading.pad_token_id)
+    refuse_foreign_ids(source)
     return source, in_background(column_prints, dataset) if reading.to_hash else None
 
 

@@ -30,6 +30,7 @@ from .source import (
     look_at_rows,
     open_columns,
     read_source,
+    refuse_foreign_ids,
     say_trimmed,
 )
 
@@ -155,6 +156,7 @@ def read_range(dataset, reading: Reading, first: int, end: int) -> RangeRead | R
     rows = dataset.select(range(first, end))  # a view
     try:
         source = look_at_rows(rows, reading.token_columns, reading.pad_token_id)
+        refuse_foreign_ids(source)
     except ValueError as error:
         return RangeWrong(first, end - first, str(error))
     return RangeRead(
@@ -208,4 +210,5 @@ def join_ranges(
 
 def _read_alone(dataset, reading: Reading) -> tuple[Source, tuple[ColumnPrint, ...] | None]:
     source = read_source(dataset, reading.token_columns, reading.pad_token_id)
+    refuse_foreign_ids(source)
     return source, column_prints(dataset) if reading.to_hash else None

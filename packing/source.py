@@ -19,6 +19,7 @@ from .arrow import (
     open_token_column,
     read_token_column,
 )
+from .kernels import njit
 from .padding import refuse_padding, trim_by_mask, trim_by_token
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,38 @@ def look_at_rows(dataset, token_columns: Sequence[str] | None, pad_token_id: int
         trimmed_rows = int(np.count_nonzero(kept != lengths))
         trimmed_tokens = int(lengths.sum(dtype=np.int64) - kept.sum(dtype=np.int64))
     return Source(columns, skipped, kept, trimmed_rows, trimmed_tokens)
+
+
+def refuse_foreign_ids(source: Source) -> None:
+    """Raise ValueError for a token id that is no int32 from 0 on; padding is not looked at."""
+    input_ids = source.input_ids
+    type_ = input_ids.value_type
+    least = 1 << (31 if type_.bit_width >= 32 else type_.bit_width - 1)  # the lowest id that is none, without its sign
+    if pa.types.is_unsigned_integer(type_) and type_.bit_width < 32:
+        return
+    for block in input_ids.blocks():
+        part = slice(block.first, block.first + len(block.starts))
+        begins = block.starts if source.skipped is None else block.starts + source.skipped[part]
+        row = _first_foreign(input_ids.tokens, begins, source.kept[part], least)
+        if row >= 0:
+            tokens = input_ids.numbers()[begins[row] : begins[row] + source.kept[part][row]]
+            place = int(np.argmax((tokens < 0) | (tokens >= least)))
+            raise ValueError(
+                f"row {block.first + row} has the token id {tokens[place]} (its token {place}); ids are from 0 to "
+                "2**31 - 1: tokenize anew, or leave the row out (if it marks padding, give it as pad_token_id)"
+            )
+
+
+@njit(cache=True, nogil=True)
+def _first_foreign(tokens, begins, counts, least):
+    """The first row with a token that is `least` or more without its sign, or -1."""
+    for row in range(len(begins)):
+        first, bits = np.uint64(begins[row]), np.uint64(0)
+        for i in range(np.uint64(counts[row])):
+            bits |= np.uint64(tokens[first + i])
+        if bits >= np.uint64(least):
+            return row
+    return -1
 
 
 def say_trimmed(source: Source, pad_token_id: int | None) -> None:
