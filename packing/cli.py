@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer")
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             pack_folder(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"{parser.prog}: {'; '.join([str(error), *notes(error)])}", file=sys.stderr)
+        print(f"{parser.prog}: {'; '.join([in_command_words(str(error)), *notes(error)])}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"{parser.prog}: interrupted; {'; '.join(notes(error)) or 'nothing was written'}", file=sys.stderr)
@@ -125,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=1,
-        help="processes that convert, tokenize and (unless --engine ray does) write; the same bytes for any number",
+        help="processes that tokenize and (unless --engine ray does) write; the same bytes for any number",
     )
     add(
         "--engine",
@@ -286,11 +288,9 @@ def _load_histograms(arguments: argparse.Namespace):
         yield "", cut_histogram(read_histogram(arguments.source), limit, arguments.overlong)
         return
     for name, dataset in load_sequences(arguments).items():
-        try:
+        with _in_split(name):
             read = arguments.overlong, arguments.token_columns, arguments.pad_token_id
             histogram = dataset_histogram(dataset, limit, *read)
-        except ValueError as error:
-            raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None
         yield name, histogram
 
 
@@ -300,37 +300,97 @@ def _is_lengths(source: str) -> bool:
     return Path(source).is_file() and not holds_rows(source)
 
 
-def load_sequences(arguments: argparse.Namespace) -> dict:
-    """{split: Dataset with input_ids}; a Dataset without splits is {"": Dataset}."""
+def load_sequences(arguments: argparse.Namespace, cache: Path | None = None) -> dict:
+    """{split: Dataset with input_ids}; a Dataset without splits is {"": Dataset}.
+
+    cache: where converted files and tokens are kept; None: in that of the datasets library."""
     from .engines import checked_num_proc
     from .load import load_splits, suggestion
 
     num_proc = checked_num_proc(arguments.num_proc)
+    splits = load_splits(arguments.source, cache=cache)
     if arguments.text_column is not None:
-        from .tokenizing import load_tokenizer, tokenize
-
-        tokenizer = load_tokenizer(arguments.tokenizer)
-        texts = [name for name in (arguments.text_column, arguments.text_pair_column) if name is not None]
-    splits = load_splits(arguments.source, num_proc)
+        return _tokenized(splits, arguments, num_proc, cache)
     for name, dataset in splits.items():
-        try:
-            if arguments.text_column is not None:
-                splits[name] = tokenize(dataset, tokenizer, texts, arguments.keep_text, num_proc)
-            elif "input_ids" not in dataset.column_names:
+        with _in_split(name):
+            if "input_ids" not in dataset.column_names:
                 names = dataset.column_names
                 raise ValueError(
                     f"no column 'input_ids' among {', '.join(names)}{suggestion('input_ids', names)}; tokenize before "
-                    "packing, or let it be done here: --text-column NAME --tokenizer FOLDER_OR_NAME"
+                    f"packing, or let it be done here: --text-column NAME --tokenizer FOLDER_OR_NAME{_hint(dataset)}"
                 )
-        except ValueError as error:
-            raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None
     return splits
+
+
+def _tokenized(splits: dict, arguments: argparse.Namespace, num_proc: int, cache: Path | None) -> dict:
+    """The splits with tokens. The tokenizer, which takes long to load, comes after all that can be seen without."""
+    from .tokenizing import check_texts, load_tokenizer, tokenize
+
+    texts = [name for name in (arguments.text_column, arguments.text_pair_column) if name is not None]
+    for name, dataset in splits.items():
+        with _in_split(name):
+            check_texts(dataset, texts)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    longest = arguments.max_sequence_length if getattr(arguments, "overlong", None) == "error" else None
+    tokenized = {}
+    for name, dataset in splits.items():
+        with _in_split(name):
+            tokenized[name] = tokenize(
+                dataset, tokenizer, texts, arguments.keep_text, num_proc, longest=longest, cache=cache
+            )
+    return tokenized
+
+
+def _hint(dataset) -> str:
+    """Where the rows may be, if a source is one JSON object that holds them (GeoJSON, SQuAD)."""
+    from .json_rows import describe_object
+
+    if len(dataset) != 1:
+        return ""
+    row = dataset[0]
+    holds_rows = any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values())
+    return f" (the source is {describe_object(row)})" if holds_rows else ""
+
+
+@contextmanager
+def _in_split(name: str):
+    """Errors say which split they are of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None
+
+
+COMMAND_WORDS = (  # of Python -> of the command line; not within quotes, where names of columns and files are
+    "max_sequence_length", "max_sequences_per_pack", "overlong", "pad_token_id", "token_columns", "num_proc", "balance",
+    "packer", "engine", "format", "seed",
+)  # fmt: skip
+
+
+def in_command_words(message: str) -> str:
+    """max_sequence_length=8 -> --max-sequence-length 8; overlong="drop" -> --overlong drop"""
+
+    def option(found: re.Match) -> str:
+        if found["quoted"]:
+            return found["quoted"]
+        name, value = found["name"], found["value"]
+        if value is None and "_" not in name:
+            return name  # an ordinary word
+        value = "" if value is None else f" {value.strip(QUOTES)}"
+        return f"--{name.replace('_', '-')}{value}"
+
+    names = "|".join(COMMAND_WORDS)
+    value = r"""(?:=(?P<value>"[^"]*"|'[^']*'|[^\s,;:()"']+)?)?"""
+    return re.sub(rf"""(?P<quoted>(?<!=)'[^']*')|(?<![-\w])(?P<name>{names})\b{value}""", option, message)
+
+
+QUOTES = "\"'"
 
 
 def _prepare(name: str, dataset, arguments: argparse.Namespace):
     from .dataset import prepare_packing
 
-    try:
+    with _in_split(name):
         return prepare_packing(
             dataset,
             arguments.max_sequence_length,
@@ -347,8 +407,6 @@ def _prepare(name: str, dataset, arguments: argparse.Namespace):
             opener=_opener(name, arguments),
             progress=True,
         )
-    except ValueError as error:
-        raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None
 
 
 def _opener(split: str, arguments: argparse.Namespace):

@@ -46,6 +46,7 @@ from .shards import (
     write_record,
 )
 from .source import INPUT_IDS, Source, check_source, read_source, refuse_foreign_ids
+from .source_files import SourceChangedError, SourceFiles
 
 BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
 BATCH_BYTES = 1 << 27  # or so many bytes, where other columns are wide (images)
@@ -183,7 +184,7 @@ class Packing:
     facts: PackedInfo
     pad_token_id: int | None
     hashing: Future | None  # of source_prints, begun before the plan was made
-    files: dict[str, tuple | None]  # the source's, as they were before they were read
+    files: SourceFiles  # as they were before they were read
     format: str = "arrow"
     opener: Callable | None = None  # of the dataset, on another machine; None: by its pickle, where files are seen
 
@@ -360,9 +361,13 @@ class Packing:
             else:
                 workers = min(num_proc, len(self.shard_files))
                 written = write_in_pool(*source, self.tasks(folder), workers, bar.update)
-            with closing(written):
-                for record in written:
-                    records[record.file] = record
+            try:
+                with closing(written):
+                    for record in written:
+                        records[record.file] = record
+            except (SourceChangedError, ChildProcessError):  # or of a process that read behind a file's end
+                self._refuse_changed_files(folder)  # with the folder that can no longer be resumed
+                raise
         self.finish(folder, [records[file] for file in self.shard_files])
 
     def finish(self, folder: Path | RemotePath, records: list[ShardRecord]) -> None:
@@ -393,13 +398,11 @@ class Packing:
         write_file(folder / last, files[last])
 
     def _refuse_changed_files(self, folder: Path | RemotePath) -> None:
-        """Shards would hold some values from before, and some from after. A file that has gone has not changed: who has
-        it open reads on, and nobody else could open it."""
-        now = _file_stamps(self.dataset)
-        changed = [name for name in self.files if now.get(name) not in (self.files[name], None)]
-        if changed:
+        """Shards would hold some values from before, and some from after."""
+        changed = self.files.changed()
+        if changed is not None:
             raise ValueError(
-                f"{changed[0]!r} of the source was changed while it was packed; remove {str(folder)!r}, and pack it "
+                f"{changed!r} of the source was changed while it was packed; remove {str(folder)!r}, and pack it "
                 "again once nobody writes to it"
             )
 
@@ -445,7 +448,7 @@ def prepare_packing(
     """
     _check_dataset(dataset)
     _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed, balance)
-    reading, files = Reading(token_columns, pad_token_id, to_write), _file_stamps(dataset)
+    reading, files = Reading(token_columns, pad_token_id, to_write), SourceFiles.of(dataset)
     if engine == "ray":
         source, hashing = _read_on_ray(dataset, opener, reading, progress)
     else:
@@ -529,19 +532,6 @@ def _check_dataset(dataset) -> None:
             "the dataset has a transform (set_transform, with_transform), which packing would not go through; apply it "
             "with dataset.map, or take it off: dataset.with_format(None)"
         )
-
-
-def _file_stamps(dataset) -> dict[str, tuple | None]:
-    """Size, time of modification and number of each file that a dataset lies in; None: it has gone."""
-    stamps = {}
-    for name in sorted({file["filename"] for file in dataset.cache_files}):
-        try:
-            found = os.stat(name)
-        except FileNotFoundError:
-            stamps[name] = None
-        else:
-            stamps[name] = found.st_size, found.st_mtime_ns, found.st_ino
-    return stamps
 
 
 def _refuse_moved_answers(source: Source, sequences: Sequences, overlong: str) -> None:

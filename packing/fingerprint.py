@@ -24,6 +24,7 @@ from numba import config
 
 from .arrow import TokenColumn, Values, is_list, open_token_column
 from .source import chosen_rows
+from .source_files import SourceFiles
 
 BLOCK_ROWS = 1 << 12  # hashed by themselves, so that several threads may; part of what a fingerprint is
 DIGEST_BYTES = 16
@@ -59,9 +60,10 @@ def column_prints(dataset) -> tuple[ColumnPrint, ...]:
 
 def digest_rows(dataset, threads: int = 1) -> RowDigests:
     """The digests of a dataset's rows, or of some of a larger one's, where these begin with a block: rows 0, 4096, …"""
-    rows, digests, sizes = chosen_rows(dataset), [], []
+    rows, digests, sizes, files = chosen_rows(dataset), [], [], SourceFiles.of(dataset)
     for name in dataset.data.column_names:
-        of_column = _digest_blocks(_block_digester(name, dataset.data.column(name), rows), len(dataset), threads)
+        digester = _block_digester(name, dataset.data.column(name), rows, files)
+        of_column = _digest_blocks(digester, len(dataset), threads)
         digests.append(bytes(of_column[0]))
         sizes.append(int(of_column[1].sum()))
     return RowDigests(tuple(digests), tuple(sizes))
@@ -126,7 +128,7 @@ def _digest_blocks(digest_block: Callable, num_rows: int, threads: int) -> tuple
     return digests, sizes
 
 
-def _block_digester(name: str, column: pa.ChunkedArray, rows: np.ndarray | None):
+def _block_digester(name: str, column: pa.ChunkedArray, rows: np.ndarray | None, files: SourceFiles):
     """(first, end) -> digest of these rows, bytes. How they are hashed follows from these rows alone: others may be in
     another file, or read on another machine."""
     # Without its name, by which word ids with None would be no numbers: blocks that have none of them are.
@@ -136,6 +138,7 @@ def _block_digester(name: str, column: pa.ChunkedArray, rows: np.ndarray | None)
     values = Values.of(column.chunks, column.type)
 
     def digest(bounds: tuple[int, int]) -> tuple[bytes, int]:
+        files.check()
         hasher, array = _Hasher(), None
         if nulls_somewhere or not is_numbers:
             array = values.part(*bounds) if rows is None else values.take(rows[slice(*bounds)].astype(np.int64))

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .histogram import length_histogram
+from .json_depth import check_depth
+from .overlong import CHOICES
 
 if TYPE_CHECKING:
     import datasets
@@ -90,7 +92,7 @@ def cut_histogram(histogram: np.ndarray, max_sequence_length: int, overlong: str
     if overlong == "error":
         raise ValueError(
             f"{counts.sum()} sequences are longer than max_sequence_length={max_sequence_length}, up to "
-            f'{lengths[-1]} tokens; choose overlong="truncate", "split" or "drop", or raise max_sequence_length'
+            f"{lengths[-1]} tokens; choose {CHOICES}, or raise max_sequence_length"
         )
     if overlong == "truncate":
         kept[max_sequence_length] += counts.sum()
@@ -135,7 +137,9 @@ def _read_csv(path: Path) -> np.ndarray:
 
 
 def _read_json(path: Path) -> np.ndarray:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = path.read_bytes()
+    check_depth(content)
+    content = json.loads(content.decode("utf-8"))
     if isinstance(content, list):
         return length_histogram(content)
     if not isinstance(content, dict):

@@ -2,9 +2,9 @@
 
 folder of save_to_disk          opened where it lies; a DatasetDict has splits
 .arrow, a stream                mapped into memory where it lies
-.parquet, .jsonl, .json, .arrow converted once by datasets.load_dataset, into its cache (HF_DATASETS_CACHE says where);
-    (a file), also .jsonl.gz    a file that has changed since is converted anew. A .json has an object a line, or is one
-                                list of objects
+.parquet, .jsonl, .json, .arrow converted once, into the cache of datasets (HF_DATASETS_CACHE says where; kept.py); a
+    (a file), also .jsonl.gz    file that has changed since is converted anew. A .json has an object a line, or is one
+                                list of objects: json_rows.py
 folder or glob of such files    one after the other, by name, subfolders too. Names that say train, validation or test
                                 make splits
 OWNER/NAME, OWNER/NAME:CONFIG   a dataset of the hub, by datasets.load_dataset
@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import difflib
 import glob
-import json
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import xxhash
+
+from .json_rows import first_columns, write_rows
+from .kept import kept_rows
 from .remote import URL, is_url, place
 
 if TYPE_CHECKING:
@@ -44,8 +46,8 @@ SPLITS = {
 SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-FIRST_BLOCK = 1 << 20  # bytes of a JSON file that its columns are read from
+FORM = 1  # of converted files; another one is another key
+BATCH_ROWS, BATCH_BYTES = 100_000, 1 << 26  # of a file that is converted, at a time at most
 
 
 def holds_rows(source: str) -> bool:
@@ -61,28 +63,29 @@ def holds_rows(source: str) -> bool:
     return re.match(r'\s*(\[\s*\{|\{\s*"(?!\s*\d+\s*"\s*:))', begin) is not None
 
 
-def open_source(
-    source: str, split: str = "", num_proc: int = 1, storage_options: dict | None = None
-) -> datasets.Dataset:
+def open_source(source: str, split: str = "", storage_options: dict | None = None) -> datasets.Dataset:
     """One split of a source; "" is that of a source without splits. On another machine the same arguments give the same
     rows, of that machine's own copy where the source is at a URL or was converted."""
-    splits = load_splits(source, num_proc, storage_options)
+    splits = load_splits(source, storage_options)
     if split not in splits:
         raise ValueError(f"SOURCE {source!r} has no split {split!r}; it has {', '.join(map(repr, splits))}")
     return splits[split]
 
 
-def load_splits(source: str, num_proc: int = 1, storage_options: dict | None = None) -> dict[str, datasets.Dataset]:
-    """Open or convert a source; "" is one without splits. num_proc: processes that convert.
+def load_splits(
+    source: str, storage_options: dict | None = None, cache: Path | None = None
+) -> dict[str, datasets.Dataset]:
+    """Open or convert a source; "" is one without splits.
 
     storage_options: of the file system of a URL.
+    cache: where what is converted or copied is kept; None: in that of the datasets library.
 
     Raises FileNotFoundError, ValueError or OSError that names the file, and the column or line, that is wrong.
     """
     if not source:
         raise ValueError("SOURCE is empty; name a folder, a file or a dataset ('.' is this folder)")
     if is_url(source):
-        return _load_from_url(source, num_proc, storage_options)
+        return _load_from_url(source, storage_options, cache)
     if storage_options:
         raise ValueError(f"storage_options would be ignored: {source!r} is no URL; leave them out")
     source = without_protocol(source)
@@ -93,7 +96,7 @@ def load_splits(source: str, num_proc: int = 1, storage_options: dict | None = N
     if splits is None:
         return _load_from_hub(source)
     (kind,) = {_kind(file) for files in splits.values() for file in files}
-    return {name: _load_files(kind, files, num_proc) for name, files in splits.items()}
+    return {name: _load_files(kind, files, cache) for name, files in splits.items()}
 
 
 def without_protocol(source: str) -> str:
@@ -101,12 +104,15 @@ def without_protocol(source: str) -> str:
     return str(place(source)) if URL.match(source) else source
 
 
-def _load_from_url(url: str, num_proc: int, storage_options: dict | None) -> dict[str, datasets.Dataset]:
+def _load_from_url(url: str, storage_options: dict | None, cache: Path | None) -> dict[str, datasets.Dataset]:
     from .local_copy import local_copy
 
-    copy = local_copy(url, storage_options, lambda name: _kind(Path(name)) is not None or Path(name).name == "LICENSE")
+    def wanted(name: str) -> bool:
+        return _kind(Path(name)) is not None or Path(name).name == "LICENSE"
+
+    copy = local_copy(url, storage_options, wanted, cache)
     try:
-        return load_splits(str(copy), num_proc)
+        return load_splits(str(copy), cache=cache)
     except (ValueError, OSError) as error:  # says where the copy is; the culprit is the file at the URL
         error.args = tuple(a.replace(str(copy), url) if isinstance(a, str) else a for a in error.args)
         if isinstance(getattr(error, "filename", None), str):
@@ -150,7 +156,7 @@ def find_files(source: str) -> dict[str, list[Path]] | None:
         root = Path(*[part for part in path.parts if not glob.has_magic(part)])
         if not files:
             raise FileNotFoundError(f"SOURCE {source!r} matches no file")
-    elif HUB_NAME.fullmatch(source) and not path.parent.exists():
+    elif HUB_NAME.fullmatch(source) and not path.parent.exists() and _kind(path) is None:
         return None
     else:
         raise FileNotFoundError(
@@ -210,57 +216,23 @@ def _listed(files) -> str:
 # Opening files
 
 
-def _load_files(kind: str, files: list[Path], num_proc: int) -> datasets.Dataset:
+def _load_files(kind: str, files: list[Path], cache: Path | None) -> datasets.Dataset:
     """All rows of files of one kind, in the order of the files."""
     import datasets
 
-    if kind == "json" and any(map(_is_json_list, files)):
-        return _load_json_lists(files, num_proc)
     opened = [(file, *READERS[kind](file)) for file in files]
     with_rows = [(file, schema, is_stream) for file, schema, is_stream in opened if schema is not None]
     if not with_rows:
         raise ValueError(f"{_listed(files[:1])} {'has' if len(files) == 1 else 'and the other files have'} no rows")
-    _refuse_differences([(file, schema) for file, schema, _ in with_rows])
+    features = _common_features([(file, schema) for file, schema, _ in with_rows])
     files = [file for file, _, _ in with_rows]
     if all(is_stream for _, _, is_stream in with_rows):
         loaded = datasets.concatenate_datasets([_map_stream(file) for file in files])
     else:
-        loaded = _convert(kind, files, num_proc)
-    # What the conversion notes about itself (its name, its sizes) is no property of the rows.
-    info = datasets.DatasetInfo(features=loaded.features)
-    return datasets.Dataset(loaded.data, info=info, fingerprint=loaded._fingerprint)
-
-
-def _load_json_lists(files: list[Path], num_proc: int) -> datasets.Dataset:
-    """As _load_files, where some of the files are one JSON list; errors name these, and rows as elements from 1 on."""
-    import datasets
-
-    from .json_list import lines_of_list
-
-    folder, copies = Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset", {}
-    for file in filter(_is_json_list, files):
-        try:
-            with _unzipped(file) as opened:
-                copies[file] = lines_of_list(opened.read(), folder)
-        except (ValueError, OSError, EOFError, zlib.error) as error:
-            raise _damaged(file, error) from None
-    try:
-        return _load_files("json", [copies.get(file, file) for file in files], num_proc)
-    except (ValueError, TypeError) as error:
-        said = str(error)
-        for file, copy in copies.items():
-            said = said.replace(f"{str(copy)!r} line", f"{str(file)!r} element").replace(str(copy), str(file))
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(said) from None
-
-
-def _is_json_list(file: Path) -> bool:
-    """[{"input_ids": …"""
-    try:
-        with _unzipped(file) as opened:
-            begin = opened.read(FIRST_BLOCK).removeprefix(BYTE_ORDER_MARK).lstrip()
-    except (OSError, EOFError, zlib.error):
-        return False  # whoever reads it says so
-    return begin[:1] == b"[" and begin[1:].lstrip()[:1] == b"{"
+        loaded = _convert(kind, files, features, cache)
+    return datasets.Dataset(
+        loaded.data, info=datasets.DatasetInfo(features=loaded.features), fingerprint=loaded._fingerprint
+    )
 
 
 def _map_stream(file: Path) -> datasets.Dataset:
@@ -276,28 +248,49 @@ def _map_stream(file: Path) -> datasets.Dataset:
     return dataset
 
 
-def _convert(kind: str, files: list[Path], num_proc: int) -> datasets.Dataset:
-    import datasets
+def _convert(kind: str, files: list[Path], features: datasets.Features, cache: Path | None) -> datasets.Dataset:
+    """Into an Arrow stream that is kept, under what the system says of the files."""
+    stats = [(str(file.absolute()), file.stat()) for file in files]
+    stamps = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
+    key = xxhash.xxh3_128_hexdigest(repr((FORM, kind, stamps, str(features))).encode())
 
-    # The library would take a file for unchanged that has another content and the same time of modification.
-    stamps = [file.stat() for file in files]
-    stamp = zlib.crc32(repr([(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stamps]).encode())
-    patterns = [glob.escape(str(file.absolute())) for file in files]
-    num_proc = min(num_proc, len(files))
+    def make(folder: Path) -> None:
+        if kind == "json":
+            write_rows(files, folder / "rows.arrow")
+        else:
+            _write_batches(kind, files, features, folder / "rows.arrow")
+
+    return kept_rows(key, make, cache)
+
+
+def _write_batches(kind: str, files: list[Path], features: datasets.Features, path: Path) -> None:
+    import pyarrow as pa
+    from datasets.table import cast_table_to_features
+
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
+        for file in files:
+            for batch in _read_batches(kind, file):
+                writer.write_table(cast_table_to_features(pa.Table.from_batches([batch]), features))
+
+
+def _read_batches(kind: str, file: Path) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
     try:
-        return datasets.load_dataset(
-            kind,
-            name=f"pack-dataset-{stamp:08x}",
-            data_files={"train": patterns},
-            split="train",
-            num_proc=num_proc if num_proc > 1 else None,
-        )
-    except (datasets.exceptions.DatasetsError, ValueError, TypeError, KeyError) as error:
-        FIND_DAMAGE[kind](files)
-        cause = error.__cause__ or error
-        named, cache = str(files[0]), datasets.config.HF_DATASETS_CACHE
-        others = f" and {len(files) - 1} more" * (len(files) > 1)
-        raise ValueError(f"{named!r}{others} cannot be converted to Arrow in {str(cache)!r}: {cause}") from None
+        for batch in BATCHES[kind](file):
+            batch.validate(full=True)
+            yield batch
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise _damaged(file, error) from None
+
+
+def _parquet_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as opened:
+        about = opened.metadata
+        size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        yield from opened.iter_batches(max(1, min(BATCH_ROWS, BATCH_BYTES * about.num_rows // max(1, size))))
 
 
 def _load_from_hub(source: str) -> dict[str, datasets.Dataset]:
@@ -360,42 +353,36 @@ def _arrow_batches(file: Path) -> tuple[pa.Schema, bool, Iterator[pa.RecordBatch
 
 
 def _open_json(file: Path) -> tuple[pa.Schema | None, bool]:
-    """The columns of the first lines."""
-    import io
-
-    import pyarrow as pa
-    import pyarrow.json
-
-    try:
-        with _unzipped(file) as opened:
-            begin = (opened.read(FIRST_BLOCK) + opened.readline()).removeprefix(BYTE_ORDER_MARK).lstrip()
-        if not begin:
-            return None, False
-        options = pyarrow.json.ReadOptions(block_size=len(begin) + 1)
-        return pyarrow.json.read_json(io.BytesIO(begin), read_options=options).schema, False
-    except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as error:
-        _find_bad_line([file])
-        raise _damaged(file, error) from None
+    return first_columns(file), False
 
 
 READERS = {"parquet": _open_parquet, "arrow": _open_arrow, "json": _open_json}
 
 
-def _refuse_differences(schemas: list[tuple[Path, pa.Schema]]) -> None:
-    """Raise ValueError for the first file whose columns, or what they hold, are not those of the first file.
+BATCHES = {"parquet": _parquet_batches, "arrow": lambda file: _arrow_batches(file)[2]}
+
+
+def _common_features(schemas: list[tuple[Path, pa.Schema]]) -> datasets.Features:
+    """What the columns of all files are: those of the first file. Raises ValueError for a file that has others.
 
     What holds no value yet (null) may turn out to be anything."""
+    import datasets
+
     (first, expected), *others = [(file, _features(file, schema)) for file, schema in schemas]
+    common = dict(expected)
     for file, found in others:
         for name in [*expected, *(name for name in found if name not in expected)]:
             if name not in found or name not in expected:
                 has, lacks = (first, file) if name in expected else (file, first)
                 raise ValueError(f"{str(has)!r} has a column {name!r}, and {str(lacks)!r} has none; make them alike")
-            if found[name] != expected[name] and "null" not in str(found[name]) + str(expected[name]):
+            if "null" in str(common[name]):
+                common[name] = found[name]
+            elif found[name] != common[name] and "null" not in str(found[name]):
                 raise ValueError(
-                    f"column {name!r} is {expected[name]} in {str(first)!r}, but {found[name]} in {str(file)!r}; "
+                    f"column {name!r} is {common[name]} in {str(first)!r}, but {found[name]} in {str(file)!r}; "
                     "make them alike"
                 )
+    return datasets.Features(common)
 
 
 def _features(file: Path, schema: pa.Schema) -> dict:
@@ -407,83 +394,5 @@ def _features(file: Path, schema: pa.Schema) -> dict:
         raise ValueError(f"{str(file)!r} holds a type of column that datasets has not: {error}") from None
 
 
-# Damage: looked for in every file once something has failed
-
-
 def _damaged(file: Path, error: Exception) -> ValueError:
     return ValueError(f"{str(file)!r} cannot be read, it is damaged or no {file.suffix} file: {error}")
-
-
-def _find_bad_pages(files: list[Path]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for file in files:
-        try:
-            with pq.ParquetFile(file) as opened:
-                for _ in opened.iter_batches():
-                    pass
-        except (pa.ArrowInvalid, OSError) as error:
-            raise _damaged(file, error) from None
-
-
-def _find_bad_batch(files: list[Path]) -> None:
-    import pyarrow as pa
-
-    for file in files:
-        try:
-            for batch in _arrow_batches(file)[2]:
-                batch.validate(full=True)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise _damaged(file, error) from None
-
-
-def _find_bad_line(files: list[Path]) -> None:
-    """A line that is no JSON object, or has a value of another kind than the lines before it, in any of the files."""
-    kinds: dict[str, set[str]] = {}
-    for file in files:
-        number = 0
-        try:
-            for number, line in enumerate(_lines(file), 1):
-                row = json.loads(line) if line.strip() else {}
-                if not isinstance(row, dict):
-                    raise TypeError(
-                        f"{str(file)!r} line {number} holds {type(row).__name__}; each line is an object: "
-                        '{"input_ids": […]}'
-                    )
-                for name, value in row.items():
-                    found, before = _kinds_of(value), kinds.setdefault(name, set())
-                    if found and before and found != before:
-                        raise TypeError(
-                            f"{str(file)!r} line {number} holds {', '.join(sorted(found))} in column {name!r}, and "
-                            f"lines before it hold {', '.join(sorted(before))}; make them alike"
-                        )
-                    before |= found
-        except ValueError as error:
-            raise ValueError(f"{str(file)!r} line {number} is no JSON: {error}") from None
-        except (OSError, EOFError, zlib.error) as error:
-            raise _damaged(file, error) from None
-
-
-def _kinds_of(value) -> set[str]:
-    """1.5 -> {number}    [1, None] -> {list, number}    "a" -> {str}    None -> {}"""
-    if isinstance(value, list):
-        return {"list"}.union(*map(_kinds_of, value)) if value else set()
-    if value is None:
-        return set()
-    return {"number" if type(value) in (int, float) else type(value).__name__}
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    with _unzipped(file) as opened:
-        for number, line in enumerate(opened):
-            yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
-
-
-def _unzipped(file: Path):
-    import gzip
-
-    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
-
-
-FIND_DAMAGE = {"parquet": _find_bad_pages, "arrow": _find_bad_batch, "json": _find_bad_line}

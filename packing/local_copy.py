@@ -5,8 +5,9 @@ s3://bucket/data/*.parquet    a glob
 s3://bucket/tokenized         a folder, with its subfolders; hidden files are left where they are
 
 Into HF_DATASETS_CACHE/pack-dataset, under the URL and what the file system says of each file (size, time, ETag). A
-file has its name there when it is whole: a copy that was killed goes on with the files that are missing, and a run that
-is resumed copies nothing. Where the file system tells only a file's size, a change that keeps it is not seen.
+file has its name there when it is whole: a copy that was killed goes on with the files that are missing or
+damaged, and a run that is resumed copies nothing. Where the file system tells only a file's size, a change that keeps
+it is not seen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import xxhash
 
+from .folder import checksum, sync, write_file
+from .kept import cache_folder
 from .locks import held
 from .names import checked_path
 from .remote import is_file_in, named_errors, open_store
@@ -30,11 +33,14 @@ MAGIC = re.compile(r"[*\[]")
 
 
 def local_copy(
-    url: str, storage_options: dict | None = None, wanted: Callable[[str], bool] = lambda name: True
+    url: str,
+    storage_options: dict | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+    cache: Path | None = None,
 ) -> Path:
     """Where the file, or the folder of the files, lies now. Raises FileNotFoundError where there is none.
 
-    wanted: of a folder or a glob, which names to copy."""
+    wanted: of a folder or a glob, which names to copy. cache: None is cache_folder()."""
     with named_errors(url):
         fs, path = open_store(url, storage_options)
         root, found = _find(fs, path, wanted)
@@ -42,10 +48,10 @@ def local_copy(
         raise FileNotFoundError(f"{url!r} matches no file" if MAGIC.search(path) else f"there is no file at {url!r}")
     stamps = _stamps(found)
     digest = xxhash.xxh3_128_hexdigest(json.dumps([url, stamps], sort_keys=True).encode())
-    folder = _cache() / f"{re.sub(r'[^A-Za-z0-9]+', '-', url)[-60:].strip('-')}-{digest}"
+    folder = (cache or cache_folder()) / f"{re.sub(r'[^A-Za-z0-9]+', '-', url)[-60:].strip('-')}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder.with_name(f"{folder.name}.lock"), wait=True):  # one process copies, others of this machine wait
-        missing = [name for name in found if not (folder / name).exists()]
+        missing = [name for name in found if not _is_whole(folder / name)]
         for name in missing:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +61,10 @@ def local_copy(
                 copied, size = part.stat().st_size, found[name].get("size")
                 if size is not None and copied != size:
                     raise OSError(errno.EIO, f"{copied:,} of {size:,} bytes of {name!r} have come")
+            sync(part)
+            write_file(_seal(target), checksum(part).encode())
             os.replace(part, target)
+            sync(target.parent)
         if missing:
             with named_errors(url):
                 changed = _stamps(_find(fs, path, wanted)[1]) != stamps
@@ -96,7 +105,14 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
-def _cache() -> Path:
-    import datasets
+def _seal(copy: Path) -> Path:
+    """Where the checksum of a copy is."""
+    return copy.with_name(f".{copy.name}.xxh3")
 
-    return Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset"
+
+def _is_whole(copy: Path) -> bool:
+    """Whether a copy is there, and what was copied: if not, it is copied again."""
+    try:
+        return checksum(copy) == _seal(copy).read_text()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False

@@ -20,6 +20,24 @@ from .source import Source, closing_token
 logger = logging.getLogger(__name__)
 
 
+CHOICES = 'overlong="truncate", overlong="split" or overlong="drop"'
+
+
+class OverlongError(ValueError):
+    """A row has more tokens than a pack has slots. others: how many more rows have; None: nobody has counted."""
+
+    def __init__(self, row: int, tokens: int, max_sequence_length: int, others: int | None = None):
+        super().__init__(row, tokens, max_sequence_length, others)
+        self.row, self.tokens, self.max_sequence_length, self.others = row, tokens, max_sequence_length, others
+
+    def __str__(self) -> str:
+        others = f" (and {self.others} more rows are too long)" if self.others else ""
+        return (
+            f"row {self.row} has {self.tokens} tokens, more than max_sequence_length={self.max_sequence_length}"
+            f"{others}; choose {CHOICES}, or raise max_sequence_length"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Sequences:
     """The sequences to pack, cut from a source's rows; (num_sequences,) each.
@@ -71,12 +89,7 @@ def _whole_rows(source: Source) -> Sequences:
 
 
 def _error(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
-    others = f" (and {len(rows) - 1} more rows are too long)" if len(rows) > 1 else ""
-    raise ValueError(
-        f"row {rows[0]} has {source.kept[rows[0]]} tokens, "
-        f"more than max_sequence_length={max_sequence_length}{others}; "
-        'choose overlong="truncate", "split" or "drop", or raise max_sequence_length'
-    )
+    raise OverlongError(int(rows[0]), int(source.kept[rows[0]]), max_sequence_length, len(rows) - 1)
 
 
 def _truncate(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:

@@ -127,6 +127,7 @@ def gather_packs(
     buffers: kept from call to call, so that tokens are gathered into the same memory; a batch is then good until the
         next call with the same buffers only.
     """
+    columns.files.check()
     rows, lengths = packs.rows.astype(np.int64, copy=False), packs.lengths.astype(np.int64)
     begins = 0 if packs.begins is None else packs.begins.astype(np.int64)
     lasts = (begins + lengths if packs.ends is None else packs.ends) - 1

@@ -21,6 +21,7 @@ from .arrow import (
 )
 from .kernels import njit
 from .padding import refuse_padding, trim_by_mask, trim_by_token
+from .source_files import SourceFiles
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,14 @@ class SourceColumns:
     rows: the dataset's own choice of rows in its tables (after select, shuffle, filter); None = all, in order.
     token_columns: one value per token, input_ids first.
     row_columns: all others but attention_mask, one value per row of the tables.
+    files: that the tables lie in.
     """
 
     table: pa.Table
     rows: np.ndarray | None
     token_columns: tuple[TokenColumn, ...]
     row_columns: dict[str, Values]
+    files: SourceFiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +85,7 @@ def open_columns(dataset, token_columns: Sequence[str]) -> SourceColumns:
     columns = tuple(open_token_column(name, table.column(name), rows) for name in token_columns)
     names = [name for name in table.column_names if name not in (ATTENTION_MASK, *token_columns)]
     row_columns = {name: Values.of(table.column(name).chunks, table.column(name).type) for name in names}
-    return SourceColumns(table, rows, columns, row_columns)
+    return SourceColumns(table, rows, columns, row_columns, SourceFiles.of(dataset))
 
 
 def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_id: int | None = None) -> Source:
@@ -99,14 +102,16 @@ def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_i
 def look_at_rows(dataset, token_columns: Sequence[str] | None, pad_token_id: int | None) -> Source:
     """read_source, which says nothing."""
     check_source(dataset)
-    table, rows = dataset.data, chosen_rows(dataset)
+    table, rows, files = dataset.data, chosen_rows(dataset), SourceFiles.of(dataset)
     for name in table.column_names:
+        files.check()
         if name != INPUT_IDS:  # whose rows are looked at one by one
             refuse_broken(name, table.column(name))
     input_ids = read_token_column(INPUT_IDS, table.column(INPUT_IDS), rows)
     lengths = _read_lengths(input_ids)
     names = _token_names(table, rows, lengths, token_columns)
     for name in names:
+        files.check()
         read_token_column(name, table.column(name), rows)  # raises for nulls
     columns = open_columns(dataset, (INPUT_IDS, *names))
     skipped, kept = _trim(table, rows, input_ids, lengths, pad_token_id)
@@ -125,6 +130,7 @@ def refuse_foreign_ids(source: Source) -> None:
     if pa.types.is_unsigned_integer(type_) and type_.bit_width < 32:
         return
     for block in input_ids.blocks():
+        source.columns.files.check()
         part = slice(block.first, block.first + len(block.starts))
         begins = block.starts if source.skipped is None else block.starts + source.skipped[part]
         row = _first_foreign(input_ids.tokens, begins, source.kept[part], least)

@@ -19,7 +19,9 @@ import xxhash
 
 from .arrow import null_rows
 from .fingerprint import column_prints, combined_print
+from .kept import kept_rows
 from .load import suggestion
+from .overlong import OverlongError
 from .source import chosen_rows, refuse_broken
 from .text_tokenizer import describe, text_tokenizer
 
@@ -61,15 +63,65 @@ def tokenize(
     text_columns: Sequence[str],
     keep_text: bool = False,
     num_proc: int = 1,
+    *,
+    longest: int | None = None,
+    cache: Path | None = None,
 ) -> datasets.Dataset:
     """Replace one column of texts, or two that make pairs, by their tokens; the other columns stay.
 
     num_proc: processes that tokenize. One has as many threads as there are cores; more pay where reading texts and
     writing tokens takes longer than that.
+    longest: the first row with more tokens than this ends the work with OverlongError; None: none does.
 
-    Kept in the cache of the datasets library (HF_DATASETS_CACHE), under the content of the texts and of the tokenizer:
-    the same texts are not tokenized twice, and texts that have changed are.
+    Kept in `cache` (None: that of the datasets library, HF_DATASETS_CACHE), under the content of the texts and of the
+    tokenizer: the same texts are not tokenized twice, and texts that have changed are.
     """
+    check_texts(dataset, text_columns)
+    names = [name for name in TYPES if name in ("input_ids", *tokenizer.model_input_names)]
+    work = _Tokenize(tokenizer, tuple(text_columns), tuple(names), longest)
+    features = {name: dataset.features[name] for name in dataset.column_names if keep_text or name not in text_columns}
+    features |= {name: datasets.List(datasets.Value(TYPES[name])) for name in names}
+    features = datasets.Features(features)
+
+    def make(folder: Path) -> None:
+        found = dataset.map(
+            work,
+            batched=True,
+            with_indices=True,
+            remove_columns=None if keep_text else list(text_columns),
+            features=features,
+            num_proc=num_proc if num_proc > 1 else None,
+            cache_file_name=str(folder / "tokens.arrow"),
+            desc="tokenizing",
+        )
+        if len(found) != len(dataset):
+            raise RuntimeError(f"{len(found):,} of {len(dataset):,} texts were tokenized")
+
+    key = _fingerprint(dataset, work, keep_text)
+    found = kept_rows(key, make, cache)
+    info = dataset.info.copy()
+    info.features = features
+    return datasets.Dataset(found.data, info=info, split=dataset.split, fingerprint=key)
+
+
+class _Tokenize:
+    """For Dataset.map: texts of some rows -> their tokens."""
+
+    def __init__(self, tokenizer, text_columns: tuple[str, ...], names: tuple[str, ...], longest: int | None):
+        self.description, self.longest = describe(tokenizer), longest
+        self.tokenizer, self.text_columns, self.names = text_tokenizer(self.description), text_columns, names
+
+    def __call__(self, rows, numbers: list[int]) -> dict[str, list]:
+        texts = [rows[name] for name in self.text_columns]
+        found = self.tokenizer.encode_batch_fast(list(zip(*texts, strict=True)) if len(texts) > 1 else list(texts[0]))
+        for number, encoding in zip(numbers, found, strict=True):
+            if self.longest is not None and len(encoding) > self.longest:
+                raise OverlongError(number, len(encoding), self.longest)
+        return {name: [getattr(encoding, FIELDS[name]) for encoding in found] for name in self.names}
+
+
+def check_texts(dataset: datasets.Dataset, text_columns: Sequence[str]) -> None:
+    """Raise ValueError for what can be seen to be no texts without a tokenizer."""
     if not len(dataset):
         raise ValueError("the dataset is empty: it has no texts to tokenize")
     for name in text_columns:
@@ -77,36 +129,6 @@ def tokenize(
     taken = [name for name in (*TYPES, "attention_mask") if name in dataset.column_names]
     if taken:
         raise ValueError(f"column {taken[0]!r} is there already, so texts were tokenized before: give no text column")
-    names = [name for name in TYPES if name in ("input_ids", *tokenizer.model_input_names)]
-    work = _Tokenize(tokenizer, tuple(text_columns), tuple(names))
-    features = {name: dataset.features[name] for name in dataset.column_names if keep_text or name not in text_columns}
-    features |= {name: datasets.List(datasets.Value(TYPES[name])) for name in names}
-    fingerprint = _fingerprint(dataset, work, keep_text)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset"
-    folder.mkdir(parents=True, exist_ok=True)
-    return dataset.map(
-        work,
-        batched=True,
-        remove_columns=None if keep_text else list(text_columns),
-        features=datasets.Features(features),
-        num_proc=num_proc if num_proc > 1 else None,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        new_fingerprint=fingerprint,
-        desc="tokenizing",
-    )
-
-
-class _Tokenize:
-    """For Dataset.map: texts of some rows -> their tokens."""
-
-    def __init__(self, tokenizer, text_columns: tuple[str, ...], names: tuple[str, ...]):
-        self.description = describe(tokenizer)
-        self.tokenizer, self.text_columns, self.names = text_tokenizer(self.description), text_columns, names
-
-    def __call__(self, rows) -> dict[str, list]:
-        texts = [rows[name] for name in self.text_columns]
-        found = self.tokenizer.encode_batch_fast(list(zip(*texts, strict=True)) if len(texts) > 1 else list(texts[0]))
-        return {name: [getattr(encoding, FIELDS[name]) for encoding in found] for name in self.names}
 
 
 def _check_text(dataset: datasets.Dataset, name: str) -> None:

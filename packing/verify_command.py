@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .cli import add_text_options, check_text_options, load_sequences
+from .kept import new_cache
 
 DESCRIPTION = "Prove that a packed folder holds what was packed: unchanged, each sequence once, no pack over its limit."
 EXAMPLES = """\
@@ -44,8 +45,10 @@ def main(argv: list[str]) -> int:
         check_text_options(arguments, parser.parse_args([arguments.packed]))
         if arguments.source is None and arguments.text_column is not None:
             raise ValueError(f"--text-column {arguments.text_column!r} is of texts in a source; give --source, too")
-        sources = None if arguments.source is None else load_sequences(arguments)
-        return 0 if verify(arguments.packed, sources) else 1
+        if arguments.source is None:
+            return 0 if verify(arguments.packed, None) else 1
+        with new_cache() as cache:  # files are converted, and texts tokenized, anew: packing's cache may be damaged
+            return 0 if verify(arguments.packed, load_sequences(arguments, cache)) else 1
     except FileNotFoundError as error:
         hint = "; to pack the SOURCE that is called verify, write ./verify" if Path("verify").exists() else ""
         print(f"{parser.prog}: {error}{hint}", file=sys.stderr)

@@ -70,7 +70,10 @@ def test_plan_only_writes_nothing(tmp_path, source, capsys):
         (["source", "single"], "pack-dataset: output 'single' exists already"),
         (["source", "packed", "--max-sequence-length", "9"], "pack-dataset: split 'a': row "),
         (["source", "packed", "--packer", "nope"], "pack-dataset: split 'a': unknown packer 'nope'; choose from "),
-        (["source", "packed", "--max-sequence-length", "0"], "pack-dataset: split 'a': max_sequence_length=0 must be"),
+        (
+            ["source", "packed", "--max-sequence-length", "0"],
+            "pack-dataset: split 'a': --max-sequence-length 0 must be",
+        ),
     ],
 )
 def test_refused_in_one_line(tmp_path, source, capsys, monkeypatch, arguments, message):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -111,6 +113,48 @@ def test_a_source_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"of the source was changed while it was packed; remove .*\.packed\.partial"):
         pack_dataset(source, 64, output=tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("num_proc", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_source_that_is_cut_short_while_it_is_packed_is_refused(tmp_path, monkeypatch, num_proc):
+    """Read behind its end, a mapped file ends the process; so this one runs elsewhere."""
+    ids = [[5 + i % 90] * (1 + i % 30) for i in range(40_000)]
+    datasets.Dataset.from_dict({"input_ids": ids}).save_to_disk(tmp_path / "source")
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_SHORT, tmp_path / "source", tmp_path / "packed", str(num_proc)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "of the source was changed while it was packed; remove" in done.stdout
+    assert not (tmp_path / "packed").exists()
+
+
+CUT_SHORT = """
+import os, sys, time
+from pathlib import Path
+import datasets
+import packing.dataset as module
+from packing import pack_dataset
+datasets.disable_progress_bars()
+module.SHARD_BYTES = 30_000
+source, target, num_proc = sys.argv[1:]
+(path,) = Path(source).glob("*.arrow")
+write = module.Packing.write
+
+def cut_and_write(packing, *arguments):
+    time.sleep(0.05)
+    os.truncate(path, 4096)
+    return write(packing, *arguments)
+
+if __name__ == "__main__":
+    module.Packing.write = cut_and_write
+    try:
+        pack_dataset(datasets.load_from_disk(source), 64, output=target, num_proc=int(num_proc))
+    except ValueError as error:
+        print(error)
+"""
 
 
 def test_wide_columns_make_small_batches(tmp_path, monkeypatch):

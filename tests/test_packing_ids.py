@@ -47,16 +47,27 @@ def test_ids_that_are_none_are_refused_from_any_source(tmp_path, capsys, monkeyp
 
 @pytest.mark.parametrize(
     ("width", "token", "is_id"),
-    [("int8", 127, True), ("int8", -1, False), ("int16", 2**15 - 1, True), ("int16", -5, False)]
-    + [("uint8", 255, True), ("uint16", 2**16 - 1, True), ("int32", 2**31 - 1, True), ("int32", -1, False)]
-    + [("uint32", 2**31 - 1, True), ("uint32", 2**31, False), ("int64", 2**31 - 1, True)]
-    + [("uint64", 2**64 - 1, False), ("uint64", 0, True)],
+    [
+        ("int8", 127, True),
+        ("int8", -1, False),
+        ("int16", 2**15 - 1, True),
+        ("int16", -5, False),
+        ("uint8", 255, True),
+        ("uint16", 2**16 - 1, True),
+        ("int32", 2**31 - 1, True),
+        ("int32", -1, False),
+        ("uint32", 2**31 - 1, True),
+        ("uint32", 2**31, False),
+        ("int64", 2**31 - 1, True),
+        ("uint64", 2**64 - 1, False),
+        ("uint64", 0, True),
+    ],
 )
 def test_ids_of_every_width(width, token, is_id):
     dataset = datasets.Dataset(with_id(token, width))
     if is_id:
         packed = pack_dataset(dataset, 16)
-        assert sorted(np.concatenate(packed["input_ids"][:]).tolist()) == sorted([*sum(ROWS, []), 3, 4, token])
+        assert sorted(np.concatenate(packed["input_ids"][:]).tolist()) == sorted([5, 6, 7, 8, 9, 1, 2, 3, 4, token])
     else:
         with pytest.raises(ValueError, match=f"row 3 has the token id {token} "):
             pack_dataset(dataset, 16)

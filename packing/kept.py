@@ -1,0 +1,112 @@
+"""Files that are made once and kept: in HF_DATASETS_CACHE/pack-dataset, under a key of all that they are made from.
+
+    KEY/rows.arrow, …     Arrow streams
+    KEY/seal.json         {"rows.arrow": {"rows": 6000, "bytes": 131072, "xxh3": "9f2c…"}}
+
+The folder gets its name when it is whole and on the disk. What is used again is read and hashed first: a file that was
+damaged since, or cut where it looks whole, is made anew, and that is said.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from .folder import checksum, sync, write_file, writing_errors
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+SEAL = "seal.json"
+
+
+def cache_folder() -> Path:
+    """Where pack-dataset keeps what it has converted, tokenized or copied."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset"
+
+
+@contextmanager
+def new_cache():
+    """A cache in which nothing is yet, removed at the end: for who must not trust what others have read."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache_folder(), prefix=".anew-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def kept_rows(key: str, make: Callable[[Path], object], cache: Path | None = None) -> datasets.Dataset:
+    """The rows of the Arrow files that make(folder) writes, one file after the other by name.
+
+    cache: None is cache_folder()."""
+    import datasets
+
+    cache = cache or cache_folder()
+    folder = cache / key
+    damage = _damage(folder) if folder.exists() else None
+    if damage is not None:
+        logger.warning("%s, which is made anew", damage)
+        shutil.rmtree(folder)
+    if not folder.exists():
+        with writing_errors(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            _make(folder, make)
+    files = [datasets.Dataset.from_file(str(folder / name)) for name in sorted(_seal(folder))]
+    return datasets.concatenate_datasets(files) if len(files) > 1 else files[0]
+
+
+def _make(folder: Path, make: Callable[[Path], object]) -> None:
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        fresh = Path(temporary) / "files"
+        fresh.mkdir()
+        make(fresh)
+        seal = {path.name: _measured(path) for path in sorted(fresh.glob("*.arrow"))}
+        for name in seal:
+            sync(fresh / name)
+        write_file(fresh / SEAL, json.dumps(seal).encode())
+        try:
+            os.rename(fresh, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            # another process has made the same meanwhile
+        sync(folder.parent)
+
+
+def _measured(path: Path) -> dict:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as mapped:
+        rows = sum(batch.num_rows for batch in pa.ipc.open_stream(mapped))
+    return {"rows": rows, "bytes": path.stat().st_size, "xxh3": checksum(path)}
+
+
+def _seal(folder: Path) -> dict[str, dict]:
+    return json.loads((folder / SEAL).read_bytes())
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a folder; None: nothing."""
+    try:
+        seal = _seal(folder)
+    except (OSError, ValueError) as error:
+        return f"{str(folder / SEAL)!r} is damaged ({error})"
+    if not isinstance(seal, dict) or not seal:
+        return f"{str(folder / SEAL)!r} is damaged"
+    for name, expected in seal.items():
+        path = folder / Path(name).name
+        try:
+            if path.stat().st_size != expected["bytes"] or checksum(path) != expected["xxh3"]:
+                return f"{str(path)!r} in the cache is damaged: it is no longer what was written"
+        except (OSError, TypeError, KeyError) as error:
+            return f"{str(path)!r} in the cache is damaged ({error})"
+    return None

@@ -1,0 +1,58 @@
+"""The files that a dataset lies in, mapped into memory: whoever reads them looks first whether they have changed.
+
+A mapped file that is cut short ends the process (SIGBUS) as soon as it reads behind the new end. No Python code can
+turn that into an error. So the files are looked at before each step of reading. A cut within a step is still not seen:
+some hundredths of a second. Whoever must be safe from it packs a copy.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+
+PAUSE_S = 0.02  # many files on a slow file system are not asked for each batch
+
+
+class SourceChangedError(ValueError):
+    """A file of the source is no longer what it was."""
+
+
+@dataclass(eq=False)
+class SourceFiles:
+    """stamps: {name: size, time of modification and number}; None: it has gone."""
+
+    stamps: dict[str, tuple | None]
+    _asked: float = field(default=float("-inf"))
+
+    @classmethod
+    def of(cls, dataset) -> SourceFiles:
+        return cls({name: _stamp(name) for name in sorted({file["filename"] for file in dataset.cache_files})})
+
+    def changed(self) -> str | None:
+        """The first file that is another one now. One that has gone has not changed: who has it open reads on."""
+        found = ((name, _stamp(name)) for name in self.stamps)
+        return next((name for name, stamp in found if stamp not in (self.stamps[name], None)), None)
+
+    def check(self) -> None:
+        """refuse_changed, unless that was asked a moment ago."""
+        now = time.monotonic()
+        if now - self._asked >= PAUSE_S:
+            self._asked = now
+            self.refuse_changed()
+
+    def refuse_changed(self) -> None:
+        """Raise ValueError where a file has changed."""
+        name = self.changed()
+        if name is not None:
+            raise SourceChangedError(
+                f"{name!r} of the source was changed while it was packed; start again once nobody writes to it"
+            )
+
+
+def _stamp(name: str) -> tuple | None:
+    try:
+        found = os.stat(name)
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
