@@ -248,6 +248,64 @@ def check_inference_first(build) -> None:
         assert all((found[name] == expected[name]).all() for name in expected)
 
 
+def check_mixed_types(build) -> None:
+    """Inputs of several types are computed in the widest, under autocast in its own; the context has value's type."""
+    layout = layout_of(LAYOUTS["long and short"])
+    inputs, weights = [x / 3 for x in heads_input(layout)], heads_input(layout, 1)[0]
+    f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+    cases = [
+        ((f32, f32, bf16), f32, False),
+        ((bf16, f32, f32), f32, False),
+        ((f64, f32, bf16), f64, False),
+        ((f32, f32, bf16), bf16, True),
+        ((f32, f32, f32), bf16, True),
+        ((f32, f64, bf16), f64, True),
+    ]
+    for types, common, autocast in cases:
+        attention = make(build).to(f64 if f64 in types else f32)
+        mixed = [x.to(bf16).to(dtype) for x, dtype in zip(inputs, types, strict=True)]
+        with torch.autocast("cpu", bf16, enabled=autocast):
+            found = run(attention, layout, mixed, weights.to(types[2]))
+            expected = run(attention, layout, [x.to(common) for x in mixed], weights.to(types[2]).to(common))
+        result_types = {"context": types[2], **{f"gradient {i}": dtype for i, dtype in enumerate(types)}}
+        for name, value in found.items():
+            assert value.dtype == result_types.get(name, value.dtype), f"{name} is {value.dtype} for {types}"
+            assert (value == expected[name].to(value.dtype)).all(), f"{name} for {types}, autocast {autocast}"
+
+
+def check_default_type(build) -> None:
+    """torch.set_default_dtype changes neither what is drawn into buffers nor what is computed."""
+    layout = layout_of(LAYOUTS["long and short"])
+    inputs = [x.float() / 3 for x in heads_input(layout)]
+    weights = heads_input(layout, 1)[0].float()
+    attention = make(build).float()
+    expected = run(attention, layout, inputs, weights)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        torch.set_default_dtype(dtype)
+        try:
+            built = make(build).float()
+            for name, drawn in built.named_buffers():
+                assert (drawn == dict(attention.named_buffers())[name]).all(), f"{name}, built under {dtype}"
+            built.load_state_dict(attention.state_dict())
+            found = run(built, layout_of(LAYOUTS["long and short"]), inputs, weights)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for name, value in found.items():
+            assert value.dtype == torch.float32 and (value == expected[name]).all(), f"{name} under {dtype}"
+
+
+def check_buffers_stay_wide(build) -> None:
+    """A model in 16 bits keeps what its heads drew or averaged in float32, to the bit."""
+    attention = make(build).float()
+    drawn = {name: x.clone() for name, x in attention.named_buffers() if x.is_floating_point()}
+    for narrow in (nn.Module.half, nn.Module.bfloat16, lambda head: head.to(torch.bfloat16)):
+        narrow(attention)
+        for name, x in drawn.items():
+            kept = dict(attention.named_buffers())[name]
+            assert kept.dtype == torch.float32 and (kept == x).all(), name
+        assert all(p.itemsize == 2 for p in attention.parameters())
+
+
 def check_contract(build, survives_nan: bool = True, bfloat16: float = 0.15, mate_tolerance: float = 0.0) -> None:
     """All checks; isolation over every layout of LAYOUTS. bfloat16: how far it may be off in that type."""
     for ids in LAYOUTS.values():
@@ -261,3 +319,6 @@ def check_contract(build, survives_nan: bool = True, bfloat16: float = 0.15, mat
     check_dtypes(build, ((torch.float32, 1e-4), (torch.bfloat16, bfloat16)))
     check_state(build)
     check_inference_first(build)
+    check_mixed_types(build)
+    check_default_type(build)
+    check_buffers_stay_wide(build)

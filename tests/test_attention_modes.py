@@ -4,13 +4,25 @@ from functools import partial
 
 import pytest
 import torch
-from attention_contract import check_inference_first, heads_input, layout_of, make
+from attention_contract import (
+    check_buffers_stay_wide,
+    check_default_type,
+    check_inference_first,
+    check_mixed_types,
+    heads_input,
+    layout_of,
+    make,
+)
 from test_attention import HERE, SMALL_OPTIONS
 from test_equivalence import make_config
-from transformers import BertForMaskedLM
+from transformers import AutoModel, BertForMaskedLM, EuroBertConfig, ModernBertConfig
 
+from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION, pattern, use_attention
 from bert_pretrain.attention.etc import EtcAttention
+
+SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+SIZES |= {"intermediate_size": 32, "max_position_embeddings": 48, "initializer_range": 0.3}
 
 
 def builds(name):
@@ -51,3 +63,86 @@ def test_what_flex_keeps_can_be_saved_for_backward_too(monkeypatch):
     tensors = [cell.cell_contents for cell in mask_mod.__closure__]
     tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
     assert len(tensors) == 5 and not any(x.is_inference() for x in tensors)
+
+
+# Types
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_types_may_be_mixed_and_the_default_may_be_another(name):
+    for build in builds(name):
+        check_mixed_types(build)
+        check_default_type(build)
+        check_buffers_stay_wide(build)
+
+
+ROTARY = {
+    "eurobert": EuroBertConfig(num_key_value_heads=1, **SIZES),
+    "modernbert": ModernBertConfig(layer_types=["full_attention"] * 2, attention_dropout=0.0, **SIZES),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("attention", ["sdpa", "routing", "lsh"])
+def test_rotary_encoders_train_under_autocast(name, attention):
+    """Their queries and keys are in float32, their values in bfloat16."""
+    torch.manual_seed(0)
+    model = use_attention(AutoModel.from_config(ROTARY[name]), attention).train()
+    ids = torch.tensor([[1] * 20 + [2] * 9 + [0] * 3 + [3] * 16])
+    input_ids = torch.randint(5, 60, ids.shape)
+    plain = model(input_ids, sequence_ids=ids).last_hidden_state[ids > 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model(input_ids, sequence_ids=ids).last_hidden_state[ids > 0]
+    hidden.float().square().sum().backward()
+    assert hidden.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    if attention == "sdpa":  # the others choose tokens, and rounding may tip a choice
+        assert float(((hidden - plain).norm() / plain.norm()).detach()) < 0.05
+
+
+# Centroids in 16 bits
+
+
+def move(head, dtype, steps=20):
+    layout = layout_of([[1] * 40])
+    for seed in range(steps):
+        inputs = [x.to(dtype).requires_grad_() for x in heads_input(layout, seed)]
+        head(*inputs, layout).sum().backward()
+        head.update_centroids()
+    return head.centroids_HCK.double()
+
+
+def test_centroids_move_as_far_in_bfloat16_as_in_float32():
+    """Past its first moves a centroid keeps 0.999 of itself: in 16 bits most steps would round to none."""
+
+    def moved(dtype):
+        head = make(ATTENTION["routing"], num_clusters=1).to(dtype)
+        head.num_updates += 100_000
+        before = head.centroids_HCK.double()
+        return move(head, dtype) - before
+
+    expected = moved(torch.float32)
+    assert float((moved(torch.bfloat16) - expected).norm() / expected.norm()) < 0.02
+
+
+def test_centroids_move_as_far_under_autocast():
+    def moved(autocast):
+        head = make(ATTENTION["routing"], num_clusters=1).float()
+        before = head.centroids_HCK.double()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return move(head, torch.bfloat16) - before
+
+    assert torch.equal(moved(True), moved(False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_centroids_are_saved_and_loaded_in_float32(dtype, tmp_path):
+    config = make_config(packed_attention="routing")
+    model = PackedBertForPreTraining(config).to(dtype)
+    heads = [m for m in model.modules() if isinstance(m, ATTENTION["routing"])]
+    heads[0].centroids_HCK.add_(1e-6)
+    model.save_pretrained(tmp_path)
+    again = PackedBertForPreTraining.from_pretrained(tmp_path, dtype=dtype)
+    found = [m for m in again.modules() if isinstance(m, ATTENTION["routing"])]
+    assert again.dtype == dtype
+    for head, loaded in zip(heads, found, strict=True):
+        assert loaded.centroids_HCK.dtype == torch.float32 and torch.equal(loaded.centroids_HCK, head.centroids_HCK)

@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.head import AttentionHead, at_least_float32, without_autocast
 from bert_pretrain.attention.linear import elu_plus_one
 from bert_pretrain.attention.options import check_choice, check_integer
-from bert_pretrain.attention.whole_sequences import at_least_float32
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather
@@ -80,7 +79,7 @@ class DeltaAttention(AttentionHead):
         nn.init.zeros_(self.strength_bias_H)
 
     def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
-        with torch.autocast(query_THK.device.type, enabled=False):
+        with without_autocast(query_THK):
             query, key, value = (at_least_float32(x) for x in (query_THK, key_THK, value_THK))
             weight_HK, bias_H = (x.to(key.dtype) for x in (self.strength_weight_HK, self.strength_bias_H))
             beta_TH1 = ((key * weight_HK).sum(2) + bias_H).sigmoid()[..., None]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collate.layout import PackLayout
@@ -50,7 +52,11 @@ class AttentionHead(nn.Module):
     def forward(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
     ) -> Tensor:
-        """(T, H, K) each -> the context (T, H, K)."""
+        """(T, H, K) each -> the context (T, H, K), of the value's type.
+
+        The three are made one type first: rotary encoders under autocast have queries and keys in float32, values in
+        bfloat16.
+        """
         if dropout and not self.supports_dropout:
             raise ValueError(
                 f"{type(self).__name__} cannot drop attention weights, but dropout={dropout}; "
@@ -59,14 +65,32 @@ class AttentionHead(nn.Module):
         if layout.num_sequences == 0:
             # no token, but a part of the graph: a rank without packs still has a gradient, of 0, for every parameter
             nothing = sum(parameter.sum() * 0 for parameter in self.parameters())
-            return query_THK + key_THK + value_THK + nothing
-        if self.supports_dropout:
-            return self.attend(query_THK, key_THK, value_THK, layout, dropout)
-        return self.attend(query_THK, key_THK, value_THK, layout)
+            return (query_THK + key_THK + value_THK + nothing).to(value_THK.dtype)
+        settings = {"dropout": dropout} if self.supports_dropout else {}
+        inputs = as_one_type(query_THK, key_THK, value_THK)
+        return self.attend(*inputs, layout, **settings).to(value_THK.dtype)
 
     def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
         """The mechanism, for a batch with at least one sequence."""
         raise NotImplementedError
+
+    def register_at_least_float32(self, name: str, shape: tuple[int, ...]) -> None:
+        """Give the head a buffer, empty and saved with it, that keeps its precision: see `_apply`."""
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer(name, torch.empty(shape, dtype=dtype))
+
+    def _apply(self, fn, recurse: bool = True):
+        """What `.to`, `.half()`, `.cuda()` and their like call. Buffers stay in float32 at least.
+
+        A moving average in 16 bits loses every small step, and what was drawn once would be rounded for good.
+        """
+        wide = {name: x for name, x in self.named_buffers(recurse=False) if x.is_floating_point() and x.itemsize >= 4}
+        super()._apply(fn, recurse)
+        for name, before in wide.items():
+            after = getattr(self, name)
+            if after.itemsize < 4:
+                setattr(self, name, before.to(after.device, torch.float32))
+        return self
 
     def refuse_longer(self, layout: PackLayout) -> None:
         """Raise ValueError for a sequence of more than max_sequence_length tokens, where that sizes what a head has."""
@@ -79,3 +103,28 @@ class AttentionHead(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
+
+
+def as_one_type(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three in autocast's type where that is on and none is in float64, else in the widest of their types."""
+    device, inputs = query_THK.device.type, (query_THK, key_THK, value_THK)
+    dtype = torch.promote_types(torch.promote_types(query_THK.dtype, key_THK.dtype), value_THK.dtype)
+    has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if has_autocast and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) for x in inputs)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """16 bits widened to 32; others as they are."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A context for products of wide numbers, which autocast would take in 16 bits: sums over many tokens, scores."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """x / |x|, 0 of 0: torch's own epsilon, 1e-12, is 0 in float16 and makes a NaN there."""
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))

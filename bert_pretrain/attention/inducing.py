@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_pretrain.attention.head import at_least_float32, without_autocast
 from bert_pretrain.attention.options import check_integer
 from bert_pretrain.attention.whole_sequences import WholeSequenceHead, softmax_over_tokens
 
@@ -50,10 +51,11 @@ class InducingAttention(WholeSequenceHead):
         nn.init.normal_(self.points_HMK)
 
     def mix(self, query_SHWK, key_SHWK, value_SHWK, is_real_S11W, dropout: float = 0.0) -> Tensor:
-        points_HMK = self.points_HMK.to(query_SHWK.dtype) / self.head_width**0.5
-        points_SHMK = points_HMK.expand(len(query_SHWK), -1, -1, -1)
-        weights_SHMW = softmax_over_tokens(points_SHMK @ key_SHWK.transpose(2, 3), is_real_S11W)
-        weights_SHMW = F.dropout(weights_SHMW, dropout)
-        return F.scaled_dot_product_attention(
-            query_SHWK, weights_SHMW @ key_SHWK, weights_SHMW @ value_SHWK, dropout_p=dropout
-        )
+        key_wide_SHWK, value_wide_SHWK = map(at_least_float32, (key_SHWK, value_SHWK))
+        with without_autocast(query_SHWK):
+            points_HMK = self.points_HMK.to(key_wide_SHWK.dtype) / self.head_width**0.5
+            points_SHMK = points_HMK.expand(len(query_SHWK), -1, -1, -1)
+            weights_SHMW = softmax_over_tokens(points_SHMK @ key_wide_SHWK.transpose(2, 3), is_real_S11W)
+            weights_SHMW = F.dropout(weights_SHMW, dropout)
+            summaries = [(weights_SHMW @ x_SHWK).to(query_SHWK.dtype) for x_SHWK in (key_wide_SHWK, value_wide_SHWK)]
+        return F.scaled_dot_product_attention(query_SHWK, *summaries, dropout_p=dropout)

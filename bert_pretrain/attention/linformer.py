@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_pretrain.attention.head import at_least_float32, without_autocast
 from bert_pretrain.attention.options import check_choice, check_integer
 from bert_pretrain.attention.whole_sequences import WholeSequenceHead, zero_padding
 from collate.layout import PackLayout
@@ -104,8 +105,10 @@ def project(x_SHWK: Tensor, is_real_S11W: Tensor | None, projection_LR: Tensor) 
     """(S, H, W, K) -> (S, H, R, K): the sum over each sequence's tokens, weighed by the row of their position."""
     sequences, heads, width, head_width = x_SHWK.shape
     missing = max(0, width - len(projection_LR))  # a width is rounded up, beyond the last row: these slots are padding
-    projection_RW = F.pad(projection_LR[:width], (0, 0, 0, missing)).T.to(x_SHWK.dtype)
-    tokens_SWJ = zero_padding(x_SHWK, is_real_S11W).transpose(1, 2).flatten(2)  # J = H * K: heads share a projection
+    tokens_SHWK = zero_padding(at_least_float32(x_SHWK), is_real_S11W)
+    projection_RW = F.pad(projection_LR[:width], (0, 0, 0, missing)).T.to(tokens_SHWK.dtype)
+    tokens_SWJ = tokens_SHWK.transpose(1, 2).flatten(2)  # J = H * K: heads share a projection
     # bmm and not matmul, which would fold the sequences into one product, rounded as their number has it
-    rows_SRJ = torch.bmm(projection_RW.expand(sequences, -1, -1), tokens_SWJ)
-    return rows_SRJ.unflatten(2, (heads, head_width)).transpose(1, 2)
+    with without_autocast(x_SHWK):
+        rows_SRJ = torch.bmm(projection_RW.expand(sequences, -1, -1), tokens_SWJ)
+    return rows_SRJ.unflatten(2, (heads, head_width)).transpose(1, 2).to(x_SHWK.dtype)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.head import AttentionHead, unit_vectors
 from bert_pretrain.attention.options import check_integer, check_seed
 from collate.chunks import Chunks
 from collate.layout import PackLayout
@@ -75,14 +75,15 @@ class LSHAttention(AttentionHead):
         super().__init__(*args, **kwargs)
         columns = num_buckets(self.max_sequence_length, self.options.bucket_size) // 2
         shape = (self.num_heads, self.head_width, self.options.num_rounds, columns)
-        self.register_buffer("rotations", torch.empty(shape))
+        self.register_at_least_float32("rotations", shape)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the rotations of this layer."""
         generator = torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
-        self.rotations.copy_(torch.randn(self.rotations.shape, generator=generator, device="cpu"))
+        drawn = torch.randn(self.rotations.shape, generator=generator, dtype=torch.float32, device="cpu")
+        self.rotations.copy_(drawn)
 
     def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
         self.refuse_longer(layout)
@@ -121,7 +122,7 @@ class LSHAttention(AttentionHead):
             GatherRounds.apply(x.flatten(0, 1), places.row, places.slot).unflatten(0, shape)
             for x in (query_THK, value_THK)
         )
-        key = torch.nn.functional.normalize(query, dim=-1).type_as(query)
+        key = unit_vectors(query).type_as(query)
         return query * self.head_width**-0.5, _looked_back(key, places), _looked_back(value, places)
 
     def _combine(self, context: Tensor, normaliser: Tensor, slot: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.head import AttentionHead, at_least_float32, without_autocast
 from bert_pretrain.attention.options import check_choice
 from bert_pretrain.attention.windows import attend
 from collate.layout import PackLayout
@@ -256,13 +256,16 @@ def attend_part(query, key, value, mask, dropout: float = 0.0) -> tuple[Tensor, 
     """Attention over these keys only, (…, Q, K) and mask (…, Q, M): the context (…, Q, K) and log sum exp (…, Q).
 
     The least number hides and not -inf: a query may see none of this part. It then has a log sum exp far below any.
+    Scores and log sums are wide: 16 bits would overflow, or round a log sum so that the parts are joined wrongly.
     """
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
-    return F.dropout(scores.softmax(-1), dropout) @ value, scores.logsumexp(-1)
+    with without_autocast(query):
+        scores = at_least_float32(query) @ at_least_float32(key).transpose(-1, -2) * query.shape[-1] ** -0.5
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
+        context = F.dropout(scores.softmax(-1), dropout) @ at_least_float32(value)
+        return context.to(value.dtype), scores.logsumexp(-1)
 
 
 def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
     """The softmax over the keys of both parts; their keys must be disjoint. Contexts (…, K), log sums (…)."""
     shares = torch.stack([first[1], second[1]], -1).softmax(-1)
-    return first[0] * shares[..., :1] + second[0] * shares[..., 1:]
+    return (first[0] * shares[..., :1] + second[0] * shares[..., 1:]).to(first[0].dtype)

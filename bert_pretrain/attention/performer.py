@@ -60,7 +60,7 @@ class PerformerAttention(WholeSequenceHead):
 
     def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
         super().__init__(num_heads, head_width, max_sequence_length, layer_index, **options)
-        self.register_buffer("projection_FK", torch.empty(self.options.features, head_width))
+        self.register_at_least_float32("projection_FK", (self.options.features, head_width))
         self.reset_parameters()
 
     @torch.no_grad()

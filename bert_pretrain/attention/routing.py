@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
-from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.head import AttentionHead, unit_vectors, without_autocast
 from bert_pretrain.attention.options import check_integer, check_number, check_seed
 from collate.layout import PackLayout
 from collate.length_groups import WIDTH_STEP
@@ -67,7 +67,7 @@ class RoutingAttention(AttentionHead):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.max_clusters = self.num_clusters(self.max_sequence_length)
-        self.register_buffer("centroids_HCK", torch.empty(self.num_heads, self.max_clusters, self.head_width))
+        self.register_at_least_float32("centroids_HCK", (self.num_heads, self.max_clusters, self.head_width))
         self.register_buffer("num_updates", torch.empty(self.centroids_HCK.shape[:2], dtype=torch.int64))
         self._sums: tuple[Tensor, Tensor] | None = None  # no buffer: ranks have their own, and DDP levels buffers
         self._micro_batches = 0
@@ -77,7 +77,7 @@ class RoutingAttention(AttentionHead):
     def reset_parameters(self) -> None:
         """Draw this layer's first centroids: random directions."""
         generator = torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
-        drawn = torch.randn(self.centroids_HCK.shape, generator=generator, device="cpu")
+        drawn = torch.randn(self.centroids_HCK.shape, generator=generator, dtype=torch.float32, device="cpu")
         self.centroids_HCK.copy_(F.normalize(drawn, dim=-1))
         self.num_updates.zero_()
         self._sums, self._micro_batches = None, 0
@@ -107,7 +107,9 @@ class RoutingAttention(AttentionHead):
             seen.append(clusters.member.expand(query_row.shape).flatten())
         context_THK = _mean_by_row(torch.cat(rows), torch.cat(contexts), torch.cat(seen), query_THK)
         if self.training and self.options.decay < 1 and torch.is_grad_enabled():
-            context_THK = Collect.apply(context_THK, self, *self._count(queries, keys, layout))
+            with without_autocast(query_THK):
+                statistics = self._count(queries, keys, layout)
+            context_THK = Collect.apply(context_THK, self, *statistics)
         return context_THK
 
     # Which tokens
@@ -115,7 +117,7 @@ class RoutingAttention(AttentionHead):
     @torch.no_grad()
     def _unit_groups(self, x_THK: Tensor, layout: PackLayout) -> list[Tensor]:
         """Unit vectors of each group, (M, H, width, K)."""
-        return [x.transpose(1, 2) for x in layout.length_groups.gather(F.normalize(x_THK.detach(), dim=-1))]
+        return [x.transpose(1, 2) for x in layout.length_groups.gather(unit_vectors(x_THK.detach()))]
 
     def _clusters(self, source: Tensor, mask: Tensor | None) -> "Clusters":
         """The clusters of a group: as many and as wide as any of its lengths asks for; the rest are not used."""
@@ -251,7 +253,8 @@ def _lengths(source: Tensor, mask: Tensor | None) -> Tensor:
 
 def _mean_by_row(row: Tensor, context: Tensor, seen: Tensor, like_THK: Tensor) -> Tensor:
     """The mean of what a row was given where `seen`, 0 if that is nothing. row, seen (P,), context (P, K)."""
-    count = torch.zeros(like_THK.shape[:2], device=row.device).flatten().index_add(0, row, seen.float())
+    count = torch.zeros(like_THK.shape[:2], dtype=torch.float32, device=row.device)
+    count = count.flatten().index_add(0, row, seen.float())
     context = torch.where(seen[:, None], context / count.clamp(min=1).type_as(context)[row, None], 0)
     return torch.zeros_like(like_THK).flatten(0, 1).index_add(0, row, context).view_as(like_THK)
 

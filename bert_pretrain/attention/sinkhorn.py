@@ -68,18 +68,18 @@ class SinkhornAttention(AttentionHead):
         self.max_blocks = -(-self.max_sequence_length // self.options.block_size)
         self.sort_weight = nn.Parameter(torch.empty(self.num_heads, 2 * self.head_width, self.max_blocks))
         if self.options.noise:
-            self.register_buffer("noise", torch.empty(self.num_heads, self.max_blocks, self.max_blocks))
+            self.register_at_least_float32("noise", (self.num_heads, self.max_blocks, self.max_blocks))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw this layer's W and noise."""
         generator = torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
-        drawn = torch.randn(self.sort_weight.shape, generator=generator, device="cpu")
+        drawn = torch.randn(self.sort_weight.shape, generator=generator, dtype=torch.float32, device="cpu")
         # a W of 0 would be a dead relu; the scale does not matter, as sinkhorn takes it out
         self.sort_weight.copy_(drawn * (2 * self.head_width) ** -0.5)
         if self.options.noise:
-            uniform = torch.rand(self.noise.shape, generator=generator, device="cpu")
+            uniform = torch.rand(self.noise.shape, generator=generator, dtype=torch.float32, device="cpu")
             self.noise.copy_(-(-(uniform + EPSILON).log() + EPSILON).log() * self.options.noise)
 
     def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:

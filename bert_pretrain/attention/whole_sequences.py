@@ -13,10 +13,9 @@ Shape letters: S sequences of a group, W its width, n a sequence's own length.
 from contextlib import nullcontext
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.head import AttentionHead, at_least_float32, without_autocast
 from collate.layout import PackLayout
 
 
@@ -35,7 +34,7 @@ class WholeSequenceHead(AttentionHead):
         settings = {"dropout": dropout} if self.supports_dropout else {}
         groups = layout.length_groups
         contexts = []
-        with torch.autocast(query_THK.device.type, enabled=False) if self.precise else nullcontext():
+        with without_autocast(query_THK) if self.precise else nullcontext():
             for query, key, value, is_real in zip(*map(groups.gather, tokens), groups.key_masks, strict=True):
                 # contiguous once: each product would copy a strided tensor again
                 query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
@@ -51,11 +50,6 @@ class WholeSequenceHead(AttentionHead):
         Mask them out of every sum over W: their gradient is dropped.
         """
         raise NotImplementedError
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """16 bits widened to 32; others as they are."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def zero_padding(x_SHWK: Tensor, is_real_S11W: Tensor | None) -> Tensor:
