@@ -26,6 +26,7 @@ HEADS = {
     "lsh": LSHAttention,
     "lsh, small buckets": partial(LSHAttention, bucket_size=3, num_rounds=3),
     "lsh, one round": partial(LSHAttention, bucket_size=4, num_rounds=1),
+    "lsh, duplicates count": partial(LSHAttention, bucket_size=3, num_rounds=3, duplicates="count"),
     "routing": RoutingAttention,
     "routing, 3 clusters": partial(RoutingAttention, num_clusters=3),
     "sinkhorn": SinkhornAttention,
@@ -111,9 +112,10 @@ def lsh_twin(head, query_nHK, _, value_nHK):
             chain += chunks
         for i in range(n):
             found, normalisers = [], []
-            for r in range(head.options.num_rounds):
-                c = where[r][i]
-                seen = chain[c] + chain[c - 1]
+            windows = [chain[where[r][i]] + chain[where[r][i] - 1] for r in range(head.options.num_rounds)]
+            if head.options.duplicates == "union":
+                windows = [sorted(set().union(*windows))]
+            for seen in windows:
                 scores = torch.stack([query[i] @ key[j] / width**0.5 for j in seen])
                 scores = torch.where(torch.tensor(seen) == i, -5e4, scores)
                 found.append(scores.softmax(0) @ value[seen])
@@ -171,6 +173,8 @@ TWINS = {
     "lsh": (LSHAttention, lsh_twin),
     "lsh, small buckets": (HEADS["lsh, small buckets"], lsh_twin),
     "lsh, one round": (HEADS["lsh, one round"], lsh_twin),
+    "lsh, duplicates count": (HEADS["lsh, duplicates count"], lsh_twin),
+    "lsh, many rounds": (partial(LSHAttention, bucket_size=2, num_rounds=6), lsh_twin),
     "routing": (RoutingAttention, routing_twin),
     "routing, 3 clusters": (HEADS["routing, 3 clusters"], routing_twin),
     "sinkhorn, small blocks": (HEADS["sinkhorn, small blocks"], sinkhorn_twin),
@@ -200,24 +204,34 @@ def test_one_cluster_or_block_is_exact_attention(build):
     assert_close(with_gradients(lambda *x: make(build)(*x, layout), inputs), expected)
 
 
-@pytest.mark.parametrize(("bucket_size", "num_rounds"), [(20, 3), (10, 1)])
+def exact_shared(query, value):
+    """One sequence's full attention, keys the unit queries, a token itself only where there is nothing else."""
+    scores = torch.einsum("ihk,jhk->hij", query, torch.nn.functional.normalize(query, dim=-1)) / query.shape[-1] ** 0.5
+    scores = scores.masked_fill(torch.eye(len(query)).bool(), -5e4)
+    return torch.einsum("hij,jhk->ihk", scores.softmax(-1), value)
+
+
+@pytest.mark.parametrize("num_rounds", [1, 2, 3, 8, 70])
+@pytest.mark.parametrize("bucket_size", [1, 4, 10, 20])
 def test_lsh_of_one_or_two_chunks_is_exact_shared_attention(bucket_size, num_rounds):
-    """Chunk and the chunk before hold all tokens; (…, 1 round) as across rounds one chunk may be met twice."""
-    layout = layout_of([[1] * 20 + [2] * 5 + [0] + [3] * 14 + [4]])
+    """The union of the rounds is all tokens of up to two chunks; 70 rounds are counted beyond one byte."""
+    lengths = sorted({1, 2, bucket_size, bucket_size + 1, max(1, 2 * bucket_size - 1), 2 * bucket_size})
+    layout = layout_of([[number for number, n in enumerate(lengths, start=1) for _ in range(n)]])
     query, key, value = heads_input(layout)
     head = make(LSHAttention, bucket_size=bucket_size, num_rounds=num_rounds)
-
-    def exact(query, value):
-        scores = (
-            torch.einsum("ihk,jhk->hij", query, torch.nn.functional.normalize(query, dim=-1)) / query.shape[-1] ** 0.5
-        )
-        scores = scores.masked_fill(torch.eye(len(query)).bool(), -5e4)
-        return torch.einsum("hij,jhk->ihk", scores.softmax(-1), value)
-
     assert_close(
         with_gradients(lambda q, v: head(q, key, v, layout), [query, value]),
-        with_gradients(lambda q, v: by_sequence(exact, layout, q, v), [query, value]),
+        with_gradients(lambda q, v: by_sequence(exact_shared, layout, q, v), [query, value]),
     )
+
+
+def test_lsh_that_counts_duplicates_is_not_exact():
+    """One chunk is: there all are seen equally often. In two, what both rounds show weighs twice."""
+    query, key, value = heads_input(one_sequence(20))
+    for bucket_size, least, most in ((20, 0, 1e-12), (10, 0.1, 10)):
+        head = make(LSHAttention, bucket_size=bucket_size, num_rounds=2, duplicates="count")
+        error = head(query, key, value, one_sequence(20)) - exact_shared(query, value)
+        assert least <= float(error.norm() / exact_shared(query, value).norm()) <= most
 
 
 # The public implementations
@@ -240,14 +254,14 @@ def reference_lsh(head):
 
 @pytest.mark.parametrize(("n", "num_rounds"), [(64, 1), (64, 2), (48, 4), (16, 8)])
 def test_lsh_equals_reformer_pytorch(n, num_rounds):
-    head = make(LSHAttention, bucket_size=8, num_rounds=num_rounds)
+    head = make(LSHAttention, bucket_size=8, num_rounds=num_rounds, duplicates="count")
     inputs = heads_input(one_sequence(n))
     found = with_gradients(lambda *x: head(*x, one_sequence(n)), inputs)
     assert_close(found, with_gradients(reference_lsh(head), inputs))
 
 
 def test_lsh_does_not_leak_where_reformer_pytorch_does():
-    head = make(LSHAttention, bucket_size=4, num_rounds=2)
+    head = make(LSHAttention, bucket_size=4, num_rounds=2, duplicates="count")
     reference = reference_lsh(head)
     assert leak(lambda *x: reference(*x[:3]), 8, 8) > 0.1
     assert leak(head, 8, 8) == 0
@@ -659,6 +673,7 @@ def test_layers_draw_different_things_and_always_the_same(build):
         ),
         (LSHAttention, {"bucket_size": 0}, "bucket_size=0 must be an integer of at least 1"),
         (LSHAttention, {"bucket_size": "64"}, "bucket_size='64' must be an integer .*; give the number of tokens"),
+        (LSHAttention, {"duplicates": "ignore"}, "duplicates='ignore' is unknown; choose from union, count"),
         (RoutingAttention, {"num_clusters": 2.5}, r"num_clusters=2\.5 must be an integer"),
         (SinkhornAttention, {"block_size": 1.5}, r"block_size=1\.5 must be an integer"),
         (RoutingAttention, {"num_clusters": 0}, "num_clusters=0 must be an integer of at least 1; .*or None for about"),

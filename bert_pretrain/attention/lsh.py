@@ -2,10 +2,17 @@
 
     k_j = q_j / |q_j|,    hash(q) = argmax [q R; -q R]                   R (K, buckets / 2), other ones in each round
     sorted by (hash, position) and cut into chunks of C: a token sees its own chunk and the one before
-    s_ij = q_i . k_j / sqrt(K),    s_ii = -5e4: to itself only where there is nothing else
+    s_ij = q_i . k_j / sqrt(K) - log N_ij,    s_ii = -5e4: to itself only where there is nothing else
     context_i = sum_r exp(z_ir - logsumexp_r z_ir) context_ir,    z_ir = logsumexp_j s_ij in round r
 
-Cost: rounds * N * 2 C * K per head, the hash (n / 2C columns a round) and the sort; memory rounds * N * 2 C.
+N_ij is how many times i sees j in all rounds together (appendix A). So a context is the softmax over the *union* of
+what the rounds show, and exact attention for n <= 2 C at any number of rounds. duplicates="count" leaves N_ij out, as
+most public code does: a token that is seen in two rounds then weighs twice.
+
+A config from before this option was there does not name it, and is read as "union". To go on with a model that was
+trained on several rounds then, set duplicates="count".
+
+Cost: rounds * N * 2 C * (K + rounds) per head, the hash (n / 2C columns a round) and the sort; memory rounds * N * 2 C.
 
 Queries and keys are one: the keys given to this head are ignored. The layer's key projection idles, with a gradient of
 zeros, so that every parameter has one and checkpoints keep their form. The attention of a stock checkpoint becomes
@@ -23,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead, unit_vectors
-from bert_pretrain.attention.options import check_integer, check_seed
+from bert_pretrain.attention.options import check_choice, check_integer, check_seed
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
@@ -43,12 +50,17 @@ class LSHOptions:
     """Tokens of a chunk, and about those of a bucket: each token sees twice as many a round. Up to this length the
     head is exact attention (over shared queries and keys)."""
 
+    duplicates: str = "union"
+    """A token that several rounds show is one token in "union", as in the paper. With "count" it weighs as many times,
+    as in reformer-pytorch and transformers."""
+
     seed: int = 0
     """Of the rotations; every layer draws its own under the same seed."""
 
     def __post_init__(self) -> None:
         check_integer(self, "num_rounds", 1, "give the number of hash rounds")
         check_integer(self, "bucket_size", 1, "give the number of tokens of a chunk")
+        check_choice(self, "duplicates", ("union", "count"))
         check_seed(self)
 
 
@@ -57,6 +69,8 @@ class Places(NamedTuple):
 
     token: (R, NC, H, C) the token in each slot. row: (R * NC * H * C,) its row. slot: (R * T * H,) the slot of each row
     in each round, the inverse. previous, next: (R * NC,) the chunk before and after in the sequence's chain.
+    number: (R, T * H) the number of each row's chunk in its sequence, from 0. last: (T * H,) the
+    last such number. Both in as few bytes as hold them.
     """
 
     token: Tensor
@@ -64,6 +78,8 @@ class Places(NamedTuple):
     slot: Tensor
     previous: Tensor
     next: Tensor
+    number: Tensor
+    last: Tensor
 
 
 class LSHAttention(AttentionHead):
@@ -89,9 +105,13 @@ class LSHAttention(AttentionHead):
         self.refuse_longer(layout)
         query_THK = InsteadOf.apply(query_THK, key_THK)
         chunks = layout.chunks(self.options.bucket_size)
-        places = sort_into_chunks(self.hash(query_THK.detach(), layout), layout.sequence_of_token, chunks)
+        most_chunks = -(-self.max_sequence_length // self.options.bucket_size)
+        buckets = self.hash(query_THK.detach(), layout)
+        places = sort_into_chunks(buckets, layout.sequence_of_token, chunks, most_chunks)
         query, key, value = self._gather(query_THK, value_THK, places)
         scores = query @ key.transpose(-1, -2)
+        if self.options.duplicates == "union" and self.options.num_rounds > 1:  # one round shows all equally often
+            scores = scores - times_seen(places).to(scores.dtype).log_()
         token_seen = _looked_back(places.token.flatten(0, 1), places)
         scores = scores.masked_fill(places.token.flatten(0, 1)[..., None] == token_seen[..., None, :], SELF_SCORE)
         # last, as padding slots show the last token: to that they would be itself
@@ -139,10 +159,10 @@ def num_buckets(length, bucket_size: int):
     return (length + 2 * bucket_size - 1) // (2 * bucket_size) * 2
 
 
-def sort_into_chunks(buckets: Tensor, sequence_of_token: Tensor, chunks: Chunks) -> Places:
+def sort_into_chunks(buckets: Tensor, sequence_of_token: Tensor, chunks: Chunks, most_chunks: int = 2**30) -> Places:
     """Sort each sequence's tokens by (bucket, position), in each round and head, and cut them into its own chunks.
 
-    buckets: (R, H, T) int64.
+    buckets: (R, H, T) int64. most_chunks: more than no sequence has.
     """
     num_rounds, num_heads, num_tokens = buckets.shape
     # tokens come by sequence and position, so a stable sort by (sequence, bucket) leaves every sequence where it is
@@ -154,16 +174,44 @@ def sort_into_chunks(buckets: Tensor, sequence_of_token: Tensor, chunks: Chunks)
     heads = torch.arange(num_heads, device=buckets.device)
     rounds = torch.arange(num_rounds, device=buckets.device)
     slot_in_round = chunks.slot_of_token[rank]
-    number, place = slot_in_round // chunks.size, slot_in_round % chunks.size
-    slot = ((rounds[:, None, None] * chunks.num_chunks + number) * num_heads + heads[:, None]) * chunks.size + place
+    chunk, place = slot_in_round // chunks.size, slot_in_round % chunks.size
+    slot = ((rounds[:, None, None] * chunks.num_chunks + chunk) * num_heads + heads[:, None]) * chunks.size + place
     previous, following = _chain(num_rounds, chunks)
+    largest = max(2 * num_rounds, most_chunks)
+    small = next(d for d in (torch.int8, torch.int16, torch.int32) if torch.iinfo(d).max > largest)
     return Places(
         token=token,
         row=(token * num_heads + heads[:, None]).flatten(),
         slot=slot.transpose(1, 2).flatten(),
         previous=previous,
         next=following,
+        number=chunks.number[chunk].transpose(1, 2).flatten(1).to(small),
+        last=(chunks.chunks_per_sequence - 1)[sequence_of_token].repeat_interleave(num_heads).to(small),
     )
+
+
+@torch.no_grad()
+def times_seen(places: Places) -> Tensor:
+    """N_ij (R * NC, H, C, 2 C) integers: in how many windows of all rounds a slot's query meets the key of another.
+
+    A query in chunk c of a round sees chunks c and c - 1 of that round; in chunk 0 the last one of the round before.
+    """
+    shape = places.token.flatten(0, 1).shape
+
+    def of_slots(x: Tensor) -> Tensor:
+        return x.index_select(0, places.row).view(shape)
+
+    times = None
+    for number, before in zip(places.number, places.number.roll(1, 0), strict=True):
+        query = of_slots(number)
+        key, key_before = _looked_back(query, places), _looked_back(of_slots(before), places)
+        last_from_first = torch.where(query == 0, of_slots(places.last), -1)
+        # in place and in one byte, as this is done for every score
+        distance = query[..., None] - key[..., None, :]
+        seen = distance.bitwise_and_(-2).eq(0).view(torch.int8)  # 0 and 1 have no other bit
+        times = seen.to(number.dtype) if times is None else times.add_(seen)
+        times.add_(last_from_first[..., None].eq(key_before[..., None, :]).view(torch.int8))
+    return times
 
 
 def _chain(num_rounds: int, chunks: Chunks) -> tuple[Tensor, Tensor]:
