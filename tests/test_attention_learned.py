@@ -31,6 +31,7 @@ HEADS = {
     "routing, 3 clusters": partial(RoutingAttention, num_clusters=3),
     "sinkhorn": SinkhornAttention,
     "sinkhorn, small blocks": partial(SinkhornAttention, block_size=5, noise=1.0),
+    "sinkhorn, columns last": partial(SinkhornAttention, block_size=5, noise=1.0, normalized_last="columns"),
 }
 PATTERNS = ("lsh, small buckets", "routing", "routing, 3 clusters", "sinkhorn, small blocks")
 
@@ -154,15 +155,17 @@ def sinkhorn_twin(head, query_nHK, key_nHK, value_nHK):
         if head.options.noise:
             logits = logits + head.noise[h, : len(blocks), : len(blocks)]
         matrix = (logits / head.options.temperature).exp()
+        published = head.options.normalized_last == "columns"
         for _ in range(head.options.num_iterations):
-            matrix = matrix / matrix.sum(1, keepdim=True)
-            matrix = matrix / matrix.sum(0, keepdim=True)
+            for dimension in (1, 0) if published else (0, 1):
+                matrix = matrix / matrix.sum(dimension, keepdim=True)
         for u, block in enumerate(blocks):
             whole = len(blocks[int(matrix[u].argmax())])
             slots = range(min(whole, size))
+            there = [[v for v, b in enumerate(blocks) if t < len(b)] for t in slots]
+            shares = [1 if published else sum(matrix[u, v] for v in own) for own in there]
             mixed = [
-                [sum(matrix[u, v] * x[b[t]] for v, b in enumerate(blocks) if t < len(b)) for t in slots]
-                for x in (key, value)
+                [sum(matrix[u, v] * x[blocks[v][t]] for v in there[t]) / shares[t] for t in slots] for x in (key, value)
             ]
             keys, values = (torch.cat([torch.stack(m), x[block]]) for m, x in zip(mixed, (key, value), strict=True))
             contexts += [(keys @ query[i] / width**0.5).softmax(0) @ values for i in block]
@@ -178,6 +181,7 @@ TWINS = {
     "routing": (RoutingAttention, routing_twin),
     "routing, 3 clusters": (HEADS["routing, 3 clusters"], routing_twin),
     "sinkhorn, small blocks": (HEADS["sinkhorn, small blocks"], sinkhorn_twin),
+    "sinkhorn, columns last": (HEADS["sinkhorn, columns last"], sinkhorn_twin),
     "sinkhorn, blocks of 3": (partial(SinkhornAttention, block_size=3, num_iterations=3), sinkhorn_twin),
 }
 
@@ -339,7 +343,7 @@ def reference_sinkhorn(head):
 @pytest.mark.parametrize("n", [64, 59])
 def test_sinkhorn_equals_sinkhorn_transformer(n):
     """It wants all 64 slots: shorter sequences are padded by 0 and masked."""
-    head = make(SinkhornAttention, block_size=8, noise=1.0)
+    head = make(SinkhornAttention, block_size=8, noise=1.0, normalized_last="columns")
     reference = reference_sinkhorn(head)
     query, key, _ = heads_input(one_sequence(n))
 
@@ -352,7 +356,7 @@ def test_sinkhorn_equals_sinkhorn_transformer(n):
 
 
 def test_sinkhorn_does_not_leak_where_sinkhorn_transformer_does():
-    head = make(SinkhornAttention, block_size=8, noise=1.0)
+    head = make(SinkhornAttention, block_size=8, noise=1.0, normalized_last="columns")
     reference = reference_sinkhorn(head)
     assert leak(lambda *x: reference(*x[:3]), 32, 32) > 0.1
     assert leak(head, 32, 32) == 0
@@ -637,6 +641,17 @@ def test_sinkhorn_makes_rows_and_columns_sum_to_one():
     torch.testing.assert_close(matrix.sum(-2), torch.ones(3, 5))
 
 
+@pytest.mark.parametrize("n", [20, 17, 23])
+def test_a_constant_value_stays_constant(n):
+    """The last block full, and padded; in the published form it moves."""
+    query, key, value = heads_input(one_sequence(n))
+    value = torch.ones_like(value)
+    for last, least, most in (("rows", 0, 1e-12), ("columns", 1e-3, 1)):
+        head = make(SinkhornAttention, block_size=5, noise=1.0, normalized_last=last)
+        error = (head(3 * query, 3 * key, value, one_sequence(n)) - 1).abs().max()
+        assert least <= float(error.detach()) <= most
+
+
 def test_a_permutation_shows_each_block_one_other():
     """Each of two blocks sorted to the other: they see all; each sorted to itself: they see themselves alone."""
     layout = one_sequence(8)
@@ -679,6 +694,11 @@ def test_layers_draw_different_things_and_always_the_same(build):
         (RoutingAttention, {"num_clusters": 0}, "num_clusters=0 must be an integer of at least 1; .*or None for about"),
         (RoutingAttention, {"decay": 1.5}, r"decay=1\.5 must be a number from 0 to 1; 1 keeps the centroids"),
         (SinkhornAttention, {"block_size": 0}, "block_size=0 must be an integer of at least 1"),
+        (
+            SinkhornAttention,
+            {"normalized_last": "both"},
+            "normalized_last='both' is unknown; choose from rows, columns",
+        ),
         (SinkhornAttention, {"temperature": 0}, "temperature=0 must be a number above 0"),
         (SinkhornAttention, {"noise": -1.0}, r"noise=-1\.0 must be a number of at least 0; 0 is none"),
     ],

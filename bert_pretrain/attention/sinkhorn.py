@@ -2,13 +2,18 @@
 
     s_u    = [sum of the queries of block u; sum of its keys]
     R      = sinkhorn((log(relu(s W) + 1e-6) + noise) / temperature)       (n/C, n/C), rows and columns sum to 1
-    K'_u, V'_u = sum_v R_uv K_v, sum_v R_uv V_v                            near a permutation: one block, softly chosen
+    K'_u, V'_u = sum_v R_uv K_v, sum_v R_uv V_v                            near a permutation: one block, softly chosen,
+                                                                           over the blocks that have a token in the slot
     context_i = softmax over the 2 C keys of [K'_u; K_u], u the block of i, applied to [V'_u; V_u]
 
 Cost: N 2 C K + (n/C)^2 C K per head; memory N 2 C + (n/C)^2.
 
 The sorting network is the "simple" one of the paper: W (2 K, blocks) is a parameter of each head, column v for the v-th
 block of a sequence. A slot of K'_u is masked where the block with the largest R_uv has padding in it.
+
+A context is a mean of values: rows of R are normalised last, and a slot is divided by the share of R_uv of the blocks
+that have a token there. normalized_last="columns" is the published form, where rows sum to 1 only nearly and the
+padding of the last block is mixed in as zeros. A config that does not name the option is read as "rows".
 
 Isolation: blocks are cut from each sequence's own start, and its R is (its blocks x its blocks): sequences of equally
 many blocks lie side by side, those of other numbers in other products. Up to C tokens it is full attention.
@@ -21,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.head import AttentionHead
-from bert_pretrain.attention.options import check_integer, check_number, check_seed
+from bert_pretrain.attention.head import AttentionHead, at_least_float32, without_autocast
+from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather
@@ -38,7 +43,7 @@ class SinkhornOptions:
     """Tokens of a block: each token sees twice as many. Up to this length the head is exact attention."""
 
     num_iterations: int = 7
-    """Times that rows and columns are normalised in turn; with more, the rows of R sum to 1 more exactly."""
+    """Times that rows and columns are normalised in turn; with more, both sums of R are nearer to 1."""
 
     temperature: float = 0.75
     """Less makes R sharper, nearer to a permutation of blocks."""
@@ -46,6 +51,10 @@ class SinkhornOptions:
     noise: float = 0.0
     """Scale of Gumbel noise on the scores, 1 in the paper. Drawn once for every layer, head and pair of block numbers:
     it gives heads that score blocks alike different orders, in training and evaluation the same."""
+
+    normalized_last: str = "rows"
+    """"rows" makes a context a mean of values. "columns" is the published form: a constant value does not stay constant
+    there, but moves by a few per cent, and more near a padded block."""
 
     seed: int = 0
     """Of the first W and the noise; every layer draws its own under the same seed."""
@@ -55,6 +64,7 @@ class SinkhornOptions:
         check_integer(self, "num_iterations", 1, "give the number of normalisations in turn")
         check_number(self, "temperature", "above 0", "0.75 is the default")
         check_number(self, "noise", "of at least 0", "0 is none")
+        check_choice(self, "normalized_last", ("rows", "columns"))
         check_seed(self)
 
 
@@ -87,13 +97,15 @@ class SinkhornAttention(AttentionHead):
         query, key, value = (chunks.gather(x).transpose(1, 2) for x in (query_THK, key_THK, value_THK))
         # (NC, H, C, K); what padding slots show must not be counted in sums, nor mixed into other blocks
         query, key, value = (torch.where(chunks.valid[:, None, :, None], x, 0) for x in (query, key, value))
-        sums = torch.cat([query.sum(2), key.sum(2)], dim=-1)
-        sorted_key, sorted_value, sorted_valid = self._sort(sums, key, value, chunks)
+        with without_autocast(query):  # in float16 sums of a block overflow, and so does the gradient of R
+            wide_query, wide_key, wide_value = map(at_least_float32, (query, key, value))
+            sums = torch.cat([wide_query.sum(2), wide_key.sum(2)], dim=-1)
+            sorted_key, sorted_value, sorted_valid = self._sort(sums, wide_key, wide_value, chunks)
         valid = torch.cat([sorted_valid, chunks.valid[:, None].expand_as(sorted_valid)], dim=-1)
         context = F.scaled_dot_product_attention(
             query,
-            torch.cat([sorted_key, key], dim=2),
-            torch.cat([sorted_value, value], dim=2),
+            torch.cat([sorted_key.type_as(key), key], dim=2),
+            torch.cat([sorted_value.type_as(value), value], dim=2),
             attn_mask=valid[:, :, None].expand(-1, -1, chunks.size, -1),
         )
         return chunks.scatter(context.transpose(1, 2))
@@ -110,7 +122,8 @@ class SinkhornAttention(AttentionHead):
         logits = (scores.to(torch.promote_types(scores.dtype, torch.float32)) + EPSILON).log()
         if self.options.noise:
             logits = logits + self.noise[:, :num_blocks, :num_blocks].type_as(logits)
-        return sinkhorn(logits / self.options.temperature, self.options.num_iterations).type_as(sums)
+        logits, last = logits / self.options.temperature, self.options.normalized_last
+        return sinkhorn(logits, self.options.num_iterations, last).type_as(sums)
 
     def _sort(self, sums: Tensor, key: Tensor, value: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
         """Sorted keys and values (NC, H, C, K), and which of their slots count (NC, H, C)."""
@@ -121,10 +134,15 @@ class SinkhornAttention(AttentionHead):
             # (M, U, H, …) -> (M, H, U, …)
             matrix = self.sorting_matrix(own_sums.transpose(1, 2))
             blocks = matrix @ own.transpose(1, 2).flatten(3)
-            mixed.append(blocks.unflatten(3, own.shape[3:]).transpose(1, 2))
             chosen = matrix.argmax(-1).transpose(1, 2)
             sequence = torch.arange(len(chosen), device=chosen.device)[:, None, None]
             valid.append(own_valid[sequence, chosen])
+            blocks = blocks.unflatten(3, own.shape[3:]).transpose(1, 2)
+            if self.options.normalized_last == "rows":
+                share = (matrix @ own_valid.type_as(matrix)[:, None]).transpose(1, 2)
+                # where the chosen block has a token, it alone is 1/U or more; elsewhere nothing is read
+                blocks = blocks / torch.where(valid[-1], share, 1)[..., None]
+            mixed.append(blocks)
         sorted_key, sorted_value = groups.scatter(mixed).chunk(2, dim=-1)
         return sorted_key, sorted_value, groups.scatter(valid)
 
@@ -160,9 +178,9 @@ def _permute(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
     return Gather.apply(x, order, place) if x.is_floating_point() else x[order]
 
 
-def sinkhorn(logits: Tensor, num_iterations: int) -> Tensor:
+def sinkhorn(logits: Tensor, num_iterations: int, last: str = "columns") -> Tensor:
     """(…, U, U) -> nearly doubly stochastic: rows and columns normalised in turn, in logarithms."""
     for _ in range(num_iterations):
-        logits = logits - logits.logsumexp(-1, keepdim=True)
-        logits = logits - logits.logsumexp(-2, keepdim=True)
+        for dimension in (-1, -2) if last == "columns" else (-2, -1):
+            logits = logits - logits.logsumexp(dimension, keepdim=True)
     return logits.exp()
