@@ -25,7 +25,7 @@ import xxhash
 from .fingerprint import ColumnPrint
 from .folder import write_file
 from .metadata import build, read_json
-from .names import checked_name
+from .names import checked_name, file_in
 from .remote import RemotePath, place
 from .saved import INFO, STATE
 from .shards import ARROW, PARQUET, ShardRecord
@@ -72,7 +72,7 @@ class Manifest:
 def read_manifest(folder: str | Path | RemotePath) -> Manifest:
     """Read folder/manifest.json. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
     path = place(folder) / FILE
-    content = read_json(path)
+    content = read_json(file_in(place(folder), FILE, FILE))
     if not isinstance(content, dict) or not {"format", "checksum"} <= set(content):
         raise ValueError(f"{str(path)!r} is damaged: it is no manifest of a packed dataset")
     found, checksum = content.pop("format"), content.pop("checksum")

@@ -73,18 +73,23 @@ def _source_order(packed: datasets.Dataset, lengths: np.ndarray, facts: PackedIn
     torn = np.flatnonzero(~is_first[1:] & (begins[1:] != begins[:-1] + lengths[:-1]))
     if len(torn):
         raise ValueError(f"source row {rows[torn[0] + 1]} is there twice, or lacks a piece; unpack {WHOLE}")
-    found = rows[is_first]
-    expected = np.arange(facts.source_rows)
-    if facts.overlong == "drop":
-        expected = np.setdiff1d(expected, facts.overlong_rows, assume_unique=True)
-    if not np.array_equal(found, expected):
-        other = np.setxor1d(found, expected, assume_unique=True)
-        raise ValueError(
-            f"{len(other)} source rows are not where they were packed, row {other[0]} first; unpack {WHOLE}"
-        )
+    _refuse_other_rows(rows[is_first], facts)
     if facts.overlong == "split" and len(rows) != facts.num_sequences:
         raise ValueError(f"{facts.num_sequences} sequences were packed, and {len(rows)} are there; unpack {WHOLE}")
     return order, np.append(np.flatnonzero(is_first), len(rows))
+
+
+def _refuse_other_rows(found: np.ndarray, facts: PackedInfo) -> None:
+    """Raise ValueError unless these are all rows of the source but those that were dropped. Memory follows `found`."""
+    dropped = np.array(facts.overlong_rows if facts.overlong == "drop" else (), np.int64)
+    known, extra = np.union1d(found, dropped), np.intersect1d(found, dropped)
+    outside = known[(known < 0) | (known >= facts.source_rows)]
+    inside = known[(known >= 0) & (known < facts.source_rows)]
+    missing = facts.source_rows - len(inside)
+    if count := missing + len(outside) + len(extra):
+        gap = np.append(np.flatnonzero(inside != np.arange(len(inside))), len(inside))[:1]
+        first = min(int(part[0]) for part in (gap if missing else gap[:0], outside, extra) if len(part))
+        raise ValueError(f"{count} source rows are not where they were packed, row {first} first; unpack {WHOLE}")
 
 
 WHOLE = "the whole packed dataset as pack_dataset made it (verify_packed names what is wrong)"

@@ -13,7 +13,7 @@ import datasets
 import pytest
 import xxhash
 
-from packing import cli, load_packed, pack_dataset, packed_info, verify_packed
+from packing import EpochPacks, cli, load_packed, pack_dataset, packed_info, unpack_dataset, verify_packed
 from packing.metadata import parse_json, read_json
 from packing.names import checked_name, checked_path, file_in
 from packing.saved import load_saved
@@ -61,6 +61,10 @@ def recompute(folder):
     content.pop("checksum", None)
     digest = xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(content | {"checksum": digest}))
+
+
+FILES = [(form, name) for form in ("arrow", "parquet") for name in ("shard", "manifest.json", "dataset_info.json")]
+FILES += [("arrow", "state.json")]  # Parquet has none
 
 
 # Names
@@ -182,9 +186,10 @@ def test_a_manifest_that_names_what_is_outside(folder, tmp_path, name):
         (folder / "manifest.json").write_bytes(kept)
 
 
-def test_shards_that_are_links(folder, tmp_path):
+@pytest.mark.parametrize(("sound", "which"), FILES, indirect=["sound"])
+def test_files_that_are_links(folder, tmp_path, which):
     """Out of the folder: refused, though the bytes are the same. Within it, or to it: a file like any."""
-    shard = sorted(folder.glob("data-*"))[0]
+    shard = sorted(folder.glob("data-*"))[0] if which == "shard" else folder / which
     shard.rename(tmp_path / "moved")
     shard.symlink_to(tmp_path / "moved")
     found = verify_packed(folder)
@@ -197,10 +202,6 @@ def test_shards_that_are_links(folder, tmp_path):
     (tmp_path / "way in").symlink_to(folder)
     assert verify_packed(tmp_path / "way in").ok
     assert load_packed(tmp_path / "way in").num_rows == load_packed(folder).num_rows
-
-
-FILES = [(form, name) for form in ("arrow", "parquet") for name in ("shard", "manifest.json", "dataset_info.json")]
-FILES += [("arrow", "state.json")]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device", "circle"])
@@ -452,3 +453,44 @@ def test_an_archive_whose_names_lead_out_of_the_cache(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="which is no name of a file"):
         local_copy.local_copy(f"zip://rows::file://{tmp_path}/rows.zip")
     assert not list(tmp_path.rglob("escaped*"))
+
+
+# Unpacking
+
+
+@pytest.mark.parametrize("rows", [10**9, 2**60])
+def test_unpacking_what_says_that_it_has_billions_of_rows(rows):
+    """The work follows the rows that are there."""
+    packed = pack_dataset(make_source(), 16)
+    facts = json.loads(packed.info.description.removeprefix(PREFIX))
+    facts |= {"source_rows": rows, "num_sequences": rows, "num_tokens": rows}
+    packed.info.description = PREFIX + json.dumps(facts)
+    with Work() as work, pytest.raises(ValueError, match=f"{rows - 40} source rows are not where .*, row 40 first"):
+        unpack_dataset(packed)
+    assert work.bytes < 1 << 24
+
+
+FACTS = {
+    "rows that were not counted": {"source_rows": 41},
+    "more packs than sequences": {"num_packs": 41},
+    "no length": {"max_sequence_length": 0},
+    "a length of 64 bits": {"max_sequence_length": 2**40},
+    "an unknown way": {"overlong": "shorten"},
+    "rows twice": {"overlong_rows": [3, 3]},
+    "a row that is not there": {"overlong_rows": [40]},
+    "no tokens": {"token_columns": []},
+    "a truth": {"num_packs": True},
+    "a field of nobody": {"other": 1},
+    "no object": None,
+}
+
+
+@pytest.mark.parametrize("changes", FACTS.values(), ids=FACTS)
+def test_facts_that_cannot_be_true(changes):
+    """No reader goes on with them."""
+    packed = pack_dataset(make_source(), 16)
+    facts = json.loads(packed.info.description.removeprefix(PREFIX))
+    packed.info.description = PREFIX + json.dumps(changes and facts | changes)
+    for read in (packed_info, EpochPacks, unpack_dataset, verify_packed):
+        with pytest.raises(ValueError, match="packing facts"):
+            read(packed)
