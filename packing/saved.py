@@ -10,6 +10,7 @@ load_from_disk opens whatever these files name.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ STATE_AS_WRITTEN = {
     "_format_type": None,
     "_output_all_columns": False,
 }
+SPLIT = re.compile(r"\w+(\.\w+)*")  # as datasets has it
 MOST_CLASSES = 1 << 20  # of a ClassLabel that has no names: datasets makes some
 
 
@@ -91,10 +93,8 @@ def state_shards(state: dict, path) -> list[str]:
     return [checked_name(entry.get("filename"), path) for entry in entries]
 
 
-def state_faults(state: dict, shards: list[str], fingerprint: str | None, path) -> list[dict]:
-    """How the state of a packed folder differs from what packing wrote: its shards in order, and no view of columns.
-
-    fingerprint: of the dataset; None: it is not known."""
+def state_faults(state: dict, shards: list[str], fingerprint: str, path) -> list[dict]:
+    """How the state of a packed folder differs from what packing wrote: its shards in order, and no view of columns."""
     wanted = dict(STATE_AS_WRITTEN)
     found = {name: value for name, value in state.items() if name in wanted}
     faults = [
@@ -104,12 +104,12 @@ def state_faults(state: dict, shards: list[str], fingerprint: str | None, path) 
     ]
     if unknown := sorted(set(state) - set(wanted) - {"_data_files", "_fingerprint", "_split"}):
         faults.append({"what": f"is not what packing wrote: it has {unknown[0]!r}, which packing does not write"})
-    for name, allowed in (("_fingerprint", str), ("_split", str | None)):
-        if not isinstance(state.get(name), allowed):
-            faults.append({"what": f"is not what packing wrote: {name}", "found": state.get(name)})
-    if fingerprint is not None and state.get("_fingerprint") != fingerprint:
+    if state.get("_fingerprint") != fingerprint:
         what = "is not what packing wrote: _fingerprint"
         faults.append({"what": what, "found": state.get("_fingerprint"), "expected": fingerprint})
+    split = state.get("_split")
+    if split is not None and not (isinstance(split, str) and SPLIT.fullmatch(split)):
+        faults.append({"what": "is not what packing wrote: _split", "found": split})
     try:
         listed = state_shards(state, path)
     except ValueError as error:
