@@ -306,6 +306,31 @@ def check_buffers_stay_wide(build) -> None:
         assert all(p.itemsize == 2 for p in attention.parameters())
 
 
+def check_constant_value(build, tolerance: float = 1e-12) -> None:
+    """A context is a mean of values: of one value it is that value. Not so for every head; so not in check_contract."""
+    for ids in LAYOUTS.values():
+        layout = layout_of(ids)
+        query, key, value = heads_input(layout)
+        with torch.no_grad():
+            context = make(build)(query, key, torch.full_like(value, 2.5), layout)
+        assert float((context - 2.5).abs().max()) <= tolerance * 2.5
+
+
+def check_float16(build, scale: float = 30.0) -> None:
+    """In float16 at inputs x 30 everything is finite that float16 can hold: context and gradients."""
+    layout, width = layout_of(LAYOUTS["long and short"]), 64
+    inputs = [(x / 3 * scale).half() for x in heads_input(layout, width=width)]
+    weights = heads_input(layout, 1, width=width)[0].half() / 3
+    results = []
+    for dtype in (torch.float64, torch.float16):
+        attention = make(build, head_width=width).to(dtype)
+        results.append(run(attention, layout, [x.to(dtype) for x in inputs], weights.to(dtype)))
+    exact, found = results
+    for name, value in found.items():
+        holds = exact[name].abs().max() < torch.finfo(torch.float16).max / 4
+        assert value.isfinite().all() or not holds, f"{name}: float64 has at most {float(exact[name].abs().max())}"
+
+
 def check_contract(build, survives_nan: bool = True, bfloat16: float = 0.15, mate_tolerance: float = 0.0) -> None:
     """All checks; isolation over every layout of LAYOUTS. bfloat16: how far it may be off in that type."""
     for ids in LAYOUTS.values():

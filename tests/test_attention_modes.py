@@ -6,7 +6,9 @@ import pytest
 import torch
 from attention_contract import (
     check_buffers_stay_wide,
+    check_constant_value,
     check_default_type,
+    check_float16,
     check_inference_first,
     check_mixed_types,
     heads_input,
@@ -74,6 +76,36 @@ def test_types_may_be_mixed_and_the_default_may_be_another(name):
         check_mixed_types(build)
         check_default_type(build)
         check_buffers_stay_wide(build)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_large_numbers_in_float16_stay_finite(name):
+    for build in builds(name):
+        check_float16(build)
+
+
+@pytest.mark.parametrize("name", ["strided", "fixed"])
+def test_large_numbers_in_float16_stay_finite_in_merged_patterns(name):
+    check_float16(partial(ATTENTION[name], stride=4, heads="merged"), scale=100)
+
+
+NO_MEAN = {
+    "routing": "0 for a token in no cluster, as published",
+    "linformer": "its rows are learned, and those beyond a short sequence hold nothing",
+    "nystrom": "the pseudo-inverse is approached, not reached",
+    "delta": "a memory that is written to, not a mean",
+}
+"""Heads whose context of a constant value is another, and why."""
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_constant_value_stays_constant(name):
+    for build in builds(name)[name in NO_MEAN :]:
+        if name in NO_MEAN:
+            with pytest.raises(AssertionError):
+                check_constant_value(build)
+        else:
+            check_constant_value(build)
 
 
 ROTARY = {

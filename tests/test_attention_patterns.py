@@ -116,7 +116,9 @@ def bigbird_keys(size, window, number, first, last):
 
     @cache
     def draw(*where):
-        return [int(x) for x in bigbird.random_blocks(seed, *map(torch.tensor, where), size, window, number)]
+        return [
+            int(x) for x in bigbird.random_blocks(seed, *map(torch.tensor, where), size, window, number, first, last)
+        ]
 
     def keys(head, i, n):
         drawn = draw(head, i // size, n)
@@ -407,7 +409,7 @@ def test_block_sparse_attention_of_bigbird(projections, monkeypatch):
     table = torch.stack([torch.as_tensor(x) for x in drawn[0]]).long()  # (H, blocks - 2, r)
     table = torch.nn.functional.pad(table, (0, 0, 1, 1))
 
-    def given(seed, head, block, length, size, window, number):
+    def given(seed, head, block, length, size, window, number, first, last):
         head, block = torch.broadcast_tensors(head, block.clamp(max=num_blocks - 1))
         return list(table[head, block].unbind(-1))
 
@@ -438,6 +440,21 @@ def test_random_blocks_are_any_blocks_outside_the_window():
             if len(outside) > number:  # each equally often: 4 standard deviations of 500 draws
                 share = number / len(outside)
                 assert all(abs(counts[b] - 500 * share) < 4 * math.sqrt(500 * share * (1 - share)) for b in outside)
+
+
+@pytest.mark.parametrize(("first", "last"), [(4, 0), (4, 4), (6, 9), (1, 1), (30, 0), (0, 40)])
+def test_random_blocks_are_drawn_outside_global_ones(first, last):
+    """As many as there are blocks with a token that is neither global nor in the window, each of them sometimes."""
+    head, size, number = torch.arange(500), 4, 2
+    seed = BigBirdAttention(2, 8, 64).layer_seed(torch.device("cpu"))
+    for n, window in ((1, 0), (9, 0), (21, 1), (40, 1), (40, 2)):
+        useful = {i // size for i in range(n) if first <= i < n - last}
+        for block in range(-(-n // size)):
+            where = (torch.tensor(block), torch.tensor(n), size, window, number, first, last)
+            drawn = torch.stack(bigbird.random_blocks(seed, head, *where), 1)
+            outside = {b for b in useful if abs(b - block) > window}
+            assert set(drawn.flatten().tolist()) - {-1} == outside
+            assert all(len({b for b in row if b >= 0}) == min(number, len(outside)) for row in drawn.tolist())
 
 
 def test_random_blocks_differ_by_head_layer_block_length_and_seed_and_by_nothing_else():

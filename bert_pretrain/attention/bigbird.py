@@ -4,7 +4,8 @@
     A_i = {j : |B(i) - B(j)| <= w  or  B(j) in R(h, B(i), n)  or  i or j is global}       i, j positions in one sequence
 
 R are r blocks of the sequence outside the window, drawn without repetition, every subset equally likely: the same for
-all tokens of a block, others for each layer, head h, block and length n. Global are the first tokens of a sequence,
+all tokens of a block, others for each layer, head h, block and length n. Blocks of global tokens alone are not drawn:
+they are seen already. Global are the first tokens of a sequence,
 [CLS] above all; they see all of it, and all of it sees them.
 
 Cost: N ((2 w + 1 + r) b + g) K, and g n K for the global tokens of each sequence; memory likewise.
@@ -74,7 +75,7 @@ class BigBirdAttention(PatternAttention):
             block, key_block = query // size, key // size
             seen = (block - key_block).abs() <= window
             seen = seen | (query < first) | (key < first) | (query >= length - last) | (key >= length - last)
-            for drawn in random_blocks(seed, head, block, length, size, window, number):
+            for drawn in random_blocks(seed, head, block, length, size, window, number, first, last):
                 seen = seen | (key_block == drawn)
             return seen
 
@@ -110,7 +111,15 @@ class BigBirdAttention(PatternAttention):
         head = torch.arange(self.num_heads, device=view.length.device)
         number, length = chunks.number[:, None], view.length[:, None]
         drawn = random_blocks(
-            self.layer_seed(head.device), head, number, length, options.block, options.window, options.random_blocks
+            self.layer_seed(head.device),
+            head,
+            number,
+            length,
+            options.block,
+            options.window,
+            options.random_blocks,
+            options.global_tokens,
+            options.last_global_tokens,
         )
         drawn = torch.stack(drawn, -1) if drawn else head.new_empty(chunks.num_chunks, self.num_heads, 0)
         exists = drawn != NO_CHUNK
@@ -125,16 +134,29 @@ class BigBirdAttention(PatternAttention):
 
 
 def random_blocks(
-    seed: Tensor, head: Tensor, block: Tensor, length: Tensor, size: int, window: int, number: int
+    seed: Tensor,
+    head: Tensor,
+    block: Tensor,
+    length: Tensor,
+    size: int,
+    window: int,
+    number: int,
+    first: int = 0,
+    last: int = 0,
 ) -> list[Tensor]:
     """`number` blocks outside the window of `block` in a sequence of `length` tokens; -1 where there are not so many.
 
-    Integer tensors that broadcast. Floyd's sampling: the k-th of r draws is uniform over the first m - r + k + 1
-    candidates, and takes the last of these where it hits one drawn before.
+    Integer tensors that broadcast. first, last: how many tokens at either end are global; only blocks with another
+    token are drawn. Floyd's sampling: the k-th of r draws is uniform over the first m - r + k + 1 candidates, and takes
+    the last of these where it hits one drawn before.
     """
-    last = (length - 1) // size
-    low, high = (block - window).clamp(min=0), torch.minimum(block + window, last)
-    candidates = last - (high - low)
+    # blocks begin..end have a token that is not global; of these the window takes low..high
+    begin, end = first // size, (length - last - 1).clamp(min=-1) // size
+    low = torch.minimum((block - window).clamp(min=begin), end + 1)
+    high = torch.minimum(block + window, end)
+    in_window = (high - low + 1).clamp(min=0)
+    candidates = (end - begin + 1).clamp(min=0) - in_window
+    candidates = torch.where(length - last > first, candidates, 0)
     state = mix(mix(mix(seed ^ head) ^ block) ^ length)
     drawn = []
     for k in range(number):
@@ -143,7 +165,8 @@ def random_blocks(
         for other in drawn:
             candidate = torch.where(candidate == other, limit, candidate)
         drawn.append(torch.where(limit >= 0, candidate, NO_CHUNK))
-    return [torch.where(c < low, c, c + high - low + 1) for c in drawn]
+    places = [(c, c + begin) for c in drawn]
+    return [torch.where(c < 0, NO_CHUNK, torch.where(p < low, p, p + in_window)) for c, p in places]
 
 
 def mix(x: Tensor) -> Tensor:

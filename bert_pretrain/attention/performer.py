@@ -7,7 +7,8 @@
 
 c keeps exp in range and cancels in the quotient, but for epsilon: it is the largest w_f . y, of a query, or of all keys
 of a sequence. The error falls as 1/sqrt(m) and grows with exp(|q|^2) and exp(|k|^2): with queries and keys of variance
-1 and K = 64, 256 features are no nearer to the softmax than the plain mean of all values is.
+1 and K = 64, 256 features are no nearer to the softmax than the plain mean of all values is. The gradient takes c for a
+constant, as the authors' code does: with epsilon above 0 it lacks the small part that c has in the quotient.
 
 Cost: N m K over the batch's N tokens; memory N m. Source: Choromanski et al., Rethinking attention with Performers
 (2009.14794), section 2.4 (positive and orthogonal features); c and epsilon as in the authors' code.
