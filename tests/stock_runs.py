@@ -133,15 +133,34 @@ def make_trainer(model, kind=PackedTrainer, folder=None, **arguments):
         yield kind(model, TrainingArguments(str(folder or temporary), **defaults | arguments), **options)
 
 
+WEIGHTS = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
+
+
+class WeightedSum(PackedTrainer):
+    """Class weights, as transformers' documentation shows them for gradient accumulation."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits = outputs["logits"]
+        loss = torch.nn.CrossEntropyLoss(WEIGHTS[: logits.shape[-1]], reduction="sum")(
+            logits.view(-1, logits.shape[-1]), labels.view(-1)
+        )
+        loss = loss / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
 # Training and prediction.
 
 
-def train(head, packs_per_pass=16, passes=1, packs=PACKS, dataset=None, **arguments):
+def train(head, packs_per_pass=16, passes=1, packs=PACKS, dataset=None, kind=PackedTrainer, **arguments):
     """Parameters after SGD, what every step logged, and the evaluation on the same packs."""
     dataset = make_packs(head, packs) if dataset is None else dataset
     options = {"train_dataset": dataset, "data_collator": make_collator(head)} | arguments
     options |= {"per_device_train_batch_size": packs_per_pass, "gradient_accumulation_steps": passes}
-    with make_trainer(None if "model_init" in arguments else make_model(head), **options) as trainer:
+    with make_trainer(None if "model_init" in arguments else make_model(head), kind, **options) as trainer:
         trainer.train()
         evaluation = deterministic(trainer.evaluate(make_packs(head, packs)))
     return outcome(trainer) | {"evaluation": evaluation}
@@ -269,6 +288,7 @@ def recording(kind, folder, **options):
 
 TWO_PROCESSES = {head: lambda head=head: train(head, 4, 2) for head in HEADS}
 TWO_PROCESSES |= {
+    "class weights": lambda: train("single", 4, 2, kind=WeightedSum),
     "22 packs": lambda: train("mlm", 4, 2, packs=22),
     "random": lambda: train("mlm", 4, 2, train_sampling_strategy="random", num_train_epochs=2),
     **{f"predict {head}": functools.partial(lambda head: predict(head, make_packs(head)), head) for head in HEADS},

@@ -4,13 +4,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from stock_runs import make_collator, make_model, make_packs, make_source, make_trainer, outcome
+from stock_runs import (
+    WEIGHTS,
+    WeightedSum,
+    make_collator,
+    make_model,
+    make_packs,
+    make_source,
+    make_trainer,
+    outcome,
+)
 from training_runs import make_packs as make_pretraining_packs
 from training_runs import make_trainer as make_pretraining_trainer
 
 from collate import PackedTrainer
-
-WEIGHTS = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
 
 
 class Weighted(PackedTrainer):
@@ -22,22 +29,6 @@ class Weighted(PackedTrainer):
         logits = outputs.get("logits")
         num_labels = self.model.config.num_labels
         loss = torch.nn.CrossEntropyLoss(WEIGHTS[:num_labels])(logits.view(-1, num_labels), labels.view(-1))
-        return (loss, outputs) if return_outputs else loss
-
-
-class WeightedSum(PackedTrainer):
-    """And as it shows them for gradient accumulation."""
-
-    loss_is_scaled_for_ga = True
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        logits = outputs["logits"]
-        loss = torch.nn.CrossEntropyLoss(WEIGHTS[: logits.shape[-1]], reduction="sum")(
-            logits.view(-1, logits.shape[-1]), labels.view(-1)
-        )
-        loss = loss / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
 

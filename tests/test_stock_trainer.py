@@ -15,6 +15,7 @@ from stock_runs import (
     HEADS,
     LABELS,
     LENGTH,
+    WeightedSum,
     deterministic,
     make_collator,
     make_model,
@@ -161,6 +162,14 @@ def test_two_processes_change_nothing(head, one_step):
 
 def test_two_processes_with_packs_in_every_pass():
     assert_same(two_processes()["22 packs"], train("mlm", packs=22))
+
+
+def test_a_loss_of_ones_own_does_not_depend_on_ranks():
+    """In training and evaluation; in the second step rank 1 has no packs."""
+    expected = train("single", kind=WeightedSum)
+    assert_same(train("single", 4, 4, kind=WeightedSum), expected)
+    assert_same(two_processes()["class weights"], expected)
+    assert difference(train("single"), expected) > 1e-4  # the weights are seen
 
 
 def test_two_processes_shuffle_alike():
