@@ -64,10 +64,12 @@ def pack_stream(
     would change (0.5 where the first rows hold whole numbers), raises ValueError.
 
     The result is a map over `dataset`, so what datasets does for streams it does for packs:
-    * state_dict and load_state_dict resume exactly, in the middle of a buffer, too. Except with shuffle(buffer_size=…):
-      datasets does not save that buffer, so that rows would be lost, and others come twice. With one before pack_stream
-      a stream that was resumed raises ValueError when it is read; of one after it, which loses packs, datasets warns.
-      shuffle(buffer_size=1) shuffles shards alone. A Trainer resumes by reading again, which is exact with any.
+    * state_dict and load_state_dict resume exactly, in the middle of a buffer, too, where one process reads the stream.
+      Two things do not resume exactly, because datasets 5.2 does not save all that it has read:
+      shuffle(buffer_size=…), any but 1: its buffer is lost. A stream with one before pack_stream raises ValueError when
+      it is read after a resume; datasets warns of one after it. shuffle(buffer_size=1) shuffles shards alone.
+      Workers of torchdata's StatefulDataLoader: rows may be lost, or come twice, with shuffle(buffer_size=1), too.
+      A Trainer resumes by reading the stream from its beginning, which is exact with any of these.
     * Shards are dealt out to DataLoader workers, and to nodes by split_dataset_by_node. Where the number of shards is
       no multiple of the nodes', each node packs everything and keeps its share of the packs.
     * set_epoch reaches the source: another order of shards and rows gives other packs.
@@ -146,7 +148,7 @@ class _PackBuffer:
             raise ValueError(
                 "this stream was resumed in the middle, and comes through shuffle(buffer_size=…), a buffer that "
                 "datasets does not save: rows would be lost, and others come twice; begin anew and skip the packs that "
-                "are done, as a Trainer does, or shuffle shards alone: shuffle(buffer_size=1)"
+                "are done, as a Trainer does, or shuffle shards alone: shuffle(buffer_size=1), and read without workers"
             )
         self.coming = self.coming - Counter(numbers[:1]) + Counter([numbers[-1] + 1])
         table = rows if isinstance(rows, pa.Table) else _as_table(rows, self.features, self.is_declared)

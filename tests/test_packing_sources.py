@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import reference
 
-from packing import cli, pack_dataset
+from packing import cli, pack_dataset, tokenizing
 from packing.load import find_files, holds_rows, load_splits
 
 datasets.disable_progress_bars()
@@ -689,3 +689,61 @@ def test_a_flat_histogram_is_not_taken_for_lengths(tmp_path, capsys):
     assert "a histogram that is indexed by length goes into an .npz" in refused(
         [tmp_path / "flat.npy", "--plan-only"], capsys
     )
+
+
+def test_a_mistyped_source_or_column_is_refused_before_a_tokenizer_is_loaded(texts, capsys, monkeypatch):
+    """transformers takes many seconds to import."""
+    folder, _ = texts
+
+    def load(name):
+        raise AssertionError("the tokenizer was loaded")
+
+    monkeypatch.setattr("packing.tokenizing.load_tokenizer", load)
+    options = ["--plan-only", "--tokenizer", folder / "tokenizer", "--text-column"]
+    for source in ("txts.jsonl", "nowhere/texts.jsonl", "*.parquet", ""):
+        given = folder / source if source else ""
+        for name in ("text", "txt"):
+            assert "SOURCE" in refused([given, *options, name], capsys)
+    assert "there is no SOURCE 'data/revews.jsonl'" in refused(["data/revews.jsonl", *options, "text"], capsys)
+    assert "no column 'txt' among text" in refused([folder / "texts.jsonl", *options, "txt"], capsys)
+    with pytest.raises(AssertionError, match="was loaded"):
+        cli.main([*map(str, [folder / "texts.jsonl", *options, "text"])])
+
+
+def test_the_first_text_that_is_too_long_ends_the_work(tmp_path, tokenizer, capsys, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"text": "w1 w2"}] * 3_000
+    rows[1_200] = {"text": "w1 " * 20}
+    write_lines(tmp_path / "texts.jsonl", rows)
+    seen = []
+    tokenize = tokenizing._Tokenize.__call__
+
+    def count(work, texts, numbers):
+        seen.extend(numbers)
+        return tokenize(work, texts, numbers)
+
+    monkeypatch.setattr(tokenizing._Tokenize, "__call__", count)
+    options = ["--plan-only", "--tokenizer", tmp_path / "tokenizer", "--text-column", "text"]
+    error = refused([tmp_path / "texts.jsonl", *options, "--max-sequence-length", "16"], capsys)
+    assert error == (
+        "pack-dataset: row 1200 has 22 tokens, more than --max-sequence-length 16; choose --overlong truncate, "
+        "--overlong split or --overlong drop, or raise --max-sequence-length\n"
+    )
+    assert seen == list(range(2_000))  # the batch that the text is in is the last one
+    assert cli.main([str(tmp_path / "texts.jsonl"), *map(str, options), "--overlong", "drop"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("max_sequence_length=0 must be", "--max-sequence-length 0 must be"),
+        ('choose overlong="drop", or raise it', "choose --overlong drop, or raise it"),
+        ("give it as pad_token_id (once)", "give it as --pad-token-id (once)"),
+        ("rows are overlong, in any format", "rows are overlong, in any format"),
+        ("column 'token_columns' and 'num_proc=2'", "column 'token_columns' and 'num_proc=2'"),
+        ("unknown packer='x y'; choose", "unknown --packer x y; choose"),
+        ("--pad-token-id 3, my_seed=4", "--pad-token-id 3, my_seed=4"),
+    ],
+)
+def test_errors_speak_the_words_of_the_command(message, expected):
+    assert cli.in_command_words(message) == expected
