@@ -21,8 +21,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .json_depth import check_depth
-
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -121,6 +119,8 @@ def _check_text(file: Path, line: int, data: bytes, unit: str = "") -> None:
         said = f"byte 0x{data[error.start]:02x}: {error.reason}"
         where = f"{str(file)!r} {unit or _unit(file)} {bad}"
         raise ValueError(f"{where} is no UTF-8 ({said}); save the file as UTF-8") from None
+    from .json_depth import check_depth  # compiled code, which takes a second to import
+
     try:
         check_depth(data, line)
     except ValueError as error:
@@ -135,8 +135,8 @@ def _joined_schema(known: pa.Schema | None, found: pa.Schema) -> pa.Schema:
     return pa.schema(list(found_type if known is None else _joined(pa.struct(list(known)), found_type)))
 
 
-def _joined(known: pa.DataType, found: pa.DataType) -> pa.DataType:
-    """The type that holds values of both."""
+def _joined(known: pa.DataType, found: pa.DataType, name: str = "") -> pa.DataType:
+    """The type that holds values of both. name: of the column, with a field's after a dot."""
     import pyarrow as pa
 
     if known == found or pa.types.is_null(found):
@@ -146,13 +146,14 @@ def _joined(known: pa.DataType, found: pa.DataType) -> pa.DataType:
     if {known, found} == {pa.int64(), pa.float64()}:
         return pa.float64()
     if pa.types.is_list(known) and pa.types.is_list(found):
-        return pa.list_(_joined(known.value_type, found.value_type))
+        return pa.list_(_joined(known.value_type, found.value_type, name))
     if pa.types.is_struct(known) and pa.types.is_struct(found):
         types = {field.name: field.type for field in known}
         for field in found:
-            types[field.name] = _joined(types.get(field.name, pa.null()), field.type)
+            inner = f"{name}.{field.name}" if name else field.name
+            types[field.name] = _joined(types.get(field.name, pa.null()), field.type, inner)
         return pa.struct(list(types.items()))
-    raise DifferError(f"values are {found}, and before {known}")
+    raise DifferError(f"column {name!r} holds {found}, and before it {known}; make them alike")
 
 
 def _without_times(type_: pa.DataType) -> pa.DataType:
@@ -320,9 +321,10 @@ def find_bad_line(files: list[Path]) -> None:
 
 
 def _kinds_of(value) -> set[str]:
-    """1.5 -> {number}    [1, None] -> {list, number}    "a" -> {str}    None -> {}"""
+    """1.5 -> {number}    [1, None] -> {list, number}    "a" -> {str}    None, [] and [None] -> {}"""
     if isinstance(value, list):
-        return {"list"}.union(*map(_kinds_of, value)) if value else set()
+        inner = set().union(*map(_kinds_of, value))
+        return {"list", *inner} if inner else set()
     if value is None:
         return set()
     return {"number" if type(value) in (int, float) else type(value).__name__}

@@ -55,7 +55,7 @@ def kept_rows(key: str, make: Callable[[Path], object], cache: Path | None = Non
     damage = _damage(folder) if folder.exists() else None
     if damage is not None:
         logger.warning("%s, which is made anew", damage)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         with writing_errors(cache):
             cache.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def _make(folder: Path, make: Callable[[Path], object]) -> None:
         try:
             os.rename(fresh, folder)
         except OSError:
-            if not folder.exists():
+            if not folder.exists() or _damage(folder) is not None:
                 raise
             # another process has made the same meanwhile
         sync(folder.parent)

@@ -88,6 +88,8 @@ REFUSED = {
     "texts, then numbers": (["x"] * 30 + [5], "holds number in column 'value'"),
     "numbers, then texts": ([5] * 30 + ["x"], "holds str in column 'value'"),
     "numbers, then bools": ([5] * 30 + [True], "holds bool in column 'value'"),
+    "a field that differs": ([{"a": [{"b": 1}]}] * 30 + [{"a": [{"b": "x"}]}], r"value.a.b|/value/a/\[\]/b"),
+    "nothing in lists, then texts": ([[None]] * 20 + [[1]] * 10 + [["x"]], "holds list, str in column 'value'"),
     "objects, then lists": ([{"a": 1}] * 30 + [[1]], "holds list, number in column 'value'"),
 }
 
@@ -102,7 +104,9 @@ def test_what_would_change_is_refused_by_line_and_column(load, block, case):
     )
     with pytest.raises((ValueError, TypeError), match=message) as refused:
         load(rows_of(values))
-    assert f" {number} " in str(refused.value) and "/data/0.js" in str(refused.value)
+    if case != "a field that differs":
+        assert f" {number} " in str(refused.value)
+    assert "/data/0.js" in str(refused.value)
 
 
 def test_files_that_differ_name_the_column_and_null_is_anything(load, block):
