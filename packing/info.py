@@ -94,11 +94,16 @@ def packed_info(dataset: datasets.Dataset) -> PackedInfo:
     """Read how a packed dataset was made. Raises ValueError for a dataset that was not packed."""
     info = getattr(dataset, "info", None)
     description = getattr(info, "description", None) or ""
+    by_id = _id_of_lengths(getattr(info, "features", None) or {})
     if not str(description).startswith(PREFIX):
-        by_id = _id_of_lengths(getattr(info, "features", None) or {})
         description = by_id or description
         if by_id is not None:
             _refuse_several(info.splits or {}, by_id)
+    elif by_id is not None and by_id != description:
+        raise ValueError(
+            "the packing facts of this dataset are two: its description says others than its columns; pack the source "
+            "again"
+        )
     if not isinstance(description, str) or not description.startswith(PREFIX):
         raise ValueError("this dataset was not packed: it carries no packing facts; make it with pack_dataset")
     return read_facts(description.removeprefix(PREFIX))

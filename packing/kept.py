@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from .folder import checksum, sync, write_file, writing_errors
+from .metadata import read_json
+from .names import checked_name, file_in
 
 if TYPE_CHECKING:
     import datasets
@@ -91,7 +93,10 @@ def _measured(path: Path) -> dict:
 
 
 def _seal(folder: Path) -> dict[str, dict]:
-    return json.loads((folder / SEAL).read_bytes())
+    seal = read_json(file_in(folder, SEAL, SEAL))
+    if not isinstance(seal, dict) or not seal:
+        raise ValueError("it names no files")
+    return {checked_name(name, folder / SEAL): expected for name, expected in seal.items()}
 
 
 def _damage(folder: Path) -> str | None:
@@ -100,13 +105,12 @@ def _damage(folder: Path) -> str | None:
         seal = _seal(folder)
     except (OSError, ValueError) as error:
         return f"{str(folder / SEAL)!r} is damaged ({error})"
-    if not isinstance(seal, dict) or not seal:
-        return f"{str(folder / SEAL)!r} is damaged"
     for name, expected in seal.items():
-        path = folder / Path(name).name
+        path = folder / name
         try:
+            file_in(folder, name, SEAL)
             if path.stat().st_size != expected["bytes"] or checksum(path) != expected["xxh3"]:
                 return f"{str(path)!r} in the cache is damaged: it is no longer what was written"
-        except (OSError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             return f"{str(path)!r} in the cache is damaged ({error})"
     return None

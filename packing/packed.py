@@ -12,6 +12,7 @@ import xxhash
 
 from .fingerprint import packed_fingerprint
 from .folder import checksum
+from .info import packed_info
 from .local_copy import local_copy
 from .manifest import FILE, is_finished, read_manifest
 from .names import file_in
@@ -73,6 +74,7 @@ def _open(folder: Path | RemotePath) -> datasets.Dataset:
         raise ValueError(
             f"{str(path)!r} holds {len(dataset):,} packs, and {manifest.packs:,} were made; pack the source again"
         )
+    packed_info(dataset)  # raises where the facts cannot be true
     for name in dataset.column_names:
         refuse_broken(name, dataset.data.column(name))
     return dataset

@@ -10,10 +10,12 @@ import tracemalloc
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 import xxhash
 
 from packing import EpochPacks, cli, load_packed, pack_dataset, packed_info, unpack_dataset, verify_packed
+from packing.kept import kept_rows
 from packing.metadata import parse_json, read_json
 from packing.names import checked_name, checked_path, file_in
 from packing.saved import load_saved
@@ -430,7 +432,10 @@ def test_billions_of_rows_that_all_files_agree_on(folder, rows):
     info = json.loads((folder / "dataset_info.json").read_text())
     facts = json.loads(info["description"].removeprefix(PREFIX))
     facts |= {"source_rows": rows, "num_sequences": rows, "num_tokens": rows}
-    (folder / "dataset_info.json").write_text(json.dumps(info | {"description": PREFIX + json.dumps(facts)}))
+    info["description"] = PREFIX + json.dumps(facts)
+    values = info["features"]["sequence_lengths"]["feature"]
+    values |= {"id": info["description"]} if "id" in values else {}  # Parquet
+    (folder / "dataset_info.json").write_text(json.dumps(info))
     recompute(folder)
     with Work() as work:
         found = verify_packed(folder).problems
@@ -455,7 +460,37 @@ def test_an_archive_whose_names_lead_out_of_the_cache(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("escaped*"))
 
 
+@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "a/b.arrow", ""])
+def test_a_cache_whose_seal_names_what_is_outside(tmp_path, name):
+    """It is made anew; what lies outside is not opened."""
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        with pa.ipc.new_stream(str(folder / "rows.arrow"), pa.schema({"a": pa.int64()})) as writer:
+            writer.write_table(pa.table({"a": [1, 2]}))
+
+    kept_rows("key", make, tmp_path)
+    shutil.copy(tmp_path / "key" / "rows.arrow", tmp_path / "outside.arrow")
+    edit(tmp_path / "key" / "seal.json", lambda seal: {name: seal["rows.arrow"]})
+    assert kept_rows("key", make, tmp_path)["a"][:] == [1, 2]
+    assert len(made) == 2
+    assert kept_rows("key", make, tmp_path)["a"][:] == [1, 2]
+    assert len(made) == 2
+
+
 # Unpacking
+
+
+def test_facts_that_a_parquet_file_says_otherwise():
+    """In the head of each file, and in dataset_info.json."""
+    packed = pack_dataset(make_source(), 16)
+    features = packed.features.copy()
+    other = packed.info.description.replace('"seed": 0', '"seed": 1')
+    features["sequence_lengths"] = datasets.List(datasets.Value("int32", id=other))
+    packed.info.features = features
+    with pytest.raises(ValueError, match="the packing facts of this dataset are two"):
+        packed_info(packed)
 
 
 @pytest.mark.parametrize("rows", [10**9, 2**60])
