@@ -49,6 +49,23 @@ def make_pair(rng: np.random.Generator, length: int) -> dict:
     }
 
 
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory):
+    """{name: result} of what tests/two_processes.py runs: one launch, whichever of pytest's processes asks first."""
+    import torch
+    from filelock import FileLock
+    from two_processes import launch
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    results = shared / "two_processes.pt"
+    with FileLock(shared / "two_processes.lock"):
+        if not results.exists():
+            launch(results)
+    return torch.load(results, weights_only=False)
+
+
 @pytest.fixture
 def pairs():
     """23 sentence pairs of 5 to 30 tokens."""

@@ -7,10 +7,7 @@ torchrun --nproc-per-node 2 stock_runs.py RESULTS.pt
 import contextlib
 import functools
 import os
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -318,22 +315,3 @@ def gathered_masks(**options):
                 into = merged.setdefault(name, {})
                 into[key] = into.get(key, []) + fed
     return merged
-
-
-@functools.cache
-def two_processes():
-    """The results of TWO_PROCESSES, from one launch for all test modules."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) / "results.pt"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-        run = subprocess.run([*launch, __file__, results], capture_output=True, text=True, timeout=600)
-        assert run.returncode == 0, run.stderr[-5000:]
-        return torch.load(results, weights_only=False)
-
-
-if __name__ == "__main__":
-    results = {name: run() for name, run in TWO_PROCESSES.items()}
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, sys.argv[1])
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()

@@ -6,7 +6,7 @@ in which process a batch was made differ from run to run; what a sequence was fe
 
 import pytest
 from reference import mask_one_by_one, sequence_key
-from stock_runs import MASKED, RecordingTrainer, make_collator, make_source, record_masks, two_processes
+from stock_runs import MASKED, RecordingTrainer, make_collator, make_source, record_masks
 
 EPOCHS = 3
 OTHER_PACKING = {"packer": "spfhp", "max_sequences_per_pack": 2, "seed": 9}
@@ -96,14 +96,14 @@ def check_resumed(got, expected):
     assert before | trained == once(expected["trained"])
 
 
-def test_two_processes_see_the_same_masks(expected):
-    got = two_processes()["masks"]
+def test_two_processes_see_the_same_masks(expected, two_processes):
+    got = two_processes["masks"]
     assert once(got["trained"]) == once(expected["trained"])
     assert fixed(got["evaluated"]) == fixed(expected["evaluated"])
 
 
-def test_two_processes_resume(expected):
-    check_resumed(two_processes()["masks resumed"], expected)
+def test_two_processes_resume(expected, two_processes):
+    check_resumed(two_processes["masks resumed"], expected)
 
 
 def test_control_a_trainer_that_does_not_tell_its_collator_of_epochs(expected):

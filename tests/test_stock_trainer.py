@@ -27,7 +27,6 @@ from stock_runs import (
     predict_only,
     train,
     train_plain,
-    two_processes,
     without_labels,
 )
 from test_equivalence import make_models
@@ -153,30 +152,30 @@ def test_accumulation_changes_nothing(head, one_step):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_two_processes_change_nothing(head, one_step):
+def test_two_processes_change_nothing(head, one_step, two_processes):
     """2 ranks x 2 passes x 4 packs; in the second step rank 1 has none."""
-    got = two_processes()[head]
+    got = two_processes[head]
     assert got["processes"] == 2
     assert_same(got, one_step[head])
 
 
-def test_two_processes_with_packs_in_every_pass():
-    assert_same(two_processes()["22 packs"], train("mlm", packs=22))
+def test_two_processes_with_packs_in_every_pass(two_processes):
+    assert_same(two_processes["22 packs"], train("mlm", packs=22))
 
 
-def test_a_loss_of_ones_own_does_not_depend_on_ranks():
+def test_a_loss_of_ones_own_does_not_depend_on_ranks(two_processes):
     """In training and evaluation; in the second step rank 1 has no packs."""
     expected = train("single", kind=WeightedSum)
     assert_same(train("single", 4, 4, kind=WeightedSum), expected)
-    assert_same(two_processes()["class weights"], expected)
+    assert_same(two_processes["class weights"], expected)
     assert difference(train("single"), expected) > 1e-4  # the weights are seen
 
 
-def test_two_processes_shuffle_alike():
+def test_two_processes_shuffle_alike(two_processes):
     """A step has the same packs however many ranks there are."""
     options = {"train_sampling_strategy": "random", "num_train_epochs": 2}
     expected = train("mlm", **options)
-    assert_same(two_processes()["random"], expected)
+    assert_same(two_processes["random"], expected)
     assert difference(train("mlm", num_train_epochs=2), expected) > 1e-3  # shuffling is seen
 
 
@@ -313,16 +312,16 @@ PREDICTED = [head for head in HEADS if head != "mlm"]
 
 
 @pytest.mark.parametrize("head", PREDICTED)
-def test_predictions_are_in_the_order_of_the_source(head):
+def test_predictions_are_in_the_order_of_the_source(head, two_processes):
     rows = of_packs(head)
     assert_predicted(predict(head, make_packs(head)), head, rows)
-    assert_predicted(two_processes()[f"predict {head}"], head, rows)
+    assert_predicted(two_processes[f"predict {head}"], head, rows)
 
 
-def test_predictions_of_masked_tokens():
+def test_predictions_of_masked_tokens(two_processes):
     """Token ids of the predicted tokens by sequence, in the source's order."""
     got = predict("mlm", make_packs("mlm"))
-    both = two_processes()["predict mlm"]
+    both = two_processes["predict mlm"]
     for name in ("predictions", "labels"):
         np.testing.assert_array_equal(got[name], both[name])
     assert got["predictions"].shape == got["labels"].shape == (len(of_packs("mlm")), 3)
@@ -340,7 +339,7 @@ def test_rows_that_were_dropped_have_no_prediction():
     assert_predicted(predict("tokens", packed), "tokens", short)
 
 
-def test_rows_that_were_split_have_a_prediction_for_each_piece():
+def test_rows_that_were_split_have_a_prediction_for_each_piece(two_processes):
     packed = pack_dataset(make_source("tokens"), 12, overlong="split")
     pieces = []
     for pack in packed:
@@ -354,22 +353,22 @@ def test_rows_that_were_split_have_a_prediction_for_each_piece():
     pieces = [piece for _, piece in sorted(pieces, key=lambda item: item[0])]
     assert len(pieces) > len(make_source("tokens"))
     assert_predicted(predict("tokens", packed), "tokens", pieces)
-    assert_predicted(two_processes()["predict split"], "tokens", pieces)
+    assert_predicted(two_processes["predict split"], "tokens", pieces)
 
 
-def test_predictions_of_rows_that_were_not_packed():
+def test_predictions_of_rows_that_were_not_packed(two_processes):
     """Over two processes, too, where some ranks are evened out with rows that are none."""
     source = make_source("single")
     options = {"data_collator": make_collator("single", unpacked_rows="keep")}
     assert_predicted(predict("single", source, **options), "single", list(source))
-    assert_predicted(two_processes()["predict unpacked"], "single", list(source))
+    assert_predicted(two_processes["predict unpacked"], "single", list(source))
 
 
-def test_predictions_without_labels():
+def test_predictions_without_labels(two_processes):
     expected = predicted_one_by_one("single", of_packs("single"))
     got = predict_only("single", without_labels("single", make_packs("single")))
     np.testing.assert_allclose(got, expected, rtol=1e-10)
-    np.testing.assert_allclose(two_processes()["predict without labels"], expected, rtol=1e-10)
+    np.testing.assert_allclose(two_processes["predict without labels"], expected, rtol=1e-10)
 
 
 # (e) Plain Trainer.

@@ -1,9 +1,5 @@
 """PackedTrainer: a step's loss and gradients do not depend on accumulation, processes or packing."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import make_tokenizer
@@ -13,8 +9,8 @@ from test_equivalence import MAX_LENGTH, alone, make_models
 from training_runs import (
     BY_SEQUENCES,
     BY_SEQUENCES_IN_TWO,
+    IN_TWO,
     ONE_PROCESS,
-    TWO_PROCESSES,
     deterministic,
     evaluate,
     make_epochs,
@@ -28,21 +24,10 @@ from collate import DataCollatorWithPacking
 from collate.trainer import StepSampler
 from packing import pack_dataset
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def one_process():
     return {name: train(*run) for name, run in ONE_PROCESS.items()}
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    results = tmp_path_factory.mktemp("ddp") / "results.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    run = subprocess.run([*launch, HERE / "training_runs.py", results], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return torch.load(results)
 
 
 def assert_same(got, expected):
@@ -86,7 +71,7 @@ def test_the_two_losses_differ(one_process):
         assert_same(one_process["1 x 16, token loss"], one_process["1 x 16"])
 
 
-@pytest.mark.parametrize(("two", "one"), zip(TWO_PROCESSES, ["1 x 16", "1 x 16, token loss", "17 packs"], strict=True))
+@pytest.mark.parametrize(("two", "one"), zip(IN_TWO, ["1 x 16", "1 x 16, token loss", "17 packs"], strict=True))
 def test_two_processes_change_nothing(one_process, two_processes, two, one):
     """Rank 1's first pass has no NSP target; the ranks do not divide 22 packs; of 17 rank 1 gets none in the end."""
     assert two_processes[two]["processes"] == 2

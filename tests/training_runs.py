@@ -1,15 +1,11 @@
-"""One epoch of PackedTrainer over a few fixed packs. Imported by test_trainer.py, and run by it in several processes:
-
-torchrun --nproc-per-node 2 training_runs.py RESULTS.pt
-"""
+"""One epoch of PackedTrainer over a few fixed packs, in one process or in two."""
 
 import contextlib
+import functools
 import os
-import sys
 import tempfile
 
 import numpy as np
-import torch
 from conftest import make_pair, make_tokenizer
 from datasets import Dataset
 from reference import packed_rows
@@ -30,7 +26,7 @@ ONE_PROCESS = {
 # name: (rows in every pass, passes); each step has 24 sequences, in 2 epochs, the second of which is packed anew
 BY_SEQUENCES = {"1 x 16": (16, 1), "8 x 2": (2, 8)}
 BY_SEQUENCES_IN_TWO = {"2 ranks x 3 x 3": (3, 3)}
-TWO_PROCESSES = {
+IN_TWO = {
     "2 ranks x 2 x 4": (22, 4, 2, "sequence"),
     "2 ranks x 2 x 4, token loss": (22, 4, 2, "token"),
     "2 ranks x 2 x 4, 17 packs": (17, 4, 2, "sequence"),
@@ -132,10 +128,5 @@ def make_trainer(mlm_loss="sequence", train_dataset=None, eval_dataset=None, fol
         yield PackedTrainer(model, training, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
 
 
-if __name__ == "__main__":
-    results = {name: train(*run) for name, run in TWO_PROCESSES.items()}
-    results |= {name: train_by_sequences(*run) for name, run in BY_SEQUENCES_IN_TWO.items()}
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, sys.argv[1])
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+TWO_PROCESSES = {name: functools.partial(train, *run) for name, run in IN_TWO.items()}
+TWO_PROCESSES |= {name: functools.partial(train_by_sequences, *run) for name, run in BY_SEQUENCES_IN_TWO.items()}
