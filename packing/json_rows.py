@@ -179,8 +179,10 @@ def _refuse_lost_numbers(file: Path, line: int, data: bytes, table: pa.Table) ->
     types = {field.name: field.type for field in table.schema}
     text, place = data.decode(), 0
     place = BLANK.match(text).end()
+    # a number of thousands of digits is too long for Python, and stays the text it is
+    decode = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 400 else digits).raw_decode
     while place < len(text):
-        row, end = json.JSONDecoder().raw_decode(text, place)
+        row, end = decode(text, place)
         for name, value in row.items():
             lost = _lost(value, types[name])
             if lost is not None:
@@ -204,7 +206,7 @@ def _has_great_floats(array: pa.Array) -> bool:
     return pa.types.is_struct(array.type) and any(map(_has_great_floats, array.flatten()))
 
 
-def _lost(value, type_: pa.DataType) -> int | None:
+def _lost(value, type_: pa.DataType) -> int | str | None:
     import pyarrow as pa
 
     if value is None:
@@ -214,8 +216,10 @@ def _lost(value, type_: pa.DataType) -> int | None:
     if pa.types.is_struct(type_):
         found = (_lost(value.get(field.name), field.type) for field in type_)
         return next((lost for lost in found if lost is not None), None)
-    if not pa.types.is_float64(type_) or not isinstance(value, int):
+    if not pa.types.is_float64(type_) or isinstance(value, float):
         return None
+    if isinstance(value, str):
+        return f"{value[:40]}…"
     try:
         return value if int(float(value)) != value else None
     except OverflowError:

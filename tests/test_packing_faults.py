@@ -463,7 +463,7 @@ def test_a_command_on_a_full_disk(two_splits, tmp_path, capsys, monkeypatch):
     assert ".arrow'; " in error
     assert "finished shards are kept in" in error
     assert cli.main([*two_splits, "--num-proc", "0"]) == 2
-    assert "num_proc=0 must be a whole number, at least 1" in capsys.readouterr().err
+    assert "--num-proc 0 must be a whole number, at least 1" in capsys.readouterr().err
     assert cli.main(two_splits) == 0
     assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
 

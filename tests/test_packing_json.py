@@ -82,6 +82,7 @@ REFUSED = {
     "a great number among fractions": ([1] * 30 + [0.5, BIG], rf"has {BIG} in column 'value', which holds fractions"),
     "a great number before fractions": ([BIG] + [1] * 30 + [0.5], rf"has {BIG} in column 'value'"),
     "a number beyond all integers": ([1] * 30 + [2**64 - 1], rf"has {2**64 - 1} in column 'value'"),
+    "a number beyond all floats": ([1] * 30 + [10**300], r"has 10{299}0 in column 'value'"),
     "in a list": ([[1, 0.5]] * 30 + [[1, -BIG]], rf"has -{BIG} in column 'value'"),
     "in a field": ([{"a": 0.5}] * 30 + [{"a": BIG}], rf"has {BIG} in column 'value'"),
     "texts, then objects": (["x"] * 30 + [{"a": 1}], "holds dict in column 'value', and lines before it hold str"),
@@ -107,6 +108,12 @@ def test_what_would_change_is_refused_by_line_and_column(load, block, case):
     if case != "a field that differs":
         assert f" {number} " in str(refused.value)
     assert "/data/0.js" in str(refused.value)
+
+
+def test_a_number_of_thousands_of_digits_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"input_ids": [1], "value": ' + "9" * 5_000 + "}\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl' line 1 has 9{40}… in column 'value'"):
+        load_splits(str(tmp_path / "rows.jsonl"))
 
 
 def test_files_that_differ_name_the_column_and_null_is_anything(load, block):
