@@ -7,8 +7,9 @@ from collate.layout import PackLayout
 
 if TYPE_CHECKING:
     from collate.collator import DataCollatorWithPacking
+    from collate.encoders import position_ids_start
     from collate.heads import packed_predictions, task_for
-    from collate.isolation import check_isolation, isolate_sequences, position_ids_start
+    from collate.isolation import check_isolation, isolate_sequences
     from collate.trainer import PackedTrainer
 
 # transformers' Trainer takes ten seconds to import: whoever only wants a layout should not wait for it.
@@ -18,7 +19,7 @@ _LAZY = {
     "check_isolation": "collate.isolation",
     "isolate_sequences": "collate.isolation",
     "packed_predictions": "collate.heads",
-    "position_ids_start": "collate.isolation",
+    "position_ids_start": "collate.encoders",
     "task_for": "collate.heads",
 }
 

@@ -22,49 +22,25 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from collate.encoders import (
+    CURE,
+    SUPPORTED,
+    is_a_decoder,
+    obstacles,
+    outermost,
+    position_ids_start,
+    pretrained_model,
+    refuse_unfit,
+)
 from collate.layout import PADDING, PackLayout
 from collate.lazy_mask import LazyMask
 from collate.vocabulary import token_ids, vocabulary_size
 
-SUPPORTED = (
-    *("albert", "bert", "bert-generation", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "eurobert"),
-    *("gte", "jina_embeddings_v3", "modernbert", "nomic_bert", "roberta", "roberta-prelayernorm", "roc_bert"),
-    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
-)
-"""Model types that are exact on packed rows: tests/test_isolation.py runs each against its sequences alone."""
-
-_OWN_ATTENTION = "it computes attention itself and never calls the attention interface"
-REFUSED = {
-    "big_bird": f"in attention: {_OWN_ATTENTION}",
-    "convbert": "in attention: its convolutions run over neighbouring tokens of the row",
-    "deberta": f"in attention: {_OWN_ATTENTION}",
-    "deberta-v2": f"in attention: {_OWN_ATTENTION}",
-    "longformer": f"in attention: {_OWN_ATTENTION}, with windows over the row",
-    "megatron-bert": f"in attention: {_OWN_ATTENTION}",
-    "mobilebert": "in the embeddings: its trigrams mix each token with its neighbours in the row",
-    "mpnet": f"in attention: {_OWN_ATTENTION}",
-    "roformer": f"in attention: {_OWN_ATTENTION}",
-    "ultrabert": "in attention: one mask would replace its sliding windows, and it takes no mask per layer type",
-}
-"""Where these leak as they are, and why. (Some happen to add a 4-D float mask to their scores and would obey it, but
-nothing promises so, and nothing would tell when it ends.)"""
-
-STARTS_AFTER_PADDING_IDX = (
-    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"),
-    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
-)
-"""RoBERTa and its relatives: the first position is padding_idx + 1, and 0-based positions degrade silently."""
-
 TAKES_SEQUENCE_IDS = frozenset({"packed_attention"})
 """Attention implementations that are handed `sequence_ids` instead of a mask: see bert_pretrain.attention."""
-
-
-def position_ids_start(config: PretrainedConfig) -> int:
-    """The position of a sequence's first token: 0, or padding_idx + 1 for RoBERTa and its relatives."""
-    return config.pad_token_id + 1 if config.model_type in STARTS_AFTER_PADDING_IDX else 0
 
 
 def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
@@ -95,9 +71,9 @@ def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
     one module; later, in a forward, for
     `sequence_ids` beside an `attention_mask`, ids that no packing produces, or positions that begin below the model's.
     """
-    encoder = _encoder(model)
-    _refuse_known_leaks(encoder.config)
+    refuse_unfit(model, "isolate_sequences")
     _refuse_several(model)
+    encoder = _encoder(model)
     if is_isolated(model):
         for hook in _hooks(model):
             hook.dense_mask |= dense_mask
@@ -105,14 +81,30 @@ def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
     hook = encoder.register_forward_pre_hook(_IsolateSequences(encoder, dense_mask), with_kwargs=True)
     if not _is_known(model):
         try:
-            check_isolation(model).raise_if_leaking(but_for=("pooling",))
-        except Exception as error:
+            _try_out(model)
+        except ValueError:
             hook.remove()
-            where = "" if isinstance(model, PreTrainedModel) else f" inside of {type(model).__name__}"
-            raise ValueError(
-                f"{encoder.config.model_type}{where} is not known to isolate; probed, it failed: {error}"
-            ) from error
+            raise
     return model
+
+
+def _try_out(model: nn.Module) -> None:
+    """Raise ValueError for a hooked model of unknown type that leaks, or that cannot be run."""
+    where = "" if isinstance(model, PreTrainedModel) else f" inside of {type(model).__name__}"
+    name = f"{_encoder(model).config.model_type}{where}"
+    try:
+        report = check_isolation(model)
+    except Exception as error:
+        raise ValueError(
+            f"{name} is not known to isolate, and it cannot be tried out: given input_ids, sequence_ids and masks for "
+            f"packed rows it fails, as the error above says; {CURE}"
+        ) from error
+    if report.reason and not report.isolated:
+        raise ValueError(report.reason)
+    try:
+        report.raise_if_leaking(but_for=("pooling",))
+    except ValueError as error:
+        raise ValueError(f"{name} is not known to isolate; probed, it failed: {error}") from error
 
 
 def is_isolated(model: nn.Module) -> bool:
@@ -264,19 +256,12 @@ def _is_start(sequence_ids_BL: Tensor) -> Tensor:
 
 def _encoder(model: nn.Module) -> PreTrainedModel:
     """The encoder inside a task model, or inside what PEFT, DDP or torch.compile wrapped around one."""
-    return _pretrained(model).base_model
-
-
-def _pretrained(model: nn.Module) -> PreTrainedModel:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise ValueError(f"{type(model).__name__} holds no transformers model; isolate_sequences needs one")
+    return pretrained_model(model, "isolate_sequences").base_model
 
 
 def _is_known(model: nn.Module) -> bool:
     """Whether this is a supported type, all of it known code: a subclass, or a module around, may drop sequence_ids."""
-    classes = (type(_pretrained(model)), type(_encoder(model)))
+    classes = (type(pretrained_model(model, "isolate_sequences")), type(_encoder(model)))
     stock = all(c.__module__.startswith("transformers.") for c in classes)
     stock &= type(model).__module__.startswith(("transformers.", "torch.", "peft."))
     return stock and _encoder(model).config.model_type in SUPPORTED
@@ -284,27 +269,12 @@ def _is_known(model: nn.Module) -> bool:
 
 def _refuse_several(model: nn.Module) -> None:
     """Two encoders side by side would be one that is isolated and one that is not."""
-    outermost, inside = [], set()
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module not in inside:
-            outermost.append(module)
-            inside.update(module.modules())
-    if len(outermost) > 1 and not all(map(is_isolated, outermost)):
+    models = outermost(model)
+    if len(models) > 1 and not all(map(is_isolated, models)):
         raise ValueError(
-            f"{type(model).__name__} holds {len(outermost)} transformers models, "
-            f"{' and '.join(type(module).__name__ for module in outermost)}; call isolate_sequences on each of them"
+            f"{type(model).__name__} holds {len(models)} transformers models, "
+            f"{' and '.join(type(module).__name__ for module in models)}; call isolate_sequences on each of them"
         )
-
-
-def _refuse_known_leaks(config: PretrainedConfig) -> None:
-    kind = config.model_type
-    if any(getattr(config, name, False) for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention")):
-        raise ValueError(
-            f"{kind} is configured as a decoder; isolate_sequences is for encoders: set is_decoder=False and "
-            "add_cross_attention=False"
-        )
-    if kind in REFUSED:
-        raise ValueError(f"{kind} leaks between packed sequences {REFUSED[kind]}; use one of {list(SUPPORTED)}")
 
 
 # The probe.
@@ -345,6 +315,8 @@ class IsolationReport:
     pooling: float | None
     alone: float | None
     pools_rows: bool = False
+    reason: str | None = None
+    """Why it is known to leak, where it is."""
 
     def limit(self, part: str) -> float:
         return SAME_SHAPE_LIMIT if part in ("embeddings", "attention", "token_types") else self.other_shape_limit
@@ -364,9 +336,10 @@ class IsolationReport:
         leaking = [part for part in self.leaking if part not in but_for]
         if leaking:
             where = "; ".join(f"{part} by {getattr(self, part):.2g} ({PARTS[part]})" for part in leaking)
+            cure = self.reason or f"Call isolate_sequences on an encoder of {list(SUPPORTED)}"
             raise ValueError(
                 f"{self.model} told by {self.told_by} does not keep packed sequences apart. Relative to being alone, "
-                f"it leaks in {where}. Call isolate_sequences on an encoder of {list(SUPPORTED)}"
+                f"it leaks in {where}. {cure}"
             )
 
     def __str__(self) -> str:
@@ -381,6 +354,8 @@ class IsolationReport:
             leak = getattr(self, part)
             change = "-" if leak is None else f"{leak:.1e}" if leak else "0"
             lines.append(f"{part:<12} {change:>8} {self.limit(part):>8.0e}   {what}")
+        if self.reason and self.leaking:
+            lines.append(self.reason)
         if self.pools_rows:
             lines.append("A row has one pooled output, not one per sequence: pool each sequence at its cls_positions.")
         return "\n".join(lines)
@@ -408,12 +383,14 @@ def check_isolation(
 
     tokenizer: gives the words and special tokens; None: the model's embeddings and config do.
     dtype: another type for the copy, where a model has parts that cannot run in float64.
-    Raises ValueError for a model that takes no input_ids, is an encoder-decoder, or returns nothing per token.
+    Raises ValueError for a model that takes no input_ids, is an encoder-decoder, or returns nothing per token. Of one
+    that is known to leak, such as a decoder, the report gives the reason, too.
     """
     with torch.no_grad(), _random_states_kept():
         probe = _Probe(model, tokenizer, seed, dtype)
         rows = [probe.measure(*lengths) for lengths in probe.lengths]
-    worst = {part: _worst([row[part] for row in rows]) for part in PARTS}
+        worst = {part: _worst([row[part] for row in rows]) for part in PARTS}
+        reason = probe.reason_to_leak() if (worst["alone"] or 0) > OTHER_SHAPE_LIMIT else probe.reason
     return IsolationReport(
         model=probe.name,
         told_by="sequence_ids" if probe.takes_ids else "attention_mask",
@@ -422,6 +399,7 @@ def check_isolation(
         window=probe.window if min(probe.lengths[-1]) > probe.window else 0,
         other_shape_limit=max(OTHER_SHAPE_LIMIT, 8 * torch.finfo(probe.dtype).eps),
         pools_rows=any(row["pools_rows"] for row in rows),
+        reason=reason,
         **worst,
     )
 
@@ -433,6 +411,7 @@ class _Probe:
     """
 
     def __init__(self, model: nn.Module, tokenizer, seed: int, dtype: torch.dtype | None):
+        self.reason = _check_probeable(model)
         model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
         pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
         self.name = type(model if pretrained is None else pretrained).__name__
@@ -440,7 +419,10 @@ class _Probe:
         self.arguments = _arguments(model)
         if pretrained is not None:  # task models hand keywords down
             self.arguments |= _arguments(pretrained) | _arguments(pretrained.base_model)
-        self._check_probeable()
+        if "input_ids" not in self.arguments:
+            raise ValueError(
+                f"{self.name} takes no input_ids, only {sorted(self.arguments)}; check_isolation needs tokens"
+            )
         implementation = getattr(self.config, "_attn_implementation", None) or ""
         self.is_hooked = is_isolated(model)
         self.needs_ids = "sequence_ids" in self.arguments or implementation in TAKES_SEQUENCE_IDS
@@ -502,13 +484,38 @@ class _Probe:
             if self.encoder is not None:  # a classifier's own output has nothing per token
                 keep = lambda _module, _args, result: of_encoder.update(_named(result, "encoder."))  # noqa: E731
                 hooks.enter_context(_removed(self.encoder.register_forward_hook(keep)))
-            result = self.model(**arguments)
+            result = self._call(arguments)
         run = _Run(sequence_ids, of_encoder | _named(result), tap.embedded)
         if not run.hidden:
             raise ValueError(
                 f"{self.name} returns nothing per token, so there is nothing to compare: {sorted(run.outputs)}"
             )
         return run
+
+    def _call(self, arguments: dict[str, Tensor]):
+        try:
+            return self.model(**arguments)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{self.name} cannot be tried out: given {', '.join(arguments)} it fails, as the error above says; "
+                "check_isolation is for encoders that need no more than tokens"
+            ) from error
+
+    def reason_to_leak(self) -> str | None:
+        """What its type or config says, or else, of a model that sees one direction, that it does."""
+        if self.reason is None and self._is_causal():
+            return is_a_decoder(getattr(self.config, "model_type", self.name), "isolate_sequences")
+        return self.reason
+
+    def _is_causal(self) -> bool:
+        """Whether another last token changes nothing before it, in a sequence alone."""
+        tokens = self.tokens(9)
+        rows = [self.row([torch.cat([tokens[:-1], last])], padding=0) for last in (tokens[-1:], self.tokens(1))]
+        one, other = (self.run(row, alone=True) for row in rows)
+        before = torch.arange(9, device=self._device)[None] < 8
+        return other.change(one, before) == 0 and bool((rows[0][0] != rows[1][0]).any())
 
     def pooled_change(self, base: "_Run", alone: list["_Run"]) -> float | None:
         """One pooled row per pack must be the first sequence's own; one per sequence, each its own."""
@@ -552,14 +559,6 @@ class _Probe:
     def num_token_types(self) -> int:
         return (getattr(self.config, "type_vocab_size", 0) or 0) if "token_type_ids" in self.arguments else 0
 
-    def _check_probeable(self) -> None:
-        if "input_ids" not in self.arguments:
-            raise ValueError(
-                f"{self.name} takes no input_ids, only {sorted(self.arguments)}; check_isolation needs tokens"
-            )
-        if getattr(self.config, "is_encoder_decoder", False):
-            raise ValueError(f"{self.name} is an encoder-decoder; give check_isolation its encoder")
-
     def _vocabulary(self, tokenizer) -> tuple[np.ndarray, dict[str, int]]:
         """Ordinary words, and the padding and mask tokens where there are any."""
         try:
@@ -584,7 +583,8 @@ class _Probe:
 
     def _lengths(self) -> list[tuple[int, int]]:
         """A short pair, and a long one: beyond every window, within the positions that the model has."""
-        most = (getattr(self.config, "max_position_embeddings", None) or 4096) - self.start
+        most = getattr(self.config, "max_position_embeddings", None) or 0
+        most = (most if most > 0 else 4096) - self.start  # XLNet says -1
         long = max(2 * self.window + 7, 40)
         in_one_row = (most - 10) // 2  # for models that count through the row, or keep tables of that length
         if in_one_row > self.window or not (self.takes_ids or "position_ids" in self.arguments):
@@ -596,6 +596,14 @@ class _Probe:
         """Sizes that a last dimension may have."""
         sizes = {value for value in vars(self.config).values() if isinstance(value, int)} if self.config else set()
         return sizes | {getattr(self.config, "num_labels", 2)}
+
+
+def _check_probeable(model: nn.Module) -> str | None:
+    """Refuse what no tokens can be run through; why a model is known to leak, None if it is not."""
+    if isinstance(model, nn.Module) and not outermost(model):
+        return None  # a model of one's own
+    refuse_unfit(model, "check_isolation", may_be=("causal", "leaks"))
+    return next((reason for _, reason in obstacles(model, "isolate_sequences")), None)
 
 
 class _Run:

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from collate.isolation import REFUSED, is_isolated, position_ids_start
+from collate.encoders import REFUSED, position_ids_start
+from collate.isolation import is_isolated
 from collate.refused import refuse_arguments, refuse_data_skip
 
 PLAIN = "plain Trainer on packs"

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from collate import DataCollatorWithPacking
+from collate.encoders import position_ids_start
 from collate.heads import (
     MaskedLM,
     PerSequence,
@@ -37,7 +38,6 @@ from collate.heads import (
     prepare_head,
     task_for,
 )
-from collate.isolation import position_ids_start
 from packing import pack_dataset
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -7,6 +7,8 @@ the hook, run on one sequence after the other. Sequences are longer than every s
 import copy
 import itertools
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +25,12 @@ from transformers import (
     BertForMaskedLM,
     BertForPreTraining,
     BertModel,
-    T5Config,
-    T5Model,
+    FunnelConfig,
+    FunnelModel,
     Trainer,
     TrainingArguments,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from bert_pretrain import PackedBertForPreTraining
@@ -40,7 +44,8 @@ from collate import (
     isolation,
     position_ids_start,
 )
-from collate.isolation import REFUSED, SUPPORTED, _IsolateSequences, is_isolated
+from collate.encoders import REFUSED, SUPPORTED
+from collate.isolation import _IsolateSequences, is_isolated
 from collate.lazy_mask import LazyMask
 
 PAD = 1
@@ -679,11 +684,10 @@ def test_the_probe_says_where_masks_do_not_help(kind, part):
 
 def test_an_unknown_encoder_is_probed():
     assert is_isolated(isolate_sequences(make_model("rembert", "eager", input_embedding_size=32)))
-    for kind, message in {"fnet": "fnet is not known to isolate", "esm": "esm is not known to isolate"}.items():
-        model = make_model(kind, "eager")
-        with pytest.raises(ValueError, match=message):
-            isolate_sequences(model)
-        assert not is_isolated(model)
+    model = make_model("lilt", "eager", channel_shrink_ratio=2)  # wants boxes of tokens, in a width of its own
+    with pytest.raises(ValueError, match=r"lilt is not known to isolate, and it cannot be tried out"):
+        isolate_sequences(model)
+    assert not is_isolated(model)
 
 
 class DropsKeywords(BertForMaskedLM):
@@ -721,14 +725,103 @@ def test_each_of_two_encoders_must_be_isolated():
     assert isolate_sequences(model) is model
 
 
-def test_decoders_are_refused():
-    with pytest.raises(ValueError, match="bert is configured as a decoder"):
-        isolate_sequences(BertModel(make_config("bert", is_decoder=True)))
-    t5 = T5Model(T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
-    with pytest.raises(ValueError, match="t5 is configured as a decoder"):
-        isolate_sequences(t5)
-    with pytest.raises(ValueError, match="T5Model is an encoder-decoder; give check_isolation its encoder"):
-        check_isolation(t5)
+TINY = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TINY |= {"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+FUNNEL = {"vocab_size": 60, "block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16}
+XLNET = {"vocab_size": 60, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+IMAGES = {"image_size": 8, "patch_size": 4}
+SOUNDS = {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,), "num_conv_pos_embedding_groups": 2}
+
+
+def tiny(kind, auto=AutoModel, **changes):
+    return lambda: auto.from_config(AutoConfig.for_model(kind, **TINY | changes))
+
+
+class Sentences(nn.Sequential):
+    """As SentenceTransformer has it: its forward takes a dict of features."""
+
+    def forward(self, input, **kwargs):
+        return input
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.auto_model = make_model()
+
+
+DECODER = "is a decoder: its tokens see only those before them"
+UNFIT = {
+    "gpt2": (tiny("gpt2"), f"gpt2 {DECODER}"),
+    "gptj": (tiny("gptj", rotary_dim=4), f"gptj {DECODER}"),
+    "bloom": (tiny("bloom", n_head=2), f"bloom {DECODER}"),
+    "llama with a head": (tiny("llama", AutoModelForSequenceClassification), f"llama {DECODER}"),
+    "qwen2": (tiny("qwen2", num_key_value_heads=2), f"qwen2 {DECODER}"),
+    "gemma": (tiny("gemma", num_key_value_heads=2, head_dim=8), f"gemma {DECODER}"),
+    "mistral": (tiny("mistral", num_key_value_heads=2, sliding_window=8), f"mistral {DECODER}"),
+    "clip's text": (tiny("clip_text_model"), f"clip_text_model {DECODER}"),
+    "bert as one": (tiny("bert", is_decoder=True), "bert is configured as a decoder.*set is_decoder=False"),
+    "t5": (tiny("t5", **T5), "T5Model is an encoder-decoder .t5.; isolate_sequences is for encoders alone"),
+    "bart": (tiny("bart", **BART), "BartModel is an encoder-decoder .bart."),
+    "vit": (tiny("vit", **IMAGES), "ViTModel takes no input_ids, only pixel_values"),
+    "wav2vec2": (tiny("wav2vec2", **SOUNDS), "Wav2Vec2Model takes no input_ids, only input_values"),
+    "esm": (tiny("esm", mask_token_id=4), "esm leaks between packed sequences in the embeddings: "),
+    "fnet": (tiny("fnet"), "fnet leaks between packed sequences in the Fourier transform"),
+    "funnel": (lambda: FunnelModel(FunnelConfig(**FUNNEL)), "funnel leaks .* in its pooling"),
+    "xlnet": (lambda: XLNetModel(XLNetConfig(**XLNET)), "xlnet leaks between packed sequences in attention"),
+    "sentences": (
+        lambda: Sentences(Transformer()),
+        r"Sentences is a module around a BertModel.*model\[0\]\.auto_model",
+    ),
+    "a name": (
+        lambda: "bert-base-cased",
+        r"'bert-base-cased', a str; load .* AutoModel.from_pretrained\('bert-base",
+    ),
+    "a folder": (lambda: Path("bert"), r"a \w*Path; load the model first, as by AutoModel.from_pretrained\('bert'\)"),
+    "a class": (lambda: BertModel, r"got the class BertModel; give it a model, BertModel.from_pretrained"),
+    "nothing": (lambda: None, "got None, a NoneType; give it a model"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_cannot_be_isolated_is_refused_by_name_reason_and_cure(name):
+    """By isolate_sequences, and by check_isolation or in its report; nothing is left hooked."""
+    make, said = UNFIT[name]
+    model = make()
+    with pytest.raises(ValueError, match=said):
+        isolate_sequences(model)
+    try:
+        report = check_isolation(model)
+    except ValueError as error:
+        assert re.search(said.replace("isolate_sequences", "check_isolation"), str(error))
+    else:
+        assert re.search(said, report.reason) and report.reason in str(report)
+        assert not report.isolated and not is_isolated(model)
+        with pytest.raises(ValueError, match=said):
+            report.raise_if_leaking()
+
+
+def test_a_decoder_that_was_made_to_see_both_directions_is_tried_out():
+    """As LLM2Vec has it."""
+    report = check_isolation(isolate_sequences(tiny("llama", is_causal=False, max_position_embeddings=64)()))
+    assert report.isolated and report.reason is None
+
+
+def test_what_is_wrapped_around_a_model_is_looked_through():
+    for model in (torch.compile(make_model(), backend="eager"), nn.DataParallel(make_model())):
+        assert is_isolated(isolate_sequences(model))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+def test_dynamic_quantization_is_refused():
+    """The scale of a mate's activations is everybody's."""
+    quantize = torch.ao.quantization.quantize_dynamic
+    model = quantize(make_model().float().eval(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=r"quantized dynamically: one scale for all.*give the model as it was"):
+        isolate_sequences(model)
 
 
 @pytest.mark.parametrize("kind", NAMED)

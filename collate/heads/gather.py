@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from collate.encoders import pretrained_model
 from collate.heads.values import mean_by_sequence
 from collate.isolation import isolate_sequences
 
@@ -67,7 +68,4 @@ def has_gather(encoder: nn.Module) -> bool:
 
 def task_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside what DDP, PEFT or torch.compile wrapped around it."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise ValueError(f"{type(model).__name__} holds no transformers model; a packed task needs one")
+    return pretrained_model(model, "a packed task")
