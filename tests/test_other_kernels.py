@@ -30,7 +30,7 @@ CONTRACT = [
 """What runs every day: the contract of every head, and packed = unpacked."""
 
 LONG = {
-    "attention": [f"test_attention{name}.py" for name in ("", "_patterns", "_summaries", "_learned", "_use")],
+    "attention": [f"test_attention{name}.py" for name in ("", "_patterns", "_summaries", "_learned", "_use", "_modes")],
     "encoders": ["test_equivalence.py", "test_isolation.py", "test_heads.py"],
     "training": [
         "test_trainer.py",
