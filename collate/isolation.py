@@ -67,9 +67,9 @@ def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
     The types in SUPPORTED are known to be exact, those in REFUSED known to leak. Any other encoder, and any class that
     is not transformers' own, around it or derived, goes through `check_isolation` here and is refused if it leaks.
 
-    Raises ValueError for a model that cannot be isolated from outside, with the reason, and for several encoders in
-    one module; later, in a forward, for
-    `sequence_ids` beside an `attention_mask`, ids that no packing produces, or positions that begin below the model's.
+    Raises ValueError for a model that cannot be isolated from outside, with the reason (`collate.encoders`), and for
+    several encoders in one module; later, in a forward, for `sequence_ids` beside an `attention_mask` or `is_causal`,
+    ids that no packing produces, or positions that begin below the model's.
     """
     refuse_unfit(model, "isolate_sequences")
     _refuse_several(model)

@@ -99,6 +99,6 @@ def _takes_varlen(mask: LazyMask, query: Tensor, dropout: float, scale: float | 
     """Whether FlashAttention's kernel can do this; it is tried on no GPU here."""
     width = query.shape[-1]
     is_usual = scale is None or math.isclose(scale, width**-0.5, rel_tol=1e-6)
-    if not query.is_cuda or dropout or not is_usual or mask.window is not None:
+    if not query.is_cuda or dropout or not is_usual or mask.window is not None or not mask.pack_layout.num_tokens:
         return False
     return varlen_obstacle(query.dtype, width, torch.cuda.get_device_capability(query.device)) is None
