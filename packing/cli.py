@@ -324,14 +324,17 @@ def load_sequences(arguments: argparse.Namespace, cache: Path | None = None) -> 
 
 def _tokenized(splits: dict, arguments: argparse.Namespace, num_proc: int, cache: Path | None) -> dict:
     """The splits with tokens. The tokenizer, which takes long to load, comes after all that can be seen without."""
+    from .packers import checked_limit
     from .tokenizing import check_texts, load_tokenizer, tokenize
 
     texts = [name for name in (arguments.text_column, arguments.text_pair_column) if name is not None]
     for name, dataset in splits.items():
         with _in_split(name):
             check_texts(dataset, texts)
+    longest = None
+    if getattr(arguments, "overlong", None) == "error":
+        longest = checked_limit("max_sequence_length", arguments.max_sequence_length)
     tokenizer = load_tokenizer(arguments.tokenizer)
-    longest = arguments.max_sequence_length if getattr(arguments, "overlong", None) == "error" else None
     tokenized = {}
     for name, dataset in splits.items():
         with _in_split(name):
@@ -381,7 +384,7 @@ def in_command_words(message: str) -> str:
 
     names = "|".join(COMMAND_WORDS)
     value = r"""(?:=(?P<value>"[^"]*"|'[^']*'|[^\s,;:()"']+)?)?"""
-    return re.sub(rf"""(?P<quoted>(?<!=)'[^']*')|(?<![-\w])(?P<name>{names})\b{value}""", option, message)
+    return re.sub(rf"""(?P<quoted>(?<![=\w])'[^']*')|(?<![-\w])(?P<name>{names})\b{value}""", option, message)
 
 
 QUOTES = "\"'"

@@ -303,11 +303,12 @@ def find_bad_line(files: list[Path]) -> None:
     """Raise for a line that is no JSON object, or has a value of another kind than the lines before it."""
     kinds: dict[str, set[str]] = {}
     for file in files:
+        unit = _unit(file)
         for number, line in enumerate(_lines(file), 1):
             if not line.strip():
                 continue
-            _check_text(file, number, line)
-            where = f"{str(file)!r} {_unit(file)} {number}"
+            _check_text(file, number, line, unit)
+            where = f"{str(file)!r} {unit} {number}"
             try:
                 row = json.loads(line)
             except ValueError as error:

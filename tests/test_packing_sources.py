@@ -742,6 +742,7 @@ def test_the_first_text_that_is_too_long_ends_the_work(tmp_path, tokenizer, caps
         ("rows are overlong, in any format", "rows are overlong, in any format"),
         ("column 'token_columns' and 'num_proc=2'", "column 'token_columns' and 'num_proc=2'"),
         ("unknown packer='x y'; choose", "unknown --packer x y; choose"),
+        ("the row's tokens, max_sequence_length=8, 'x'", "the row's tokens, --max-sequence-length 8, 'x'"),
         ("--pad-token-id 3, my_seed=4", "--pad-token-id 3, my_seed=4"),
     ],
 )
