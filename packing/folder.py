@@ -59,15 +59,15 @@ def _check_parent(target: Path) -> None:
 
 
 @contextmanager
-def writing_errors(path: Path) -> Iterator[None]:
+def writing_errors(path: Path, cure: str = CURE) -> Iterator[None]:
     """An error of the system names the path and the cure."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or CURE in str(error.strerror):
+        if error.errno is None or cure in str(error.strerror):
             raise
         said = error.strerror if error.filename in (None, str(path)) else f"{error.strerror} ({str(error.filename)!r})"
-        raise OSError(error.errno, f"{said}; {CURE}", str(path)) from error
+        raise OSError(error.errno, f"{said}; {cure}", str(path)) from error
 
 
 # Files

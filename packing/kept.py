@@ -13,11 +13,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from .folder import checksum, sync, write_file, writing_errors
 from .metadata import read_json
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SEAL = "seal.json"
+CURE = "set HF_DATASETS_CACHE to a folder that you can write to"
 
 
 def cache_folder() -> Path:
@@ -39,11 +41,15 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def new_cache():
-    """A cache in which nothing is yet, removed at the end: for who must not trust what others have read."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache_folder(), prefix=".anew-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+def new_cache() -> Iterator[Path]:
+    """A cache in which nothing is yet, removed at the end: for who must not trust what others have read.
+
+    Whoever keeps something makes the folder: a source that is read where it lies needs none."""
+    folder = cache_folder() / f".anew-{uuid4().hex}"
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def kept_rows(key: str, make: Callable[[Path], object], cache: Path | None = None) -> datasets.Dataset:
@@ -59,7 +65,7 @@ def kept_rows(key: str, make: Callable[[Path], object], cache: Path | None = Non
         logger.warning("%s, which is made anew", damage)
         shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
-        with writing_errors(cache):
+        with writing_errors(cache, CURE):
             cache.mkdir(parents=True, exist_ok=True)
             _make(folder, make)
     files = [datasets.Dataset.from_file(str(folder / name)) for name in sorted(_seal(folder))]

@@ -69,3 +69,18 @@ def test_the_same_bytes_in_other_surroundings(tmp_path, elsewhere):
     # the umask decides who reads what is written, not mkstemp
     assert {file.stat().st_mode & 0o777 for file in here.values()} == {0o644}
     assert {file.stat().st_mode & 0o777 for file in there.values()} == {0o600}
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_its_cure(tmp_path, elsewhere):
+    (tmp_path / "rows.jsonl").write_text('{"input_ids": [1, 2]}\n', encoding="utf-8")
+    command = [sys.executable, "-m", "packing.cli", "rows.jsonl", "packed"]
+    environment = {name: value for name, value in elsewhere.items() if not name.startswith(("HF_", "XDG_"))}
+    environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2
+    (line,) = ran.stderr.splitlines()
+    assert f"{elsewhere['HOME']}/.cache/huggingface/datasets/pack-dataset" in line
+    assert "set HF_DATASETS_CACHE to a folder that you can write to" in line
+    assert not (tmp_path / "packed").exists()
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
