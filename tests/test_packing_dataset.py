@@ -372,7 +372,7 @@ def test_facts_survive(tmp_path):
 def test_an_unpacked_dataset_has_no_facts():
     with pytest.raises(ValueError, match="was not packed"):
         packed_info(long_source())
-    with pytest.raises(ValueError, match="facts of several packings"):
+    with pytest.raises(ValueError, match="several packings"):
         packed_info(
             datasets.concatenate_datasets([pack_dataset(long_source(), 8), pack_dataset(long_source(), 8, seed=1)])
         )
