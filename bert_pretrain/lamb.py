@@ -33,8 +33,9 @@ class Lamb(pytorch_optimizer.Lamb):
         super().__init__(params, lr, betas, weight_decay, weight_decouple=False, eps=eps, adam_debias=True)
 
     def add_param_group(self, group: dict) -> None:
-        group["params"] = [group["params"]] if isinstance(group["params"], nn.Parameter) else list(group["params"])
-        group.setdefault("adam", all(parameter.ndim < 2 for parameter in group["params"]))
+        group["params"] = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+        parameters = [given[1] if isinstance(given, tuple) else given for given in group["params"]]  # (name, parameter)
+        group.setdefault("adam", all(parameter.ndim < 2 for parameter in parameters))
         super().add_param_group(group)
 
     def load_state_dict(self, state_dict: dict) -> None:

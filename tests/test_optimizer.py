@@ -158,6 +158,17 @@ def test_lamb_resumes_late_parameters_and_states_of_before(is_old):
     assert not any("step" in group for group in resumed.param_groups)
 
 
+def test_lamb_takes_named_parameters():
+    model, twin = nn.Linear(4, 3), nn.Linear(4, 3)
+    twin.load_state_dict(model.state_dict())
+    for lamb, module in ((Lamb(model.named_parameters()), model), (Lamb(twin.parameters()), twin)):
+        module(torch.ones(4)).square().sum().backward()
+        lamb.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    groups = Lamb([{"params": [("bias", model.bias)]}, {"params": [("weight", model.weight)]}]).param_groups
+    assert [group["adam"] for group in groups] == [True, False]
+
+
 def test_a_closure_of_lamb_makes_the_gradients():
     (parameter, *_), _ = make_parameters()
     optimizer = Lamb([parameter], lr=1e-2)

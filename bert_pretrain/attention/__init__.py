@@ -269,7 +269,7 @@ def _layout_of(sequence_ids: Tensor) -> PackLayout:
     else:
         is_current = layout is not None and version is not None and made_from == version
     if not is_current:
-        layout = PackLayout(in_ordinary_mode(sequence_ids.clone))
+        layout = PackLayout(in_ordinary_mode(lambda: sequence_ids.clone()))
         sequence_ids.packed_layout = layout, version
     return layout
 

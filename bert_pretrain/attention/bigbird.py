@@ -82,7 +82,7 @@ class BigBirdAttention(PatternAttention):
         return sees
 
     def layer_seed(self, device: torch.device) -> Tensor:
-        return mix(torch.tensor(self.options.seed, device=device)) ^ (self.layer_index + 1)
+        return mix(mix(torch.tensor(self.options.seed, device=device)) ^ (self.layer_index + 1))
 
     def longest_whole(self) -> int:
         keys_per_query = (2 * self.options.window + 1 + self.options.random_blocks) * self.options.block
