@@ -93,6 +93,8 @@ def test_one_by_one_computes_what_groups_compute(dtype):
 def test_more_threads_than_heads_take_groups(monkeypatch):
     layout, calls = layout_of([[1, 1, 2]]), []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr("collate.exact_attention.attend_grouped", lambda *inputs: calls.append(len(inputs)))
+    monkeypatch.setattr(
+        "collate.exact_attention.attend_grouped", lambda *inputs: calls.append(len(inputs)) or inputs[0]
+    )
     SdpaAttention(2, 8, 64)(*heads_input(layout), layout)
     assert calls == [5]

@@ -289,6 +289,7 @@ def test_two_ranks_by_ddp_and_by_fsdp(folders, tmp_path):
     assert (tmp_path / "printed-by-rank-1.txt").read_text() == ""
 
 
+@pytest.mark.long
 def test_accelerate_launches_it_on_several_processes(folders, tmp_path):
     """--multi_gpu: accelerate would need MPI to start several for a CPU otherwise."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -18,7 +18,7 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("lamb", marks=pytest.mark.long)])
 def test_packed_training_is_unpacked_training(benchmark, optimizer):
     """Parameters after 10 steps, against stock BERT on each sequence alone; three mistakes are far from them."""
     right = ["unpacked 4 x 4", "packed 1 x 4", "packed 4 x 1"]
@@ -52,6 +52,7 @@ def test_a_trained_model_has_nothing_of_a_twin_in_its_pack(benchmark):
     assert abs(broken[1:] - alone).max(1).min() > 1e-3
 
 
+@pytest.mark.long
 def test_the_probe_finds_a_leak_and_isolation_ends_it(benchmark):
     """A model that learned to look the answers up in its pack mate."""
     probe = benchmark("leak_probe")

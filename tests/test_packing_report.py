@@ -267,10 +267,13 @@ def test_overlong_lengths_are_cut_as_rows_are(sources, capsys):
     [
         (["lengths.npy", "packed"], "SOURCE 'lengths.npy' is a file of lengths, which can be planned for"),
         (["missing.npy", "--compare"], "there is no SOURCE 'missing.npy'"),
-        (["lengths.npy", "--compare", "--max-sequence-length", "8"], "sequences are longer than max_sequence_length=8"),
+        (
+            ["lengths.npy", "--compare", "--max-sequence-length", "8"],
+            "sequences are longer than --max-sequence-length 8",
+        ),
         (["splits", "--compare", "--max-sequence-length", "8"], "split 'train': row "),
         (["lengths.npy", "--report", "report.pdf"], "a report is written as .html or .png"),
-        (["histogram.csv", "--plan-only", "--max-sequence-length", "0"], "max_sequence_length=0 must be"),
+        (["histogram.csv", "--plan-only", "--max-sequence-length", "0"], "--max-sequence-length 0 must be"),
     ],
 )
 def test_refused_in_one_line(sources, capsys, arguments, message):
