@@ -6,7 +6,7 @@ import numpy as np
 
 from .kernels import njit
 
-MOST = 100  # lists and objects around a value: more than any table has
+MOST = 60  # lists and objects around a value; Arrow hands on types of 64 at most
 
 
 def check_depth(data: bytes, first_line: int = 1) -> None:

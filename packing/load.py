@@ -19,6 +19,7 @@ import difflib
 import glob
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -375,14 +376,35 @@ def _common_features(schemas: list[tuple[Path, pa.Schema]]) -> datasets.Features
             if name not in found or name not in expected:
                 has, lacks = (first, file) if name in expected else (file, first)
                 raise ValueError(f"{str(has)!r} has a column {name!r}, and {str(lacks)!r} has none; make them alike")
-            if "null" in str(common[name]):
-                common[name] = found[name]
-            elif found[name] != common[name] and "null" not in str(found[name]):
+            joined = _joined(common[name], found[name])
+            if joined is None:
                 raise ValueError(
                     f"column {name!r} is {common[name]} in {str(first)!r}, but {found[name]} in {str(file)!r}; "
                     "make them alike"
                 )
+            common[name] = joined
     return datasets.Features(common)
+
+
+def _joined(known, found):
+    """The type of both, where they differ in nothing but that one has no values (null), in lists and fields, too.
+
+    {"a": null, "b": int64} and {"a": string, "b": int64} -> {"a": string, "b": int64}; None: there is none."""
+    import datasets
+
+    nothing = datasets.Value("null")
+    if found in (known, nothing):
+        return known
+    if known == nothing:
+        return found
+    if isinstance(known, dict) and isinstance(found, dict) and known.keys() == found.keys():
+        fields = {name: _joined(feature, found[name]) for name, feature in known.items()}
+        return None if None in fields.values() else fields
+    if type(known) is type(found) and isinstance(known, datasets.List | datasets.LargeList):
+        values = _joined(known.feature, found.feature)
+        is_alike = replace(found, feature=known.feature) == known  # a length, say
+        return None if values is None or not is_alike else replace(known, feature=values)
+    return None
 
 
 def _features(file: Path, schema: pa.Schema) -> dict:

@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
@@ -20,7 +20,7 @@ from . import overlong as overlong_module
 from . import source as source_module
 from .assignment import checked_seed
 from .dataset import ANSWERS, prepare_packing
-from .exact import NotHeldError, exact_array
+from .exact import REFUSALS, NotHeldError, exact_array
 from .packers import checked_limit
 from .source import ATTENTION_MASK, INPUT_IDS, read_source
 
@@ -283,28 +283,46 @@ def _as_table(rows: dict[str, list], features: datasets.Features, is_declared: b
 def _as_array(name: str, values: list, feature=None, is_declared: bool = False) -> pa.Array:
     type_ = None if feature is None else datasets.Features({name: feature}).arrow_schema.field(name).type
     try:
+        if is_declared and not _is_of_values(feature):
+            values = [_encoded(feature, value) for value in values]
         return exact_array(values, type_, rounds=is_declared)
-    except NotHeldError as error:
-        if is_declared and not _is_of_numbers(feature):  # names of classes, images, numbers declared as text
-            encoded = [encode_nested_example(feature, value) for value in values]
-            return exact_array(encoded, type_, rounds=True)
+    except REFUSALS as error:
+        if is_declared and _is_of_values(feature):  # numbers may be declared as text
+            with suppress(*REFUSALS):
+                return exact_array([_encoded(feature, value) for value in values], type_, rounds=True)
         known = "be of one type in all rows" if type_ is None else f"hold {type_}, by the features or the first rows"
+        where = f" in row {error.row} of a buffer" if isinstance(error, NotHeldError) else ""
         raise ValueError(
-            f"column {name!r} must {known}, which it does not in row {error.row} of a buffer: {error}; give the stream "
+            f"column {name!r} must {known}, which it does not{where}: {error}; give the stream "
             "features that all rows have (from_generator(features=…), cast), or remove the column"
         ) from None
 
 
-def _is_of_numbers(feature) -> bool:
-    """Whether a feature is of numbers alone, in lists and structs, too."""
+def _encoded(feature, value):
+    """As datasets encodes it for a declared feature: names of classes, images. Only numbers stay as they are: datasets
+    would cut them."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {name: _encoded(feature[name], inner) if name in feature else inner for name, inner in value.items()}
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if inner is not None and isinstance(value, list | tuple):
+        return [_encoded(inner, each) for each in value]
+    is_number = isinstance(feature, datasets.Value) and not _is_text(feature)
+    return value if value is None or is_number else encode_nested_example(feature, value)
+
+
+def _is_text(feature: datasets.Value) -> bool:
+    return pa.types.is_string(feature.pa_type) or pa.types.is_large_string(feature.pa_type)
+
+
+def _is_of_values(feature) -> bool:
+    """Whether a feature is of plain values alone, in lists and structs, too."""
     if isinstance(feature, dict):
-        return all(map(_is_of_numbers, feature.values()))
+        return all(map(_is_of_values, feature.values()))
     if isinstance(feature, list):
-        return _is_of_numbers(feature[0])
+        return _is_of_values(feature[0])
     if isinstance(feature, datasets.List | datasets.LargeList):
-        return _is_of_numbers(feature.feature)
-    type_ = feature.pa_type if isinstance(feature, datasets.Value) else pa.null()
-    return pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)
+        return _is_of_values(feature.feature)
+    return isinstance(feature, datasets.Value)
 
 
 def _as_lists(packs: pa.Array) -> list[list]:

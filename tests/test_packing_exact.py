@@ -30,6 +30,8 @@ HELD = {
     "one instant": ([UTC_NOON], pa.timestamp("us", "Europe/Berlin"), [UTC_NOON]),
     "texts and bytes": ([["x"], ["é"]], None, [["x"], ["é"]]),
     "numpy": ([np.float32(0.1), np.float64(0.1)], None, [float(np.float32(0.1)), 0.1]),
+    "an array of two dimensions": ([np.array([[1, 2], [3, 4]])], None, [[[1, 2], [3, 4]]]),
+    "an array of none": ([np.array(5)], None, [5]),
     "nanoseconds": ([np.datetime64("2020-01-01T00:00:00", "ns")], None, [dt.datetime(2020, 1, 1)]),
 }
 
@@ -65,6 +67,8 @@ CHANGED = {
     "a field that nobody named": ([{"a": 1}, {"a": 1, "b": 2}], pa.struct([("a", pa.int64())]), {"a": 1, "b": 2}),
     "a fraction in a field": ([{"a": 1}, {"a": 0.5}], pa.struct([("a", pa.int64())]), {"a": 0.5}),
     "a field in a list": ([[{"a": "x"}], [{"a": b"x"}]], pa.list_(pa.struct([("a", pa.string())])), [{"a": b"x"}]),
+    "bytes for a list of numbers": ([[1], bytearray(b"a")], pa.list_(pa.int64()), bytearray(b"a")),
+    "a float of more bits than Python's": ([0.5, np.longdouble("0.1")], pa.float64(), np.longdouble("0.1")),
     "too great": ([1, 2**63], pa.int64(), 2**63),
     "anything where nothing was": ([None, 5], pa.null(), 5),
 }
@@ -84,10 +88,22 @@ def test_arrays_of_numpy_are_looked_into():
         exact_array(values, type_)
 
 
+def test_tensors_are_lists_of_numbers():
+    torch = pytest.importorskip("torch")
+    rows = [torch.tensor([1, 2]), [torch.tensor(3)], torch.tensor([4])]
+    assert exact_array(rows).to_pylist() == exact_array(rows, pa.list_(pa.int32())).to_pylist() == [[1, 2], [3], [4]]
+    assert exact_array([{"a": torch.tensor(0.5, dtype=torch.bfloat16)}]).to_pylist() == [{"a": 0.5}]
+    with pytest.raises(NotHeldError, match=r"hold \[0\] instead of \[0.5\]"):
+        exact_array([torch.tensor([1]), torch.tensor([0.5])], pa.list_(pa.int64()))
+
+
 def test_floats_are_rounded_only_to_a_type_that_somebody_chose():
     assert exact_array([0.1], pa.float32(), rounds=True).to_pylist() == [float(np.float32(0.1))]
     with pytest.raises(NotHeldError):
         exact_array([5, 0.1], pa.int64(), rounds=True)
+    assert exact_array([float("inf"), None, 0.1], pa.float32(), rounds=True).to_pylist()[:2] == [float("inf"), None]
+    with pytest.raises(NotHeldError, match="would hold inf instead of 1e"):
+        exact_array([float("inf"), 1e300], pa.float32(), rounds=True)
 
 
 @pytest.mark.parametrize(("first", "later"), [(5, 4.75), (0.5, True), (0.5, BIG), ("x", b"y"), (NOON.date(), NOON)])
@@ -135,6 +151,36 @@ def test_declared_types_are_kept_and_nothing_is_cut_to_them():
     assert pack["score"] == [float(np.float32(0.1))] * 4
     with pytest.raises(ValueError, match=r"'score' must hold int64.*would hold 0 instead of 0.1"):
         packs(4.75)
+
+
+DECLARED = {  # a feature, values that it holds as they are given or encoded, one that it does not
+    "a name of a class": (datasets.ClassLabel(names=["a", "b"]), ["b", 1], [1, 1], 7),
+    "a number of a class": (datasets.ClassLabel(names=["a", "b"]), [0, "a"], [0, 0], 0.7),
+    "a field of text": ({"a": datasets.Value("string")}, [{"a": "x"}, {"a": 5}], [{"a": "x"}, {"a": "5"}], {"b": 2}),
+    "a number beside text": (
+        {"a": datasets.Value("string"), "b": datasets.Value("int64")},
+        [{"a": 5, "b": 2}],
+        [{"a": "5", "b": 2}],
+        {"a": 5, "b": 2.5},
+    ),
+    "texts in a list": (datasets.List(datasets.Value("string")), [["x", 5, "y"]], [["x", "5", "y"]], 5),
+}
+
+
+@pytest.mark.parametrize("case", DECLARED)
+def test_declared_features_encode_values_and_cut_none(case):
+    feature, values, expected, culprit = DECLARED[case]
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "value": feature})
+
+    def packed(*values):
+        rows = [{"input_ids": [2, 3], "value": value} for value in values]
+        stream = datasets.IterableDataset.from_generator(lambda: iter(rows), features=features)
+        return [value for pack in pack_stream(stream, 8) for value in pack["value"]]
+
+    found = packed(*values)
+    assert sorted(map(str, found)) == sorted(map(str, expected))
+    with pytest.raises(ValueError, match=r"column 'value' must hold .*give the stream features"):
+        packed(*values, culprit)
 
 
 def test_columns_of_tables_that_were_cast_are_cast(tmp_path):

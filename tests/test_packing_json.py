@@ -154,15 +154,21 @@ def test_what_is_nested_too_deep_is_refused(tmp_path, block, depth, brackets, ca
     path = bad_bytes(tmp_path, after=40, content=content.encode())
     assert cli.main([str(path), str(tmp_path / "packed")]) == 2
     error = capsys.readouterr().err
-    assert repr(str(path)) in error and ("is nested more than 100 deep" in error or brackets == "lines")
+    assert repr(str(path)) in error and ("is nested more than 60 deep" in error or brackets == "lines")
     listed = tmp_path / "listed.json"
     listed.write_text(f"[{content}]")
     assert cli.main([str(listed), str(tmp_path / "packed")]) == 2
-    assert f"{str(listed)!r} line" in (error := capsys.readouterr().err) and "is nested more than 100 deep" in error
+    assert f"{str(listed)!r} line" in (error := capsys.readouterr().err) and "is nested more than 60 deep" in error
     lengths = tmp_path / "lengths.json"
     lengths.write_text("[" * depth + "1" + "]" * depth)
-    with pytest.raises(ValueError, match=r"lengths.json': line 1 is nested more than 100 deep"):
+    with pytest.raises(ValueError, match=r"lengths.json': line 1 is nested more than 60 deep"):
         read_histogram(lengths)
+
+
+def test_what_is_nested_less_deep_is_read(tmp_path):
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"input_ids": [1], "value": ' + "[" * (MOST - 1) + "1" + "]" * (MOST - 1) + "}")
+    assert len(load_splits(str(path))[""]) == 1
 
 
 def test_brackets_in_texts_are_not_nested():

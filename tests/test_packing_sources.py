@@ -748,3 +748,33 @@ def test_the_first_text_that_is_too_long_ends_the_work(tmp_path, tokenizer, caps
 )
 def test_errors_speak_the_words_of_the_command(message, expected):
     assert cli.in_command_words(message) == expected
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("other", "joined"),
+    [
+        ({"a": "x", "b": 8}, True),
+        ({"a": ["x"], "b": 8}, True),
+        ({"a": "x", "b": "y"}, False),  # the numbers of the first file would become texts
+        ({"a": "x", "b": 0.5}, False),
+        ({"a": "x", "null_b": 8}, False),
+    ],
+)
+def test_a_field_without_values_makes_no_other_field_of_any_type(tmp_path, monkeypatch, ending, other, joined):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    values = [{"a": None, "b": 7}, other]
+    for number, value in enumerate(values):
+        table = pa.table({"input_ids": [[1, 2]], "value": [value]})
+        path = tmp_path / f"{number}.{ending}"
+        if ending == "parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+    source = str(tmp_path / f"*.{ending}")
+    if joined:
+        assert load_splits(source)[""][:]["value"] == values
+    else:
+        with pytest.raises(ValueError, match=r"column 'value' is .*0\..* but .*1\..*make them alike"):
+            load_splits(source)
