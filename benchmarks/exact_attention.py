@@ -41,7 +41,7 @@ HEAD_WIDTH = 64
 
 def one_by_one(query, key, value, layout: PackLayout) -> Tensor:
     rows = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return OneByOne.apply(*rows, pieces_of_tokens(layout))[0].transpose(0, 1)
+    return OneByOne.apply(*rows, pieces_of_tokens(layout)).squeeze(0).transpose(0, 1)
 
 
 def dense_mask(query, key, value, layout: PackLayout) -> Tensor:

@@ -35,7 +35,8 @@ def attend_tokens(query_THK, key_THK, value_THK, layout: PackLayout, dropout: fl
     if not takes_one_by_one(query_THK, num_heads=query_THK.shape[1], dropout=dropout):
         return attend_grouped(*inputs, layout, dropout)
     pieces = layout.derived("pieces of tokens", lambda: pieces_of_tokens(layout))
-    return OneByOne.apply(*(x.transpose(0, 1)[None] for x in inputs), pieces)[0].transpose(0, 1)
+    rows = (x.transpose(0, 1).unsqueeze(0) for x in inputs)
+    return OneByOne.apply(*rows, pieces).squeeze(0).transpose(0, 1)  # [0] would copy the gradient
 
 
 def attend_rows(
@@ -48,7 +49,7 @@ def attend_rows(
     inputs = (query_BHLK, key_BHLK, value_BHLK)
     if takes_one_by_one(query_BHLK, num_heads=query_BHLK.shape[1], dropout=dropout):
         pieces = layout.derived(("pieces of rows", window), lambda: pieces_of_rows(layout, window))
-        return OneByOne.apply(*inputs, pieces, scale, window)
+        return OneByOne.apply(*inputs, pieces, scale)
     if layout.num_sequences == 0:  # no token, but a part of the graph
         return (query_BHLK + key_BHLK + value_BHLK) * 0
     inputs = (layout.unpad(x.transpose(1, 2)) for x in inputs)
@@ -104,21 +105,41 @@ class Piece(NamedTuple):
     key_start: int
     key_length: int
 
-    def queries(self, rows: tuple[Tensor, ...]) -> Tensor:
-        """(1, H, n, K) of rows (1, H, L, K): a view."""
-        return rows[self.row].narrow(2, self.start, self.length)
 
-    def keys(self, rows: tuple[Tensor, ...]) -> Tensor:
-        return rows[self.row].narrow(2, self.key_start, self.key_length)
+class Pieces:
+    """All pieces of a batch, row by row and from left to right. No slot is a query of two."""
+
+    def __init__(self, pieces: list[Piece], num_rows: int, num_slots: int, window: int | None = None):
+        self.pieces, self.window = pieces, window
+        self.fills_rows = sum(piece.length for piece in pieces) == num_rows * num_slots
+        self.sizes: list[list[int]] = [[] for _ in range(num_rows)]  # of each row: gap, piece, gap, piece, …, gap
+        ends = [0] * num_rows
+        for piece in pieces:
+            self.sizes[piece.row] += [piece.start - ends[piece.row], piece.length]
+            ends[piece.row] = piece.start + piece.length
+        for sizes, end in zip(self.sizes, ends, strict=True):
+            sizes.append(num_slots - end)
+
+    def queries(self, x_BHLK: Tensor) -> list[Tensor]:
+        """Of each piece (1, H, n, K), a view. Split at once: a call for each would take as long as a short sequence."""
+        rows = zip(x_BHLK.split(1), self.sizes, strict=True)
+        return [part for row, sizes in rows for part in row.split(sizes, 2)[1::2]]
+
+    def keys(self, x_BHLK: Tensor) -> list[Tensor]:
+        if self.window is None:
+            return self.queries(x_BHLK)
+        rows = x_BHLK.split(1)  # pieces share keys
+        return [rows[piece.row].narrow(2, piece.key_start, piece.key_length) for piece in self.pieces]
 
 
-def pieces_of_tokens(layout: PackLayout) -> list[Piece]:
+def pieces_of_tokens(layout: PackLayout) -> Pieces:
     """The sequences of a batch whose tokens are one row (1, H, T, K)."""
     starts, lengths = layout.cu_seqlens[:-1].tolist(), layout.lengths.tolist()
-    return [Piece(0, start, length, start, length) for start, length in zip(starts, lengths, strict=True)]
+    pieces = [Piece(0, start, length, start, length) for start, length in zip(starts, lengths, strict=True)]
+    return Pieces(pieces, 1, layout.num_tokens)
 
 
-def pieces_of_rows(layout: PackLayout, window: int | None = None) -> list[Piece]:
+def pieces_of_rows(layout: PackLayout, window: int | None = None) -> Pieces:
     """The sequences of a batch of padded rows (B, H, L, K), those much longer than a window in several pieces.
 
     window 64, 200 tokens    ->    queries 0..63 with keys 0..127, 64..127 with 0..191, 128..191 with 64..199, …
@@ -133,7 +154,7 @@ def pieces_of_rows(layout: PackLayout, window: int | None = None) -> list[Piece]
             if window is not None:
                 low, high = max(first - window, 0), min(stop + window, length)
             pieces.append(Piece(row, start + first, stop - first, start + low, high - low))
-    return pieces
+    return Pieces(pieces, *layout.sequence_ids_BL.shape, window)
 
 
 SMALLEST_PIECE = 64
@@ -141,7 +162,7 @@ SMALLEST_PIECE = 64
 
 
 class OneByOne(torch.autograd.Function):
-    """(B, H, L, K) x 3, pieces, scale, window -> (B, H, L, K), 0 where there is no piece.
+    """(B, H, L, K) x 3, pieces, scale -> (B, H, L, K), 0 where there is no piece.
 
     Written out, with the kernels that scaled_dot_product_attention itself calls on a CPU: through it, every sequence
     would cost a dozen nodes of the graph. What a kernel returns is copied to its place at once, while it is in the
@@ -149,17 +170,16 @@ class OneByOne(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, pieces, scale=None, window=None):
+    def forward(ctx, query, key, value, pieces, scale=None):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        context, log_sums, band = _space_like(value, pieces), [], Band(window, query.dtype)
-        queries, keys, values, contexts = (x.split(1) for x in (query, key, value, context))
-        for piece in pieces:
-            inputs = piece.queries(queries), piece.keys(keys), piece.keys(values)
-            result, log_sum = kernel(*inputs, attn_mask=band.mask(piece), scale=scale)
-            piece.queries(contexts).copy_(result)
+        context, log_sums, masks = _space_like(value, pieces.fills_rows), [], masks_of(pieces, query.dtype)
+        inputs = zip(pieces.queries(query), pieces.keys(key), pieces.keys(value), strict=True)
+        for parts, place, mask in zip(inputs, pieces.queries(context), masks, strict=True):
+            result, log_sum = kernel(*parts, attn_mask=mask, scale=scale)
+            place.copy_(result)
             log_sums.append(log_sum)
-        ctx.pieces, ctx.scale, ctx.band = pieces, scale, band
+        ctx.pieces, ctx.scale, ctx.masks = pieces, scale, masks
         ctx.save_for_backward(query, key, value, context, *log_sums)
         return context
 
@@ -168,44 +188,45 @@ class OneByOne(torch.autograd.Function):
     def backward(ctx, grad):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         query, key, value, context, *log_sums = ctx.saved_tensors
-        pieces, band = ctx.pieces, ctx.band
-        gradients = _space_like(query, pieces), _space_like(key, pieces, band), _space_like(value, pieces, band)
-        grads, queries, keys, values, contexts = (x.split(1) for x in (grad, query, key, value, context))
-        of_query, of_key, of_value = (x.split(1) for x in gradients)
-        for piece, log_sum in zip(pieces, log_sums, strict=True):
-            inputs = piece.queries(grads), piece.queries(queries), piece.keys(keys), piece.keys(values)
-            more = {"attn_mask": band.mask(piece), "scale": ctx.scale}
-            results = kernel(*inputs, piece.queries(contexts), log_sum, 0.0, False, **more)
-            piece.queries(of_query).copy_(results[0])
-            for place, result in zip((piece.keys(of_key), piece.keys(of_value)), results[1:], strict=True):
-                place.copy_(result) if band.window is None else place.add_(result)  # pieces share keys
-        return *gradients, None, None, None
+        pieces, overlap = ctx.pieces, ctx.pieces.window is not None
+        of_query = _space_like(query, pieces.fills_rows)
+        of_key, of_value = (_space_like(x, pieces.fills_rows and not overlap) for x in (key, value))
+        inputs = pieces.queries(grad), pieces.queries(query), pieces.keys(key), pieces.keys(value)
+        more = pieces.queries(context), log_sums, ctx.masks
+        places = pieces.queries(of_query), pieces.keys(of_key), pieces.keys(of_value)
+        for *parts, mask, to_query, to_key, to_value in zip(*inputs, *more, *places, strict=True):
+            results = kernel(*parts, 0.0, False, attn_mask=mask, scale=ctx.scale)
+            to_query.copy_(results[0])
+            for place, result in zip((to_key, to_value), results[1:], strict=True):
+                place.add_(result) if overlap else place.copy_(result)
+        return of_query, of_key, of_value, None, None
 
 
-class Band:
-    """What a window hides in a piece, added to its scores: 0 or -inf. Pieces of the same shape share it."""
+def masks_of(pieces: Pieces, dtype: torch.dtype) -> list[Tensor | None]:
+    """What a window hides in each piece (n, m), to be added to its scores: 0 or -inf; None where nothing is hidden.
 
-    def __init__(self, window: int | None, dtype: torch.dtype):
-        self.window, self.dtype, self.made = window, dtype, {}
+    Pieces of the same shape share it.
+    """
+    window, made = pieces.window, {}
+    if window is None:
+        return [None] * len(pieces.pieces)
 
-    def mask(self, piece: Piece) -> Tensor | None:
-        """(n, m); None where all queries see all keys."""
-        if self.window is None or piece.key_length <= self.window + 1:
+    def mask(piece: Piece) -> Tensor | None:
+        if piece.key_length <= window + 1:
             return None
         shape = (piece.start - piece.key_start, piece.length, piece.key_length)
-        if shape not in self.made:
-            self.made[shape] = self._make(*shape)
-        return self.made[shape]
+        if shape not in made:
+            offset, length, key_length = shape
+            distance = torch.arange(length)[:, None] + offset - torch.arange(key_length)
+            hidden = distance.abs() > window
+            made[shape] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        return made[shape]
 
-    def _make(self, offset: int, length: int, key_length: int) -> Tensor:
-        distance = torch.arange(length)[:, None] + offset - torch.arange(key_length)
-        hidden = distance.abs() > self.window
-        return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf"))
+    return [mask(piece) for piece in pieces.pieces]
 
 
-def _space_like(x_BHLK: Tensor, pieces: list[Piece], band: Band | None = None) -> Tensor:
+def _space_like(x_BHLK: Tensor, is_filled: bool) -> Tensor:
     """Where results of pieces go, in memory (B, L, H, K) as layers want it; zeros where they leave gaps or add up."""
     packs, heads, slots, width = x_BHLK.shape
-    is_filled = sum(piece.length for piece in pieces) == packs * slots and (band is None or band.window is None)
     make = x_BHLK.new_empty if is_filled else x_BHLK.new_zeros
     return make(packs, slots, heads, width).transpose(1, 2)

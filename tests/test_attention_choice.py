@@ -11,7 +11,7 @@ from test_pretrain import folders, train  # noqa: F401
 from bert_pretrain.attention import choice
 from bert_pretrain.attention.choice import choose_attention
 from bert_pretrain.attention.sdpa import SdpaAttention
-from collate.exact_attention import attend_grouped
+from collate.exact_attention import Pieces, attend_grouped
 from collate.varlen import has_varlen_kernel
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -93,8 +93,17 @@ def test_one_by_one_computes_what_groups_compute(dtype):
 def test_more_threads_than_heads_take_groups(monkeypatch):
     layout, calls = layout_of([[1, 1, 2]]), []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(
-        "collate.exact_attention.attend_grouped", lambda *inputs: calls.append(len(inputs)) or inputs[0]
-    )
+    monkeypatch.setattr("collate.exact_attention.attend_grouped", lambda *inputs: calls.append(inputs) or inputs[2])
     SdpaAttention(2, 8, 64)(*heads_input(layout), layout)
-    assert calls == [5]
+    assert [len(inputs) for inputs in calls] == [5]
+
+
+def test_one_by_one_takes_gradients_as_they_come(monkeypatch):
+    """A copy of the gradient, as indexing makes one, took as long as short sequences do."""
+    seen, split = [], Pieces.queries
+    monkeypatch.setattr(Pieces, "queries", lambda self, x: seen.append(x.data_ptr()) or split(self, x))
+    layout = layout_of([[1] * 5 + [2] * 3])
+    inputs = [x.requires_grad_() for x in heads_input(layout)]
+    grad = torch.ones(8, 2, 8, dtype=torch.float64)
+    SdpaAttention(2, 8, 64)(*inputs, layout).backward(grad)
+    assert {x.data_ptr() for x in (*inputs, grad)} <= set(seen)

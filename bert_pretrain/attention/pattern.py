@@ -259,10 +259,29 @@ def attend_part(query, key, value, mask, dropout: float = 0.0) -> tuple[Tensor, 
     Scores and log sums are wide: 16 bits would overflow, or round a log sum so that the parts are joined wrongly.
     """
     with without_autocast(query):
-        scores = at_least_float32(query) @ at_least_float32(key).transpose(-1, -2) * query.shape[-1] ** -0.5
+        scores = at_least_float32(query) * query.shape[-1] ** -0.5 @ at_least_float32(key).transpose(-1, -2)
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
-        context = F.dropout(scores.softmax(-1), dropout) @ at_least_float32(value)
-        return context.to(value.dtype), scores.logsumexp(-1)
+        weights, log_sum = SoftmaxWithLogSum.apply(scores)
+        context = F.dropout(weights, dropout) @ at_least_float32(value)
+        return context.to(value.dtype), log_sum
+
+
+class SoftmaxWithLogSum(torch.autograd.Function):
+    """scores (…, M) -> softmax (…, M), log sum exp (…): one pass over the scores each way, where torch's two functions
+    take two forwards and three backwards."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(weights)
+        return weights, scores.amax(-1) - weights.amax(-1).log()  # the largest weight is exp(0) / sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_weights, grad_log_sum):
+        (weights,) = ctx.saved_tensors
+        mean = (grad_weights * weights).sum(-1, keepdim=True)
+        return weights * (grad_weights - mean + grad_log_sum[..., None])
 
 
 def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
