@@ -92,7 +92,8 @@ class DataCollatorWithPacking:
             value per token becomes (B, L), one with a value per sequence (B, S); text is left out. Without masking,
             `label` and `label_ids` become `labels`, as in transformers' collators.
         token_columns: those with a value per token. None: `for_dataset` knows, for labels the model's task (`model`,
-            `for_model`), or else their number says it; where rows of one length leave it open, they are refused.
+            `for_model`), or else their number says it; rows of one length leave that open, and are refused unless a
+            batch before them has said it.
         mask_replace_prob, random_replace_prob, whole_word_mask: as in DataCollatorForLanguageModeling. Whole words are
             told by the rows' `word_ids` (None or negative: in no word), or else by the pieces of the vocabulary (##, ▁
             or Ġ). Those longer than a sequence's budget are masked token by token; `count_words` counts them.

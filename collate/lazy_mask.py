@@ -21,6 +21,12 @@ from collate.exact_attention import attend_rows
 from collate.layout import PackLayout
 from collate.varlen import attend_varlen, varlen_obstacle
 
+WANT_MEMORY = (
+    *(Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__dlpack__, Tensor.share_memory_),
+    *(Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage),
+)
+"""Methods that read a tensor's memory, without any operator that __torch_dispatch__ would hear of."""
+
 
 class LazyMask(Tensor):
     """True = attend: query and key of one sequence of `layout`, at most `window` tokens apart (None: any).
@@ -45,6 +51,8 @@ class LazyMask(Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             return _attend(*args, **kwargs or {})
+        if function in WANT_MEMORY:
+            args, kwargs = tree_map(_built, (args, kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():  # what is made of a mask is an ordinary tensor
             return function(*args, **kwargs or {})
 
@@ -65,10 +73,10 @@ def _built(value):
 
 def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """scaled_dot_product_attention where the mask, or by mistake another argument, is a LazyMask."""
-    mask, same_heads = attn_mask, query.shape[1:2] == key.shape[1:2]
+    mask, same_heads = attn_mask, query.shape[1:2] == key.shape[1:2] == value.shape[1:2]
     if isinstance(mask, LazyMask) and not is_causal and _are_rows_of(mask, query, key, value) and same_heads:
         inputs = _as_autocast_has_it(query, key, value)
-        if query.device.type == "cpu":
+        if query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():  # which is about CPUs, too
             return attend_rows(*inputs, mask.pack_layout, dropout_p, scale, mask.window)
         if _takes_varlen(mask, inputs[0], dropout_p, scale):
             context = attend_varlen(*(mask.pack_layout.unpad(x.transpose(1, 2)) for x in inputs), mask.pack_layout)

@@ -7,6 +7,7 @@ Trainer's documentation shows the recipe, and with packs it reads the same:
     loss = CrossEntropyLoss(weight)(logits.view(-1, C), labels.view(-1))
 
 N sequences of the batch, or with token labels its T tokens, or with masks its P predicted tokens. Nothing is padded.
+Beside labels of sequences, other columns with a value per sequence, such as weights, are (N, …), too.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,19 +24,22 @@ from collate.layout import PADDING
 class SeenModel:
     """The model of one batch, as an overridden compute_loss sees it; all but the call is the model's own.
 
-    inputs: the batch, its label columns with one row per label.
+    inputs: the batch, its label columns with one row per label; where these are of sequences, so are `others`.
     count: what the loss of a whole step is divided by: labels, over all passes and ranks. With several ranks it is the
         number per rank, since ranks average their gradients. None: the task has no labels.
-    output: what the task made of the batch, when the model was called.
+    output: what the task made of the batch, when the model was called; was_called: even if it failed.
     is_counted: whether the loss came from PackedTrainer.compute_loss with this count.
     """
 
     def __init__(self, task, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor, ranks: int):
         self.task, self.model, self.batch, self.denominators, self.ranks = task, model, batch, denominators, ranks
-        targets = task.targets(PackedBatch(batch))
+        packed = PackedBatch(batch)
+        targets = task.targets(packed)
         self.fits = targets is not None
         self.targets = targets or {}
-        self.inputs = {**batch, **self.targets}
+        self.others = _columns_of_sequences(packed) if "labels" in self.targets else {}
+        self.inputs = {**batch, **self.others, **self.targets}
+        self.was_called = False
         self.output = None
         self.is_counted = False
 
@@ -50,6 +54,7 @@ class SeenModel:
 
     def __call__(self, **inputs):
         """logits, and with labels the loss: the mean over this batch."""
+        self.was_called = True
         if not self.fits:
             raise ValueError(
                 f"an overridden compute_loss cannot call the model for {type(self.task).__name__}, whose outputs have "
@@ -69,13 +74,24 @@ class SeenModel:
 
     def restored(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch with what was changed in inputs; labels that were taken out are put back in their places."""
+        self.was_called = True
         for name in self.targets.keys() & inputs.keys():
             if inputs[name] is not self.targets[name]:
                 raise ValueError(
                     f"compute_loss changed {name!r} before it called the model; change the dataset's column instead, "
                     "or take it out of inputs, call the model, and compute the loss from its logits"
                 )
-        return {**self.batch, **{name: value for name, value in inputs.items() if name not in self.targets}}
+        mine = self.targets.keys() | self.others.keys()
+        return {**self.batch, **{name: value for name, value in inputs.items() if name not in mine}}
+
+
+def _columns_of_sequences(packed: PackedBatch) -> dict[str, Tensor]:
+    """(B, S, …) -> (N, …) of all columns with a value per sequence, if labels are such a column."""
+    batch, slots = packed.batch, packed.batch.get("cls_positions")
+    if slots is None or slots.shape == batch["sequence_ids"].shape or batch["labels"].shape[:2] != slots.shape:
+        return {}
+    columns = [name for name, x in batch.items() if isinstance(x, Tensor) and x.shape[:2] == slots.shape]
+    return {name: packed.per_sequence(name) for name in columns if name not in ("cls_positions", "labels")}
 
 
 def loss_by(override: Callable, seen: SeenModel, name: str, needs_count: bool) -> Tensor:
@@ -83,7 +99,15 @@ def loss_by(override: Callable, seen: SeenModel, name: str, needs_count: bool) -
 
     name: of its class. needs_count: the step has several passes or ranks, and nobody said how their losses add up.
     """
-    loss = override(seen, seen.inputs, num_items_in_batch=seen.count)
+    try:
+        loss = override(seen, seen.inputs, num_items_in_batch=seen.count)
+    except ValueError as error:
+        if seen.was_called:
+            raise
+        raise ValueError(
+            f"{name}.compute_loss failed, as the error above says, and has not called the model that it was given; if "
+            "it called self.model, whose outputs have a row per pack and not per label, let it call `model`"
+        ) from error
     loss = loss[0] if isinstance(loss, tuple) else loss
     if needs_count and not seen.is_counted:
         raise ValueError(

@@ -5,7 +5,7 @@ Arrow tables. From Arrow nothing is copied row by row, which is five times as fa
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -83,13 +83,15 @@ class Levels:
 
     named: the token-level columns that somebody named, or that a packed dataset has. labels: whether labels belong to
     tokens, by the model's task; None: unknown. found: the token-level columns of a dataset of unpacked rows.
-    ragged: its columns of lists that are neither, which are left out.
+    ragged: its columns of lists that are neither, which are left out. seen: what batches of rows of several lengths
+    have said of columns that none of these tells; kept for batches that say nothing.
     """
 
     named: tuple[str, ...] | None = None
     labels: bool | None = None
     found: tuple[str, ...] | None = None
     ragged: tuple[str, ...] = ()
+    seen: dict[str, bool] = field(default_factory=dict, compare=False)
 
     def is_token_level(self, name: str) -> bool | None:
         """None: not known."""
@@ -150,8 +152,8 @@ def read_sequences(rows, levels: Levels, columns: Sequence[str] | None) -> FlatR
 
     A value per row becomes a value per sequence, and so does a list, unless it has one value per token. A column of
     lists of other lengths is left out, as it is from packed rows, unless its name says that it belongs to the tokens.
-    Raises ValueError where a column's lists are as long as the tokens, in rows that are all of one length, and nothing
-    but this batch says what they belong to.
+    Raises ValueError where a column's lists are as long as the tokens, in rows that are all of one length, and neither
+    `levels` nor a batch before this one says what they belong to.
     """
     if isinstance(rows, Sequence) and any(_is_empty_pack(row) for row in rows):
         return _with_empty_rows(rows, levels, columns)
@@ -181,17 +183,19 @@ def read_sequences(rows, levels: Levels, columns: Sequence[str] | None) -> FlatR
 
 def _is_list_of_tokens(name: str, counts: np.ndarray, lengths: np.ndarray, levels: Levels) -> bool:
     """Whether lists have a value per token; six of them in rows of six tokens may as well be six labels a sequence."""
-    known = levels.is_token_level(name)
-    if known is not None or not np.array_equal(counts, lengths):
-        return bool(known)
-    if len(set(lengths.tolist())) == 1 and name not in MADE_HERE:  # which are refused by that name
+    known, as_many = levels.is_token_level(name), np.array_equal(counts, lengths)
+    if known is not None:
+        return known
+    if len(set(lengths.tolist())) > 1:
+        levels.seen[name] = as_many
+    if as_many and name not in levels.seen and name not in MADE_HERE:  # which are refused by that name
         raise ValueError(
             f"column {name!r} has {counts[0]} values in each row of the batch, and each row has {lengths[0]} tokens: "
             "whether there is one a token, or a list for each sequence, is unclear; name the columns with a value per "
             "token as token_columns=[…], [] if there is none, or give the collator the dataset (for_dataset) or, for "
             "labels, the model"
         )
-    return True
+    return as_many and levels.seen.get(name, True)
 
 
 def _refuse_masked(mask: Column, tokens_per_row: np.ndarray) -> None:

@@ -195,6 +195,14 @@ def test_six_labels_of_six_tokens_are_whose_the_task_says(tokenizer):
         assert DataCollatorWithPacking(tokenizer, **options)(longer)["labels"].shape == (count + 1, 1, 6)
 
 
+@pytest.mark.parametrize("labels", [6, 9])
+def test_an_epoch_does_not_end_at_a_last_batch_of_one_row(tokenizer, labels):
+    """Nobody says what the lists belong to, but the batch before did: one row of 9 tokens among rows of 6."""
+    collate = DataCollatorWithPacking(tokenizer, mlm_probability=None, unpacked_rows="keep")
+    collate(listed_rows(2) + listed_rows(1, labels, tokens=9))
+    assert collate(listed_rows(1))["labels"].shape == ((1, 6) if labels == 9 else (1, 1, 6))
+
+
 @pytest.mark.parametrize("column", ["labels", "topics"])
 def test_what_lists_belong_to_is_decided_by_the_whole_dataset(tokenizer, column):
     """One row of 9 tokens at the end says what the batches before it mean."""

@@ -10,6 +10,7 @@ import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -299,6 +300,36 @@ def test_what_is_done_with_a_lazy_mask_is_done_with_the_built_one():
     found = F.scaled_dot_product_attention(*inputs, mask, scale=0.7)
     torch.testing.assert_close(found[0, :, :3], exact[0, :, :3], rtol=0, atol=1e-12)
     assert found[0, :, 3].abs().max() == 0  # padding; the mask lets it see padding
+
+
+def test_the_memory_of_a_lazy_mask_is_that_of_the_built_one():
+    ids = torch.tensor([[1, 1, 2, 0]], dtype=torch.int32)
+    expected = (ids[:, :, None] == ids[:, None, :])[:, None]
+    mask = LazyMask(PackLayout(ids), None, lambda: expected)
+    assert mask.tolist() == expected.tolist() and (np.asarray(mask) == mask.numpy()).all()
+    assert torch.equal(copy.deepcopy(mask), expected) and mask.data_ptr() == expected.data_ptr()
+
+
+@pytest.mark.parametrize("heads", [(3, 3, 1), (1, 3, 3), (3, 1, 1)])
+def test_heads_that_broadcast_do_so_under_a_lazy_mask(heads):
+    ids = torch.ones(2, 4, dtype=torch.int32)
+    inputs = [torch.randn(2, number, 4, 8, dtype=torch.float64) for number in heads]
+    mask = LazyMask(PackLayout(ids), None, lambda: torch.ones(2, 1, 4, 4, dtype=torch.bool))
+    found = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(*inputs), rtol=0, atol=1e-12)
+
+
+def test_a_gradient_of_a_gradient_is_there_where_stock_attention_has_one():
+    """Under SDPBackend.MATH, which is no kernel of ours."""
+    model = make_model().double().eval()
+    input_ids, sequence_ids = make_rows()
+    isolate_sequences(model)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        hidden = model(input_ids=input_ids, sequence_ids=sequence_ids)[0]
+    weight = model.get_input_embeddings().weight
+    (slope,) = torch.autograd.grad(hidden.square().sum(), weight, create_graph=True)
+    slope.square().sum().backward()
+    assert weight.grad.abs().max() > 0
 
 
 def test_a_transformed_forward_gets_a_mask_that_is_built(built_masks):

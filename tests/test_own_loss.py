@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from stock_runs import (
+    LENGTH,
     WEIGHTS,
     WeightedSum,
     make_collator,
@@ -18,6 +19,7 @@ from training_runs import make_packs as make_pretraining_packs
 from training_runs import make_trainer as make_pretraining_trainer
 
 from collate import PackedTrainer
+from packing import pack_dataset
 
 
 class Weighted(PackedTrainer):
@@ -182,3 +184,43 @@ class OwnSteps(PackedTrainer):
 def test_what_cannot_be_honoured_is_refused(kind, head, options, message):
     with pytest.raises(ValueError, match=message):
         run(kind, head, **options)
+
+
+class ByWeights(PackedTrainer):
+    """A column of weights, one a sequence."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weights = inputs.pop("weights")
+        loss_N = F.cross_entropy(model(**inputs).logits, inputs["labels"], reduction="none")
+        return (loss_N * weights).sum() / weights.sum()
+
+
+@pytest.mark.parametrize("form", [None, "keep"])
+def test_weights_of_sequences_are_those_of_their_losses(form):
+    """Slots that broadcast would weigh each loss by the mean of all weights."""
+    source = make_source("single")
+    source = source.add_column("weights", [float(row["labels"] == 1) for row in source])
+    packs = source if form else pack_dataset(source, LENGTH)
+    options = {"data_collator": make_collator("single", unpacked_rows=form), "per_device_eval_batch_size": len(packs)}
+    with make_trainer(make_model("single"), ByWeights, **options) as trainer:
+        found = trainer.evaluate(packs)["eval_loss"]
+    with make_trainer(make_model("single"), PackedTrainer, **options) as trainer:
+        ones = source.filter(lambda row: row["labels"] == 1).remove_columns("weights")
+        expected = trainer.evaluate(ones if form else pack_dataset(ones, LENGTH))["eval_loss"]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+class OfItsOwnModel(PackedTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return F.cross_entropy(self.model(**inputs).logits, labels)
+
+
+def test_another_model_than_the_given_one_is_named():
+    options = {"data_collator": make_collator("single")}
+    message = r"if it called self\.model, whose outputs have a row per pack"
+    with (
+        make_trainer(make_model("single"), OfItsOwnModel, **options) as trainer,
+        pytest.raises(ValueError, match=message),
+    ):
+        trainer.evaluate(make_packs("single"))
