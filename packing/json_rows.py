@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 FIRST_BLOCK = 1 << 20  # bytes that a file's columns are first read from
 BLOCK = 1 << 24  # bytes read at a time
+PART = 1 << 20  # bytes of them that a thread of Arrow parses at a time
 BLANK = re.compile(r"\s*")
 EXACT = 2**53  # up to here every whole number is a float64
 
@@ -103,9 +104,20 @@ def _parsed_as_far_as_known(data: bytes, known: pa.Schema | None) -> pa.Table:
 
 
 def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:
+    import pyarrow as pa
+
+    if len(data) > PART:
+        try:
+            return _parse_in_parts(data, schema, PART)
+        except pa.ArrowInvalid:  # a row over several lines, say, which is not known to end where a part does
+            pass
+    return _parse_in_parts(data, schema, len(data) + 1)
+
+
+def _parse_in_parts(data: bytes, schema: pa.Schema | None, size: int) -> pa.Table:
     import pyarrow.json
 
-    options = pyarrow.json.ReadOptions(block_size=len(data) + 1)
+    options = pyarrow.json.ReadOptions(block_size=size)
     return pyarrow.json.read_json(
         io.BytesIO(data), read_options=options, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema)
     )

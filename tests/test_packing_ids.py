@@ -81,3 +81,16 @@ def test_what_is_padding_need_be_no_id():
     assert -1 not in np.concatenate(pack_dataset(masked, 16)["input_ids"][:])
     chosen = datasets.Dataset(with_id(-1)).select([2, 0])  # the row itself is not packed
     assert len(pack_dataset(chosen, 16)) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_first_foreign_id_is_named_whatever_thread_finds_one(monkeypatch, threads):
+    monkeypatch.setattr("numba.config.NUMBA_NUM_THREADS", threads)
+    monkeypatch.setattr("packing.source.ROWS_PER_THREAD", 4)
+    tokens = np.ones(40, np.int64)
+    for foreign, row in (([39], 13), ([38, 7], 2), ([0, 39], 0)):
+        ids = tokens.copy()
+        ids[foreign] = -1
+        rows = np.split(ids, range(3, 40, 3))
+        with pytest.raises(ValueError, match=rf"row {row} has the token id -1"):
+            pack_dataset(datasets.Dataset.from_dict({"input_ids": rows}), 8)

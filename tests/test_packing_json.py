@@ -188,3 +188,21 @@ def test_json_that_is_no_table_is_called_what_it_is(tmp_path, block, indent, cap
     error = capsys.readouterr().err
     assert "one object with 'type', 'features', and no table" in error
     assert "'features' is a list of 3 objects: if they are the rows, save it alone" in error
+
+
+def test_rows_are_the_same_in_parts_that_threads_parse(tmp_path, monkeypatch):
+    rows = [{"input_ids": [i, i + 1], "value": None if i < 50 else i, "note": {"a": "x" * (i % 7)}} for i in range(99)]
+    rows[70]["value"] = 0.5
+    texts = {
+        "lines": "\n".join(map(json.dumps, rows)),
+        "over lines": "\n".join(json.dumps(row, indent=1) for row in rows),
+        "on one line": " ".join(map(json.dumps, rows)),
+    }
+    found = {}
+    for part in (40, 300, 1 << 20):
+        monkeypatch.setattr(packing.json_rows, "PART", part)
+        for name, text in texts.items():
+            path = tmp_path / f"{name} {part}.jsonl"
+            path.write_text(text)
+            found[name, part] = load_splits(str(path))[""].to_list()
+    assert all(each == rows for each in found.values()), [name for name, each in found.items() if each != rows]
