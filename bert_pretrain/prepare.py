@@ -196,6 +196,7 @@ def _prepare_split(
         sentences=documents.num_sentences,
         long_sentences=documents.long_sentences,
         source_tokens=documents.num_tokens,
+        unread_characters=documents.unread_characters,
         unknown_tokens=int(np.count_nonzero(documents.tokens == tokenizer.unk_token_id)),
         max_sequence_length=config.max_sequence_length,
         **counts._asdict(),

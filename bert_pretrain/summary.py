@@ -31,6 +31,8 @@ class SplitSummary:
     """Sentences with more tokens than a sequence has room for, which may begin and end between their words."""
     source_tokens: int = 0
     """Tokens of the text itself."""
+    unread_characters: int = 0
+    """Characters of words that are too long for the tokenizer, each of which is one unknown token."""
 
     @property
     def ones_share(self) -> float | None:
@@ -54,6 +56,11 @@ class SplitSummary:
 
     def warnings(self, vocabulary_cure: str) -> Iterator[str]:
         """What a user must know of: tokens that are lost. vocabulary_cure: what else may be given."""
+        if self.unread_characters > UNKNOWN_SHARE * self.source_tokens:
+            yield (
+                f"{self.unread_characters:,} characters are in words of more than 100, each of which is one unknown "
+                "token; put spaces between words, or give a tokenizer that needs none (SentencePiece)"
+            )
         unknown_cure = f"give a tokenizer of this language{vocabulary_cure}"
         dropped = "in no sequence, because a pair was too long"
         dropped_cure = "give a larger max_sequence_length, or objective='none', which drops none"

@@ -19,6 +19,7 @@ class TokenDocuments:
     No sentence and no document is empty. A sentence that is too long for a sequence lies here as its words.
 
     long_sentences: how many these are; words: what they lie here as.
+    unread_characters: of words that are too long for the tokenizer, and lie here as one unknown token each.
     """
 
     tokens: np.ndarray
@@ -26,6 +27,7 @@ class TokenDocuments:
     document_offsets: np.ndarray
     long_sentences: int = 0
     words: int = 0
+    unread_characters: int = 0
 
     @classmethod
     def from_lists(cls, documents: Iterable[Iterable[Iterable[int]]]) -> "TokenDocuments":
@@ -51,6 +53,7 @@ class TokenDocuments:
             document_offsets=offsets_of(np.concatenate([np.zeros(0, np.int64), *depths])),
             long_sentences=sum(part.long_sentences for part in parts),
             words=sum(part.words for part in parts),
+            unread_characters=sum(part.unread_characters for part in parts),
         )
 
     def __len__(self) -> int:
@@ -77,7 +80,7 @@ class TokenFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.sentence_lengths, self.document_lengths = [], []
-        self.long_sentences, self.words = 0, 0
+        self.long_sentences, self.words, self.unread_characters = 0, 0, 0
 
     def __enter__(self) -> "TokenFolder":
         self.folder.mkdir(parents=True)
@@ -90,13 +93,14 @@ class TokenFolder:
         self.document_lengths.append(np.diff(part.document_offsets))
         self.long_sentences += part.long_sentences
         self.words += part.words
+        self.unread_characters += part.unread_characters
 
     def __exit__(self, *exception) -> None:
         self.tokens.close()
         for name in ("sentence", "document"):
             lengths = [np.zeros(0, np.int64), *getattr(self, f"{name}_lengths")]
             offsets_of(np.concatenate(lengths)).tofile(self.folder / f"{name}_offsets")
-        np.array([self.long_sentences, self.words]).tofile(self.folder / "long_sentences")
+        np.array([self.long_sentences, self.words, self.unread_characters]).tofile(self.folder / "counts")
 
     @staticmethod
     def open(folder: Path) -> TokenDocuments:
@@ -107,7 +111,7 @@ class TokenFolder:
 
         return TokenDocuments(
             *(mapped("tokens", np.int32), mapped("sentence_offsets", np.int64), mapped("document_offsets", np.int64)),
-            *np.fromfile(folder / "long_sentences", np.int64).tolist(),
+            *np.fromfile(folder / "counts", np.int64).tolist(),
         )
 
 

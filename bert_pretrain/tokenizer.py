@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -190,7 +191,22 @@ def tokenize_sentences(documents: list[Document], bare: Tokenizer, longest: int 
         document_offsets=offsets_of(kept[kept > 0]),
         long_sentences=len(long),
         words=int(counts[long].sum()),
+        unread_characters=_unread_characters(sentences, bare),
     )
+
+
+def _unread_characters(sentences: list[str], bare: Tokenizer) -> int:
+    """How many characters lie in words that WordPiece takes for too long, so that each is one [UNK]: text without
+    spaces, as in Thai. 0 for tokenizers of another kind."""
+    most = getattr(bare.model, "max_input_chars_per_word", None)
+    if most is None:
+        return 0
+    runs = re.compile(rf"\S{{{most + 1},}}")
+    found = (run for sentence in sentences for run in runs.findall(sentence))
+    normalized = (run if bare.normalizer is None else bare.normalizer.normalize_str(run) for run in found)
+    split = None if bare.pre_tokenizer is None else bare.pre_tokenizer.pre_tokenize_str
+    words = (word for run in normalized for word, _ in ([(run, None)] if split is None else split(run)))
+    return sum(len(word) for word in words if len(word) > most)
 
 
 def _word_lengths(words: list[int | None], longest: int) -> list[int]:

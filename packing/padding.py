@@ -40,6 +40,8 @@ def trim_by_token(input_ids: TokenColumn, pad_token_id: int) -> tuple[np.ndarray
     """As trim_by_mask, but whatever equals pad_token_id at the ends of a row is padding."""
     if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, int | np.integer):
         raise ValueError(f"pad_token_id={pad_token_id!r} must be a whole number: the id that the tokenizer pads with")
+    if not -(2**63) <= pad_token_id < 2**63:
+        raise ValueError(f"pad_token_id={pad_token_id} is no token id, which has 64 bits at most")
     skipped, kept = np.zeros(input_ids.num_rows, np.int32), np.zeros(input_ids.num_rows, np.int32)
     for block in input_ids.blocks():
         part = slice(block.first, block.first + len(block.starts))

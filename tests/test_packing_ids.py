@@ -94,3 +94,9 @@ def test_the_first_foreign_id_is_named_whatever_thread_finds_one(monkeypatch, th
         rows = np.split(ids, range(3, 40, 3))
         with pytest.raises(ValueError, match=rf"row {row} has the token id -1"):
             pack_dataset(datasets.Dataset.from_dict({"input_ids": rows}), 8)
+
+
+@pytest.mark.parametrize("pad", [2**63, 10**30, -(10**30)])
+def test_a_pad_token_of_more_than_64_bits_is_refused(pad):
+    with pytest.raises(ValueError, match=f"pad_token_id={pad} is no token id"):
+        pack_dataset(datasets.Dataset.from_dict({"input_ids": ROWS}), 8, pad_token_id=pad)

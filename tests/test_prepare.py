@@ -557,6 +557,20 @@ def test_many_unknown_tokens_are_said(tmp_path, caplog):
     assert "are unknown to the vocabulary; give a tokenizer of this language, or a larger vocab_size" in caplog.text
 
 
+def test_words_too_long_for_wordpiece_are_counted_and_said(tmp_path, caplog):
+    """Thai has no spaces within a clause, and each word of more than 100 characters is one [UNK]."""
+    draw = np.random.default_rng(0)
+    letters = [chr(0xE01 + i) for i in range(40)]
+    clauses = ["".join(draw.choice(letters, 60)) for _ in range(200)] + ["".join(draw.choice(letters, 300))] * 10
+    (tmp_path / "text.txt").write_text("\n\n".join(clauses), encoding="utf-8")
+    prepare(
+        PrepareConfig(
+            text=[str(tmp_path / "text.txt")], output=str(tmp_path / "out"), vocab_size=300, test_fraction=0.0
+        )
+    )
+    assert "train split: 3,000 characters are in words of more than 100, each of which is one unknown" in caplog.text
+
+
 # --- sentences that are too long -----------------------------------------------------------------------------------
 
 
