@@ -46,6 +46,8 @@ for name in ("fcntl", "resource"):
     sys.modules[name] = None   # an import of it raises ModuleNotFoundError
 for name in ("SIGUSR1", "SIGUSR2"):
     delattr(signal, name)
+import shutil
+shutil._use_fd_functions = False   # as on Windows: the standard library itself uses these
 for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_DIRECTORY"):
     delattr(os, name)
 import types

@@ -156,9 +156,9 @@ from pathlib import Path
 from packing.locks import held, holder
 with held(Path(sys.argv[1])):
     if not os.fork():
-        sys.stdin.read()  # the worker: until the test ends
+        print("held", flush=True)  # by the worker, when it has let go
+        sys.stdin.read()  # until the test ends
         os._exit(0)
-    print("held", flush=True)
     time.sleep(1000)
 """
 
