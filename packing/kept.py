@@ -60,16 +60,24 @@ def kept_rows(key: str, make: Callable[[Path], object], cache: Path | None = Non
 
     cache = cache or cache_folder()
     folder = cache / key
-    damage = _damage(folder) if folder.exists() else None
+    damage = _damage(folder) if os.path.lexists(folder) else None
     if damage is not None:
         logger.warning("%s, which is made anew", damage)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
     if not folder.exists():
         with writing_errors(cache, CURE):
             cache.mkdir(parents=True, exist_ok=True)
             _make(folder, make)
     files = [datasets.Dataset.from_file(str(folder / name)) for name in sorted(_seal(folder))]
     return datasets.concatenate_datasets(files) if len(files) > 1 else files[0]
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is: a file or a link, too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _make(folder: Path, make: Callable[[Path], object]) -> None:
