@@ -132,7 +132,7 @@ class PackedTrainer(ResumesExactly, Trainer):
         self._refuse_metrics_of_own_loss()
         self._train_sums = RunningSums()
         self._train_order: Sampler | None = None
-        self._objectives: set[str] = set()
+        self._no_objective = {"num_input_tokens_seen"}  # which Trainer.log adds; evaluations add ours
         self._progress = PackingProgress()
         self.add_callback(self._progress)
         # Either alone is enough in transformers 5.23; the first is newer, the second is read by other code, too.
@@ -199,14 +199,15 @@ class PackedTrainer(ResumesExactly, Trainer):
                 )
 
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
-        """The default objective is Trainer's: the loss, or with compute_metrics the sum of what that returns."""
+        """The default objective is Trainer's: the loss, or with metrics of the user's the sum of these."""
         if compute_objective is None:
             compute_objective = self._default_objective
         return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
 
     def _default_objective(self, metrics: dict[str, float]) -> float:
-        """Of what evaluate() returned: the losses and the user's metrics, as Trainer would have them."""
-        objective = default_compute_objective({k: v for k, v in metrics.items() if k in self._objectives})
+        """Of what evaluate() returned, without the metrics that are counts, or that only PackedTrainer has."""
+        kept = {k: v for k, v in metrics.items() if k not in self._no_objective and not _is_memory(k)}
+        objective = default_compute_objective(kept)
         if objective is None:
             raise ValueError(
                 f"hyperparameter_search has no objective: evaluation gives no eval_loss, only {sorted(metrics)}; give "
@@ -468,12 +469,11 @@ class PackedTrainer(ResumesExactly, Trainer):
         if self.compute_metrics is not None and labels is not None:
             given = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
             users = _prefixed(denumpify_detensorize(given), metric_key_prefix)
-        self._objectives |= {f"{metric_key_prefix}_loss", *users}
+        own = _prefixed(metrics, metric_key_prefix)
+        self._no_objective |= own.keys() - {f"{metric_key_prefix}_loss"}
+        self._no_objective -= users.keys()
         return EvalLoopOutput(
-            predictions=predictions,
-            label_ids=labels,
-            metrics=_prefixed(metrics, metric_key_prefix) | users,
-            num_samples=metrics["sequences"],
+            predictions=predictions, label_ids=labels, metrics=own | users, num_samples=metrics["sequences"]
         )
 
     def _evaluated(self, model: nn.Module, inputs: Mapping[str, Tensor]):
@@ -489,6 +489,11 @@ class PackedTrainer(ResumesExactly, Trainer):
         outputs = self.task(model, inputs) if seen.output is None else seen.output
         weight = self.task.weight(inputs).to(nothing)
         return outputs, torch.stack([loss.to(nothing) * weight, weight])
+
+
+def _is_memory(name: str) -> bool:
+    """Whether Trainer's skip_memory_metrics=False has added it."""
+    return "_mem_cpu" in name or "_mem_gpu" in name
 
 
 def _prefixed(metrics: Mapping, prefix: str) -> dict:

@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, integrations, trainer
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from bert_pretrain.loss import PretrainingSums, pretraining_metrics
+from collate import PackedTrainer
 from collate.heads import MaskedLM, PreTraining, QuestionAnswering, SequenceClassification, TokenClassification
 from packing import EpochPacks, pack_dataset
 
@@ -160,7 +161,8 @@ def objective(compute_metrics=None, **options):
 
 
 def test_without_metrics_of_the_user_the_loss_is_minimised():
-    got, metrics = objective()
+    got, metrics = objective(skip_memory_metrics=False)
+    assert "eval_mem_cpu_alloc_delta" in metrics
     assert got == metrics["eval_loss"] and {"eval_accuracy", "eval_tokens", "eval_sequences"} <= metrics.keys()
 
 
@@ -175,6 +177,17 @@ def test_the_users_metrics_alone_are_summed():
     got, metrics = objective(lambda prediction: {"f1": np.float32(0.25), "eval_recall": 0.5, "accuracy": 4.0})
     assert got == 4.75
     assert metrics["eval_accuracy"] == 4.0 and metrics["eval_recall"] == 0.5 and type(metrics["eval_f1"]) is float
+
+
+class Measuring(PackedTrainer):
+    """Metrics that evaluation did not give."""
+
+    def evaluate(self, *args, **kwargs):
+        return super().evaluate(*args, **kwargs) | {"eval_size": 8.0}
+
+
+def test_metrics_that_a_subclass_adds_are_summed_as_by_trainer():
+    assert objective(kind=Measuring)[0] == 8.0
 
 
 def test_a_search_without_a_loss_is_refused():
