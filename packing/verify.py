@@ -52,7 +52,8 @@ def verify_packed(
         folder = open_folder(_checked_folder(packed, storage_options), findings)
         info, looked_at["files"] = folder.info, folder.looked_at
     looked_at["source"] = "not given" if source is None else "nothing"
-    num_bytes = packed.data.nbytes if folder is None else num_bytes_of(folder)
+    # nbytes would follow offsets that nobody has looked at yet
+    num_bytes = packed.data.table.get_total_buffer_size() if folder is None else num_bytes_of(folder)
     facts = None if info is None else checked_facts(info, num_bytes, findings)
     if facts is None:
         if folder is None:

@@ -231,6 +231,7 @@ def _readable_batches(file: Path | RemotePath, findings: Findings) -> Iterator[p
     try:
         with _batches(file) as batches:
             for batch in batches:
+                _ = batch.schema.names  # raises where one is no text
                 batch.validate(full=True)
                 yield batch
     except Exception as error:  # whatever a damaged file leads its reader to

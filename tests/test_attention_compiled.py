@@ -25,6 +25,8 @@ LAYOUTS = [[[1] * 20 + [2] * 9 + [0] * 4 + [3] * 15], [[1] * 7 + [2] * 5 + [3] *
         if name not in NEEDS_CUDA
     ],
 )
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning")  # a graph ends there
 def test_a_compiled_head_computes_the_same(name):
     """Two batches of other lengths: the second is compiled for shapes that change."""
     torch.compiler.reset()

@@ -41,7 +41,11 @@ def read_epochs(packed):
 
 
 def open_folder(folder):
-    return datasets.load_from_disk(str(folder))
+    """As a user may; what datasets says of a head that it cannot read is its own affair."""
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise ValueError("datasets does not open it") from error
 
 
 READERS = {
