@@ -61,7 +61,7 @@ def _sources_under(path: Path) -> list[Path]:
 
 
 def _text_files(folder: Path) -> list[Path]:
-    """The .txt files under a folder; what is left out is said."""
+    """The .txt files under a folder; a log line names what is left out."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     texts = [file for file in files if file.suffix.lower() == ".txt"]
     others = [file for file in files if not _is_hidden(file.relative_to(folder)) and file.suffix.lower() != ".txt"]

@@ -40,7 +40,7 @@ EVALUATION_EPOCH = -1
 """The epoch that evaluation's masks are drawn for: always the same ones."""
 
 CUT_SHARE = 0.05
-"""Whole words that are cut hold at most this share of the tokens of a batch, or it is said."""
+"""Whole words that are cut hold at most this share of the tokens of a batch, or a warning says how many."""
 
 BOOKKEEPING = ("sequence_indices", "sequence_starts", "special_tokens_mask", "word_ids")
 """Columns that the collator reads for itself; a model gets them only when `columns` names them."""

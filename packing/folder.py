@@ -258,7 +258,7 @@ class NotOurs(FileExistsError):
 
 
 def refuse_others(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Raise NotOurs for what lies in a folder to go on with, and is none of these files or folders, or is a link.
+    """Raise NotOurs for what lies in a folder to resume and is a link, or none of these files or folders.
 
     It would be in the packed dataset at the end, or be written through. names: None = any."""
     is_folder = folder.is_dir() and not folder.is_symlink()

@@ -185,7 +185,7 @@ def _without_times(type_: pa.DataType) -> pa.DataType:
 
 
 def _refuse_lost_numbers(file: Path, line: int, data: bytes, table: pa.Table) -> None:
-    """Raise ValueError for a whole number in a column of float64 that is none."""
+    """Raise ValueError for a whole number in a column of float64 that no float64 equals."""
     if not any(_has_great_floats(chunk) for column in table.columns for chunk in column.chunks):
         return
     types = {field.name: field.type for field in table.schema}

@@ -4,7 +4,7 @@
     KEY/seal.json         {"rows.arrow": {"rows": 6000, "bytes": 131072, "xxh3": "9f2c…"}}
 
 The folder gets its name when it is whole and on the disk. What is used again is read and hashed first: a file that was
-damaged since, or cut where it looks whole, is made anew, and that is said.
+damaged since, or cut where it looks whole, is made anew, and a warning says so.
 """
 
 from __future__ import annotations

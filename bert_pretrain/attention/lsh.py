@@ -9,8 +9,8 @@ N_ij is how many times i sees j in all rounds together (appendix A). So a contex
 what the rounds show, and exact attention for n <= 2 C at any number of rounds. duplicates="count" leaves N_ij out, as
 most public code does: a token that is seen in two rounds then weighs twice.
 
-A config from before this option was there does not name it, and is read as "union". To go on with a model that was
-trained on several rounds then, set duplicates="count".
+A config from before this option is read as "union". To continue a model that was trained with several rounds before,
+set duplicates="count".
 
 Cost: rounds * N * 2 C * (K + rounds) per head, the hash (n / 2C columns a round) and the sort; memory rounds * N * 2 C.
 
