@@ -167,6 +167,9 @@ def delete_old(run_folder: Path, limit: int | None, best: str | None, newest: Pa
 
 
 def _delete(checkpoint: Path) -> None:
+    if checkpoint.is_symlink():  # somebody moved it to another disk, where it may stay
+        checkpoint.unlink()
+        return
     aside = checkpoint.parent / UNFINISHED / f"deleted-{checkpoint.name}"
     aside.parent.mkdir(exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)

@@ -300,6 +300,16 @@ def test_the_best_checkpoint_is_known_by_any_path(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-4", "checkpoint-12"}
 
 
+def test_of_a_checkpoint_that_was_moved_away_the_link_goes(tmp_path):
+    for step in (1, 2):
+        write_checkpoint(tmp_path / "run", step)
+    moved = (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "moved")
+    (tmp_path / "run" / "checkpoint-1").symlink_to(moved)
+    delete_old(tmp_path / "run", 1, None)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+    check_checkpoint(moved)
+
+
 def test_an_old_checkpoint_stays_whole_or_goes(tmp_path, monkeypatch):
     for step in (1, 2):
         write_checkpoint(tmp_path, step)
