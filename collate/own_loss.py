@@ -120,4 +120,5 @@ def loss_by(override: Callable, seen: SeenModel, name: str, needs_count: bool) -
 
 
 def has_sequences(batch: Mapping[str, Tensor]) -> bool:
+    """Whether any slot of the batch holds a token; a rank that ran out of packs gets padding alone."""
     return bool((batch["sequence_ids"] != PADDING).any())

@@ -86,7 +86,7 @@ def read_manifest(folder: str | Path | RemotePath) -> Manifest:
 
 
 def _check_content(manifest: Manifest, path: Path | RemotePath) -> None:
-    """What is said of files, and how many there are, can be true. A checksum anybody can make."""
+    """Raise ValueError for names or numbers of files that cannot be true: anybody can write a matching checksum."""
     for fault in _faults(manifest, path):
         raise ValueError(f"{str(path)!r} is damaged: {fault}")
 

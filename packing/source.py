@@ -131,7 +131,7 @@ def refuse_foreign_ids(source: Source) -> None:
     """Raise ValueError for a token id that is no int32 from 0 on; padding is not looked at."""
     input_ids = source.input_ids
     type_ = input_ids.value_type
-    least = 1 << (31 if type_.bit_width >= 32 else type_.bit_width - 1)  # the lowest id that is none, without its sign
+    least = 1 << (31 if type_.bit_width >= 32 else type_.bit_width - 1)  # the lowest id to refuse, without its sign
     if pa.types.is_unsigned_integer(type_) and type_.bit_width < 32:
         return
     for block in input_ids.blocks():
