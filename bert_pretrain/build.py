@@ -15,7 +15,7 @@ from tqdm import tqdm
 from bert_pretrain.examples import NO_PAIR, OBJECTIVES, PAIR_LABELS, BuiltSequence
 from bert_pretrain.parallel import Workers
 from bert_pretrain.token_documents import TokenDocuments, TokenFolder, offsets_of
-from packing.folder import write_dataset
+from packing.files.folder import write_dataset
 
 TOKENS_PER_TASK = 1 << 18
 """Documents are built together up to so many tokens, whoever builds them."""

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from packing import packed_info
-from packing.fingerprint import column_prints
+from packing.source.fingerprint import column_prints
 
 PACKING_FACTS = ("max_sequence_length", "max_sequences_per_pack", "max_depth", "token_columns", "balance")
 """What a packed dataset knows of its making and training goes by; the packs themselves say the rest."""

@@ -18,7 +18,7 @@ from bert_pretrain.tokenizer import vocabulary_fingerprint
 from collate.mlm import MLM_LOSSES
 from collate.vocabulary import token_ids, vocabulary_size
 from packing import PackedInfo, load_packed, packed_info
-from packing.saved import load_saved
+from packing.files.saved import load_saved
 
 SAMPLED_PACKS = 2000
 """Packs whose tokens are compared with the tokenizer: spread over a split, read in a fraction of a second."""

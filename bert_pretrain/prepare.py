@@ -27,8 +27,8 @@ from bert_pretrain.parallel import Workers
 from bert_pretrain.summary import SplitSummary
 from bert_pretrain.text import Reading, Text
 from bert_pretrain.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
-from packing.folder import new_folder
-from packing.text_tokenizer import describe
+from packing.files.folder import new_folder
+from packing.source.text_tokenizer import describe
 
 if TYPE_CHECKING:
     import datasets

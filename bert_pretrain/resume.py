@@ -16,7 +16,7 @@ from bert_pretrain.contents import dataset_contents, model_contents, tokenizer_c
 from bert_pretrain.record import versions
 from collate.agreement import agreed
 from collate.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
-from packing.metadata import read_json
+from packing.files.metadata import read_json
 
 logger = logging.getLogger(__name__)
 

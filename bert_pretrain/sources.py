@@ -146,7 +146,7 @@ def read_block(block: Block) -> Iterator[Iterable[str]]:
 
 def _rows(folder: Path):
     """The text of a `datasets` folder."""
-    from packing.saved import load_saved
+    from packing.files.saved import load_saved
 
     dataset = load_saved(folder)
     if "text" not in dataset.column_names:

@@ -18,7 +18,7 @@ from bert_pretrain.parallel import Workers
 from bert_pretrain.sources import BLOCK_BYTES, Block, find_blocks, find_sources
 from bert_pretrain.token_documents import TokenDocuments, TokenFolder
 from bert_pretrain.tokenizer import tokenize_sentences
-from packing.text_tokenizer import text_tokenizer
+from packing.source.text_tokenizer import text_tokenizer
 
 
 class Reading(NamedTuple):

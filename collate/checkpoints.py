@@ -29,9 +29,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from collate.agreement import agreed
 from collate.one_run import one_run
 from collate.workers import names_killed_workers
-from packing.folder import sync
-from packing.metadata import read_json
-from packing.names import checked_path, file_in
+from packing.files.folder import sync
+from packing.files.metadata import read_json
+from packing.files.names import checked_path, file_in
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 
 from collate.checkpoints import SavesWhole
 from collate.refused import refuse_data_skip
-from packing.metadata import read_json
+from packing.files.metadata import read_json
 
 RUNNING_FILE = "since_last_log.json"
 """Sums of the interval that the next log reports, of each rank."""

@@ -32,7 +32,7 @@ from collate.words import (
 )
 from collate.words import word_continuations as word_continuations
 from packing.draws import STEP, make_key, mix
-from packing.kernels import njit
+from packing.numba_tools import njit
 
 MASKING = ("exact", "independent", "span")
 

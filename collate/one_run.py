@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from collate.agreement import agreed
-from packing.locks import held, holder
+from packing.files.locks import held, holder
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 from torch.utils.data import Dataset
 
 from packing import assign, length_histogram, plan_packs
-from packing.arrow import is_list, list_lengths
-from packing.source import chosen_rows
+from packing.source.rows import chosen_rows
+from packing.source.token_column import is_list, list_lengths
 
 INPUT_IDS, LENGTHS, MASK = "input_ids", "sequence_lengths", "attention_mask"
 WORD_IDS = "word_ids"

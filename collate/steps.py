@@ -23,7 +23,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from packing import EpochPacks
-from packing.kernels import njit
+from packing.numba_tools import njit
 
 NO_DEPTH = -1
 GOLDEN = 0.6180339887498949

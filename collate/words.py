@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from collate.vocabulary import vocabulary_size
-from packing.kernels import njit
+from packing.numba_tools import njit
 
 NO_WORD, CONTINUES, STARTS = np.int8(-1), np.int8(0), np.int8(1)  # a token's part in a word
 

@@ -7,21 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .assignment import Assignment, assign
-    from .balance import StepCosts, attention_cost, balance_packs, step_costs
-    from .compare import Comparison, compare_packers
-    from .dataset import pack_dataset
-    from .epochs import EpochPacks
-    from .histogram import length_histogram
-    from .info import PackedInfo, packed_info
-    from .lengths import published_histogram, read_histogram
-    from .packed import load_packed
-    from .packers import PACKERS, Packer, plan_packs
-    from .plan import PackPlan
-    from .report import write_report
-    from .stream import pack_stream
-    from .unpack import unpack_dataset
-    from .verify import verify_packed
+    from packing.assignment import Assignment, assign
+    from packing.balance import StepCosts, attention_cost, balance_packs, step_costs
+    from packing.dataset import pack_dataset
+    from packing.epochs import EpochPacks
+    from packing.histogram import length_histogram
+    from packing.packers.table import PACKERS, Packer, plan_packs
+    from packing.plan import PackPlan
+    from packing.report.compare import Comparison, compare_packers
+    from packing.report.page import write_report
+    from packing.source.lengths import published_histogram, read_histogram
+    from packing.store.info import PackedInfo, packed_info
+    from packing.store.loading import load_packed
+    from packing.stream import pack_stream
+    from packing.unpack import unpack_dataset
+    from packing.verify.verify import verify_packed
 
 __all__ = [
     "PACKERS",
@@ -52,30 +52,30 @@ __all__ = [
 
 # Where each name lives. They load when first used: Numba takes a second to import, datasets three.
 _MODULES = {
-    "PACKERS": "packers",
+    "PACKERS": "packers.table",
     "Assignment": "assignment",
-    "Comparison": "compare",
+    "Comparison": "report.compare",
     "EpochPacks": "epochs",
     "PackPlan": "plan",
-    "PackedInfo": "info",
-    "Packer": "packers",
+    "PackedInfo": "store.info",
+    "Packer": "packers.table",
     "StepCosts": "balance",
     "assign": "assignment",
     "attention_cost": "balance",
     "balance_packs": "balance",
-    "compare_packers": "compare",
+    "compare_packers": "report.compare",
     "length_histogram": "histogram",
-    "load_packed": "packed",
+    "load_packed": "store.loading",
     "pack_dataset": "dataset",
     "pack_stream": "stream",
-    "packed_info": "info",
-    "plan_packs": "packers",
-    "published_histogram": "lengths",
-    "read_histogram": "lengths",
+    "packed_info": "store.info",
+    "plan_packs": "packers.table",
+    "published_histogram": "source.lengths",
+    "read_histogram": "source.lengths",
     "step_costs": "balance",
     "unpack_dataset": "unpack",
-    "verify_packed": "verify",
-    "write_report": "report",
+    "verify_packed": "verify.verify",
+    "write_report": "report.page",
 }
 
 

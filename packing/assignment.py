@@ -11,11 +11,24 @@ import numpy as np
 from numba import config
 from numpy.typing import ArrayLike
 
-from .draws import BUCKETS, BYTE, EIGHT, LINE, ONE, STEP, count_buckets, deal, make_key, mix, shuffle, shuffle_buckets
-from .histogram import as_lengths, check_lengths
-from .kernels import njit
-from .plan import PackPlan
-from .prefetch import prefetch
+from packing.draws import (
+    BUCKETS,
+    BYTE,
+    EIGHT,
+    LINE,
+    ONE,
+    STEP,
+    count_buckets,
+    deal,
+    make_key,
+    mix,
+    shuffle,
+    shuffle_buckets,
+)
+from packing.histogram import as_lengths, check_lengths
+from packing.numba_tools import njit
+from packing.plan import PackPlan
+from packing.prefetch import prefetch
 
 EIGHT_PLACES = np.uint64(7)
 NO_LENGTH = np.uint64(0)  # the stream of the order of packs: no sequence has length 0

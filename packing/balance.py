@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .assignment import Assignment, checked_seed
-from .draws import fisher_yates, make_key, shuffle
-from .histogram import as_lengths
-from .kernels import njit
+from packing.assignment import Assignment, checked_seed
+from packing.draws import fisher_yates, make_key, shuffle
+from packing.histogram import as_lengths
+from packing.numba_tools import njit
 
 # Streams of draws. assign() has those of 0 and up, one per length.
 ORDER, STEPS, IN_STEP = (np.uint64(2**64 - i) for i in (1, 2, 3))

@@ -68,7 +68,11 @@ def dual_bound(
 
     Any prices prove a bound; only good ones prove a good bound. They are rounded to integers, and M is exact.
     """
-    from .columns import Slots, value_strategies, whole_prices  # compiled code waits until it is asked for
+    from packing.packers.pricing import (  # compiled code waits until it is asked for
+        Slots,
+        value_strategies,
+        whole_prices,
+    )
 
     slots = Slots.of(histogram, max_sequence_length, max_sequences_per_pack)
     prices = whole_prices(slots, prices[slots.lengths])

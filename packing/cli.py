@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. 0: done; 2: the input was refused, with one line on stderr that says why."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["verify"]:  # a SOURCE of that name is ./verify
-        from .verify_command import main as verify_main
+        from packing.verify.command import main as verify_main
 
         return verify_main(argv[1:])
     parser = make_parser()
@@ -205,8 +205,8 @@ def _refuse(arguments: argparse.Namespace, defaults: argparse.Namespace, unused:
 def pack_folder(arguments: argparse.Namespace) -> None:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
     # heavy imports wait until the arguments are known to be good
-    from .engines import check_engine, checked_num_proc, opened_engine
-    from .output import check_output
+    from packing.store.engines import check_engine, checked_num_proc, opened_engine
+    from packing.store.writing import check_output
 
     check_engine(arguments.engine)
     checked_num_proc(arguments.num_proc)
@@ -219,8 +219,8 @@ def pack_folder(arguments: argparse.Namespace) -> None:
 
 
 def _pack_splits(splits: dict, arguments: argparse.Namespace) -> None:
-    from .folder import write_file
-    from .output import check_room, output_folder, refuse_other_splits
+    from packing.files.folder import write_file
+    from packing.store.writing import check_room, output_folder, refuse_other_splits
 
     packings = {}
     for name, dataset in splits.items():
@@ -247,7 +247,7 @@ def _pack_splits(splits: dict, arguments: argparse.Namespace) -> None:
 
 def plan_file(arguments: argparse.Namespace) -> None:
     """Print the plan for a file of lengths."""
-    from .packers import plan_packs
+    from packing.packers.table import plan_packs
 
     if not arguments.plan_only:
         raise ValueError(
@@ -262,8 +262,8 @@ def plan_file(arguments: argparse.Namespace) -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print what every packer makes of each split, and write the report."""
-    from .compare import DEPTHS, compare_packers
-    from .report import check_report, write_report
+    from packing.report.compare import DEPTHS, compare_packers
+    from packing.report.page import check_report, write_report
 
     if arguments.report is not None:
         check_report(arguments.report)
@@ -280,8 +280,8 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def _load_histograms(arguments: argparse.Namespace):
     """(split, histogram) one after the other, cut to max_sequence_length; "" is a source without splits."""
-    from .lengths import cut_histogram, dataset_histogram, read_histogram
-    from .packers import checked_limit
+    from packing.packers.table import checked_limit
+    from packing.source.lengths import cut_histogram, dataset_histogram, read_histogram
 
     limit = checked_limit("max_sequence_length", arguments.max_sequence_length)
     if _is_lengths(arguments.source):
@@ -295,7 +295,7 @@ def _load_histograms(arguments: argparse.Namespace):
 
 
 def _is_lengths(source: str) -> bool:
-    from .load import holds_rows
+    from packing.source.open import holds_rows
 
     return Path(source).is_file() and not holds_rows(source)
 
@@ -304,8 +304,8 @@ def load_sequences(arguments: argparse.Namespace, cache: Path | None = None) -> 
     """{split: Dataset with input_ids}; a Dataset without splits is {"": Dataset}.
 
     cache: where converted files and tokens are kept; None: in that of the datasets library."""
-    from .engines import checked_num_proc
-    from .load import load_splits, suggestion
+    from packing.source.open import load_splits, suggestion
+    from packing.store.engines import checked_num_proc
 
     num_proc = checked_num_proc(arguments.num_proc)
     splits = load_splits(arguments.source, cache=cache)
@@ -324,8 +324,8 @@ def load_sequences(arguments: argparse.Namespace, cache: Path | None = None) -> 
 
 def _tokenized(splits: dict, arguments: argparse.Namespace, num_proc: int, cache: Path | None) -> dict:
     """The splits with tokens. The tokenizer, which takes long to load, comes after all that can be seen without."""
-    from .packers import checked_limit
-    from .tokenizing import check_texts, load_tokenizer, tokenize
+    from packing.packers.table import checked_limit
+    from packing.source.text import check_texts, load_tokenizer, tokenize
 
     texts = [name for name in (arguments.text_column, arguments.text_pair_column) if name is not None]
     for name, dataset in splits.items():
@@ -346,7 +346,7 @@ def _tokenized(splits: dict, arguments: argparse.Namespace, num_proc: int, cache
 
 def _hint(dataset) -> str:
     """Where the rows may be, if a source is one JSON object that holds them (GeoJSON, SQuAD)."""
-    from .json_rows import describe_object
+    from packing.source.json_rows import describe_object
 
     if len(dataset) != 1:
         return ""
@@ -391,7 +391,7 @@ QUOTES = "\"'"
 
 
 def _prepare(name: str, dataset, arguments: argparse.Namespace):
-    from .dataset import prepare_packing
+    from packing.dataset import prepare_packing
 
     with _in_split(name):
         return prepare_packing(
@@ -417,7 +417,7 @@ def _opener(split: str, arguments: argparse.Namespace):
     from functools import partial
     from glob import has_magic
 
-    from .load import is_url, open_source, without_protocol
+    from packing.source.open import is_url, open_source, without_protocol
 
     if arguments.text_column is not None:
         return None

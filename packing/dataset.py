@@ -18,23 +18,24 @@ import pyarrow as pa
 import xxhash
 from tqdm.auto import tqdm
 
-from .assignment import Assignment, assign, checked_seed
-from .balance import balance_packs, checked_packs_per_step, step_costs
-from .cluster import SharedSource, read_on_ray, write_on_ray
-from .engines import ENGINES, check_engine, checked_num_proc, opened_engine, write_here, write_in_pool
-from .fingerprint import ColumnPrint, column_prints, in_background, packed_fingerprint
-from .folder import refuse_others, state_files, write_file
-from .histogram import length_histogram
-from .info import PackedInfo
-from .manifest import FILE, Manifest, differences, read_manifest
-from .output import check_output, check_room, output_folder, refuse_other_splits
-from .overlong import OVERLONG, Sequences, cut_sequences
-from .packers import Packer, checked_limit, find_packer, plan_packs
-from .plan import PackPlan
-from .ranges import Reading, join_ranges, row_ranges
-from .remote import RemotePath, place
-from .saved import INFO, STATE
-from .shards import (
+from packing.assignment import Assignment, assign, checked_seed
+from packing.balance import balance_packs, checked_packs_per_step, step_costs
+from packing.files.folder import refuse_others, state_files, write_file
+from packing.files.paths import RemotePath, place
+from packing.files.saved import INFO, STATE
+from packing.histogram import length_histogram
+from packing.packers.table import Packer, checked_limit, find_packer, plan_packs
+from packing.plan import PackPlan
+from packing.source.fingerprint import ColumnPrint, column_prints, in_background, packed_fingerprint
+from packing.source.ranges import Reading, join_ranges, row_ranges
+from packing.source.rows import INPUT_IDS, Source, check_source, read_source, refuse_foreign_ids
+from packing.source.sequences import OVERLONG, Sequences, cut_sequences
+from packing.source.source_files import SourceChangedError, SourceFiles
+from packing.store.cluster import SharedSource, read_on_ray, write_on_ray
+from packing.store.engines import ENGINES, check_engine, checked_num_proc, opened_engine, write_here, write_in_pool
+from packing.store.info import PackedInfo
+from packing.store.manifest import FILE, Manifest, differences, read_manifest
+from packing.store.shards import (
     FORMATS,
     PackSlice,
     ShardRecord,
@@ -45,8 +46,7 @@ from .shards import (
     record_path,
     write_record,
 )
-from .source import INPUT_IDS, Source, check_source, read_source, refuse_foreign_ids
-from .source_files import SourceChangedError, SourceFiles
+from packing.store.writing import check_output, check_room, output_folder, refuse_other_splits
 
 BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
 BATCH_BYTES = 1 << 27  # or so many bytes, where other columns are wide (images)

@@ -10,13 +10,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .arrow import TokenColumn, list_array, list_lengths, read_token_column
-from .assignment import Assignment, assign, checked_seed
-from .balance import balance_packs
-from .draws import make_key
-from .info import packed_info
-from .plan import PackPlan
-from .source import chosen_rows, refuse_broken
+from packing.assignment import Assignment, assign, checked_seed
+from packing.balance import balance_packs
+from packing.draws import make_key
+from packing.plan import PackPlan
+from packing.source.rows import chosen_rows, refuse_broken
+from packing.source.token_column import TokenColumn, list_array, list_lengths, read_token_column
+from packing.store.info import packed_info
 
 LENGTHS = "sequence_lengths"
 REASSIGN = np.uint64(2**64 - 4)  # a stream of draws beside those of assign (lengths) and balance (2**64 - 1 to - 3)

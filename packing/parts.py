@@ -30,12 +30,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .assignment import Assignment, assign, checked_seed
-from .draws import ONE, STEP, make_key, mix
-from .histogram import as_lengths
-from .kernels import njit
-from .packers import Packer, plan_packs
-from .plan import PackPlan
+from packing.assignment import Assignment, assign, checked_seed
+from packing.draws import ONE, STEP, make_key, mix
+from packing.histogram import as_lengths
+from packing.numba_tools import njit
+from packing.packers.table import Packer, plan_packs
+from packing.plan import PackPlan
 
 TOLERANCE = 0.001  # more packs, as a share of them
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .bounds import lower_bound
-from .metadata import read_json
+from packing.bounds import lower_bound
+from packing.files.metadata import read_json
 
 FILE_FORMAT = "dataset-packing plan 1"
 

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.features.features import encode_nested_example
 
-from . import overlong as overlong_module
-from . import source as source_module
-from .assignment import checked_seed
-from .dataset import ANSWERS, prepare_packing
-from .exact import REFUSALS, NotHeldError, exact_array
-from .packers import checked_limit
-from .source import ATTENTION_MASK, INPUT_IDS, read_source
+from packing.assignment import checked_seed
+from packing.dataset import ANSWERS, prepare_packing
+from packing.packers.table import checked_limit
+from packing.source import rows as source_module
+from packing.source import sequences as overlong_module
+from packing.source.exact import REFUSALS, NotHeldError, exact_array
+from packing.source.rows import ATTENTION_MASK, INPUT_IDS, read_source
 
 logger = logging.getLogger(__name__)
 

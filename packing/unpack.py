@@ -10,11 +10,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .arrow import read_token_column
-from .epochs import EpochPacks
-from .folder import check_target, new_folder, write_dataset
-from .info import PackedInfo, packed_info
-from .source import RESERVED, chosen_rows
+from packing.epochs import EpochPacks
+from packing.files.folder import check_target, new_folder, write_dataset
+from packing.source.rows import RESERVED, chosen_rows
+from packing.source.token_column import read_token_column
+from packing.store.info import PackedInfo, packed_info
 
 BATCH_TOKENS = 1 << 20  # gathered at a time
 INDICES, STARTS = "sequence_indices", "sequence_starts"

@@ -109,7 +109,7 @@ def decisions() -> dict[str, str]:
 
     from collate.masking import MASKING, MaskingRule, sequence_keys
     from packing import PACKERS, assign, plan_packs
-    from packing.nnlshp import fit_histogram
+    from packing.packers.nnlshp import fit_histogram
 
     found = {}
     for name, histogram in (("wikipedia", WIKIPEDIA // 100), ("squad", SQUAD)):

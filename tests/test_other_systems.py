@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from packing import locks
+from packing.files import locks
 
 ROOT = Path(__file__).parent.parent
 FILES = [file for package in ("packing", "collate", "bert_pretrain") for file in sorted((ROOT / package).rglob("*.py"))]

@@ -11,7 +11,7 @@ import reference
 
 import packing
 from packing import cli, packed_info
-from packing.overlong import OVERLONG
+from packing.source.sequences import OVERLONG
 
 datasets.disable_progress_bars()
 COMMAND = Path(sys.executable).with_name("pack-dataset")

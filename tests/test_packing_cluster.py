@@ -21,8 +21,11 @@ import pyarrow as pa
 import pytest
 from shelf import Shelf, fail
 
-from packing import cli, cluster, folder, pack_dataset, ranges, verify_packed
+from packing import cli, pack_dataset, verify_packed
 from packing.dataset import prepare_packing
+from packing.files import folder
+from packing.source import ranges
+from packing.store import cluster
 
 datasets.disable_progress_bars()
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
@@ -54,7 +57,7 @@ def source(tmp_path_factory):
 def many_shards_and_ranges(monkeypatch):
     monkeypatch.setattr("packing.dataset.SHARD_BYTES", 200_000)
     monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 4096)
-    monkeypatch.setattr("packing.ranges.RANGE_BYTES", 1)
+    monkeypatch.setattr("packing.source.ranges.RANGE_BYTES", 1)
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_the_same_bytes_as_one_process(cluster_here, source, whole, tmp_path, mo
     """The driver reads no range and writes no shard."""
     monkeypatch.setattr(cluster, "_read", partial(note_reader, str(tmp_path)))
     monkeypatch.setattr(cluster, "_write", note_writer)
-    for alone in ("packing.dataset.column_prints", "packing.dataset.read_source", "packing.ranges.read_source"):
+    for alone in ("packing.dataset.column_prints", "packing.dataset.read_source", "packing.source.ranges.read_source"):
         monkeypatch.setattr(alone, None)
     pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
     assert contents(tmp_path / "packed") == whole

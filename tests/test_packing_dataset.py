@@ -444,7 +444,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("packing.shards.gather_packs", fail)
+    monkeypatch.setattr("packing.store.shards.gather_packs", fail)
     with pytest.raises(OSError, match="disk full"):
         pack_dataset(of(input_ids=[[1]]), output=tmp_path / "new" / "packed")
     assert list(tmp_path.iterdir()) == []
@@ -467,7 +467,7 @@ def test_a_mask_that_numbers_sequences_is_refused(mask):
 
 def test_a_failure_leaves_what_others_wrote(tmp_path):
     """Two runs make the same parent; the one that fails must not take the other's output along."""
-    from packing.folder import new_folder
+    from packing.files.folder import new_folder
 
     with pytest.raises(OSError, match="disk"), new_folder(tmp_path / "new" / "b"):
         (tmp_path / "new" / "a").mkdir()

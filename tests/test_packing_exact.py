@@ -11,7 +11,7 @@ import pytest
 from datasets.iterable_dataset import ArrowExamplesIterable
 
 from packing import pack_stream
-from packing.exact import NotHeldError, exact_array
+from packing.source.exact import NotHeldError, exact_array
 
 datasets.disable_progress_bars()
 

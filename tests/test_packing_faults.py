@@ -19,8 +19,8 @@ import pytest
 
 from packing import cli, pack_dataset
 from packing import dataset as packing_dataset
-from packing.folder import partial_folder, write_bytes
-from packing.manifest import read_manifest
+from packing.files.folder import partial_folder, write_bytes
+from packing.store.manifest import read_manifest
 
 datasets.disable_progress_bars()
 SHARD_BYTES = 60_000
@@ -326,7 +326,7 @@ def failing_write(number: int, code: int):
 def test_a_write_that_fails(source, whole, tmp_path, monkeypatch, code):
     output, before = tmp_path / "packed", contents(Path(source.cache_files[0]["filename"]).parent)
     with monkeypatch.context() as patch:
-        patch.setattr("packing.folder.write_bytes", failing_write(400, code))
+        patch.setattr("packing.files.folder.write_bytes", failing_write(400, code))
         with pytest.raises(OSError, match=r"\.arrow") as caught:
             pack(source, output)
     assert caught.value.errno == code
@@ -341,7 +341,7 @@ def test_a_write_that_fails(source, whole, tmp_path, monkeypatch, code):
 
 
 def test_a_write_that_fails_before_anything_is_finished_leaves_nothing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("packing.folder.write_bytes", failing_write(5, errno.ENOSPC))
+    monkeypatch.setattr("packing.files.folder.write_bytes", failing_write(5, errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
         pack(source, tmp_path / "new" / "packed")
     assert list(tmp_path.iterdir()) == []
@@ -369,7 +369,7 @@ def _pack_with_little_room(source, output: Path, error: Path) -> None:
 
 def test_a_disk_without_room_is_seen_before(source, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr("packing.folder.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("packing.files.folder.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"1,\d\d\d,\d\d\d bytes are to be written, and 1,000 are free; make space"):
         pack(source, tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []
@@ -393,7 +393,7 @@ def test_an_interrupt_says_how_to_go_on(source, whole, tmp_path, monkeypatch):
 
     output = tmp_path / "packed"
     with monkeypatch.context() as patch:
-        patch.setattr("packing.folder.os.rename", rename)
+        patch.setattr("packing.files.folder.os.rename", rename)
         with pytest.raises(KeyboardInterrupt) as caught:
             pack(source, output)
     assert "6 finished shards are kept in" in caught.value.__notes__[0]
@@ -428,7 +428,7 @@ def interrupt_at(number: int):
 @pytest.mark.parametrize("number", [3, 7, 14])
 def test_an_interrupted_command_says_how_to_go_on_and_does(two_splits, tmp_path, capsys, monkeypatch, number):
     with monkeypatch.context() as patch:
-        patch.setattr("packing.folder.os.rename", interrupt_at(number))
+        patch.setattr("packing.files.folder.os.rename", interrupt_at(number))
         assert cli.main(two_splits) == 130
     error = capsys.readouterr().err
     if number == 3:  # two manifests, and no shard
@@ -444,7 +444,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(two_splits, tmp_path,
 
 def test_a_command_with_other_options_or_splits_is_refused(two_splits, source, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("packing.folder.os.rename", interrupt_at(7))
+        patch.setattr("packing.files.folder.os.rename", interrupt_at(7))
         assert cli.main(two_splits) == 130
     assert cli.main([*two_splits, "--seed", "5"]) == 2
     assert "cannot be gone on with: seed was 0 and is 5; give the options" in capsys.readouterr().err
@@ -456,7 +456,7 @@ def test_a_command_with_other_options_or_splits_is_refused(two_splits, source, t
 
 def test_a_command_on_a_full_disk(two_splits, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("packing.folder.write_bytes", failing_write(400, errno.ENOSPC))
+        patch.setattr("packing.files.folder.write_bytes", failing_write(400, errno.ENOSPC))
         assert cli.main(two_splits) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device: '" in error

@@ -5,10 +5,10 @@ import json
 import datasets
 import pytest
 
-import packing.json_rows
+import packing.source.json_rows
 from packing import cli, read_histogram
-from packing.json_depth import MOST, check_depth
-from packing.load import load_splits
+from packing.source.json_depth import MOST, check_depth
+from packing.source.open import load_splits
 
 datasets.disable_progress_bars()
 
@@ -22,8 +22,8 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(params=[1 << 24, 100], ids=["one block", "many blocks"])
 def block(request, monkeypatch):
-    monkeypatch.setattr(packing.json_rows, "BLOCK", request.param)
-    monkeypatch.setattr(packing.json_rows, "FIRST_BLOCK", request.param)
+    monkeypatch.setattr(packing.source.json_rows, "BLOCK", request.param)
+    monkeypatch.setattr(packing.source.json_rows, "FIRST_BLOCK", request.param)
 
 
 def write(path, rows, form):
@@ -200,7 +200,7 @@ def test_rows_are_the_same_in_parts_that_threads_parse(tmp_path, monkeypatch):
     }
     found = {}
     for part in (40, 300, 1 << 20):
-        monkeypatch.setattr(packing.json_rows, "PART", part)
+        monkeypatch.setattr(packing.source.json_rows, "PART", part)
         for name, text in texts.items():
             path = tmp_path / f"{name} {part}.jsonl"
             path.write_text(text)

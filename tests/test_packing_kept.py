@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from packing import cli
-from packing.kept import _measured, kept_rows
-from packing.load import load_splits
+from packing.files.cache import _measured, kept_rows
+from packing.source.open import load_splits
 
 datasets.disable_progress_bars()
 
@@ -93,7 +93,7 @@ def test_what_was_damaged_is_made_anew(tmp_path, tokenizer, cache, caplog, sourc
     (kept,) = cache.rglob("*.arrow")
     assert not caplog.records and labels(tmp_path / "first") == list(range(2_500))
     DAMAGES[damage](kept)
-    with caplog.at_level(logging.WARNING, "packing.kept"):
+    with caplog.at_level(logging.WARNING, "packing.files.cache"):
         assert cli.main([arguments[0], str(tmp_path / "second"), *arguments[1:]]) == 0
     assert "damaged" in caplog.text and str(kept.parent) in caplog.text
     assert labels(tmp_path / "second") == list(range(2_500))

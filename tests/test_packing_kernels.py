@@ -12,7 +12,7 @@ import collate
 import packing
 from collate.masking import _choose_words
 from packing.draws import fisher_yates
-from packing.kernels import stamp
+from packing.numba_tools import stamp
 
 PROGRAM = "import numpy as np; from packing.caller import call; print(call())"
 
@@ -28,14 +28,15 @@ def test_a_change_in_a_file_that_is_called_is_noticed(tmp_path):
     """A kernel that calls one of another file: Numba alone would go on with the old one."""
     copy = tmp_path / "packing"
     copy.mkdir()
-    shutil.copy(Path(packing.__file__).with_name("kernels.py"), copy)
+    shutil.copy(Path(packing.__file__).with_name("numba_tools.py"), copy)
     (copy / "__init__.py").write_text("")
     (copy / "caller.py").write_text(
-        "from .called import number\nfrom .kernels import njit\n\n@njit(cache=True)\ndef call():\n    return number()\n"
+        "from .called import number\nfrom .numba_tools import njit\n\n"
+        "@njit(cache=True)\ndef call():\n    return number()\n"
     )
     found = []
     for number in (1, 1, 2):
-        called = f"from .kernels import njit\n\n@njit(cache=True)\ndef number():\n    return {number}\n"
+        called = f"from .numba_tools import njit\n\n@njit(cache=True)\ndef number():\n    return {number}\n"
         (copy / "called.py").write_text(called)
         environment = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
         ran = subprocess.run(

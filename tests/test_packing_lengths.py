@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from packing import published_histogram, read_histogram
-from packing.lengths import READERS, cut_histogram
+from packing.source.lengths import READERS, cut_histogram
 
 
 def write(path, content):
@@ -109,6 +109,6 @@ def test_cut_draws_what_overlong_does():
 
 
 def test_every_ending_is_documented():
-    import packing.lengths
+    import packing.source.lengths
 
-    assert all(ending in packing.lengths.__doc__ for ending in READERS)
+    assert all(ending in packing.source.lengths.__doc__ for ending in READERS)

@@ -15,10 +15,10 @@ import pytest
 import xxhash
 
 from packing import EpochPacks, cli, load_packed, pack_dataset, packed_info, unpack_dataset, verify_packed
-from packing.kept import kept_rows
-from packing.metadata import parse_json, read_json
-from packing.names import checked_name, checked_path, file_in
-from packing.saved import load_saved
+from packing.files.cache import kept_rows
+from packing.files.metadata import parse_json, read_json
+from packing.files.names import checked_name, checked_path, file_in
+from packing.files.saved import load_saved
 
 datasets.disable_progress_bars()
 NAMES = ["../x", "/etc/passwd", "", ".", "..", "a/b", "a\\b", "a\0b", "C:a", "s3://bucket/a", "\ud800", "ä" * 200]
@@ -122,7 +122,7 @@ def test_json_of_any_depth_and_size(tmp_path, monkeypatch):
             parse_json(text, "it")
     (tmp_path / "a.json").write_text("[1, 2, 3]")
     assert read_json(tmp_path / "a.json") == [1, 2, 3]
-    monkeypatch.setattr("packing.metadata.MAX_BYTES", 8)
+    monkeypatch.setattr("packing.files.metadata.MAX_BYTES", 8)
     with pytest.raises(ValueError, match="has 9 bytes, and 8 are read at most"):
         read_json(tmp_path / "a.json")
 
@@ -450,7 +450,7 @@ def test_an_archive_whose_names_lead_out_of_the_cache(tmp_path, monkeypatch):
     """A file system may list any name: what is copied lies in the cache."""
     import zipfile
 
-    from packing import local_copy
+    from packing.files import local_copy
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_packing_plans import SQUAD, WIKIPEDIA
 
 from packing import plan_packs
-from packing.exact_sums import fill_tables, find_parts, table_parts
-from packing.nnlshp import fit_histogram
+from packing.packers.exact_sums import fill_tables, find_parts, table_parts
+from packing.packers.nnlshp import fit_histogram
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from packing import cluster, pack_dataset, verify_packed
+from packing import pack_dataset, verify_packed
+from packing.store import cluster
 
 datasets.disable_progress_bars()
 PACK = {"max_sequence_length": 128, "seed": 3}
@@ -93,7 +94,7 @@ def make_source(folder: Path) -> datasets.Dataset:
 
 def test_workers_on_several_nodes_of_which_two_die(nodes, tmp_path, monkeypatch):
     monkeypatch.setattr("packing.dataset.SHARD_BYTES", 100_000)
-    monkeypatch.setattr("packing.ranges.RANGE_BYTES", 1)
+    monkeypatch.setattr("packing.source.ranges.RANGE_BYTES", 1)
     source = make_source(tmp_path / "tokens")
     pack_dataset(source, **PACK, output=tmp_path / "one")
     pack_dataset(source, **PACK, output=tmp_path / "pool", num_proc=2)

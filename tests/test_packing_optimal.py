@@ -13,8 +13,8 @@ from test_packing_plans import SQUAD, WIKIPEDIA
 
 from packing import length_histogram, plan_packs
 from packing.bounds import lower_bound
-from packing.filling import best_fit, fill_slots
-from packing.optimal import optimal
+from packing.packers.filling import best_fit, fill_slots
+from packing.packers.optimal import optimal
 
 DEPTHS = (2, 3, 4, 8, 16, None)
 

@@ -11,8 +11,8 @@ import datasets
 import pytest
 
 from packing import cli, pack_dataset, unpack_dataset
-from packing.folder import new_folder, partial_folder
-from packing.locks import held, holder
+from packing.files.folder import new_folder, partial_folder
+from packing.files.locks import held, holder
 
 datasets.disable_progress_bars()
 
@@ -81,7 +81,7 @@ def test_a_system_that_refuses_a_folder(source, tmp_path, monkeypatch, code):
 
 
 def test_a_folder_that_may_not_be_written_to_is_refused_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("packing.folder.os.access", lambda path, mode: False)
+    monkeypatch.setattr("packing.files.folder.os.access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="choose another output, or make its folder writable"):
         pack_dataset("no dataset, which would be the next error", 8, output=tmp_path / "packed")
 
@@ -121,7 +121,7 @@ def test_the_lock_is_held_until_the_folder_has_its_name(tmp_path, monkeypatch):
                 real(old, new)
             seen.append(moment)
 
-    monkeypatch.setattr("packing.folder.os.rename", rename)
+    monkeypatch.setattr("packing.files.folder.os.rename", rename)
     with partial_folder(tmp_path / "packed") as folder:
         (folder / "file").write_text("a")
     assert seen == ["before", "after"]
@@ -153,7 +153,7 @@ def test_two_of_either_kind_are_refused_at_once_and_the_holder_is_named(tmp_path
 HOLDS_AND_FORKS = """
 import os, sys, time
 from pathlib import Path
-from packing.locks import held, holder
+from packing.files.locks import held, holder
 with held(Path(sys.argv[1])):
     if not os.fork():
         print("held", flush=True)  # by the worker, when it has let go

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packing import PACKERS, PackPlan, length_histogram, plan_packs
-from packing.lengths import published_histogram
+from packing.source.lengths import published_histogram
 
 WIKIPEDIA, SQUAD = published_histogram("wikipedia"), published_histogram("squad")
 

@@ -6,19 +6,27 @@ import pyarrow as pa
 import pytest
 import reference
 
-from packing.fingerprint import column_prints
-from packing.overlong import cut_sequences
-from packing.ranges import RangeLost, RangeWrong, Reading, from_arrow, join_ranges, read_range, row_ranges
-from packing.source import closing_token, read_source
+from packing.source.fingerprint import column_prints
+from packing.source.ranges import (
+    RangeLost,
+    RangeWrong,
+    Reading,
+    from_arrow,
+    join_ranges,
+    read_range,
+    row_ranges,
+)
+from packing.source.rows import closing_token, read_source
+from packing.source.sequences import cut_sequences
 
 datasets.disable_progress_bars()
 
 
 @pytest.fixture(autouse=True)
 def small_ranges(monkeypatch):
-    monkeypatch.setattr("packing.fingerprint.BLOCK_ROWS", 16)
-    monkeypatch.setattr("packing.ranges.BLOCK_ROWS", 16)
-    monkeypatch.setattr("packing.ranges.RANGE_BYTES", 1)
+    monkeypatch.setattr("packing.source.fingerprint.BLOCK_ROWS", 16)
+    monkeypatch.setattr("packing.source.ranges.BLOCK_ROWS", 16)
+    monkeypatch.setattr("packing.source.ranges.RANGE_BYTES", 1)
 
 
 def by_ranges(dataset, token_columns=None, pad_token_id=None):
@@ -182,7 +190,7 @@ def test_a_range_that_is_wrong_by_itself_only():
 
 
 def test_truncation_takes_what_ranges_said_of_how_rows_end(monkeypatch):
-    monkeypatch.setattr("packing.overlong.closing_token", None)  # nobody looks again
+    monkeypatch.setattr("packing.source.sequences.closing_token", None)  # nobody looks again
     alike, _, _ = by_ranges(rows_of([9, 3, 5] * 100))
     assert cut_sequences(alike, 4, "truncate").ends is not None
     other, _, _ = by_ranges(datasets.Dataset.from_dict({"input_ids": [[i % 9] * (2 + i % 9) for i in range(300)]}))

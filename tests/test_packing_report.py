@@ -9,8 +9,8 @@ import pytest
 import reference
 
 from packing import PACKERS, PackPlan, cli, compare_packers, published_histogram, write_report
-from packing.compare import DEPTHS, NOTES, OVERHEAD, expected_longest
-from packing.report import pictures
+from packing.report.compare import DEPTHS, NOTES, OVERHEAD, expected_longest
+from packing.report.page import pictures
 
 datasets.disable_progress_bars()
 SQUAD = published_histogram("squad")

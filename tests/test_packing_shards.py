@@ -16,13 +16,13 @@ import reference
 import xxhash
 
 from packing import pack_dataset, packed_info
-from packing.arrow import open_token_column, read_token_column
 from packing.dataset import prepare_packing
-from packing.fingerprint import column_prints, combined_print
-from packing.folder import checksum, partial_folder
-from packing.manifest import read_manifest
-from packing.shards import write_shard
-from packing.source import open_columns
+from packing.files.folder import checksum, partial_folder
+from packing.source.fingerprint import column_prints, combined_print
+from packing.source.rows import open_columns
+from packing.source.token_column import open_token_column, read_token_column
+from packing.store.manifest import read_manifest
+from packing.store.shards import write_shard
 
 datasets.disable_progress_bars()
 
@@ -147,9 +147,9 @@ def test_a_fingerprint_of_several_blocks(monkeypatch):
     whole = column_prints(source)
     shuffled = source.shuffle(seed=1)
     back = shuffled.select(np.argsort(shuffled._indices.column(0).to_numpy()))
-    monkeypatch.setattr("packing.fingerprint.GATHERED_TOKENS", 100)
+    monkeypatch.setattr("packing.source.fingerprint.GATHERED_TOKENS", 100)
     assert column_prints(back) == whole
-    monkeypatch.setattr("packing.fingerprint.BLOCK_ROWS", 64)
+    monkeypatch.setattr("packing.source.fingerprint.BLOCK_ROWS", 64)
     blocks = column_prints(source)
     assert column_prints(back) == blocks != whole
     assert [b.bytes for b in blocks] >= [w.bytes for w in whole]
@@ -280,7 +280,7 @@ def peak_bytes(folder: Path, sequences: int, longest: int) -> int:
 
 def test_memory_follows_sequences_and_not_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 1 << 14)
-    monkeypatch.setattr("packing.arrow.BLOCK_ROWS", 1 << 10)
+    monkeypatch.setattr("packing.source.token_column.BLOCK_ROWS", 1 << 10)
     monkeypatch.setattr("packing.histogram.BLOCK", 1 << 10)
     peak_bytes(tmp_path / "warm", 1000, 20)
     few, longer, more = (

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import reference
 
-from packing import cli, pack_dataset, tokenizing
-from packing.load import find_files, holds_rows, load_splits
+from packing import cli, pack_dataset
+from packing.source import text as tokenizing
+from packing.source.open import find_files, holds_rows, load_splits
 
 datasets.disable_progress_bars()
 
@@ -356,7 +357,7 @@ BAD_LINES['{"input_ids": ["a"]}'] = (
 @pytest.mark.parametrize(("line", "message"), BAD_LINES.items())
 def test_a_bad_line_is_named(tmp_path, capfd, monkeypatch, block, line, message):
     """Both where it is among the lines that columns are read from, and after them."""
-    monkeypatch.setattr("packing.json_rows.FIRST_BLOCK", block)
+    monkeypatch.setattr("packing.source.json_rows.FIRST_BLOCK", block)
     good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     write_lines(good, ROWS)
     write_lines(bad, ROWS)
@@ -673,7 +674,7 @@ def test_said_before_any_work(tmp_path, capsys, monkeypatch):
     path = tmp_path / "rows.jsonl"
     write_lines(path, ROWS)
     (tmp_path / "folder.html").mkdir()
-    monkeypatch.setattr("packing.load.load_splits", None)
+    monkeypatch.setattr("packing.source.open.load_splits", None)
     assert "is a folder; give the name of a file" in refused([path, "--report", tmp_path / "folder.html"], capsys)
 
 
@@ -698,7 +699,7 @@ def test_a_mistyped_source_or_column_is_refused_before_a_tokenizer_is_loaded(tex
     def load(name):
         raise AssertionError("the tokenizer was loaded")
 
-    monkeypatch.setattr("packing.tokenizing.load_tokenizer", load)
+    monkeypatch.setattr("packing.source.text.load_tokenizer", load)
     options = ["--plan-only", "--tokenizer", folder / "tokenizer", "--text-column"]
     for source in ("txts.jsonl", "nowhere/texts.jsonl", "*.parquet", ""):
         given = folder / source if source else ""

@@ -27,7 +27,7 @@ from bert_pretrain.tokenizer import (
     tokenize_sentences,
     train_tokenizer,
 )
-from packing.text_tokenizer import describe, text_tokenizer
+from packing.source.text_tokenizer import describe, text_tokenizer
 
 TEXT = """\
 Mr. Smith came at 5 p.m. and said hello. He left

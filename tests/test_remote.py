@@ -21,11 +21,11 @@ import pytest
 from shelf import Shelf, die, fail
 
 from packing import EpochPacks, cli, load_packed, pack_dataset, packed_info, unpack_dataset, verify_packed
-from packing.fingerprint import column_prints
-from packing.load import load_splits, open_source
-from packing.manifest import FILE, read_manifest
-from packing.remote import RemotePath, is_url, place
-from packing.shards import write_shard
+from packing.files.paths import RemotePath, is_url, place
+from packing.source.fingerprint import column_prints
+from packing.source.open import load_splits, open_source
+from packing.store.manifest import FILE, read_manifest
+from packing.store.shards import write_shard
 
 datasets.disable_progress_bars()
 PACK = {"max_sequence_length": 128, "overlong": "split", "seed": 3}
@@ -512,7 +512,7 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(source, shel
 @pytest.mark.parametrize("what", ["another one's", "not there"])
 def test_another_run_that_writes_there_is_found(source, what, monkeypatch):
     """There is no lock: a run that overwrites a shard, or takes one away, is seen before the folder is finished."""
-    from packing import engines
+    from packing.store import engines
 
     def write_and_lose(columns, task, advance):
         record = write_shard(columns, task, advance)
@@ -591,7 +591,7 @@ def test_a_disk_here_that_is_full_is_named(source, monkeypatch):
     def full(descriptor, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("packing.folder.write_bytes", full)
+    monkeypatch.setattr("packing.files.folder.write_bytes", full)
     with pytest.raises(OSError, match=r"No space left.*pack-dataset-.*\.writing for shelf://.*TMPDIR says where"):
         pack(source, URL)
 
@@ -788,7 +788,7 @@ def test_what_is_wrong_with_a_source_is_said_by_its_url(shelf, capsys, tmp_path)
 
 def write_elsewhere(root: str, cache: str, url: str, tasks: list) -> tuple:
     """Nothing of the first process but these arguments."""
-    from packing.source import open_columns
+    from packing.source.rows import open_columns
 
     fsspec.register_implementation("shelf", Shelf, clobber=True)
     fsspec.config.conf["shelf"] = {"root": root}
@@ -800,7 +800,7 @@ def write_elsewhere(root: str, cache: str, url: str, tasks: list) -> tuple:
 
 def test_another_process_opens_and_writes_the_same(source, whole, shelf, tmp_path):
     from packing.dataset import prepare_packing
-    from packing.output import output_folder
+    from packing.store.writing import output_folder
 
     source.save_to_disk(shelf / "tokens")
     packing = prepare_packing(open_source("shelf://bucket/tokens"), **PACK, to_write=True)

@@ -36,7 +36,7 @@ from collate.checkpoints import DamagedCheckpoint, check_checkpoint, last_checkp
 from collate.exact_resume import ResumesExactly
 from collate.one_run import one_run
 from packing import pack_dataset
-from packing.locks import held
+from packing.files.locks import held
 
 EXACT = ("loss", "mlm_", "nsp_", "sequences_seen", "tokens_seen", "grad_norm", "learning_rate", "epoch", "pack")
 """What logs hold beside timings."""
@@ -231,7 +231,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     def refuse(descriptor, wait=False):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("packing.locks.lock", refuse)
+    monkeypatch.setattr("packing.files.locks.lock", refuse)
     with one_run(TrainingArguments(str(tmp_path), use_cpu=True), tmp_path):
         pass
     assert f"{tmp_path} cannot be locked (Function not implemented): start no second run in it" in caplog.text

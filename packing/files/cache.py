@@ -1,0 +1,130 @@
+"""Files that are made once and kept: in HF_DATASETS_CACHE/pack-dataset, under a key of all that they are made from.
+
+    KEY/rows.arrow, …     Arrow streams
+    KEY/seal.json         {"rows.arrow": {"rows": 6000, "bytes": 131072, "xxh3": "9f2c…"}}
+
+The folder gets its name when it is whole and on the disk. What is used again is read and hashed first: a file that was
+damaged since, or cut where it looks whole, is made anew, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from packing.files.folder import checksum, sync, write_file, writing_errors
+from packing.files.metadata import read_json
+from packing.files.names import checked_name, file_in
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+SEAL = "seal.json"
+CURE = "set HF_DATASETS_CACHE to a folder that you can write to"
+
+
+def cache_folder() -> Path:
+    """Where pack-dataset keeps what it has converted, tokenized or copied."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset"
+
+
+@contextmanager
+def new_cache() -> Iterator[Path]:
+    """A cache in which nothing is yet, removed at the end: for who must not trust what others have read.
+
+    Whoever keeps something makes the folder: a source that is read where it lies needs none."""
+    folder = cache_folder() / f".anew-{uuid4().hex}"
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_rows(key: str, make: Callable[[Path], object], cache: Path | None = None) -> datasets.Dataset:
+    """The rows of the Arrow files that make(folder) writes, one file after the other by name.
+
+    cache: None is cache_folder()."""
+    import datasets
+
+    cache = cache or cache_folder()
+    folder = cache / key
+    damage = _damage(folder) if os.path.lexists(folder) else None
+    if damage is not None:
+        logger.warning("%s, which is made anew", damage)
+        _remove(folder)
+    if not folder.exists():
+        with writing_errors(cache, CURE):
+            cache.mkdir(parents=True, exist_ok=True)
+            _make(folder, make)
+    files = [datasets.Dataset.from_file(str(folder / name)) for name in sorted(_seal(folder))]
+    return datasets.concatenate_datasets(files) if len(files) > 1 else files[0]
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is: a file or a link, too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _make(folder: Path, make: Callable[[Path], object]) -> None:
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        fresh = Path(temporary) / "files"
+        fresh.mkdir()
+        make(fresh)
+        seal = {path.name: _measured(path) for path in sorted(fresh.glob("*.arrow"))}
+        for name in seal:
+            sync(fresh / name)
+        write_file(fresh / SEAL, json.dumps(seal).encode())
+        try:
+            os.rename(fresh, folder)
+        except OSError:
+            if not folder.exists() or _damage(folder) is not None:
+                raise
+            # another process has made the same meanwhile
+        sync(folder.parent)
+
+
+def _measured(path: Path) -> dict:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as mapped:
+        rows = sum(batch.num_rows for batch in pa.ipc.open_stream(mapped))
+    return {"rows": rows, "bytes": path.stat().st_size, "xxh3": checksum(path)}
+
+
+def _seal(folder: Path) -> dict[str, dict]:
+    seal = read_json(file_in(folder, SEAL, SEAL))
+    if not isinstance(seal, dict) or not seal:
+        raise ValueError("it names no files")
+    return {checked_name(name, folder / SEAL): expected for name, expected in seal.items()}
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a folder; None: nothing."""
+    try:
+        seal = _seal(folder)
+    except (OSError, ValueError) as error:
+        return f"{str(folder / SEAL)!r} is damaged ({error})"
+    for name, expected in seal.items():
+        path = folder / name
+        try:
+            file_in(folder, name, SEAL)
+            if path.stat().st_size != expected["bytes"] or checksum(path) != expected["xxh3"]:
+                return f"{str(path)!r} in the cache is damaged: it is no longer what was written"
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            return f"{str(path)!r} in the cache is damaged ({error})"
+    return None

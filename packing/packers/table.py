@@ -1,0 +1,157 @@
+"""The table of packers, and plan_packs: histogram -> checked plan."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from packing.packers.lpfhp import lpfhp
+from packing.packers.nnlshp import nnlshp
+from packing.packers.optimal import optimal
+from packing.packers.spfhp import spfhp
+from packing.plan import PackPlan
+
+# histogram (max_sequence_length + 1,) int64, max_sequence_length, max_sequences_per_pack (None = no limit) -> plan
+Packer = Callable[[np.ndarray, int, int | None], PackPlan]
+
+PACKERS: dict[str, Packer] = {
+    "spfhp": spfhp,
+    "lpfhp": lpfhp,
+    "nnlshp": nnlshp,
+    "optimal": optimal,
+}
+
+LONGEST_PACK = 64**4 - 1  # token slots; the packers' tables are indexed by space
+
+
+def plan_packs(
+    histogram: ArrayLike,
+    max_sequence_length: int | None = None,
+    max_sequences_per_pack: int | None = None,
+    packer: str | Packer = "optimal",
+    *,
+    progress: bool = False,
+) -> PackPlan:
+    """Decide which lengths share a pack.
+
+    histogram: sequences per length, indexed by length; index 0 is unused. [0, 1, 0, 2] is one of length 1, two of 3.
+    max_sequence_length: token slots in a pack; None: len(histogram) - 1.
+    max_sequences_per_pack: None = no limit.
+    packer: a name in PACKERS, or a callable of the same form.
+    progress: show a bar on stderr once planning takes longer than two seconds. The packer shows it: True is passed on
+        to one that has a parameter `progress`, as optimal has, and to no other.
+
+    A packer is compiled when it is first used, and kept on disk: on two busy cores that took 21 to 28 seconds of CPU
+    time for optimal, 16 for nnlshp, 6 for spfhp or lpfhp.
+
+    Raises ValueError for a histogram that is none, and for a plan that does not place exactly its sequences.
+    """
+    pack = find_packer(packer)
+    histogram = _checked_histogram(histogram)
+    if max_sequence_length is None:
+        max_sequence_length = len(histogram) - 1
+    max_sequence_length = checked_limit("max_sequence_length", max_sequence_length)
+    max_sequences_per_pack = checked_limit("max_sequences_per_pack", max_sequences_per_pack)
+    histogram = _fitted(histogram, max_sequence_length)
+    options = {"progress": True} if progress and _shows_progress(pack) else {}
+    plan = pack(histogram.copy(), max_sequence_length, max_sequences_per_pack, **options)
+    _check_plan(plan, histogram, max_sequence_length, max_sequences_per_pack, packer)
+    return plan
+
+
+def find_packer(packer: str | Packer) -> Packer:
+    """The packer of that name; a callable is its own answer."""
+    if callable(packer):
+        return packer
+    if packer not in PACKERS:
+        raise ValueError(f"unknown packer {packer!r}; choose from {', '.join(sorted(PACKERS))}, or pass a callable")
+    return PACKERS[packer]
+
+
+def _shows_progress(pack: Packer) -> bool:
+    """Whether it has a parameter `progress`. What is not written in Python may not say."""
+    try:
+        return "progress" in inspect.signature(pack).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _checked_histogram(histogram: ArrayLike) -> np.ndarray:
+    """The histogram as int64, or the reason why it is none."""
+    array = np.asarray(histogram)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"a histogram is one flat array of counts, indexed by length; got shape {array.shape}")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"a histogram holds integer counts; got {array.dtype}: make it with length_histogram(lengths)")
+    if (array < 0).any():
+        culprit = int(np.argmax(array < 0))
+        raise ValueError(f"the histogram counts {array[culprit]} sequences of length {culprit}; a count is at least 0")
+    if array[0]:
+        raise ValueError(f"the histogram counts {array[0]} sequences of length 0 (index 0); leave empty sequences out")
+    if not array.any():
+        raise ValueError("the histogram is empty: it counts no sequence of any length, so there is nothing to pack")
+    tokens = int(array.astype(np.float64) @ np.arange(len(array)))
+    if tokens >= 2**62:  # near the limit floats will not do
+        tokens = sum(length * count for length, count in enumerate(array.tolist()))
+    if tokens >= 2**63:
+        raise ValueError(f"the histogram counts {tokens} tokens, more than 2**63 - 1; pack it in several parts")
+    return array.astype(np.int64)
+
+
+def checked_limit(name: str, value: int | None) -> int | None:
+    """The limit as an int; None is no limit, which a pack's length must have."""
+    if value is None and name != "max_sequence_length":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+    if name == "max_sequence_length" and value > LONGEST_PACK:
+        raise ValueError(f"{name}={value} is more than the {LONGEST_PACK} that packers can handle; give less")
+    if value >= 2**63:
+        raise ValueError(f"{name}={value} is more than 2**63 - 1; give None for no limit")
+    return int(value)
+
+
+def _fitted(histogram: np.ndarray, max_sequence_length: int) -> np.ndarray:
+    """The histogram with max_sequence_length + 1 entries."""
+    beyond = histogram[max_sequence_length + 1 :]
+    if beyond.any():
+        culprit = max_sequence_length + 1 + int(np.argmax(beyond > 0))
+        raise ValueError(
+            f"the histogram counts {histogram[culprit]} sequences of length {culprit}, more than "
+            f"max_sequence_length={max_sequence_length}; truncate or split them before packing"
+        )
+    fitted = np.zeros(max_sequence_length + 1, np.int64)
+    kept = min(len(histogram), len(fitted))
+    fitted[:kept] = histogram[:kept]
+    return fitted
+
+
+def _check_plan(plan, histogram, max_sequence_length, max_sequences_per_pack, packer) -> None:
+    """The plan is one, was made under these limits, and places every sequence of the histogram exactly once."""
+    name = repr(packer) if isinstance(packer, str) else getattr(packer, "__name__", repr(packer))
+    if not isinstance(plan, PackPlan):
+        raise TypeError(f"packer {name} returned {type(plan).__name__}; a packer returns a PackPlan")
+    if plan.max_sequence_length != max_sequence_length:
+        raise ValueError(
+            f"packer {name} made a plan for max_sequence_length={plan.max_sequence_length}, "
+            f"but was given {max_sequence_length}"
+        )
+    if max_sequences_per_pack is not None and plan.max_depth > max_sequences_per_pack:
+        raise ValueError(
+            f"packer {name} put {plan.max_depth} sequences into a pack, more than "
+            f"max_sequences_per_pack={max_sequences_per_pack}; it must keep to the limit that it is given"
+        )
+    placed = plan.histogram()
+    if not np.array_equal(placed, histogram):
+        culprit = int(np.argmax(placed != histogram))
+        raise ValueError(
+            f"packer {name} placed {placed[culprit]} sequences of length {culprit}, the histogram counts "
+            f"{histogram[culprit]}; a plan must place each sequence exactly once"
+        )
+    if plan.lower_bound > plan.num_packs:
+        raise ValueError(
+            f"packer {name} claims proven_bound={plan.proven_bound}, more than its own {plan.num_packs} packs"
+        )

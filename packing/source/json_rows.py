@@ -1,0 +1,366 @@
+"""JSON files -> Arrow, every value as it is written, or an error that names the file, the line and the column.
+
+Arrow's reader parses blocks of lines. What it would change by itself is looked at here:
+* Whole numbers become fractions where a column has both. One that no float64 is (2**53 + 1) is refused.
+* "2020-01-01" becomes a time; it stays text.
+* Bytes that are no UTF-8 pass, and cannot be read later; refused. Depths that end the process: see json_depth.py.
+Each block may widen the columns of those before it: null to anything, whole numbers to fractions, by another column or
+field. Then all blocks are read once more. Whatever else differs (text, then objects) is refused.
+
+A file is JSON lines, or one list of objects, whose elements are taken as they are written.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+FIRST_BLOCK = 1 << 20  # bytes that a file's columns are first read from
+BLOCK = 1 << 24  # bytes read at a time
+PART = 1 << 20  # bytes of them that a thread of Arrow parses at a time
+BLANK = re.compile(r"\s*")
+EXACT = 2**53  # up to here every whole number is a float64
+
+
+class DifferError(Exception):
+    """Two types of a column that have none in common."""
+
+
+def first_columns(file: Path) -> pa.Schema | None:
+    """The columns of a file's first lines; None: it has no rows."""
+    for line, data in blocks(file, FIRST_BLOCK):
+        return read_block(file, line, data).schema
+    return None
+
+
+def write_rows(files: list[Path], path: Path) -> None:
+    """All rows of the files as one stream of Arrow."""
+    known = None
+    while (found := _write(files, known, path)) != known:
+        known = found
+
+
+def _write(files: list[Path], known: pa.Schema | None, path: Path) -> pa.Schema:
+    """Write the rows as far as their columns are the known ones (None: the first block's); returns those of all."""
+    import pyarrow as pa
+    from datasets import Features
+    from datasets.table import cast_table_to_features
+
+    with pa.OSFile(str(path), "wb") as sink:
+        writer, writer_schema, features = None, None, None
+        for file in files:
+            for line, data in blocks(file, BLOCK):
+                table = read_block(file, line, data, known, files)
+                known = table.schema
+                if writer is None:
+                    writer_schema, features = known, Features.from_arrow_schema(known)
+                    writer = pa.ipc.new_stream(sink, features.arrow_schema)
+                if known == writer_schema:  # or else this pass is for the columns alone
+                    writer.write_table(cast_table_to_features(table, features))
+        writer.close()
+    return known
+
+
+def read_block(
+    file: Path, line: int, data: bytes, known: pa.Schema | None = None, files: Iterable[Path] = ()
+) -> pa.Table:
+    """Some lines, from this one on, with the columns that are known and those that come with them.
+
+    files: where to look for the line that differs."""
+    import pyarrow as pa
+
+    _check_text(file, line, data)
+    try:
+        table = _parsed_as_far_as_known(data, known)
+        wide = _joined_schema(known, table.schema)
+        if table.schema != wide:
+            table = _parse(data, wide)
+    except (pa.ArrowInvalid, DifferError) as error:
+        find_bad_line(list(files) or [file])
+        raise ValueError(f"{str(file)!r} cannot be read, from line {line} on: {error}") from None
+    _refuse_lost_numbers(file, line, data, table)
+    return table
+
+
+def _parsed_as_far_as_known(data: bytes, known: pa.Schema | None) -> pa.Table:
+    import pyarrow as pa
+
+    if known is not None:
+        try:
+            return _parse(data, known)
+        except pa.ArrowInvalid:
+            pass  # other types are in this block
+    return _parse(data, None)
+
+
+def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:
+    import pyarrow as pa
+
+    if len(data) > PART:
+        try:
+            return _parse_in_parts(data, schema, PART)
+        except pa.ArrowInvalid:  # a row over several lines, say, which is not known to end where a part does
+            pass
+    return _parse_in_parts(data, schema, len(data) + 1)
+
+
+def _parse_in_parts(data: bytes, schema: pa.Schema | None, size: int) -> pa.Table:
+    import pyarrow.json
+
+    options = pyarrow.json.ReadOptions(block_size=size)
+    return pyarrow.json.read_json(
+        io.BytesIO(data), read_options=options, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema)
+    )
+
+
+def _check_text(file: Path, line: int, data: bytes, unit: str = "") -> None:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        bad = line + data.count(b"\n", 0, error.start)
+        said = f"byte 0x{data[error.start]:02x}: {error.reason}"
+        where = f"{str(file)!r} {unit or _unit(file)} {bad}"
+        raise ValueError(f"{where} is no UTF-8 ({said}); save the file as UTF-8") from None
+    from packing.source.json_depth import check_depth  # compiled code, which takes a second to import
+
+    try:
+        check_depth(data, line)
+    except ValueError as error:
+        said = str(error).replace("line", unit or _unit(file), 1)
+        raise ValueError(f"{str(file)!r} {said}") from None
+
+
+def _joined_schema(known: pa.Schema | None, found: pa.Schema) -> pa.Schema:
+    import pyarrow as pa
+
+    found_type = _without_times(pa.struct(list(found)))
+    return pa.schema(list(found_type if known is None else _joined(pa.struct(list(known)), found_type)))
+
+
+def _joined(known: pa.DataType, found: pa.DataType, name: str = "") -> pa.DataType:
+    """The type that holds values of both. name: of the column, with a field's after a dot."""
+    import pyarrow as pa
+
+    if known == found or pa.types.is_null(found):
+        return known
+    if pa.types.is_null(known):
+        return found
+    if {known, found} == {pa.int64(), pa.float64()}:
+        return pa.float64()
+    if pa.types.is_list(known) and pa.types.is_list(found):
+        return pa.list_(_joined(known.value_type, found.value_type, name))
+    if pa.types.is_struct(known) and pa.types.is_struct(found):
+        types = {field.name: field.type for field in known}
+        for field in found:
+            inner = f"{name}.{field.name}" if name else field.name
+            types[field.name] = _joined(types.get(field.name, pa.null()), field.type, inner)
+        return pa.struct(list(types.items()))
+    raise DifferError(f"column {name!r} holds {found}, and before it {known}; make them alike")
+
+
+def _without_times(type_: pa.DataType) -> pa.DataType:
+    """Arrow takes texts for times where all look like it."""
+    import pyarrow as pa
+
+    if pa.types.is_temporal(type_):
+        return pa.string()
+    if pa.types.is_list(type_):
+        return pa.list_(_without_times(type_.value_type))
+    if pa.types.is_struct(type_):
+        return pa.struct([(field.name, _without_times(field.type)) for field in type_])
+    return type_
+
+
+# Numbers
+
+
+def _refuse_lost_numbers(file: Path, line: int, data: bytes, table: pa.Table) -> None:
+    """Raise ValueError for a whole number in a column of float64 that no float64 equals."""
+    if not any(_has_great_floats(chunk) for column in table.columns for chunk in column.chunks):
+        return
+    types = {field.name: field.type for field in table.schema}
+    text, place = data.decode(), 0
+    place = BLANK.match(text).end()
+    # a number of thousands of digits is too long for Python, and stays the text it is
+    decode = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 400 else digits).raw_decode
+    while place < len(text):
+        row, end = decode(text, place)
+        for name, value in row.items():
+            lost = _lost(value, types[name])
+            if lost is not None:
+                number = line + text.count("\n", 0, place)
+                raise ValueError(
+                    f"{str(file)!r} {_unit(file)} {number} has {lost} in column {name!r}, which holds fractions, too; "
+                    "as float64 it would be another number: write all of the column as whole numbers, or as texts"
+                )
+        place = BLANK.match(text, end).end()
+
+
+def _has_great_floats(array: pa.Array) -> bool:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_float64(array.type):
+        greatest = pc.max(pc.abs(array)).as_py()
+        return greatest is not None and not greatest < EXACT
+    if pa.types.is_list(array.type):
+        return _has_great_floats(array.flatten())
+    return pa.types.is_struct(array.type) and any(map(_has_great_floats, array.flatten()))
+
+
+def _lost(value, type_: pa.DataType) -> int | str | None:
+    import pyarrow as pa
+
+    if value is None:
+        return None
+    if pa.types.is_list(type_):
+        return next((lost for each in value if (lost := _lost(each, type_.value_type)) is not None), None)
+    if pa.types.is_struct(type_):
+        found = (_lost(value.get(field.name), field.type) for field in type_)
+        return next((lost for lost in found if lost is not None), None)
+    if not pa.types.is_float64(type_) or isinstance(value, float):
+        return None
+    if isinstance(value, str):
+        return f"{value[:40]}…"
+    try:
+        return value if int(float(value)) != value else None
+    except OverflowError:
+        return value
+
+
+# Lines
+
+
+def blocks(file: Path, size: int) -> Iterator[tuple[int, bytes]]:
+    """(number of the first line, lines), about `size` bytes at a time; blank ones come with others."""
+    first, lines, filled = 1, [], 0
+    for number, line in enumerate(_lines(file), 1):
+        lines.append(line)
+        filled += len(line)
+        if filled >= size and line.strip():
+            yield first, b"".join(lines)
+            first, lines, filled = number + 1, [], 0
+    if any(line.strip() for line in lines):
+        yield first, b"".join(lines)
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file, or the elements of the list that it is, each on one line."""
+    try:
+        if is_json_list(file):
+            with _unzipped(file) as opened:
+                content = opened.read().removeprefix(BYTE_ORDER_MARK)
+            _check_text(file, 1, content, "line")
+            for row in _elements(content.decode()):
+                yield f"{row}\n".encode()
+            return
+        with _unzipped(file) as opened:
+            for number, line in enumerate(opened):
+                yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+    except (json.JSONDecodeError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{str(file)!r} cannot be read, it is damaged or no {file.suffix} file: {error}") from None
+
+
+def is_json_list(file: Path) -> bool:
+    """[{"input_ids": …"""
+    try:
+        with _unzipped(file) as opened:
+            begin = opened.read(FIRST_BLOCK).removeprefix(BYTE_ORDER_MARK).lstrip()
+    except (OSError, EOFError, zlib.error):
+        return False  # whoever reads it says so
+    return begin[:1] == b"[" and begin[1:].lstrip()[:1] == b"{"
+
+
+def _unit(file: Path) -> str:
+    return "element" if is_json_list(file) else "line"
+
+
+def _elements(text: str) -> Iterator[str]:
+    """The text of each row of a list, on one line: a line never ends within a string of JSON."""
+    decode = json.JSONDecoder().raw_decode
+    place = BLANK.match(text, text.index("[") + 1).end()
+    while text[place : place + 1] != "]":
+        _, end = decode(text, place)
+        yield text[place:end].replace("\r", " ").replace("\n", " ")
+        place = BLANK.match(text, end).end()
+        if text[place : place + 1] == ",":
+            place = BLANK.match(text, place + 1).end()
+            if text[place : place + 1] == "]":
+                raise json.JSONDecodeError("Expecting a row after the comma", text, place)
+        elif text[place : place + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+    end = BLANK.match(text, place + 1).end()
+    if end < len(text):
+        raise json.JSONDecodeError("Expecting nothing after the list", text, end)
+
+
+def _unzipped(file: Path):
+    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
+
+
+# What is wrong, once something has failed
+
+
+def find_bad_line(files: list[Path]) -> None:
+    """Raise for a line that is no JSON object, or has a value of another kind than the lines before it."""
+    kinds: dict[str, set[str]] = {}
+    for file in files:
+        unit = _unit(file)
+        for number, line in enumerate(_lines(file), 1):
+            if not line.strip():
+                continue
+            _check_text(file, number, line, unit)
+            where = f"{str(file)!r} {unit} {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where} is no JSON: {error}{_about_object(file)}") from None
+            if not isinstance(row, dict):
+                raise TypeError(f'{where} holds {type(row).__name__}; each line is an object: {{"input_ids": […]}}')
+            for name, value in row.items():
+                found, before = _kinds_of(value), kinds.setdefault(name, set())
+                if found and before and found != before:
+                    raise TypeError(
+                        f"{where} holds {', '.join(sorted(found))} in column {name!r}, and lines before it hold "
+                        f"{', '.join(sorted(before))}; make them alike"
+                    )
+                before |= found
+
+
+def _kinds_of(value) -> set[str]:
+    """1.5 -> {number}    [1, None] -> {list, number}    "a" -> {str}    None, [] and [None] -> {}"""
+    if isinstance(value, list):
+        inner = set().union(*map(_kinds_of, value))
+        return {"list", *inner} if inner else set()
+    if value is None:
+        return set()
+    return {"number" if type(value) in (int, float) else type(value).__name__}
+
+
+def _about_object(file: Path) -> str:
+    """What a file is that is one JSON object, and no table; "" for another."""
+    try:
+        with _unzipped(file) as opened:
+            content = json.loads(opened.read())
+    except (ValueError, RecursionError, OSError):
+        return ""
+    return "; the file as a whole is JSON, " + describe_object(content) if isinstance(content, dict) else ""
+
+
+def describe_object(content: dict) -> str:
+    """{"type": …, "features": [{…}, {…}]} -> what may be its rows."""
+    lists = {n: v for n, v in content.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+    rows = "".join(
+        f"; {n!r} is a list of {len(v):,} objects: if they are the rows, save it alone" for n, v in lists.items()
+    )
+    return f"one object with {', '.join(map(repr, content))}, and no table{rows}"

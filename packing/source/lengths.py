@@ -1,0 +1,203 @@
+"""How long sequences are, from a file or a dataset: source -> histogram. Packing is planned on nothing else.
+
+lengths: one whole number a sequence                    histogram: how many sequences have each length
+    .txt   one a line: 12⏎ 7⏎ 7⏎
+    .csv   a column `length`, or a column alone             .csv   columns `length` and `count`, or two columns alone
+    .json  [12, 7, 7]                                       .json  {"7": 2, "12": 1}
+    .npy   (sequences,) integers                            .npy   (lengths, 2): a row is length, count
+    .npz   an array `lengths`                               .npz   an array `histogram`, indexed by length
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from packing.histogram import length_histogram
+from packing.source.json_depth import check_depth
+from packing.source.sequences import CHOICES
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+# The data of arXiv 2107.02027; packing/data/README.md says where it comes from.
+PUBLISHED = {"wikipedia": "wikipedia_bert_512.csv", "squad": "squad_1_1_384.csv"}
+
+
+def published_histogram(name: str) -> np.ndarray:
+    """The histogram of the paper's "wikipedia" (513,) or "squad" (385,): int64, indexed by length."""
+    if name not in PUBLISHED:
+        raise ValueError(f"unknown histogram {name!r}; choose from {', '.join(PUBLISHED)}")
+    with resources.as_file(resources.files("packing") / "data" / PUBLISHED[name]) as path:
+        return read_histogram(path)
+
+
+def read_histogram(path: str | PathLike) -> np.ndarray:
+    """Read a file of lengths or of a histogram, by its ending: (longest + 1,) int64, indexed by length.
+
+    The longest is the longest that is listed, even if its count is 0. Raises ValueError, naming the file and the first
+    thing in it that is wrong.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"{str(path)!r} ends in none of {', '.join(READERS)}: the ending says how to read lengths")
+    try:
+        histogram = READERS[path.suffix.lower()](path)
+        if not histogram.any():
+            raise ValueError("it counts no sequence")
+    except (ValueError, UnicodeDecodeError, EOFError, zipfile.BadZipFile, MemoryError) as error:
+        raise ValueError(f"cannot read lengths from {str(path)!r}: {error}") from None
+    return histogram
+
+
+def dataset_histogram(
+    dataset: datasets.Dataset,
+    max_sequence_length: int,
+    overlong: str = "error",
+    token_columns: Iterable[str] | None = None,
+    pad_token_id: int | None = None,
+) -> np.ndarray:
+    """What pack_dataset would plan on: (max_sequence_length + 1,) int64, read from list offsets, not from tokens."""
+    from packing.source.rows import read_source
+    from packing.source.sequences import cut_sequences
+
+    source = read_source(dataset, token_columns, pad_token_id)
+    return length_histogram(cut_sequences(source, max_sequence_length, overlong).lengths, max_sequence_length)
+
+
+def cut_histogram(histogram: np.ndarray, max_sequence_length: int, overlong: str = "error") -> np.ndarray:
+    """What pack_dataset's `overlong` makes of longer lengths: (max_sequence_length + 1,) int64. What is lost is said.
+
+    [0, 0, 1, 0, 0, 3] with max_sequence_length=3, three sequences of length 5:
+    truncate [0, 0, 1, 3]    split [0, 0, 4, 3]    drop [0, 0, 1, 0]    error: ValueError
+    """
+    kept = np.zeros(max_sequence_length + 1, np.int64)
+    kept[: len(histogram)] = histogram[: max_sequence_length + 1]
+    lengths = max_sequence_length + 1 + np.flatnonzero(histogram[max_sequence_length + 1 :])
+    if not len(lengths):
+        return kept
+    counts = histogram[lengths]
+    if overlong == "error":
+        raise ValueError(
+            f"{counts.sum()} sequences are longer than max_sequence_length={max_sequence_length}, up to "
+            f"{lengths[-1]} tokens; choose {CHOICES}, or raise max_sequence_length"
+        )
+    if overlong == "truncate":
+        kept[max_sequence_length] += counts.sum()
+    elif overlong == "split":
+        kept[max_sequence_length] += (counts * (lengths // max_sequence_length)).sum()
+        np.add.at(kept, lengths % max_sequence_length, counts)
+        kept[0] = 0  # a length that splits evenly has no rest
+    elif overlong != "drop":
+        raise ValueError(f"unknown overlong={overlong!r}; choose from error, truncate, split, drop")
+    if not kept.any():
+        raise ValueError(f"every sequence is longer than max_sequence_length={max_sequence_length}; nothing is left")
+    logger.warning("%d sequences have more than %d tokens: overlong=%r", counts.sum(), max_sequence_length, overlong)
+    return kept
+
+
+# One reader an ending: path -> histogram.
+
+
+def _read_text(path: Path) -> np.ndarray:
+    table = _load_numbers(path, ndmin=2)
+    if table.size and table.shape[1] > 1:
+        raise ValueError(f"it has {table.shape[1]} numbers in a line; give one length a line, or a .csv")
+    return length_histogram(table.ravel())
+
+
+def _read_csv(path: Path) -> np.ndarray:
+    """With a header, the columns that it names; without one, the columns in this order: length, count."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = [name.strip().lower() for name in next(csv.reader(file), [])]
+    if not names:
+        raise ValueError("it is empty")
+    has_header = not all(name.isdecimal() for name in names)
+    if has_header and "length" not in names:
+        raise ValueError(f"its header {', '.join(names)} names no column `length`")
+    if not has_header and len(names) > 2:
+        raise ValueError(f"it has {len(names)} columns and no header; name the columns `length` and `count`")
+    names = names if has_header else ["length", "count"][: len(names)]
+    columns = [names.index(name) for name in ("length", "count") if name in names]
+    form = {"delimiter": ",", "quotechar": '"', "comments": None}  # other columns may hold text: "a, b", C#
+    table = _load_numbers(path, skiprows=int(has_header), usecols=columns, ndmin=2, **form)
+    return _from_counts(table) if len(columns) == 2 else length_histogram(table[:, 0])
+
+
+def _read_json(path: Path) -> np.ndarray:
+    content = path.read_bytes()
+    check_depth(content)
+    content = json.loads(content.decode("utf-8"))
+    if isinstance(content, list):
+        return length_histogram(content)
+    if not isinstance(content, dict):
+        raise ValueError("it holds neither a list of lengths nor an object of counts per length")
+    return _from_counts([[int(length), count] for length, count in content.items()])
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    array = np.load(path, allow_pickle=False)
+    if array.ndim == 1 and array.dtype.kind in "iu" and array[:1].tolist() == [0]:
+        raise ValueError(
+            "its first number is 0, and a length is at least 1. Flat arrays are lengths, one a sequence; a histogram "
+            "that is indexed by length goes into an .npz, as its array `histogram`"
+        )
+    return _from_counts(array) if array.ndim == 2 else length_histogram(array)
+
+
+def _read_npz(path: Path) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as arrays:
+        found = [name for name in ("lengths", "histogram") if name in arrays.files]
+        if len(found) != 1:
+            raise ValueError(f"it holds {', '.join(arrays.files)}; name one array `lengths` or `histogram`")
+        array = arrays[found[0]]
+    if found == ["lengths"]:
+        return length_histogram(array)
+    if array.ndim != 1:
+        raise ValueError(f"its array `histogram` has shape {array.shape}; it must be flat, indexed by length")
+    pairs = np.stack([np.arange(array.size, dtype=array.dtype), array], axis=1)
+    return _from_counts(pairs if array[:1].any() else pairs[1:])  # length 0 is refused, not left out
+
+
+READERS: dict[str, Callable[[Path], np.ndarray]] = {
+    ".txt": _read_text,
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+}
+
+
+def _load_numbers(path: Path, **form) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the file is empty: said by whoever counts
+        return np.loadtxt(path, np.int64, encoding="utf-8-sig", **form)
+
+
+def _from_counts(table) -> np.ndarray:
+    """(lengths, 2) of length, count -> histogram. A length that is listed twice is added up."""
+    table = np.asarray(table)
+    if not table.size:
+        raise ValueError("it counts no sequence")
+    if table.dtype.kind not in "iu" or table.ndim != 2 or table.shape[1] != 2:
+        raise ValueError(f"lengths and counts must be two columns of whole numbers, not {table.dtype} {table.shape}")
+    lengths, counts = table.astype(np.int64).T
+    if lengths.min() < 1:
+        raise ValueError(f"it lists length {lengths.min()}, but a length is at least 1; leave it out")
+    if counts.min() < 0:
+        raise ValueError(f"it counts {counts.min()} sequences of length {lengths[counts.argmin()]}")
+    histogram = np.zeros(lengths.max() + 1, np.int64)
+    np.add.at(histogram, lengths, counts)
+    return histogram

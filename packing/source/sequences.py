@@ -1,0 +1,150 @@
+"""Rows with more tokens than a pack has slots: refused, truncated, split or dropped.
+
+max_sequence_length=4, a row [c 1 2 3 4 s]:
+error     ValueError            truncate  [c 1 2 s] if every row ends in s, else [c 1 2 3]
+drop      nothing               split     [c 1 2 3] [4 s], which remember that they began at 0 and 4
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from packing.numba_tools import njit
+from packing.source.rows import Source, closing_token
+from packing.store.shards import PackSlice
+
+logger = logging.getLogger(__name__)
+
+
+CHOICES = 'overlong="truncate", overlong="split" or overlong="drop"'
+
+
+class OverlongError(ValueError):
+    """A row has more tokens than a pack has slots. others: how many more rows have; None: nobody has counted."""
+
+    def __init__(self, row: int, tokens: int, max_sequence_length: int, others: int | None = None):
+        super().__init__(row, tokens, max_sequence_length, others)
+        self.row, self.tokens, self.max_sequence_length, self.others = row, tokens, max_sequence_length, others
+
+    def __str__(self) -> str:
+        others = f" (and {self.others} more rows are too long)" if self.others else ""
+        return (
+            f"row {self.row} has {self.tokens} tokens, more than max_sequence_length={self.max_sequence_length}"
+            f"{others}; choose {CHOICES}, or raise max_sequence_length"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The sequences to pack, cut from a source's rows; (num_sequences,) each.
+
+    Memory: 4 bytes a sequence for lengths, as long as every row is a sequence, and 4 more (8 from 2**32 rows on for
+    `rows`) for each other array that is there.
+
+    lengths: int32, the number of tokens.
+    rows: the source row; None: every row in order. begins: int32, the row's token that comes first; None: the first.
+    ends: int32, one after the row's token that comes last; None: begins + lengths. A truncated sequence may keep the
+        row's last token.
+    overlong_rows: the source rows that did not fit. overlong_tokens: how many tokens they lost.
+    """
+
+    lengths: np.ndarray
+    rows: np.ndarray | None
+    begins: np.ndarray | None
+    ends: np.ndarray | None
+    overlong_rows: np.ndarray
+    overlong_tokens: int = 0
+
+    def take(self, chosen: np.ndarray, pack_offsets: np.ndarray) -> PackSlice:
+        """These sequences, and which of them share a pack."""
+        rows, begins, ends = (a if a is None else a[chosen] for a in (self.rows, self.begins, self.ends))
+        return PackSlice(chosen if rows is None else rows, self.lengths[chosen], begins, ends, pack_offsets)
+
+
+def cut_sequences(source: Source, max_sequence_length: int, overlong: str) -> Sequences:
+    """One sequence per row, and what `overlong` says for rows that do not fit. Whatever is cut or dropped is said."""
+    rows = np.flatnonzero(source.kept > max_sequence_length)
+    if not len(rows):
+        return _whole_rows(source)
+    sequences = OVERLONG[overlong](source, rows, max_sequence_length)
+    logger.warning(
+        "%d of %d rows have more than %d tokens: %s, %d tokens lost; rows %s%s",
+        len(rows),
+        source.num_rows,
+        max_sequence_length,
+        {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong],
+        sequences.overlong_tokens,
+        ", ".join(map(str, rows[:10].tolist())),
+        ", …" if len(rows) > 10 else "",
+    )
+    return sequences
+
+
+def _whole_rows(source: Source) -> Sequences:
+    return Sequences(source.kept, None, source.skipped, None, np.empty(0, np.int64))
+
+
+def _error(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
+    raise OverlongError(int(rows[0]), int(source.kept[rows[0]]), max_sequence_length, len(rows) - 1)
+
+
+def _truncate(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
+    """Keep the first tokens; if all rows of the source end in one token, that one closes the cut sequence, too."""
+    lengths = np.minimum(source.kept, np.int32(max_sequence_length))
+    ends = None
+    if closing_token(source) is not None if source.ends_alike is None else source.ends_alike:
+        ends = source.kept if source.skipped is None else source.skipped + source.kept
+    lost = int(source.kept[rows].sum(dtype=np.int64)) - len(rows) * max_sequence_length
+    return Sequences(lengths, None, source.skipped, ends, rows, lost)
+
+
+def _split(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
+    """As many pieces as needed, all but a row's last one full: a sequence each, all of the same row."""
+    pieces = -(-source.kept // np.int32(max_sequence_length))
+    count = int(pieces.sum(dtype=np.int64))
+    row = np.empty(count, row_type(source.num_rows))
+    begins, lengths = np.empty(count, np.int32), np.empty(count, np.int32)
+    skipped = np.zeros(1, np.int32) if source.skipped is None else source.skipped
+    _cut_evenly(source.kept, skipped, max_sequence_length, row, begins, lengths)
+    return Sequences(lengths, row, begins, None, rows)
+
+
+def _drop(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
+    """Leave the rows out."""
+    kept = np.flatnonzero(source.kept <= max_sequence_length).astype(row_type(source.num_rows))
+    if not len(kept):
+        raise ValueError(
+            f"every row has more than max_sequence_length={max_sequence_length} tokens, so that overlong='drop' leaves "
+            "nothing to pack; raise max_sequence_length, or truncate or split"
+        )
+    begins = None if source.skipped is None else source.skipped[kept]
+    lost = int(source.kept[rows].sum(dtype=np.int64))
+    return Sequences(source.kept[kept], kept, begins, None, rows, lost)
+
+
+def row_type(num_rows: int) -> type:
+    """The type that numbers so many rows."""
+    return np.uint32 if num_rows <= 2**32 else np.int64
+
+
+@njit(cache=True, nogil=True)
+def _cut_evenly(kept, skipped, longest, rows, begins, lengths):
+    """Fills rows, begins and lengths of all pieces. skipped: of each row, or one 0 for all."""
+    piece, step = 0, np.int64(1 if len(skipped) == len(kept) else 0)
+    for row in range(len(kept)):
+        for first in range(0, kept[row], longest):
+            rows[piece], begins[piece] = row, skipped[row * step] + first
+            lengths[piece] = min(kept[row] - first, longest)
+            piece += 1
+
+
+OVERLONG: dict[str, Callable[[Source, np.ndarray, int], Sequences]] = {
+    "error": _error,
+    "truncate": _truncate,
+    "split": _split,
+    "drop": _drop,
+}

@@ -1,0 +1,154 @@
+"""Text -> tokens: a column of a dataset by a tokenizer of transformers, in parallel, ready to be packed.
+
+text          label          input_ids      token_type_ids   label
+"we must"     a       ->     [2 57 92 3]    [0 0 0 0]        a
+
+Nothing is truncated or padded: what does not fit into a pack is what `overlong` is about. A text that spells a special
+token ("[MASK]") is text: see text_tokenizer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from packing.files.cache import kept_rows
+from packing.source.fingerprint import column_prints, combined_print
+from packing.source.open import suggestion
+from packing.source.rows import chosen_rows, refuse_broken
+from packing.source.sequences import OverlongError
+from packing.source.text_tokenizer import describe, text_tokenizer
+from packing.source.token_column import null_rows
+
+# Types of what tokenizers give. Whatever it is not in here is no column of tokens, or is not wanted.
+TYPES = {"input_ids": "int32", "token_type_ids": "int8"}
+FIELDS = {"input_ids": "ids", "token_type_ids": "type_ids"}  # of tokenizers.Encoding
+
+
+def load_tokenizer(name: str):
+    """A tokenizer of transformers, by its folder or its name on the hub. Raises if packs could not be made with it."""
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"tokenizing needs transformers ({error}): pip install 'dataset-packing[train]'"
+        ) from None
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {name!r} with a tokenizer; give one that save_pretrained wrote")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"no tokenizer in {name!r}: {' '.join(str(error).split())}") from None
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer {name!r} ({type(tokenizer).__name__}) has no fast version; tokenize in Python with "
+            "Dataset.map, and pack the column input_ids"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"tokenizer {name!r} has no pad token, which training fills packs up with; set tokenizer.pad_token, "
+            "save it with save_pretrained, and give that folder"
+        )
+    return tokenizer
+
+
+def tokenize(
+    dataset: datasets.Dataset,
+    tokenizer,
+    text_columns: Sequence[str],
+    keep_text: bool = False,
+    num_proc: int = 1,
+    *,
+    longest: int | None = None,
+    cache: Path | None = None,
+) -> datasets.Dataset:
+    """Replace one column of texts, or two that make pairs, by their tokens; the other columns stay.
+
+    num_proc: processes that tokenize. One has as many threads as there are cores; more pay where reading texts and
+    writing tokens takes longer than that.
+    longest: the first row with more tokens than this ends the work with OverlongError; None: none does.
+
+    Kept in `cache` (None: that of the datasets library, HF_DATASETS_CACHE), under the content of the texts and of the
+    tokenizer: the same texts are not tokenized twice, and texts that have changed are.
+    """
+    check_texts(dataset, text_columns)
+    names = [name for name in TYPES if name in ("input_ids", *tokenizer.model_input_names)]
+    work = _Tokenize(tokenizer, tuple(text_columns), tuple(names), longest)
+    features = {name: dataset.features[name] for name in dataset.column_names if keep_text or name not in text_columns}
+    features |= {name: datasets.List(datasets.Value(TYPES[name])) for name in names}
+    features = datasets.Features(features)
+
+    def make(folder: Path) -> None:
+        found = dataset.map(
+            work,
+            batched=True,
+            with_indices=True,
+            remove_columns=None if keep_text else list(text_columns),
+            features=features,
+            num_proc=num_proc if num_proc > 1 else None,
+            cache_file_name=str(folder / "tokens.arrow"),
+            desc="tokenizing",
+        )
+        if len(found) != len(dataset):
+            raise RuntimeError(f"{len(found):,} of {len(dataset):,} texts were tokenized")
+
+    key = _fingerprint(dataset, work, keep_text)
+    found = kept_rows(key, make, cache)
+    info = dataset.info.copy()
+    info.features = features
+    return datasets.Dataset(found.data, info=info, split=dataset.split, fingerprint=key)
+
+
+class _Tokenize:
+    """For Dataset.map: texts of some rows -> their tokens."""
+
+    def __init__(self, tokenizer, text_columns: tuple[str, ...], names: tuple[str, ...], longest: int | None):
+        self.description, self.longest = describe(tokenizer), longest
+        self.tokenizer, self.text_columns, self.names = text_tokenizer(self.description), text_columns, names
+
+    def __call__(self, rows, numbers: list[int]) -> dict[str, list]:
+        texts = [rows[name] for name in self.text_columns]
+        found = self.tokenizer.encode_batch_fast(list(zip(*texts, strict=True)) if len(texts) > 1 else list(texts[0]))
+        for number, encoding in zip(numbers, found, strict=True):
+            if self.longest is not None and len(encoding) > self.longest:
+                raise OverlongError(number, len(encoding), self.longest)
+        return {name: [getattr(encoding, FIELDS[name]) for encoding in found] for name in self.names}
+
+
+def check_texts(dataset: datasets.Dataset, text_columns: Sequence[str]) -> None:
+    """Raise ValueError for what can be seen to be no texts without a tokenizer."""
+    if not len(dataset):
+        raise ValueError("the dataset is empty: it has no texts to tokenize")
+    for name in text_columns:
+        _check_text(dataset, name)
+    taken = [name for name in (*TYPES, "attention_mask") if name in dataset.column_names]
+    if taken:
+        raise ValueError(f"column {taken[0]!r} is there already, so texts were tokenized before: give no text column")
+
+
+def _check_text(dataset: datasets.Dataset, name: str) -> None:
+    if name not in dataset.column_names:
+        names = dataset.column_names
+        raise ValueError(f"no column {name!r} among {', '.join(names)}{suggestion(name, names)}")
+    column = dataset.data.column(name)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise ValueError(f"column {name!r} holds {column.type}; texts to tokenize are strings")
+    refuse_broken(name, column)
+    nulls = null_rows(column, chosen_rows(dataset))
+    if nulls.any():
+        row = int(np.argmax(nulls))
+        raise ValueError(f"column {name!r} has no text (null) in row {row}; fill it in or leave the row out")
+
+
+def _fingerprint(dataset: datasets.Dataset, work: _Tokenize, keep_text: bool) -> str:
+    """Of all columns, what is to be done with them, and by which tokenizer."""
+    import tokenizers
+
+    tokenizer = tokenizers.__version__, work.description
+    parts = combined_print(column_prints(dataset)), str(dataset.features), tokenizer
+    return xxhash.xxh3_128(repr((parts, work.text_columns, work.names, keep_text)).encode()).hexdigest()

@@ -1,0 +1,266 @@
+"""The shard functions on Ray: a cluster reads and writes what one process would, byte for byte.
+
+    driver                                      workers, on any machine
+    ranges of rows              ->              read_range: lengths, digests                (ranges.py)     Ray Data
+    Source, fingerprint         <-
+    plan + assignment -> ShardTask   ->         open_columns (once a worker), write_shard   (shards.py)     tasks of Ray
+    manifest, names        <-   ShardRecord
+
+What travels is lengths to the driver, 4 bytes a sequence, and indices from it, some 12 bytes a sequence. The tokens are
+read from the source's files and written to the output by the worker, so that all machines must see both: under the same
+path (NFS, Lustre, a mounted bucket that can rename), or at a URL. A dataset travels as the paths of its files, or, if
+it is in memory, once to each machine; or else a function does that opens it there: the command's, which copies and
+converts what is not Arrow on this machine into the cache of the other one.
+
+Reading is a map of small rows to small rows, which is what Ray Data is for. Writing is not on Ray Data (2.60), because
+
+* it takes no iterator (ray-project/ray#39737): the indices of all shards would have to lie in the object store before
+  the first is written; here the driver makes those of a shard when a worker is about to be free;
+* it starts again without end what kills its worker, and the option that says otherwise goes away in 2.64; here a shard
+  that kills its worker RETRIES + 1 times ends the run;
+* it hides the type of an exception, by which a full disk (tried again) and a damaged source (not) are told apart;
+* when it is ended early, it does not wait for tasks that still write; here nobody writes after the end;
+* it holds workers back by what it expects them to put into the object store: 16 tasks of 0.2 s on 2 CPUs took 2.7 to
+  3.6 s with a store of 100 MB, as tasks 1.6 s (the shards are written elsewhere).
+
+write_shard is idempotent and names a shard when it is whole: a task whose worker has died is run again, elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import platform
+import secrets
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from packing.source.ranges import RangeLost, RangeRead, RangeWrong, Reading, from_arrow, read_range
+from packing.source.rows import INPUT_IDS, chosen_rows, open_columns
+from packing.source.token_column import open_token_column
+from packing.store.shards import ShardRecord, ShardTask, write_shard
+
+RETRIES = 3  # of one task, after its worker has died or the file system has failed
+TASKS_PER_CPU = 2  # at work or waiting: no worker waits for the driver, which keeps no more indices than that
+END_SECONDS = 60  # that tasks have to leave off
+SAMPLED = 256  # rows by which a worker knows the source
+
+Advance = Callable[[int], None]
+
+
+def check_ray() -> None:
+    """Raise ImportError where there is no Ray."""
+    if importlib.util.find_spec("ray") is None:
+        raise ImportError("engine='ray' needs Ray: pip install 'dataset-packing[ray]', here and on every machine")
+
+
+@contextmanager
+def connection():
+    """The cluster: the one that this process is connected to; else that of RAY_ADDRESS, or one that `ray start` has
+    started here; else one of this machine's CPUs. What was not there before ends with it; one in another is the same.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True, eq=False)
+class SharedSource:
+    """A dataset, as the workers get it: itself, by the paths of its files, or a function that opens it.
+
+    rows, types, tokens: what it has where packing began; of the tokens, the XXH3 of SAMPLED rows.
+    """
+
+    source: object
+    rows: int
+    types: str
+    tokens: str
+
+    @classmethod
+    def of(cls, dataset, opener: Callable | None = None) -> SharedSource:
+        return cls(opener or dataset, len(dataset), str(dataset.features), _sampled_tokens(dataset))
+
+    def open(self):
+        """The dataset, here. Raises OSError where it is another one, as a few rows tell: an old copy, say."""
+        dataset = self.source() if callable(self.source) else self.source
+        rows, types = len(dataset), str(dataset.features)
+        if (rows, types) != (self.rows, self.types):
+            told = f"it has {rows:,} rows of {types}, and {self.rows:,} of {self.types} where packing began"
+        elif _sampled_tokens(dataset) != self.tokens:
+            told = "its tokens are not those that it has where packing began"
+        else:
+            return dataset
+        raise OSError(f"the source is another one on machine {platform.node()!r}: {told}")
+
+
+def _sampled_tokens(dataset) -> str:
+    """XXH3 of input_ids in rows that lie evenly apart. The file may be damaged: nothing has been checked."""
+    column = open_token_column(INPUT_IDS, dataset.data.column(INPUT_IDS), chosen_rows(dataset))
+    starts, lengths = column.find(np.linspace(0, len(dataset) - 1, SAMPLED).astype(np.int64))
+    starts, whole = starts[lengths > 0], lengths[lengths > 0]
+    tokens = column.gather_numbers(starts, whole, starts + whole - 1)
+    return xxhash.xxh3_128_hexdigest(lengths.tobytes() + tokens.tobytes())
+
+
+# Reading
+
+
+def read_on_ray(
+    source: SharedSource, reading: Reading, ranges: Sequence[tuple[int, int]], advance: Advance
+) -> Iterator[RangeRead | RangeWrong]:
+    """Each range on some CPU of the cluster, in any order. advance(rows) is called for each that is read.
+
+    Raises OSError where a range cannot be read in RETRIES + 1 rounds, and ChildProcessError where its worker dies as
+    often.
+    """
+    import ray
+    import ray.data
+
+    with connection():
+        source, key = [ray.put((source, reading))], secrets.token_hex(8)
+        for _ in range(RETRIES + 1):
+            lost = []
+            for table in _map_rows(ray, ranges, {"source": source, "key": key}):
+                found = from_arrow(table)
+                if isinstance(found, RangeLost):
+                    lost.append(found)
+                else:
+                    advance(found.rows)
+                    yield found
+            if not lost:
+                return
+            ranges = [(found.first, found.first + found.rows) for found in lost]
+        raise _with_cure(OSError(f"the source cannot be read from row {lost[0].first:,} on: {lost[0].lost}"))
+
+
+def _map_rows(ray, ranges: Sequence[tuple[int, int]], arguments: dict) -> Iterator[pa.Table]:
+    """_read on Ray Data: a block of one row for each range, and back."""
+    rows = ray.data.from_arrow([pa.table({"first": [first], "end": [end]}) for first, end in ranges])
+    rows.context.enable_progress_bars = False  # there is ours
+    options = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": 1, "fn_kwargs": arguments}
+    if "ray_remote_args" in inspect.signature(rows.map_batches).parameters:  # before 2.64
+        options["max_retries"] = RETRIES
+    with warnings.catch_warnings(), _quiet("ray.data"):
+        warnings.simplefilter("ignore")  # of its own future
+        try:
+            found = rows.map_batches(_read, **options)
+            yield from found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        except ray.exceptions.RayTaskError as error:
+            raise RuntimeError(f"a worker that read the source failed: {error}") from None
+        except ray.exceptions.RayError as error:
+            raise ChildProcessError(f"a worker that read the source died {RETRIES + 1} times: {error}") from None
+
+
+@contextmanager
+def _quiet(name: str):
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what is wrong is raised
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# Writing
+
+
+def write_on_ray(
+    source: SharedSource, token_columns: Sequence[str], tasks: Iterable[ShardTask], advance: Advance
+) -> Iterator[ShardRecord]:
+    """Each task on some CPU of the cluster, in any order. advance(packs) is called for each shard that is written.
+
+    Raises what write_shard raises, and ChildProcessError where a task's worker has died RETRIES + 1 times.
+    """
+    import ray
+
+    with connection():
+        write = ray.remote(_write).options(num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError])
+        # in a list: whoever unpacks it asks for the dataset, which a worker does once
+        source = [ray.put((source, tuple(token_columns)))]
+        key, tasks, waiting = secrets.token_hex(8), iter(tasks), []
+        try:
+            for task in tasks:
+                waiting.append(write.remote(source, key, task))
+                if len(waiting) >= TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1))):
+                    yield _next_record(ray, waiting, advance)
+            while waiting:
+                yield _next_record(ray, waiting, advance)
+        finally:
+            _end(ray, waiting)
+
+
+def _next_record(ray, waiting: list, advance: Advance) -> ShardRecord:
+    (done, *_), _ = ray.wait(waiting, num_returns=1)
+    waiting.remove(done)
+    try:
+        record = ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise _with_cure(error.cause) from None
+    except ray.exceptions.RayError as error:
+        raise ChildProcessError(
+            f"a worker that wrote a shard died {RETRIES + 1} times, perhaps for want of memory: {error}"
+        ) from None
+    advance(record.packs)
+    return record
+
+
+def _with_cure(error: Exception) -> Exception:
+    if isinstance(error, OSError):
+        error.add_note("every machine of the cluster must see the source and the output, under the same path or URL")
+    return error
+
+
+def _end(ray, waiting: list) -> None:
+    """Nobody writes after this, unless a put to a URL takes longer; and that puts what belongs there."""
+    if not waiting:
+        return
+    for task in waiting:
+        ray.cancel(task)
+    ray.wait(waiting, num_returns=len(waiting), timeout=END_SECONDS)
+
+
+# In the workers
+
+_opened: tuple[str, object] = "", None  # of the last run that this worker worked for
+
+
+def _open(source: list, key: str, prepare: Callable):
+    """prepare(what the driver has put there), once for all tasks of a run."""
+    global _opened
+    if _opened[0] != key:
+        import ray
+
+        try:
+            shared, *others = ray.get(source[0])
+        except ray.exceptions.RaySystemError as error:  # in this form comes what opening its files has raised
+            raise OSError(f"the source cannot be opened: {str(error).splitlines()[0]}") from None
+        _opened = key, prepare(shared.open(), *others)
+    return _opened[1]
+
+
+def _read(rows: pa.Table, source: list, key: str) -> pa.Table:
+    first, end = (rows.column(name)[0].as_py() for name in ("first", "end"))
+    try:
+        dataset, reading = _open(source, key, lambda *found: found)
+        return read_range(dataset, reading, first, end).to_arrow()
+    except (OSError, ValueError) as error:  # ValueError: it cannot be opened; of rows, read_range says what is wrong
+        return RangeLost(first, end - first, str(error)).to_arrow()
+
+
+def _write(source: list, key: str, task: ShardTask) -> ShardRecord:
+    return write_shard(_open(source, key, open_columns), task)

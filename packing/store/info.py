@@ -1,0 +1,173 @@
+"""What a packed dataset knows about its making, carried in its description.
+
+load_dataset takes no description from a Parquet file, but the columns' features: there the same text is the `id` of the
+values of sequence_lengths. It takes them from the first file of all that it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from packing.files.metadata import build, parse_json
+
+if TYPE_CHECKING:
+    import datasets
+
+    from packing.balance import StepCosts
+
+LENGTHS = "sequence_lengths"
+PREFIX = "Packed by dataset-packing, format 1: "
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedInfo:
+    """The making of one packed dataset. It survives save_to_disk, select and shuffle, so num_packs may be more than the
+    rows that are left. A stream has not been counted: what is None here is not known of it, and what was cut, dropped
+    or trimmed is only in the log."""
+
+    max_sequence_length: int
+    """Token slots in a pack."""
+
+    max_sequences_per_pack: int | None
+    """The packing depth asked for; None = no limit."""
+
+    max_depth: int | None
+    """Sequences in the deepest pack: the sequence slots of a batch. Of a stream: its max_sequences_per_pack."""
+
+    token_columns: tuple[str, ...]
+    """Columns with one value per token, concatenated per pack; input_ids first."""
+
+    packer: str
+    """Name of the packer that made the plan."""
+
+    seed: int
+    """Seed of the assignment."""
+
+    source_rows: int | None
+    """Rows of the dataset that was packed."""
+
+    num_sequences: int | None
+    """Sequences in all packs: rows less what was dropped, pieces of a split counted each."""
+
+    num_packs: int | None
+    """Packs made."""
+
+    num_tokens: int | None
+    """Real tokens in all packs."""
+
+    overlong: str
+    """What was done to rows with more tokens than a pack has slots: "error", "truncate", "split" or "drop"."""
+
+    overlong_rows: tuple[int, ...] = ()
+    """The source rows to which it was done."""
+
+    overlong_tokens: int = 0
+    """Tokens that were cut off or dropped with their rows; 0 for a split."""
+
+    trimmed_rows: int = 0
+    """Rows from which padding was trimmed."""
+
+    trimmed_tokens: int = 0
+    """Padding tokens that were trimmed."""
+
+    balance: int | None = None
+    """Packs per global batch for which the order of packs balances attention cost; None = any order."""
+
+    step_costs_before: StepCosts | None = None
+    """How the cost of the global batches would spread in any order; None without balance."""
+
+    step_costs_after: StepCosts | None = None
+    """How it spreads in the order of the packs."""
+
+    buffer_size: int | None = None
+    """Rows of a stream that were packed at a time; None: all, this is no stream."""
+
+    def to_description(self) -> str:
+        return PREFIX + json.dumps(asdict(self))
+
+
+def packed_info(dataset: datasets.Dataset) -> PackedInfo:
+    """Read how a packed dataset was made. Raises ValueError for a dataset that was not packed."""
+    info = getattr(dataset, "info", None)
+    description = getattr(info, "description", None) or ""
+    by_id = _id_of_lengths(getattr(info, "features", None) or {})
+    if not str(description).startswith(PREFIX):
+        description = by_id or description
+        if by_id is not None:
+            _refuse_several(info.splits or {}, by_id)
+    elif by_id is not None and by_id != description:
+        raise ValueError(
+            "the packing facts of this dataset are two: its description says others than its columns; pack the source "
+            "again"
+        )
+    if not isinstance(description, str) or not description.startswith(PREFIX):
+        raise ValueError("this dataset was not packed: it carries no packing facts; make it with pack_dataset")
+    return read_facts(description.removeprefix(PREFIX))
+
+
+def read_facts(text: str) -> PackedInfo:
+    """What to_description wrote. Raises ValueError where it is something else, or cannot be true."""
+    what = "the packing facts of this dataset"
+    try:
+        content = parse_json(text, what)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Or it carries those of several packings: use packed datasets one by one, or concatenate the "
+            "sources and pack them together"
+        ) from None
+    names = {"StepCosts": type(None)}
+    if isinstance(content, dict) and content.get("balance") is not None:
+        from packing.balance import StepCosts  # not at the top: Numba takes a second to import
+
+        names["StepCosts"] = StepCosts
+    facts = build(PackedInfo, content, what, **names)
+    for name, is_true in _conditions(facts).items():
+        if not is_true:
+            raise ValueError(f"{what} cannot be true: {name}={getattr(facts, name)!r}; pack the source again")
+    return facts
+
+
+def _conditions(facts: PackedInfo) -> dict[str, bool]:
+    """{fact: whether it can be so, beside the others}"""
+    rows, cut = facts.source_rows, facts.overlong_rows
+    conditions = {
+        "max_sequence_length": 1 <= facts.max_sequence_length < 2**31,
+        "max_sequences_per_pack": facts.max_sequences_per_pack is None or 1 <= facts.max_sequences_per_pack < 2**31,
+        "max_depth": facts.max_depth is None or facts.max_depth < 2**31,
+        "token_columns": facts.token_columns[:1] == ("input_ids",),
+        "overlong": facts.overlong in ("error", "truncate", "split", "drop"),
+        "balance": facts.balance is None or 1 <= facts.balance < 2**63,
+    }
+    counts = (facts.num_packs, facts.num_sequences, facts.num_tokens)
+    if facts.buffer_size is None and None not in (rows, *counts):
+        conditions["num_packs"] = 1 <= facts.num_packs <= facts.num_sequences
+        conditions["num_tokens"] = facts.num_sequences <= facts.num_tokens < 2**63
+        conditions["overlong_rows"] = all(a < b for a, b in pairwise(cut)) and cut[-1:] < (rows,)
+        dropped = len(cut) if facts.overlong == "drop" else 0
+        conditions["source_rows"] = (
+            0 < rows <= facts.num_sequences if facts.overlong == "split" else rows == facts.num_sequences + dropped
+        )
+    elif facts.buffer_size is None:
+        conditions["num_sequences"] = False
+    return conditions
+
+
+def _id_of_lengths(features) -> str | None:
+    lists = features.get(LENGTHS)
+    values = lists[0] if isinstance(lists, list) else getattr(lists, "feature", None)
+    return getattr(values, "id", None)
+
+
+def _refuse_several(splits: dict, description: str) -> None:
+    """Files of several packings that load_dataset has read as one dataset, or as splits of one."""
+    num_rows = sum(split.num_examples or 0 for split in splits.values())
+    found = re.search(r'"num_packs": (\d+)', description)
+    if len(splits) > 1 or (found and num_rows > int(found[1])):
+        raise ValueError(
+            f"load_dataset was given files of several packings, {num_rows:,} packs in splits {', '.join(splits)}, and "
+            "says of all what it read in the first: open the folder with load_packed, or load the files of one packing"
+        )

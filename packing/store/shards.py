@@ -1,0 +1,231 @@
+"""Shards of a packed dataset: what one holds is decided before, and a pure function writes it, in any process.
+
+    plan + assignment -> PackSlice per shard -> write_shard -> ShardRecord           (the parent decides, workers copy)
+
+A shard depends on the source's content, its PackSlice and the schema alone: not on who writes it, nor on how many do.
+So the engine is free: this process, a pool of processes, or a cluster where all see the source's files:
+
+    columns = open_columns(dataset, token_columns)           # in every worker, once: views of the memory map
+    record = write_shard(columns, task)                      # in any order, any number of times
+
+write_shard is idempotent: a shard that is there, with the bytes that its record says, is left as it is. It comes to be
+under another name, reaches the disk, and then gets its name; its record follows in the same way. So a file with a
+record is whole, whenever the power fails. At a URL (see remote.py) both are put whole, the record last: so likewise.
+
+A shard's ending says what it is: .arrow, a stream, not compressed, for a memory map; .parquet, a row group a batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from packing.files.folder import checksum, hashed_file, write_file
+from packing.files.metadata import build, read_json
+from packing.files.paths import RemotePath, place
+from packing.source.rows import SourceColumns
+from packing.source.token_column import list_array
+
+BATCHES_AHEAD = 2  # gathered while another is written
+ARROW, PARQUET = ".arrow", ".parquet"  # endings
+FORMATS = {"arrow": ARROW, "parquet": PARQUET}
+
+
+def check_format(format: str, schema: pa.Schema | None = None) -> None:
+    """Raise ValueError for an unknown format, or a column that it has no type for."""
+    if format not in FORMATS:
+        raise ValueError(f"unknown format={format!r}; choose from {', '.join(FORMATS)}")
+    if format == "parquet" and schema is not None:
+        import pyarrow.parquet as pq
+
+        for field in schema:
+            try:
+                written = pa.BufferOutputStream()
+                pq.write_table(pa.schema([field]).empty_table(), written)
+                found = pq.read_schema(pa.BufferReader(written.getvalue())).field(0).type
+                fault = "" if found == field.type else f"it would be {found}"
+            except pa.ArrowException as error:
+                fault = str(error)
+            if fault:
+                raise ValueError(
+                    f"column {field.name!r} holds {field.type}, which Parquet has not: {fault}; take format='arrow', "
+                    "or leave the column out"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class PackSlice:
+    """Some packs, as the sequences in them, end to end; all that a worker must be told. Picklable.
+
+    pack 0 holds row 4 and row 1, pack 1 holds tokens 2 to 6 of row 0:
+    rows = [4, 1, 0]   lengths = [3, 2, 5]   begins = [0, 0, 2]   ends = [3, 2, 7]   pack_offsets = [0, 2, 3]
+
+    rows: (sequences,) the dataset's row of each. lengths: (sequences,) its tokens.
+    begins: (sequences,) the row's token that comes first; None: the row's first.
+    ends: (sequences,) one after the row's token that comes last; None: begins + lengths. Only a truncated sequence that
+        keeps its row's last token has another.
+    pack_offsets: (packs + 1,) where each pack begins among the sequences.
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    begins: np.ndarray | None
+    ends: np.ndarray | None
+    pack_offsets: np.ndarray
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.pack_offsets) - 1
+
+    def part(self, first: int, end: int) -> PackSlice:
+        """Packs first..end."""
+        bounds = self.pack_offsets[first : end + 1].astype(np.int64)
+        chosen = slice(bounds[0], bounds[-1])
+        begins, ends = (None if array is None else array[chosen] for array in (self.begins, self.ends))
+        return PackSlice(self.rows[chosen], self.lengths[chosen], begins, ends, bounds - bounds[0])
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write. folder: of the dataset in the making, a path or a URL. file: the shard's name in it.
+
+    batch_packs: packs in a record batch; part of what decides the bytes. storage_options: of a URL's file system.
+    Picklable."""
+
+    folder: str
+    file: str
+    packs: PackSlice
+    schema: pa.Schema
+    batch_packs: int
+    storage_options: dict | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is kept of a finished shard. xxh3: 128 bits of XXH3 over the file, in hexadecimal."""
+
+    file: str
+    packs: int
+    sequences: int
+    tokens: int
+    bytes: int
+    xxh3: str
+
+
+def gather_packs(
+    columns: SourceColumns, packs: PackSlice, schema: pa.Schema, buffers: dict[str, np.ndarray] | None = None
+) -> pa.RecordBatch:
+    """The packs as one record batch of the packed dataset's schema.
+
+    buffers: kept from call to call, so that tokens are gathered into the same memory; a batch is then good until the
+        next call with the same buffers only.
+    """
+    columns.files.check()
+    rows, lengths = packs.rows.astype(np.int64, copy=False), packs.lengths.astype(np.int64)
+    begins = 0 if packs.begins is None else packs.begins.astype(np.int64)
+    lasts = (begins + lengths if packs.ends is None else packs.ends) - 1
+    token_offsets = np.concatenate([[0], np.cumsum(lengths)])[packs.pack_offsets].astype(np.int64)
+    per_pack = packs.pack_offsets.astype(np.int32)
+    packed = {
+        "sequence_lengths": (per_pack, pa.array(packs.lengths.astype(np.int32, copy=False))),
+        "sequence_indices": (per_pack, pa.array(rows)),
+    }
+    if "sequence_starts" in schema.names:
+        starts = np.zeros(len(rows), np.int32) if packs.begins is None else packs.begins.astype(np.int32)
+        packed["sequence_starts"] = per_pack, pa.array(starts)
+    for column in columns.token_columns:
+        starts, found = column.find(rows)
+        if (short := found <= lasts).any():
+            raise ValueError(f"row {rows[np.argmax(short)]} of the source has fewer tokens than when packing began")
+        buffer = None if buffers is None else column.buffer(buffers, int(token_offsets[-1]))
+        packed[column.name] = token_offsets, column.gather(starts + begins, lengths, starts + lasts, buffer)
+    table_rows = rows if columns.rows is None else columns.rows[rows].astype(np.int64)
+    for name, values in columns.row_columns.items():
+        packed[name] = per_pack, values.take(table_rows)
+    return pa.record_batch([list_array(*packed[field.name], field.type) for field in schema], schema)
+
+
+def gather_batches(
+    columns: SourceColumns, packs: PackSlice, schema: pa.Schema, batch_packs: int
+) -> Iterator[pa.RecordBatch]:
+    """The packs, batch_packs at a time, gathered by a thread while the caller writes the batch before.
+
+    A batch is good until the next one is asked for: its memory is used again.
+    """
+    bounds = [(i, min(i + batch_packs, packs.num_packs)) for i in range(0, packs.num_packs, batch_packs)]
+    rooms = [{} for _ in range(BATCHES_AHEAD + 1)]
+
+    def gather(number: int) -> pa.RecordBatch:
+        return gather_packs(columns, packs.part(*bounds[number]), schema, rooms[number % len(rooms)])
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(gather, number) for number in range(min(BATCHES_AHEAD, len(bounds)))]
+        for number in range(len(bounds)):
+            batch = ahead.pop(0).result()
+            if number + BATCHES_AHEAD < len(bounds):  # its room is that of the batch before this one
+                ahead.append(pool.submit(gather, number + BATCHES_AHEAD))
+            yield batch
+
+
+def write_shard(columns: SourceColumns, task: ShardTask, advance: Callable[[int], None] | None = None) -> ShardRecord:
+    """Write one shard and its record, unless both are there and agree.
+
+    advance: called with the packs of each batch that is written; what it raises ends the writing.
+
+    Raises OSError where the disk is full or fails; what is finished stays, and nothing has the shard's name.
+    """
+    path = place(task.folder, task.storage_options) / task.file
+    record = read_record(path)
+    if record is not None and record.xxh3 == checksum(path):
+        if advance is not None:
+            advance(record.packs)
+        return record
+    with hashed_file(path) as file:
+        with _open_writer(file, task) as writer:
+            for batch in gather_batches(columns, task.packs, task.schema, task.batch_packs):
+                writer.write_batch(batch)
+                if advance is not None:
+                    advance(batch.num_rows)
+        file.publish()
+    tokens = int(task.packs.lengths.sum(dtype=np.int64))
+    record = ShardRecord(task.file, task.packs.num_packs, len(task.packs.rows), tokens, file.size, file.xxh3)
+    write_record(path, record)
+    return record
+
+
+@contextmanager
+def _open_writer(file, task: ShardTask):
+    if not task.file.endswith(PARQUET):
+        with pa.ipc.new_stream(file, task.schema) as writer:
+            yield writer
+        return
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(file, task.schema) as writer:
+        yield writer
+
+
+def record_path(shard: Path | RemotePath) -> Path | RemotePath:
+    """data-00000-of-00003.arrow -> data-00000-of-00003.record, there until the manifest has all of them."""
+    return shard.with_suffix(".record")
+
+
+def write_record(shard: Path | RemotePath, record: ShardRecord) -> None:
+    """After the shard itself is on the disk."""
+    write_file(record_path(shard), json.dumps(asdict(record)).encode())
+
+
+def read_record(shard: Path | RemotePath) -> ShardRecord | None:
+    """The record of a finished shard whose file has the size that it says."""
+    try:
+        record = build(ShardRecord, read_json(record_path(shard)), "the record")
+        return record if shard.stat().st_size == record.bytes else None
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,0 +1,121 @@
+"""The command pack-dataset verify: a packed folder in, a table of what is wrong out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from packing.cli import add_text_options, check_text_options, load_sequences
+from packing.files.cache import new_cache
+
+DESCRIPTION = "Prove that a packed folder holds what was packed: unchanged, each sequence once, no pack over its limit."
+EXAMPLES = """\
+examples:
+  pack-dataset verify packed                            files against their checksums, packs for themselves
+  pack-dataset verify packed --source tokenized         every value against the source, too
+  pack-dataset verify packed --source reviews.jsonl --text-column review --tokenizer bert-base-uncased
+                                                        of texts, with what they were packed with
+  pack-dataset verify s3://bucket/packed                as pack-dataset wrote it there; nothing is kept here
+
+A folder with several splits is verified split by split.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command. 0: nothing is wrong; 1: problems, which it prints; 2: an argument was refused."""
+    parser = argparse.ArgumentParser(
+        prog="pack-dataset verify",
+        usage="%(prog)s [options] PACKED    (to pack a SOURCE that is called verify, write ./verify)",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("packed", metavar="PACKED", help="folder, or URL, that pack-dataset or pack_dataset wrote")
+    parser.add_argument(
+        "--source",
+        metavar="SOURCE",
+        help="the sequences that were packed, to compare every value with: as pack-dataset takes them",
+    )
+    add_text_options(parser)
+    parser.set_defaults(num_proc=1)
+    arguments = parser.parse_args(argv)
+    try:
+        check_text_options(arguments, parser.parse_args([arguments.packed]))
+        if arguments.source is None and arguments.text_column is not None:
+            raise ValueError(f"--text-column {arguments.text_column!r} is of texts in a source; give --source, too")
+        if arguments.source is None:
+            return 0 if verify(arguments.packed, None) else 1
+        with new_cache() as cache:  # files are converted, and texts tokenized, anew: packing's cache may be damaged
+            return 0 if verify(arguments.packed, load_sequences(arguments, cache)) else 1
+    except FileNotFoundError as error:
+        hint = "; to pack the SOURCE that is called verify, write ./verify" if Path("verify").exists() else ""
+        print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def verify(packed: str, source: dict | None) -> bool:
+    """Print a table for each split; returns whether nothing is wrong. source: {split: dataset}; None: not given."""
+    from packing.files.paths import place
+    from packing.files.saved import DICT, split_names
+
+    packed = place(packed)
+    sources, names, ok = source or {}, [""], True
+    if (packed / DICT).exists():
+        try:
+            names = split_names(packed / DICT)
+        except (ValueError, OSError) as error:
+            print(f"not verified: {error}")
+            return False
+        for fault in _beside_splits(packed, names):
+            print(f"not verified: {fault}")
+            ok = False
+    for name in names:
+        title = f"{name}: " if name else ""
+        if name and not (packed / name).is_dir():
+            print(f"{title}not verified: the folder of this split is missing")
+            ok = False
+        elif source is not None and name not in sources:
+            print(f"{title}not verified: the source has no such split")
+            ok = False
+        else:
+            ok &= _verify_one(packed, name, sources.get(name), title)
+    for name in sorted({*sources} - {*names}) if source is not None else ():
+        print(f"not verified: split {name!r} of the source is not among the packed ones" if name else NO_SPLITS)
+        ok = False
+    return ok
+
+
+def _verify_one(packed, name: str, source, title: str) -> bool:
+    from packing.files.saved import check_split
+    from packing.verify.verify import verify_packed
+
+    try:
+        check_split(packed, name)
+        verification = verify_packed(packed / name, source)
+    except (ValueError, FileNotFoundError) as error:
+        if not name:  # the argument itself
+            raise
+        print(f"{title}not verified: {error}")
+        return False
+    print(f"{title}{verification}")
+    return verification.ok
+
+
+def _beside_splits(packed, names: list[str]) -> Iterator[str]:
+    """What load_from_disk would leave out, or take instead of the splits."""
+    from packing.files.saved import DICT, INFO, STATE
+    from packing.store.manifest import FILE
+
+    for file in sorted(str(file) for file in packed.rglob(FILE) if file.parent.name not in names):
+        yield f"{file!r} is of packs that {DICT} does not list; remove its folder, or list it"
+    for name in (INFO, STATE):
+        if (packed / name).exists():
+            yield f"{name} does not belong beside {DICT}: load_from_disk would open it instead of the splits; remove it"
+
+
+NO_SPLITS = "not verified: the source has no splits, and the packed folder has"

@@ -1,0 +1,258 @@
+"""The files of a packed folder against its manifest, and what is in them, however damaged they are.
+
+    manifest.json       says bytes and XXH3 of every other file
+    data-…arrow         or .parquet: read batch by batch; one that breaks off is named, and the next one is read then
+    dataset_info.json   the packing's facts: where these are not what was written, the packs cannot be judged
+
+Arrow's reader checks a file's frame but not what offsets point to: every batch is validated in full before it is used,
+since a wrong offset would lead out of the file's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pyarrow as pa
+
+from packing.files.folder import checksum
+from packing.files.names import file_in
+from packing.files.paths import RemotePath
+from packing.files.saved import INFO, STATE, read_info, read_state, state_faults, state_shards
+from packing.source.fingerprint import packed_fingerprint
+from packing.store.info import PackedInfo, packed_info
+from packing.store.manifest import FILE, Manifest, read_manifest
+from packing.verify.findings import Findings
+
+BLOCK_TOKENS = 1 << 20  # token slots looked at together: memory follows this and not the dataset
+PARQUET_PACKS = 1 << 10  # read together
+ROWS_AT_LEAST, ROWS_PER_BYTE = 1 << 24, 8  # rows that so few bytes may be said to hold: the work follows them
+CACHES = "cache-*.arrow"  # what datasets puts into a folder after map or shuffle; nobody reads it as packs
+
+
+@dataclass(frozen=True, eq=False)
+class PackedFolder:
+    """A folder as it was found. shards: the files of packs in order. info: None where it is damaged.
+
+    packs: of each shard by the manifest; empty without one."""
+
+    path: Path | RemotePath
+    manifest: Manifest | None
+    shards: list[str]
+    packs: list[int]
+    info: datasets.DatasetInfo | None
+    looked_at: str
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some packs. first: the number of the first one. file: where they lie, or None."""
+
+    first: int
+    batch: pa.RecordBatch
+    file: str | None = None
+
+
+def open_folder(path: Path | RemotePath, findings: Findings) -> PackedFolder:
+    """Check the files of a packed folder, and read what says how to read the rest."""
+    manifest = _read_manifest(path, findings)
+    records = () if manifest is None else manifest.shards
+    wanted = {record.file: record.xxh3 for record in records}
+    wanted |= {} if manifest is None else manifest.files
+    sizes = {record.file: record.bytes for record in records}
+    changed, num_bytes = set(), 0
+    for name in sorted(wanted):
+        if fault := _fault(path, name, sizes.get(name), wanted[name]):
+            findings.add("files", **fault, file=name)
+            changed.add(name)
+        else:
+            num_bytes += (path / name).stat().st_size
+    if manifest is not None and manifest.is_complete:
+        caches = {file.name for file in path.glob(CACHES)}
+        for name in sorted(_present(path) - set(wanted) - {FILE} - caches):
+            findings.add("files", "does not belong here: the manifest has no such file; remove it", file=name)
+    looked_at = f"{len(wanted) - len(changed):,} of {len(wanted):,} files as written, {num_bytes:,} bytes"
+    if manifest is None:
+        looked_at = "no manifest to check them against"
+    shards = [record.file for record in records] or _listed_shards(path, findings)
+    info = None if INFO in changed else _read_info(path, findings)
+    if STATE in wanted and STATE not in changed and info is not None:
+        _check_state(path, shards, packed_fingerprint(manifest.source_columns, info.description), findings)
+    return PackedFolder(path, manifest, shards, [record.packs for record in records], info, looked_at)
+
+
+def _present(path: Path | RemotePath) -> set[str]:
+    """Names of all that is in the folder, but for folders."""
+    found = {file.relative_to(path) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
+    return {name if isinstance(name, str) else name.as_posix() for name in found}
+
+
+def _check_state(path: Path | RemotePath, shards: list[str], fingerprint: str, findings: Findings) -> None:
+    """load_from_disk follows state.json, and not the manifest."""
+    try:
+        for fault in state_faults(read_state(path), shards, fingerprint, path / STATE):
+            findings.add("files", **fault, file=STATE)
+    except (ValueError, OSError) as error:
+        findings.add("files", f"cannot be read: {error}", file=STATE)
+
+
+def checked_facts(info: datasets.DatasetInfo, num_bytes: int, findings: Findings) -> PackedInfo | None:
+    """The packing's facts, where they can be read and can be true of so many bytes."""
+    try:
+        facts = packed_info(SimpleNamespace(info=info))
+        if facts.buffer_size is not None or facts.source_rows is None:
+            raise ValueError("they are a stream's, whose rows nobody has counted")
+        if facts.source_rows > max(ROWS_AT_LEAST, ROWS_PER_BYTE * num_bytes):
+            raise ValueError(f"source_rows={facts.source_rows:,} are more than {num_bytes:,} bytes can hold")
+    except ValueError as error:
+        findings.add("files", f"the packing's facts cannot be read: {error}", file=INFO)
+        return None
+    return facts
+
+
+def num_bytes_of(folder: PackedFolder) -> int:
+    """Of the shards that are there."""
+    return sum((folder.path / name).stat().st_size for name in folder.shards if _is_readable(folder.path, name))
+
+
+def _is_readable(path: Path | RemotePath, name: str) -> bool:
+    """Whether it can be opened; where not, that has been said."""
+    try:
+        return file_in(path, name, FILE).exists()
+    except (ValueError, OSError):
+        return False
+
+
+def folder_blocks(folder: PackedFolder, facts: PackedInfo, findings: Findings) -> Iterator[Block]:
+    """All packs that can be read. Packs after a damaged file keep their numbers, where the manifest knows them."""
+    first = 0
+    for number, name in enumerate(folder.shards):
+        read = 0
+        if _is_readable(folder.path, name):
+            for batch in _readable_batches(folder.path / name, findings):
+                yield from _pieces(batch, first + read, name, facts)
+                read += batch.num_rows
+        expected = folder.packs[number] if folder.packs else read
+        if read != expected:
+            findings.add("files", "packs in it", file=name, found=read, expected=expected)
+        first += expected
+
+
+def dataset_blocks(dataset: datasets.Dataset, facts: PackedInfo, findings: Findings) -> Iterator[Block]:
+    """The packs of a dataset that is open, in its order."""
+    is_chosen = dataset._indices is not None
+    if is_chosen and not _is_sound(dataset.data.table, 0, findings):  # Arrow would follow any offset to pick rows
+        return
+    rows = dataset.with_format("arrow")
+    step = max(1, BLOCK_TOKENS // max(1, facts.max_sequence_length))
+    for first in range(0, len(dataset), step):
+        count = min(step, len(dataset) - first)
+        table = rows[first : first + count] if is_chosen else dataset.data.table.slice(first, count)
+        if is_chosen or _is_sound(table, first, findings):
+            for batch in table.combine_chunks().to_batches():
+                yield Block(first, batch)
+
+
+def _is_sound(table: pa.Table, first: int, findings: Findings) -> bool:
+    try:
+        table.validate(full=True)
+    except pa.ArrowException as error:
+        what = f"this pack and the next {len(table) - 1} cannot be read: {error}"
+        findings.add("packs", what, pack=first)
+        return False
+    return True
+
+
+def _read_manifest(path: Path | RemotePath, findings: Findings) -> Manifest | None:
+    try:
+        manifest = read_manifest(path)
+    except FileNotFoundError:
+        what = "is missing, so that no file can be held against its checksum; pack the source again"
+        findings.add("files", what, file=FILE)
+        return None
+    except (ValueError, OSError) as error:
+        findings.add("files", str(error), file=FILE)
+        return None
+    if not manifest.is_complete:
+        findings.add("files", "the packing has not finished; run it again to its end", file=FILE)
+    return manifest
+
+
+def _fault(folder: Path | RemotePath, name: str, size: int | None, xxh3: str) -> dict | None:
+    try:
+        file = file_in(folder, name, FILE)
+        found = file.stat().st_size
+        if size is not None and found != size:
+            what = "is not what was written"
+            return {"what": what, "found": f"{found:,} bytes", "expected": f"{size:,} bytes"}
+        if (found := checksum(file)) != xxh3:
+            return {"what": "is not what was written: its XXH3", "found": found, "expected": xxh3}
+    except FileNotFoundError:
+        return {"what": "is missing; pack the source again"}
+    except (ValueError, OSError) as error:
+        return {"what": f"cannot be read: {error}"}
+    return None
+
+
+def _listed_shards(path: Path | RemotePath, findings: Findings) -> list[str]:
+    """The files that state.json names, where there is no manifest; Parquet has no state.json."""
+    if parquet := sorted(file.name for file in path.glob("data-*.parquet")):
+        return parquet
+    try:
+        shards = state_shards(read_state(path), path / STATE)
+    except (OSError, ValueError) as error:
+        findings.add("files", f"cannot be read: {error}", file=STATE)
+        return sorted(file.name for file in path.glob("data-*.arrow"))
+    for name in shards:
+        try:
+            if not file_in(path, name, STATE).exists():  # at a URL
+                raise FileNotFoundError
+        except FileNotFoundError:
+            findings.add("files", "is missing; pack the source again", file=name)
+        except ValueError as error:
+            findings.add("files", f"cannot be read: {error}", file=name)
+    return shards
+
+
+def _read_info(path: Path | RemotePath, findings: Findings) -> datasets.DatasetInfo | None:
+    try:
+        return read_info(path)
+    except (ValueError, OSError) as error:
+        findings.add("files", f"cannot be read: {error}", file=INFO)
+        return None
+
+
+def _readable_batches(file: Path | RemotePath, findings: Findings) -> Iterator[pa.RecordBatch]:
+    """Up to the first one that is damaged."""
+    try:
+        with _batches(file) as batches:
+            for batch in batches:
+                _ = batch.schema.names  # raises where one is no text
+                batch.validate(full=True)
+                yield batch
+    except Exception as error:  # whatever a damaged file leads its reader to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        findings.add("files", f"cannot be read further: {reason[:200]}", file=file.name)
+
+
+@contextmanager
+def _batches(file: Path | RemotePath) -> Iterator[Iterator[pa.RecordBatch]]:
+    with pa.memory_map(str(file)) if isinstance(file, Path) else pa.PythonFile(file.open(), "r") as opened:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            with pq.ParquetFile(opened) as parquet:
+                yield parquet.iter_batches(PARQUET_PACKS)
+        else:
+            with pa.ipc.open_stream(opened) as reader:
+                yield iter(reader)
+
+
+def _pieces(batch: pa.RecordBatch, first: int, name: str, facts: PackedInfo) -> Iterator[Block]:
+    step = max(1, BLOCK_TOKENS // max(1, facts.max_sequence_length))
+    for begin in range(0, batch.num_rows, step):
+        yield Block(first + begin, batch.slice(begin, step), name)

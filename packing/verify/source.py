@@ -1,0 +1,312 @@
+"""Every value of the packs against the source's, by the rule for rows that are too long and without padding.
+
+    source row 4   [0 c 1 2 3 4 s]   padding in front: 1 token skipped, 6 kept
+    max_sequence_length=4            truncate [c 1 2 s]     split [c 1 2 3] [4 s]     drop: not there
+
+What a sequence must be is worked out here for each one, from its row's tokens alone. A kernel compares numbers, text
+and lists of numbers where they lie, in both memory maps; other values are fetched and compared by their digests,
+halving where these differ.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from packing.numba_tools import njit
+from packing.prefetch import prefetch
+from packing.source.fingerprint import array_print
+from packing.source.rows import Source, read_source
+from packing.source.sequences import cut_sequences
+from packing.source.token_column import TokenColumn, Values, is_list, open_token_column
+from packing.store.info import PackedInfo
+from packing.verify.findings import Findings
+from packing.verify.packs import LENGTHS, STARTS, PackedSequences
+
+
+class SourceCheck:
+    """The source that a packed dataset is said to be made from, opened once; then block by block.
+
+    Memory: 4 bytes a source row for its length, and 4 each where there is padding, or rows are cut.
+    """
+
+    def __init__(self, dataset, facts: PackedInfo, packed_features, pad_token_id: int | None, findings: Findings):
+        self.facts, self.findings = facts, findings
+        self.source = self._read(dataset, pad_token_id)
+        self._names: list[str] = []  # of the columns that can be compared
+        self._row_columns: dict[str, TokenColumn | None] = {}  # None: they are no runs of numbers
+        if self.source is not None:
+            self._check_columns(dataset, packed_features)
+
+    def _read(self, dataset, pad_token_id: int | None) -> Source | None:
+        facts = self.facts
+        try:
+            source = read_source(dataset, facts.token_columns, pad_token_id)
+            sequences = cut_sequences(source, facts.max_sequence_length, facts.overlong)
+        except (ValueError, TypeError) as error:
+            self.findings.add("source", f"this source cannot have been packed so: {error}")
+            return None
+        self._keeps_closing = facts.overlong == "truncate" and sequences.ends is not None
+        overlong = tuple(sequences.overlong_rows.tolist())
+        if overlong != facts.overlong_rows:
+            other = sorted({*overlong} ^ {*facts.overlong_rows})
+            what = f"rows with more than {facts.max_sequence_length} tokens are others than the packs' facts list"
+            self.findings.add("source", what, row=other[0], found=len(overlong), expected=len(facts.overlong_rows))
+        for name, found in (
+            ("source_rows", source.num_rows),
+            ("overlong_tokens", sequences.overlong_tokens),
+            ("trimmed_rows", source.trimmed_rows),
+            ("trimmed_tokens", source.trimmed_tokens),
+        ):
+            expected = getattr(facts, name)
+            if found != expected:
+                what = f"{name.replace('_', ' ')}: the source's, and what the packs' facts say"
+                self.findings.add("source", what, found=found, expected=expected)
+        return source
+
+    def _check_columns(self, dataset, packed) -> None:
+        """Which columns can be compared: those of both, with one type of value."""
+        columns = self.source.columns
+        token_names = [column.name for column in columns.token_columns]
+        for name in (*token_names, *columns.row_columns):
+            if name not in packed:
+                self.findings.add("source", "the packs have no such column", column=name)
+                continue
+            of_source = _inner(dataset.features[name]) if name in token_names else dataset.features[name]
+            if _inner(packed[name]) != of_source:
+                what = "type of a value"
+                self.findings.add("source", what, column=name, found=_inner(packed[name]), expected=of_source)
+                continue
+            self._names.append(name)
+            if name in columns.row_columns:
+                self._row_columns[name] = as_runs(columns.row_columns[name], columns.rows)
+        added = (LENGTHS, "sequence_indices", STARTS)
+        for name in packed:
+            if name not in (*token_names, *columns.row_columns, *added):
+                self.findings.add("source", "the source has no such column", column=name)
+
+    @property
+    def can_be_compared(self) -> bool:
+        return self.source is not None
+
+    @property
+    def has_all_rows(self) -> bool:
+        return self.can_be_compared and self.source.num_rows == self.facts.source_rows
+
+    @property
+    def looked_at(self) -> str:
+        if self.source is None:
+            return "nothing: it cannot be read as the packs' source"
+        return f"{self.source.num_rows:,} rows, {len(self._names)} columns compared"
+
+    def check(self, sequences: PackedSequences) -> None:
+        """Compare the sequences of one block."""
+        source, longest = self.source, self.facts.max_sequence_length
+        sequences = sequences.take(sequences.rows < source.num_rows)  # that there are fewer has been said
+        kept = source.kept[sequences.rows].astype(np.int64)
+        skipped = np.zeros_like(kept) if source.skipped is None else source.skipped[sequences.rows].astype(np.int64)
+        begins, lengths = skipped, kept
+        if self.facts.overlong == "split":
+            begins = sequences.begins
+            first = begins - skipped
+            exists = (first >= 0) & (first < kept) & (first % longest == 0)
+            self.findings.add_all(
+                "source",
+                f"no piece of the row begins there: they begin every {longest} tokens",
+                np.flatnonzero(~exists),
+                lambda i: sequences.where(i) | {"column": STARTS, "found": int(begins[i])},
+            )
+            lengths = np.where(exists, np.minimum(kept - first, longest), -1)
+        elif self.facts.overlong == "truncate":
+            lengths = np.minimum(kept, longest)
+        wrong = (lengths >= 0) & (sequences.lengths != lengths)
+        self.findings.add_all(
+            "source",
+            "length",
+            np.flatnonzero(wrong),
+            lambda i: (
+                sequences.where(i)
+                | {"column": LENGTHS, "found": int(sequences.lengths[i]), "expected": int(lengths[i])}
+            ),
+        )
+        same = sequences.lengths == lengths
+        lasts = (skipped + kept if self._keeps_closing else begins + lengths) - 1
+        if not same.all():
+            whole, sequences = sequences, sequences.take(same)
+            begins, lengths, lasts = begins[same], lengths[same], lasts[same]
+            self._check_rows(whole)
+        else:
+            self._check_rows(sequences)
+        for column in self.source.columns.token_columns:
+            if column.name in self._names:
+                self._check_tokens(column, sequences, begins, lengths, lasts)
+
+    def _check_tokens(self, column: TokenColumn, sequences: PackedSequences, begins, lengths, lasts) -> None:
+        name, packed = column.name, sequences.columns[column.name]
+        starts, _ = column.find(sequences.rows)
+        places = sequences.places(name, sequences.positions)
+        firsts = np.full(len(places), -1)
+        differing = np.zeros(len(places), np.int64)
+        if packed.is_numbers and column.is_numbers:
+            both = packed.tokens, places, column.tokens, starts + begins, lengths, starts + lasts
+            _compare(*both, firsts, differing)
+        else:
+            found = packed.gather(places, lengths, places + lengths - 1)
+            expected = _as(column.gather(starts + begins, lengths, starts + lasts), found.type)
+            where = differences(found, expected)
+            ends = np.cumsum(lengths)
+            run = np.searchsorted(ends, where, side="right")
+            np.add.at(differing, run, 1)
+            firsts[run[::-1]] = (where - (ends - lengths)[run])[::-1]  # the first one of a run comes last, and stays
+
+        def describe(i: int) -> dict:
+            source_place = (lasts if firsts[i] == lengths[i] - 1 else begins + firsts)[i]
+            token = np.array([starts[i] + source_place]), np.ones(1, np.int64), np.array([starts[i] + source_place])
+            place = np.array([places[i] + firsts[i]])
+            expected = _as(column.gather(*token), packed.value_type)[0].as_py()
+            found = packed.gather(place, np.ones(1, np.int64), place)[0].as_py()
+            where = sequences.where(i) | {"position": int(sequences.positions[i] + firsts[i]), "column": name}
+            return where | {"found": found, "expected": expected}
+
+        culprits = np.flatnonzero(differing)
+        self.findings.add_all("source", "first of the sequence's values that differ", culprits, describe)
+
+    def _check_rows(self, sequences: PackedSequences) -> None:
+        """Columns with one value per sequence."""
+        ones = np.ones_like(sequences.rows)
+        for name in self._names:
+            if name not in self._row_columns:
+                continue
+            packed, places = sequences.columns[name], sequences.places(name, sequences.slots)
+            of_source, of_packs = self._row_columns[name], _packed_runs(packed)
+            if of_source is not None and of_packs is not None:
+                culprits = _differing_runs(of_packs, places, of_source, sequences.rows)
+            else:
+                found = packed.gather(places, ones, places)
+                culprits = differences(found, self._row_values(name, sequences.rows, found.type))
+
+            def describe(i: int, name=name, packed=packed, places=places) -> dict:
+                found = packed.gather(places[i : i + 1], ones[:1], places[i : i + 1])
+                expected = self._row_values(name, sequences.rows[i : i + 1], found.type)
+                values = {"found": found[0].as_py(), "expected": expected[0].as_py()}
+                return sequences.where(i) | {"column": name} | values
+
+            self.findings.add_all("source", "value", culprits, describe)
+
+    def _row_values(self, name: str, rows: np.ndarray, type_: pa.DataType) -> pa.Array:
+        columns = self.source.columns
+        rows = rows if columns.rows is None else columns.rows[rows].astype(np.int64)
+        return _as(columns.row_columns[name].take(rows), type_)
+
+
+def as_runs(column: Values, rows: np.ndarray | None = None) -> TokenColumn | None:
+    """Values as runs of numbers, each a row, where they lie; None: they cannot be seen so.
+
+    a number          a run of one
+    text or bytes     its bytes
+    a list of numbers itself
+    """
+    type_ = column.type
+    if any(chunk.null_count for chunk in column.chunks):
+        return None
+    if _is_number(type_):
+        chunks = [pa.FixedSizeListArray.from_arrays(chunk, 1) for chunk in column.chunks]
+        type_ = pa.list_(type_, 1)
+    elif pa.types.is_string(type_) or pa.types.is_binary(type_):
+        type_ = pa.list_(pa.uint8())
+        chunks = [_bytes(chunk, type_) for chunk in column.chunks]
+    elif pa.types.is_large_string(type_) or pa.types.is_large_binary(type_):
+        type_ = pa.large_list(pa.uint8())
+        chunks = [_bytes(chunk, type_) for chunk in column.chunks]
+    elif is_list(type_) and _is_number(type_.value_type):
+        chunks = column.chunks
+        if any(chunk.values.null_count for chunk in chunks):
+            return None
+    else:
+        return None
+    return open_token_column("", pa.chunked_array(chunks, type_), rows)
+
+
+def _is_number(type_: pa.DataType) -> bool:
+    return pa.types.is_integer(type_) or pa.types.is_floating(type_)
+
+
+def _bytes(chunk: pa.Array, type_: pa.DataType) -> pa.Array:
+    """Text as lists of bytes, of the same memory."""
+    _, offsets, data = chunk.buffers()
+    count = 0 if data is None else data.size
+    values = pa.Array.from_buffers(pa.uint8(), count, [None, data])
+    return pa.Array.from_buffers(type_, len(chunk), [None, offsets], 0, chunk.offset, [values])
+
+
+def _packed_runs(packed: TokenColumn) -> TokenColumn | None:
+    """The values of a column of the packs, one a run."""
+    if not packed.is_numbers:
+        return as_runs(packed.tokens)
+    values = pa.Array.from_buffers(packed.value_type, len(packed.tokens), [None, pa.py_buffer(packed.tokens)])
+    return as_runs(Values.of([values], values.type))
+
+
+def _differing_runs(found: TokenColumn, places: np.ndarray, expected: TokenColumn, rows: np.ndarray) -> np.ndarray:
+    """Which of the values differ, in their lengths or in a number."""
+    (places, lengths), (starts, others) = found.find(places), expected.find(rows)
+    differing = (lengths != others) | (found.value_type != expected.value_type)
+    there = np.flatnonzero(~differing & (lengths > 0))
+    firsts, counts = np.empty(len(there), np.int64), np.zeros(len(there), np.int64)
+    places, starts, lengths = places[there], starts[there], lengths[there]
+    _compare(found.tokens, places, expected.tokens, starts, lengths, starts + lengths - 1, firsts, counts)
+    differing[there] = counts > 0
+    return np.flatnonzero(differing)
+
+
+def differences(found: pa.Array, expected: pa.Array) -> np.ndarray:
+    """Where two arrays of one type and length differ. Floats by their bits: nan is nan, and 0 is not -0."""
+    differing, parts = [], [(0, len(found))]
+    while parts:
+        first, count = parts.pop()
+        if array_print(found.slice(first, count)) == array_print(expected.slice(first, count)):
+            continue
+        if count == 1:
+            differing.append(first)
+        else:
+            half = count // 2
+            parts += [(first + half, count - half), (first, half)]
+    return np.array(differing, np.int64)
+
+
+def _as(array: pa.Array, type_: pa.DataType) -> pa.Array:
+    return array if array.type == type_ else array.cast(type_)
+
+
+def _inner(feature):
+    """The values of a list, which may be a Python list."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+
+
+@njit(cache=True, nogil=True)
+def _compare(found, places, expected, starts, lengths, lasts, firsts, differing):
+    """Runs of tokens: lengths[i] - 1 from starts[i] on, then the one at lasts[i]; fills where each first differs, and
+    in how many tokens.
+
+    Indices are unsigned, so that many tokens are compared at once; the first one is looked for where there is one. The
+    beginning of the run after next is asked for ahead, as when tokens are gathered.
+    """
+    one = np.uint64(1)
+    for run in range(len(places)):
+        coming = np.uint64(starts[min(run + 2, len(starts) - 1)])
+        for _ in range(4):  # cache lines of 4-byte tokens
+            prefetch(expected, coming)
+            coming += np.uint64(16)
+        place, start, most = np.uint64(places[run]), np.uint64(starts[run]), np.uint64(lengths[run]) - one
+        count = 0
+        for i in range(most):
+            count += found[place + i] != expected[start + i]
+        last_differs = found[place + most] != expected[np.uint64(lasts[run])]
+        differing[run] = count + last_differs
+        if count:
+            for i in range(most):
+                if found[place + i] != expected[start + i]:
+                    firsts[run] = np.int64(i)
+                    break
+        elif last_differs:
+            firsts[run] = np.int64(most)

@@ -1,0 +1,110 @@
+"""Proof that a packed dataset holds what was packed: each sequence once, in packs within their limits, unchanged."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import datasets
+
+from packing.files.paths import RemotePath, place
+from packing.files.saved import DICT
+from packing.verify.files import checked_facts, dataset_blocks, folder_blocks, num_bytes_of, open_folder
+from packing.verify.findings import CHECKS, Findings, Verification
+from packing.verify.packs import PackCheck
+from packing.verify.source import SourceCheck
+
+
+def verify_packed(
+    packed: str | os.PathLike | RemotePath | datasets.Dataset,
+    source: datasets.Dataset | None = None,
+    *,
+    pad_token_id: int | None = None,
+    limit: int = 20,
+    storage_options: dict | None = None,
+) -> Verification:
+    """Look for whatever is wrong with a packed dataset. print(verification) lists it; verification.ok says if nothing.
+
+    packed    sequence_indices [0 1]    input_ids [7 8 5 6 9]    source    row 0 [7 8]    row 1 [5 6 4]
+    ->        pack 0, sequence 1, position 4, source row 1, column input_ids: … 9 found, 4 expected
+
+    packed: a folder of pack_dataset, of Arrow or Parquet files, a path or a URL: its files are held against their
+        checksums, and read on where one is damaged; at a URL each is read twice, and nothing is kept. Or an open
+        dataset, whose files are not looked at.
+    source: the dataset that was packed: every value is compared. None: packs are checked for themselves: limits hold,
+        lengths add up in every column, and every source row is there once (of a row that was split, every piece; for
+        its last one the source is needed).
+    pad_token_id: what pack_dataset was given; a folder's manifest says so itself.
+    limit: problems listed of each check; all are counted.
+    storage_options: of the file system of a URL.
+
+    Memory: a bit for each source row, with `source` 4 bytes for its length and 4 each where there is padding or rows
+    are cut, 40 for each piece of a row that was split, and some buffers, however many tokens there are.
+
+    Raises only for arguments that are no packed dataset: FileNotFoundError, TypeError, ValueError.
+    """
+    findings = Findings(limit)
+    looked_at = dict.fromkeys(CHECKS, "nothing")
+    if isinstance(packed, datasets.Dataset):
+        folder, info = None, packed.info
+        looked_at["files"] = "not looked at: give the folder"
+    else:
+        folder = open_folder(_checked_folder(packed, storage_options), findings)
+        info, looked_at["files"] = folder.info, folder.looked_at
+    looked_at["source"] = "not given" if source is None else "nothing"
+    # nbytes would follow offsets that nobody has looked at yet
+    num_bytes = packed.data.table.get_total_buffer_size() if folder is None else num_bytes_of(folder)
+    facts = None if info is None else checked_facts(info, num_bytes, findings)
+    if facts is None:
+        if folder is None:
+            raise ValueError(f"{findings.problems[0].what}; give a dataset of pack_dataset")
+        return Verification(looked_at, findings.counts, tuple(findings.problems))
+    features = packed.features if folder is None else info.features
+    if folder is not None and folder.manifest is not None:
+        pad_token_id = folder.manifest.parameters.get("pad_token_id")
+        _check_manifest(folder.manifest, facts, findings)
+
+    packs = PackCheck(facts, features, findings)
+    looked_at["columns"] = f"{len(features)} columns"
+    against = None
+    if packs.can_be_read:
+        if source is not None:
+            against = SourceCheck(source, facts, features, pad_token_id, findings)
+            looked_at["source"] = against.looked_at
+        blocks = dataset_blocks(packed, facts, findings) if folder is None else folder_blocks(folder, facts, findings)
+        for block in blocks:
+            sequences = packs.check(block)
+            if sequences is not None and against is not None and against.can_be_compared:
+                against.check(sequences)
+        known = against is not None and against.has_all_rows
+        packs.finish(*((against.source.skipped, against.source.kept) if known else ()))
+        looked_at["packs"] = f"{packs.packs:,} packs, {packs.tokens:,} tokens"
+        looked_at["sequences"] = f"{packs.sequences:,} sequences of {facts.source_rows:,} source rows"
+    return Verification(looked_at, findings.counts, tuple(findings.problems))
+
+
+def _checked_folder(packed, storage_options: dict | None) -> Path | RemotePath:
+    if not isinstance(packed, str | os.PathLike | RemotePath):
+        raise TypeError(f"packed must be a folder or a datasets.Dataset, not {type(packed).__name__}")
+    path = place(packed, storage_options)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{str(path)!r} is not a folder; give one that pack_dataset wrote")
+    if (path / DICT).exists():
+        raise ValueError(
+            f"{str(path)!r} holds several splits; verify one of its folders (the command pack-dataset verify takes all)"
+        )
+    if not any((path / name).exists() for name in ("manifest.json", "dataset_info.json", "state.json")):
+        raise FileNotFoundError(f"{str(path)!r} holds no dataset; give a folder that pack_dataset wrote")
+    return path
+
+
+def _check_manifest(manifest, facts, findings: Findings) -> None:
+    """Both say how it was packed."""
+    said = {f"num_{name}": getattr(manifest, name) for name in ("packs", "sequences", "tokens")}
+    said["source_rows"] = manifest.source_rows
+    said |= {name: value for name, value in manifest.parameters.items() if hasattr(facts, name)}
+    for name, expected in said.items():
+        found = getattr(facts, name)
+        if (list(found) if isinstance(found, tuple) else found) != expected:
+            what = f"{name} in dataset_info.json, and in the manifest"
+            findings.add("files", what, file="dataset_info.json", found=found, expected=expected)
