@@ -33,7 +33,7 @@ from transformers import BertConfig, BertModel
 
 from bert_pretrain.attention import use_attention
 from collate import isolate_sequences
-from collate.exact_attention import OneByOne, attend_grouped, pieces_of_tokens
+from collate.isolation.exact_attention import OneByOne, attend_grouped, pieces_of_tokens
 from collate.layout import PackLayout
 
 HEAD_WIDTH = 64

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, BertConfig, get_scheduler
 
 from bert_pretrain import PackedBertForPreTraining
 from collate import DataCollatorWithPacking
-from collate.steps import lay_out_steps, plan_steps
+from collate.training.order import lay_out_steps, plan_steps
 from collate.vocabulary import vocabulary_size
 
 PER_STEP = 16

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.counted import counted_info
-from collate.steps import pack_depths, plan_steps
+from collate.training.order import pack_depths, plan_steps
 
 logger = logging.getLogger(__name__)
 

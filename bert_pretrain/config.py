@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from bert_pretrain.attention import ATTENTION
-from collate.mlm import MLM_LOSSES, check_mlm_loss
+from collate.losses import MLM_LOSSES, check_mlm_loss
 
 OBJECTIVES = ("auto", "nsp", "sop", "none")
 OPTIMIZERS = ("adamw", "lamb")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from datasets import Dataset
 
-from collate.steps import pack_lengths
+from collate.training.order import pack_lengths
 from packing import PackedInfo, packed_info
 
 

@@ -15,7 +15,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from bert_pretrain.loss import PretrainingSums, pretraining_metrics
 from bert_pretrain.places import did_you_mean
 from bert_pretrain.tokenizer import vocabulary_fingerprint
-from collate.mlm import MLM_LOSSES
+from collate.losses import MLM_LOSSES
 from collate.vocabulary import token_ids, vocabulary_size
 from packing import PackedInfo, load_packed, packed_info
 from packing.files.saved import load_saved

@@ -1,6 +1,6 @@
 """Token losses + layout -> loss per sequence, with denominators that may span a whole optimizer step.
 
-MLM: by sequence or by token, see collate.mlm.
+MLM: by sequence or by token, see collate.losses.
 NSP or SOP: the mean over sequences that have a label of their pair. Which of the two it is, the labels' column says.
 """
 
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collate.mlm import mlm_loss_of, mlm_metrics, mlm_sums
+from collate.losses import mlm_loss_of, mlm_metrics, mlm_sums
 
 
 class PretrainingSums(NamedTuple):
     """Additive statistics: summed over batches and ranks, they give every metric of a run exactly.
 
-    Each is a scalar. `mlm_…` are those of collate.mlm, `pair_…` sums over sequences with a label of their pair;
+    Each is a scalar. `mlm_…` are those of collate.losses, `pair_…` sums over sequences with a label of their pair;
     sop_sequences are those of them whose label is the sentences' order.
     """
 

@@ -17,7 +17,7 @@ from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.loss import pretraining_metrics, pretraining_sums
 from collate.labels import IGNORED
 from collate.layout import PackLayout
-from collate.mlm import MLM_LOSSES, check_mlm_loss
+from collate.losses import MLM_LOSSES, check_mlm_loss
 
 DEFAULT_ATTENTION = "sdpa"
 

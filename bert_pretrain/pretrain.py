@@ -21,8 +21,8 @@ from bert_pretrain.resume import check_output, find_checkpoint, run_record, writ
 from bert_pretrain.tokenizer import load_tokenizer
 from bert_pretrain.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
-from collate.one_run import one_run
-from collate.signals import SaveOnSignal
+from collate.training.one_run import one_run
+from collate.training.signals import SaveOnSignal
 from collate.vocabulary import vocabulary_size
 from packing import EpochPacks, packed_info
 
@@ -43,7 +43,7 @@ def pretrain(
 
     Goes on from `training.resume_from_checkpoint`, or by itself from the last checkpoint in `training.output_dir`.
     Raises BlockingIOError while another run writes there. SIGTERM and SIGUSR1 save a checkpoint and end with
-    SystemExit: see collate.signals.
+    SystemExit: see collate.training.signals.
     """
     training = copy(training)  # what follows from the data is written into the run's own
     training.hub_token = training.hub_token and Secret(training.hub_token)

@@ -14,8 +14,8 @@ from bert_pretrain.attention import ATTENTION
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.contents import dataset_contents, model_contents, tokenizer_contents
 from bert_pretrain.record import versions
-from collate.agreement import agreed
-from collate.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
+from collate.training.agreement import agreed
+from collate.training.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
 from packing.files.metadata import read_json
 
 logger = logging.getLogger(__name__)

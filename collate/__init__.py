@@ -7,19 +7,19 @@ from collate.layout import PackLayout
 
 if TYPE_CHECKING:
     from collate.collator import DataCollatorWithPacking
-    from collate.encoders import position_ids_start
     from collate.heads import packed_predictions, task_for
-    from collate.isolation import check_isolation, isolate_sequences
-    from collate.trainer import PackedTrainer
+    from collate.isolation.encoders import position_ids_start
+    from collate.isolation.hook import check_isolation, isolate_sequences
+    from collate.training.trainer import PackedTrainer
 
 # transformers' Trainer takes ten seconds to import: whoever only wants a layout should not wait for it.
 _LAZY = {
     "DataCollatorWithPacking": "collate.collator",
-    "PackedTrainer": "collate.trainer",
-    "check_isolation": "collate.isolation",
-    "isolate_sequences": "collate.isolation",
+    "PackedTrainer": "collate.training.trainer",
+    "check_isolation": "collate.isolation.hook",
+    "isolate_sequences": "collate.isolation.hook",
     "packed_predictions": "collate.heads",
-    "position_ids_start": "collate.encoders",
+    "position_ids_start": "collate.isolation.encoders",
     "task_for": "collate.heads",
 }
 

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from collate.encoders import position_ids_start as start_of
+from collate.isolation.encoders import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
 from collate.masking import IGNORED, MaskingRule, sequence_keys, token_keys
-from collate.plain_trainer import HEADS_OF_TOKENS, PlainTrainerCallback, SetEpoch
 from collate.rows import (
     ANSWERS,
     LABELS,
@@ -27,6 +26,7 @@ from collate.rows import (
     read_packed_rows,
     read_sequences,
 )
+from collate.training.plain_trainer import HEADS_OF_TOKENS, PlainTrainerCallback, SetEpoch
 from collate.vocabulary import token_ids
 from collate.words import word_boundaries, word_continuations
 from packing import packed_info

@@ -11,8 +11,8 @@ from test_pretrain import folders, train  # noqa: F401
 from bert_pretrain.attention import choice
 from bert_pretrain.attention.choice import choose_attention
 from bert_pretrain.attention.sdpa import SdpaAttention
-from collate.exact_attention import Pieces, attend_grouped
-from collate.varlen import has_varlen_kernel
+from collate.isolation.exact_attention import Pieces, attend_grouped
+from collate.isolation.varlen import has_varlen_kernel
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -24,7 +24,7 @@ def gpu(monkeypatch):
 
     def pretend(capability=(9, 0), varlen=True, triton=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr("collate.varlen.has_varlen_kernel", lambda: varlen)
+        monkeypatch.setattr("collate.isolation.varlen.has_varlen_kernel", lambda: varlen)
         monkeypatch.setattr(choice, "find_spec", lambda name: triton if name == "triton" else None)
 
     return pretend
@@ -93,7 +93,8 @@ def test_one_by_one_computes_what_groups_compute(dtype):
 def test_more_threads_than_heads_take_groups(monkeypatch):
     layout, calls = layout_of([[1, 1, 2]]), []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr("collate.exact_attention.attend_grouped", lambda *inputs: calls.append(inputs) or inputs[2])
+    attend = "collate.isolation.exact_attention.attend_grouped"
+    monkeypatch.setattr(attend, lambda *inputs: calls.append(inputs) or inputs[2])
     SdpaAttention(2, 8, 64)(*heads_input(layout), layout)
     assert [len(inputs) for inputs in calls] == [5]
 

@@ -13,8 +13,8 @@ from transformers import BertForMaskedLM, BertForPreTraining
 from transformers.trainer_utils import get_last_checkpoint
 
 from bert_pretrain import PackedBertForPreTraining
-from collate import checkpoints
-from collate.checkpoints import (
+from collate.training import checkpoints
+from collate.training.checkpoints import (
     MANIFEST,
     DamagedCheckpoint,
     check_checkpoint,

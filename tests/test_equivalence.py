@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForPreTraining
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import use_attention
 from collate import DataCollatorWithPacking
-from collate.trainer import count_denominators
+from collate.training.trainer import count_denominators
 
 MAX_LENGTH = 48
 

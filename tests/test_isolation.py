@@ -36,18 +36,12 @@ from transformers import (
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import use_attention
-from collate import (
-    DataCollatorWithPacking,
-    PackLayout,
-    check_isolation,
-    exact_attention,
-    isolate_sequences,
-    isolation,
-    position_ids_start,
-)
-from collate.encoders import REFUSED, SUPPORTED
-from collate.isolation import _IsolateSequences, is_isolated
-from collate.lazy_mask import LazyMask
+from collate import DataCollatorWithPacking, PackLayout, check_isolation, isolate_sequences, position_ids_start
+from collate.isolation import exact_attention
+from collate.isolation import hook as isolation
+from collate.isolation.encoders import REFUSED, SUPPORTED
+from collate.isolation.hook import _IsolateSequences, is_isolated
+from collate.isolation.lazy_mask import LazyMask
 
 PAD = 1
 COMMON = {

@@ -16,7 +16,7 @@ from bert_pretrain.config import PretrainConfig
 from bert_pretrain.console import Lines
 from bert_pretrain.metrics import Meter, ModelFlops, known_peak, peak_flops
 from bert_pretrain.pretrain import pretrain
-from collate.trainer import count_packs
+from collate.training.trainer import count_packs
 
 
 @pytest.fixture(scope="module")

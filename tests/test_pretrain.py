@@ -13,7 +13,7 @@ from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.counted import counted_info
 from bert_pretrain.pretrain import pretrain
-from collate.steps import pack_depths, plan_steps
+from collate.training.order import pack_depths, plan_steps
 from packing import packed_info
 from packing.cli import main as pack_dataset
 

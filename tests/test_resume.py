@@ -30,11 +30,12 @@ from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.config import PretrainConfig
 from bert_pretrain.new_model import build_model
 from bert_pretrain.resume import _check_record, run_record
-from collate import DataCollatorWithPacking, agreement, checkpoints
-from collate.agreement import agreed
-from collate.checkpoints import DamagedCheckpoint, check_checkpoint, last_checkpoint
-from collate.exact_resume import ResumesExactly
-from collate.one_run import one_run
+from collate import DataCollatorWithPacking
+from collate.training import agreement, checkpoints
+from collate.training.agreement import agreed
+from collate.training.checkpoints import DamagedCheckpoint, check_checkpoint, last_checkpoint
+from collate.training.one_run import one_run
+from collate.training.resume import ResumesExactly
 from packing import pack_dataset
 from packing.files.locks import held
 

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collate.steps import SequencesPerStep, deal_packs, lay_out_steps, pack_costs, pack_depths, pack_lengths, plan_steps
+from collate.training.order import (
+    SequencesPerStep,
+    deal_packs,
+    lay_out_steps,
+    pack_costs,
+    pack_depths,
+    pack_lengths,
+    plan_steps,
+)
 from packing import EpochPacks, assign, length_histogram, pack_dataset, plan_packs, published_histogram
 
 datasets.disable_progress_bars()

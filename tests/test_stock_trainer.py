@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from collate import isolate_sequences, task_for
-from collate.refused import REFUSED_ARGUMENTS, refuse_arguments
+from collate.training.refused import REFUSED_ARGUMENTS, refuse_arguments
 from packing import pack_dataset
 
 WORKERS = {"dataloader_num_workers": 2}

@@ -53,7 +53,7 @@ from bert_pretrain.attention.sdpa import SdpaAttention
 from bert_pretrain.attention.sinkhorn import SinkhornAttention
 from bert_pretrain.attention.strided import StridedAttention
 from bert_pretrain.attention.varlen import VarlenAttention
-from collate.isolation import isolate_sequences
+from collate.isolation.hook import isolate_sequences
 from collate.layout import PackLayout
 from collate.views import in_ordinary_mode
 

@@ -2,7 +2,7 @@
 
     CUDA, bfloat16 or float16        varlen   FlashAttention's kernels: only sequences' own n^2, memory N
     CUDA, float32                    flex     tiles that hold no pair of tokens of one sequence are skipped
-    CPU                              sdpa     one sequence at a time, measured: see collate.exact_attention
+    CPU                              sdpa     one sequence at a time, measured: see collate.isolation.exact_attention
     what these cannot do, elsewhere  sdpa     sequences of like length side by side
 
 The choice follows from the device, the type, the head width and dropout alone, never from timings: a run that is
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import torch
 
-from collate.varlen import varlen_obstacle
+from collate.isolation.varlen import varlen_obstacle
 
 NARROWEST_FLEX_HEAD = 16
 VOLTA = (7, 0)

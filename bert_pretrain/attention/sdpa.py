@@ -5,13 +5,13 @@
 Cost: sum of n^2 K over the sequences; memory N.
 
 Isolation: no two sequences ever meet in a product, so not even a NaN can pass from one to the other; see
-`collate.exact_attention`, which isolated stock encoders run, too.
+`collate.isolation.exact_attention`, which isolated stock encoders run, too.
 """
 
 from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead
-from collate.exact_attention import attend_tokens
+from collate.isolation.exact_attention import attend_tokens
 from collate.layout import PackLayout
 
 

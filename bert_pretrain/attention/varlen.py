@@ -11,8 +11,8 @@ Isolation: the kernel takes the boundaries of the sequences (cu_seqlens) and wor
 from torch import Tensor, bfloat16, float16
 
 from bert_pretrain.attention.head import AttentionHead
+from collate.isolation.varlen import attend_varlen
 from collate.layout import PackLayout
-from collate.varlen import attend_varlen
 
 
 class VarlenAttention(AttentionHead):

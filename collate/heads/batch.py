@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from collate.heads.gather import has_gather, task_model
-from collate.isolation import is_isolated
+from collate.isolation.hook import is_isolated
 from collate.labels import IGNORED
 from collate.layout import PADDING, PackLayout
 

@@ -4,9 +4,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from collate.encoders import pretrained_model
 from collate.heads.values import mean_by_sequence
-from collate.isolation import isolate_sequences
+from collate.isolation.encoders import pretrained_model
+from collate.isolation.hook import isolate_sequences
 
 
 class GatherForHead:

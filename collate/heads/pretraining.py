@@ -13,7 +13,7 @@ from collate.heads.task import PackedOutput, Task, cross_entropy_sums, share
 from collate.heads.values import PerSequence, at_least_float32
 from collate.labels import IGNORED
 from collate.layout import PADDING
-from collate.mlm import MLM_SUMS, check_mlm_loss, mlm_loss_of, mlm_metrics, mlm_sums
+from collate.losses import MLM_SUMS, check_mlm_loss, mlm_loss_of, mlm_metrics, mlm_sums
 
 PAIR_OUTPUTS = {
     "albert": ("sop_logits", "sentence_order_label"),

@@ -14,7 +14,7 @@ inexact (transformers 5.23), and what is done about it here:
 * logging_steps, save_steps and eval_steps are those of the checkpoint, whatever is asked for now.
 * A run that is made longer would take its first step with the learning rate of the old schedule, often 0.
 * ignore_data_skip repeats the begin of the epoch, and is refused. So are restore_callback_states_from_checkpoint, which
-  replaces callbacks that the trainer itself holds on to, and dataloader_in_order=False: see collate.refused.
+  replaces callbacks that the trainer itself holds on to, and dataloader_in_order=False: see collate.training.refused.
 
 Counts of packs and tokens are saved by the trainer's own callback. What is measured by the clock, such as tokens per
 second, and Trainer's last line with train_loss, cover the time since the resume. An evaluation that was due at the step
@@ -30,8 +30,8 @@ from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from collate.checkpoints import SavesWhole
-from collate.refused import refuse_data_skip
+from collate.training.checkpoints import SavesWhole
+from collate.training.refused import refuse_data_skip
 from packing.files.metadata import read_json
 
 RUNNING_FILE = "since_last_log.json"

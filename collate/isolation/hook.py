@@ -5,9 +5,9 @@
     print(check_isolation(model, tokenizer))      # what leaks, and by how much: for any model
 
 Nothing in transformers is patched. One pre-hook on the encoder turns `sequence_ids` (B, L) into what the configured
-attention wants, once per step for all layers: a mask that need not be built (sdpa: `collate.lazy_mask`), an additive
-one (eager), a BlockMask (flex), boundaries (flash); one per layer type where the encoder has sliding windows. It also
-fills in the positions that restart in each sequence. A hook is no part of the weights: `save_pretrained` writes the
+attention wants, once per step for all layers: a mask that need not be built (sdpa: `lazy_mask`), an additive one
+(eager), a BlockMask (flex), boundaries (flash); one per layer type where the encoder has sliding windows. It also fills
+in the positions that restart in each sequence. A hook is no part of the weights: `save_pretrained` writes the
 stock checkpoint, and a model that is loaded again must be isolated again, since a stock forward swallows
 `sequence_ids` without a word.
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from collate.encoders import (
+from collate.isolation.encoders import (
     CURE,
     SUPPORTED,
     is_a_decoder,
@@ -35,8 +35,8 @@ from collate.encoders import (
     pretrained_model,
     refuse_unfit,
 )
+from collate.isolation.lazy_mask import LazyMask
 from collate.layout import PADDING, PackLayout
-from collate.lazy_mask import LazyMask
 from collate.vocabulary import token_ids, vocabulary_size
 
 TAKES_SEQUENCE_IDS = frozenset({"packed_attention"})
@@ -67,8 +67,8 @@ def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
     The types in SUPPORTED are known to be exact, those in REFUSED known to leak. Any other encoder, and any class that
     is not transformers' own, around it or derived, goes through `check_isolation` here and is refused if it leaks.
 
-    Raises ValueError for a model that cannot be isolated from outside, with the reason (`collate.encoders`), and for
-    several encoders in one module; later, in a forward, for `sequence_ids` beside an `attention_mask` or `is_causal`,
+    Raises ValueError for a model that cannot be isolated from outside, with the reason (`encoders.py`), and for several
+    encoders in one module; later, in a forward, for `sequence_ids` beside an `attention_mask` or `is_causal`,
     ids that no packing produces, or positions that begin below the model's.
     """
     refuse_unfit(model, "isolate_sequences")

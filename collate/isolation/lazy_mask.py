@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from collate.exact_attention import attend_rows
+from collate.isolation.exact_attention import attend_rows
+from collate.isolation.varlen import attend_varlen, varlen_obstacle
 from collate.layout import PackLayout
-from collate.varlen import attend_varlen, varlen_obstacle
 
 WANT_MEMORY = (
     *(Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__dlpack__, Tensor.share_memory_),

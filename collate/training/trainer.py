@@ -36,18 +36,18 @@ from transformers.trainer_utils import (
 )
 
 from collate.collator import LABELS, DataCollatorWithPacking
-from collate.exact_resume import ResumesExactly
 from collate.heads import PAIR_LABELS, prepare_head, task_for
 from collate.heads.check import CheckedCollator, check_inputs, check_label_ids, embedding_sizes, refuse_text
 from collate.layout import PADDING
 from collate.masking import IGNORED
-from collate.own_loss import SeenModel, has_sequences, loss_by
-from collate.plain_trainer import SetEpoch, check_forward, check_model
-from collate.predictions import Predictions, RunningSums
-from collate.refused import refuse_arguments
 from collate.rows import ArrowRows
-from collate.steps import SequencesPerStep, check_sequences_per_step
-from collate.workers import names_killed_workers
+from collate.training.order import SequencesPerStep, check_sequences_per_step
+from collate.training.own_loss import SeenModel, has_sequences, loss_by
+from collate.training.plain_trainer import SetEpoch, check_forward, check_model
+from collate.training.predictions import Predictions, RunningSums
+from collate.training.refused import refuse_arguments
+from collate.training.resume import ResumesExactly
+from collate.training.workers import names_killed_workers
 from packing import EpochPacks, PackedInfo, packed_info
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class PackedTrainer(ResumesExactly, Trainer):
     * evaluation adds up sums over all packs and ranks, so that it equals evaluation on the unpacked sequences;
     * `predict`, and `compute_metrics`, have one row per sequence, in the order of the dataset that was packed;
     * a step has a constant number of packs, gradient_accumulation_steps x ranks x per_device_train_batch_size, or with
-      `sequences_per_step` a constant number of sequences in at most so many packs: see collate.steps;
+      `sequences_per_step` a constant number of sequences in at most so many packs: see collate.training.order;
     * packs that were balanced (pack_dataset(balance=N)) are shuffled by whole steps, which stay balanced; with
       `sequences_per_step` the packs of each step are dealt to passes and ranks by cost, whatever their order was;
     * a train_dataset of EpochPacks is told each epoch;
@@ -116,12 +116,12 @@ class PackedTrainer(ResumesExactly, Trainer):
         as the packs of a step hold.
 
     A subclass may override compute_loss: it is used in evaluation, too, and is given a row per label, see
-    collate.own_loss. Then evaluation averages the losses of batches by their labels.
+    collate.training.own_loss. Then evaluation averages the losses of batches by their labels.
 
     What it cannot honour it refuses with a ValueError: models that cannot be isolated, a class with a forward (and so
     perhaps a loss) of its own unless `task` is given, transformers' own collators, nn.DataParallel (it splits packs
     without their counts), iterable datasets over several ranks (accelerate would repeat packs), compute_loss_func,
-    prediction_step, the arguments in collate.refused, and labels and ids that the model has no place for.
+    prediction_step, the arguments in collate.training.refused, and labels and ids that the model has no place for.
     """
 
     def __init__(self, *args, task=None, sequences_per_step: int | None = None, **kwargs):
@@ -351,7 +351,7 @@ class PackedTrainer(ResumesExactly, Trainer):
         """One optimizer step, over all ranks: for trainers that measure. packs: see count_packs."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """An override is used in training and in evaluation; what it is given says collate.own_loss."""
+        """An override is used in training and in evaluation; what it is given says collate.training.own_loss."""
         if isinstance(model, SeenModel):
             denominators = None if num_items_in_batch is None else model.denominators
             outputs, ranks = self.task(model.model, model.restored(inputs), denominators), model.ranks

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from collate.agreement import agreed
+from collate.training.agreement import agreed
 from packing.files.locks import held, holder
 
 logger = logging.getLogger(__name__)

@@ -26,9 +26,9 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from collate.agreement import agreed
-from collate.one_run import one_run
-from collate.workers import names_killed_workers
+from collate.training.agreement import agreed
+from collate.training.one_run import one_run
+from collate.training.workers import names_killed_workers
 from packing.files.folder import sync
 from packing.files.metadata import read_json
 from packing.files.names import checked_path, file_in

@@ -6,9 +6,9 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from collate.encoders import REFUSED, position_ids_start
-from collate.isolation import is_isolated
-from collate.refused import refuse_arguments, refuse_data_skip
+from collate.isolation.encoders import REFUSED, position_ids_start
+from collate.isolation.hook import is_isolated
+from collate.training.refused import refuse_arguments, refuse_data_skip
 
 PLAIN = "plain Trainer on packs"
 INSTEAD = "use collate.PackedTrainer, which counts a loss over the whole optimizer step"
@@ -58,7 +58,7 @@ class PlainTrainerCallback(SetEpoch):
     * stock losses under gradient accumulation or on several ranks (huggingface/transformers#47688);
     * rows that accelerate repeats to even out ranks, or columns that Trainer strips;
     * tokens counted from an attention_mask, which packs have none of, or a square one;
-    * all else that PackedTrainer refuses, see collate.refused, such as noise that is scaled by a row's length.
+    * all else that PackedTrainer refuses, see collate.training.refused, such as noise that is scaled by a row's length.
 
     What is right for training is not exact for evaluation: plain Trainer averages the losses of batches by their rows,
     and evaluation's masks are those of the epoch.
