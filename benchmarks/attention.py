@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bert_pretrain.attention import ATTENTION
-from bert_pretrain.attention.routing import update_after_step
+from bert_pretrain.attention.heads.routing import update_after_step
 from collate.layout import PackLayout
 from collate.vocabulary import vocabulary_size
 

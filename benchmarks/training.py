@@ -53,8 +53,8 @@ from transformers import BertConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from bert_pretrain.attention.choice import choose_attention
-from bert_pretrain.metrics import peak_flops
 from bert_pretrain.model import PackedBertForPreTraining
+from bert_pretrain.train.metrics import peak_flops
 from collate.labels import IGNORED
 from collate.layout import PackLayout
 

@@ -17,8 +17,8 @@ Options may stand in a YAML or JSON file; flags beside it win.
 bert-pretrain prepare --help and bert-pretrain train --help list the options.
 """
 
-PREPARE_OPTIONS = (("bert_pretrain.prepare", "PrepareConfig"),)
-TRAIN_OPTIONS = (("bert_pretrain.config", "PretrainConfig"), ("transformers.training_args", "TrainingArguments"))
+PREPARE_OPTIONS = (("bert_pretrain.prepare.prepare", "PrepareConfig"),)
+TRAIN_OPTIONS = (("bert_pretrain.train.config", "PretrainConfig"), ("transformers.training_args", "TrainingArguments"))
 
 MODEL = [
     *("model", "attention", "attention_options", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -88,8 +88,8 @@ def _read(sources, arguments: list[str]) -> tuple[str | None, dict, list[str]]:
 def _prepare(arguments: list[str]) -> None:
     given = _read(PREPARE_OPTIONS, arguments)
 
-    from bert_pretrain.prepare import PrepareConfig, prepare
-    from bert_pretrain.summary import summary_table
+    from bert_pretrain.prepare.prepare import PrepareConfig, prepare
+    from bert_pretrain.prepare.summary import summary_table
 
     everything = {"options": [field.name for field in fields(PrepareConfig)]}
     (config,) = parse((PrepareConfig,), "bert-pretrain prepare", *given, groups=everything)
@@ -108,8 +108,8 @@ def _train(arguments: list[str]) -> None:
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils.logging import disable_progress_bar
 
-    from bert_pretrain.config import PretrainConfig
-    from bert_pretrain.pretrain import pretrain
+    from bert_pretrain.train.config import PretrainConfig
+    from bert_pretrain.train.pretrain import pretrain
 
     # What goes wrong on one rank goes wrong there; what goes right is said once.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING

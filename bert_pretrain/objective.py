@@ -5,8 +5,8 @@ import logging
 import pyarrow as pa
 from datasets import Dataset
 
-from bert_pretrain.config import PretrainConfig
-from bert_pretrain.examples import NO_PAIR, PAIR_LABELS
+from bert_pretrain.prepare.sequences import NO_PAIR, PAIR_LABELS
+from bert_pretrain.train.config import PretrainConfig
 
 logger = logging.getLogger(__name__)
 

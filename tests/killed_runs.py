@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-PRELOAD = ["killed_runs", "bert_pretrain.cli", "bert_pretrain.pretrain", "transformers.trainer", "collate"]
+PRELOAD = ["killed_runs", "bert_pretrain.cli", "bert_pretrain.train.pretrain", "transformers.trainer", "collate"]
 PATIENCE = 300
 """Seconds after which a run that shows no sign of life has failed."""
 

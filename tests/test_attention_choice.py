@@ -10,7 +10,7 @@ from test_pretrain import folders, train  # noqa: F401
 
 from bert_pretrain.attention import choice
 from bert_pretrain.attention.choice import choose_attention
-from bert_pretrain.attention.sdpa import SdpaAttention
+from bert_pretrain.attention.heads.sdpa import SdpaAttention
 from collate.isolation.exact_attention import Pieces, attend_grouped
 from collate.isolation.varlen import has_varlen_kernel
 
@@ -59,7 +59,7 @@ def test_a_cpu_only_torch_has_no_varlen_kernel():
 
 
 def test_a_run_names_what_auto_chose(folders, tmp_path, caplog):  # noqa: F811
-    with caplog.at_level(logging.INFO, logger="bert_pretrain.new_model"):
+    with caplog.at_level(logging.INFO, logger="bert_pretrain.train.new_model"):
         assert train(folders, tmp_path / "bert") == 0
     assert "attention: sdpa, chosen by auto: on CPUs one sequence at a time" in caplog.text
     config = json.loads((tmp_path / "bert" / "config.json").read_text())

@@ -8,7 +8,7 @@ from transformers import BertConfig
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.choice import choose_attention
-from bert_pretrain.attention.pattern import flex_functions
+from bert_pretrain.attention.parts.pattern import flex_functions
 from collate import PackLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -94,7 +94,7 @@ def test_bert_with_the_attention_that_auto_chooses(dtype):
 def test_flex_makes_one_mask_for_all_layers_of_a_batch(monkeypatch):
     made, (_, create) = [], flex_functions()
     monkeypatch.setattr(
-        "bert_pretrain.attention.pattern.flex_functions",
+        "bert_pretrain.attention.parts.pattern.flex_functions",
         lambda: (flex_functions()[0], lambda *args, **kwargs: made.append(1) or create(*args, **kwargs)),
     )
     model = small_bert("flex").cuda()

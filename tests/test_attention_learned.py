@@ -16,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
-from bert_pretrain.attention import routing, use_attention
-from bert_pretrain.attention.lsh import LSHAttention, num_buckets, sort_into_chunks
-from bert_pretrain.attention.routing import RoutingAttention, RoutingCallback, update_after_step
-from bert_pretrain.attention.sdpa import SdpaAttention
-from bert_pretrain.attention.sinkhorn import SinkhornAttention, sinkhorn
+from bert_pretrain.attention import use_attention
+from bert_pretrain.attention.heads import routing
+from bert_pretrain.attention.heads.lsh import LSHAttention, num_buckets, sort_into_chunks
+from bert_pretrain.attention.heads.routing import RoutingAttention, RoutingCallback, update_after_step
+from bert_pretrain.attention.heads.sdpa import SdpaAttention
+from bert_pretrain.attention.heads.sinkhorn import SinkhornAttention, sinkhorn
 
 HEADS = {
     "lsh": LSHAttention,

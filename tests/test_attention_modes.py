@@ -20,8 +20,9 @@ from test_equivalence import make_config
 from transformers import AutoModel, BertForMaskedLM, EuroBertConfig, ModernBertConfig
 
 from bert_pretrain import PackedBertForPreTraining
-from bert_pretrain.attention import ATTENTION, pattern, use_attention
-from bert_pretrain.attention.etc import EtcAttention
+from bert_pretrain.attention import ATTENTION, use_attention
+from bert_pretrain.attention.heads.etc import EtcAttention
+from bert_pretrain.attention.parts import pattern
 
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
 SIZES |= {"intermediate_size": 32, "max_position_embeddings": 48, "initializer_range": 0.3}

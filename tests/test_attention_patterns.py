@@ -24,15 +24,15 @@ from attention_contract import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_pretrain.attention import bigbird
-from bert_pretrain.attention.axial import AxialAttention
-from bert_pretrain.attention.bigbird import BigBirdAttention
-from bert_pretrain.attention.etc import EtcAttention
-from bert_pretrain.attention.fixed import FixedAttention
-from bert_pretrain.attention.local import LocalAttention
-from bert_pretrain.attention.longformer import LongformerAttention
-from bert_pretrain.attention.sdpa import SdpaAttention
-from bert_pretrain.attention.strided import StridedAttention
+from bert_pretrain.attention.heads import bigbird
+from bert_pretrain.attention.heads.axial import AxialAttention
+from bert_pretrain.attention.heads.bigbird import BigBirdAttention
+from bert_pretrain.attention.heads.etc import EtcAttention
+from bert_pretrain.attention.heads.fixed import FixedAttention
+from bert_pretrain.attention.heads.local import LocalAttention
+from bert_pretrain.attention.heads.longformer import LongformerAttention
+from bert_pretrain.attention.heads.sdpa import SdpaAttention
+from bert_pretrain.attention.heads.strided import StridedAttention
 
 HEADS = {
     "local 3": partial(LocalAttention, window=3),
@@ -480,7 +480,7 @@ def test_no_head_of_any_layer_draws_the_blocks_of_another():
 def interpreted_flex(monkeypatch):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    from bert_pretrain.attention import pattern
+    from bert_pretrain.attention.parts import pattern
 
     monkeypatch.setattr(pattern, "flex_functions", lambda: (flex_attention, create_block_mask))
 

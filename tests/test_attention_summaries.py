@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from attention_contract import HEADS, MAX_LENGTH, WIDTH, by_sequence, heads_input, layout_of, make, run
 from hypothesis import given, settings
 
-from bert_pretrain.attention.delta import DeltaAttention, delta_rule, unit_norm
-from bert_pretrain.attention.inducing import InducingAttention
-from bert_pretrain.attention.linear import LinearAttention, elu_plus_one, kernel_attention
-from bert_pretrain.attention.linformer import LinformerAttention
-from bert_pretrain.attention.nystrom import NystromAttention, nystrom, segment_means
-from bert_pretrain.attention.performer import PerformerAttention, orthogonal_features
-from bert_pretrain.attention.sdpa import SdpaAttention
+from bert_pretrain.attention.heads.delta import DeltaAttention, delta_rule, unit_norm
+from bert_pretrain.attention.heads.inducing import InducingAttention
+from bert_pretrain.attention.heads.linear import LinearAttention, elu_plus_one, kernel_attention
+from bert_pretrain.attention.heads.linformer import LinformerAttention
+from bert_pretrain.attention.heads.nystrom import NystromAttention, nystrom, segment_means
+from bert_pretrain.attention.heads.performer import PerformerAttention, orthogonal_features
+from bert_pretrain.attention.heads.sdpa import SdpaAttention
 
 BUILDS = {
     "inducing": partial(InducingAttention, points=5),

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from tiny_runs import SMALL, flags, history, make_folders, train, train_options
 from transformers import AutoConfig, AutoTokenizer, BertForPreTraining, TrainerCallback
 
-from bert_pretrain import pretrain as pretrain_module
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.config import SHAPE
-from bert_pretrain.hub import Secret
-from bert_pretrain.new_model import longest_sequence
-from bert_pretrain.trainer import PretrainTrainer
+from bert_pretrain.train import pretrain as pretrain_module
+from bert_pretrain.train.config import SHAPE
+from bert_pretrain.train.hub import Secret
+from bert_pretrain.train.new_model import longest_sequence
+from bert_pretrain.train.trainer import PretrainTrainer
 from packing.cli import main as pack_dataset
 
 HERE = Path(__file__).parent
@@ -320,7 +320,7 @@ class Spy(TrainerCallback):
 
 
 def run_with_spy(folders, output, monkeypatch, **options):
-    from bert_pretrain.trainer import PretrainTrainer
+    from bert_pretrain.train.trainer import PretrainTrainer
 
     class Spied(PretrainTrainer):
         def __init__(self, *args, **kwargs):

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from bert_pretrain.inputs import check_tokenizer
+from bert_pretrain.train.checks import check_tokenizer
 from collate import DataCollatorWithPacking, PackedTrainer, PackLayout, check_isolation, isolate_sequences
 from collate.heads import MaskedLM, packed_predictions
 from collate.masking import MASKING

@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 
 from bert_pretrain.cli import TRAIN_OPTIONS, _read
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.config import PretrainConfig
 from bert_pretrain.options import names_in_source, parse, read_config_file
-from bert_pretrain.prepare import PrepareConfig
+from bert_pretrain.prepare.prepare import PrepareConfig
+from bert_pretrain.train.config import PretrainConfig
 
 TRAIN = (PretrainConfig, TrainingArguments)
 
@@ -137,7 +137,7 @@ def test_names_in_source_are_the_fields():
     """Typos are looked up in the source of the dataclasses, whose names must be all of the options."""
     for (module, name), options in zip(TRAIN_OPTIONS, TRAIN, strict=True):
         assert names_in_source(module, name) == {field.name for field in dataclasses.fields(options)}
-    assert names_in_source("bert_pretrain.prepare", "PrepareConfig") == {
+    assert names_in_source("bert_pretrain.prepare.prepare", "PrepareConfig") == {
         f.name for f in dataclasses.fields(PrepareConfig)
     }
 

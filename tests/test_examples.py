@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import nsp_one_by_one, sop_one_by_one
 
-from bert_pretrain.examples import (
+from bert_pretrain.prepare.sequences import (
     IN_ORDER,
     IS_NEXT,
     IS_RANDOM,
@@ -21,7 +21,7 @@ from bert_pretrain.examples import (
     single_sequences,
     sop_pairs,
 )
-from bert_pretrain.token_documents import TokenDocuments
+from bert_pretrain.prepare.tokens import TokenDocuments
 
 CLS, SEP = 1, 2
 IDS = {"cls_token_id": CLS, "sep_token_id": SEP}

@@ -11,11 +11,12 @@ from tiny_runs import history, make_folders, train, train_options
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
-from bert_pretrain import PackedBertForPreTraining, metrics
-from bert_pretrain.config import PretrainConfig
-from bert_pretrain.console import Lines
-from bert_pretrain.metrics import Meter, ModelFlops, known_peak, peak_flops
-from bert_pretrain.pretrain import pretrain
+from bert_pretrain import PackedBertForPreTraining
+from bert_pretrain.train import metrics
+from bert_pretrain.train.config import PretrainConfig
+from bert_pretrain.train.console import Lines
+from bert_pretrain.train.metrics import Meter, ModelFlops, known_peak, peak_flops
+from bert_pretrain.train.pretrain import pretrain
 from collate.training.trainer import count_packs
 
 
@@ -193,8 +194,8 @@ class PassTime(TrainerCallback):
 
 
 def test_logs_of_a_run_leave_out_evaluation_and_saving_also_after_a_resume(folders, tmp_path, clock, monkeypatch):
-    from bert_pretrain import pretrain as module
-    from bert_pretrain.trainer import PretrainTrainer
+    from bert_pretrain.train import pretrain as module
+    from bert_pretrain.train.trainer import PretrainTrainer
 
     class TimedTrainer(PretrainTrainer):
         def __init__(self, *args, **kwargs):

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.config import PretrainConfig
 from bert_pretrain.objective import check_objective, for_objective
+from bert_pretrain.train.config import PretrainConfig
 from collate.heads import PreTraining
 from packing.cli import main as pack_dataset
 

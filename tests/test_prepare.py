@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizerFast
 
-from bert_pretrain.documents import read_documents, split_sentences
-from bert_pretrain.examples import nsp_pairs
-from bert_pretrain.prepare import PrepareConfig, prepare, split_documents
-from bert_pretrain.sources import find_sources
-from bert_pretrain.summary import SplitSummary, summary_table
-from bert_pretrain.token_documents import TokenDocuments
-from bert_pretrain.tokenizer import (
+from bert_pretrain.prepare.documents import read_documents, split_sentences
+from bert_pretrain.prepare.prepare import PrepareConfig, prepare, split_documents
+from bert_pretrain.prepare.sequences import nsp_pairs
+from bert_pretrain.prepare.sources import find_sources
+from bert_pretrain.prepare.summary import SplitSummary, summary_table
+from bert_pretrain.prepare.tokenizer import (
     SPECIAL_TOKENS,
     _word_lengths,
     load_tokenizer,
@@ -27,6 +26,7 @@ from bert_pretrain.tokenizer import (
     tokenize_sentences,
     train_tokenizer,
 )
+from bert_pretrain.prepare.tokens import TokenDocuments
 from packing.source.text_tokenizer import describe, text_tokenizer
 
 TEXT = """\
@@ -343,9 +343,9 @@ def test_without_pairs_and_without_test(corpus, prepared, tmp_path):
 
 
 def test_sequences_survive_the_end_of_a_task(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("bert_pretrain.build.TOKENS_PER_TASK", 7)
-    monkeypatch.setattr("bert_pretrain.sources.BLOCK_BYTES", 31)
-    monkeypatch.setattr("bert_pretrain.text.BLOCK_BYTES", 31)
+    monkeypatch.setattr("bert_pretrain.prepare.build.TOKENS_PER_TASK", 7)
+    monkeypatch.setattr("bert_pretrain.prepare.sources.BLOCK_BYTES", 31)
+    monkeypatch.setattr("bert_pretrain.prepare.text.BLOCK_BYTES", 31)
     (tmp_path / "numbers.txt").write_text("\n\n".join(f"{n}." for n in range(100)), encoding="utf-8")
     config = PrepareConfig(
         text=[str(tmp_path / "numbers.txt")],

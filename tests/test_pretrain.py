@@ -8,11 +8,11 @@ import pytest
 from datasets import DatasetDict, load_from_disk
 from transformers import BertForPreTraining, TrainerCallback, TrainingArguments, pipeline
 
-from bert_pretrain.batch import set_batch, split_step
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.config import PretrainConfig
-from bert_pretrain.counted import counted_info
-from bert_pretrain.pretrain import pretrain
+from bert_pretrain.train.batch import set_batch, split_step
+from bert_pretrain.train.config import PretrainConfig
+from bert_pretrain.train.counted import counted_info
+from bert_pretrain.train.pretrain import pretrain
 from collate.training.order import pack_depths, plan_steps
 from packing import packed_info
 from packing.cli import main as pack_dataset

@@ -27,9 +27,9 @@ from training_runs import make_packs, make_trainer
 from transformers import BertForMaskedLM, Trainer, TrainingArguments, trainer
 
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.config import PretrainConfig
-from bert_pretrain.new_model import build_model
-from bert_pretrain.resume import _check_record, run_record
+from bert_pretrain.train.config import PretrainConfig
+from bert_pretrain.train.new_model import build_model
+from bert_pretrain.train.resume import _check_record, run_record
 from collate import DataCollatorWithPacking
 from collate.training import agreement, checkpoints
 from collate.training.agreement import agreed

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.documents import read_documents
-from bert_pretrain.sources import find_blocks, find_sources
+from bert_pretrain.prepare.documents import read_documents
+from bert_pretrain.prepare.sources import find_blocks, find_sources
 
 NO_BOM = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "utf-32-le": "UTF-32LE", "utf-32-be": "UTF-32BE"}
 ENGLISH = "First one. Second one.\n\nThird one.\n"
@@ -50,7 +50,7 @@ def test_lines_of_old_macs(tmp_path):
 
 def test_the_byte_and_line_are_those_of_the_file(tmp_path, monkeypatch):
     """Also where the file was read in blocks."""
-    monkeypatch.setattr("bert_pretrain.sources.BLOCK_BYTES", 10)
+    monkeypatch.setattr("bert_pretrain.prepare.sources.BLOCK_BYTES", 10)
     (tmp_path / "late.txt").write_bytes(b"one two three\n\n" * 20 + b"caf\xe9\n")
     with pytest.raises(ValueError, match=r"late.txt is not UTF-8 text: byte 303 \(line 41\) is 0xe9; .*LATIN1"):
         documents_of(tmp_path)
@@ -70,11 +70,11 @@ def test_blocks_tear_no_document(tmp_path_factory, kind, newline, pieces, block_
     lines = ("x" + text).replace(newline, "\n").split("\n")
     assert "".join("".join(document) for document in whole).replace(" ", "") == "".join("".join(lines).split())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bert_pretrain.sources.BLOCK_BYTES", block_bytes)
+        patch.setattr("bert_pretrain.prepare.sources.BLOCK_BYTES", block_bytes)
         blocks = list(find_blocks([file], whole_files=False, lines=kind == "line"))
         assert documents_of(file, documents=kind) == whole
         if newline != "\r":  # which is found out from the first window
-            patch.setattr("bert_pretrain.sources.WINDOW_BYTES", window_bytes)
+            patch.setattr("bert_pretrain.prepare.sources.WINDOW_BYTES", window_bytes)
             assert list(find_blocks([file], whole_files=False, lines=kind == "line")) == blocks
     ends = [0, *(block.end for block in blocks)]
     assert [block.start for block in blocks] == ends[:-1] and ends[-1] == len(("x" + text).encode())
@@ -84,7 +84,7 @@ def test_blocks_tear_no_document(tmp_path_factory, kind, newline, pieces, block_
 def test_rows_come_in_blocks_too(tmp_path, monkeypatch):
     rows = [f"Row {n}. It is short." for n in range(40)]
     datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "rows")
-    monkeypatch.setattr("bert_pretrain.sources.BLOCK_BYTES", 100)
+    monkeypatch.setattr("bert_pretrain.prepare.sources.BLOCK_BYTES", 100)
     blocks = list(find_blocks([tmp_path / "rows"], whole_files=False))
     assert len(blocks) > 5 and blocks[-1].end == 40
     assert documents_of(tmp_path / "rows") == [[f"Row {n}.", "It is short."] for n in range(40)]

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bert_pretrain.tokenizer import tokenize_documents
+from bert_pretrain.prepare.tokenizer import tokenize_documents
 from collate import DataCollatorWithPacking
 from packing import cli
 from packing.source.text_tokenizer import describe, text_tokenizer

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from tiny_runs import train
 from transformers import Trainer
 
-from bert_pretrain import pretrain
+from bert_pretrain.train import pretrain
 
 build_model = pretrain.build_model
 create_accelerator = Trainer.create_accelerator_and_postprocess

@@ -33,26 +33,26 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from bert_pretrain.attention.axial import AxialAttention
-from bert_pretrain.attention.bigbird import BigBirdAttention
-from bert_pretrain.attention.delta import DeltaAttention
-from bert_pretrain.attention.etc import EtcAttention
-from bert_pretrain.attention.fixed import FixedAttention
-from bert_pretrain.attention.flex import FlexAttention
 from bert_pretrain.attention.head import AttentionHead
-from bert_pretrain.attention.inducing import InducingAttention
-from bert_pretrain.attention.linear import LinearAttention
-from bert_pretrain.attention.linformer import LinformerAttention
-from bert_pretrain.attention.local import LocalAttention
-from bert_pretrain.attention.longformer import LongformerAttention
-from bert_pretrain.attention.lsh import LSHAttention
-from bert_pretrain.attention.nystrom import NystromAttention
-from bert_pretrain.attention.performer import PerformerAttention
-from bert_pretrain.attention.routing import RoutingAttention
-from bert_pretrain.attention.sdpa import SdpaAttention
-from bert_pretrain.attention.sinkhorn import SinkhornAttention
-from bert_pretrain.attention.strided import StridedAttention
-from bert_pretrain.attention.varlen import VarlenAttention
+from bert_pretrain.attention.heads.axial import AxialAttention
+from bert_pretrain.attention.heads.bigbird import BigBirdAttention
+from bert_pretrain.attention.heads.delta import DeltaAttention
+from bert_pretrain.attention.heads.etc import EtcAttention
+from bert_pretrain.attention.heads.fixed import FixedAttention
+from bert_pretrain.attention.heads.flex import FlexAttention
+from bert_pretrain.attention.heads.inducing import InducingAttention
+from bert_pretrain.attention.heads.linear import LinearAttention
+from bert_pretrain.attention.heads.linformer import LinformerAttention
+from bert_pretrain.attention.heads.local import LocalAttention
+from bert_pretrain.attention.heads.longformer import LongformerAttention
+from bert_pretrain.attention.heads.lsh import LSHAttention
+from bert_pretrain.attention.heads.nystrom import NystromAttention
+from bert_pretrain.attention.heads.performer import PerformerAttention
+from bert_pretrain.attention.heads.routing import RoutingAttention
+from bert_pretrain.attention.heads.sdpa import SdpaAttention
+from bert_pretrain.attention.heads.sinkhorn import SinkhornAttention
+from bert_pretrain.attention.heads.strided import StridedAttention
+from bert_pretrain.attention.heads.varlen import VarlenAttention
 from collate.isolation.hook import isolate_sequences
 from collate.layout import PackLayout
 from collate.views import in_ordinary_mode

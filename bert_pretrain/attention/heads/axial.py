@@ -1,0 +1,79 @@
+"""`axial`: each sequence folded into a table of ceil(n / c) rows of c tokens; attention along rows, along columns.
+
+    rows  R_i = {j : floor(j / c) = floor(i / c)}        columns  C_i = {j : j = i mod c}        i, j in one sequence
+    row pass      r_i = sum_{j in R_i} softmax_j(q_i . k_j / sqrt(K)) v_j
+    combine="composed":  context_i = sum_{j in C_i} softmax_j(q_i . k_j / sqrt(K)) r_j
+    combine="mean":      context_i = (r_i + sum_{j in C_i} softmax_j(q_i . k_j / sqrt(K)) v_j) / 2
+
+"composed": the column pass uses the same queries and keys, and takes the row pass's contexts for its values. So a
+context is a mean of the whole sequence's values, token j with the weight A_column(i, l) A_row(l, j) where l is the
+token in i's column and j's row; only where i's column ends above the last, unfilled row, that row is not seen.
+"mean": one layer sees a cross, two layers the whole sequence.
+
+Cost: N (c + n / c) K; memory likewise.
+Source: Axial attention (Ho et al. 2019, arXiv 1912.12180, section 3.1), there on images, with projections of their own
+for the two passes, which queries, keys and values alone cannot have; as in axial-attention ("mean" is half the sum of
+its two attentions with shared projections).
+
+The rule that keeps sequences apart: each table is folded from one sequence, from its own start; c comes from the
+options or from the model's max_sequence_length. With c >= n "composed" is full softmax attention: columns of one token.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.options import check_choice, check_integer
+from bert_pretrain.attention.parts.fold import (
+    along_columns,
+    along_rows,
+    column_mask,
+    default_stride,
+    fold,
+    from_columns,
+    from_rows,
+    row_mask,
+)
+from bert_pretrain.attention.parts.windows import attend
+from collate.layout import PackLayout
+
+
+@dataclass(frozen=True)
+class AxialOptions:
+    """What `use_attention(model, "axial", …)` takes."""
+
+    columns: int | None = None
+    """c: rows get longer and columns shorter as it grows. None: the rounded root of max_sequence_length."""
+
+    combine: str = "composed"
+    """"composed" sees the whole sequence in one layer; "mean" a row and a column, with one softmax less in between."""
+
+    def __post_init__(self) -> None:
+        check_integer(self, "columns", 1, "None takes the rounded root of max_sequence_length", optional=True)
+        check_choice(self, "combine", ("composed", "mean"))
+
+
+class AxialAttention(AttentionHead):
+    """Softmax attention along the rows and the columns of a table; no parameters."""
+
+    Options = AxialOptions
+    supports_dropout = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.columns = self.options.columns or default_stride(self.max_sequence_length)
+
+    def attend(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        tables = fold(layout, self.columns)
+        masks = layout.derived(("axial", self.columns), lambda: list(map(column_mask, tables.valid)))
+        contexts = []
+        inputs = map(tables.gather, (query_THK, key_THK, value_THK))
+        for valid, mask, query, key, value in zip(tables.valid, masks, *inputs, strict=True):
+            row = attend(*map(along_rows, (query, key, value)), row_mask(valid), dropout)
+            row = from_rows(row, valid.shape[1])
+            composed = self.options.combine == "composed"
+            column = attend(*map(along_columns, (query, key, row if composed else value)), mask, dropout)
+            column = from_columns(column, self.columns)
+            contexts.append(column if composed else (row + column) / 2)
+        return tables.scatter(contexts)

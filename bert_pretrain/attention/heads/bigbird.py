@@ -1,0 +1,176 @@
+"""`bigbird`: neighbouring blocks, global tokens, and random blocks of the same sequence.
+
+    context_i = sum_{j in A_i} softmax_j(q_i . k_j / sqrt(K)) v_j,    blocks of b tokens: B(i) = floor(i / b)
+    A_i = {j : |B(i) - B(j)| <= w  or  B(j) in R(h, B(i), n)  or  i or j is global}       i, j positions in one sequence
+
+R are r blocks of the sequence outside the window, drawn without repetition, every subset equally likely: the same for
+all tokens of a block, others for each layer, head h, block and length n. Blocks of global tokens alone are not drawn:
+they are seen already. Global are the first tokens of a sequence,
+[CLS] above all; they see all of it, and all of it sees them.
+
+Cost: N ((2 w + 1 + r) b + g) K, and g n K for the global tokens of each sequence; memory likewise.
+Source: BigBird (Zaheer et al. 2020, arXiv 2007.14062, section 2 and appendix D), the ITC form: global tokens are tokens
+of the sequence. The published code makes the first and last block global: global_tokens = last_global_tokens = block.
+
+The rule that keeps sequences apart: blocks are cut from the sequence's own start, and what is random is a stateless
+hash of (seed, layer, head, block, n), so that neither batch nor pack mates nor training steps change it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bert_pretrain.attention.options import check_integer, check_seed
+from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, replace_global
+from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
+from bert_pretrain.attention.parts.windows import Windows, attend, windows
+from collate.chunks import NO_CHUNK
+from collate.layout import PackLayout
+
+
+@dataclass(frozen=True)
+class BigBirdOptions(PatternOptions):
+    """What `use_attention(model, "bigbird", …)` takes."""
+
+    block: int = 64
+    """Tokens of a block: larger ones make better use of the hardware, smaller ones a finer pattern."""
+
+    window: int = 1
+    """Neighbouring blocks seen to each side, whole."""
+
+    random_blocks: int = 3
+    """Random blocks that each block sees besides; more shorten the way between distant tokens."""
+
+    global_tokens: int = 1
+    """How many tokens at the start of each sequence are global; 1 is [CLS]."""
+
+    last_global_tokens: int = 0
+    """How many at the end are global too; 1 is [SEP]."""
+
+    seed: int = 0
+    """Another seed draws other random blocks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer(self, "block", 1, "64 is the paper's")
+        for name in ("window", "random_blocks", "global_tokens", "last_global_tokens"):
+            check_integer(self, name, 0, "0 is the least")
+        check_seed(self)
+
+
+class BigBirdAttention(PatternAttention):
+    """Softmax attention over a window of blocks, global tokens and random blocks; no parameters."""
+
+    Options = BigBirdOptions
+    per_head = True
+    per_layer = True
+
+    def sees(self, device: torch.device) -> Sees:
+        size, window, number = self.options.block, self.options.window, self.options.random_blocks
+        first, last = self.options.global_tokens, self.options.last_global_tokens
+        seed = self.layer_seed(device)
+
+        def sees(head, query, key, length):
+            block, key_block = query // size, key // size
+            seen = (block - key_block).abs() <= window
+            seen = seen | (query < first) | (key < first) | (query >= length - last) | (key >= length - last)
+            for drawn in random_blocks(seed, head, block, length, size, window, number, first, last):
+                seen = seen | (key_block == drawn)
+            return seen
+
+        return sees
+
+    def layer_seed(self, device: torch.device) -> Tensor:
+        return mix(mix(torch.tensor(self.options.seed, device=device)) ^ (self.layer_index + 1))
+
+    def longest_whole(self) -> int:
+        keys_per_query = (2 * self.options.window + 1 + self.options.random_blocks) * self.options.block
+        return 2 * keys_per_query  # about where the two cost the same
+
+    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        options = self.options
+        view = windows(layout, options.block, options.window)
+        tokens = global_tokens(layout, options.global_tokens, options.last_global_tokens)
+        source, mask = layout.derived((*self.cache_key(), "chunks"), lambda: self.random_chunks(view, tokens, layout))
+        key, value = (self.keys(x, view, tokens, source) for x in (key_THK, value_THK))
+        context_THK = view.to_tokens(attend(view.queries(query_THK), key, value, mask, dropout))
+        return replace_global(context_THK, tokens, query_THK, key_THK, value_THK, layout, dropout)
+
+    def keys(self, x_THK: Tensor, view: Windows, tokens: GlobalTokens, source: Tensor) -> Tensor:
+        """(T, H, K) -> (NC, H, M + G + r C, K): of the window, the global tokens and the random blocks."""
+        chunks = view.chunks.gather(x_THK)
+        near = view.neighbours(chunks).transpose(1, 2)
+        of_heads = chunks.transpose(1, 2).flatten(0, 1)  # (NC * H, C, K)
+        drawn = of_heads.index_select(0, source.flatten()).unflatten(0, source.shape).flatten(2, 3)
+        return torch.cat([near, tokens.of_chunks(x_THK, view.chunks.sequence), drawn], 2)
+
+    def random_chunks(self, view: Windows, tokens: GlobalTokens, layout: PackLayout) -> tuple[Tensor, Tensor]:
+        """Each chunk's random chunks (NC, H, r), as chunk * H + head; and the mask (NC, H, 1, M + G + r C)."""
+        options, chunks = self.options, view.chunks
+        head = torch.arange(self.num_heads, device=view.length.device)
+        number, length = chunks.number[:, None], view.length[:, None]
+        drawn = random_blocks(
+            self.layer_seed(head.device),
+            head,
+            number,
+            length,
+            options.block,
+            options.window,
+            options.random_blocks,
+            options.global_tokens,
+            options.last_global_tokens,
+        )
+        drawn = torch.stack(drawn, -1) if drawn else head.new_empty(chunks.num_chunks, self.num_heads, 0)
+        exists = drawn != NO_CHUNK
+        own = torch.arange(chunks.num_chunks, device=head.device)
+        chunk = torch.where(exists, chunks.first[chunks.sequence][:, None, None] + drawn, own[:, None, None])
+
+        not_global = ~tokens.is_global(chunks.positions, length) & chunks.valid
+        near = view.key_valid & ~tokens.is_global(view.key_position, length)
+        near = torch.cat([near, tokens.valid[chunks.sequence]], 1)[:, None].expand(-1, self.num_heads, -1)
+        far = (not_global[chunk] & exists[..., None]).flatten(2, 3)
+        return chunk * self.num_heads + head[:, None], torch.cat([near, far], -1)[:, :, None]
+
+
+def random_blocks(
+    seed: Tensor,
+    head: Tensor,
+    block: Tensor,
+    length: Tensor,
+    size: int,
+    window: int,
+    number: int,
+    first: int = 0,
+    last: int = 0,
+) -> list[Tensor]:
+    """`number` blocks outside the window of `block` in a sequence of `length` tokens; -1 where there are not so many.
+
+    Integer tensors that broadcast. first, last: how many tokens at either end are global; only blocks with another
+    token are drawn. Floyd's sampling: the k-th of r draws is uniform over the first m - r + k + 1 candidates, and takes
+    the last of these where it hits one drawn before.
+    """
+    # blocks begin..end have a token that is not global; of these the window takes low..high
+    begin, end = first // size, (length - last - 1).clamp(min=-1) // size
+    low = torch.minimum((block - window).clamp(min=begin), end + 1)
+    high = torch.minimum(block + window, end)
+    in_window = (high - low + 1).clamp(min=0)
+    candidates = (end - begin + 1).clamp(min=0) - in_window
+    candidates = torch.where(length - last > first, candidates, 0)
+    state = mix(mix(mix(seed ^ head) ^ block) ^ length)
+    drawn = []
+    for k in range(number):
+        limit = candidates - number + k
+        candidate = mix(state ^ (k + 1)) % (limit + 1).clamp(min=1)
+        for other in drawn:
+            candidate = torch.where(candidate == other, limit, candidate)
+        drawn.append(torch.where(limit >= 0, candidate, NO_CHUNK))
+    places = [(c, c + begin) for c in drawn]
+    return [torch.where(c < 0, NO_CHUNK, torch.where(p < low, p, p + in_window)) for c, p in places]
+
+
+def mix(x: Tensor) -> Tensor:
+    """A hash of 32 bits, in int64 without overflow. x: 0 to 2^32 - 1."""
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+    return (x >> 16) ^ x

@@ -1,0 +1,145 @@
+"""`delta`: a fast memory that each token corrects by the delta rule, read once forwards and once backwards.
+
+    S_0 = 0;   S_t = S_(t-1) + beta_t (v_t - S_(t-1) k_t) k_t^T;   o_t = S_t q_t
+    context_t = (o_t read from the sequence's start + o_t read from its end) / 2
+    beta_t = sigmoid(w . k_t + b) in 0 .. 1, of the layer's keys; w (K,), b: parameters of each head
+
+q and k stand for features phi(q), phi(k): divided by their norm, so that who asks for a key just stored with beta = 1
+gets its value; or elu(x) + 1 divided by its sum, as in the source. No 1/sqrt(K): the features are of length 1 already.
+
+Cost: N (C K + K^2) over the batch's N tokens, in chunks of C tokens; memory N (C + K + K^2 / C). Source: Schlag et al.,
+Linear Transformers Are Secretly Fast Weight Programmers (2102.11174), section 4; chunks as in Yang et al.,
+Parallelizing Linear Transformers with the Delta Rule (2406.06484), section 3.2:
+
+    A = tril(diag(beta) K K^T, -1),  [U W] = (I + A)^-1 diag(beta) [V K]       within a chunk, all chunks at once
+    S' = (I - K^T W) S + K^T U                                                 from chunk to chunk
+    O  = Q S + tril(Q K^T) (U - W S)                                           all chunks at once
+
+Isolation: the memory is empty at each sequence's start, and at its end for the way back; chunks are cut from there. The
+loop runs over the number of a chunk in its sequence, all sequences side by side.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_pretrain.attention.head import AttentionHead, at_least_float32, without_autocast
+from bert_pretrain.attention.heads.linear import elu_plus_one
+from bert_pretrain.attention.options import check_choice, check_integer
+from collate.chunks import Chunks
+from collate.layout import PackLayout
+from collate.length_groups import Gather
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    """Features of length 1: 3, 4 -> 0.6, 0.8."""
+    return F.normalize(x, dim=-1)
+
+
+def unit_sum(x: Tensor) -> Tensor:
+    """Features of the linear head, their sum 1."""
+    return F.normalize(elu_plus_one(x), p=1, dim=-1)
+
+
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"norm": unit_norm, "elu": unit_sum}
+
+
+@dataclass(frozen=True)
+class DeltaOptions:
+    """What `use_attention(model, "delta", …)` takes."""
+
+    chunk: int = 64
+    """Tokens of a chunk. Changes the time only: larger ones do more work at once and more of it."""
+
+    features: str = "norm"
+    """phi. "norm": x / |x|; "elu": elu(x) + 1 divided by its sum, as in the source, whose memory is read softly."""
+
+    def __post_init__(self) -> None:
+        check_integer(self, "chunk", 1, "give the number of tokens in a chunk")
+        check_choice(self, "features", FEATURES)
+
+
+class DeltaAttention(AttentionHead):
+    """The delta rule in both directions; `strength_weight_HK` and `strength_bias_H` make beta."""
+
+    Options = DeltaOptions
+
+    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
+        super().__init__(num_heads, head_width, max_sequence_length, layer_index, **options)
+        self.strength_weight_HK = nn.Parameter(torch.empty(num_heads, head_width))
+        self.strength_bias_H = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """beta around 1/2, different from token to token."""
+        nn.init.normal_(self.strength_weight_HK, std=self.head_width**-0.5)
+        nn.init.zeros_(self.strength_bias_H)
+
+    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+        with without_autocast(query_THK):
+            query, key, value = (at_least_float32(x) for x in (query_THK, key_THK, value_THK))
+            weight_HK, bias_H = (x.to(key.dtype) for x in (self.strength_weight_HK, self.strength_bias_H))
+            beta_TH1 = ((key * weight_HK).sum(2) + bias_H).sigmoid()[..., None]
+            features = FEATURES[self.options.features]
+            there_and_back = Reversal(layout)
+            context = delta_rule(
+                *map(there_and_back.both, (features(query), features(key), value, beta_TH1)),
+                layout.chunks(self.options.chunk),
+            )
+            return there_and_back.mean(context).to(query_THK.dtype)
+
+
+class Reversal:
+    """Both directions as twice the heads: sequences read from their start, and from their end.
+
+    lengths 3, 2: tokens 0 1 2 3 4 beside 2 1 0 4 3
+    """
+
+    def __init__(self, layout: PackLayout):
+        from_end_T = layout.lengths[layout.sequence_of_token] - 1 - layout.positions_T
+        tokens_T = torch.arange(layout.num_tokens, device=from_end_T.device)
+        self.mirrored = tokens_T - layout.positions_T + from_end_T
+
+    def mirror(self, x_T: Tensor) -> Tensor:
+        return Gather.apply(x_T, self.mirrored, self.mirrored)  # a permutation that is its own inverse
+
+    def both(self, x_TH: Tensor) -> Tensor:
+        """(T, H, …) -> (T, 2 H, …)"""
+        return torch.cat([x_TH, self.mirror(x_TH)], dim=1)
+
+    def mean(self, x_TH: Tensor) -> Tensor:
+        """(T, 2 H, …) -> (T, H, …)"""
+        forwards, backwards = x_TH.chunk(2, dim=1)
+        return (forwards + self.mirror(backwards)) / 2
+
+
+def delta_rule(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, beta_TH1: Tensor, chunks: Chunks) -> Tensor:
+    """The delta rule along every sequence from its start: (T, H, K) each -> o (T, H, K)."""
+    chunks, active = chunks.by_number
+    query, key, value, beta = (chunks.gather(x).transpose(1, 2) for x in (query_THK, key_THK, value_THK, beta_TH1))
+    beta = beta.masked_fill(~chunks.valid[:, None, :, None], 0)  # padding writes nothing
+    back = key.transpose(2, 3)
+    added_and_removed = torch.linalg.solve_triangular(  # reads what is below the diagonal only
+        (beta * key) @ back, beta * torch.cat([value, key], dim=3), upper=False, unitriangular=True
+    )
+    added, removed = added_and_removed.chunk(2, dim=3)
+    before = states(-(back @ removed), back @ added, active)
+    context = query @ before + (query @ back).tril() @ (added - removed @ before)
+    return chunks.scatter(context.transpose(1, 2))
+
+
+def states(change: Tensor, new: Tensor, active: list[int]) -> Tensor:
+    """(NC, H, K, K) each, step by step -> S before each chunk, where S' = S + change @ S + new.
+
+    active: how many chunks each step has; they belong to the first so many sequences, the longest ones.
+    """
+    state = torch.zeros_like(new[: active[0]])
+    before = []
+    for step_change, step_new in zip(change.split(active), new.split(active), strict=True):
+        state = state[: len(step_new)]
+        before.append(state)
+        state = state + step_change @ state + step_new
+    return torch.cat(before)

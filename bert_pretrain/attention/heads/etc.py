@@ -1,0 +1,111 @@
+"""`etc`: a window, and g transient global tokens, each the mean of a g-th of the sequence.
+
+    block a  B_a = {j : floor(j g / n) = a},  a < g        (g is n in sequences of n < g tokens)
+    key, value of global token a:  mean_{j in B_a} k_j,  mean_{j in B_a} v_j
+    context_i = softmax attention of q_i over {j : |i - j| <= w} and the g global tokens together, scores / sqrt(K)
+
+Cost: N (2 w + 2 g) K; memory N (2 w + g) K.
+Source: ETC (Ainslie et al. 2020, arXiv 2004.08483), in the form of LongT5's transient global attention (Guo et al.
+2021, arXiv 2112.07916, section 3.1.2): global tokens are made anew in each layer and seen by all, with no stream of
+their own through the layers. LongT5 projects a normalised sum of hidden states; the mean of keys is the key of the mean
+hidden state, without a norm and so without parameters. Its blocks have a fixed length, here each sequence has g.
+
+The rule that keeps sequences apart: positions and n are the sequence's own, and a global token is a mean of one
+sequence. With g >= n every token is seen a second time, as its own block; so with w >= n - 1 this is full softmax
+attention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bert_pretrain.attention.heads.local import banded, window_mask
+from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
+from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
+from collate.layout import PackLayout
+
+
+@dataclass(frozen=True)
+class EtcOptions(PatternOptions):
+    """What `use_attention(model, "etc", …)` takes."""
+
+    window: int = 128
+    """Tokens seen to each side; more see further, at a cost in proportion."""
+
+    global_tokens: int = 16
+    """Means of the sequence that every token sees: more are finer, at a cost in proportion."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer(self, "window", 0, "0 lets a token see itself and the global tokens only")
+        check_integer(self, "global_tokens", 1, "without global tokens take local attention")
+
+
+class EtcAttention(PatternAttention):
+    """Softmax attention over a window and means of the own sequence; no parameters."""
+
+    Options = EtcOptions
+
+    def sees(self, device: torch.device) -> Sees:
+        near = banded(self.options.window)
+
+        def sees(head, query, key, length):
+            return near(head, query, key, length) | (key < 0)  # -1: no token, but a mean of the sequence
+
+        return sees
+
+    def extra_keys(self, key_THK, value_THK, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
+        means = (block_means(x, layout, self.options.global_tokens) for x in (key_THK, value_THK))
+        return *means, self.exists(layout)
+
+    def longest_whole(self) -> int:
+        return keys_per_query(self.options.window) * 3 // 2  # about where the two cost the same
+
+    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        view = windows_of_tokens(layout, self.options.window)
+        mask = layout.derived((*self.cache_key(), "mask"), lambda: self.chunk_mask(view, layout))
+        key, value = (torch.cat([view.keys(x), self.means(x, view, layout)], 2) for x in (key_THK, value_THK))
+        return view.to_tokens(attend(view.queries(query_THK), key, value, mask, dropout))
+
+    def means(self, x_THK: Tensor, view: Windows, layout: PackLayout) -> Tensor:
+        """(NC, H, G, K): the global tokens of each chunk's sequence."""
+        means = block_means(x_THK, layout, self.options.global_tokens)
+        return means.index_select(0, view.chunks.sequence).transpose(1, 2)
+
+    def exists(self, layout: PackLayout) -> Tensor:
+        """(N, G) bool: a sequence of fewer than G tokens has as many global tokens as tokens."""
+        number = self.options.global_tokens
+        return layout.derived(
+            ("etc exists", number),
+            lambda: torch.arange(number, device=layout.lengths.device) < layout.lengths[:, None],
+        )
+
+    def chunk_mask(self, view: Windows, layout: PackLayout) -> Tensor:
+        """(NC, 1, C, M + G) bool: the window, then the global tokens."""
+        near = window_mask(view, self.options.window)
+        far = self.exists(layout)[view.chunks.sequence][:, None, None]
+        return torch.cat([near, far.expand(-1, -1, near.shape[2], -1)], -1)
+
+
+def block_means(x_THK: Tensor, layout: PackLayout, number: int) -> Tensor:
+    """(T, H, K) -> (N, G, H, K): means over the blocks of each sequence; 0 where a sequence has fewer tokens."""
+    groups = layout.length_groups
+    key = ("block means", number, x_THK.dtype)
+    weights = layout.derived(key, lambda: mean_weights(layout, number, x_THK.dtype))
+    found = [weight @ x.flatten(2) for weight, x in zip(weights, groups.gather(x_THK), strict=True)]
+    order = torch.cat(groups.members)
+    return torch.cat(found).index_select(0, order.argsort()).unflatten(2, x_THK.shape[1:])
+
+
+def mean_weights(layout: PackLayout, number: int, dtype: torch.dtype) -> list[Tensor]:
+    """Of each length group (S, G, width): 1 / (tokens of the block) on the tokens of each block, 0 elsewhere."""
+    weights = []
+    for members, (_, width) in zip(layout.length_groups.members, layout.length_groups.shapes, strict=True):
+        length = layout.lengths[members, None]
+        position = torch.arange(width, device=length.device)
+        block = torch.where(position < length, position * length.clamp(max=number) // length, -1)
+        inside = block[:, None] == torch.arange(number, device=length.device)[:, None]
+        weights.append(inside.to(dtype) / inside.sum(-1, keepdim=True).clamp(min=1).to(dtype))
+    return weights

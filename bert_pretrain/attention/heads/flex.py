@@ -1,0 +1,35 @@
+"""`flex`: full softmax attention within each sequence, by FlexAttention: CUDA; on CPUs forward only.
+
+    context_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j,    j over the tokens of i's own sequence
+
+Cost: the tiles of 128 x 128 that meet a sequence: sum of n^2 K, each n rounded up by at most two tiles; memory N. Dong
+et al. 2024 (arXiv 2412.05496), torch.nn.attention.flex_attention. The first call compiles for half a minute.
+
+Isolation: one BlockMask for the batch, shared by all layers, says "same sequence". A tile may hold several sequences
+and multiplies what is hidden by 0: a huge number stays in its sequence, a NaN does not.
+"""
+
+import torch
+from torch import Tensor
+
+from bert_pretrain.attention.head import NoOptions
+from bert_pretrain.attention.parts.pattern import PatternAttention, Sees
+from collate.layout import PackLayout
+
+
+class FlexAttention(PatternAttention):
+    """Softmax attention over the tokens of the same sequence; no parameters, no options, no attention dropout."""
+
+    is_full = True
+    Options = NoOptions
+    supports_dropout = False
+    survives_nan = False
+
+    def sees(self, device: torch.device) -> Sees:
+        return lambda head, query, key, length: (query >= 0) & (key >= 0)
+
+    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+        inputs = (query_THK, key_THK, value_THK)
+        if not query_THK.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            raise ValueError("flex has no gradient on CPUs; use attention 'sdpa' there, or torch.no_grad()")
+        return self.attend_flex(*inputs, layout)

@@ -1,0 +1,61 @@
+"""`inducing`: a few learned queries sum each sequence up, and its tokens attend to these summaries.
+
+    a_mj  = softmax_j(p_m . k_j / sqrt(K))          p_m: m inducing points per head, parameters
+    k'_m  = sum_j a_mj k_j,   v'_m = sum_j a_mj v_j                j over the tokens of one sequence
+    context_i = sum_m softmax_m(q_i . k'_m / sqrt(K)) v'_m         i in the same sequence
+
+A summary is a mean of tokens, sum_j a_mj x_j. The layer's key projection of it, W sum_j a_mj x_j + b, is the same mean
+of the tokens' keys, as the weights add up to 1; so k' and v' are what the layer would make of the summaries.
+
+Cost: N m K over the batch's N tokens; memory N m. Source: the induced set attention block of Lee et al., Set
+Transformer (1810.00825), section 3.1, without the residual and feed-forward parts, which are the encoder layer's.
+
+Isolation: the points are shared, the summaries are made per sequence, from its own tokens alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_pretrain.attention.head import at_least_float32, without_autocast
+from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead, softmax_over_tokens
+
+
+@dataclass(frozen=True)
+class InducingOptions:
+    """What `use_attention(model, "inducing", …)` takes."""
+
+    points: int = 64
+    """Summaries of each sequence. More keep finer detail and cost in proportion; fewer press harder."""
+
+    def __post_init__(self) -> None:
+        check_integer(self, "points", 1, "give the number of summaries of a sequence")
+
+
+class InducingAttention(WholeSequenceHead):
+    """Attention through summaries; `points_HMK` are the inducing points."""
+
+    Options = InducingOptions
+    supports_dropout = True
+
+    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
+        super().__init__(num_heads, head_width, max_sequence_length, layer_index, **options)
+        self.points_HMK = nn.Parameter(torch.empty(num_heads, self.options.points, head_width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Of variance 1: summaries that differ from each other, while none is of a single token."""
+        nn.init.normal_(self.points_HMK)
+
+    def mix(self, query_SHWK, key_SHWK, value_SHWK, is_real_S11W, dropout: float = 0.0) -> Tensor:
+        key_wide_SHWK, value_wide_SHWK = map(at_least_float32, (key_SHWK, value_SHWK))
+        with without_autocast(query_SHWK):
+            points_HMK = self.points_HMK.to(key_wide_SHWK.dtype) / self.head_width**0.5
+            points_SHMK = points_HMK.expand(len(query_SHWK), -1, -1, -1)
+            weights_SHMW = softmax_over_tokens(points_SHMK @ key_wide_SHWK.transpose(2, 3), is_real_S11W)
+            weights_SHMW = F.dropout(weights_SHMW, dropout)
+            summaries = [(weights_SHMW @ x_SHWK).to(query_SHWK.dtype) for x_SHWK in (key_wide_SHWK, value_wide_SHWK)]
+        return F.scaled_dot_product_attention(query_SHWK, *summaries, dropout_p=dropout)

@@ -1,0 +1,114 @@
+"""`linformer`: keys and values projected along the sequence, from n tokens to r rows.
+
+    K' = E_n^T K,   V' = F_n^T V            E, F: (max_sequence_length, r) parameters; E_n: the first n rows of E
+    context_i = sum_j softmax_j(q_i . k'_j / sqrt(K)) v'_j,    j over the r rows
+
+Cost: N r K over the batch's N tokens; memory N r at most. Source: Wang et al., Linformer (2006.04768), section 4, with
+the projections shared between the heads ("headwise sharing").
+
+Isolation: a row of E belongs to a token's position in its own sequence, and each sequence is summed by itself.
+
+It is at home with long sequences: on one much shorter than max_sequence_length many of the r rows hold little.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_pretrain.attention.head import at_least_float32, without_autocast
+from bert_pretrain.attention.options import check_choice, check_integer
+from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead, zero_padding
+from collate.layout import PackLayout
+
+
+@torch.no_grad()
+def fill_with_means(projection_LR: Tensor) -> None:
+    """Each of the r rows is the mean of max_sequence_length / r neighbouring tokens.
+
+    4 positions, r = 2:   1/2 1/2  0   0
+                           0   0  1/2 1/2    (transposed)
+    """
+    length, rank = projection_LR.shape
+    row_of_position = torch.arange(length, device=projection_LR.device) * rank // length
+    one_hot_LR = F.one_hot(row_of_position, rank).to(projection_LR.dtype)
+    projection_LR.copy_(one_hot_LR / one_hot_LR.sum(0).clamp_min(1))
+
+
+def fill_at_random(projection_LR: Tensor) -> None:
+    """Uniform in +-1/sqrt(r), a random projection as in the paper's proof."""
+    bound = projection_LR.shape[1] ** -0.5
+    nn.init.uniform_(projection_LR, -bound, bound)
+
+
+INITIAL: dict[str, Callable[[Tensor], None]] = {"means": fill_with_means, "random": fill_at_random}
+
+
+@dataclass(frozen=True)
+class LinformerOptions:
+    """What `use_attention(model, "linformer", …)` takes."""
+
+    rank: int = 128
+    """Rows that a sequence's keys and values are projected to, r; no more than max_sequence_length are made. More
+    follow full attention closer and cost in proportion."""
+
+    initial: str = "means"
+    """How the projections begin. "means" starts near a trained full attention: attention over means of neighbours;
+    "random" as published."""
+
+    def __post_init__(self) -> None:
+        check_integer(self, "rank", 1, "give the number of rows that a sequence is projected to")
+        check_choice(self, "initial", INITIAL)
+
+
+class LinformerAttention(WholeSequenceHead):
+    """Attention over r learned mixtures; `key_projection_LR` and `value_projection_LR` are E and F."""
+
+    Options = LinformerOptions
+    supports_dropout = True
+
+    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
+        super().__init__(num_heads, head_width, max_sequence_length, layer_index, **options)
+        rank = min(self.options.rank, max_sequence_length)
+        self.key_projection_LR = nn.Parameter(torch.empty(max_sequence_length, rank))
+        self.value_projection_LR = nn.Parameter(torch.empty(max_sequence_length, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for projection_LR in (self.key_projection_LR, self.value_projection_LR):
+            INITIAL[self.options.initial](projection_LR)
+
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
+        widest = layout.length_groups.shapes[-1][1]
+        if widest > self.max_sequence_length:  # only then is it worth to ask the device
+            longest = int(layout.lengths.max())
+            if longest > self.max_sequence_length:
+                raise ValueError(
+                    f"a sequence has {longest} tokens, but linformer has a row of its projections for each of "
+                    f"max_sequence_length={self.max_sequence_length} positions; give it a larger one"
+                )
+        return super().attend(query_THK, key_THK, value_THK, layout, dropout)
+
+    def mix(self, query_SHWK, key_SHWK, value_SHWK, is_real_S11W, dropout: float = 0.0) -> Tensor:
+        rows_SHRK = [
+            project(x_SHWK, is_real_S11W, projection_LR)
+            for x_SHWK, projection_LR in ((key_SHWK, self.key_projection_LR), (value_SHWK, self.value_projection_LR))
+        ]
+        return F.scaled_dot_product_attention(query_SHWK, *rows_SHRK, dropout_p=dropout)
+
+
+def project(x_SHWK: Tensor, is_real_S11W: Tensor | None, projection_LR: Tensor) -> Tensor:
+    """(S, H, W, K) -> (S, H, R, K): the sum over each sequence's tokens, weighed by the row of their position."""
+    sequences, heads, width, head_width = x_SHWK.shape
+    missing = max(0, width - len(projection_LR))  # a width is rounded up, beyond the last row: these slots are padding
+    tokens_SHWK = zero_padding(at_least_float32(x_SHWK), is_real_S11W)
+    projection_RW = F.pad(projection_LR[:width], (0, 0, 0, missing)).T.to(tokens_SHWK.dtype)
+    tokens_SWJ = tokens_SHWK.transpose(1, 2).flatten(2)  # J = H * K: heads share a projection
+    # bmm and not matmul, which would fold the sequences into one product, rounded as their number has it
+    with without_autocast(x_SHWK):
+        rows_SRJ = torch.bmm(projection_RW.expand(sequences, -1, -1), tokens_SWJ)
+    return rows_SRJ.unflatten(2, (heads, head_width)).transpose(1, 2).to(x_SHWK.dtype)

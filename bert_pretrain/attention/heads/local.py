@@ -1,0 +1,66 @@
+"""`local`: every token sees the tokens at most `window` positions from it.
+
+    context_i = sum_{|i - j| <= w} softmax_j(q_i . k_j / sqrt(K)) v_j,    i, j positions in one sequence
+
+Cost: N (2 w + C) K with chunks of C <= 64 tokens; memory likewise.
+Source: the sliding window of Longformer (Beltagy et al. 2020, arXiv 2004.05150, section 3.1), without its global
+tokens; by blocks, as in local-attention (its exact_windowsize=True).
+
+The rule that keeps sequences apart: positions are the sequence's own, and a chunk's neighbours are chunks of the same
+sequence. With w >= n - 1 this is full softmax attention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
+from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
+from collate.layout import PackLayout
+
+
+@dataclass(frozen=True)
+class LocalOptions(PatternOptions):
+    """What `use_attention(model, "local", …)` takes."""
+
+    window: int = 128
+    """Tokens seen to each side; more see further, at a cost in proportion."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer(self, "window", 0, "0 lets a token see itself only")
+
+
+class LocalAttention(PatternAttention):
+    """Softmax attention over a window in own positions; no parameters."""
+
+    Options = LocalOptions
+
+    def sees(self, device: torch.device) -> Sees:
+        return banded(self.options.window)
+
+    def longest_whole(self) -> int:
+        return keys_per_query(self.options.window) * 3 // 2  # about where the two cost the same
+
+    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        view = windows_of_tokens(layout, self.options.window)
+        mask = layout.derived((*self.cache_key(), "mask"), lambda: window_mask(view, self.options.window))
+        context = attend(view.queries(query_THK), view.keys(key_THK), view.keys(value_THK), mask, dropout)
+        return view.to_tokens(context)
+
+
+def banded(window: int) -> Sees:
+    """The pattern of own positions at most `window` apart."""
+
+    def sees(head, query, key, length):
+        return (query - key).abs() <= window
+
+    return sees
+
+
+def window_mask(view: Windows, window: int) -> Tensor:
+    """(NC, 1, C, M) bool: the window, among the slots of each chunk."""
+    near = (view.query_position[:, :, None] - view.key_position[:, None]).abs() <= window
+    return (near & view.key_valid[:, None])[:, None]

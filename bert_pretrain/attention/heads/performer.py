@@ -1,0 +1,106 @@
+"""`performer`: softmax's kernel estimated by positive random features.
+
+    exp(q . k / sqrt(K)) = E[phi(q) . phi(k)],    phi(x)_f = (exp(w_f . y - |y|^2 / 2 - c) + epsilon) / sqrt(m)
+    y = x / K^(1/4);   w_1 ... w_m: random, orthogonal within blocks of K, of the lengths that Gaussian vectors have
+
+    context_i = phi(q_i)^T (sum_j phi(k_j) v_j^T) / phi(q_i)^T (sum_j phi(k_j)),    j over i's own sequence
+
+c keeps exp in range and cancels in the quotient, but for epsilon: it is the largest w_f . y, of a query, or of all keys
+of a sequence. The error falls as 1/sqrt(m) and grows with exp(|q|^2) and exp(|k|^2): with queries and keys of variance
+1 and K = 64, 256 features are no nearer to the softmax than the plain mean of all values is. The gradient takes c for a
+constant, as the authors' code does: with epsilon above 0 it lacks the small part that c has in the quotient.
+
+Cost: N m K over the batch's N tokens; memory N m. Source: Choromanski et al., Rethinking attention with Performers
+(2009.14794), section 2.4 (positive and orthogonal features); c and epsilon as in the authors' code.
+
+Isolation: sums and c are taken per sequence. The features are drawn once, when the layer is built, and saved with it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bert_pretrain.attention.heads.linear import kernel_attention
+from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
+from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead
+
+STABILISERS = ("product", "exponent")
+
+
+@dataclass(frozen=True)
+class PerformerOptions:
+    """What `use_attention(model, "performer", …)` takes."""
+
+    features: int = 256
+    """Random features, m. Four times as many halve the error and cost four times as much."""
+
+    epsilon: float = 1e-4
+    """Added to every feature: no token's weight is ever 0, at the price of a small bias towards equal weights."""
+
+    stabiliser: str = "product"
+    """What c is the largest of. "product": w . y, as in the authors' code; epsilon outweighs the features of long
+    queries and keys, whose weights become equal. "exponent": w . y - |y|^2 / 2, so that epsilon stays small beside the
+    largest feature: peaked attention stays peaked, and is noisier."""
+
+    seed: int = 0
+    """Of the features, together with the layer's index. Another one draws others; a loaded head keeps its own."""
+
+    def __post_init__(self) -> None:
+        check_integer(self, "features", 1, "give the number of random features")
+        check_number(self, "epsilon", "from 0 to below 1", "keep it small beside the largest feature, which is 1")
+        check_choice(self, "stabiliser", STABILISERS)
+        check_seed(self)
+
+
+class PerformerAttention(WholeSequenceHead):
+    """FAVOR+; `projection_FK` holds the random vectors w, for all heads of the layer."""
+
+    Options = PerformerOptions
+    precise = True
+
+    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
+        super().__init__(num_heads, head_width, max_sequence_length, layer_index, **options)
+        self.register_at_least_float32("projection_FK", (self.options.features, head_width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the features again: the same ones."""
+        seed = self.options.seed * 1_000_003 + self.layer_index
+        self.projection_FK.copy_(orthogonal_features(*self.projection_FK.shape, seed))
+
+    def mix(self, query_SHWK, key_SHWK, value_SHWK, is_real_S11W) -> Tensor:
+        query_SHWF, key_SHWF = self.features(query_SHWK, over=(3,)), self.features(key_SHWK, over=(2, 3))
+        return kernel_attention(query_SHWF, key_SHWF, value_SHWK, is_real_S11W)
+
+    def features(self, x_SHWK: Tensor, over: tuple[int, ...]) -> Tensor:
+        """phi(x) (S, H, W, F), with c the maximum over the dimensions `over`.
+
+        Padding slots repeat one of the sequence's own tokens, so that they cannot raise its maximum.
+        """
+        y_SHWK = x_SHWK * self.head_width**-0.25
+        projection_KF = self.projection_FK.T.to(y_SHWK.dtype)
+        product_SHWF = y_SHWK @ projection_KF.expand(*y_SHWK.shape[:2], -1, -1)
+        exponent_SHWF = product_SHWF - y_SHWK.square().sum(3, keepdim=True) / 2
+        largest = exponent_SHWF if self.options.stabiliser == "exponent" else product_SHWF
+        features_SHWF = (exponent_SHWF - largest.detach().amax(over, keepdim=True)).exp() + self.options.epsilon
+        return features_SHWF * self.options.features**-0.5
+
+
+def orthogonal_features(num_features: int, width: int, seed: int) -> Tensor:
+    """(F, K) float64: rows orthogonal within each block of K, with the lengths of Gaussian vectors."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def gaussian(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    blocks = [_random_rotation(gaussian(width, width)) for _ in range(0, num_features, width)]
+    lengths_F1 = gaussian(num_features, width).norm(dim=1, keepdim=True)
+    return torch.cat(blocks)[:num_features] * lengths_F1
+
+
+def _random_rotation(gaussian_KK: Tensor) -> Tensor:
+    """Orthogonal and uniformly distributed: of the many QR decompositions, the one with a positive diagonal in R."""
+    q_KK, r_KK = torch.linalg.qr(gaussian_KK)
+    return (q_KK * r_KK.diagonal().sign()).T

@@ -1,0 +1,115 @@
+"""`strided`: a window of l tokens to each side, and every l-th token.
+
+    window  W_i = {j : |i - j| <= l}        columns  C_i = {j : j = i mod l}        i, j positions in one sequence
+    heads="split":  the first half of the heads attends over W_i, the other over C_i
+    heads="merged": every head attends over the union of W_i and C_i, in one softmax
+
+Cost: N (l + n / l) K, so N sqrt(n) K with l near sqrt(n); memory likewise.
+Source: Sparse Transformer (Child et al. 2019, arXiv 1904.10509, sections 4.2 and 4.3), there causal. Here both
+directions: the window to both sides, the columns up and down.
+
+The rule that keeps sequences apart: positions are the sequence's own, and l comes from the options or from the model's
+max_sequence_length, never from the length of a row or of a pack. Columns are those of the sequence's own table
+(`bert_pretrain.attention.parts.fold`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bert_pretrain.attention.heads.local import window_mask
+from bert_pretrain.attention.options import check_choice, check_integer
+from bert_pretrain.attention.parts.fold import along_columns, column_mask, default_stride, fold, from_columns
+from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees, attend_part, join_parts
+from bert_pretrain.attention.parts.windows import attend, windows_of_tokens
+from collate.layout import PackLayout
+
+
+@dataclass(frozen=True)
+class StrideOptions(PatternOptions):
+    """What `use_attention(model, "strided", …)` takes."""
+
+    stride: int | None = None
+    """l: rows get longer and columns shorter as it grows. None: the rounded root of max_sequence_length."""
+
+    heads: str = "split"
+    """"split" gives each pattern half of the heads (the first gets one more where they are odd); "merged" gives every
+    head both patterns, at about twice the cost."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer(self, "stride", 1, "None takes the rounded root of max_sequence_length", optional=True)
+        check_choice(self, "heads", ("split", "merged"))
+
+
+class StridePattern(PatternAttention):
+    """What `strided` and `fixed` share: a near pattern and a far one, on separate heads or merged."""
+
+    Options = StrideOptions
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stride = self.options.stride or default_stride(self.max_sequence_length)
+        self.split = self.options.heads == "split"
+        self.per_head = self.split
+        self.num_near = (self.num_heads + 1) // 2  # heads of the near pattern, when split
+        if self.split and self.num_heads < 2:
+            raise ValueError(f"{type(self).__name__}: heads='split' needs 2 heads, got 1; set heads='merged'")
+
+    def longest_whole(self) -> int:
+        return self.stride * (2 if self.split else 8)  # about where the two cost the same
+
+    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        inputs = (query_THK, key_THK, value_THK)
+        if not self.split:
+            return join_parts(self.near(*inputs, layout, dropout, attend_part), self.far(*inputs, layout, dropout))
+        near, far = zip(*(x.tensor_split([self.num_near], 1) for x in inputs), strict=True)
+        return torch.cat([self.near(*near, layout, dropout, attend), self.far(*far, layout, dropout)], 1)
+
+    def near(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float, attend):
+        """The near pattern, with `windows.attend` (a context) or `attend_part` (a context and its log sum)."""
+        raise NotImplementedError
+
+    def far(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float):
+        """The far pattern: split, its context; merged, only what the near pattern lacks, with its log sum."""
+        raise NotImplementedError
+
+
+class StridedAttention(StridePattern):
+    """Softmax attention over a window and every l-th token; no parameters."""
+
+    def sees(self, device: torch.device) -> Sees:
+        stride, num_near, split = self.stride, self.num_near, self.split
+
+        def sees(head, query, key, length):
+            near = (query - key).abs() <= stride
+            far = (query - key) % stride == 0
+            return torch.where(head < num_near, near, far) if split else near | far
+
+        return sees
+
+    def near(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float, attend):
+        view = windows_of_tokens(layout, self.stride)
+        mask = layout.derived((*self.cache_key(), "near"), lambda: window_mask(view, self.stride))
+        found = attend(view.queries(query_THK), view.keys(key_THK), view.keys(value_THK), mask, dropout)
+        return view.to_tokens(found) if self.split else tuple(map(view.to_tokens, found))
+
+    def far(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float):
+        tables = fold(layout, self.stride)
+        masks = layout.derived((*self.cache_key(), "far"), lambda: list(map(column_mask, tables.valid)))
+        found = []
+        for mask, *inputs in zip(masks, *map(tables.gather, (query_THK, key_THK, value_THK)), strict=True):
+            inputs = map(along_columns, inputs)
+            if self.split:
+                found.append((attend(*inputs, mask, dropout),))
+            else:
+                found.append(attend_part(*inputs, mask & beyond_next_row(mask.shape[-1], mask.device), dropout))
+        found = [tables.scatter([from_columns(x, self.stride) for x in parts]) for parts in zip(*found, strict=True)]
+        return found[0] if self.split else tuple(found)
+
+
+def beyond_next_row(rows: int, device: torch.device) -> Tensor:
+    """(R, R) bool: rows further than one apart; the token one row up or down is in the window already."""
+    row = torch.arange(rows, device=device)
+    return (row[:, None] - row).abs() > 1

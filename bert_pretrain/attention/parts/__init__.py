@@ -1,0 +1,8 @@
+"""What several attention heads are made of.
+
+pattern            softmax over a fixed pattern of positions
+windows            a chunk and its neighbours
+fold               a sequence folded into a table
+global_tokens      tokens that see all, and are seen by all
+whole_sequences    sums and projections over whole sequences
+"""

@@ -1,0 +1,290 @@
+"""Pattern heads: softmax attention over a fixed pattern of own positions. One definition, several executions.
+
+    context_i = sum_{j in A_i} softmax_j(q_i . k_j / sqrt(K)) v_j,    A_i = {j of i's own sequence: sees(h, i, j, n)}
+
+The definition is a predicate in own positions, sees(head, query, key, n) with n the sequence's own length. The same
+predicate makes
+
+    flex    FlexAttention with one BlockMask per batch, shared by all layers: CUDA
+    chunks  the tokens that a chunk of queries may see, side by side, and batched products: everywhere, any dtype
+    whole   sequences so short that chunks would not pay, side by side in full, what is not seen hidden
+    mask(n) the whole matrix of one sequence: for tests
+
+The rule that keeps sequences apart: positions and n are the sequence's own, and in flex the predicate is AND-ed with
+"same sequence". Chunks never hold two sequences, so that a NaN stays where it is; flex computes in tiles that may hold
+several and hides what is not seen, so a huge number stays where it is, but a NaN does not. Whether a sequence is taken
+whole is decided by its own length alone.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bert_pretrain.attention.head import AttentionHead, at_least_float32, without_autocast
+from bert_pretrain.attention.options import check_choice
+from bert_pretrain.attention.parts.windows import attend
+from collate.layout import PackLayout
+from collate.length_groups import Gather
+
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(head, query position, key position, length), integer tensors that broadcast -> bool."""
+
+
+@dataclass(frozen=True)
+class PatternOptions:
+    """What all pattern heads can be told."""
+
+    execution: str = "auto"
+    """By default, "auto", flex for CUDA tensors of 32 bits or fewer, without dropout; elsewhere short sequences whole
+    and long ones by chunks. "chunks" and "whole" take all sequences so, in float64 too, and confine NaN; "flex" never
+    copies keys, but has no gradient on CPUs."""
+
+    def __post_init__(self) -> None:
+        check_choice(self, "execution", ("auto", "flex", "chunks", "whole"))
+
+
+class PatternAttention(AttentionHead):
+    """Base of pattern heads. A subclass defines `sees` and `attend_chunks`."""
+
+    Options = PatternOptions
+    supports_dropout = True
+
+    per_head: ClassVar[bool] = False
+    """Whether the pattern differs between heads."""
+
+    per_layer: ClassVar[bool] = False
+    """Whether the pattern differs between layers."""
+
+    def sees(self, device: torch.device) -> Sees:
+        """The pattern. A closure over numbers and tensors, not over self: flex compiles it once for all layers."""
+        raise NotImplementedError
+
+    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float) -> Tensor:
+        """The pattern by batched products over chunks of own tokens."""
+        raise NotImplementedError
+
+    def longest_whole(self) -> int:
+        """Up to which length "auto" takes a sequence whole; a number that the options alone decide."""
+        raise NotImplementedError
+
+    def extra_keys(self, key_THK, value_THK, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys and values (N, G, H, K) that are no tokens, and which of them exist (N, G); `sees` has them at -1."""
+        return None
+
+    def attend(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        inputs, execution = (query_THK, key_THK, value_THK), self.options.execution
+        if execution == "flex" and dropout:
+            raise ValueError(f"flex cannot drop attention weights, but dropout={dropout}; set execution='chunks'")
+        fits = query_THK.is_cuda and query_THK.dtype != torch.float64 and not dropout
+        if execution == "flex" or (execution == "auto" and fits):
+            return self.attend_flex(*inputs, layout)
+        if execution != "auto":
+            return (self.attend_chunks if execution == "chunks" else self.attend_whole)(*inputs, layout, dropout)
+        split = split_by_length(layout, self.longest_whole())
+        short, long = zip(*map(split.gather, inputs), strict=True)
+        parts = []
+        if split.short is not None:
+            parts.append(self.attend_whole(*short, split.short, dropout))
+        if split.long is not None:
+            parts.append(self.attend_chunks(*long, split.long, dropout))
+        return split.scatter(parts)
+
+    def attend_whole(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float) -> Tensor:
+        """The pattern by masks of (n, n), sequences of like length side by side."""
+        groups = layout.length_groups
+        extra = self.extra_keys(key_THK, value_THK, layout)
+        masks = layout.derived((*self.cache_key(), "whole"), lambda: self.group_masks(layout, extra))
+        contexts = []
+        inputs = map(groups.gather, (query_THK, key_THK, value_THK))
+        for members, mask, query, *key_value in zip(groups.members, masks, *inputs, strict=True):
+            if extra is not None:
+                key_value = [torch.cat([x, y[members]], 1) for x, y in zip(key_value, extra[:2], strict=True)]
+            query, key, value = (x.transpose(1, 2) for x in (query, *key_value))
+            contexts.append(attend(query, key, value, mask, dropout).transpose(1, 2))
+        return groups.scatter(contexts)
+
+    def group_masks(self, layout: PackLayout, extra: tuple | None) -> list[Tensor]:
+        """Of each length group (S, H or 1, width, width + G) bool."""
+        device = layout.lengths.device
+        sees = self.sees(device)
+        head = torch.arange(self.num_heads if self.per_head else 1, device=device)[:, None, None]
+        masks = []
+        for members, (_, width) in zip(layout.length_groups.members, layout.length_groups.shapes, strict=True):
+            length = layout.lengths[members, None, None, None]
+            position = torch.arange(width, device=device)
+            query = torch.minimum(position, length - 1).transpose(2, 3)  # a padding query shows the last token
+            mask = sees(head, query, position, length) & (position < length)
+            if extra is not None:
+                exists = extra[2][members, None, None].expand(-1, mask.shape[1], width, -1)
+                mask = torch.cat([mask, exists], -1)
+            masks.append(mask)
+        return masks
+
+    def attend_flex(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+        extra = self.extra_keys(key_THK, value_THK, layout)
+        exists = None if extra is None else extra[2]
+        if extra is not None:
+            key_THK, value_THK = (
+                torch.cat([key_THK, extra[0].flatten(0, 1)]),
+                torch.cat([value_THK, extra[1].flatten(0, 1)]),
+            )
+        if (
+            not query_THK.is_cuda
+            and torch.is_grad_enabled()
+            and any(x.requires_grad for x in (query_THK, key_THK, value_THK))
+        ):
+            raise ValueError("flex has no gradient on CPUs; set execution='chunks' there, or use torch.no_grad()")
+        block_mask = layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout, exists))
+        flex_attention, _ = flex_functions()
+        query, key, value = (x.transpose(0, 1)[None] for x in (query_THK, key_THK, value_THK))
+        return flex_attention(query, key, value, block_mask=block_mask)[0].transpose(0, 1)
+
+    def block_mask(self, layout: PackLayout, exists: Tensor | None = None):
+        """FlexAttention's mask of the batch: (1, H or 1, T, T + E). exists: (N, G), of keys that are no tokens."""
+        extra_sequence = None
+        if exists is not None:
+            own = torch.arange(layout.num_sequences, device=exists.device)[:, None]
+            extra_sequence = torch.where(exists, own, -1).flatten()
+        mask_mod = self.mask_mod(layout, extra_sequence)
+        num_tokens = layout.num_tokens
+        num_extra = 0 if extra_sequence is None else len(extra_sequence)
+        _, create_block_mask = flex_functions()
+        num_heads = self.num_heads if self.per_head else None
+        device = layout.token_index.device
+        return create_block_mask(mask_mod, None, num_heads, num_tokens, num_tokens + num_extra, device=device)
+
+    def mask_mod(self, layout: PackLayout, extra_sequence: Tensor | None = None) -> Callable:
+        """FlexAttention's predicate over tokens: (batch, head, query, key) -> same sequence, and seen."""
+        sees = self.sees(layout.token_index.device)
+        sequence, position = layout.sequence_of_token, layout.positions_T
+        length = layout.lengths[sequence]
+        key_sequence, key_position = sequence, position
+        if extra_sequence is not None:
+            key_sequence = torch.cat([sequence, extra_sequence])
+            key_position = torch.cat([position, torch.full_like(extra_sequence, -1)])
+
+        def mask_mod(batch, head, query, key):
+            same = sequence[query] == key_sequence[key]
+            return same & sees(head, position[query], key_position[key], length[query])
+
+        return mask_mod
+
+    def mask(self, length: int, device: torch.device | str = "cpu") -> Tensor:
+        """(H, n, n) bool: the pattern of one sequence in full, True = attend."""
+        device = torch.device(device)
+        head = torch.arange(self.num_heads, device=device)[:, None, None]
+        position = torch.arange(length, device=device)
+        seen = self.sees(device)(head, position[:, None], position, torch.tensor(length, device=device))
+        return seen.expand(self.num_heads, length, length)
+
+    def cache_key(self) -> tuple[Hashable, ...]:
+        """What the pattern depends on, besides the layout."""
+        layer = self.layer_index if self.per_layer else None
+        return (type(self).__name__, self.options, self.num_heads, self.max_sequence_length, layer)
+
+
+@cache
+def flex_functions() -> tuple[Callable, Callable]:
+    """flex_attention and create_block_mask, compiled once and only when first asked for."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+# Short and long sequences
+
+
+@dataclass(frozen=True, eq=False)
+class LengthSplit:
+    """A batch's short sequences and its long ones, each as a batch of its own; None where there are none.
+
+    order: (T,) int64, the tokens, those of short sequences first. place: (T,) int64, its inverse.
+    """
+
+    short: PackLayout | None
+    long: PackLayout | None
+    order: Tensor
+    place: Tensor
+
+    def gather(self, x_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, …) -> the tokens of short sequences, those of long ones."""
+        if self.short is None or self.long is None:
+            return x_T, x_T  # one of the two is not asked for
+        number = self.short.num_tokens
+        x_T = Gather.apply(x_T, self.order, self.place)
+        return x_T[:number], x_T[number:]
+
+    def scatter(self, parts: list[Tensor]) -> Tensor:
+        """The inverse of `gather`."""
+        return parts[0] if len(parts) == 1 else Gather.apply(torch.cat(parts), self.place, self.order)
+
+
+def split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
+    """The sequences of up to longest_short tokens apart from the others; once per batch for all layers."""
+    return layout.derived(("split by length", longest_short), lambda: _split_by_length(layout, longest_short))
+
+
+def _split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
+    is_long = layout.lengths > longest_short
+    order = is_long[layout.sequence_of_token].sort(stable=True).indices
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    num_long = int(is_long.sum())
+    if num_long == 0:
+        short, long = layout, None
+    elif num_long == layout.num_sequences:
+        short, long = None, layout
+    else:
+        short, long = in_one_row(layout.lengths[~is_long]), in_one_row(layout.lengths[is_long])
+    return LengthSplit(short, long, order, place)
+
+
+def in_one_row(lengths: Tensor) -> PackLayout:
+    """Sequences of these lengths (N,), one after the other."""
+    return PackLayout(torch.repeat_interleave(torch.arange(1, len(lengths) + 1, device=lengths.device), lengths)[None])
+
+
+# Softmax over a part of what a query sees, to be joined with other parts
+
+
+def attend_part(query, key, value, mask, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Attention over these keys only, (…, Q, K) and mask (…, Q, M): the context (…, Q, K) and log sum exp (…, Q).
+
+    The least number hides and not -inf: a query may see none of this part. It then has a log sum exp far below any.
+    Scores and log sums are wide: 16 bits would overflow, or round a log sum so that the parts are joined wrongly.
+    """
+    with without_autocast(query):
+        scores = at_least_float32(query) * query.shape[-1] ** -0.5 @ at_least_float32(key).transpose(-1, -2)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
+        weights, log_sum = SoftmaxWithLogSum.apply(scores)
+        context = F.dropout(weights, dropout) @ at_least_float32(value)
+        return context.to(value.dtype), log_sum
+
+
+class SoftmaxWithLogSum(torch.autograd.Function):
+    """scores (…, M) -> softmax (…, M), log sum exp (…): one pass over the scores each way, where torch's two functions
+    take two forwards and three backwards."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(weights)
+        return weights, scores.amax(-1) - weights.amax(-1).log()  # the largest weight is exp(0) / sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_weights, grad_log_sum):
+        (weights,) = ctx.saved_tensors
+        mean = (grad_weights * weights).sum(-1, keepdim=True)
+        return weights * (grad_weights - mean + grad_log_sum[..., None])
+
+
+def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """The softmax over the keys of both parts; their keys must be disjoint. Contexts (…, K), log sums (…)."""
+    shares = torch.stack([first[1], second[1]], -1).softmax(-1)
+    return (first[0] * shares[..., :1] + second[0] * shares[..., 1:]).to(first[0].dtype)

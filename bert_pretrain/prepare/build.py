@@ -1,0 +1,131 @@
+"""Documents of token ids -> a `datasets` folder of sequences, built by several processes."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from bert_pretrain.prepare.sequences import NO_PAIR, OBJECTIVES, PAIR_LABELS, BuiltSequence
+from bert_pretrain.prepare.tokens import TokenDocuments, TokenFolder, offsets_of
+from bert_pretrain.prepare.workers import Workers
+from packing.files.folder import write_dataset
+
+TOKENS_PER_TASK = 1 << 18
+"""Documents are built together up to so many tokens, whoever builds them."""
+
+
+class BuildOptions(NamedTuple):
+    """What sequences are built with; see `nsp_pairs`."""
+
+    objective: str
+    cls_token_id: int
+    sep_token_id: int
+    max_sequence_length: int
+    short_sequence_probability: float
+    seed: int
+    vocabulary: str | None = None
+    """Fingerprint of the tokenizer's, kept in the dataset's info: training compares it."""
+
+    def sequences(self, documents: TokenDocuments, numbers: range) -> Iterator[BuiltSequence]:
+        options = self._asdict()
+        del options["vocabulary"]
+        return OBJECTIVES[options.pop("objective")](documents, numbers=numbers, **options)
+
+
+class Counts(NamedTuple):
+    """Of the sequences built."""
+
+    sequences: int = 0
+    tokens: int = 0
+    tokens_dropped: int = 0
+    pairs: int = 0
+    ones: int = 0
+
+
+def build_sequences(
+    tokens: Path, options: BuildOptions, output: Path, split: str, workers: Workers, progress: bool = False
+) -> Counts:
+    """Write the sequences of a TokenFolder to a folder that `load_from_disk` reads.
+
+    progress: show a bar on stderr.
+    Raises ValueError for options that don't fit the documents, and where SOP finds no pair.
+    """
+    from datasets import DatasetInfo, Features
+
+    documents = TokenFolder.open(tokens)
+    options.sequences(documents, range(0))  # refuses before a folder is made
+    counts, digest = Counts(), hashlib.blake2b(digest_size=8)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        nonlocal counts
+        build = partial(_build, tokens, options)
+        with tqdm(desc=f"building {split}", unit=" documents", total=len(documents), disable=not progress) as bar:
+            tasks = _tasks(documents)
+            for numbers, (batch, of_batch) in zip(tasks, workers.map(build, tasks), strict=True):
+                counts = Counts(*map(sum, zip(counts, of_batch, strict=True)))
+                for array in batch.columns:
+                    for buffer in filter(None, array.buffers()):
+                        digest.update(buffer)
+                bar.update(len(numbers))
+                yield batch
+
+    output.mkdir()
+    info = DatasetInfo(features=Features.from_arrow_schema(_schema(options.objective)), config_name=options.vocabulary)
+    write_dataset(output, batches(), info, "", split)
+    if options.objective == "sop" and not counts.pairs:
+        raise ValueError(
+            f"objective='sop' needs documents of two sentences or more, and all {len(documents)} have one; take whole "
+            "files for documents (documents='file'), or choose objective='none'"
+        )
+    # What datasets keeps the results of map() by, so it must change with the content: known only now.
+    state = json.loads((output / "state.json").read_text(encoding="utf-8"))
+    (output / "state.json").write_text(json.dumps(state | {"_fingerprint": digest.hexdigest()}, indent=2) + "\n")
+    return counts
+
+
+def _tasks(documents: TokenDocuments) -> list[range]:
+    """Runs of documents that have TOKENS_PER_TASK tokens, or a few more."""
+    ends = documents.sentence_offsets[documents.document_offsets[1:]]
+    marks = np.arange(TOKENS_PER_TASK, documents.num_tokens, TOKENS_PER_TASK)
+    bounds = np.unique([0, *(np.searchsorted(ends, marks) + 1).tolist(), len(documents)]).tolist()
+    return [range(start, end) for start, end in pairwise(bounds)]
+
+
+def _build(tokens: Path, options: BuildOptions, numbers: range) -> tuple[pa.RecordBatch, Counts]:
+    built = list(options.sequences(TokenFolder.open(tokens), numbers))
+    labels = [sequence.label for sequence in built if sequence.label not in (None, NO_PAIR)]
+    counts = Counts(
+        sequences=len(built),
+        tokens=sum(len(sequence.input_ids) for sequence in built),
+        tokens_dropped=sum(sequence.tokens_dropped for sequence in built),
+        pairs=len(labels),
+        ones=sum(labels),
+    )
+    return _record_batch(built, options.objective), counts
+
+
+def _schema(objective: str) -> pa.Schema:
+    columns = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
+    if objective in PAIR_LABELS:
+        columns[PAIR_LABELS[objective]] = pa.int64()
+    return pa.schema(columns)
+
+
+def _record_batch(sequences: list[BuiltSequence], objective: str) -> pa.RecordBatch:
+    """One list array per token column, made of whole buffers: no Python object per token."""
+    offsets = pa.array(offsets_of([len(sequence.input_ids) for sequence in sequences]).astype(np.int32))
+
+    def lists(column: Callable[[BuiltSequence], np.ndarray]) -> pa.ListArray:
+        return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([column(sequence) for sequence in sequences])))
+
+    columns = [lists(lambda sequence: sequence.input_ids), lists(lambda sequence: sequence.token_type_ids)]
+    if objective in PAIR_LABELS:
+        columns.append(pa.array([sequence.label for sequence in sequences], pa.int64()))
+    return pa.RecordBatch.from_arrays(columns, schema=_schema(objective))

@@ -1,0 +1,250 @@
+"""Text -> sequences to pretrain on, split in training and test, and the tokenizer, in one folder.
+
+    OUTPUT/
+        train/ test/ dataset_dict.json     `datasets.load_from_disk(OUTPUT)` reads them as one DatasetDict
+        tokenizer/                         `AutoTokenizer.from_pretrained(OUTPUT/tokenizer)`
+        prepare.json                       the configuration, and the numbers of each split
+
+The text is read up to four times (to count documents, then characters, to train the vocabulary, to tokenize); neither
+it nor its tokens stay in memory, but for some megabytes that each process works on. Sequences lie in the order of the
+documents: packing or training shuffles them.
+"""
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from bert_pretrain.prepare.build import BuildOptions, build_sequences
+from bert_pretrain.prepare.documents import DOCUMENTS, SENTENCES
+from bert_pretrain.prepare.sequences import OBJECTIVES, longest_sentence
+from bert_pretrain.prepare.summary import SplitSummary
+from bert_pretrain.prepare.text import Reading, Text
+from bert_pretrain.prepare.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
+from bert_pretrain.prepare.workers import Workers
+from packing.files.folder import new_folder
+from packing.source.text_tokenizer import describe
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Which text becomes which sequences."""
+
+    text: list[str] = field(
+        metadata={
+            "help": ".txt files, folders of them, or folders written by datasets' save_to_disk with a `text` column."
+        }
+    )
+    output: str = field(metadata={"help": "The folder to write; it must not exist yet."})
+    documents: Literal["paragraph", "line", "file"] = field(
+        default="paragraph",
+        metadata={
+            "help": "What next-sentence prediction may not cross: `paragraph` (a blank line parts documents, BERT's "
+            "own format), `line` (each line is a document) or `file`. Longer documents give longer sequences and so "
+            "less to gain by packing."
+        },
+    )
+    sentences: Literal["split", "lines"] = field(
+        default="split",
+        metadata={
+            "help": "`split` joins the lines of a paragraph and finds its sentences; `lines` takes each line for one."
+        },
+    )
+    language: str = field(
+        default="en", metadata={"help": "ISO 639 code of the text, for the abbreviations that end no sentence."}
+    )
+    objective: Literal["nsp", "sop", "none"] = field(
+        default="nsp",
+        metadata={
+            "help": "`nsp` builds BERT's sentence pairs (is B the next sentence, or a random one?), `sop` ALBERT's "
+            "(are A and B in order, or switched?), `none` runs of full sentences, without loss."
+        },
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of a fast tokenizer; without one, a WordPiece is trained."}
+    )
+    vocab_size: int = field(
+        default=8192,
+        metadata={
+            "help": "Tokens of a trained tokenizer. 8192 suits up to some 100 MB of text, where the rarer pieces of a "
+            "larger vocabulary would hardly be seen; BERT had 30522 for 16 GB."
+        },
+    )
+    lowercase: bool = field(default=True, metadata={"help": "Lowercase and strip accents in a trained tokenizer."})
+    max_sequence_length: int = field(
+        default=512, metadata={"help": "Tokens in the longest sequence, special tokens included."}
+    )
+    short_sequence_probability: float = field(
+        default=0.1, metadata={"help": "Share of the documents whose sequences aim at a shorter, random length."}
+    )
+    test_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the documents that become the test split; 0 makes none."}
+    )
+    seed: int = field(default=0, metadata={"help": "Draws the test documents and the sequences."})
+    num_proc: int = field(
+        default=1,
+        metadata={"help": "Processes that read, tokenize and build; any number of them makes the same folder."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text, str):
+            raise TypeError(f"text={self.text!r} must be a list of files and folders: [{self.text!r}]")
+        # Checked again where they are used; here, so that a wrong one does not cost the minutes until then.
+        for name, choices in (("documents", DOCUMENTS), ("sentences", SENTENCES), ("objective", tuple(OBJECTIVES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {list(choices)}")
+        if self.max_sequence_length < 8:
+            raise ValueError(f"max_sequence_length={self.max_sequence_length} must be at least 8")
+        if not 0 <= self.short_sequence_probability <= 1:
+            raise ValueError(f"short_sequence_probability={self.short_sequence_probability} must lie in 0..1")
+        if not 0 <= self.test_fraction < 1:
+            raise ValueError(f"test_fraction={self.test_fraction} must be at least 0 (no test split) and less than 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+        if self.num_proc < 1:
+            raise ValueError(f"num_proc={self.num_proc} must be at least 1")
+
+
+class Prepared(NamedTuple):
+    """What `prepare` made: the splits, and the numbers of each."""
+
+    dataset: "datasets.DatasetDict"
+    summary: dict[str, SplitSummary]
+
+
+def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
+    """Build the sequences and write them, with tokenizer and numbers, to `config.output`.
+
+    progress: show bars on stderr.
+
+    The folder appears when it is complete: whatever fails on the way leaves nothing behind. An existing one is refused.
+    What is in it is the same for any `num_proc`, byte for byte.
+    """
+    from datasets import load_from_disk
+
+    with new_folder(config.output) as folder, Workers(config.num_proc) as workers:
+        text = Text(config.text, Reading(config.documents, config.sentences, config.language), workers, progress)
+        _check_documents(text.num_documents, config)
+        splits = split_documents(text.num_documents, config.test_fraction, config.seed)
+
+        if config.tokenizer is None:
+            train = splits["train"]
+            tokenizer = train_tokenizer(
+                text.sentences(train), config.vocab_size, config.lowercase, text.characters(train)
+            )
+        else:
+            tokenizer = load_tokenizer(config.tokenizer)
+
+        with TemporaryDirectory(prefix="tokens-", dir=folder) as temporary:
+            summary = {
+                split: _prepare_split(split, members, text, tokenizer, config, folder / split, Path(temporary), workers)
+                for split, members in splits.items()
+            }
+        tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
+        options = asdict(config)
+        del options["num_proc"]  # which changes nothing
+        record = {"config": options, "splits": {split: numbers.as_json() for split, numbers in summary.items()}}
+        (folder / "prepare.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return Prepared(load_from_disk(config.output), summary)
+
+
+def _prepare_split(
+    split: str,
+    members: np.ndarray,
+    text: Text,
+    tokenizer,
+    config: PrepareConfig,
+    output: Path,
+    temporary: Path,
+    workers: Workers,
+) -> SplitSummary:
+    """Documents -> token ids, in a temporary folder -> sequences, in `output`."""
+    tokenizer_file, tokens = temporary / "tokenizer.json", temporary / split
+    tokenizer_file.write_text(describe(tokenizer), encoding="utf-8")
+    longest = longest_sentence(config.objective, config.max_sequence_length)
+    documents = text.tokenize(members, tokenizer_file, tokens, split, longest)
+    if not len(documents):
+        raise ValueError(f"{split} split: the tokenizer left no token of {members.sum()} documents")
+    options = BuildOptions(
+        objective=config.objective,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        max_sequence_length=config.max_sequence_length,
+        short_sequence_probability=config.short_sequence_probability,
+        seed=config.seed,
+        vocabulary=vocabulary_fingerprint(tokenizer),
+    )
+    try:
+        counts = build_sequences(tokens, options, output, split, workers, text.progress)
+    except ValueError as error:
+        hint = "; test_fraction=0 makes no test split" if split == "test" else ""
+        raise ValueError(f"{split} split: {error}{hint}") from None
+    summary = SplitSummary(
+        objective=config.objective,
+        documents=len(documents),
+        sentences=documents.num_sentences,
+        long_sentences=documents.long_sentences,
+        source_tokens=documents.num_tokens,
+        unread_characters=documents.unread_characters,
+        unknown_tokens=int(np.count_nonzero(documents.tokens == tokenizer.unk_token_id)),
+        max_sequence_length=config.max_sequence_length,
+        **counts._asdict(),
+    )
+    vocabulary_cure = ""
+    if config.tokenizer is None:
+        vocabulary_cure = ", or a larger vocab_size" if len(tokenizer) == config.vocab_size else ", or more text"
+    for warning in summary.warnings(vocabulary_cure):
+        logger.warning("%s split: %s", split, warning)
+    return summary
+
+
+def split_documents(num_documents: int, test_fraction: float, seed: int) -> dict[str, np.ndarray]:
+    """Which documents are in which split: {"train": (num_documents,) bool, "test": ...}; no test split for 0.
+
+    By document, so that no test sequence has its neighbours in the training split. The same count and seed give the
+    same split.
+    """
+    num_test = math.ceil(test_fraction * num_documents)
+    if num_test >= num_documents:
+        raise ValueError(
+            f"test_fraction={test_fraction} of {num_documents} documents leaves none to train on; give more text, or "
+            "test_fraction=0 for no test split"
+        )
+    test = np.zeros(num_documents, bool)
+    test[np.random.default_rng(seed).permutation(num_documents)[:num_test]] = True
+    return {"train": ~test, "test": test} if num_test else {"train": ~test}
+
+
+TAKES = {"paragraph": "what blank lines part", "line": "each line", "file": "each file"}
+"""For a document, by the option documents."""
+
+
+def _check_documents(num_documents: int, config: PrepareConfig) -> None:
+    """Before a vocabulary is trained: a random next sentence comes from another document of the same split."""
+    num_test = math.ceil(config.test_fraction * num_documents)
+    least = 2 if config.objective == "nsp" else 1
+    why = "objective='nsp' needs two documents in each split" if least == 2 else "each split needs a document"
+    for split, count in (("train", num_documents - num_test), ("test", num_test)):
+        if count >= least or (split == "test" and not num_test):
+            continue
+        cures = ["give text of more documents"]
+        if num_test and num_documents >= least:
+            cures.append(f"test_fraction=0 for no test split (now {config.test_fraction})")
+        if least == 2 and (num_documents > 1 or not num_test):
+            cures.append("objective='none'")
+        others = " or ".join(f"{name!r} ({TAKES[name]})" for name in DOCUMENTS if name != config.documents)
+        raise ValueError(
+            f"{why}, {split} has {count} of {num_documents}: documents={config.documents!r} takes "
+            f"{TAKES[config.documents]} for one; choose documents={others}, or {', or '.join(cures)}"
+        )

@@ -1,0 +1,148 @@
+"""The passes over the text that preparing it takes, each by several processes: count, learn a vocabulary, tokenize.
+
+The text is cut into tasks of about a megabyte, whoever works on them, so that the result is the same for any number of
+processes. A document's number is its place in the whole text.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from bert_pretrain.prepare.documents import Document, documents_of, no_text
+from bert_pretrain.prepare.sources import BLOCK_BYTES, Block, find_blocks, find_sources
+from bert_pretrain.prepare.tokenizer import tokenize_sentences
+from bert_pretrain.prepare.tokens import TokenDocuments, TokenFolder
+from bert_pretrain.prepare.workers import Workers
+from packing.source.text_tokenizer import text_tokenizer
+
+
+class Reading(NamedTuple):
+    """Which documents text is read as; see `read_documents`."""
+
+    documents: str
+    sentences: str
+    language: str
+
+
+class TextTask(NamedTuple):
+    """Some blocks, and which of their documents are meant."""
+
+    blocks: list[Block]
+    reading: Reading
+    members: np.ndarray | None = None
+    """bool, one per document; None: all."""
+    tokenizer: Path | None = None
+    longest: int | None = None
+
+    def chosen(self) -> list[Document]:
+        found = [document for block in self.blocks for document in documents_of(block, *self.reading)]
+        if self.members is None:
+            return found
+        if len(found) != len(self.members):
+            raise ValueError(
+                f"{self.blocks[0].source} has changed while it was read: {len(self.members)} documents have become "
+                f"{len(found)}; prepare it again"
+            )
+        return [document for document, member in zip(found, self.members, strict=True) if member]
+
+
+class Text:
+    """The documents of some sources, as often as they are asked for.
+
+    progress: show bars on stderr.
+    """
+
+    def __init__(self, text: list[str], reading: Reading, workers: Workers, progress: bool = False):
+        self.sources = find_sources(text)
+        self.reading, self.workers, self.progress = reading, workers, progress
+
+    @cached_property
+    def tasks(self) -> list[list[Block]]:
+        """Blocks, about BLOCK_BYTES together: small files share a task."""
+        tasks, size = [[]], 0
+        documents = self.reading.documents
+        for block in find_blocks(self.sources, whole_files=documents == "file", lines=documents == "line"):
+            if tasks[-1] and size + block.bytes > 2 * BLOCK_BYTES:
+                tasks.append([])
+                size = 0
+            tasks[-1].append(block)
+            size += block.bytes
+        return tasks
+
+    @cached_property
+    def num_documents(self) -> int:
+        """Raises ValueError if there are none."""
+        if not self._documents_per_task.sum():
+            raise no_text(self.sources)
+        return int(self._documents_per_task.sum())
+
+    @cached_property
+    def _documents_per_task(self) -> np.ndarray:
+        # A line that is not blank makes a sentence either way: to count documents no sentence need be found.
+        reading = self.reading._replace(sentences="lines")
+        tasks = [TextTask(blocks, reading) for blocks in self.tasks]
+        return np.array(list(self._progress("reading", _count_documents, tasks)))
+
+    def sentences(self, members: np.ndarray) -> Iterator[str]:
+        """The sentences of the documents of which `members` is True."""
+        for documents in self._progress("training the tokenizer", TextTask.chosen, self._tasks(members), members):
+            for document in documents:
+                yield from document
+
+    def characters(self, members: np.ndarray) -> Counter:
+        """How often each character occurs in those documents."""
+        total = Counter()
+        for counts in self._progress("counting characters", _count_characters, self._tasks(members), members):
+            total.update(counts)
+        return total
+
+    def tokenize(self, members: np.ndarray, tokenizer: Path, folder: Path, name: str, longest: int) -> TokenDocuments:
+        """Those documents as token ids, written to a folder.
+
+        tokenizer: a file that `describe` made. longest: sentence, see `tokenize_sentences`.
+        """
+        tasks = [task._replace(tokenizer=tokenizer, longest=longest) for task in self._tasks(members)]
+        with TokenFolder(folder) as written:
+            for part in self._progress(f"tokenizing {name}", _tokenize, tasks, members):
+                written.add(part)
+        return TokenFolder.open(folder)
+
+    def _tasks(self, members: np.ndarray) -> list[TextTask]:
+        """The tasks with any such document."""
+        parts = np.split(members, np.cumsum(self._documents_per_task)[:-1])
+        tasks = zip(self.tasks, parts, strict=True)
+        return [TextTask(blocks, self.reading, part) for blocks, part in tasks if part.any()]
+
+    def _progress(self, what: str, function, tasks: list[TextTask], members: np.ndarray | None = None) -> Iterator:
+        """The results of the tasks, with a bar that counts documents."""
+        total = None if members is None else int(members.sum())
+        with tqdm(desc=what, unit=" documents", total=total, disable=not self.progress) as bar:
+            for task, result in zip(tasks, self.workers.map(function, tasks), strict=True):
+                bar.update(result if task.members is None else int(task.members.sum()))
+                yield result
+
+
+def _count_documents(task: TextTask) -> int:
+    return len(task.chosen())
+
+
+def _count_characters(task: TextTask) -> Counter:
+    counts = Counter()
+    for document in task.chosen():
+        for sentence in document:
+            counts.update(sentence)
+    return counts
+
+
+def _tokenize(task: TextTask) -> TokenDocuments:
+    return tokenize_sentences(task.chosen(), _loaded(task.tokenizer), task.longest)
+
+
+@lru_cache(maxsize=1)
+def _loaded(file: Path):
+    return text_tokenizer(file.read_text(encoding="utf-8"))

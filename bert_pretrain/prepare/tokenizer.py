@@ -1,0 +1,226 @@
+"""A tokenizer that BERT can use, trained or loaded, and documents put through it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain, groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bert_pretrain.places import find_pretrained
+from bert_pretrain.prepare.documents import Document
+from bert_pretrain.prepare.tokens import TokenDocuments, offsets_of
+from packing.source.text_tokenizer import describe, text_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+# Their ids are their places: [PAD] is 0, as in BERT's own vocabularies.
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+# Characters that get a token of their own, the most frequent first. Writing systems of many characters (Chinese) may
+# fill half of the vocabulary with them, and more where words leave places free. Rarer ones become [UNK].
+MAX_ALPHABET = 1000
+
+# A word may have so many tokens, or an eighth of the longest sentence.
+WORD_TOKENS = 16
+
+# Documents tokenized at a time: enough to keep every core busy, few enough to hold as Python lists.
+DOCUMENTS_PER_BATCH = 1000
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 8192, lowercase: bool = True, characters: Counter | None = None
+) -> BertTokenizerFast:
+    """Train a WordPiece vocabulary; the same texts give the same vocabulary, on any machine and thread count.
+
+    texts: read twice, so a list or an object that can be iterated again, not a generator.
+    vocab_size: at most this many tokens, special tokens included; less text gives fewer, which is logged.
+    characters: how often each occurs in the texts, if that is known: they are read once then.
+
+    WordPiece: Wu et al. 2016, https://arxiv.org/abs/1609.08144, as BERT uses it.
+    """
+    if characters is None and iter(texts) is texts:
+        raise TypeError("texts is read twice and an iterator can be read once; pass a list, or an object with __iter__")
+    from tokenizers import Tokenizer
+    from tokenizers.trainers import WordPieceTrainer
+    from transformers import BertTokenizerFast
+
+    untrained = BertTokenizerFast(do_lower_case=lowercase).backend_tokenizer
+    if characters is None:
+        characters = Counter(chain.from_iterable(texts))
+    pieces = _pieces(characters, untrained)
+    places = vocab_size - len(SPECIAL_TOKENS)
+    alphabet = _fitting(pieces, places, max(MAX_ALPHABET, vocab_size // 2))
+    # The trainer numbers "##x" pieces in the order of a randomly seeded hash map and breaks ties between merges by
+    # number, so that by itself it gives another vocabulary on each run (huggingface/tokenizers#1794). Pieces that it
+    # is told of beforehand keep the numbers they are given.
+    fixed = SPECIAL_TOKENS + [piece for character in sorted(alphabet) for piece in pieces[character][1:]]
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=fixed,
+        initial_alphabet=sorted(alphabet),
+        limit_alphabet=len(alphabet),
+    )
+    # A copy, because training makes "##x" special in the tokenizer that is trained; only its vocabulary is used.
+    trained = Tokenizer.from_str(untrained.to_str())
+    trained.train_from_iterator(texts, trainer)
+    vocabulary = _filled(trained.get_vocab(), pieces, vocab_size)
+    if len(vocabulary) < vocab_size:
+        logger.warning("vocab_size=%d was asked for, and the text has %d tokens", vocab_size, len(vocabulary))
+    return BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase)
+
+
+def _pieces(characters: Counter, tokenizer) -> dict[str, list[str]]:
+    """{"e": ["e", "##e"], "的": ["的"], …}: what each character takes, the most frequent first.
+
+    Punctuation and CJK characters are always words of their own, so nothing continues with them.
+    """
+    split, normalize = tokenizer.pre_tokenizer.pre_tokenize_str, tokenizer.normalizer.normalize_str
+    counts = Counter()
+    for character, count in characters.items():
+        for normalized in normalize(character):
+            if not normalized.isspace():
+                counts[normalized] += count
+    if not counts:
+        raise ValueError("no text to train a tokenizer on")
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    return {
+        character: [character, f"##{character}"] if len(split(normalize(f"a{character}"))) == 1 else [character]
+        for character in ranked
+    }
+
+
+def _fitting(pieces: dict[str, list[str]], places: int, most: int) -> list[str]:
+    """The first `most` characters; but of those behind MAX_ALPHABET no more than there are places for."""
+    ends = list(accumulate(len(of_character) for of_character in pieces.values()))
+    sure = min(len(ends), MAX_ALPHABET)
+    if ends[sure - 1] > places:
+        size, least = (count + len(SPECIAL_TOKENS) for count in (places, ends[sure - 1]))
+        raise ValueError(
+            f"vocab_size={size} has no room for {len(SPECIAL_TOKENS)} special tokens and {ends[sure - 1]} pieces of "
+            f"the {sure} most frequent characters; give {least} or more"
+        )
+    return list(pieces)[: min(most, bisect_right(ends, places))]
+
+
+def _filled(vocabulary: dict[str, int], pieces: dict[str, list[str]], size: int) -> dict[str, int]:
+    """The vocabulary; where places are left, with the next characters in them."""
+    for of_character in pieces.values():
+        if of_character[0] not in vocabulary and len(vocabulary) + len(of_character) <= size:
+            for piece in of_character:
+                vocabulary.setdefault(piece, len(vocabulary))
+    return vocabulary
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer from a folder or the hub, without the truncation and padding that its file may have baked in.
+
+    Raises ValueError if there is none, or if it is slow or lacks one of the special tokens that BERT's sequences and
+    masks are made of.
+    """
+    from transformers import AutoTokenizer
+
+    place = find_pretrained("tokenizer", str(name_or_path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        inside = Path(place) / "tokenizer"
+        cure = f"did you mean {str(inside)!r}?" if inside.is_dir() else "give a folder with tokenizer.json"
+        raise ValueError(f"tokenizer={str(name_or_path)!r} holds no tokenizer; {cure}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name_or_path!r} is a slow tokenizer; a fast one (with tokenizer.json) is needed")
+    roles = ("cls_token", "sep_token", "mask_token", "pad_token")
+    missing = [role for role in roles if getattr(tokenizer, role) is None]
+    if missing:
+        raise ValueError(f"tokenizer {name_or_path!r} has no {', '.join(missing)}; add_special_tokens() and save it")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """ "vocabulary:9f2c…", the same for tokenizers with the same tokens and ids."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return f"vocabulary:{hashlib.sha256(vocabulary.encode()).hexdigest()[:16]}"
+
+
+def tokenize_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> TokenDocuments:
+    """Token ids of every sentence, without special tokens.
+
+    Text that looks like a special token is text: a page about BERT that says "[MASK]" must not become a mask.
+    Sentences of which the tokenizer leaves nothing (control characters) are left out, as are documents of nothing else.
+    """
+    bare = text_tokenizer(describe(tokenizer))  # a copy: the caller's keeps its own settings
+    return TokenDocuments.concatenate(
+        tokenize_sentences(batch, bare) for batch in _batches(documents, DOCUMENTS_PER_BATCH)
+    )
+
+
+def tokenize_sentences(documents: list[Document], bare: Tokenizer, longest: int | None = None) -> TokenDocuments:
+    """Some documents at once, by a `text_tokenizer`.
+
+    longest: a sentence of more tokens lies there as its words, so that sequences may begin and end between these, and
+        none of it is cut off. Text without sentence ends is such a sentence: a transcript, say.
+    """
+    sentences = list(chain.from_iterable(documents))
+    ids = [encoding.ids for encoding in bare.encode_batch_fast(sentences, add_special_tokens=False)]
+    pieces = [[len(sentence)] if sentence else [] for sentence in ids]
+    long = [i for i, sentence in enumerate(ids) if longest is not None and len(sentence) > longest]
+    for i in long:
+        pieces[i] = _word_lengths(bare.encode(sentences[i], add_special_tokens=False).word_ids, longest)
+    counts = np.array([len(of_sentence) for of_sentence in pieces], np.int64)
+    depths = np.array([len(document) for document in documents], np.int64)
+    kept = np.add.reduceat(counts, offsets_of(depths)[:-1], dtype=np.int64) if len(depths) else depths
+    return TokenDocuments(
+        tokens=np.fromiter(chain.from_iterable(ids), np.int32, sum(map(len, ids))),
+        sentence_offsets=offsets_of(list(chain.from_iterable(pieces))),
+        document_offsets=offsets_of(kept[kept > 0]),
+        long_sentences=len(long),
+        words=int(counts[long].sum()),
+        unread_characters=_unread_characters(sentences, bare),
+    )
+
+
+def _unread_characters(sentences: list[str], bare: Tokenizer) -> int:
+    """How many characters lie in words that WordPiece takes for too long, so that each is one [UNK]: text without
+    spaces, as in Thai. 0 for tokenizers of another kind."""
+    most = getattr(bare.model, "max_input_chars_per_word", None)
+    if most is None:
+        return 0
+    runs = re.compile(rf"\S{{{most + 1},}}")
+    found = (run for sentence in sentences for run in runs.findall(sentence))
+    normalized = (run if bare.normalizer is None else bare.normalizer.normalize_str(run) for run in found)
+    split = None if bare.pre_tokenizer is None else bare.pre_tokenizer.pre_tokenize_str
+    words = (word for run in normalized for word, _ in ([(run, None)] if split is None else split(run)))
+    return sum(len(word) for word in words if len(word) > most)
+
+
+def _word_lengths(words: list[int | None], longest: int) -> list[int]:
+    """Tokens of each word: [0, 0, 1, 2, 2] -> [2, 1, 2]. What is too long for a word, or none, is its tokens: a clause
+    of Chinese, say, which is one word to SentencePiece."""
+    lengths, limit = [], min(longest, max(WORD_TOKENS, longest // 8))
+    for word, run in groupby(words):
+        length = len(list(run))
+        lengths += [length] if word is not None and length <= limit else [1] * length
+    return lengths
+
+
+def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    """Lists of `size` documents, the last one shorter."""
+    documents = iter(documents)
+    while batch := list(islice(documents, size)):
+        yield batch

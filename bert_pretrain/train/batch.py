@@ -1,0 +1,82 @@
+"""What an optimizer step holds: sequences (default) or packs, and the forward passes that it takes."""
+
+import logging
+import math
+
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from bert_pretrain.train.config import PretrainConfig
+from bert_pretrain.train.counted import counted_info
+from collate.training.order import pack_depths, plan_steps
+
+logger = logging.getLogger(__name__)
+
+FEW_STEPS = 100
+"""A run of fewer is a trial, or a beginner's with the defaults of large corpora."""
+
+
+def set_batch(config: PretrainConfig, training: TrainingArguments, train: Dataset) -> int | None:
+    """PackedTrainer's sequences_per_step: None if packs are counted. What a step holds is logged.
+
+    For batch_policy "sequences" packs per forward pass and accumulation steps follow, and are written into `training`:
+    256 sequences in up to 149 packs, on 2 devices, at most 32 packs per pass -> 75 per device, 3 passes of 25.
+    How a step is cut into passes changes rounding, and which units dropout draws, since a pass draws them for its rows
+    in turn; nothing else.
+    """
+    if training.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size would change the packs per step; set per_device_train_batch_size instead"
+        )
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"{name}={getattr(training, name)} must be at least 1")
+    info = counted_info(train)
+    factor = info.num_sequences / info.num_packs
+    if config.batch_policy == "packs":
+        packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+        logger.info(
+            "packing factor %.3f: %d packs a step (per_device_train_batch_size %d x gradient_accumulation_steps %d x "
+            "%d devices) hold about %.1f sequences",
+            *(factor, packs, training.per_device_train_batch_size, training.gradient_accumulation_steps),
+            *(training.world_size, packs * factor),
+        )
+        return None
+    if training.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={training.gradient_accumulation_steps} follows from sequences_per_step; "
+            "leave it at 1 and set sequences_per_step and per_device_train_batch_size, or batch_policy='packs'"
+        )
+    if config.sequences_per_step > info.num_sequences:
+        raise ValueError(
+            f"sequences_per_step={config.sequences_per_step} is more than the {info.num_sequences:,} sequences of the "
+            f"training split; set it to {info.num_sequences} or less"
+        )
+    plan = plan_steps(pack_depths(train), config.sequences_per_step)
+    if plan.most_packs < training.world_size:
+        raise ValueError(
+            f"sequences_per_step={config.sequences_per_step} are {plan.most_packs} packs at the most, less than one "
+            f"for each of {training.world_size} devices; set it to {math.ceil(factor * training.world_size)} or more"
+        )
+    passes, packs = split_step(plan.most_packs, training.world_size, training.per_device_train_batch_size)
+    training.gradient_accumulation_steps, training.per_device_train_batch_size = passes, packs
+    logger.info(
+        "packing factor %.3f: %d sequences a step are %.1f packs on average, %d at most; "
+        "devices x passes x packs in a pass: %d x %d x %d at most",
+        *(factor, config.sequences_per_step, config.sequences_per_step / factor, plan.most_packs),
+        *(training.world_size, passes, packs),
+    )
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * plan.num_steps)
+    few = "; a model learns little in so few: lower sequences_per_step, or raise num_train_epochs"
+    logger.info("an epoch is %d steps, the run %d%s", plan.num_steps, steps, few if steps < FEW_STEPS else "")
+    return config.sequences_per_step
+
+
+def split_step(most_packs: int, devices: int, most_per_pass: int) -> tuple[int, int]:
+    """Passes and packs per pass that make room for a step: as few passes as possible, alike.
+
+    149 packs on 2 devices, at most 32 in a pass -> 3 passes of 25
+    """
+    per_device = -(-most_packs // devices)
+    passes = -(-per_device // most_per_pass)
+    return passes, -(-per_device // passes)

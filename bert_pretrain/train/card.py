@@ -1,0 +1,135 @@
+"""The model card: a README.md beside the checkpoint with what was trained, on what, how, and how well."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import BertConfig
+
+from bert_pretrain.train.config import PretrainConfig
+from packing import PackedInfo
+
+OBJECTIVES = {
+    "nsp": "masked language modelling and next-sentence prediction (NSP)",
+    "sop": "masked language modelling and sentence-order prediction (SOP)",
+    "none": "masked language modelling",
+}
+
+LOADING = """\
+The checkpoint is that of `transformers.BertForPreTraining`, tensor for tensor:
+
+```python
+from transformers import AutoTokenizer, BertForPreTraining, pipeline
+
+model = BertForPreTraining.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+pipeline("fill-mask", model="{name}")("… {mask} …")
+```
+"""
+
+LOADING_OTHER_ATTENTION = """\
+It was trained with the attention head `{attention}`; stock transformers has its weights but not its attention. So load
+it with
+
+```python
+from bert_pretrain import PackedBertForPreTraining
+
+model = PackedBertForPreTraining.from_pretrained("{name}")
+```
+"""
+
+
+def model_card(
+    name: str,
+    config: PretrainConfig,
+    bert: BertConfig,
+    data: PackedInfo,
+    objective: str,
+    steps: int,
+    seen: Mapping[str, float],
+    log_history: Sequence[Mapping[str, Any]],
+    versions: Mapping[str, str],
+    mask_token: str,
+    is_stock: bool,
+    best_step: int | None = None,
+) -> ModelCard:
+    """name: of the model, or the repository it goes to. seen: by the end of training, which may be later than the last
+    log: "sequences_seen" and "tokens_seen". is_stock: its attention is what stock BERT computes.
+    best_step: that the model is of, if it is not that of the last."""
+    trained = _last(log_history, "loss")
+    evaluated = {
+        key.removeprefix("eval_"): value for key, value in _last(log_history, "eval_loss").items() if key != "step"
+    }
+    attention = bert.packed_attention if isinstance(bert.packed_attention, str) else ", ".join(bert.packed_attention)
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=["bert", "pretraining", "masked-lm", "sequence-packing"],
+        base_model=config.model,
+    )
+    facts = {
+        "data": f"`{_folder_name(config.dataset)}`: {data.num_sequences:,} sequences of {data.num_tokens:,} tokens",
+        "packed": f"into {data.num_packs:,} packs of {data.max_sequence_length} tokens: packing efficiency "
+        f"{data.num_tokens / (data.num_packs * data.max_sequence_length):.4f}, packing factor "
+        f"{data.num_sequences / data.num_packs:.3f}, at most {data.max_depth} sequences in a pack",
+        "objective": OBJECTIVES[objective],
+        "MLM loss": f"mean per {config.mlm_loss}, {config.mlm_probability:.0%} of the tokens predicted in training, "
+        f"{config.eval_mlm_probability:.0%} in evaluation",
+        "architecture": f"{bert.num_hidden_layers} layers of {bert.hidden_size}, {bert.num_attention_heads} attention "
+        f"heads, feed-forward {bert.intermediate_size}, {bert.max_position_embeddings} positions, vocabulary "
+        f"{bert.vocab_size:,}",
+        "attention": f"`{attention}`",
+        "trained for": f"{steps:,} optimizer steps of "
+        + ("equally many packs" if config.batch_policy == "packs" else f"{config.sequences_per_step:,} sequences"),
+    }
+    if seen["sequences_seen"]:
+        facts["seen"] = f"{seen['sequences_seen']:,} sequences, {seen['tokens_seen']:,} real tokens"
+    if best_step is not None:
+        facts["this model"] = f"that of step {best_step:,}, the best of those that were evaluated"
+    if config.model is not None:
+        facts["begun from"] = f"`{_folder_name(config.model)}`"
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {name}",
+        "BERT, pretrained on packed sequences that do not see each other: the result of training without packing.",
+        _table(("", ""), facts.items()),
+        "## Results",
+        _results(trained, evaluated),
+        "## Use",
+        (LOADING if is_stock else LOADING_OTHER_ATTENTION).format(name=name, attention=attention, mask=mask_token),
+        "## Versions",
+        _table(("package", "version"), versions.items()),
+    ]
+    return ModelCard("\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def _results(trained: Mapping[str, Any], evaluated: Mapping[str, Any]) -> str:
+    """Losses and accuracies at the end: of the last logged interval of training, and held out."""
+    names = [name for name in trained | evaluated if name == "loss" or name.split("_")[0] in ("mlm", "nsp", "sop")]
+    if not names:
+        return "Nothing was logged."
+    rows = [(name.replace("_", " "), _number(trained.get(name)), _number(evaluated.get(name))) for name in names]
+    at = f", step {trained['step']:,}" if "step" in trained else ""
+    return _table(("", f"training{at}", "held out"), rows) + (
+        "\n\nA pair accuracy is to be read beside the majority: that of always giving the commoner label."
+        if any(name.endswith("_majority") for name in names)
+        else ""
+    )
+
+
+def _table(head: Sequence[str], rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _last(log_history: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
+    return next((entry for entry in reversed(log_history) if key in entry), {})
+
+
+def _folder_name(path: str) -> str:
+    """The last part: a card is published, and where the folder lay is nobody's business."""
+    return path.rstrip("/").rpartition("/")[2]

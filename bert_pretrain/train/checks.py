@@ -1,0 +1,210 @@
+"""What a run is given, refused before a model is built where it cannot be meant: folders, tokenizer, arguments."""
+
+import inspect
+import os
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+from bert_pretrain.loss import PretrainingSums, pretraining_metrics
+from bert_pretrain.places import did_you_mean
+from bert_pretrain.prepare.tokenizer import vocabulary_fingerprint
+from collate.losses import MLM_LOSSES
+from collate.vocabulary import token_ids, vocabulary_size
+from packing import PackedInfo, load_packed, packed_info
+from packing.files.saved import load_saved
+
+SAMPLED_PACKS = 2000
+"""Packs whose tokens are compared with the tokenizer: spread over a split, read in a fraction of a second."""
+
+
+def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
+    """The packed training split and, where there is one, the test (or validation) split."""
+    try:
+        loaded = _open(folder)
+    except FileNotFoundError as error:
+        problem = "is no folder of save_to_disk" if os.path.exists(folder) else "does not exist"
+        cure = f"give the folder that pack-dataset wrote{did_you_mean(folder)}"
+        raise ValueError(f"dataset={folder!r} {problem}; {cure}") from error
+    except IndexError as error:  # datasets cannot read what it wrote without rows
+        raise ValueError(f"dataset={folder!r} has a split without packs; pack a source with sequences") from error
+    splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+    if "train" not in splits:
+        raise ValueError(
+            f"dataset={folder!r} has no split named train, only {sorted(splits)}; rename one of them in the source, "
+            "and pack it again"
+        )
+    train, test = splits["train"], splits.get("test", splits.get("validation"))
+    infos = [_checked_info(split, folder) for split in (train, test) if split is not None]
+    if "labels" in train.column_names:
+        raise ValueError(
+            f"dataset={folder!r} has a column 'labels', which is what masking makes; remove_columns('labels') in the "
+            "source, and pack it again"
+        )
+    if len({info.max_sequence_length for info in infos}) > 1:
+        lengths = " and ".join(str(info.max_sequence_length) for info in infos)
+        raise ValueError(
+            f"dataset={folder!r}: training and held-out split are packed for max_sequence_length {lengths}; pack both "
+            "for the same"
+        )
+    return train, test
+
+
+def _open(folder: str) -> Dataset | DatasetDict:
+    """What pack-dataset wrote, in either format, here or at a URL; or a packed dataset that save_to_disk wrote."""
+    try:
+        return load_packed(folder)
+    except FileNotFoundError:
+        return load_saved(folder)
+
+
+def _checked_info(split: Dataset, folder: str) -> PackedInfo:
+    try:
+        return packed_info(split)
+    except ValueError as error:
+        raise ValueError(f"dataset={folder!r}: {error}; or in a shell: pack-dataset {folder} PACKED") from None
+
+
+def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError if the packs were made with another tokenizer.
+
+    Known for sure of datasets by `bert-pretrain prepare`, which keep their vocabulary's fingerprint. Of others a sample
+    is looked at: ids that the tokenizer does not have, and sequences none of which begins with its [CLS] or ends with
+    its [SEP].
+    """
+    cure = (
+        "give the tokenizer that the dataset was prepared with (PREPARED/tokenizer), or prepare the text with this one"
+    )
+    made_with, given = split.info.config_name or "", vocabulary_fingerprint(tokenizer)
+    if made_with.startswith(given.partition(":")[0] + ":") and made_with != given:
+        raise ValueError(
+            f"dataset={folder!r} was made with another vocabulary ({made_with}) than that of tokenizer={name!r} "
+            f"({given}); {cure}"
+        )
+    tokens, lengths = (_sample(split, name) for name in ("input_ids", "sequence_lengths"))
+    foreign = np.setdiff1d(tokens, token_ids(tokenizer))
+    if len(foreign):
+        raise ValueError(
+            f"dataset={folder!r} holds token {foreign[-1]}, but tokenizer={name!r} has {len(tokenizer)} tokens, up to "
+            f"{vocabulary_size(tokenizer) - 1}, and none with that id; {cure}"
+        )
+    ends = np.cumsum(lengths)
+    for token, its_id, found in (
+        ("cls_token", tokenizer.cls_token_id, tokens[ends - lengths]),
+        ("sep_token", tokenizer.sep_token_id, tokens[ends - 1]),
+    ):
+        if not (found == its_id).any():
+            where = "begins" if token == "cls_token" else "ends"
+            raise ValueError(
+                f"dataset={folder!r}: none of {len(lengths):,} sequences {where} with {its_id}, the {token} of "
+                f"tokenizer={name!r}; most often it is {np.bincount(found).argmax()}; {cure}"
+            )
+
+
+def check_token_types(folder: str, split: Dataset, known: int) -> None:
+    """Raise ValueError if a sample of the packs has token_type_ids beyond those that the model knows."""
+    if "token_type_ids" not in split.column_names:
+        return  # all are 0
+    types = _sample(split, "token_type_ids")
+    for wrong in types[(types < 0) | (types >= known)][:1]:
+        raise ValueError(
+            f"dataset={folder!r} has token_type_ids of {wrong}, but the model knows 0 to {known - 1}; correct or "
+            "remove_columns() them in the source, and pack it again"
+        )
+
+
+def _sample(split: Dataset, column: str) -> np.ndarray:
+    """The values of some packs, one after the other."""
+    chosen = np.unique(np.linspace(0, len(split) - 1, SAMPLED_PACKS).astype(int))
+    table = split.select_columns([column]).with_format("arrow")[chosen]
+    return table[column].combine_chunks().flatten().to_numpy()
+
+
+def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: str) -> None:
+    """Raise ValueError for TrainingArguments that would fail late: after the model is built, or at the first save."""
+    output = Path(training.output_dir)
+    for folder in (output, *output.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise ValueError(f"output_dir={training.output_dir!r}: {folder} is a file; give a folder")
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"output_dir={training.output_dir!r}: {folder} may not be written to; give another")
+            break
+    if training.fp16 and training.device.type == "cpu":
+        raise ValueError("fp16=True needs a GPU, and would be ignored on a CPU; choose bf16, or leave it out")
+    _check_schedule(training)
+    for name in training.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to={name!r} is unknown to transformers; choose from {sorted(INTEGRATION_TO_CALLBACK)}, or none"
+            )
+        if name not in (*get_available_reporting_integrations(), "flyte"):
+            raise ValueError(
+                f"report_to={name!r} needs a package that is not installed: pip install {name}; or choose none"
+            )
+    wants_evaluation = {
+        "eval_strategy": training.eval_strategy != "no",
+        "eval_on_start": training.eval_on_start,
+        "load_best_model_at_end": training.load_best_model_at_end,
+    }
+    for name, wanted in wants_evaluation.items():
+        if wanted and test is None:
+            value = getattr(training, name)
+            value = getattr(value, "value", value)
+            raise ValueError(
+                f"{name}={value} needs held-out sequences, but dataset={dataset!r} has no split named test or "
+                "validation; prepare with a test_fraction, or leave the option out"
+            )
+    if test is not None:
+        _check_best_metric(training.metric_for_best_model, test)
+
+
+def _check_schedule(training: TrainingArguments) -> None:
+    """lr_scheduler_kwargs and warm-up are what the schedule takes: transformers would raise late, or leave them out."""
+    kind, given = training.lr_scheduler_type, training.lr_scheduler_kwargs or {}
+    parameters = dict(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters)
+    if "num_warmup_steps" not in parameters and training.warmup_steps:
+        raise ValueError(
+            f"lr_scheduler_type={kind.value!r} has no warm-up, warmup_steps={training.warmup_steps:g} would be ignored"
+            "; choose another, such as 'constant_with_warmup' or 'linear', or leave warmup_steps out"
+        )
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return  # it hands them on to a class of torch's
+    known = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name not in ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    }
+    options = f"its options are {list(known)}" if known else "it has no options"
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"lr_scheduler_kwargs has {name!r}, which lr_scheduler_type={kind.value!r} does not know{meant}; "
+                f"{options}"
+            )
+    for name, default in known.items():
+        if default is inspect.Parameter.empty and name not in given:
+            raise ValueError(
+                f"lr_scheduler_type={kind.value!r} needs {name!r}: --lr_scheduler_kwargs '{{\"{name}\": …}}'; {options}"
+            )
+
+
+def _check_best_metric(name: str | None, test: Dataset) -> None:
+    pairs = [0.0, 0.0]
+    for column, is_sop in (("next_sentence_label", 0.0), ("sentence_order_label", 1.0)):
+        if column in test.column_names:
+            pairs = [1.0, is_sop]
+    counts = dict.fromkeys(PretrainingSums._fields, 1.0) | {"pair_sequences": pairs[0], "sop_sequences": pairs[1]}
+    known = pretraining_metrics(
+        torch.tensor([counts[name] for name in PretrainingSums._fields]), MLM_LOSSES[0]
+    ).keys() - {"tokens", "sequences"}
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise ValueError(f"metric_for_best_model={name!r} is no metric of evaluation; choose from {sorted(known)}")

@@ -1,0 +1,122 @@
+"""Pretrain BERT on a packed dataset: the run, read from top to bottom."""
+
+import logging
+from collections.abc import Sequence
+from copy import copy
+
+from datasets import Dataset
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from bert_pretrain.attention.heads.routing import RoutingAttention, RoutingCallback
+from bert_pretrain.objective import check_objective, for_objective
+from bert_pretrain.prepare.tokenizer import load_tokenizer
+from bert_pretrain.train.batch import set_batch
+from bert_pretrain.train.checks import check_arguments, check_token_types, check_tokenizer, load_splits
+from bert_pretrain.train.config import PretrainConfig
+from bert_pretrain.train.hub import Secret
+from bert_pretrain.train.metrics import attends_fully
+from bert_pretrain.train.new_model import build_model, longest_sequence, resolve_attention, resolve_shape
+from bert_pretrain.train.optimizer import choose_optimizer, freeze_unlearned
+from bert_pretrain.train.resume import check_output, find_checkpoint, run_record, write_run
+from bert_pretrain.train.run_record import config_record, write_record
+from bert_pretrain.train.trainer import PretrainTrainer
+from collate import DataCollatorWithPacking
+from collate.training.one_run import one_run
+from collate.training.signals import SaveOnSignal
+from collate.vocabulary import vocabulary_size
+from packing import EpochPacks, packed_info
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(
+    config: PretrainConfig,
+    training: TrainingArguments,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+) -> PretrainTrainer:
+    """Train BERT on packed data; the loss is counted per sequence. Returns the trainer, its model trained and saved.
+
+        trainer = pretrain(PretrainConfig("packed", "prepared/tokenizer"), TrainingArguments("bert"))
+
+    callbacks: of transformers, beside those of the run. `training` stays as it is; `trainer.args` is what was made of
+    it, with the number of passes in a step.
+
+    Goes on from `training.resume_from_checkpoint`, or by itself from the last checkpoint in `training.output_dir`.
+    Raises BlockingIOError while another run writes there. SIGTERM and SIGUSR1 save a checkpoint and end with
+    SystemExit: see collate.training.signals.
+    """
+    training = copy(training)  # what follows from the data is written into the run's own
+    training.hub_token = training.hub_token and Secret(training.hub_token)
+    set_seed(training.seed)
+    train, test = for_objective(config, *load_splits(config.dataset))
+    check_arguments(training, test, config.dataset)
+    with one_run(training, training.output_dir):
+        return _pretrain(config, training, callbacks, train, test)
+
+
+def _pretrain(
+    config: PretrainConfig,
+    training: TrainingArguments,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]],
+    train: Dataset,
+    test: Dataset | None,
+) -> PretrainTrainer:
+    config = resolve_shape(config, packed_info(train).max_sequence_length)
+    config = resolve_attention(config, training)
+    tokenizer = load_tokenizer(config.tokenizer)
+    for split in filter(None, (train, test)):
+        check_tokenizer(config.dataset, split, config.tokenizer, tokenizer)
+    model = build_model(config, vocabulary_size(tokenizer), tokenizer.pad_token_id, longest_sequence(train, test))
+    for split in filter(None, (train, test)):
+        check_token_types(config.dataset, split, model.config.type_vocab_size)
+    objective = check_objective(config, train)
+    freeze_unlearned(model, objective)
+    record = config_record(config, training)  # before the next line: a batch that was set cannot be set again
+    sequences_per_step = set_batch(config, training, train)
+    if training.ddp_find_unused_parameters is None and attends_fully(model):
+        training.ddp_find_unused_parameters = False  # all are used, even by a rank without packs; looking costs time
+    run = run_record(config, training, train, tokenizer, test, model) if training.should_save else None
+    checkpoint = find_checkpoint(run, training)
+    check_output(run, training)
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False  # nothing to pin it for, of which torch would warn at every loader
+
+    def collator(mlm_probability: float) -> DataCollatorWithPacking:
+        return DataCollatorWithPacking(tokenizer, mlm_probability=mlm_probability, seed=training.seed)
+
+    trainer = PretrainTrainer(
+        model,
+        training,
+        train_dataset=EpochPacks(train, training.seed) if config.reassign else train,
+        eval_dataset=test,
+        sequences_per_step=sequences_per_step,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        data_collator=collator(config.mlm_probability),
+        eval_data_collator=collator(config.eval_mlm_probability),
+        config=config,
+        record=record,
+        objective=objective,
+        optimizer_cls_and_kwargs=choose_optimizer(config, training, model, train),
+    )
+    if any(isinstance(module, RoutingAttention) for module in model.modules()):
+        trainer.add_callback(RoutingCallback())
+    if trainer.is_world_process_zero():
+        write_record(training.output_dir, record)
+    trainer.run_record, trainer.checked_checkpoint = run, checkpoint
+    with SaveOnSignal() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    model.requires_grad_(True)  # whoever goes on with it may learn all of it
+    stop.end_if_received()
+    if trainer.is_world_process_zero():
+        write_run(training.output_dir, run)
+    trainer.save_model(_internal_call=True)  # not to the hub yet: the figures of its card are still to come
+    if test is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
+    trainer.create_model_card()
+    logger.info("%s has the model, its tokenizer and its card, README.md", training.output_dir)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    return trainer

@@ -1,0 +1,207 @@
+"""Which checkpoint a run goes on from, and whether it is one of the same run."""
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from bert_pretrain.attention import ATTENTION
+from bert_pretrain.train.config import PretrainConfig
+from bert_pretrain.train.contents import dataset_contents, model_contents, tokenizer_contents
+from bert_pretrain.train.run_record import versions
+from collate.training.agreement import agreed
+from collate.training.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
+from packing.files.metadata import read_json
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = {
+    # how long, where, and what is written down
+    *("max_steps", "num_train_epochs", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "run_name"),
+    *("report_to", "disable_tqdm", "include_num_input_tokens_seen", "project", "prediction_loss_only", "debug"),
+    *("per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("do_train", "do_eval", "do_predict", "skip_memory_metrics", "include_for_metrics", "batch_eval_metrics"),
+    *("push_to_hub", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "label_names"),
+    # on what machine: the same numbers but for rounding, and for dropout where passes are cut otherwise, by another
+    # per_device_train_batch_size or number of devices; packs_per_step says what a step holds
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu", "local_rank", "deepspeed"),
+    *("parallelism_config", "accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "auto_find_batch_size"),
+    *("full_determinism", "use_liger_kernel", "liger_kernel_config", "use_cache", "remove_unused_columns"),
+    *("length_column_name", "ignore_data_skip", "average_tokens_across_devices"),
+}
+"""TrainingArguments that a resumed run may be given otherwise; all others must be as they were."""
+MAY_CHANGE_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "fsdp", "torch_compile")
+MAY_CHANGE_PREFIXES += ("dataloader_",)
+MUST_STAY = {"dataloader_drop_last"}
+NOT_TRAINING = {"eval_mlm_probability", "peak_tflops"}
+PLACES = {"dataset", "tokenizer", "model"}
+"""Folders may be moved: their contents are compared."""
+OF_THE_BEST = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay")
+OF_THE_BEST += ("save_strategy", "save_steps", "load_best_model_at_end")
+"""What decides which checkpoint is the best: it must stay where the best one is loaded at the end."""
+CONTENTS = ("dataset", "tokenizer")
+"""Parts of which everything is compared, what has gone and what has come, too."""
+RESUME_OR_BEGIN = "give the old value to resume, or another output_dir to begin anew"
+
+
+def run_record(
+    config: PretrainConfig,
+    training: TrainingArguments,
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Dataset | None = None,
+    model: nn.Module | None = None,
+) -> dict[str, dict]:
+    """What decides the outcome of a run, as JSON; kept in each of its checkpoints, and beside its model at the end.
+
+    Call it when sequences_per_step has become packs per step. It reads all of the data, so one rank does.
+    """
+    packs = split_batches = None  # with sequences_per_step, packs of a step are the same on any number of devices
+    if config.batch_policy == "packs":
+        packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+        split_batches = training.accelerator_config.split_batches
+    arguments = training.to_dict()
+    record = {
+        "config": {name: value for name, value in asdict(config).items() if name not in PLACES | NOT_TRAINING},
+        "training": {name: value for name, value in arguments.items() if _must_stay(name)},
+        "steps": {
+            "packs_per_step": packs,
+            "split_batches": split_batches,
+            "mixed_precision": training.mixed_precision,  # of accelerate launch, where training has none
+        },
+        "dataset": dataset_contents(train=train, test=test),
+        "tokenizer": tokenizer_contents(tokenizer),
+        "model": {} if model is None else model_contents(model),
+        "best": {name: arguments[name] for name in OF_THE_BEST} | {"eval_mlm_probability": config.eval_mlm_probability},
+        "versions": versions(),
+    }
+    return json.loads(json.dumps(record, default=str))
+
+
+def _must_stay(name: str) -> bool:
+    return name in MUST_STAY or not (name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES))
+
+
+def find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: the one asked for, or the last in output_dir; complete, and of such a run.
+
+    One rank looks for it and reads its files, see `agreed`: all resume from the same one, or raise the same error.
+    """
+    checkpoint = agreed(training, lambda: _find_checkpoint(record, training))
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    return checkpoint
+
+
+def _find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> str | None:
+    asked_for = training.resume_from_checkpoint
+    if asked_for is None:
+        checkpoint = last_checkpoint(training.output_dir)
+        if checkpoint is None:
+            return None
+    else:
+        checkpoint = Path(asked_for)
+        if not checkpoint.is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint={asked_for!r} is no folder; name a checkpoint-N folder, or leave it out: "
+                "a run goes on by itself from the last one in output_dir"
+            )
+        try:
+            check_checkpoint(checkpoint)
+        except DamagedCheckpoint as damage:
+            raise DamagedCheckpoint(f"{damage}; name another checkpoint-N folder") from None
+    _check_parts(checkpoint)
+    _check_record(checkpoint, record)
+    return os.fspath(checkpoint)
+
+
+def _check_parts(checkpoint: Path) -> None:
+    """Whatever Trainer would go on without, if it were not there."""
+    names = {path.name for path in checkpoint.iterdir()}
+    if RUN_FILE not in names:
+        raise ValueError(
+            f"{checkpoint} has no {RUN_FILE}, so bert-pretrain train did not write it; give it as --model to begin "
+            "a new run with its parameters"
+        )
+    has_optimizer = any(name.startswith(("optimizer", "global_step")) for name in names)  # deepspeed: global_step8
+    if not has_optimizer:
+        raise ValueError(
+            f"{checkpoint} has no optimizer state (save_only_model=True), so training cannot go on as it was; give it "
+            "as --model to begin a new run with its parameters"
+        )
+
+
+def check_output(record: dict[str, dict], training: TrainingArguments) -> None:
+    """A finished run of another configuration is not overwritten, though it may have left no checkpoint."""
+    folder, cure = (
+        Path(training.output_dir),
+        "its model would be overwritten: give another output_dir, or remove this one",
+    )
+
+    def look() -> None:
+        if (folder / RUN_FILE).exists():
+            _check_record(folder, record, cure)
+
+    agreed(training, look)
+
+
+def write_run(folder: str | os.PathLike, record: dict[str, dict]) -> None:
+    """Beside a finished run's model, for `check_output`."""
+    (Path(folder) / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_BEGIN) -> None:
+    saved = _read_record(folder / RUN_FILE)
+    for part, values in record.items():
+        if part in CONTENTS and part not in saved:
+            raise ValueError(
+                f"{folder}/{RUN_FILE} does not say what its {part} held: an earlier version wrote it; begin anew in "
+                "another output_dir, with --model to go on from its parameters"
+            )
+        before = saved.get(part, {})
+        names = {**values, **before} if part in CONTENTS else values
+        default = {} if part in CONTENTS else values  # options that came with a newer version
+        pairs = {name: (before.get(name, default.get(name)), values.get(name)) for name in names}
+        _check_part(folder, part, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, record, cure)
+
+
+def _read_record(file: Path) -> dict[str, dict]:
+    try:
+        saved = read_json(file)
+        if isinstance(saved, dict) and all(isinstance(part, dict) for part in saved.values()):
+            return saved
+        found = "it is no record of a run"
+    except ValueError as error:
+        found = str(error)
+    raise ValueError(f"{file} is damaged ({found}); remove it if its folder may be overwritten, or choose another")
+
+
+def _check_part(folder: Path, part: str, changed: dict[str, tuple], record: dict[str, dict], cure: str) -> None:
+    """changed: {name: (before, now)}."""
+    if part == "best" and not record["best"]["load_best_model_at_end"]:
+        return
+    where = f"{part} " if part in ("dataset", "tokenizer", "model") else ""
+    for name, (before, now) in changed.items():
+        if part == "versions":
+            logger.warning("%s was trained with %s %s, now it is %s: numbers may differ", folder, name, before, now)
+        elif name == "attention" and _attend_alike(before, now, record["config"]["attention_probs_dropout_prob"]):
+            logger.info("attention: %s was trained with %s, now it is %s: the same function", folder, before, now)
+        else:
+            raise ValueError(f"{folder} was trained with {where}{name}={before!r}, now it is {now!r}; {cure}")
+
+
+def _attend_alike(before: str, now: str, dropout: float | None) -> bool:
+    """ "local, varlen", "local, flex" -> True: heads of full attention differ in rounding alone.
+
+    "auto" chooses among them by the device. Without a number for it, attention dropout depends on the head's name.
+    """
+    heads = [[name.strip() for name in names.split(",")] for names in (before, now)]
+    full = {name for name, head in ATTENTION.items() if getattr(head, "is_full", False)}
+    unified = [["full" if name in full else name for name in names] for names in heads]
+    return dropout is not None and unified[0] == unified[1]

@@ -1,0 +1,202 @@
+"""PretrainTrainer: PackedTrainer with a meter, an evaluation of its own masking rate, a model card and a record."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from bert_pretrain.model import PackedBertForPreTraining
+from bert_pretrain.train.card import model_card
+from bert_pretrain.train.config import PretrainConfig
+from bert_pretrain.train.console import LinesAboveBar, LinesCallback
+from bert_pretrain.train.counted import counted_info
+from bert_pretrain.train.hub import SaysWhatFailed
+from bert_pretrain.train.metrics import Meter, attends_fully, known_peak
+from bert_pretrain.train.run_record import versions, write_record
+from collate import DataCollatorWithPacking, PackedTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class _TiedTogether(TrainerCallback):
+    """While FSDP cuts the model up: layers are parts, and the vocabulary projection stands for its head, with the bias
+    that it is tied to; embedding and head are one part.
+
+    accelerate (1.15) puts the projection beside the embedding whose weight it shares, but what its bias is tied to,
+    cls.predictions.bias, elsewhere; torch then refuses: "shared with a parameter already managed by another group".
+    """
+
+    def __init__(self, model: PackedBertForPreTraining):
+        self.model, self.head = model, model.cls.predictions
+        self.head.__dict__["weight"] = self.head.decoder.weight  # by which accelerate knows that they are tied
+        model.__dict__["get_output_embeddings"] = lambda: self.head
+        model._no_split_modules = {"BertLayer"}  # BertEmbeddings would be a part of its own, and holds what is tied
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.head.__dict__.pop("weight", None)
+        self.model.__dict__.pop("get_output_embeddings", None)
+
+
+class _LogsLastStep(TrainerCallback):
+    """The last steps are logged, even if logging_steps does not divide max_steps, or is more."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            logger.info(
+                "finished already: step %d of %d; raise max_steps or num_train_epochs to train on",
+                *(state.global_step, state.max_steps),
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # Trainer logs a step once
+
+
+class PretrainTrainer(SaysWhatFailed, PackedTrainer):
+    """A pretraining run's trainer.
+
+    config: of the run. record: what is saved beside every model, `bert_pretrain.train.run_record`.
+    objective: "nsp", "sop" or "none", for the card.
+    eval_data_collator: of evaluation; its masks are the same every time.
+
+    Logs have, beside PackedTrainer's metrics, those of `metrics.Meter`. A loss that is no number ends the run,
+    and a model with such parameters is not saved.
+    """
+
+    def __init__(
+        self,
+        *args,
+        config: PretrainConfig,
+        record: dict[str, Any],
+        objective: str,
+        eval_data_collator: DataCollatorWithPacking,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.config, self.record, self.objective = config, record, objective
+        self.args.logging_nan_inf_filter = False  # it logs 0 for a loss of NaN, and waits for the device at every pass
+        self.eval_data_collator = eval_data_collator
+        self.is_stock = attends_fully(self.model)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp={self.args.fsdp} cannot be honoured on {self.args.device.type}: accelerate would train by DDP "
+                "instead; leave it out, or train on GPUs"
+            )
+        if self.is_fsdp_enabled:
+            self.add_callback(_TiedTogether(self.model))
+        self.add_callback(_LogsLastStep())
+        self.meter = Meter(self.model, self.args.device, known_peak(self.args.device, config.peak_tflops))
+        # not in a notebook, where Trainer shows a table of its own
+        if self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(LinesCallback())
+        elif self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LinesAboveBar())
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _bound_collator(self, collator, dataset, is_training: bool):
+        return super()._bound_collator(collator if is_training else self.eval_data_collator, dataset, is_training)
+
+    # -- time: that of training steps only -----------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        self.meter.reset()
+        output = super().train(*args, **kwargs)
+        seen = self._progress.seen(self.state.global_step)
+        if "packing_factor" in seen:
+            logger.info(
+                "seen by step %d: %s sequences, %s real tokens; realised packing factor %.3f",
+                self.state.global_step,
+                *(f"{seen[name]:,}" for name in ("sequences_seen", "tokens_seen")),
+                seen["packing_factor"],
+            )
+        return output
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+        self.meter.run()
+        return super().get_batch_samples(self.meter.waiting(epoch_iterator), num_batches, device)
+
+    def _step_counted(self, packs: Tensor, denominators: Tensor) -> None:
+        super()._step_counted(packs, denominators)
+        self.meter.add_step(packs, denominators[0])
+
+    def evaluate(self, *args, **kwargs):
+        with self.meter.stopped():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with self.meter.stopped():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = self.meter.read(self.args.world_size, self.accelerator.gather) | logs
+        super().log(logs, start_time)
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise ValueError(self._diverged(f"the {name.replace('_', ' ')} is {logs[name]}"))
+
+    # -- a run that diverged: all ranks find it out together, for none may wait for another -----------------------
+
+    def _refuse_diverged(self) -> None:
+        """Before anything is saved, lest it push a good checkpoint out."""
+        parameters = self.model_wrapped.parameters()
+        parameters = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in parameters)
+        values = [*parameters, *([self._tr_loss] if hasattr(self, "_tr_loss") else [])]
+        bad = sum((~torch.isfinite(value)).sum().to(self.args.device) for value in values)
+        if self.accelerator.reduce(bad, "sum").item():
+            raise ValueError(self._diverged("the loss or parameters of the model are not finite"))
+
+    def _diverged(self, what: str) -> str:
+        output_dir = self.args.output_dir
+        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        cure = "lower learning_rate, or set more warmup_steps or a lower max_grad_norm"
+        if self.args.fp16:
+            cure += ", or train with bf16 instead of fp16"
+        there = "no checkpoint was saved" if last is None else f"the last checkpoint is {last}, complete and finite"
+        return (
+            f"training diverged: {what} at step {self.state.global_step}, which is not saved, and {there}; {cure}, "
+            "and begin anew in another output_dir"
+        )
+
+    # -- what is saved beside the model --------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._refuse_diverged()
+        if self.is_world_process_zero():
+            write_record(output_dir or self.args.output_dir, self.record)
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+        """README.md in output_dir; Trainer calls this before it pushes to the hub."""
+        if not self.is_world_process_zero():
+            return
+        card = model_card(
+            name=self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
+            config=self.config,
+            bert=self.model.config,
+            data=counted_info(getattr(self.train_dataset, "packed", self.train_dataset)),
+            objective=self.objective,
+            steps=self.state.global_step,
+            seen=self._progress.seen(self.state.global_step),
+            log_history=self.state.log_history,
+            versions=versions(),
+            mask_token=self.processing_class.mask_token,
+            is_stock=self.is_stock,
+            best_step=self._best_step(),
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
+
+    def _best_step(self) -> int | None:
+        is_best = self.args.load_best_model_at_end and not self.is_in_train
+        return self.state.best_global_step if is_best and self.state.best_model_checkpoint is not None else None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
