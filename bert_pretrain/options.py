@@ -11,7 +11,6 @@ last one wins. (HfArgumentParser.parse_yaml_file takes no flags beside the file,
 """
 
 import ast
-import difflib
 import importlib.util
 import json
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentTypeError
@@ -19,7 +18,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from packing.files.errors import suggestion
+
 FORMATS = (".yaml", ".yml", ".json")
+SEE_HELP = "; --help lists the options"
 
 
 def split_config_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -90,18 +92,17 @@ def refuse_unknown(known: Iterable[str], config_file: str | None, keys: Iterable
     known = set(known)
     for key in keys:
         if key not in known:
-            raise ValueError(f"config file {config_file!r} has an unknown key {key!r}{_suggestion(key, known)}")
+            raise ValueError(
+                f"config file {config_file!r} has an unknown key {key!r}{suggestion(key, known, SEE_HELP)}"
+            )
     for flag in flags:
         if not flag.startswith("--") or flag == "--help":
             continue
         name = flag[2:].partition("=")[0].replace("-", "_")
         if name not in known and name.removeprefix("no_") not in known:
-            raise ValueError(f"unknown option --{name}{_suggestion(name, known, '--')}")
-
-
-def _suggestion(name: str, known: Iterable[str], dashes: str = "") -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {dashes}{near[0]}?" if near else "; --help lists the options"
+            raise ValueError(
+                f"unknown option --{name}{suggestion(f'--{name}', [f'--{option}' for option in known], SEE_HELP)}"
+            )
 
 
 def names_in_source(module: str, class_name: str) -> set[str] | None:

@@ -4,8 +4,9 @@ prepraed/tokenizer   prepared/tokenizer is there         -> did you mean 'prepar
 someone/bert         no such folder, but a hub's name    -> the hub is asked once; transformers would try for a minute
 """
 
-import difflib
 from pathlib import Path
+
+from packing.files.errors import path_suggestion
 
 CACHED = ("config.json", "tokenizer_config.json", "tokenizer.json")
 """A repository that was downloaded has one of them."""
@@ -24,28 +25,8 @@ def find_pretrained(option: str, name: str) -> str:
     if path.exists():
         raise ValueError(f"{option}={name!r} is a file; give the folder that it is in")
     if not _may_be_on_the_hub(name):
-        raise ValueError(f"{option}={name!r} does not exist{did_you_mean(name)}")
+        raise ValueError(f"{option}={name!r} does not exist{path_suggestion(name, only_folders=True)}")
     return _on_the_hub(option, name)
-
-
-def did_you_mean(name: str) -> str:
-    """ "; did you mean 'prepared/tokenizer'?", or "" if there is nothing near: for the end of a message."""
-    near = near_folder(name)
-    return "" if near is None else f"; did you mean {str(near)!r}?"
-
-
-def near_folder(name: str) -> Path | None:
-    """A folder that is there and whose name differs by a few letters, in the first part that is not there."""
-    path = Path(name).expanduser()
-    missing = next((part for part in reversed([path, *path.parents]) if not part.exists()), None)
-    if missing is None:
-        return None
-    siblings = {folder.name: folder for folder in missing.parent.iterdir() if folder.is_dir()}
-    for close in difflib.get_close_matches(missing.name, siblings, n=3):
-        found = siblings[close] / path.relative_to(missing)
-        if found.is_dir():
-            return found
-    return None
 
 
 def _may_be_on_the_hub(name: str) -> bool:
@@ -78,7 +59,7 @@ def _on_the_hub(option: str, name: str) -> str:
     except RepositoryNotFoundError:
         raise ValueError(
             f"{option}={name!r}: there is no such folder, and no such model on the hub (a private one needs a token: "
-            f"hf auth login){did_you_mean(name)}"
+            f"hf auth login){path_suggestion(name, only_folders=True)}"
         ) from None
     except HfHubHTTPError:
         return name  # the hub is there, and busy perhaps: transformers knows when to ask again
@@ -88,5 +69,6 @@ def _on_the_hub(option: str, name: str) -> str:
                 return str(Path(cached).parent)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{option}={name!r}: there is no such folder, and the hub cannot be reached ({reason}){did_you_mean(name)}"
+            f"{option}={name!r}: there is no such folder, and the hub cannot be reached ({reason})"
+            f"{path_suggestion(name, only_folders=True)}"
         ) from None

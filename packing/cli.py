@@ -304,7 +304,8 @@ def load_sequences(arguments: argparse.Namespace, cache: Path | None = None) -> 
     """{split: Dataset with input_ids}; a Dataset without splits is {"": Dataset}.
 
     cache: where converted files and tokens are kept; None: in that of the datasets library."""
-    from packing.source.open import load_splits, suggestion
+    from packing.files.errors import suggestion
+    from packing.source.open import load_splits
     from packing.store.engines import checked_num_proc
 
     num_proc = checked_num_proc(arguments.num_proc)

@@ -215,7 +215,7 @@ def test_a_checkpoint_keeps_its_shape_and_takes_the_dropout_that_is_given(folder
         ({"fsdp": True}, "Using fsdp only works in distributed training"),
         (
             {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"pwer": 2.0}'},
-            "'pwer', which lr_scheduler_type='polynomial' does not know; did you mean power?; its options are [",
+            "'pwer', which lr_scheduler_type='polynomial' does not know; did you mean 'power'?; its options are [",
         ),
         ({"lr_scheduler_kwargs": '{"zzz": 2.0}'}, "lr_scheduler_type='linear' does not know; it has no options"),
         (

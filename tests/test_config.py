@@ -79,8 +79,8 @@ def test_booleans_alone_mean_yes():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1", "has an unknown key 'learning_rat'; did you mean learning_rate?"),
-        ("maxsequencesperstep: 1", "has an unknown key 'maxsequencesperstep'; did you mean sequences_per_step?"),
+        ("learning_rat: 1", "has an unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("maxsequencesperstep: 1", "has an unknown key 'maxsequencesperstep'; did you mean 'sequences_per_step'?"),
         ("zzz: 1", "has an unknown key 'zzz'; --help lists the options"),
         ("seed: 1\nseed: 2", "'seed' is given twice"),
         ("seed:", "seed has no value; give one, or leave the key out"),
@@ -162,7 +162,7 @@ def test_prepare_takes_a_config_file(tmp_path, capsys):
     capsys.readouterr()
     file = written(tmp_path, "typo.yaml", "max_sequnce_length: 3")
     assert bert_pretrain(["prepare", file]) == 2
-    assert "did you mean max_sequence_length?" in capsys.readouterr().err
+    assert "did you mean 'max_sequence_length'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["prepare", "train"])

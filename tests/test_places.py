@@ -8,8 +8,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from tiny_runs import make_folders, train
 from transformers import AutoTokenizer
 
-from bert_pretrain.places import find_pretrained, near_folder
+from bert_pretrain.places import find_pretrained
 from bert_pretrain.prepare.tokenizer import load_tokenizer
+from packing.files.errors import near_path
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def hub(monkeypatch):
     ],
 )
 def test_a_near_folder_is_found(here, mistyped, meant):
-    near = near_folder(mistyped)
+    near = near_path(mistyped, only_folders=True)
     assert (near if near is None else str(near)) == meant
 
 

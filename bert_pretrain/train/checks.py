@@ -2,7 +2,6 @@
 
 import inspect
 import os
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,11 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from bert_pretrain.loss import PretrainingSums, pretraining_metrics
-from bert_pretrain.places import did_you_mean
 from bert_pretrain.prepare.tokenizer import vocabulary_fingerprint
 from collate.losses import MLM_LOSSES
 from collate.vocabulary import token_ids, vocabulary_size
 from packing import PackedInfo, load_packed, packed_info
+from packing.files.errors import path_suggestion, suggestion
 from packing.files.saved import load_saved
 
 SAMPLED_PACKS = 2000
@@ -30,7 +29,7 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
         loaded = _open(folder)
     except FileNotFoundError as error:
         problem = "is no folder of save_to_disk" if os.path.exists(folder) else "does not exist"
-        cure = f"give the folder that pack-dataset wrote{did_you_mean(folder)}"
+        cure = f"give the folder that pack-dataset wrote{path_suggestion(folder, only_folders=True)}"
         raise ValueError(f"dataset={folder!r} {problem}; {cure}") from error
     except IndexError as error:  # datasets cannot read what it wrote without rows
         raise ValueError(f"dataset={folder!r} has a split without packs; pack a source with sequences") from error
@@ -184,11 +183,9 @@ def _check_schedule(training: TrainingArguments) -> None:
     options = f"its options are {list(known)}" if known else "it has no options"
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(
-                f"lr_scheduler_kwargs has {name!r}, which lr_scheduler_type={kind.value!r} does not know{meant}; "
-                f"{options}"
+                f"lr_scheduler_kwargs has {name!r}, which lr_scheduler_type={kind.value!r} does not know"
+                f"{suggestion(name, known)}; {options}"
             )
     for name, default in known.items():
         if default is inspect.Parameter.empty and name not in given:

@@ -15,7 +15,6 @@ Files of one dataset have the same columns of the same types; which file differs
 
 from __future__ import annotations
 
-import difflib
 import glob
 import re
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from packing.files.cache import kept_rows
+from packing.files.errors import path_suggestion
 from packing.files.paths import URL, is_url, place
 from packing.source.json_rows import first_columns, write_rows
 
@@ -162,7 +162,7 @@ def find_files(source: str) -> dict[str, list[Path]] | None:
     else:
         raise FileNotFoundError(
             f"there is no SOURCE {source!r}; give a folder that save_to_disk wrote, a file {ENDINGS}, a folder or a "
-            "quoted glob of such files, or OWNER/NAME of a dataset on the hub"
+            f"quoted glob of such files, or OWNER/NAME of a dataset on the hub{path_suggestion(source)}"
         )
     files = [file for file in files if _kind(file) and file.name not in ABOUT] if len(files) > 1 else files
     kinds = {_kind(file): file for file in files}
@@ -302,6 +302,7 @@ def _load_from_hub(source: str) -> dict[str, datasets.Dataset]:
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise ValueError(
             f"there is no file or folder {source!r}, and the hub gave no dataset of that name: {error}"
+            f"{path_suggestion(source)}"
         ) from None
 
 
@@ -309,12 +310,6 @@ def _splits_of(loaded) -> dict[str, datasets.Dataset]:
     import datasets
 
     return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
-
-
-def suggestion(name: str, names: list[str]) -> str:
-    """'; did you mean …?' or nothing."""
-    close = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 # Columns, before anything is converted: file -> (its schema, None if it has no rows; whether it can be mapped)

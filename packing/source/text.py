@@ -18,8 +18,8 @@ import pyarrow as pa
 import xxhash
 
 from packing.files.cache import kept_rows
+from packing.files.errors import path_suggestion, suggestion
 from packing.source.fingerprint import column_prints, combined_print
-from packing.source.open import suggestion
 from packing.source.rows import chosen_rows, refuse_broken
 from packing.source.sequences import OverlongError
 from packing.source.text_tokenizer import describe, text_tokenizer
@@ -39,11 +39,16 @@ def load_tokenizer(name: str):
             f"tokenizing needs transformers ({error}): pip install 'dataset-packing[train]'"
         ) from None
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"there is no folder {name!r} with a tokenizer; give one that save_pretrained wrote")
+        raise FileNotFoundError(
+            f"there is no folder {name!r} with a tokenizer; give one that save_pretrained wrote"
+            f"{path_suggestion(name, only_folders=True)}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"no tokenizer in {name!r}: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"no tokenizer in {name!r}: {' '.join(str(error).split())}{path_suggestion(name, only_folders=True)}"
+        ) from None
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer {name!r} ({type(tokenizer).__name__}) has no fast version; tokenize in Python with "
