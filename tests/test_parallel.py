@@ -29,7 +29,7 @@ def small_tasks():
     """So that a small corpus makes many of them."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("text", "sources"):
-            patch.setattr(f"bert_pretrain.{module}.BLOCK_BYTES", 4000)
+            patch.setattr(f"bert_pretrain.prepare.{module}.BLOCK_BYTES", 4000)
         patch.setattr("bert_pretrain.prepare.build.TOKENS_PER_TASK", 2000)
         yield
 
