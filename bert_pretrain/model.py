@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 from transformers.utils import ModelOutput
 
-from bert_pretrain.attention import initialize_head, use_attention
-from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention import AttentionHead, use_attention
+from bert_pretrain.attention.head import initialize_head
 from bert_pretrain.loss import pretraining_metrics, pretraining_sums
 from collate.labels import IGNORED
 from collate.layout import PackLayout

@@ -3,6 +3,7 @@
 import gc
 import re
 import weakref
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from attention_contract import check_contract
 from test_equivalence import make_config
 from transformers import BertForMaskedLM, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
-from bert_pretrain.attention import ATTENTION, AttentionHead, load_attention, use_attention
+from bert_pretrain.attention import ATTENTION, AttentionHead, heads, load_attention, use_attention
 from collate import PackLayout
 
 TINY = {"vocab_size": 60, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "bos_token_id": 1}
@@ -83,7 +84,7 @@ def test_ids_written_anew_make_a_layout_anew(write, context):
 
 def test_the_layers_of_a_model_share_one_layout(monkeypatch):
     made = []
-    monkeypatch.setattr("bert_pretrain.attention.PackLayout", lambda ids: made.append(PackLayout(ids)) or made[-1])
+    monkeypatch.setattr("bert_pretrain.attention.use.PackLayout", lambda ids: made.append(PackLayout(ids)) or made[-1])
     model = use_attention(BertModel(make_config()).eval(), "sdpa")
     ids = torch.tensor([[1] * 8 + [2] * 4])
     for context in (torch.no_grad, torch.inference_mode):
@@ -147,3 +148,42 @@ def test_a_folder_without_the_weights_of_the_heads_is_refused(tmp_path):
     said = r"not hold the weights of \['linformer', 'sdpa'\] in BertModel: it lacks \['encoder\.layer\.0\..*has besides"
     with pytest.raises(ValueError, match=said + r" \['encoder\.layer\.1\..*saved from BertModel"):
         load_attention(BertModel.from_pretrained(tmp_path / "one"), tmp_path / "other")
+
+
+def mean_by_sequence(value_THK, layout):
+    sums = value_THK.new_zeros(layout.num_sequences, *value_THK.shape[1:])
+    sums = sums.index_add(0, layout.sequence_of_token, value_THK)
+    return (sums / layout.lengths[:, None, None])[layout.sequence_of_token]
+
+
+class WithoutDropout(AttentionHead):
+    """The shortest head of one's own: no dropout, and so no parameter for it."""
+
+    def attend(self, query_THK, key_THK, value_THK, layout):
+        return mean_by_sequence(value_THK, layout)
+
+
+class WithDropout(AttentionHead):
+    supports_dropout = True
+
+    def attend(self, query_THK, key_THK, value_THK, layout, dropout=0.0):
+        return mean_by_sequence(value_THK, layout) * (1 - dropout)
+
+
+def test_a_head_of_ones_own_takes_dropout_only_if_it_supports_it():
+    layout = PackLayout(torch.tensor([[1, 1, 2, 0]]))
+    value_THK = torch.tensor([2.0, 4.0, 8.0]).view(3, 1, 1)
+    own = [head(num_heads=1, head_width=1, max_sequence_length=4) for head in (WithoutDropout, WithDropout)]
+    for head in own:
+        assert head(value_THK, value_THK, value_THK, layout).flatten().tolist() == [3, 3, 8]
+    with pytest.raises(ValueError, match=r"WithoutDropout cannot drop attention weights, but dropout=0\.5"):
+        own[0](value_THK, value_THK, value_THK, layout, dropout=0.5)
+    assert own[1](value_THK, value_THK, value_THK, layout, dropout=0.5).flatten().tolist() == [1.5, 1.5, 4]
+
+
+def test_the_folder_of_heads_is_the_catalogue():
+    folder = Path(heads.__file__).parent
+    assert sorted(path.stem for path in folder.glob("[a-z]*.py")) == sorted(ATTENTION)
+    for name, head in ATTENTION.items():  # one signature, in the base class and in all heads
+        assert head.__module__ == f"bert_pretrain.attention.heads.{name}"
+        assert list(signature(head.attend).parameters) == list(signature(AttentionHead.attend).parameters)

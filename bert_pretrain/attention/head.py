@@ -66,13 +66,21 @@ class AttentionHead(nn.Module):
             # no token, but a part of the graph: a rank without packs still has a gradient, of 0, for every parameter
             nothing = sum(parameter.sum() * 0 for parameter in self.parameters())
             return (query_THK + key_THK + value_THK + nothing).to(value_THK.dtype)
-        settings = {"dropout": dropout} if self.supports_dropout else {}
         inputs = as_one_type(query_THK, key_THK, value_THK)
-        return self.attend(*inputs, layout, **settings).to(value_THK.dtype)
+        return self.attend(*inputs, layout, **self.dropout_settings(dropout)).to(value_THK.dtype)
 
-    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
-        """The mechanism, for a batch with at least one sequence."""
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
+        """The mechanism, for a batch with at least one sequence.
+
+        dropout: 0 unless the head supports it. A head of your own that does not may leave the parameter out.
+        """
         raise NotImplementedError
+
+    def dropout_settings(self, dropout: float) -> dict[str, float]:
+        """The keyword that `attend` gets, only where the head supports dropout."""
+        return {"dropout": dropout} if self.supports_dropout else {}
 
     def register_at_least_float32(self, name: str, shape: tuple[int, ...]) -> None:
         """Give the head a buffer, empty and saved with it, that keeps its precision: see `_apply`."""
@@ -103,6 +111,17 @@ class AttentionHead(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
+
+
+def initialize_head(head: nn.Module) -> None:
+    """Reset those weights of a head that were not in a checkpoint; transformers has marked the others."""
+    own = [*head.parameters(), *head.buffers()]
+    loaded = [(x, x.detach().clone()) for x in own if getattr(x, "_is_hf_initialized", False)]
+    if len(loaded) < len(own) and hasattr(head, "reset_parameters"):
+        head.reset_parameters()
+        with torch.no_grad():
+            for tensor, value in loaded:
+                tensor.copy_(value)
 
 
 def as_one_type(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,7 +64,9 @@ class AxialAttention(AttentionHead):
         super().__init__(*args, **kwargs)
         self.columns = self.options.columns or default_stride(self.max_sequence_length)
 
-    def attend(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         tables = fold(layout, self.columns)
         masks = layout.derived(("axial", self.columns), lambda: list(map(column_mask, tables.valid)))
         contexts = []

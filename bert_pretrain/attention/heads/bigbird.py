@@ -88,7 +88,9 @@ class BigBirdAttention(PatternAttention):
         keys_per_query = (2 * self.options.window + 1 + self.options.random_blocks) * self.options.block
         return 2 * keys_per_query  # about where the two cost the same
 
-    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+    def attend_chunks(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         options = self.options
         view = windows(layout, options.block, options.window)
         tokens = global_tokens(layout, options.global_tokens, options.last_global_tokens)

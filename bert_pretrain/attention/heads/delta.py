@@ -78,7 +78,9 @@ class DeltaAttention(AttentionHead):
         nn.init.normal_(self.strength_weight_HK, std=self.head_width**-0.5)
         nn.init.zeros_(self.strength_bias_H)
 
-    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         with without_autocast(query_THK):
             query, key, value = (at_least_float32(x) for x in (query_THK, key_THK, value_THK))
             weight_HK, bias_H = (x.to(key.dtype) for x in (self.strength_weight_HK, self.strength_bias_H))

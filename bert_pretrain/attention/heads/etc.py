@@ -63,7 +63,9 @@ class EtcAttention(PatternAttention):
     def longest_whole(self) -> int:
         return keys_per_query(self.options.window) * 3 // 2  # about where the two cost the same
 
-    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+    def attend_chunks(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)
         mask = layout.derived((*self.cache_key(), "mask"), lambda: self.chunk_mask(view, layout))
         key, value = (torch.cat([view.keys(x), self.means(x, view, layout)], 2) for x in (key_THK, value_THK))

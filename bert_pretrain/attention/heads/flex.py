@@ -28,7 +28,9 @@ class FlexAttention(PatternAttention):
     def sees(self, device: torch.device) -> Sees:
         return lambda head, query, key, length: (query >= 0) & (key >= 0)
 
-    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         inputs = (query_THK, key_THK, value_THK)
         if not query_THK.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             raise ValueError("flex has no gradient on CPUs; use attention 'sdpa' there, or torch.no_grad()")

@@ -50,7 +50,14 @@ class InducingAttention(WholeSequenceHead):
         """Of variance 1: summaries that differ from each other, while none is of a single token."""
         nn.init.normal_(self.points_HMK)
 
-    def mix(self, query_SHWK, key_SHWK, value_SHWK, is_real_S11W, dropout: float = 0.0) -> Tensor:
+    def mix(
+        self,
+        query_SHWK: Tensor,
+        key_SHWK: Tensor,
+        value_SHWK: Tensor,
+        is_real_S11W: Tensor | None,
+        dropout: float = 0.0,
+    ) -> Tensor:
         key_wide_SHWK, value_wide_SHWK = map(at_least_float32, (key_SHWK, value_SHWK))
         with without_autocast(query_SHWK):
             points_HMK = self.points_HMK.to(key_wide_SHWK.dtype) / self.head_width**0.5

@@ -21,7 +21,14 @@ class LinearAttention(WholeSequenceHead):
 
     precise = True
 
-    def mix(self, query_SHWK, key_SHWK, value_SHWK, is_real_S11W) -> Tensor:
+    def mix(
+        self,
+        query_SHWK: Tensor,
+        key_SHWK: Tensor,
+        value_SHWK: Tensor,
+        is_real_S11W: Tensor | None,
+        dropout: float = 0.0,
+    ) -> Tensor:
         return kernel_attention(elu_plus_one(query_SHWK), elu_plus_one(key_SHWK), value_SHWK, is_real_S11W)
 
 

@@ -93,7 +93,14 @@ class LinformerAttention(WholeSequenceHead):
                 )
         return super().attend(query_THK, key_THK, value_THK, layout, dropout)
 
-    def mix(self, query_SHWK, key_SHWK, value_SHWK, is_real_S11W, dropout: float = 0.0) -> Tensor:
+    def mix(
+        self,
+        query_SHWK: Tensor,
+        key_SHWK: Tensor,
+        value_SHWK: Tensor,
+        is_real_S11W: Tensor | None,
+        dropout: float = 0.0,
+    ) -> Tensor:
         rows_SHRK = [
             project(x_SHWK, is_real_S11W, projection_LR)
             for x_SHWK, projection_LR in ((key_SHWK, self.key_projection_LR), (value_SHWK, self.value_projection_LR))

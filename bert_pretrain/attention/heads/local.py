@@ -44,7 +44,9 @@ class LocalAttention(PatternAttention):
     def longest_whole(self) -> int:
         return keys_per_query(self.options.window) * 3 // 2  # about where the two cost the same
 
-    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+    def attend_chunks(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)
         mask = layout.derived((*self.cache_key(), "mask"), lambda: window_mask(view, self.options.window))
         context = attend(view.queries(query_THK), view.keys(key_THK), view.keys(value_THK), mask, dropout)

@@ -59,7 +59,9 @@ class LongformerAttention(PatternAttention):
     def longest_whole(self) -> int:
         return keys_per_query(self.options.window) * 5 // 2  # about where the two cost the same
 
-    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+    def attend_chunks(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)
         tokens = global_tokens(layout, self.options.global_tokens)
         mask = layout.derived((*self.cache_key(), "mask"), lambda: self.chunk_mask(view, tokens))

@@ -101,7 +101,9 @@ class LSHAttention(AttentionHead):
         drawn = torch.randn(self.rotations.shape, generator=generator, dtype=torch.float32, device="cpu")
         self.rotations.copy_(drawn)
 
-    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         self.refuse_longer(layout)
         query_THK = InsteadOf.apply(query_THK, key_THK)
         chunks = layout.chunks(self.options.bucket_size)

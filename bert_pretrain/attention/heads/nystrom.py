@@ -47,7 +47,14 @@ class NystromAttention(WholeSequenceHead):
     Options = NystromOptions
     precise = True
 
-    def mix(self, query_SHWK, key_SHWK, value_SHWK, is_real_S11W) -> Tensor:
+    def mix(
+        self,
+        query_SHWK: Tensor,
+        key_SHWK: Tensor,
+        value_SHWK: Tensor,
+        is_real_S11W: Tensor | None,
+        dropout: float = 0.0,
+    ) -> Tensor:
         width = query_SHWK.shape[2]
         # by the width, which is the sequence's own as well as its length is
         if width <= -(-self.options.landmarks // WIDTH_STEP) * WIDTH_STEP:

@@ -70,7 +70,14 @@ class PerformerAttention(WholeSequenceHead):
         seed = self.options.seed * 1_000_003 + self.layer_index
         self.projection_FK.copy_(orthogonal_features(*self.projection_FK.shape, seed))
 
-    def mix(self, query_SHWK, key_SHWK, value_SHWK, is_real_S11W) -> Tensor:
+    def mix(
+        self,
+        query_SHWK: Tensor,
+        key_SHWK: Tensor,
+        value_SHWK: Tensor,
+        is_real_S11W: Tensor | None,
+        dropout: float = 0.0,
+    ) -> Tensor:
         query_SHWF, key_SHWF = self.features(query_SHWK, over=(3,)), self.features(key_SHWK, over=(2, 3))
         return kernel_attention(query_SHWF, key_SHWF, value_SHWK, is_real_S11W)
 

@@ -86,7 +86,9 @@ class RoutingAttention(AttentionHead):
         """c(n)"""
         return max(1, min(self.options.num_clusters or round(math.sqrt(length)), length))
 
-    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         self.refuse_longer(layout)
         if self._micro_batches >= PATIENCE:
             raise RuntimeError(

@@ -92,7 +92,9 @@ class SinkhornAttention(AttentionHead):
             uniform = torch.rand(self.noise.shape, generator=generator, dtype=torch.float32, device="cpu")
             self.noise.copy_(-(-(uniform + EPSILON).log() + EPSILON).log() * self.options.noise)
 
-    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         chunks = layout.chunks(self.options.block_size)
         query, key, value = (chunks.gather(x).transpose(1, 2) for x in (query_THK, key_THK, value_THK))
         # (NC, H, C, K); what padding slots show must not be counted in sums, nor mixed into other blocks

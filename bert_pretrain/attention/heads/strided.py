@@ -60,7 +60,9 @@ class StridePattern(PatternAttention):
     def longest_whole(self) -> int:
         return self.stride * (2 if self.split else 8)  # about where the two cost the same
 
-    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+    def attend_chunks(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         inputs = (query_THK, key_THK, value_THK)
         if not self.split:
             return join_parts(self.near(*inputs, layout, dropout, attend_part), self.far(*inputs, layout, dropout))

@@ -20,7 +20,9 @@ class VarlenAttention(AttentionHead):
 
     is_full = True
 
-    def attend(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         if not query_THK.is_cuda or query_THK.dtype not in (float16, bfloat16):
             raise ValueError(
                 f"varlen runs on CUDA in bfloat16 or float16, not on {query_THK.device.type} in {query_THK.dtype}; "

@@ -64,7 +64,9 @@ class PatternAttention(AttentionHead):
         """The pattern. A closure over numbers and tensors, not over self: flex compiles it once for all layers."""
         raise NotImplementedError
 
-    def attend_chunks(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float) -> Tensor:
+    def attend_chunks(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         """The pattern by batched products over chunks of own tokens."""
         raise NotImplementedError
 
@@ -76,7 +78,9 @@ class PatternAttention(AttentionHead):
         """Keys and values (N, G, H, K) that are no tokens, and which of them exist (N, G); `sees` has them at -1."""
         return None
 
-    def attend(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+    def attend(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         inputs, execution = (query_THK, key_THK, value_THK), self.options.execution
         if execution == "flex" and dropout:
             raise ValueError(f"flex cannot drop attention weights, but dropout={dropout}; set execution='chunks'")
@@ -94,7 +98,9 @@ class PatternAttention(AttentionHead):
             parts.append(self.attend_chunks(*long, split.long, dropout))
         return split.scatter(parts)
 
-    def attend_whole(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float) -> Tensor:
+    def attend_whole(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+    ) -> Tensor:
         """The pattern by masks of (n, n), sequences of like length side by side."""
         groups = layout.length_groups
         extra = self.extra_keys(key_THK, value_THK, layout)

@@ -31,8 +31,7 @@ class WholeSequenceHead(AttentionHead):
         tokens = (query_THK, key_THK, value_THK)
         if self.precise:
             tokens = tuple(at_least_float32(x) for x in tokens)
-        settings = {"dropout": dropout} if self.supports_dropout else {}
-        groups = layout.length_groups
+        settings, groups = self.dropout_settings(dropout), layout.length_groups
         contexts = []
         with without_autocast(query_THK) if self.precise else nullcontext():
             for query, key, value, is_real in zip(*map(groups.gather, tokens), groups.key_masks, strict=True):
@@ -42,9 +41,14 @@ class WholeSequenceHead(AttentionHead):
         return groups.scatter(contexts).to(query_THK.dtype)
 
     def mix(
-        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, is_real_S11W: Tensor | None, **settings
+        self,
+        query_SHWK: Tensor,
+        key_SHWK: Tensor,
+        value_SHWK: Tensor,
+        is_real_S11W: Tensor | None,
+        dropout: float = 0.0,
     ) -> Tensor:
-        """The context (S, H, W, K) of one group.
+        """The context (S, H, W, K) of one group. dropout: as in `attend`.
 
         Padding slots, at a sequence's end, show its last token; is_real_S11W is False there, None without padding.
         Mask them out of every sum over W: their gradient is dropped.

@@ -1,0 +1,48 @@
+"""ATTENTION: the name of every attention head, one row a head; `ls heads/` shows the same names."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from bert_pretrain.attention.heads.axial import AxialAttention
+from bert_pretrain.attention.heads.bigbird import BigBirdAttention
+from bert_pretrain.attention.heads.delta import DeltaAttention
+from bert_pretrain.attention.heads.etc import EtcAttention
+from bert_pretrain.attention.heads.fixed import FixedAttention
+from bert_pretrain.attention.heads.flex import FlexAttention
+from bert_pretrain.attention.heads.inducing import InducingAttention
+from bert_pretrain.attention.heads.linear import LinearAttention
+from bert_pretrain.attention.heads.linformer import LinformerAttention
+from bert_pretrain.attention.heads.local import LocalAttention
+from bert_pretrain.attention.heads.longformer import LongformerAttention
+from bert_pretrain.attention.heads.lsh import LSHAttention
+from bert_pretrain.attention.heads.nystrom import NystromAttention
+from bert_pretrain.attention.heads.performer import PerformerAttention
+from bert_pretrain.attention.heads.routing import RoutingAttention
+from bert_pretrain.attention.heads.sdpa import SdpaAttention
+from bert_pretrain.attention.heads.sinkhorn import SinkhornAttention
+from bert_pretrain.attention.heads.strided import StridedAttention
+from bert_pretrain.attention.heads.varlen import VarlenAttention
+
+ATTENTION: dict[str, Callable[..., nn.Module]] = {
+    "sdpa": SdpaAttention,
+    "varlen": VarlenAttention,
+    "flex": FlexAttention,
+    "local": LocalAttention,
+    "strided": StridedAttention,
+    "fixed": FixedAttention,
+    "axial": AxialAttention,
+    "longformer": LongformerAttention,
+    "etc": EtcAttention,
+    "bigbird": BigBirdAttention,
+    "lsh": LSHAttention,
+    "routing": RoutingAttention,
+    "sinkhorn": SinkhornAttention,
+    "inducing": InducingAttention,
+    "linformer": LinformerAttention,
+    "nystrom": NystromAttention,
+    "linear": LinearAttention,
+    "performer": PerformerAttention,
+    "delta": DeltaAttention,
+}
+"""Name -> head. Whatever builds a module from the same arguments can stand in a row, or be used without one."""

@@ -1,0 +1,238 @@
+"""Attention heads in transformers encoders: given to a model, loaded again, and called by its layers."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from bert_pretrain.attention.head import AttentionHead
+from bert_pretrain.attention.table import ATTENTION
+from collate.isolation.hook import isolate_sequences
+from collate.layout import PackLayout
+from collate.views import in_ordinary_mode
+
+IMPLEMENTATION = "packed_attention"
+HEAD = "attention_head"
+"""The name of a head in the layer that owns it."""
+
+
+def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, **options) -> PreTrainedModel:
+    """Give every layer of an encoder an attention head, and return the model.
+
+        use_attention(model, "local", window=64)
+        use_attention(model, ["local"] * 10 + ["sdpa"] * 2, window=64)      one per layer
+
+    attention: a name in ATTENTION, a callable that builds a head, or a list of these, one per layer.
+    options: each goes to the heads that have it; a callable of your own gets all. Names and options are kept in the
+        config, so a reload finds them (`load_attention` for stock models); a callable cannot be kept, so the config
+        names it and a reload refuses, rather than to fall back on something else.
+
+    After this, call the model with `sequence_ids=` (B, L); each layer then attends within sequences only.
+    Raises ValueError for an unknown name or option, a list of another length than the layers, attention dropout that a
+    head cannot honour, or a model that cannot be given other attention, such as a causal one; the model is then as it
+    was.
+    """
+    layers = attention_layers(model)
+    choices = [attention] * len(layers) if isinstance(attention, str) or callable(attention) else attention
+    if not isinstance(choices, Sequence):
+        raise ValueError(f"attention={attention!r} must be a name, a callable, or a list of these, one per layer")
+    if len(choices) != len(layers):
+        raise ValueError(
+            f"got {len(choices)} attention heads for {len(layers)} layers; give one per layer, or one name"
+        )
+    builders = [_builder(choice) for choice in choices]
+    _refuse_unknown_options(builders, options)
+    config = model.config
+    heads = []
+    for index, (layer, builder) in enumerate(zip(layers, builders, strict=True)):
+        head = builder(
+            num_heads=config.num_attention_heads,
+            head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            max_sequence_length=config.max_position_embeddings,
+            layer_index=index,
+            **{name: value for name, value in options.items() if _takes(builder, name)},
+        )
+        name, dropout = _attention_dropout(layer, config)
+        if dropout and not getattr(head, "supports_dropout", True):
+            raise ValueError(
+                f"{type(head).__name__} cannot drop attention weights, but {name}={dropout}; set it to 0 in the config "
+                f"that the model is made from, as by from_pretrained(…, {name}=0.0)"
+            )
+        heads.append(head.to(next(layer.parameters())))
+    for layer, head in zip(layers, heads, strict=True):
+        layer.attention_head = head
+    names = [choice if isinstance(choice, str) else f"{_name(choice)} (a callable)" for choice in choices]
+    config.packed_attention = names[0] if len(set(names)) == 1 else names
+    config.packed_attention_options = options
+    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+    model.set_attn_implementation(IMPLEMENTATION)
+    if "sequence_ids" not in inspect.signature(model.forward).parameters:
+        isolate_sequences(model)  # a stock model: its positions, and what else the ids imply
+    return model
+
+
+def load_attention(model: PreTrainedModel, checkpoint: str | Path) -> PreTrainedModel:
+    """Give a reloaded stock model the attention heads, and their weights, that it was saved with.
+
+        model = load_attention(BertForMaskedLM.from_pretrained("local-bert"), "local-bert")
+
+    A stock class knows nothing of attention heads: it leaves their weights where they are, and attends fully.
+    checkpoint: the folder that it was loaded from, with its config and safetensors. The class can be another one than
+        that saved, such as BertModel for BertForMaskedLM: their encoders are the same.
+
+    Raises ValueError for a folder that does not hold the weights of the model's heads.
+    """
+    attention = getattr(model.config, "packed_attention", None)
+    if attention is None:
+        raise ValueError(f"the config of {checkpoint} names no packed_attention; it was not saved with attention heads")
+    use_attention(model, attention, **model.config.packed_attention_options)
+    # as transformers does it: a checkpoint of the base model has no prefix before its names, one with a task's head has
+    prefix = f"{model.base_model_prefix}."
+    own = {name.removeprefix(prefix): name for name in model.state_dict() if HEAD in name.split(".")}
+    weights = {}
+    for file in sorted(Path(checkpoint).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            stored = [name for name in tensors.keys() if HEAD in name.split(".")]  # noqa: SIM118
+            weights |= {name.removeprefix(prefix): tensors.get_tensor(name) for name in stored}
+    if weights.keys() != own.keys():
+        lacking, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        raise ValueError(
+            f"{checkpoint} does not hold the weights of {attention} in {type(model).__name__}: it lacks "
+            f"{lacking or 'none'} and has besides {unknown or 'none'}; load a folder with safetensors, saved from "
+            f"{' or '.join(model.config.architectures or ['this model'])}, into a model of the same kind"
+        )
+    model.load_state_dict({own[name]: tensor for name, tensor in weights.items()}, strict=False)
+    return model
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules of an encoder that call transformers' attention interface, layer by layer.
+
+    Raises ValueError for a model without any, for causal layers, and for layers with a window of their own.
+    """
+    layers = [module for module in model.modules() if _calls_interface(type(module))]
+    config = getattr(model, "config", None)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layer that calls transformers' attention interface, so it cannot be given "
+            "another attention"
+        )
+    decoder = any(getattr(config, name, False) for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention"))
+    if decoder or any(getattr(layer, "is_causal", False) for layer in layers):
+        raise ValueError(
+            f"{type(model).__name__} is causal or a decoder, but attention heads see both directions; "
+            "take an encoder, with is_decoder=False and add_cross_attention=False"
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"{type(model).__name__} has layers with a window of their own, which an attention head would not know of; "
+            "use isolate_sequences(model) to pack sequences under its own attention"
+        )
+    return layers
+
+
+@cache
+def _calls_interface(module: type[nn.Module]) -> bool:
+    if not module.__module__.startswith("transformers."):
+        return False
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module.forward)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: PackLayout | None = None,
+    sequence_ids: Tensor | None = None,
+    **_,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: hand a layer's queries, keys and values to its attention head.
+
+    Two callers. Our model runs on real tokens only: query (1, H, T, K) and their `layout`. A stock model runs on padded
+    rows: query (B, H, L, K) and `sequence_ids` (B, L). Returns the context in transformers' order, (1, T, H, K) or
+    (B, L, H, K).
+    """
+    if scaling is not None and not math.isclose(scaling, query.shape[-1] ** -0.5, rel_tol=1e-6):
+        raise ValueError(
+            f"{type(module).__name__} scales its scores by {scaling}; attention heads scale by 1/sqrt(K), "
+            f"{query.shape[-1] ** -0.5} here"
+        )
+    if key.shape[1] != query.shape[1]:  # grouped queries: several heads share a key
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if layout is not None:
+        heads = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        return module.attention_head(*heads, layout, dropout=dropout)[None], None
+    if sequence_ids is None:
+        raise ValueError(
+            "packed_attention needs to know which tokens belong together: call the model with sequence_ids=, "
+            "1, 2, 3… within each row and 0 on padding"
+        )
+    layout = _layout_of(sequence_ids)
+    heads = (layout.unpad(x.transpose(1, 2)) for x in (query, key, value))
+    return layout.pad(module.attention_head(*heads, layout, dropout=dropout)), None
+
+
+def _layout_of(sequence_ids: Tensor) -> PackLayout:
+    """The layout of these ids, made by the first layer of a forward pass and kept with the tensor for the others.
+
+    Made anew when the ids have changed since. On a CPU they are compared, which sees a write through numpy, too.
+    Elsewhere the tensor's version tells, as a comparison would wait for the device. The layout holds a copy of the ids:
+    with the tensor itself it would be a cycle, and every batch's masks would wait for the garbage collector.
+    """
+    version = None if sequence_ids.is_inference() else sequence_ids._version
+    layout, made_from = getattr(sequence_ids, "packed_layout", (None, None))
+    if sequence_ids.device.type == "cpu":
+        is_current = layout is not None and torch.equal(layout.sequence_ids_BL, sequence_ids)
+    else:
+        is_current = layout is not None and version is not None and made_from == version
+    if not is_current:
+        layout = PackLayout(in_ordinary_mode(lambda: sequence_ids.clone()))
+        sequence_ids.packed_layout = layout, version
+    return layout
+
+
+def _attention_dropout(layer: nn.Module, config) -> tuple[str, float]:
+    """The config's name of attention dropout, and how much the layer applies: fixed when it was made."""
+    name = next((n for n in ("attention_probs_dropout_prob", "attention_dropout") if hasattr(config, n)), None)
+    configured = getattr(config, name) if name else 0.0
+    for own in ("attention_dropout", "dropout"):
+        module = getattr(layer, own, None)
+        if isinstance(module, nn.Dropout):
+            return name or own, max(module.p, configured)
+    return name or "attention_dropout", configured
+
+
+def _refuse_unknown_options(builders: Sequence[Callable], options: dict) -> None:
+    for name, value in options.items():
+        if not any(_takes(builder, name) for builder in builders):
+            known = {builder.__name__: [f.name for f in fields(builder.Options)] for builder in builders}
+            raise ValueError(f"no attention head here has an option {name}={value!r}; the heads' options are {known}")
+
+
+def _takes(builder: Callable, option: str) -> bool:
+    """A callable of the user's own is not asked."""
+    is_ours = isinstance(builder, type) and issubclass(builder, AttentionHead)
+    return not is_ours or option in {field.name for field in fields(builder.Options)}
+
+
+def _name(choice: Callable) -> str:
+    return getattr(choice, "__name__", type(choice).__name__)
+
+
+def _builder(choice: str | Callable) -> Callable:
+    if callable(choice):
+        return choice
+    if choice not in ATTENTION:
+        raise ValueError(f"unknown attention {choice!r}; choose from {sorted(ATTENTION)} or give a callable")
+    return ATTENTION[choice]
