@@ -305,11 +305,11 @@ def load_sequences(arguments: argparse.Namespace, cache: Path | None = None) -> 
 
     cache: where converted files and tokens are kept; None: in that of the datasets library."""
     from packing.files.errors import suggestion
-    from packing.source.open import load_splits
+    from packing.source.open import open_splits
     from packing.store.engines import checked_num_proc
 
     num_proc = checked_num_proc(arguments.num_proc)
-    splits = load_splits(arguments.source, cache=cache)
+    splits = open_splits(arguments.source, cache=cache)
     if arguments.text_column is not None:
         return _tokenized(splits, arguments, num_proc, cache)
     for name, dataset in splits.items():
@@ -326,7 +326,7 @@ def load_sequences(arguments: argparse.Namespace, cache: Path | None = None) -> 
 def _tokenized(splits: dict, arguments: argparse.Namespace, num_proc: int, cache: Path | None) -> dict:
     """The splits with tokens. The tokenizer, which takes long to load, comes after all that can be seen without."""
     from packing.packers.table import checked_limit
-    from packing.source.text import check_texts, load_tokenizer, tokenize
+    from packing.source.text import check_texts, open_tokenizer, tokenize
 
     texts = [name for name in (arguments.text_column, arguments.text_pair_column) if name is not None]
     for name, dataset in splits.items():
@@ -335,7 +335,7 @@ def _tokenized(splits: dict, arguments: argparse.Namespace, num_proc: int, cache
     longest = None
     if getattr(arguments, "overlong", None) == "error":
         longest = checked_limit("max_sequence_length", arguments.max_sequence_length)
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer = open_tokenizer(arguments.tokenizer)
     tokenized = {}
     for name, dataset in splits.items():
         with _in_split(name):
@@ -418,7 +418,7 @@ def _opener(split: str, arguments: argparse.Namespace):
     from functools import partial
     from glob import has_magic
 
-    from packing.source.open import is_url, open_source, without_protocol
+    from packing.source.open import is_url, open_split, without_protocol
 
     if arguments.text_column is not None:
         return None
@@ -427,7 +427,7 @@ def _opener(split: str, arguments: argparse.Namespace):
         source = without_protocol(source)
         if has_magic(source) or Path(source).exists():
             source = str(Path(source).absolute())
-    return partial(open_source, source, split)
+    return partial(open_split, source, split)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

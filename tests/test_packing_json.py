@@ -7,8 +7,8 @@ import pytest
 
 import packing.source.json_rows
 from packing import cli, read_histogram
-from packing.source.json_depth import MOST, check_depth
-from packing.source.open import load_splits
+from packing.source.json_rows import MOST, check_depth
+from packing.source.open import open_splits
 
 datasets.disable_progress_bars()
 
@@ -42,7 +42,7 @@ def load(request, tmp_path):
         folder.mkdir(exist_ok=True)
         for number, rows in enumerate(files):
             write(folder / f"{number}.jsonl", rows, request.param)
-        return load_splits(str(folder))[""]
+        return open_splits(str(folder))[""]
 
     return load_rows
 
@@ -113,7 +113,7 @@ def test_what_would_change_is_refused_by_line_and_column(load, block, case):
 def test_a_number_of_thousands_of_digits_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"input_ids": [1], "value": ' + "9" * 5_000 + "}\n")
     with pytest.raises(ValueError, match=r"rows.jsonl' line 1 has 9{40}… in column 'value'"):
-        load_splits(str(tmp_path / "rows.jsonl"))
+        open_splits(str(tmp_path / "rows.jsonl"))
 
 
 def test_files_that_differ_name_the_column_and_null_is_anything(load, block):
@@ -168,7 +168,7 @@ def test_what_is_nested_too_deep_is_refused(tmp_path, block, depth, brackets, ca
 def test_what_is_nested_less_deep_is_read(tmp_path):
     path = tmp_path / "deep.jsonl"
     path.write_text('{"input_ids": [1], "value": ' + "[" * (MOST - 1) + "1" + "]" * (MOST - 1) + "}")
-    assert len(load_splits(str(path))[""]) == 1
+    assert len(open_splits(str(path))[""]) == 1
 
 
 def test_brackets_in_texts_are_not_nested():
@@ -204,5 +204,5 @@ def test_rows_are_the_same_in_parts_that_threads_parse(tmp_path, monkeypatch):
         for name, text in texts.items():
             path = tmp_path / f"{name} {part}.jsonl"
             path.write_text(text)
-            found[name, part] = load_splits(str(path))[""].to_list()
+            found[name, part] = open_splits(str(path))[""].to_list()
     assert all(each == rows for each in found.values()), [name for name, each in found.items() if each != rows]

@@ -10,7 +10,7 @@ import pytest
 
 from packing import cli
 from packing.files.cache import _measured, kept_rows
-from packing.source.open import load_splits
+from packing.source.open import open_splits
 
 datasets.disable_progress_bars()
 
@@ -141,20 +141,20 @@ def test_another_process_that_made_the_same_is_no_error(cache):
 
 def test_other_texts_and_another_tokenizer_are_other_tokens(tmp_path, cache):
     (tmp_path / "rows.jsonl").write_text('{"input_ids": [1]}\n')
-    assert load_splits(str(tmp_path / "rows.jsonl"))[""]["input_ids"][:] == [[1]]
+    assert open_splits(str(tmp_path / "rows.jsonl"))[""]["input_ids"][:] == [[1]]
     (tmp_path / "rows.jsonl").write_text('{"input_ids": [2]}\n')
-    assert load_splits(str(tmp_path / "rows.jsonl"))[""]["input_ids"][:] == [[2]]
+    assert open_splits(str(tmp_path / "rows.jsonl"))[""]["input_ids"][:] == [[2]]
 
 
 @pytest.mark.parametrize("what", ["a file", "a link", "a link to nothing"])
 def test_what_is_no_folder_of_the_cache_is_made_anew(cache, tmp_path, tokenizer, caplog, what):
     (source,) = rows("jsonl")(tmp_path, tokenizer)
-    expected = load_splits(source)[""].to_list()
+    expected = open_splits(source)[""].to_list()
     (kept,) = cache.iterdir()
     kept.rename(tmp_path / "elsewhere")
     if what == "a file":
         kept.write_text("no folder")
     else:
         kept.symlink_to(tmp_path / ("cache" if what == "a link" else "nowhere"))
-    assert load_splits(source)[""].to_list() == expected
+    assert open_splits(source)[""].to_list() == expected
     assert "which is made anew" in caplog.text and not kept.is_symlink()

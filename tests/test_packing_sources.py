@@ -15,7 +15,7 @@ import reference
 
 from packing import cli, pack_dataset
 from packing.source import text as tokenizing
-from packing.source.open import find_files, holds_rows, load_splits
+from packing.source.open import find_files, holds_rows, open_splits
 
 datasets.disable_progress_bars()
 
@@ -172,7 +172,7 @@ def test_lists_of_every_kind_and_width(tmp_path, kind, width):
         whole = pa.table({"input_ids": pa.array([[1] * 6, *rows, [2] * 6], type_)})
         path = tmp_path / f"{number}{ending}"
         write(path, whole.slice(1, 30))
-        loaded = load_splits(str(path))[""]
+        loaded = open_splits(str(path))[""]
         assert loaded.data.column("input_ids").type == type_
         packed = pack_dataset(loaded, 20)
         assert packed["input_ids"][:] == plain["input_ids"][:]
@@ -209,7 +209,7 @@ def test_splits_by_name(tmp_path, expected):
         assert list(packed) == list(splits)
         assert packed["train"].to_list() == expected.to_list()
         assert packed["test"]["sequence_indices"][:] == [[0]]
-    only = load_splits(str(tmp_path / "a" / "*train*"))
+    only = open_splits(str(tmp_path / "a" / "*train*"))
     assert list(only) == [""] and len(only[""]) == 60
 
 
@@ -219,7 +219,7 @@ def test_names_that_glob_would_read(tmp_path):
     write = {"x?.parquet": lambda p, t: pq.write_table(t, p), "y[0].jsonl": rows_only(write_lines)}
     for name, write_one in write.items():
         write_one(folder / name, make_table())
-        assert len(load_splits(str(folder / name))[""]) == 60
+        assert len(open_splits(str(folder / name))[""]) == 60
 
 
 def test_converted_once_and_anew_when_it_changes(tmp_path, cache):
@@ -229,13 +229,13 @@ def test_converted_once_and_anew_when_it_changes(tmp_path, cache):
     def files():
         return {file: file.stat().st_mtime_ns for file in cache.rglob("*.arrow")}
 
-    assert load_splits(str(path))[""]["input_ids"][:] == [[1, 2]]
+    assert open_splits(str(path))[""]["input_ids"][:] == [[1, 2]]
     first, times = files(), path.stat()
-    assert load_splits(str(path))[""]["input_ids"][:] == [[1, 2]]
+    assert open_splits(str(path))[""]["input_ids"][:] == [[1, 2]]
     assert files() == first and len(first) == 1
     write_lines(path, [{"input_ids": [3, 4]}])
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if it were the old one
-    assert load_splits(str(path))[""]["input_ids"][:] == [[3, 4]]
+    assert open_splits(str(path))[""]["input_ids"][:] == [[3, 4]]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "arrow"])
@@ -244,12 +244,12 @@ def test_columns_in_another_order_are_the_same_columns(tmp_path, kind):
     table = make_table()
     write(tmp_path / f"1.{kind}", table.slice(0, 20))
     write(tmp_path / f"2.{kind}", table.select(table.column_names[::-1]).slice(20))
-    assert load_splits(str(tmp_path))[""].to_list() == make_dataset().to_list()
+    assert open_splits(str(tmp_path))[""].to_list() == make_dataset().to_list()
 
 
 def test_streams_are_read_where_they_lie(tmp_path, cache):
     path = SOURCES["arrow stream"](tmp_path / "source")
-    assert load_splits(str(path))[""].cache_files == [{"filename": str(path)}]
+    assert open_splits(str(path))[""].cache_files == [{"filename": str(path)}]
     assert not list(cache.rglob("*"))
 
 
@@ -376,9 +376,9 @@ def test_one_json_list_is_read_as_it_is_written(tmp_path, name, indent):
     content = text.encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     for _ in range(2):  # from the cache, too
-        assert load_splits(str(tmp_path / name))[""].to_list() == rows
+        assert open_splits(str(tmp_path / name))[""].to_list() == rows
     write_lines(tmp_path / "rows.jsonl", rows)
-    assert load_splits(str(tmp_path / "rows.json*"))[""].to_list() == rows + rows
+    assert open_splits(str(tmp_path / "rows.json*"))[""].to_list() == rows + rows
 
 
 @pytest.mark.parametrize(
@@ -674,7 +674,7 @@ def test_said_before_any_work(tmp_path, capsys, monkeypatch):
     path = tmp_path / "rows.jsonl"
     write_lines(path, ROWS)
     (tmp_path / "folder.html").mkdir()
-    monkeypatch.setattr("packing.source.open.load_splits", None)
+    monkeypatch.setattr("packing.source.open.open_splits", None)
     assert "is a folder; give the name of a file" in refused([path, "--report", tmp_path / "folder.html"], capsys)
 
 
@@ -699,7 +699,7 @@ def test_a_mistyped_source_or_column_is_refused_before_a_tokenizer_is_loaded(tex
     def load(name):
         raise AssertionError("the tokenizer was loaded")
 
-    monkeypatch.setattr("packing.source.text.load_tokenizer", load)
+    monkeypatch.setattr("packing.source.text.open_tokenizer", load)
     options = ["--plan-only", "--tokenizer", folder / "tokenizer", "--text-column"]
     for source in ("txts.jsonl", "nowhere/texts.jsonl", "*.parquet", ""):
         given = folder / source if source else ""
@@ -775,7 +775,7 @@ def test_a_field_without_values_makes_no_other_field_of_any_type(tmp_path, monke
                 writer.write_table(table)
     source = str(tmp_path / f"*.{ending}")
     if joined:
-        assert load_splits(source)[""][:]["value"] == values
+        assert open_splits(source)[""][:]["value"] == values
     else:
         with pytest.raises(ValueError, match=r"column 'value' is .*0\..* but .*1\..*make them alike"):
-            load_splits(source)
+            open_splits(source)

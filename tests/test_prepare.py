@@ -27,7 +27,7 @@ from bert_pretrain.prepare.tokenizer import (
     train_tokenizer,
 )
 from bert_pretrain.prepare.tokens import TokenDocuments
-from packing.source.text_tokenizer import describe, text_tokenizer
+from packing.source.text import describe, text_tokenizer
 
 TEXT = """\
 Mr. Smith came at 5 p.m. and said hello. He left

@@ -23,7 +23,7 @@ from shelf import Shelf, die, fail
 from packing import EpochPacks, cli, load_packed, pack_dataset, packed_info, unpack_dataset, verify_packed
 from packing.files.paths import RemotePath, is_url, place
 from packing.source.fingerprint import column_prints
-from packing.source.open import load_splits, open_source
+from packing.source.open import open_split, open_splits
 from packing.store.manifest import FILE, read_manifest
 from packing.store.shards import write_shard
 
@@ -471,7 +471,7 @@ def test_an_object_that_stands_for_an_empty_folder_is_no_file(source, whole, she
 
     with monkeypatch.context() as patch:
         patch.setattr(Shelf, "find", find)
-        assert open_source("shelf://bucket/many").num_rows == 900
+        assert open_split("shelf://bucket/many").num_rows == 900
         pack(source, URL)
     assert contents(shelf / "a" / "packed") == contents(whole["arrow"])
 
@@ -568,7 +568,7 @@ def test_a_copy_that_fails_names_both_ends(shelf, tmp_path):
     put_sources(shelf)
     Shelf.at = {"get": (2, fail)}
     with pytest.raises(OSError, match=r"ShelfError: the shelf fell down: 'shelf://bucket/many \(copied into /.*CACHE"):
-        open_source("shelf://bucket/many")
+        open_split("shelf://bucket/many")
 
 
 def test_a_put_that_loses_bytes(source, whole, monkeypatch):
@@ -679,10 +679,10 @@ def put_sources(shelf: Path) -> dict[str, str]:
 
 def test_sources_at_urls(source, whole, shelf, tmp_path):
     for name, url in put_sources(shelf).items():
-        opened = open_source(url)
+        opened = open_split(url)
         assert opened.to_dict() == source.to_dict(), name
         got = Shelf.done["get"]
-        assert open_source(url).to_dict() == source.to_dict()
+        assert open_split(url).to_dict() == source.to_dict()
         assert Shelf.done["get"] == got  # kept
         if name != "lines":  # whose numbers have 64 bits
             pack(opened, tmp_path / name)
@@ -695,9 +695,9 @@ def test_sources_at_urls(source, whole, shelf, tmp_path):
 
 def test_a_source_that_has_changed_is_copied_again(shelf):
     pq.write_table(make_table(), shelf / "rows.parquet")
-    before = column_prints(open_source("shelf://bucket/rows.parquet"))
+    before = column_prints(open_split("shelf://bucket/rows.parquet"))
     pq.write_table(make_table(seed=1), shelf / "rows.parquet")
-    assert column_prints(open_source("shelf://bucket/rows.parquet")) != before
+    assert column_prints(open_split("shelf://bucket/rows.parquet")) != before
 
 
 def test_a_copy_that_was_killed_goes_on(shelf):
@@ -714,10 +714,10 @@ def test_a_copy_that_was_killed_goes_on(shelf):
             real(self, rpath, lpath, **options)
 
         Shelf.get_file = get_file
-        open_source("shelf://bucket/many")
+        open_split("shelf://bucket/many")
 
     assert run_in_child(die_at_the_second_file) == -signal.SIGKILL
-    assert open_source("shelf://bucket/many").num_rows == 900
+    assert open_split("shelf://bucket/many").num_rows == 900
     assert Shelf.done["get"] == 1  # of two
 
 
@@ -734,8 +734,8 @@ def test_a_copy_that_loses_bytes(shelf, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Shelf, "get_file", get_short)
         with pytest.raises(OSError, match=r"4,090 of 6,190 bytes of 'rows\.jsonl' have come: 'shelf://bucket/rows"):
-            open_source("shelf://bucket/rows.jsonl")
-    assert open_source("shelf://bucket/rows.jsonl").num_rows == 300
+            open_split("shelf://bucket/rows.jsonl")
+    assert open_split("shelf://bucket/rows.jsonl").num_rows == 300
 
 
 def test_a_source_that_changes_while_it_is_copied(shelf, monkeypatch):
@@ -752,8 +752,8 @@ def test_a_source_that_changes_while_it_is_copied(shelf, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Shelf, "get_file", get_and_change)
         with pytest.raises(ValueError, match="'shelf://bucket/many' was changed while it was copied; start again once"):
-            open_source("shelf://bucket/many")
-    assert open_source("shelf://bucket/many").to_dict() == {"input_ids": [[1], [2]]}
+            open_split("shelf://bucket/many")
+    assert open_split("shelf://bucket/many").to_dict() == {"input_ids": [[1], [2]]}
 
 
 def test_what_is_wrong_with_a_source_is_said_by_its_url(shelf, capsys, tmp_path):
@@ -775,12 +775,12 @@ def test_what_is_wrong_with_a_source_is_said_by_its_url(shelf, capsys, tmp_path)
         pytest.MonkeyPatch.context() as p,
     ):
         p.delitem(fsspec.config.conf, "shelf")
-        open_source("shelf://bucket/one")
+        open_split("shelf://bucket/one")
     with pytest.raises(ValueError, match="has no split 'train'; it has ''"):
-        open_source("shelf://bucket/saved", "train")
+        open_split("shelf://bucket/saved", "train")
     with pytest.raises(ValueError, match="storage_options would be ignored"):
-        load_splits(str(shelf / "saved"), storage_options={"root": "x"})
-    assert load_splits(f"file://{shelf}/saved")[""].num_rows == 900
+        open_splits(str(shelf / "saved"), storage_options={"root": "x"})
+    assert open_splits(f"file://{shelf}/saved")[""].num_rows == 900
 
 
 # Other processes
@@ -793,7 +793,7 @@ def write_elsewhere(root: str, cache: str, url: str, tasks: list) -> tuple:
     fsspec.register_implementation("shelf", Shelf, clobber=True)
     fsspec.config.conf["shelf"] = {"root": root}
     datasets.config.HF_DATASETS_CACHE = Path(cache)
-    opened = open_source(url)
+    opened = open_split(url)
     columns = open_columns(opened, ("input_ids",))
     return column_prints(opened), [write_shard(columns, task) for task in tasks]
 
@@ -803,7 +803,7 @@ def test_another_process_opens_and_writes_the_same(source, whole, shelf, tmp_pat
     from packing.store.writing import output_folder
 
     source.save_to_disk(shelf / "tokens")
-    packing = prepare_packing(open_source("shelf://bucket/tokens"), **PACK, to_write=True)
+    packing = prepare_packing(open_split("shelf://bucket/tokens"), **PACK, to_write=True)
     with output_folder(URL) as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         packing.begin(folder)
         arguments = str(shelf.parent), str(tmp_path / "cache"), "shelf://bucket/tokens", list(packing.tasks(folder))

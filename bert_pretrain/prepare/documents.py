@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sentencex
 
-from bert_pretrain.prepare.sources import Block, find_blocks, find_sources, read_block
+from bert_pretrain.prepare.sources import TextBlock, find_blocks, find_sources, read_block
 
 DOCUMENTS = ("paragraph", "line", "file")
 SENTENCES = ("split", "lines")
@@ -65,7 +65,7 @@ def no_text(sources: list[Path]) -> ValueError:
     return ValueError(f"no text in {', '.join(map(str, sources[:3]))}{', …' * (len(sources) > 3)}: only blank lines")
 
 
-def documents_of(block: Block, documents: str, sentences: str, language: str) -> Iterator[Document]:
+def documents_of(block: TextBlock, documents: str, sentences: str, language: str) -> Iterator[Document]:
     """The documents of one block; options as in `read_documents`."""
     for lines in read_block(block):
         parts = ([line] for line in lines if line) if documents == "line" else _paragraphs(lines)

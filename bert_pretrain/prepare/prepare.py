@@ -24,11 +24,11 @@ from bert_pretrain.prepare.build import BuildOptions, build_sequences
 from bert_pretrain.prepare.documents import DOCUMENTS, SENTENCES
 from bert_pretrain.prepare.sequences import OBJECTIVES, longest_sentence
 from bert_pretrain.prepare.summary import SplitSummary
-from bert_pretrain.prepare.text import Reading, Text
+from bert_pretrain.prepare.text import DocumentOptions, Text
 from bert_pretrain.prepare.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
 from bert_pretrain.prepare.workers import Workers
 from packing.files.folder import new_folder
-from packing.source.text_tokenizer import describe
+from packing.source.text import describe
 
 if TYPE_CHECKING:
     import datasets
@@ -133,7 +133,9 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
     from datasets import load_from_disk
 
     with new_folder(config.output) as folder, Workers(config.num_proc) as workers:
-        text = Text(config.text, Reading(config.documents, config.sentences, config.language), workers, progress)
+        text = Text(
+            config.text, DocumentOptions(config.documents, config.sentences, config.language), workers, progress
+        )
         _check_documents(text.num_documents, config)
         splits = split_documents(text.num_documents, config.test_fraction, config.seed)
 

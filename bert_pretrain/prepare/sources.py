@@ -1,10 +1,10 @@
 """Where text lies: files and `datasets` folders, in blocks that can be read each on its own, in any order.
 
-a.txt   First one.          Block(a.txt, 0, 24)     a blank line ends a block, so that no document is torn
+a.txt   First one.          TextBlock(a.txt, 0, 24)     a blank line ends a block, so that no document is torn
         Second one.
         (blank line)
-        Third one.          Block(a.txt, 24, 35)
-rows/   1500 rows           Block(rows, 0, 1000), Block(rows, 1000, 1500)
+        Third one.          TextBlock(a.txt, 24, 35)
+rows/   1500 rows           TextBlock(rows, 0, 1000), TextBlock(rows, 1000, 1500)
 """
 
 import logging
@@ -25,7 +25,7 @@ WINDOW_BYTES = 1 << 16
 """What is read at once to look for line ends."""
 
 
-class Block(NamedTuple):
+class TextBlock(NamedTuple):
     """A part of one source that no document crosses."""
 
     source: Path
@@ -84,22 +84,22 @@ def _is_dataset(path: Path) -> bool:
     return (path / "state.json").exists() and (path / "dataset_info.json").exists()
 
 
-def find_blocks(sources: Iterable[Path], whole_files: bool, lines: bool = False) -> Iterator[Block]:
+def find_blocks(sources: Iterable[Path], whole_files: bool, lines: bool = False) -> Iterator[TextBlock]:
     """All of the text, in order. whole_files: a file is one block. lines: any line may be a document."""
     for source in sources:
         yield from _row_blocks(source) if source.is_dir() else _file_blocks(source, whole_files, lines)
 
 
-def _row_blocks(folder: Path) -> Iterator[Block]:
+def _row_blocks(folder: Path) -> Iterator[TextBlock]:
     texts = _rows(folder)
     num_bytes = texts.data.nbytes
     step = max(1, BLOCK_BYTES * len(texts) // max(1, num_bytes))
     for start in range(0, len(texts), step):
         end = min(start + step, len(texts))
-        yield Block(folder, start, end, num_bytes * (end - start) // len(texts))
+        yield TextBlock(folder, start, end, num_bytes * (end - start) // len(texts))
 
 
-def _file_blocks(file: Path, whole: bool, lines: bool) -> Iterator[Block]:
+def _file_blocks(file: Path, whole: bool, lines: bool) -> Iterator[TextBlock]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(WINDOW_BYTES)
@@ -108,7 +108,7 @@ def _file_blocks(file: Path, whole: bool, lines: bool) -> Iterator[Block]:
         start = 0
         while start < size:
             end = size if whole else _behind_end(stream, start + BLOCK_BYTES, size, newline, lines)
-            yield Block(file, start, end, end - start, newline)
+            yield TextBlock(file, start, end, end - start, newline)
             start = end
 
 
@@ -131,7 +131,7 @@ def _behind_end(stream: BinaryIO, position: int, size: int, newline: bytes, line
     return size
 
 
-def read_block(block: Block) -> Iterator[Iterable[str]]:
+def read_block(block: TextBlock) -> Iterator[Iterable[str]]:
     """The lines of each file or row of a block, with each run of white space made one space; "" is a blank line.
 
     Raises ValueError for a file that is not UTF-8.
@@ -156,7 +156,7 @@ def _rows(folder: Path):
     return dataset.select_columns("text")
 
 
-def _decoded(block: Block) -> str:
+def _decoded(block: TextBlock) -> str:
     with block.source.open("rb") as stream:
         stream.seek(block.start)
         data = stream.read(block.end - block.start)
@@ -170,7 +170,7 @@ def _decoded(block: Block) -> str:
         raise _not_utf8(block, len(data) - len(error.object) + error.start, data) from None
 
 
-def _not_utf8(block: Block, at: int, data: bytes) -> ValueError:
+def _not_utf8(block: TextBlock, at: int, data: bytes) -> ValueError:
     """Names the file, the byte and its line, and what the file is likely to be."""
     with block.source.open("rb") as stream:
         line = stream.read(block.start + at).count(block.newline) + 1

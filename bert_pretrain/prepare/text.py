@@ -14,14 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from bert_pretrain.prepare.documents import Document, documents_of, no_text
-from bert_pretrain.prepare.sources import BLOCK_BYTES, Block, find_blocks, find_sources
+from bert_pretrain.prepare.sources import BLOCK_BYTES, TextBlock, find_blocks, find_sources
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
 from bert_pretrain.prepare.tokens import TokenDocuments, TokenFolder
 from bert_pretrain.prepare.workers import Workers
-from packing.source.text_tokenizer import text_tokenizer
+from packing.source.text import text_tokenizer
 
 
-class Reading(NamedTuple):
+class DocumentOptions(NamedTuple):
     """Which documents text is read as; see `read_documents`."""
 
     documents: str
@@ -32,8 +32,8 @@ class Reading(NamedTuple):
 class TextTask(NamedTuple):
     """Some blocks, and which of their documents are meant."""
 
-    blocks: list[Block]
-    reading: Reading
+    blocks: list[TextBlock]
+    reading: DocumentOptions
     members: np.ndarray | None = None
     """bool, one per document; None: all."""
     tokenizer: Path | None = None
@@ -57,12 +57,12 @@ class Text:
     progress: show bars on stderr.
     """
 
-    def __init__(self, text: list[str], reading: Reading, workers: Workers, progress: bool = False):
+    def __init__(self, text: list[str], reading: DocumentOptions, workers: Workers, progress: bool = False):
         self.sources = find_sources(text)
         self.reading, self.workers, self.progress = reading, workers, progress
 
     @cached_property
-    def tasks(self) -> list[list[Block]]:
+    def tasks(self) -> list[list[TextBlock]]:
         """Blocks, about BLOCK_BYTES together: small files share a task."""
         tasks, size = [[]], 0
         documents = self.reading.documents

@@ -18,7 +18,7 @@ import numpy as np
 from bert_pretrain.places import find_pretrained
 from bert_pretrain.prepare.documents import Document
 from bert_pretrain.prepare.tokens import TokenDocuments, offsets_of
-from packing.source.text_tokenizer import describe, text_tokenizer
+from packing.source.text import describe, text_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -2,9 +2,7 @@
 
 open              SOURCE of a command -> {split: Dataset}
 json_rows         JSON -> Arrow, every value as it is written
-json_depth        how deep JSON is nested
 text              texts -> tokens
-text_tokenizer    a tokenizer for which all text is text
 lengths           source -> histogram
 rows              which columns hold a value per token, and where each row's tokens lie
 padding           padding, trimmed or refused

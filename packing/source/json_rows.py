@@ -3,7 +3,8 @@
 Arrow's reader parses blocks of lines. What it would change by itself is looked at here:
 * Whole numbers become fractions where a column has both. One that no float64 is (2**53 + 1) is refused.
 * "2020-01-01" becomes a time; it stays text.
-* Bytes that are no UTF-8 pass, and cannot be read later; refused. Depths that end the process: see json_depth.py.
+* Bytes that are no UTF-8 pass, and cannot be read later; refused.
+* Lists and objects nested so deep that a parser would end the process are refused.
 Each block may widen the columns of those before it: null to anything, whole numbers to fractions, by another column or
 field. Then all blocks are read once more. Whatever else differs (text, then objects) is refused.
 
@@ -21,6 +22,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from packing.numba_tools import njit
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -30,6 +35,7 @@ BLOCK = 1 << 24  # bytes read at a time
 PART = 1 << 20  # bytes of them that a thread of Arrow parses at a time
 BLANK = re.compile(r"\s*")
 EXACT = 2**53  # up to here every whole number is a float64
+MOST = 60  # lists and objects around a value; Arrow hands on types of 64 at most
 
 
 class DifferError(Exception):
@@ -131,8 +137,6 @@ def _check_text(file: Path, line: int, data: bytes, unit: str = "") -> None:
         said = f"byte 0x{data[error.start]:02x}: {error.reason}"
         where = f"{str(file)!r} {unit or _unit(file)} {bad}"
         raise ValueError(f"{where} is no UTF-8 ({said}); save the file as UTF-8") from None
-    from packing.source.json_depth import check_depth  # compiled code, which takes a second to import
-
     try:
         check_depth(data, line)
     except ValueError as error:
@@ -364,3 +368,37 @@ def describe_object(content: dict) -> str:
         f"; {n!r} is a list of {len(v):,} objects: if they are the rows, save it alone" for n, v in lists.items()
     )
     return f"one object with {', '.join(map(repr, content))}, and no table{rows}"
+
+
+# Depth: looked at before a parser, as Arrow's ends the process at great depths, and Python's gives up
+
+
+def check_depth(data: bytes, first_line: int = 1) -> None:
+    """Raise ValueError, naming the line, where brackets are nested too deep. Brackets in strings do not count."""
+    place = _first_deeper(np.frombuffer(data, np.uint8), MOST)
+    if place >= 0:
+        line = first_line + data.count(b"\n", 0, place)
+        raise ValueError(f"line {line} is nested more than {MOST} deep; rows of a table are not: flatten them")
+
+
+@njit(cache=True, nogil=True)
+def _first_deeper(data, most):
+    """Where the bracket lies that is nested deeper than `most`, or -1. A string never reaches over a line's end."""
+    depth, in_string, i = 0, False, 0
+    while i < len(data):
+        byte = data[i]
+        if in_string:
+            if byte == 92:  # backslash
+                i += 1
+            elif byte == 34 or byte == 10:
+                in_string = False
+        elif byte == 34:
+            in_string = True
+        elif byte == 91 or byte == 123:
+            depth += 1
+            if depth > most:
+                return i
+        elif byte == 93 or byte == 125:
+            depth = max(0, depth - 1)
+        i += 1
+    return -1

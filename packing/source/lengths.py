@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from packing.histogram import length_histogram
-from packing.source.json_depth import check_depth
+from packing.source.json_rows import check_depth
 from packing.source.sequences import CHOICES
 
 if TYPE_CHECKING:

@@ -64,16 +64,16 @@ def holds_rows(source: str) -> bool:
     return re.match(r'\s*(\[\s*\{|\{\s*"(?!\s*\d+\s*"\s*:))', begin) is not None
 
 
-def open_source(source: str, split: str = "", storage_options: dict | None = None) -> datasets.Dataset:
+def open_split(source: str, split: str = "", storage_options: dict | None = None) -> datasets.Dataset:
     """One split of a source; "" is that of a source without splits. On another machine the same arguments give the same
     rows, of that machine's own copy where the source is at a URL or was converted."""
-    splits = load_splits(source, storage_options)
+    splits = open_splits(source, storage_options)
     if split not in splits:
         raise ValueError(f"SOURCE {source!r} has no split {split!r}; it has {', '.join(map(repr, splits))}")
     return splits[split]
 
 
-def load_splits(
+def open_splits(
     source: str, storage_options: dict | None = None, cache: Path | None = None
 ) -> dict[str, datasets.Dataset]:
     """Open or convert a source; "" is one without splits.
@@ -113,7 +113,7 @@ def _load_from_url(url: str, storage_options: dict | None, cache: Path | None) -
 
     copy = local_copy(url, storage_options, wanted, cache)
     try:
-        return load_splits(str(copy), cache=cache)
+        return open_splits(str(copy), cache=cache)
     except (ValueError, OSError) as error:  # says where the copy is; the culprit is the file at the URL
         error.args = tuple(a.replace(str(copy), url) if isinstance(a, str) else a for a in error.args)
         if isinstance(getattr(error, "filename", None), str):

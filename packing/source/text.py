@@ -1,36 +1,39 @@
-"""Text -> tokens: a column of a dataset by a tokenizer of transformers, in parallel, ready to be packed.
+"""Texts -> tokens: a column of a dataset by a tokenizer of transformers, in parallel, ready to be packed.
 
 text          label          input_ids      token_type_ids   label
 "we must"     a       ->     [2 57 92 3]    [0 0 0 0]        a
 
-Nothing is truncated or padded: what does not fit into a pack is what `overlong` is about. A text that spells a special
-token ("[MASK]") is text: see text_tokenizer.py.
+Nothing is truncated or padded: `overlong` decides about what does not fit into a pack.
+
+All text is text: a text that says "[MASK]" gets the tokens of [, MASK and ], and no mask. A fast tokenizer knows a
+special token in text at two places. It looks for it before the model (`encode_special_tokens` turns that off). Then the
+model may find it among its own words: Unigram takes "<s>" for a piece, WordPiece after whitespace takes "[MASK]" for a
+word. So both places get another name for it, which no text holds; ids stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
-import numpy as np
-import pyarrow as pa
-import xxhash
-
-from packing.files.cache import kept_rows
 from packing.files.errors import path_suggestion, suggestion
-from packing.source.fingerprint import column_prints, combined_print
-from packing.source.rows import chosen_rows, refuse_broken
-from packing.source.sequences import OverlongError
-from packing.source.text_tokenizer import describe, text_tokenizer
-from packing.source.token_column import null_rows
+
+if TYPE_CHECKING:
+    import datasets
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 # Types of what tokenizers give. Whatever it is not in here is no column of tokens, or is not wanted.
 TYPES = {"input_ids": "int32", "token_type_ids": "int8"}
 FIELDS = {"input_ids": "ids", "token_type_ids": "type_ids"}  # of tokenizers.Encoding
 
+# Noncharacters of Unicode, which are for a program's own use and stand in no text.
+MARK = "\ufdd0\ufdd1\ufdd0"
 
-def load_tokenizer(name: str):
+
+def open_tokenizer(name: str):
     """A tokenizer of transformers, by its folder or its name on the hub. Raises if packs could not be made with it."""
     try:
         from transformers import AutoTokenizer
@@ -81,6 +84,10 @@ def tokenize(
     Kept in `cache` (None: that of the datasets library, HF_DATASETS_CACHE), under the content of the texts and of the
     tokenizer: the same texts are not tokenized twice, and texts that have changed are.
     """
+    import datasets
+
+    from packing.files.cache import kept_rows
+
     check_texts(dataset, text_columns)
     names = [name for name in TYPES if name in ("input_ids", *tokenizer.model_input_names)]
     work = _Tokenize(tokenizer, tuple(text_columns), tuple(names), longest)
@@ -117,6 +124,8 @@ class _Tokenize:
         self.tokenizer, self.text_columns, self.names = text_tokenizer(self.description), text_columns, names
 
     def __call__(self, rows, numbers: list[int]) -> dict[str, list]:
+        from packing.source.sequences import OverlongError
+
         texts = [rows[name] for name in self.text_columns]
         found = self.tokenizer.encode_batch_fast(list(zip(*texts, strict=True)) if len(texts) > 1 else list(texts[0]))
         for number, encoding in zip(numbers, found, strict=True):
@@ -137,6 +146,12 @@ def check_texts(dataset: datasets.Dataset, text_columns: Sequence[str]) -> None:
 
 
 def _check_text(dataset: datasets.Dataset, name: str) -> None:
+    import numpy as np
+    import pyarrow as pa
+
+    from packing.source.rows import chosen_rows, refuse_broken
+    from packing.source.token_column import null_rows
+
     if name not in dataset.column_names:
         names = dataset.column_names
         raise ValueError(f"no column {name!r} among {', '.join(names)}{suggestion(name, names)}")
@@ -153,7 +168,51 @@ def _check_text(dataset: datasets.Dataset, name: str) -> None:
 def _fingerprint(dataset: datasets.Dataset, work: _Tokenize, keep_text: bool) -> str:
     """Of all columns, what is to be done with them, and by which tokenizer."""
     import tokenizers
+    import xxhash
+
+    from packing.source.fingerprint import column_prints, combined_print
 
     tokenizer = tokenizers.__version__, work.description
     parts = combined_print(column_prints(dataset)), str(dataset.features), tokenizer
     return xxhash.xxh3_128(repr((parts, work.text_columns, work.names, keep_text)).encode()).hexdigest()
+
+
+# A tokenizer for which all text is text
+
+
+def text_tokenizer(description: str) -> Tokenizer:
+    """From the JSON that `describe` makes: a tokenizer that neither cuts nor pads."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(description)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def describe(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The JSON of a tokenizer of transformers, in which special tokens have names that no text holds."""
+    return _rename(tokenizer.backend_tokenizer.to_str(), tokenizer.all_special_tokens)
+
+
+def _rename(description: str, special_tokens: Iterable[str]) -> str:
+    content = json.loads(description)
+    model, added = content["model"], content["added_tokens"]
+    special = {*special_tokens, *(token["content"] for token in added if token["special"])}
+
+    def name(token: str) -> str:
+        return MARK + token if token in special else token
+
+    for token in added:
+        token["content"] = name(token["content"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {name(token): id_ for token, id_ in model["vocab"].items()}
+    else:  # Unigram
+        model["vocab"] = [[name(token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = name(model["unk_token"])
+    if "merges" in model:
+        pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if special.isdisjoint((*pair, "".join(pair)))]
+    return json.dumps(content)
