@@ -9,8 +9,8 @@ counts. Peak memory is what a process of its own needed beyond what it had befor
 sit out the longer list. A contender that is not installed is listed with its name on PyPI.
 
 * ours: length_histogram, plan_packs and assign, shuffling included. TRL and grain gather the tokens, too.
-* the slow twins are the textbook packers of tests/reference.py. That of nnlshp only solves the least squares, densely,
-  over all strategies of three sequences or less; it makes no packs.
+* the slow twins are the textbook packers of tests/reference/slow_packers.py. That of nnlshp only solves the least
+  squares, densely, over all strategies of three sequences or less; it makes no packs.
 * TRL sees 1,000 rows at a time by default; "whole set" lets it see all.
 """
 
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from packing import PACKERS, assign, length_histogram, plan_packs, published_histogram
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+TESTS = Path(__file__).resolve().parents[1] / "tests/reference"
 FEW = 5_000  # sequences up to which the slow ones run
 PATIENCE = 20  # seconds; what took longer is run once only
 
@@ -103,7 +103,7 @@ def _dense_nnls(prepared) -> None:
 def _reference():
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
-    return importlib.import_module("reference")
+    return importlib.import_module("slow_packers")
 
 
 # What else there is

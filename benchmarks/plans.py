@@ -7,8 +7,9 @@ Plans are made from histograms alone: no sequence is touched. Times are wall tim
 
 depths      every packer at every depth, on the paper's Wikipedia and SQuAD histograms
 subsamples  `optimal` on 10 corpora of 3,000 to 20,000 lengths drawn from these, at depths 3, 4 and none
-twins       the packers beside the slow twins of tests/reference.py: the paper's two greedy algorithms in plain Python,
-            and dense non-negative least squares over all strategies (SciPy). They alternate, the dense solver runs once
+twins       the packers beside the slow twins of tests/reference/slow_packers.py: the paper's two greedy algorithms in
+            plain Python, and dense non-negative least squares over all strategies (SciPy). They alternate, the dense
+            solver runs once
 counts      the same lengths, counted in millions and in trillions
 start       import and first plan in a new process, with an empty and with a filled cache of compiled code
 """
@@ -31,8 +32,8 @@ from tqdm import tqdm
 
 from packing import PACKERS, length_histogram, plan_packs, published_histogram
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import reference
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/reference"))
+import slow_packers
 
 DEPTHS = (2, 3, 4, 8, 16, None)
 CORPORA = {"Wikipedia 512": "wikipedia", "SQuAD 384": "squad"}
@@ -96,7 +97,7 @@ def twins(repeats: int) -> Iterator[str]:
             (plan, seconds), (packs, slow) = least_times(
                 [
                     partial(PACKERS[name], histogram, limit, depth),
-                    partial(reference.pack_histogram, as_list, limit, depth, emptiest=name == "spfhp"),
+                    partial(slow_packers.pack_histogram, as_list, limit, depth, emptiest=name == "spfhp"),
                 ],
                 repeats,
             )
@@ -104,7 +105,7 @@ def twins(repeats: int) -> Iterator[str]:
     for corpus in CORPORA:
         histogram = histograms[corpus]
         plan, seconds = least_time(partial(PACKERS["nnlshp"], histogram, len(histogram) - 1, 3), repeats)
-        _, slow = least_time(partial(reference.dense_nnls, histogram, 3), 1)
+        _, slow = least_time(partial(slow_packers.dense_nnls, histogram, 3), 1)
         yield twin_line(corpus, 3, "nnlshp", seconds, slow, f"{plan.num_packs:,}", "solves only")
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_pretrain import folders  # noqa: F401 (a fixture)
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -63,7 +62,7 @@ def test_the_probe_finds_a_leak_and_isolation_ends_it(benchmark):
     np.testing.assert_allclose(np.stack([unrelated, twin]), np.stack([alone, alone]), rtol=0, atol=1e-10)
 
 
-def test_the_demo_compares_three_ways(benchmark, folders, tmp_path, monkeypatch):  # noqa: F811
+def test_the_demo_compares_three_ways(benchmark, folders, tmp_path, monkeypatch):
     demo = benchmark("demo")
     small = {"TEST_PACKS": 6, "SEQUENCES_PER_STEP": 4, "STEPS_PER_BLOCK": 1, "SORTED": 5}
     small["COMPARED"] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -83,7 +82,7 @@ def test_the_demo_compares_three_ways(benchmark, folders, tmp_path, monkeypatch)
     assert (tmp_path / "ways.png").stat().st_size > 10_000
 
 
-def test_learning_curves_of_padded_and_packed_coincide(benchmark, folders, tmp_path, monkeypatch):  # noqa: F811
+def test_learning_curves_of_padded_and_packed_coincide(benchmark, folders, tmp_path, monkeypatch):
     curves = benchmark("learning_curves")
     monkeypatch.setattr(curves, "POINTS", 2)
     monkeypatch.setattr(curves, "TEST_PACKS", 6)

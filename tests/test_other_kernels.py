@@ -15,31 +15,42 @@ TESTS = Path(__file__).parent
 EVERY_DAY = "MKL and ATen"
 
 CONTRACT = [
-    "test_equivalence.py",
-    "test_attention.py::test_every_attention_head_keeps_the_contract",
-    "test_attention.py::test_packing_changes_nothing_in_any_layout",
-    "test_attention.py::test_pretrained_weights_run_with_other_attention",
-    "test_attention.py::test_stock_encoders_take_an_attention_head",
-    "test_attention_patterns.py::test_contract",
-    "test_attention_patterns.py::test_contract_with_short_and_long_sequences",
-    "test_attention_learned.py::test_packed_equals_alone",
-    "test_attention_learned.py::test_the_rest_of_the_contract",
-    "test_attention_summaries.py::test_packing_changes_nothing",
-    "test_attention_summaries.py::test_nystrom_with_a_landmark_for_each_token_is_softmax",
+    "bert_pretrain/test_equivalence.py",
+    "bert_pretrain/attention/test_attention.py::test_every_attention_head_keeps_the_contract",
+    "bert_pretrain/attention/test_attention.py::test_packing_changes_nothing_in_any_layout",
+    "bert_pretrain/attention/test_attention.py::test_pretrained_weights_run_with_other_attention",
+    "bert_pretrain/attention/test_attention.py::test_stock_encoders_take_an_attention_head",
+    "bert_pretrain/attention/test_patterns.py::test_contract",
+    "bert_pretrain/attention/test_patterns.py::test_contract_with_short_and_long_sequences",
+    "bert_pretrain/attention/test_learned.py::test_packed_equals_alone",
+    "bert_pretrain/attention/test_learned.py::test_the_rest_of_the_contract",
+    "bert_pretrain/attention/test_summaries.py::test_packing_changes_nothing",
+    "bert_pretrain/attention/test_summaries.py::test_nystrom_with_a_landmark_for_each_token_is_softmax",
 ]
 """What runs every day: the contract of every head, and packed = unpacked."""
 
 LONG = {
-    "attention": [f"test_attention{name}.py" for name in ("", "_patterns", "_summaries", "_learned", "_use", "_modes")],
-    "encoders": ["test_equivalence.py", "test_isolation.py", "test_heads.py"],
-    "training": [
-        "test_trainer.py",
-        "test_stock_trainer.py",
-        "test_optimizer.py",
-        "test_evidence.py",
-        "test_pretrain.py::test_passes_that_are_cut_otherwise_change_what_dropout_draws_and_nothing_else",
+    "attention": [
+        f"bert_pretrain/attention/test_{name}.py"
+        for name in ("attention", "patterns", "summaries", "learned", "use", "modes")
     ],
-    "packing": [f"test_packing_{name}.py" for name in ("plans", "optimal", "nnlshp", "bounds", "report", "balance")],
+    "encoders": [
+        "bert_pretrain/test_equivalence.py",
+        "collate/isolation/test_isolation.py",
+        "collate/heads/test_heads.py",
+    ],
+    "training": [
+        "collate/training/test_trainer.py",
+        "collate/training/test_stock_trainer.py",
+        "bert_pretrain/train/test_optimizer.py",
+        "test_evidence.py",
+        "bert_pretrain/test_pretrain.py::test_passes_that_are_cut_otherwise_change_what_dropout_draws_and_nothing_else",
+    ],
+    "packing": [
+        "packing/packers",
+        "packing/report",
+        *(f"packing/test_{name}.py" for name in ("plans", "bounds", "balance")),
+    ],
 }
 OF_PACKING = ("NumPy", "Numba", "libm")
 """Settings of what packing computes with; the others are torch's."""

@@ -1,0 +1,110 @@
+"""`auto`: which exact attention is chosen where, and that a run names it; exact attention one by one and in groups."""
+
+import json
+import logging
+
+import pytest
+import torch
+from attention_contract import heads_input, layout_of
+from flag_runs import train
+
+from bert_pretrain.attention import choice
+from bert_pretrain.attention.choice import choose_attention
+from bert_pretrain.attention.heads.sdpa import SdpaAttention
+from collate.isolation.exact_attention import Pieces, attend_grouped
+from collate.isolation.varlen import has_varlen_kernel
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended GPU: a function that sets its compute capability and what is installed."""
+
+    def pretend(capability=(9, 0), varlen=True, triton=True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr("collate.isolation.varlen.has_varlen_kernel", lambda: varlen)
+        monkeypatch.setattr(choice, "find_spec", lambda name: triton if name == "triton" else None)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("machine", "arguments", "name", "reason"),
+    [
+        ({}, (CUDA, BF16, 64), "varlen", "compute capability 9.0"),
+        ({}, (CUDA, torch.float16, 64), "varlen", "float16"),
+        ({}, (CUDA, FP32, 64), "flex", "varlen wants bfloat16 or float16, not torch.float32"),
+        ({"capability": (7, 5)}, (CUDA, BF16, 64), "flex", "wants an Ampere GPU or newer"),
+        ({"varlen": False}, (CUDA, BF16, 64), "flex", "neither in this torch"),
+        ({}, (CUDA, BF16, 20), "flex", "a multiple of 8, at most 256, not 20"),
+        ({}, (CUDA, BF16, 12), "sdpa", "heads of 16 or wider"),
+        ({"triton": False}, (CUDA, FP32, 64), "sdpa", "wants Triton"),
+        ({}, (CUDA, BF16, 64, 0.1), "sdpa", "attention_probs_dropout_prob=0.1"),
+        ({}, (CPU, FP32, 64), "sdpa", "one sequence at a time"),
+        ({}, (torch.device("mps"), FP32, 64), "sdpa", "mps has neither"),
+    ],
+)
+def test_what_is_chosen_where(gpu, machine, arguments, name, reason):
+    gpu(**machine)
+    chosen, why = choose_attention(*arguments)
+    assert chosen == name and reason in why
+
+
+def test_a_cpu_only_torch_has_no_varlen_kernel():
+    if torch.version.cuda or torch.version.hip:
+        pytest.skip("this torch is built for GPUs")
+    assert not has_varlen_kernel()
+
+
+def test_a_run_names_what_auto_chose(folders, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="bert_pretrain.train.new_model"):
+        assert train(folders, tmp_path / "bert") == 0
+    assert "attention: sdpa, chosen by auto: on CPUs one sequence at a time" in caplog.text
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    assert config["packed_attention"] == "sdpa" and config["attention_probs_dropout_prob"] == 0.0
+    record = json.loads((tmp_path / "bert" / "pretrain.json").read_text())
+    assert record["attention"] == "sdpa"
+
+
+def test_attention_dropout_that_is_asked_for_stays(folders, tmp_path):
+    one_layer_each = ["--attention", "auto,local", "--num_hidden_layers", "2", "--attention_probs_dropout_prob", "0.2"]
+    assert train(folders, tmp_path / "bert", *one_layer_each) == 0
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    assert config["packed_attention"] == ["sdpa", "local"] and config["attention_probs_dropout_prob"] == 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_by_one_computes_what_groups_compute(dtype):
+    layout = layout_of([[1] * 37 + [2] + [3] * 16 + [0] * 10, [0] * 3 + [1] * 61, [0] * 64])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    results = []
+    for attend in (SdpaAttention(2, 8, 64), attend_grouped):
+        inputs = [(x / 3).to(dtype).requires_grad_() for x in heads_input(layout)]
+        context = attend(*inputs, layout)
+        (context * torch.linspace(-1, 1, context.numel()).view_as(context).to(dtype)).sum().backward()
+        results.append([context.detach(), *(x.grad for x in inputs)])
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == dtype and found.is_contiguous()
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def test_more_threads_than_heads_take_groups(monkeypatch):
+    layout, calls = layout_of([[1, 1, 2]]), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    attend = "collate.isolation.exact_attention.attend_grouped"
+    monkeypatch.setattr(attend, lambda *inputs: calls.append(inputs) or inputs[2])
+    SdpaAttention(2, 8, 64)(*heads_input(layout), layout)
+    assert [len(inputs) for inputs in calls] == [5]
+
+
+def test_one_by_one_takes_gradients_as_they_come(monkeypatch):
+    """A copy of the gradient, as indexing makes one, took as long as short sequences do."""
+    seen, split = [], Pieces.queries
+    monkeypatch.setattr(Pieces, "queries", lambda self, x: seen.append(x.data_ptr()) or split(self, x))
+    layout = layout_of([[1] * 5 + [2] * 3])
+    inputs = [x.requires_grad_() for x in heads_input(layout)]
+    grad = torch.ones(8, 2, 8, dtype=torch.float64)
+    SdpaAttention(2, 8, 64)(*inputs, layout).backward(grad)
+    assert {x.data_ptr() for x in (*inputs, grad)} <= set(seen)
