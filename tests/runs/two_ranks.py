@@ -1,4 +1,4 @@
-"""`bert-pretrain train` in two processes, in float64: by DDP, then the same by FSDP. Run by tests/bert_pretrain/test_cli.py:
+"""`bert-pretrain train` in two processes, in float64: by DDP, then the same by FSDP. test_cli.py runs it:
 
 torchrun --nproc-per-node 2 two_ranks.py DATASET TOKENIZER OUTPUT
 
