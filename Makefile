@@ -21,6 +21,7 @@ test-long: .venv/installed-dev .venv/installed-references
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The wheel alone, with the base dependencies alone, away from the source tree.
 wheel: .venv/installed-dev

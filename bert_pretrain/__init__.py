@@ -8,10 +8,12 @@ if TYPE_CHECKING:
 __all__ = ["PackedBertForPreTraining"]
 
 
-def __getattr__(name: str):
-    # The model brings transformers with it; preparing text should not wait for that.
-    if name != "PackedBertForPreTraining":
-        raise AttributeError(f"module 'bert_pretrain' has no attribute {name!r}")
-    from bert_pretrain.model import PackedBertForPreTraining
+if not TYPE_CHECKING:  # else a checker would take any name for one of ours
 
-    return PackedBertForPreTraining
+    def __getattr__(name: str):
+        # The model brings transformers with it; preparing text should not wait for that.
+        if name != "PackedBertForPreTraining":
+            raise AttributeError(f"module 'bert_pretrain' has no attribute {name!r}")
+        from bert_pretrain.model import PackedBertForPreTraining
+
+        return PackedBertForPreTraining

@@ -15,16 +15,19 @@ from collections.abc import Callable
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numba
 
+Kernel = TypeVar("Kernel", bound=Callable)
 
-def njit(**options) -> Callable[[Callable], Callable]:
+
+def njit(**options: Any) -> Callable[[Kernel], Kernel]:
     """numba.njit with options; with cache=True the stamp covers this whole package, and the function's own."""
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Kernel) -> Kernel:
         dispatcher = _njit(function, options)
-        file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)  # none under NUMBA_DISABLE_JIT
+        file: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)  # none under NUMBA_DISABLE_JIT
         if hasattr(file, "_source_stamp"):
             own = _package(Path(function.__code__.co_filename))
             file._source_stamp = (file._source_stamp, stamp(), stamp(own))
@@ -33,7 +36,7 @@ def njit(**options) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _njit(function: Callable, options: dict) -> Callable:
+def _njit(function: Kernel, options: dict) -> Kernel:
     try:
         return numba.njit(**options)(function)
     except RuntimeError as error:
