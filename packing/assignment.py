@@ -25,6 +25,7 @@ from packing.draws import (
     shuffle,
     shuffle_buckets,
 )
+from packing.files.errors import whole_number
 from packing.histogram import as_lengths, check_lengths
 from packing.numba_tools import njit
 from packing.plan import PackPlan
@@ -150,17 +151,13 @@ class _Team:
 
 def checked_seed(seed: int) -> np.uint64:
     """The seed as the kernels take it. Raises ValueError for what is no whole number of 64 bits."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed!r} must be a whole number, 0 to 2**64 - 1")
-    return np.uint64(seed)
+    return np.uint64(whole_number("seed", seed, 0, 2**64 - 1))
 
 
 def _checked_threads(num_threads: int | None) -> int:
     if num_threads is None:
         return config.NUMBA_NUM_THREADS
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int | np.integer) or num_threads < 1:
-        raise ValueError(f"num_threads={num_threads!r} must be a whole number, at least 1, or None for all cores")
-    return int(num_threads)
+    return whole_number("num_threads", num_threads, cure=", or None for all cores")
 
 
 def _index_type(count: int) -> type:

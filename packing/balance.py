@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from packing.assignment import Assignment, checked_seed
 from packing.draws import fisher_yates, make_key, shuffle
+from packing.files.errors import whole_number
 from packing.histogram import as_lengths
 from packing.numba_tools import njit
 
@@ -94,14 +95,13 @@ def step_costs(assignment: Assignment, lengths: ArrayLike, packs_per_step: int) 
 
 def checked_packs_per_step(packs_per_step: int, num_packs: int | None = None) -> int:
     """num_packs: None = not known yet."""
-    if isinstance(packs_per_step, bool) or not isinstance(packs_per_step, int | np.integer) or packs_per_step < 1:
-        raise ValueError(f"packs_per_step={packs_per_step!r} must be a whole number, at least 1")
+    packs_per_step = whole_number("packs_per_step", packs_per_step)
     if num_packs is not None and packs_per_step > num_packs:
         raise ValueError(
             f"packs_per_step={packs_per_step} is more than the {num_packs} packs, so that no batch would be whole; "
             f"give at most {num_packs} as balance, or leave it out"
         )
-    return int(packs_per_step)
+    return packs_per_step
 
 
 def _deal_strata(strata: np.ndarray, costs: np.ndarray) -> np.ndarray:

@@ -8,7 +8,11 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+
+from packing.files.errors import whole_number
+from packing.options import PackOptions
 
 TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer")
 
@@ -205,11 +209,11 @@ def _refuse(arguments: argparse.Namespace, defaults: argparse.Namespace, unused:
 def pack_folder(arguments: argparse.Namespace) -> None:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
     # heavy imports wait until the arguments are known to be good
-    from packing.store.engines import check_engine, checked_num_proc, opened_engine
+    from packing.store.engines import check_engine, opened_engine
     from packing.store.writing import check_output
 
     check_engine(arguments.engine)
-    checked_num_proc(arguments.num_proc)
+    whole_number("num_proc", arguments.num_proc)
     if arguments.target is not None:
         one_process = arguments.num_proc == 1 and arguments.engine == "processes"
         check_output(arguments.target, one_process=one_process)
@@ -239,7 +243,7 @@ def _pack_splits(splits: dict, arguments: argparse.Namespace) -> None:
             packing.begin(folder / name)
         check_room(folder, sum(packing.bytes_missing(folder / name) for name, packing in packings.items()))
         for name, packing in packings.items():
-            packing.write(folder / name, arguments.num_proc, progress=True, engine=arguments.engine)
+            packing.write(folder / name, progress=True)
         if "" not in packings:
             write_file(folder / "dataset_dict.json", json.dumps({"splits": list(packings)}).encode())
     print(f"written to {arguments.target}")
@@ -306,9 +310,8 @@ def load_sequences(arguments: argparse.Namespace, cache: Path | None = None) -> 
     cache: where converted files and tokens are kept; None: in that of the datasets library."""
     from packing.files.errors import suggestion
     from packing.source.open import open_splits
-    from packing.store.engines import checked_num_proc
 
-    num_proc = checked_num_proc(arguments.num_proc)
+    num_proc = whole_number("num_proc", arguments.num_proc)
     splits = open_splits(arguments.source, cache=cache)
     if arguments.text_column is not None:
         return _tokenized(splits, arguments, num_proc, cache)
@@ -395,21 +398,9 @@ def _prepare(name: str, dataset, arguments: argparse.Namespace):
     from packing.dataset import prepare_packing
 
     with _in_split(name):
+        options = PackOptions(**{each.name: getattr(arguments, each.name) for each in fields(PackOptions)})
         return prepare_packing(
-            dataset,
-            arguments.max_sequence_length,
-            arguments.max_sequences_per_pack,
-            arguments.packer,
-            arguments.overlong,
-            arguments.seed,
-            token_columns=arguments.token_columns,
-            pad_token_id=arguments.pad_token_id,
-            balance=arguments.balance,
-            format=arguments.format,
-            to_write=not arguments.plan_only,
-            engine=arguments.engine,
-            opener=_opener(name, arguments),
-            progress=True,
+            dataset, options, to_write=not arguments.plan_only, opener=_opener(name, arguments), progress=True
         )
 
 

@@ -18,29 +18,30 @@ import pyarrow as pa
 import xxhash
 from tqdm.auto import tqdm
 
-from packing.assignment import Assignment, assign, checked_seed
-from packing.balance import balance_packs, checked_packs_per_step, step_costs
+from packing.assignment import Assignment, assign
+from packing.balance import balance_packs, step_costs
 from packing.files.folder import refuse_others, state_files, write_file
 from packing.files.paths import RemotePath, place
 from packing.files.saved import INFO, STATE
 from packing.histogram import length_histogram
-from packing.packers.table import Packer, checked_limit, find_packer, plan_packs
+from packing.options import ENGINES, PackOptions
+from packing.packers.table import Packer, plan_packs
 from packing.plan import PackPlan
 from packing.source.fingerprint import ColumnPrint, column_prints, in_background, packed_fingerprint
 from packing.source.ranges import Reading, join_ranges, row_ranges
 from packing.source.rows import INPUT_IDS, Source, check_source, read_source, refuse_foreign_ids
-from packing.source.sequences import OVERLONG, Sequences, cut_sequences
+from packing.source.sequences import Sequences, cut_sequences
 from packing.source.source_files import SourceChangedError, SourceFiles
 from packing.store.cluster import SharedSource, read_on_ray, write_on_ray
-from packing.store.engines import ENGINES, check_engine, checked_num_proc, opened_engine, write_here, write_in_pool
-from packing.store.info import PackedInfo
+from packing.store.engines import check_engine, opened_engine, write_here, write_in_pool
+from packing.store.info import PackedInfo, packed_facts
 from packing.store.manifest import FILE, Manifest, differences, read_manifest
 from packing.store.shards import (
-    FORMATS,
+    ENDINGS,
     PackSlice,
     ShardRecord,
     ShardTask,
-    check_format,
+    check_parquet,
     gather_packs,
     read_record,
     record_path,
@@ -133,40 +134,37 @@ def pack_dataset(
     manifest of the first is there, and if both began in the same moment, one at least finds the other's shards before
     its end; what the other has finished by then, verify_packed judges.
     """
+    options = PackOptions(
+        max_sequence_length=max_sequence_length,
+        max_sequences_per_pack=max_sequences_per_pack,
+        packer=packer,
+        overlong=overlong,
+        seed=seed,
+        token_columns=token_columns,
+        pad_token_id=pad_token_id,
+        balance=balance,
+        num_proc=num_proc,
+        engine=engine,
+        format=format,
+    )
     if output is not None:
-        check_output(output, storage_options, one_process=num_proc == 1 and engine == ENGINES[0])
+        check_output(output, storage_options, one_process=options.one_process)
     elif storage_options or format != "arrow":
         raise ValueError("format and storage_options are of an output; give output=, or leave them out")
-    check_format(format)
-    checked_num_proc(num_proc)
     check_engine(engine)
     if engine != ENGINES[0] and output is None:
         raise ValueError(f"engine={engine!r} writes a folder; give output=, or leave the engine out")
     if engine != ENGINES[0] and num_proc != 1:
         raise ValueError(f"num_proc={num_proc} would be ignored: engine={engine!r} takes all CPUs it has; leave it out")
     with opened_engine(engine):
-        packing = prepare_packing(
-            dataset,
-            max_sequence_length,
-            max_sequences_per_pack,
-            packer,
-            overlong,
-            seed,
-            token_columns=token_columns,
-            pad_token_id=pad_token_id,
-            balance=balance,
-            format=format,
-            to_write=output is not None,
-            engine=engine,
-            progress=progress,
-        )
+        packing = prepare_packing(dataset, options, to_write=output is not None, progress=progress)
         if output is None:
             return packing.in_memory(progress)
         with output_folder(output, storage_options) as folder:
             refuse_other_splits(folder, [""])
             packing.begin(folder)
             check_room(folder, packing.bytes_missing(folder))
-            packing.write(folder, num_proc, progress, engine)
+            packing.write(folder, progress)
     if isinstance(folder, RemotePath) or format != "arrow":
         return None
     return datasets.load_from_disk(str(place(output)))
@@ -182,10 +180,9 @@ class Packing:
     plan: PackPlan
     balanced: Assignment | None  # where the order of packs is balanced
     facts: PackedInfo
-    pad_token_id: int | None
+    options: PackOptions
     hashing: Future | None  # of source_prints, begun before the plan was made
     files: SourceFiles  # as they were before they were read
-    format: str = "arrow"
     opener: Callable | None = None  # of the dataset, on another machine; None: by its pickle, where files are seen
 
     @cached_property
@@ -204,7 +201,7 @@ class Packing:
             elif name in columns.row_columns:
                 features[name] = datasets.List(source[name])
         # all that load_dataset hands on of what a Parquet file says about itself: see info.py
-        said = self.facts.to_description() if self.format == "parquet" else None
+        said = self.facts.to_description() if self.options.format == "parquet" else None
         features["sequence_lengths"] = datasets.List(datasets.Value("int32", id=said))
         features["sequence_indices"] = datasets.List(datasets.Value("int64"))
         if self.facts.overlong == "split":
@@ -236,7 +233,9 @@ class Packing:
     @cached_property
     def batch_packs(self) -> int:
         """Packs in a record batch, or a row group. Where they are written, it follows from the source's content."""
-        by_tokens = BATCH_TOKENS * (ROW_GROUPS if self.format == "parquet" else 1) // self.plan.max_sequence_length
+        by_tokens = (
+            BATCH_TOKENS * (ROW_GROUPS if self.options.format == "parquet" else 1) // self.plan.max_sequence_length
+        )
         num_bytes = self.dataset.data.nbytes if self.hashing is None else self.num_bytes
         by_bytes = BATCH_BYTES * self.facts.num_packs // max(1, num_bytes)
         return max(1, min(by_tokens, by_bytes))
@@ -261,7 +260,7 @@ class Packing:
     @property
     def shard_files(self) -> list[str]:
         shards = len(self.shard_bounds) - 1
-        return [f"data-{i:05d}-of-{shards:05d}{FORMATS[self.format]}" for i in range(shards)]
+        return [f"data-{i:05d}-of-{shards:05d}{ENDINGS[self.options.format]}" for i in range(shards)]
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -271,17 +270,7 @@ class Packing:
             versions={name: metadata.version(name) for name in ("dataset-packing", "datasets", "pyarrow")},
             source_rows=facts.source_rows,
             source_columns=self.source_prints,
-            parameters={
-                "max_sequence_length": facts.max_sequence_length,
-                "max_sequences_per_pack": facts.max_sequences_per_pack,
-                "packer": facts.packer,
-                "overlong": facts.overlong,
-                "seed": facts.seed,
-                "token_columns": list(facts.token_columns),
-                "pad_token_id": None if self.pad_token_id is None else int(self.pad_token_id),
-                "balance": facts.balance,
-                "format": self.format,
-            },
+            parameters=self.options.parameters() | {"packer": facts.packer, "token_columns": list(facts.token_columns)},
             plan=_digest(self.plan.strategy_lengths, self.plan.strategy_offsets, self.plan.repeats),
             assignment=_digest(self.assignment.sequence_indices, self.assignment.pack_offsets),
             schema=_digest(self.features.arrow_schema.serialize()),
@@ -346,20 +335,18 @@ class Packing:
         done = sum(read_record(folder / file) is not None for file in self.shard_files)
         return self.num_bytes * (shards - done) // shards
 
-    def write(
-        self, folder: Path | RemotePath, num_proc: int = 1, progress: bool = False, engine: str = ENGINES[0]
-    ) -> None:
+    def write(self, folder: Path | RemotePath, progress: bool = False) -> None:
         """Write the packed dataset into a folder that `begin` has made ready."""
         records: dict[str, ShardRecord] = {}
         with tqdm(total=self.facts.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
             source = self.dataset, self.facts.token_columns
-            if engine == "ray":
+            if self.options.engine == "ray":
                 shared = SharedSource.of(self.dataset, self.opener)
                 written = write_on_ray(shared, self.facts.token_columns, self.tasks(folder), bar.update)
-            elif num_proc == 1 or len(self.shard_files) == 1:
+            elif self.options.num_proc == 1 or len(self.shard_files) == 1:
                 written = write_here(self.source.columns, self.tasks(folder), bar.update)
             else:
-                workers = min(num_proc, len(self.shard_files))
+                workers = min(self.options.num_proc, len(self.shard_files))
                 written = write_in_pool(*source, self.tasks(folder), workers, bar.update)
             try:
                 with closing(written):
@@ -386,7 +373,7 @@ class Packing:
         split = None if self.dataset.split is None else str(self.dataset.split)
         fingerprint = packed_fingerprint(self.source_prints, self.facts.to_description())
         files = state_files(self.shard_files, self.info, fingerprint, split)
-        if self.format == "parquet":
+        if self.options.format == "parquet":
             del files["state.json"]  # load_from_disk would take the shards for Arrow
         *first, last = files
         for file in first:
@@ -425,66 +412,51 @@ class Packing:
 
 def prepare_packing(
     dataset: datasets.Dataset,
-    max_sequence_length: int = 512,
-    max_sequences_per_pack: int | None = None,
-    packer: str | Packer = "optimal",
-    overlong: str = "error",
-    seed: int = 0,
+    options: PackOptions,
     *,
-    token_columns: Sequence[str] | None = None,
-    pad_token_id: int | None = None,
-    balance: int | None = None,
-    format: str = "arrow",
     to_write: bool = False,
-    engine: str = ENGINES[0],
     opener: Callable[[], datasets.Dataset] | None = None,
     progress: bool = False,
 ) -> Packing:
     """Check the dataset and make its plan. Raises whatever pack_dataset can raise about its input.
 
     to_write: the packs will be written to a folder, so that the source must be hashed; that begins beside the planning.
-    engine: who reads and hashes the source.
     opener: gives the same dataset on another machine; picklable. None: machines see its files under the same path.
     """
     _check_dataset(dataset)
-    _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed, balance)
-    reading, files = Reading(token_columns, pad_token_id, to_write), SourceFiles.of(dataset)
-    if engine == "ray":
+    reading, files = Reading(options.token_columns, options.pad_token_id, to_write), SourceFiles.of(dataset)
+    if options.engine == "ray":
         source, hashing = _read_on_ray(dataset, opener, reading, progress)
     else:
         source, hashing = _read_here(dataset, reading)
-    sequences = cut_sequences(source, max_sequence_length, overlong)
-    _refuse_moved_answers(source, sequences, overlong)
-    histogram = length_histogram(sequences.lengths, max_sequence_length)
-    plan = plan_packs(histogram, max_sequence_length, max_sequences_per_pack, packer, progress=progress)
+    longest, deepest, balance = options.max_sequence_length, options.max_sequences_per_pack, options.balance
+    sequences = cut_sequences(source, longest, options.overlong)
+    _refuse_moved_answers(source, sequences, options.overlong)
+    plan = plan_packs(length_histogram(sequences.lengths, longest), longest, deepest, options.packer, progress=progress)
     balanced, before, after = None, None, None
     if balance is not None:
-        unbalanced = assign(plan, sequences.lengths, seed)
-        balanced = balance_packs(unbalanced, sequences.lengths, balance, seed)
+        unbalanced = assign(plan, sequences.lengths, options.seed)
+        balanced = balance_packs(unbalanced, sequences.lengths, balance, options.seed)
         before, after = (step_costs(a, sequences.lengths, balance) for a in (unbalanced, balanced))
-    facts = PackedInfo(
-        max_sequence_length=plan.max_sequence_length,
-        max_sequences_per_pack=None if max_sequences_per_pack is None else int(max_sequences_per_pack),
-        max_depth=plan.max_depth,
-        token_columns=tuple(column.name for column in source.columns.token_columns),
+    facts = packed_facts(
+        options,
         packer=plan.packer,
-        seed=int(seed),
+        token_columns=tuple(column.name for column in source.columns.token_columns),
+        max_depth=plan.max_depth,
         source_rows=source.num_rows,
         num_sequences=plan.num_sequences,
         num_packs=plan.num_packs,
         num_tokens=plan.num_tokens,
-        overlong=overlong,
         overlong_rows=tuple(sequences.overlong_rows.tolist()),
         overlong_tokens=sequences.overlong_tokens,
         trimmed_rows=source.trimmed_rows,
         trimmed_tokens=source.trimmed_tokens,
-        balance=None if balance is None else int(balance),
         step_costs_before=before,
         step_costs_after=after,
     )
-    packing = Packing(dataset, source, sequences, plan, balanced, facts, pad_token_id, hashing, files, format, opener)
-    if format == "parquet":
-        check_format(format, packing.features.arrow_schema)
+    packing = Packing(dataset, source, sequences, plan, balanced, facts, options, hashing, files, opener)
+    if options.format == "parquet":
+        check_parquet(packing.features.arrow_schema)
         if len(facts.to_description()) > FACTS_BYTES:
             raise ValueError(
                 f"format='parquet' keeps the numbers of rows that were too long in each file, and "
@@ -550,18 +522,6 @@ def _refuse_moved_answers(source: Source, sequences: Sequences, overlong: str) -
             f"column {answers[0]!r} counts tokens of its row, but row {sequences.overlong_rows[0]} would be cut by "
             f"overlong={overlong!r}; let the tokenizer cut it (truncation, stride), or say overlong='drop'"
         )
-
-
-def _check_options(max_sequence_length, max_sequences_per_pack, packer, overlong, seed, balance) -> None:
-    """Before the source is read, which can take a while."""
-    find_packer(packer)
-    checked_limit("max_sequence_length", max_sequence_length)
-    checked_limit("max_sequences_per_pack", max_sequences_per_pack)
-    checked_seed(seed)
-    if balance is not None:
-        checked_packs_per_step(balance)
-    if overlong not in OVERLONG:
-        raise ValueError(f"unknown overlong={overlong!r}; choose from {', '.join(OVERLONG)}")
 
 
 def _digest(*parts) -> str:

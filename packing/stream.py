@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.features.features import encode_nested_example
 
-from packing.assignment import checked_seed
 from packing.dataset import ANSWERS, prepare_packing
-from packing.packers.table import checked_limit
+from packing.files.errors import whole_number
+from packing.options import PackOptions
 from packing.source import rows as source_module
 from packing.source import sequences as overlong_module
 from packing.source.exact import REFUSALS, NotHeldError, exact_array
@@ -78,24 +78,28 @@ def pack_stream(
     packed_info tells what can be known; counts are None.
     """
     _check_stream(dataset)
-    if checked_limit("buffer_size", buffer_size) is None:
-        raise ValueError("buffer_size=None must be a whole number, at least 1")
-    seed = int(checked_seed(seed))
+    buffer_size = whole_number("buffer_size", buffer_size)
+    options = PackOptions(
+        max_sequence_length=max_sequence_length,
+        max_sequences_per_pack=max_sequences_per_pack,
+        packer=PACKER,
+        overlong=overlong,
+        seed=seed,
+        token_columns=token_columns,
+        pad_token_id=pad_token_id,
+    )
     dataset = dataset.with_format(None)
     # Without features each table may have types of its own, and a cast would make text of numbers.
     is_arrow = dataset.features is not None and getattr(dataset._ex_iterable, "iter_arrow", None) is not None
     first, features = _first_rows(dataset, is_arrow)
-    limits = {"max_sequence_length": max_sequence_length, "max_sequences_per_pack": max_sequences_per_pack}
-    options = limits | {"overlong": overlong, "token_columns": token_columns, "pad_token_id": pad_token_id}
     with _hint(first), _quiet():
-        packing = prepare_packing(_as_dataset(first, features), packer=PACKER, **options)
+        packing = prepare_packing(_as_dataset(first, features), options)
     names = packing.facts.token_columns
     packed_features = datasets.Features({name: f for name, f in packing.features.items() if name != INDICES})
     pack = _PackBuffer(
         features,
         packed_features,
-        options | {"token_columns": [name for name in names if name != INPUT_IDS]},
-        seed,
+        replace(options, token_columns=[name for name in names if name != INPUT_IDS]),
         _closing_token(_as_dataset(first, features), pad_token_id) if overlong == "truncate" else None,
         _has_shuffle_buffer(dataset._ex_iterable),
         dataset.features is not None,
@@ -111,8 +115,7 @@ def pack_stream(
     facts = replace(
         packing.facts,
         max_depth=packing.facts.max_sequences_per_pack,
-        seed=seed,
-        buffer_size=int(buffer_size),
+        buffer_size=buffer_size,
         **unknown,
         **nothing,
     )
@@ -124,7 +127,7 @@ def pack_stream(
 class _PackBuffer:
     """One buffer of rows -> its packs; what is kept from one to the next are counts alone.
 
-    features: of the rows; packed_features: of the packs. options: of prepare_packing.
+    features: of the rows; packed_features: of the packs. options: of each buffer.
     closing: the token that all rows end in; None: they do not.
     is_shuffled: whether rows come through a buffer of datasets, which a resumed stream has lost.
     is_declared: whether the stream itself says what types its columns have.
@@ -134,8 +137,7 @@ class _PackBuffer:
 
     features: datasets.Features
     packed_features: datasets.Features
-    options: dict
-    seed: int
+    options: PackOptions
     closing: int | None
     is_shuffled: bool
     is_declared: bool
@@ -159,17 +161,17 @@ class _PackBuffer:
         return {name: _as_lists(packs.column(name).combine_chunks()) for name in packs.column_names}
 
     def _packs(self, table: pa.Table) -> pa.Table:
-        seed = _seed_of(table, self.seed)
+        seed = _seed_of(table, self.options.seed)
         table = self._fitting(table)
         if not len(table):
             return self.packed_features.arrow_schema.empty_table()
-        if len(table) < TOO_FEW and ATTENTION_MASK not in table.column_names and self.options["pad_token_id"] is None:
+        if len(table) < TOO_FEW and ATTENTION_MASK not in table.column_names and self.options.pad_token_id is None:
             table = _unpadded(table)
         rows = _as_dataset(table, self.features)
         options = self.options
         if ATTENTION_MASK in table.column_names and ATTENTION_MASK not in self.features:
-            options = options | {"pad_token_id": None}  # it is trimmed by now
-        packing = prepare_packing(rows, packer=PACKER, seed=seed, **options)
+            options = replace(options, pad_token_id=None)  # it is trimmed by now
+        packing = prepare_packing(rows, replace(options, seed=seed))
         facts = packing.facts
         self._say("have padding trimmed", "tokens of it", facts.trimmed_rows, facts.trimmed_tokens)
         if facts.overlong_rows:
@@ -178,12 +180,12 @@ class _PackBuffer:
 
     def _fitting(self, table: pa.Table) -> pa.Table:
         """The buffer, after what must not depend on what else is in it: truncation, and dropping all rows."""
-        longest, overlong = self.options["max_sequence_length"], self.options["overlong"]
+        longest, overlong = self.options.max_sequence_length, self.options.overlong
         column = table.column(INPUT_IDS)
         if overlong not in ("truncate", "drop") or _lengths(column).max() <= longest:
             return table
         rows = _as_dataset(table, self.features)
-        source = read_source(rows, self.options["token_columns"], self.options["pad_token_id"])
+        source = read_source(rows, self.options.token_columns, self.options.pad_token_id)
         kept = np.asarray(source.kept, np.int64)
         if overlong == "drop":
             if kept.min() <= longest:
@@ -196,12 +198,12 @@ class _PackBuffer:
         self._say_overlong(np.count_nonzero(lost), int(lost.sum()))
         padding = _lengths(column) - kept
         self._say("have padding trimmed", "tokens of it", np.count_nonzero(padding), int(padding.sum()))
-        return _truncated(table, source, longest, [INPUT_IDS, *self.options["token_columns"]], self.closing)
+        return _truncated(table, source, longest, [INPUT_IDS, *self.options.token_columns], self.closing)
 
     def _say_overlong(self, rows: int, tokens: int) -> None:
-        overlong = self.options["overlong"]
+        overlong = self.options.overlong
         done = {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong]
-        self._say(f"have more than {self.options['max_sequence_length']} tokens: {done}", "tokens lost", rows, tokens)
+        self._say(f"have more than {self.options.max_sequence_length} tokens: {done}", "tokens lost", rows, tokens)
 
     def _say(self, what: str, tokens_are: str, rows: int, tokens: int) -> None:
         """Count; say so for the first rows and whenever there are ten times as many."""

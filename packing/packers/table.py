@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from packing.files.errors import whole_number
 from packing.packers.lpfhp import lpfhp
 from packing.packers.nnlshp import nnlshp
 from packing.packers.optimal import optimal
@@ -105,13 +106,12 @@ def checked_limit(name: str, value: int | None) -> int | None:
     """The limit as an int; None is no limit, which a pack's length must have."""
     if value is None and name != "max_sequence_length":
         return None
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+    value = whole_number(name, value)
     if name == "max_sequence_length" and value > LONGEST_PACK:
         raise ValueError(f"{name}={value} is more than the {LONGEST_PACK} that packers can handle; give less")
     if value >= 2**63:
         raise ValueError(f"{name}={value} is more than 2**63 - 1; give None for no limit")
-    return int(value)
+    return value
 
 
 def _fitted(histogram: np.ndarray, max_sequence_length: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from packing.histogram import length_histogram
+from packing.options import OVERLONG
 from packing.source.json_rows import check_depth
 from packing.source.sequences import CHOICES
 
@@ -101,7 +102,7 @@ def cut_histogram(histogram: np.ndarray, max_sequence_length: int, overlong: str
         np.add.at(kept, lengths % max_sequence_length, counts)
         kept[0] = 0  # a length that splits evenly has no rest
     elif overlong != "drop":
-        raise ValueError(f"unknown overlong={overlong!r}; choose from error, truncate, split, drop")
+        raise ValueError(f"unknown overlong={overlong!r}; choose from {', '.join(OVERLONG)}")
     if not kept.any():
         raise ValueError(f"every sequence is longer than max_sequence_length={max_sequence_length}; nothing is left")
     logger.warning("%d sequences have more than %d tokens: overlong=%r", counts.sum(), max_sequence_length, overlong)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from packing.numba_tools import njit
+from packing.options import checked_pad_token_id
 from packing.source.token_column import TokenColumn
 
 NONE = -1
@@ -38,14 +39,11 @@ def trim_by_mask(mask: TokenColumn) -> tuple[np.ndarray, np.ndarray]:
 
 def trim_by_token(input_ids: TokenColumn, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     """As trim_by_mask, but whatever equals pad_token_id at the ends of a row is padding."""
-    if isinstance(pad_token_id, bool) or not isinstance(pad_token_id, int | np.integer):
-        raise ValueError(f"pad_token_id={pad_token_id!r} must be a whole number: the id that the tokenizer pads with")
-    if not -(2**63) <= pad_token_id < 2**63:
-        raise ValueError(f"pad_token_id={pad_token_id} is no token id, which has 64 bits at most")
+    pad_token_id = checked_pad_token_id(pad_token_id)
     skipped, kept = np.zeros(input_ids.num_rows, np.int32), np.zeros(input_ids.num_rows, np.int32)
     for block in input_ids.blocks():
         part = slice(block.first, block.first + len(block.starts))
-        places = block.starts, block.lengths, int(pad_token_id)
+        places = block.starts, block.lengths, pad_token_id
         _trim_token(input_ids.numbers(), *places, skipped[part], kept[part])
     _refuse_all_padding(kept, f"input_ids is pad_token_id={pad_token_id} everywhere")
     return skipped, kept

@@ -289,8 +289,6 @@ def _token_names(table, rows, lengths: np.ndarray, wanted: Sequence[str] | None)
     candidates = [c for c in table.column_names if c not in (INPUT_IDS, ATTENTION_MASK)]
     if wanted is None:
         return [c for c in candidates if _is_token_level(c, table.column(c), rows, lengths)]
-    if isinstance(wanted, str):
-        raise ValueError(f"token_columns={wanted!r} must be a list of column names: [{wanted!r}]")
     for name in wanted:
         if name not in table.column_names:
             raise ValueError(f"token_columns names {name!r}, which is not among {', '.join(table.column_names)}")

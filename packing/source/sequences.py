@@ -70,7 +70,7 @@ def cut_sequences(source: Source, max_sequence_length: int, overlong: str) -> Se
     rows = np.flatnonzero(source.kept > max_sequence_length)
     if not len(rows):
         return _whole_rows(source)
-    sequences = OVERLONG[overlong](source, rows, max_sequence_length)
+    sequences = CUTS[overlong](source, rows, max_sequence_length)
     logger.warning(
         "%d of %d rows have more than %d tokens: %s, %d tokens lost; rows %s%s",
         len(rows),
@@ -142,7 +142,7 @@ def _cut_evenly(kept, skipped, longest, rows, begins, lengths):
             piece += 1
 
 
-OVERLONG: dict[str, Callable[[Source, np.ndarray, int], Sequences]] = {
+CUTS: dict[str, Callable[[Source, np.ndarray, int], Sequences]] = {
     "error": _error,
     "truncate": _truncate,
     "split": _split,

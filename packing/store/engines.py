@@ -20,13 +20,8 @@ from packing.store.shards import ShardRecord, ShardTask, write_shard
 Advance = Callable[[int], None]
 
 
-ENGINES = ("processes", "ray")  # of this machine, or of a cluster
-
-
 def check_engine(engine: str) -> None:
-    """Raise where nobody could write so."""
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine={engine!r}; choose from {', '.join(ENGINES)}")
+    """Raise ImportError where the engine is not installed."""
     if engine == "ray":
         check_ray()
 
@@ -34,13 +29,6 @@ def check_engine(engine: str) -> None:
 def opened_engine(engine: str):
     """A context in which an engine is started once, for all that is read and written."""
     return connection() if engine == "ray" else nullcontext()
-
-
-def checked_num_proc(num_proc: int) -> int:
-    """num_proc as it is. Raises ValueError for what is no number of processes."""
-    if isinstance(num_proc, bool) or not isinstance(num_proc, int) or num_proc < 1:
-        raise ValueError(f"num_proc={num_proc!r} must be a whole number, at least 1: the processes that write")
-    return num_proc
 
 
 def write_here(columns: SourceColumns, tasks: Iterable[ShardTask], advance: Advance) -> Iterator[ShardRecord]:

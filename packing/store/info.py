@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from packing.files.metadata import build, parse_json
+from packing.options import OVERLONG
 
 if TYPE_CHECKING:
     import datasets
 
     from packing.balance import StepCosts
+    from packing.options import PackOptions
 
 LENGTHS = "sequence_lengths"
 PREFIX = "Packed by dataset-packing, format 1: "
@@ -90,6 +92,13 @@ class PackedInfo:
         return PREFIX + json.dumps(asdict(self))
 
 
+def packed_facts(options: PackOptions, **facts) -> PackedInfo:
+    """The options that PackedInfo has a field for, and what only the packing itself knows, which goes first."""
+    names = {each.name for each in fields(PackedInfo)}
+    asked = {name: value for name, value in options.parameters().items() if name in names}
+    return PackedInfo(**asked | facts)
+
+
 def packed_info(dataset: datasets.Dataset) -> PackedInfo:
     """Read how a packed dataset was made. Raises ValueError for a dataset that was not packed."""
     info = getattr(dataset, "info", None)
@@ -139,7 +148,7 @@ def _conditions(facts: PackedInfo) -> dict[str, bool]:
         "max_sequences_per_pack": facts.max_sequences_per_pack is None or 1 <= facts.max_sequences_per_pack < 2**31,
         "max_depth": facts.max_depth is None or facts.max_depth < 2**31,
         "token_columns": facts.token_columns[:1] == ("input_ids",),
-        "overlong": facts.overlong in ("error", "truncate", "split", "drop"),
+        "overlong": facts.overlong in OVERLONG,
         "balance": facts.balance is None or 1 <= facts.balance < 2**63,
     }
     counts = (facts.num_packs, facts.num_sequences, facts.num_tokens)

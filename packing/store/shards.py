@@ -35,29 +35,26 @@ from packing.source.token_column import list_array
 
 BATCHES_AHEAD = 2  # gathered while another is written
 ARROW, PARQUET = ".arrow", ".parquet"  # endings
-FORMATS = {"arrow": ARROW, "parquet": PARQUET}
+ENDINGS = {"arrow": ARROW, "parquet": PARQUET}  # of the formats in options.FORMATS
 
 
-def check_format(format: str, schema: pa.Schema | None = None) -> None:
-    """Raise ValueError for an unknown format, or a column that it has no type for."""
-    if format not in FORMATS:
-        raise ValueError(f"unknown format={format!r}; choose from {', '.join(FORMATS)}")
-    if format == "parquet" and schema is not None:
-        import pyarrow.parquet as pq
+def check_parquet(schema: pa.Schema) -> None:
+    """Raise ValueError for a column of a type that Parquet does not have."""
+    import pyarrow.parquet as pq
 
-        for field in schema:
-            try:
-                written = pa.BufferOutputStream()
-                pq.write_table(pa.schema([field]).empty_table(), written)
-                found = pq.read_schema(pa.BufferReader(written.getvalue())).field(0).type
-                fault = "" if found == field.type else f"it would be {found}"
-            except pa.ArrowException as error:
-                fault = str(error)
-            if fault:
-                raise ValueError(
-                    f"column {field.name!r} holds {field.type}, which Parquet has not: {fault}; take format='arrow', "
-                    "or leave the column out"
-                )
+    for column in schema:
+        try:
+            written = pa.BufferOutputStream()
+            pq.write_table(pa.schema([column]).empty_table(), written)
+            found = pq.read_schema(pa.BufferReader(written.getvalue())).field(0).type
+            fault = "" if found == column.type else f"it would be {found}"
+        except pa.ArrowException as error:
+            fault = str(error)
+        if fault:
+            raise ValueError(
+                f"column {column.name!r} holds {column.type}, which Parquet has not: {fault}; take format='arrow', "
+                "or leave the column out"
+            )
 
 
 @dataclass(frozen=True, eq=False)

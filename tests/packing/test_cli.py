@@ -11,7 +11,7 @@ import slow_rows
 
 import packing
 from packing import cli, packed_info
-from packing.source.sequences import OVERLONG
+from packing.options import OVERLONG
 
 datasets.disable_progress_bars()
 COMMAND = Path(sys.executable).with_name("pack-dataset")

@@ -14,6 +14,7 @@ from selections import SELECTIONS, TOKEN_COLUMNS, make_dataset
 
 from packing import pack_dataset, packed_info
 from packing.dataset import prepare_packing
+from packing.options import PackOptions
 
 datasets.disable_progress_bars()
 
@@ -434,7 +435,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 def test_planning_copies_no_token(caplog):
     with caplog.at_level(logging.WARNING):
-        packing = prepare_packing(long_source(), 8)
+        packing = prepare_packing(long_source(), PackOptions(max_sequence_length=8))
     assert (packing.plan.num_packs, packing.facts.num_packs) == (2, 2)  # 7 | 5 + 3
     assert not caplog.records
 

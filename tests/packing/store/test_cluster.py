@@ -24,6 +24,7 @@ from shelf import Shelf, fail
 from packing import cli, pack_dataset, verify_packed
 from packing.dataset import prepare_packing
 from packing.files import folder
+from packing.options import PackOptions
 from packing.source import ranges
 from packing.store import cluster
 
@@ -335,7 +336,7 @@ def test_a_machine_that_sees_another_source(cluster_here, source, monkeypatch, n
     opener, said = OTHERS[name]
     monkeypatch.setattr(cluster, "RETRIES", 0)
     with pytest.raises(OSError, match=f"the source cannot be read from row .*{said}") as error:
-        prepare_packing(source, **PACK, to_write=True, engine="ray", opener=opener)
+        prepare_packing(source, PackOptions(**PACK, engine="ray"), to_write=True, opener=opener)
     assert any("every machine of the cluster must see the source" in note for note in error.value.__notes__)
 
 

@@ -800,10 +800,11 @@ def write_elsewhere(root: str, cache: str, url: str, tasks: list) -> tuple:
 
 def test_another_process_opens_and_writes_the_same(source, whole, shelf, tmp_path):
     from packing.dataset import prepare_packing
+    from packing.options import PackOptions
     from packing.store.writing import output_folder
 
     source.save_to_disk(shelf / "tokens")
-    packing = prepare_packing(open_split("shelf://bucket/tokens"), **PACK, to_write=True)
+    packing = prepare_packing(open_split("shelf://bucket/tokens"), PackOptions(**PACK), to_write=True)
     with output_folder(URL) as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         packing.begin(folder)
         arguments = str(shelf.parent), str(tmp_path / "cache"), "shelf://bucket/tokens", list(packing.tasks(folder))

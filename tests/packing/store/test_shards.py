@@ -18,6 +18,7 @@ import xxhash
 from packing import pack_dataset, packed_info
 from packing.dataset import prepare_packing
 from packing.files.folder import checksum, partial_folder
+from packing.options import PackOptions
 from packing.source.fingerprint import column_prints, combined_print
 from packing.source.rows import open_columns
 from packing.source.token_column import open_token_column, read_token_column
@@ -70,7 +71,7 @@ def test_damaged_offsets_are_refused(offsets):
 
 def test_a_source_that_shrinks_while_it_is_packed_is_refused(tmp_path):
     long, short = (datasets.Dataset.from_dict({"input_ids": [[1] * n, [2, 3]]}) for n in (5, 4))
-    packing = prepare_packing(long, 8)
+    packing = prepare_packing(long, PackOptions(max_sequence_length=8))
     (task,) = packing.tasks(tmp_path)
     with pytest.raises(ValueError, match="row 0 of the source has fewer tokens than when packing began"):
         write_shard(open_columns(short, ("input_ids",)), task)
@@ -185,7 +186,7 @@ def test_any_engine_writes_the_same_bytes(source, tmp_path):
     """By hand, as a cluster would: the last shard first, in workers that get a pickle and open the source."""
     whole = pack_dataset(source, 64, overlong="truncate", output=tmp_path / "whole")
     assert len(whole.cache_files) > 5
-    packing = prepare_packing(source, 64, overlong="truncate")
+    packing = prepare_packing(source, PackOptions(max_sequence_length=64, overlong="truncate"))
     with partial_folder(tmp_path / "packed") as folder:
         packing.begin(folder)
         records = []
@@ -199,7 +200,7 @@ def test_any_engine_writes_the_same_bytes(source, tmp_path):
 
 
 def test_tasks_hold_indices_and_no_tokens(source, tmp_path):
-    packing = prepare_packing(source, 64)
+    packing = prepare_packing(source, PackOptions(max_sequence_length=64))
     sizes = [len(pickle.dumps(task)) for task in packing.tasks(tmp_path)]
     assert sum(sizes) < 2500 * len(sizes) + 20 * packing.facts.num_sequences  # a schema each, and indices
 

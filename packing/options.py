@@ -1,0 +1,129 @@
+"""The options of one packing, each said once: a field of PackOptions.
+
+    PackOptions ->  pack_dataset's keywords        the same names and defaults, in the same order
+                    the command's options          --max-sequence-length, made of the field's name, type, default
+                    manifest.json                  `parameters`: the fields that decide a byte
+                    PackedInfo                     its fields of the same names
+
+field.metadata holds, by these names:
+
+    help      what it does, for the command line
+    metavar   what stands for its value there; None: the choices
+    choices   the values that it may have; None: any of its type
+    decides   whether another value can make another packed dataset: then it stands in the manifest
+
+To add an option: a field here (with its check, in __post_init__), a keyword of pack_dataset, and the code that it
+changes. Importing this is cheap; what checks the values is imported when there are some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from packing.files.errors import whole_number
+
+if TYPE_CHECKING:
+    from packing.packers.table import Packer
+
+OVERLONG = ("error", "truncate", "split", "drop")
+ENGINES = ("processes", "ray")  # of this machine, or of a cluster
+FORMATS = ("arrow", "parquet")
+
+
+def about(help: str, metavar: str | None = None, choices: tuple[str, ...] | None = None, decides: bool = True) -> dict:
+    """The metadata of a field; see the top of the file."""
+    return {"help": help, "metavar": metavar, "choices": choices, "decides": decides}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """How to pack a dataset. Raises ValueError for a value that no packing can have.
+
+    Whole numbers of any integer type become int, token_columns a tuple.
+    """
+
+    max_sequence_length: int = field(default=512, metadata=about("token slots in a pack", "N"))
+    max_sequences_per_pack: int | None = field(
+        default=None, metadata=about("sequences in a pack at most; left out: no limit", "N")
+    )
+    packer: str | Packer = field(default="optimal", metadata=about("algorithm that makes the plan", "NAME"))
+    overlong: str = field(default="error", metadata=about("what to do with rows longer than a pack", choices=OVERLONG))
+    seed: int = field(default=0, metadata=about("decides which equally long sequences lie together", "N"))
+    token_columns: Sequence[str] | None = field(
+        default=None,
+        metadata=about(
+            "columns with one value per token; left out: those that are as long as input_ids in every row", "NAME"
+        ),
+    )
+    pad_token_id: int | None = field(
+        default=None, metadata=about("token to trim at row ends, if there is no attention_mask", "ID")
+    )
+    balance: int | None = field(
+        default=None, metadata=about("order packs so that every N of them cost attention nearly the same", "N")
+    )
+    num_proc: int = field(
+        default=1,
+        metadata=about(
+            "processes that tokenize and (unless --engine ray does) write; the same bytes for any number",
+            "N",
+            decides=False,
+        ),
+    )
+    engine: str = field(
+        default="processes",
+        metadata=about(
+            "who does it, the same bytes: processes of this machine, or a Ray cluster that sees SOURCE and TARGET",
+            choices=ENGINES,
+            decides=False,
+        ),
+    )
+    format: str = field(
+        default="arrow",
+        metadata=about(
+            "files of TARGET: arrow is mapped into memory, by load_from_disk; parquet is compressed, for load_dataset",
+            choices=FORMATS,
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        from packing.assignment import checked_seed  # not at the top: Numba takes a second to import
+        from packing.balance import checked_packs_per_step
+        from packing.packers.table import checked_limit, find_packer
+
+        for each in fields(self):
+            choices = each.metadata["choices"]
+            if choices and getattr(self, each.name) not in choices:
+                raise ValueError(f"unknown {each.name}={getattr(self, each.name)!r}; choose from {', '.join(choices)}")
+        find_packer(self.packer)
+        self._set("max_sequence_length", checked_limit("max_sequence_length", self.max_sequence_length))
+        self._set("max_sequences_per_pack", checked_limit("max_sequences_per_pack", self.max_sequences_per_pack))
+        self._set("seed", int(checked_seed(self.seed)))
+        self._set("num_proc", whole_number("num_proc", self.num_proc, cure=": the processes that write"))
+        if self.balance is not None:
+            self._set("balance", checked_packs_per_step(self.balance))
+        if self.pad_token_id is not None:
+            self._set("pad_token_id", checked_pad_token_id(self.pad_token_id))
+        if isinstance(self.token_columns, str):
+            names = self.token_columns
+            raise ValueError(f"token_columns={names!r} must be a list of column names: [{names!r}]")
+        if self.token_columns is not None:
+            self._set("token_columns", tuple(self.token_columns))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # frozen from here on
+
+    @property
+    def one_process(self) -> bool:
+        """Whether this process alone writes."""
+        return self.num_proc == 1 and self.engine == ENGINES[0]
+
+    def parameters(self) -> dict[str, Any]:
+        """The options that decide a byte, as the manifest has them. packer and token_columns are as they were given."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.metadata["decides"]}
+
+
+def checked_pad_token_id(value: int) -> int:
+    """The id as an int, which may be negative. Raises ValueError for what no column of tokens can hold."""
+    return whole_number("pad_token_id", value, -(2**63), 2**63 - 1, ": the id that the tokenizer pads with")
