@@ -1,7 +1,6 @@
-"""What errors say in one way everywhere: which whole numbers are allowed, and what the user may have meant.
+"""What errors say in one way everywhere: which whole numbers may be, and what the user may have meant.
 
 num_proc=0                must be a whole number, at least 1
-
 --max-sequnce-length      ; did you mean --max-sequence-length?
 column 'inputs_ids'       ; did you mean 'input_ids'?
 folder 'tokenizd/train'   ; did you mean 'tokenized/train'?
