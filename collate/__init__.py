@@ -8,18 +8,19 @@ from collate.layout import PackLayout
 if TYPE_CHECKING:
     from collate.collator import DataCollatorWithPacking
     from collate.heads import packed_predictions, task_for
-    from collate.isolation.encoders import position_ids_start
-    from collate.isolation.hook import check_isolation, isolate_sequences
+    from collate.isolate import isolate_sequences
+    from collate.isolation.arguments import position_ids_start
+    from collate.probe import check_isolation
     from collate.training.trainer import PackedTrainer
 
 # transformers' Trainer takes ten seconds to import: whoever only wants a layout should not wait for it.
 _LAZY = {
     "DataCollatorWithPacking": "collate.collator",
     "PackedTrainer": "collate.training.trainer",
-    "check_isolation": "collate.isolation.hook",
-    "isolate_sequences": "collate.isolation.hook",
+    "check_isolation": "collate.probe",
+    "isolate_sequences": "collate.isolate",
     "packed_predictions": "collate.heads",
-    "position_ids_start": "collate.isolation.encoders",
+    "position_ids_start": "collate.isolation.arguments",
     "task_for": "collate.heads",
 }
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from collate.isolation.encoders import position_ids_start as start_of
+from collate.isolation.arguments import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
 from collate.masking import IGNORED, MaskingRule, sequence_keys, token_keys
 from collate.rows import (

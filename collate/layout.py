@@ -4,12 +4,13 @@ Shape letters: B packs, L token slots per pack, T real tokens of the batch, N se
 Order is the same everywhere: pack by pack, and inside a pack from left to right.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from collate.chunks import Chunks, cut_into_chunks
 from collate.length_groups import LengthGroups, length_groups
@@ -19,6 +20,9 @@ Made = TypeVar("Made")
 
 PADDING = 0
 """The `sequence_ids` value of a slot that holds no token."""
+
+_LAYOUTS: MutableMapping[Tensor, tuple["PackLayout", int | None]] = WeakIdKeyDictionary()
+"""The layout of each tensor of ids that is alive, and the tensor's version then: see PackLayout.of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,28 @@ class PackLayout:
             raise ValueError(f"sequence_ids has {packs} packs of {slots} slots: there is no layout of nothing")
         if self.sequence_ids_BL.device.type == "cpu":
             _check_ids(self.sequence_ids_BL, self._is_start_BL)
+
+    @classmethod
+    def of(cls, sequence_ids_BL: Tensor) -> "PackLayout":
+        """The layout of these ids: made once, and kept as long as the tensor lives.
+
+        Whoever meets a batch's `sequence_ids` asks here: the isolating hook, attention heads, task heads, each layer.
+        Ids that have changed since get a new layout. On a CPU the ids are compared, which notices a write through
+        numpy, too. Elsewhere the tensor's version tells, since a comparison would wait for the device.
+        """
+        version = None if sequence_ids_BL.is_inference() else sequence_ids_BL._version
+        layout, made_from = _LAYOUTS.get(sequence_ids_BL, (None, None))
+        if layout is not None:
+            if sequence_ids_BL.device.type == "cpu":
+                is_current = torch.equal(layout.sequence_ids_BL, sequence_ids_BL)
+            else:
+                is_current = version is not None and made_from == version
+            if is_current:
+                return layout
+        # of a copy: what is kept must not keep the batch alive, nor change with it
+        layout = cls(in_ordinary_mode(sequence_ids_BL.clone))
+        _LAYOUTS[sequence_ids_BL] = layout, version
+        return layout
 
     @view
     def is_real_BL(self) -> Tensor:

@@ -7,16 +7,14 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.attention.table import ATTENTION
-from collate.isolation.hook import isolate_sequences
+from collate.isolate import isolate_sequences
 from collate.layout import PackLayout
-from collate.views import in_ordinary_mode
 
 IMPLEMENTATION = "packed_attention"
 HEAD = "attention_head"
@@ -178,28 +176,9 @@ def packed_attention(
             "packed_attention needs to know which tokens belong together: call the model with sequence_ids=, "
             "1, 2, 3… within each row and 0 on padding"
         )
-    layout = _layout_of(sequence_ids)
+    layout = PackLayout.of(sequence_ids)
     heads = (layout.unpad(x.transpose(1, 2)) for x in (query, key, value))
     return layout.pad(module.attention_head(*heads, layout, dropout=dropout)), None
-
-
-def _layout_of(sequence_ids: Tensor) -> PackLayout:
-    """The layout of these ids, made by the first layer of a forward pass and kept with the tensor for the others.
-
-    Made anew when the ids have changed since. On a CPU they are compared, which sees a write through numpy, too.
-    Elsewhere the tensor's version tells, as a comparison would wait for the device. The layout holds a copy of the ids:
-    with the tensor itself it would be a cycle, and every batch's masks would wait for the garbage collector.
-    """
-    version = None if sequence_ids.is_inference() else sequence_ids._version
-    layout, made_from = getattr(sequence_ids, "packed_layout", (None, None))
-    if sequence_ids.device.type == "cpu":
-        is_current = layout is not None and torch.equal(layout.sequence_ids_BL, sequence_ids)
-    else:
-        is_current = layout is not None and version is not None and made_from == version
-    if not is_current:
-        layout = PackLayout(in_ordinary_mode(lambda: sequence_ids.clone()))
-        sequence_ids.packed_layout = layout, version
-    return layout
 
 
 def _attention_dropout(layer: nn.Module, config) -> tuple[str, float]:

@@ -25,7 +25,7 @@ class PackedBatch:
                 f"the batch has no 'sequence_ids', only {sorted(batch)}; make it with DataCollatorWithPacking"
             )
         self.batch = batch
-        self.layout = PackLayout(batch["sequence_ids"])
+        self.layout = PackLayout.of(batch["sequence_ids"])
 
     @property
     def cls_slots(self) -> Tensor:

@@ -5,8 +5,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from collate.heads.values import mean_by_sequence
-from collate.isolation.encoders import pretrained_model
-from collate.isolation.hook import isolate_sequences
+from collate.isolate import isolate_sequences
+from collate.isolation.handover import pretrained_model
 
 
 class GatherForHead:

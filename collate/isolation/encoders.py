@@ -1,14 +1,15 @@
 """Which models keep packed sequences apart once they are isolated, which cannot, and why: the one table of reasons.
 
-A model is refused by its type or its config, before anything is run. What no line here speaks of is tried out.
+Its type or its config refuses a model before anything runs. `isolate_sequences` tries out what no line here names.
 """
 
-import inspect
 from collections.abc import Iterator
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from collate.isolation.handover import named_parameters, pretrained_model, task_obstacle, wrapper_obstacle
 
 SUPPORTED = (
     *("albert", "bert", "bert-generation", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "eurobert"),
@@ -41,40 +42,10 @@ REFUSED = {
     "xlnet": f"in attention: {_OWN_ATTENTION}, with distances over the row",
     "yoso": "in attention: it hashes the tokens of the row together",
 }
-"""Where these leak as they are, and why. (Some happen to add a 4-D float mask to their scores and would obey it, but
-nothing promises so, and nothing would tell when it ends.)"""
-
-STARTS_AFTER_PADDING_IDX = (
-    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"),
-    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
-)
-"""RoBERTa and its relatives: the first position is padding_idx + 1, and 0-based positions degrade silently."""
+"""Where these leak as they are, and why. Some would obey a 4-D mask, but their task models drop sequence_ids
+silently."""
 
 CURE = f"take an encoder of {list(SUPPORTED)}"
-
-
-def position_ids_start(config: PretrainedConfig) -> int:
-    """The position of a sequence's first token: 0, or padding_idx + 1 for RoBERTa and its relatives."""
-    return config.pad_token_id + 1 if config.model_type in STARTS_AFTER_PADDING_IDX else 0
-
-
-def pretrained_model(model: nn.Module, asks: str) -> PreTrainedModel:
-    """The transformers model itself, or inside what DDP, PEFT or torch.compile wrapped around it.
-
-    asks: the function that needs one, for the error.
-    """
-    if isinstance(model, type):
-        raise ValueError(f"{asks} got the class {model.__name__}; give it a model, {model.__name__}.from_pretrained(…)")
-    if not isinstance(model, nn.Module):
-        cure = "give it a model"
-        if isinstance(getattr(model, "model", None), nn.Module):
-            cure = "give it its .model"
-        elif isinstance(model, str) or hasattr(model, "__fspath__"):
-            cure = f"load the model first, as by AutoModel.from_pretrained({str(model)!r})"
-        raise ValueError(f"{asks} got {model!r:.80}, a {type(model).__name__}; {cure}")
-    for _, inner in _outermost(model):
-        return inner
-    raise ValueError(f"{type(model).__name__} holds no transformers model; {asks} needs one")
 
 
 def refuse_unfit(model: nn.Module, asks: str, may_be: tuple[str, ...] = ()) -> None:
@@ -92,7 +63,7 @@ def obstacles(model: nn.Module, asks: str) -> Iterator[tuple[str, str]]:
     """(kind, reason and cure) of all that is known beforehand to keep a model from being isolated."""
     inner = pretrained_model(model, asks)
     encoder, config = inner.base_model, inner.config
-    kind, arguments = config.model_type, _parameters(encoder)
+    kind, arguments = config.model_type, named_parameters(encoder)
     if "input_ids" not in arguments:
         taken = getattr(encoder, "main_input_name", "input_ids")
         taken = taken if taken != "input_ids" else ", ".join(arguments)
@@ -118,15 +89,10 @@ def obstacles(model: nn.Module, asks: str) -> Iterator[tuple[str, str]]:
             f"{type(inner).__name__} is quantized dynamically: one scale for all activations of a batch leaks between "
             "packed sequences; give the model as it was before it was quantized",
         )
-    if inner is not encoder and not _takes_any(inner) and "sequence_ids" not in _parameters(inner):
-        yield (
-            "leaks",
-            f"{type(inner).__name__} takes no sequence_ids, so they never reach its encoder; call isolate_sequences on "
-            f"the encoder inside: model.{inner.base_model_prefix}",
-        )
-    wrapped = _wrapper_obstacle(model, asks)
-    if wrapped is not None:
-        yield "wrapper", wrapped
+    if (obstacle := task_obstacle(inner)) is not None:
+        yield "leaks", obstacle
+    if (obstacle := wrapper_obstacle(model, asks)) is not None:
+        yield "wrapper", obstacle
 
 
 def is_a_decoder(kind: str, asks: str) -> str:
@@ -147,44 +113,3 @@ def _is_causal(encoder: PreTrainedModel) -> bool:
     kind = encoder.config.model_type
     has_both = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind in SUPPORTED or kind in REFUSED
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_both
-
-
-def _wrapper_obstacle(model: nn.Module, asks: str) -> str | None:
-    """Why the module around an encoder cannot hand tokens and sequence_ids down; None if it may."""
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    if isinstance(model, PreTrainedModel) or len(list(_outermost(model))) != 1:
-        return None
-    named = _parameters(model)
-    needed = {name for name, parameter in named.items() if parameter.default is parameter.empty}
-    told_apart = _takes_any(model) or named.keys() & {"sequence_ids", "attention_mask"}
-    if needed <= {"input_ids", "sequence_ids", "attention_mask"} and told_apart:
-        return None
-    path, encoder = next(_outermost(model))
-    path = "".join(f"[{name}]" if name.isdigit() else f".{name}" for name in path.split("."))
-    return (
-        f"{type(model).__name__} is a module around a {type(encoder).__name__}, and its forward cannot be called with "
-        f"input_ids= and sequence_ids=; call {asks} on the encoder inside: model{path}"
-    )
-
-
-def _outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
-    """(path, model) of the transformers models in a module that are not inside of another one."""
-    inside = set()
-    for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and module not in inside:
-            inside.update(module.modules())
-            yield path, module
-
-
-def outermost(model: nn.Module) -> list[PreTrainedModel]:
-    """The transformers models in a module that are not inside of another one."""
-    return [module for _, module in _outermost(model)]
-
-
-def _takes_any(module: nn.Module) -> bool:
-    return any(p.kind == p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
-
-
-def _parameters(module: nn.Module) -> dict:
-    parameters = inspect.signature(module.forward).parameters
-    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}

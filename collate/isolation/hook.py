@@ -1,123 +1,29 @@
-"""Stock encoders on packed rows: make them honour `sequence_ids`, and prove that they do.
+"""The pre-hook on an encoder that turns `sequence_ids` (B, L) into what its attention wants.
 
-    isolate_sequences(model)                      # once, after loading
-    model(input_ids, sequence_ids=...)            # each sequence as if it were alone
-    print(check_isolation(model, tokenizer))      # what leaks, and by how much: for any model
-
-Nothing in transformers is patched. One pre-hook on the encoder turns `sequence_ids` (B, L) into what the configured
-attention wants, once per step for all layers: a mask that need not be built (sdpa: `lazy_mask`), an additive one
-(eager), a BlockMask (flex), boundaries (flash); one per layer type where the encoder has sliding windows. It also fills
-in the positions that restart in each sequence. A hook is no part of the weights: `save_pretrained` writes the
-stock checkpoint, and a model that is loaded again must be isolated again, since a stock forward swallows
-`sequence_ids` without a word.
+It works once per step for all layers, and fills in positions that restart in each sequence. Nothing in transformers is
+patched. A hook is no part of the weights: `save_pretrained` writes the stock checkpoint, and a model that is loaded
+again must be isolated again, since a stock forward ignores `sequence_ids` silently.
 """
 
-import contextlib
-import copy
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from collate.isolation.encoders import (
-    CURE,
-    SUPPORTED,
-    is_a_decoder,
-    obstacles,
-    outermost,
+from collate.isolation.arguments import (
+    own_positions,
     position_ids_start,
-    pretrained_model,
-    refuse_unfit,
+    refuse_contradictions,
+    refuse_early_positions,
 )
-from collate.isolation.lazy_mask import LazyMask
-from collate.layout import PADDING, PackLayout
-from collate.vocabulary import token_ids, vocabulary_size
-
-TAKES_SEQUENCE_IDS = frozenset({"packed_attention"})
-"""Attention implementations that are handed `sequence_ids` instead of a mask: see bert_pretrain.attention."""
+from collate.isolation.masks import attention_arguments
+from collate.layout import PackLayout
 
 
-def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
-    """Make a stock encoder honour `sequence_ids=` (B, L), with any task head on it, and return it.
-
-        sequence_ids [[1, 1, 1, 2, 2, 0]]  ->  position_ids [[0, 1, 2, 0, 1, 0]]  and, True = attend,
-                                               1 1 1 0 0 0
-                                               1 1 1 0 0 0
-                                               1 1 1 0 0 0
-                                               0 0 0 1 1 0
-                                               0 0 0 1 1 0
-                                               0 0 0 0 0 1    padding attends to padding: no row without a key
-
-    Without `sequence_ids` the model is the stock one. Given `position_ids` are kept. Calling it twice changes nothing.
-    Under sdpa the mask above is not built: each sequence attends by itself, at a cost of n^2 and not of L^2. So it is
-    on CPUs, and on CUDA in 16 bits; elsewhere, and in a compiled forward, the mask is built.
-
-    dense_mask: True builds it always. Attention "eager" (which returns attention weights) and "flex_attention" have
-        masks of their own, by choice: `model.set_attn_implementation("eager")`.
-
-    Under flash the boundaries are those of the flattened rows, so a batch may hold any number of them.
-    A head that pools a row still pools the row: `collate.heads` has heads that pool sequences.
-
-    The types in SUPPORTED are known to be exact, those in REFUSED known to leak. Any other encoder, and any class that
-    is not transformers' own, around it or derived, goes through `check_isolation` here and is refused if it leaks.
-
-    Raises ValueError for a model that cannot be isolated from outside, with the reason (`encoders.py`), and for several
-    encoders in one module; later, in a forward, for `sequence_ids` beside an `attention_mask` or `is_causal`,
-    ids that no packing produces, or positions that begin below the model's.
-    """
-    refuse_unfit(model, "isolate_sequences")
-    _refuse_several(model)
-    encoder = _encoder(model)
-    if is_isolated(model):
-        for hook in _hooks(model):
-            hook.dense_mask |= dense_mask
-        return model
-    hook = encoder.register_forward_pre_hook(_IsolateSequences(encoder, dense_mask), with_kwargs=True)
-    if not _is_known(model):
-        try:
-            _try_out(model)
-        except ValueError:
-            hook.remove()
-            raise
-    return model
-
-
-def _try_out(model: nn.Module) -> None:
-    """Raise ValueError for a hooked model of unknown type that leaks, or that cannot be run."""
-    where = "" if isinstance(model, PreTrainedModel) else f" inside of {type(model).__name__}"
-    name = f"{_encoder(model).config.model_type}{where}"
-    try:
-        report = check_isolation(model)
-    except Exception as error:
-        raise ValueError(
-            f"{name} is not known to isolate, and it cannot be tried out: given input_ids, sequence_ids and masks for "
-            f"packed rows it fails, as the error above says; {CURE}"
-        ) from error
-    if report.reason and not report.isolated:
-        raise ValueError(report.reason)
-    try:
-        report.raise_if_leaking(but_for=("pooling",))
-    except ValueError as error:
-        raise ValueError(f"{name} is not known to isolate; probed, it failed: {error}") from error
-
-
-def is_isolated(model: nn.Module) -> bool:
-    """Whether `isolate_sequences` was called on this model."""
-    return any(True for _ in _hooks(model))
-
-
-def _hooks(model: nn.Module) -> Iterator["_IsolateSequences"]:
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return (hook for hook in hooks if isinstance(hook, _IsolateSequences))
-
-
-class _IsolateSequences:
+class IsolateSequences:
     """The pre-hook. It holds no tensor and no module, so that copies and pickles of the model just work."""
 
     def __init__(self, encoder: PreTrainedModel, dense_mask: bool = False):
@@ -130,572 +36,44 @@ class _IsolateSequences:
         if sequence_ids is None:
             return args, kwargs
         kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
-        for other in ("attention_mask", "past_key_values", "encoder_hidden_states"):
-            if kwargs.get(other) is not None:
-                raise ValueError(
-                    f"{type(encoder).__name__} got sequence_ids and {other}; give sequence_ids alone (0 on padding): "
-                    "they say all that a mask says, and which tokens belong together"
-                )
-        if kwargs.get("is_causal"):
-            raise ValueError(
-                f"{type(encoder).__name__} got sequence_ids and is_causal=True; leave is_causal out: tokens of a "
-                "sequence see both directions"
-            )
+        refuse_contradictions(type(encoder).__name__, kwargs)
         start = position_ids_start(encoder.config)
         layout = self._checked_layout(sequence_ids, kwargs.get("position_ids"), start)
         if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = _own_positions(sequence_ids) + start
-        return (), kwargs | _attention_arguments(encoder, sequence_ids, None if self.dense_mask else layout)
+            kwargs["position_ids"] = own_positions(sequence_ids) + start
+        return (), kwargs | attention_arguments(encoder, sequence_ids, None if self.dense_mask else layout)
 
     def _checked_layout(self, sequence_ids: Tensor, position_ids: Tensor | None, start: int) -> PackLayout | None:
-        """The layout; None where the forward is traced or transformed: shapes must not depend on ids then.
+        """The layout; None where the forward is traced or transformed, since shapes must not depend on ids there.
 
         Refuses ids that no packing produces, and positions that begin below the model's own start. On an accelerator
-        looking would wait for the device, so there the first batch is checked; compiled, none.
+        the check would wait for the device, so it looks at the first batch only; in a compiled forward at none.
         """
         if sequence_ids.dim() != 2:
             raise ValueError(f"sequence_ids must be (packs, slots) integers, got {tuple(sequence_ids.shape)}")
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
             return None
-        layout = PackLayout(sequence_ids)
-        if self.has_checked and sequence_ids.device.type != "cpu":
-            return layout
+        layout = PackLayout.of(sequence_ids)
+        if sequence_ids.device.type == "cpu":
+            refuse_early_positions(sequence_ids, position_ids, start)
+        elif not self.has_checked:
+            PackLayout(sequence_ids.cpu())
+            refuse_early_positions(sequence_ids, position_ids, start)
         self.has_checked = True
-        sequence_ids = sequence_ids.cpu()
-        PackLayout(sequence_ids)
-        if position_ids is None or not start:
-            return layout
-        first = int(torch.where(sequence_ids == PADDING, start, position_ids.cpu()).min())
-        if first < start:
-            raise ValueError(
-                f"position_ids begin at {first}, but the first position of this model is {start}; build the collator "
-                f"with position_ids_start={start}, or leave position_ids out"
-            )
         return layout
 
 
-def _attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor, layout: PackLayout | None) -> dict:
-    """What keeps sequences apart under the encoder's attention implementation, as arguments of its forward.
+def attach_hook(encoder: PreTrainedModel, dense_mask: bool = False) -> RemovableHandle:
+    """Make an encoder honour `sequence_ids`; its remove() undoes it."""
+    return encoder.register_forward_pre_hook(IsolateSequences(encoder, dense_mask), with_kwargs=True)
 
-    layout: None asks for a mask that is built.
-    """
-    implementation = encoder.config._attn_implementation
-    if implementation in TAKES_SEQUENCE_IDS:
-        return {"sequence_ids": sequence_ids_BL}
-    if "flash" in implementation:
-        return _flash_arguments(sequence_ids_BL)
-    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
-        raise ValueError(
-            f"attention implementation {implementation!r} has no mask function, so it cannot be told which tokens "
-            f"belong together; choose sdpa, eager, flex_attention or flash_attention_2, or register a mask function"
-        )
-    dtype = encoder.get_input_embeddings().weight.dtype
-    build = partial(_mask, implementation, sequence_ids_BL, dtype)
-    if implementation == "sdpa" and layout is not None:
-        build = partial(_lazy_mask, layout, build)
-    layer_types = set(getattr(encoder.config, "layer_types", None) or ())
-    if "sliding_attention" not in layer_types:
-        return {"attention_mask": build()}
-    windows = {"full_attention": None, "sliding_attention": encoder.config.sliding_window}
-    return {"attention_mask": {layer_type: build(window=windows[layer_type]) for layer_type in layer_types}}
 
+def hooks_of(model: nn.Module) -> Iterator[IsolateSequences]:
+    """The hooks in a model."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return (hook for hook in hooks if isinstance(hook, IsolateSequences))
 
-def _lazy_mask(layout: PackLayout, build: Callable[..., Tensor], window: int | None = None) -> LazyMask:
-    return LazyMask(layout, window, partial(build, window=window))
 
-
-def _mask(implementation: str, sequence_ids_BL: Tensor, dtype: torch.dtype, window: int | None = None):
-    """The implementation's own kind of mask: query and key of one sequence and at most `window` tokens apart."""
-
-    def attends(batch, head, query, key):
-        same = sequence_ids_BL[batch, query] == sequence_ids_BL[batch, key]
-        # a sequence lies in one piece: slots are as far apart as positions
-        return same if window is None else same & ((query - key).abs() <= window)
-
-    packs, slots = sequence_ids_BL.shape
-    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
-        batch_size=packs,
-        q_length=slots,
-        kv_length=slots,
-        mask_function=attends,
-        allow_is_causal_skip=False,
-        dtype=dtype,
-        device=sequence_ids_BL.device,
-    )
-
-
-def _flash_arguments(sequence_ids_BL: Tensor) -> dict:
-    """Boundaries among the B * L slots; a stretch of padding is a sequence of its own.
-
-    [[1, 1, 2, 0], [1, 1, 1, 1]] -> cu_seqlens [0, 2, 3, 4, 8]
-    """
-    starts = _is_start(sequence_ids_BL).flatten().nonzero().squeeze(1)
-    boundaries = torch.nn.functional.pad(starts, (0, 1), value=sequence_ids_BL.numel()).int()
-    longest = sequence_ids_BL.shape[1]  # an upper bound does, and needs no wait for the device
-    return {
-        "attention_mask": None,
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
-
-
-def _own_positions(sequence_ids_BL: Tensor) -> Tensor:
-    """(B, L) int64 from 0 in each sequence, 0 on padding; shapes are static, so it can be compiled."""
-    slots = torch.arange(sequence_ids_BL.shape[1], device=sequence_ids_BL.device).expand(sequence_ids_BL.shape)
-    first = torch.where(_is_start(sequence_ids_BL), slots, 0).cummax(dim=1).values
-    return torch.where(sequence_ids_BL == PADDING, 0, slots - first)
-
-
-def _is_start(sequence_ids_BL: Tensor) -> Tensor:
-    """(B, L) bool: True where a sequence, or a stretch of padding, begins."""
-    changes = sequence_ids_BL[:, 1:] != sequence_ids_BL[:, :-1]
-    return torch.nn.functional.pad(changes, (1, 0), value=True)
-
-
-def _encoder(model: nn.Module) -> PreTrainedModel:
-    """The encoder inside a task model, or inside what PEFT, DDP or torch.compile wrapped around one."""
-    return pretrained_model(model, "isolate_sequences").base_model
-
-
-def _is_known(model: nn.Module) -> bool:
-    """Whether this is a supported type, all of it known code: a subclass, or a module around, may drop sequence_ids."""
-    classes = (type(pretrained_model(model, "isolate_sequences")), type(_encoder(model)))
-    stock = all(c.__module__.startswith("transformers.") for c in classes)
-    stock &= type(model).__module__.startswith(("transformers.", "torch.", "peft."))
-    return stock and _encoder(model).config.model_type in SUPPORTED
-
-
-def _refuse_several(model: nn.Module) -> None:
-    """Two encoders side by side would be one that is isolated and one that is not."""
-    models = outermost(model)
-    if len(models) > 1 and not all(map(is_isolated, models)):
-        raise ValueError(
-            f"{type(model).__name__} holds {len(models)} transformers models, "
-            f"{' and '.join(type(module).__name__ for module in models)}; call isolate_sequences on each of them"
-        )
-
-
-# The probe.
-
-PARTS = {
-    "embeddings": "the first layer's input when the mate gets other tokens",
-    "attention": "hidden states when the mate gets other tokens, my first layer's input held fixed",
-    "token_types": "the first layer's input when the mate gets other token types",
-    "positions": "hidden states when a lone sequence moves to another place in the row",
-    "pooling": "pooled outputs, packed or alone",
-    "alone": "hidden states, packed or alone: all of the above and whatever else depends on the row",
-}
-SAME_SHAPE_LIMIT = 1e-12
-"""Another mate in a row of the same shape: the same rounding, so a model without leaks does not change one bit."""
-OTHER_SHAPE_LIMIT = 1e-5
-"""Another shape is another rounding: 1e-15 where all is float64, 1e-6 where a model does its softmax in float32."""
-
-
-@dataclass(frozen=True)
-class IsolationReport:
-    """What `check_isolation` found: for each part the worst relative change, max |difference| / max |value|.
-
-    None: the model has no such part (no token types, no pooled output), or its layers could not be found.
-    told_by: "sequence_ids", or "attention_mask" for a model that knows no sequence_ids.
-    lengths: the two sequences of each probed row. window: the longest window in the config that they exceed, or 0.
-    """
-
-    model: str
-    told_by: str
-    dtype: str
-    lengths: tuple[tuple[int, int], ...]
-    window: int
-    other_shape_limit: float
-    embeddings: float | None
-    attention: float | None
-    token_types: float | None
-    positions: float | None
-    pooling: float | None
-    alone: float | None
-    pools_rows: bool = False
-    reason: str | None = None
-    """Why it is known to leak, where it is."""
-
-    def limit(self, part: str) -> float:
-        return SAME_SHAPE_LIMIT if part in ("embeddings", "attention", "token_types") else self.other_shape_limit
-
-    @property
-    def leaking(self) -> tuple[str, ...]:
-        """The parts that leak, in the order of PARTS."""
-        leaks = {part: getattr(self, part) for part in PARTS}
-        return tuple(part for part, leak in leaks.items() if leak is not None and not leak <= self.limit(part))
-
-    @property
-    def isolated(self) -> bool:
-        return not self.leaking
-
-    def raise_if_leaking(self, but_for: tuple[str, ...] = ()) -> None:
-        """Raise ValueError that says where it leaks and by how much; parts in `but_for` may."""
-        leaking = [part for part in self.leaking if part not in but_for]
-        if leaking:
-            where = "; ".join(f"{part} by {getattr(self, part):.2g} ({PARTS[part]})" for part in leaking)
-            cure = self.reason or f"Call isolate_sequences on an encoder of {list(SUPPORTED)}"
-            raise ValueError(
-                f"{self.model} told by {self.told_by} does not keep packed sequences apart. Relative to being alone, "
-                f"it leaks in {where}. {cure}"
-            )
-
-    def __str__(self) -> str:
-        window = f", beyond its window of {self.window}" if self.window else ""
-        lines = [
-            f"{self.model}, told by {self.told_by}, in {self.dtype}: "
-            f"{'isolated' if self.isolated else 'LEAKS in ' + ', '.join(self.leaking)}",
-            f"two sequences a row, of {' and of '.join(f'{a} + {b}' for a, b in self.lengths)} tokens{window}",
-            f"{'part':<12} {'change':>8} {'limit':>8}   of",
-        ]
-        for part, what in PARTS.items():
-            leak = getattr(self, part)
-            change = "-" if leak is None else f"{leak:.1e}" if leak else "0"
-            lines.append(f"{part:<12} {change:>8} {self.limit(part):>8.0e}   {what}")
-        if self.reason and self.leaking:
-            lines.append(self.reason)
-        if self.pools_rows:
-            lines.append("A row has one pooled output, not one per sequence: pool each sequence at its cls_positions.")
-        return "\n".join(lines)
-
-
-def check_isolation(
-    model: nn.Module, tokenizer=None, seed: int = 0, dtype: torch.dtype | None = None
-) -> IsolationReport:
-    """Measure whether the sequences of a packed row influence each other: for any model, ours or not.
-
-    Two sequences are packed in a row, short ones and ones longer than any window in the config. One gets other tokens,
-    or other token types, or is moved; the other must not change, and both must be what they are alone:
-
-        row      a a a b b b b -      first layer's input and hidden states of a
-        other    a a a x x x x -      the same?   -> embeddings, attention
-        alone    a a a                the same?   -> alone
-
-    A model that honours `sequence_ids` (isolated, or with an argument of that name) is told by them. Any other is told
-    what plain packing tells: a 2-D attention_mask and positions that restart, and it leaks.
-
-    The probe runs on a copy, in float64 (8 bytes for each parameter): at BERT's own initialisation a leak changes the
-    loss by 4.7e-5, and in bfloat16 by nothing at all. Flash and flex attention know no float64; there the copy keeps
-    its type, and only a row of the same shape tells small leaks. The model, its mode and the random states stay as
-    they are.
-
-    tokenizer: gives the words and special tokens; None: the model's embeddings and config do.
-    dtype: another type for the copy, where a model has parts that cannot run in float64.
-    Raises ValueError for a model that takes no input_ids, is an encoder-decoder, or returns nothing per token. Of one
-    that is known to leak, such as a decoder, the report gives the reason, too.
-    """
-    with torch.no_grad(), _random_states_kept():
-        probe = _Probe(model, tokenizer, seed, dtype)
-        rows = [probe.measure(*lengths) for lengths in probe.lengths]
-        worst = {part: _worst([row[part] for row in rows]) for part in PARTS}
-        reason = probe.reason_to_leak() if (worst["alone"] or 0) > OTHER_SHAPE_LIMIT else probe.reason
-    return IsolationReport(
-        model=probe.name,
-        told_by="sequence_ids" if probe.takes_ids else "attention_mask",
-        dtype=str(probe.dtype).removeprefix("torch."),
-        lengths=tuple(probe.lengths),
-        window=probe.window if min(probe.lengths[-1]) > probe.window else 0,
-        other_shape_limit=max(OTHER_SHAPE_LIMIT, 8 * torch.finfo(probe.dtype).eps),
-        pools_rows=any(row["pools_rows"] for row in rows),
-        reason=reason,
-        **worst,
-    )
-
-
-class _Probe:
-    """A copy of a model, and what it takes to run packed rows through it.
-
-    Inside, a row is a pair (input_ids, sequence_ids), both (1, L); `mine` are the slots of one of its sequences.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer, seed: int, dtype: torch.dtype | None):
-        self.reason = _check_probeable(model)
-        model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-        pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-        self.name = type(model if pretrained is None else pretrained).__name__
-        self.config = getattr(model if pretrained is None else pretrained, "config", None)
-        self.arguments = _arguments(model)
-        if pretrained is not None:  # task models hand keywords down
-            self.arguments |= _arguments(pretrained) | _arguments(pretrained.base_model)
-        if "input_ids" not in self.arguments:
-            raise ValueError(
-                f"{self.name} takes no input_ids, only {sorted(self.arguments)}; check_isolation needs tokens"
-            )
-        implementation = getattr(self.config, "_attn_implementation", None) or ""
-        self.is_hooked = is_isolated(model)
-        self.needs_ids = "sequence_ids" in self.arguments or implementation in TAKES_SEQUENCE_IDS
-        self.takes_ids = self.is_hooked or self.needs_ids
-        self.model = copy.deepcopy(model).eval()
-        if dtype is None and not any(name in implementation for name in ("flash", "flex")):
-            dtype = torch.float64
-            self.model = self.model.to("cpu" if self._device.type == "mps" else self._device)  # Metal has no float64
-        self.model = self.model if dtype is None else self.model.to(dtype)
-        copied = next((m for m in self.model.modules() if isinstance(m, PreTrainedModel)), None)
-        self.encoder = None if copied is None or copied.base_model is self.model else copied.base_model
-        self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float64)
-        self.first_layer = next((m[0] for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
-        self.words, self.special = self._vocabulary(tokenizer)
-        self.random = np.random.default_rng(seed)
-        self.window = max([0, *_windows(self.config)])
-        self.lengths = self._lengths()
-
-    def measure(self, first: int, second: int) -> dict[str, float | bool | None]:
-        """The changes of one row with two sequences, by part."""
-        row = self.row([self.tokens(first), self.tokens(second)])
-        base = self.run(row)
-        alone = [self.run(self.row([row[0][row[1] == number]], padding=0), alone=True) for number in (1, 2)]
-        found: dict = {part: [] for part in PARTS}
-        for number in (1, 2):
-            mine, mate = row[1] == number, row[1] == 3 - number
-            other = torch.where(mate, self.other_tokens(row[0]), row[0])
-            found["embeddings"].append(self.run((other, row[1])).change_of_input(base, mine))
-            found["attention"].append(self.run((other, row[1]), hold=(mine, base.embedded)).change(base, mine))
-            if self.num_token_types > 1:
-                found["token_types"].append(self.run(row, token_types=mate.long()).change_of_input(base, mine))
-            everything = torch.ones_like(row[1][:, : int(mine.sum())], dtype=torch.bool)
-            found["alone"].append(base.change(alone[number - 1], mine, everything))
-            tokens = row[0][mine]
-            here, there = self.row([tokens]), self.row([tokens], shift=3)
-            found["positions"].append(self.run(there).change(self.run(here), there[1] == 1, here[1] == 1))
-        pooled = [self.pooled_change(base, alone)]
-        pools_rows = any(value.shape[0] == 1 for value in base.pooled.values())
-        return {part: _worst(changes) for part, changes in (found | {"pooling": pooled}).items()} | {
-            "pools_rows": pools_rows
-        }
-
-    def run(self, row, alone: bool = False, token_types=None, hold=None) -> "_Run":
-        """Run a row; `hold` = (mine, embedded) gives the first layer the embedded input for my slots."""
-        input_ids, sequence_ids = row
-        arguments = {"input_ids": input_ids}
-        if self.needs_ids or (self.is_hooked and not alone):
-            arguments["sequence_ids"] = sequence_ids
-        elif not alone:
-            arguments["attention_mask"] = (sequence_ids != PADDING).long()
-        if not alone and not self.is_hooked and "position_ids" in self.arguments:
-            arguments["position_ids"] = _own_positions(sequence_ids) + self.start
-        if token_types is not None or self.num_token_types:
-            arguments["token_type_ids"] = torch.zeros_like(input_ids) if token_types is None else token_types
-        tap, of_encoder = _Tap(sequence_ids, hold), {}
-        with contextlib.ExitStack() as hooks:
-            if self.first_layer is not None:
-                hooks.enter_context(_removed(self.first_layer.register_forward_pre_hook(tap, with_kwargs=True)))
-            if self.encoder is not None:  # a classifier's own output has nothing per token
-                keep = lambda _module, _args, result: of_encoder.update(_named(result, "encoder."))  # noqa: E731
-                hooks.enter_context(_removed(self.encoder.register_forward_hook(keep)))
-            result = self._call(arguments)
-        run = _Run(sequence_ids, of_encoder | _named(result), tap.embedded)
-        if not run.hidden:
-            raise ValueError(
-                f"{self.name} returns nothing per token, so there is nothing to compare: {sorted(run.outputs)}"
-            )
-        return run
-
-    def _call(self, arguments: dict[str, Tensor]):
-        try:
-            return self.model(**arguments)
-        except ValueError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"{self.name} cannot be tried out: given {', '.join(arguments)} it fails, as the error above says; "
-                "check_isolation is for encoders that need no more than tokens"
-            ) from error
-
-    def reason_to_leak(self) -> str | None:
-        """What its type or config says, or else, of a model that sees one direction, that it does."""
-        if self.reason is None and self._is_causal():
-            return is_a_decoder(getattr(self.config, "model_type", self.name), "isolate_sequences")
-        return self.reason
-
-    def _is_causal(self) -> bool:
-        """Whether another last token changes nothing before it, in a sequence alone."""
-        tokens = self.tokens(9)
-        rows = [self.row([torch.cat([tokens[:-1], last])], padding=0) for last in (tokens[-1:], self.tokens(1))]
-        one, other = (self.run(row, alone=True) for row in rows)
-        before = torch.arange(9, device=self._device)[None] < 8
-        return other.change(one, before) == 0 and bool((rows[0][0] != rows[1][0]).any())
-
-    def pooled_change(self, base: "_Run", alone: list["_Run"]) -> float | None:
-        """One pooled row per pack must be the first sequence's own; one per sequence, each its own."""
-        changes = []
-        for name, value in base.pooled.items():
-            expected = torch.cat([run.outputs[name] for run in alone])
-            changes.append(_relative(value, expected[: len(value)]))
-        return _worst(changes)
-
-    def row(self, sequences: list[Tensor], padding: int | None = None, shift: int = 0):
-        """[a a a], [b b] -> input_ids a a a b b - - and sequence_ids 1 1 1 2 2 0 0; `shift` moves padding in front."""
-        used = sum(map(len, sequences))
-        if padding is None:  # a row as long as some width would make token outputs look like pooled ones
-            padding = next(n for n in range(3, 99) if used + n not in self.widths)
-        pad = torch.full((padding,), self.special.get("pad", 0), device=self._device)
-        numbers = [torch.full_like(tokens, number + 1) for number, tokens in enumerate(sequences)]
-        input_ids = torch.cat([pad[:shift], *sequences, pad[shift:]])
-        sequence_ids = torch.cat([torch.zeros_like(pad[:shift]), *numbers, torch.zeros_like(pad[shift:])])
-        return input_ids[None], sequence_ids[None].int()
-
-    def tokens(self, length: int) -> Tensor:
-        return torch.from_numpy(self.random.choice(self.words, length)).to(self._device)
-
-    def other_tokens(self, input_ids: Tensor) -> Tensor:
-        """Another word in every slot, and a mask token in some: a few models rescale by the number of these."""
-        other = self.random.choice(self.words, tuple(input_ids.shape))
-        if "mask" in self.special:
-            other[self.random.random(other.shape) < 0.2] = self.special["mask"]
-        return torch.from_numpy(other).to(self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        source = getattr(self, "model", None)
-        return next((p.device for p in source.parameters()), torch.device("cpu")) if source else torch.device("cpu")
-
-    @property
-    def start(self) -> int:
-        return position_ids_start(self.config) if hasattr(self.config, "model_type") else 0
-
-    @property
-    def num_token_types(self) -> int:
-        return (getattr(self.config, "type_vocab_size", 0) or 0) if "token_type_ids" in self.arguments else 0
-
-    def _vocabulary(self, tokenizer) -> tuple[np.ndarray, dict[str, int]]:
-        """Ordinary words, and the padding and mask tokens where there are any."""
-        try:
-            size = self.model.get_input_embeddings().weight.shape[0]
-        except (AttributeError, NotImplementedError):
-            size = getattr(self.config, "vocab_size", None)
-        known = None if tokenizer is None else token_ids(tokenizer)
-        if size is None and known is not None:
-            size = vocabulary_size(tokenizer)
-        if size is None:
-            raise ValueError(f"{self.name} does not say how many words it knows; give check_isolation its tokenizer")
-        source = self.config if tokenizer is None else tokenizer
-        named = {
-            name: getattr(source, f"{name}_token_id", None) for name in ("pad", "mask", "cls", "sep", "bos", "eos")
-        }
-        special = {name: value for name, value in named.items() if isinstance(value, int) and 0 <= value < size}
-        known = np.arange(size) if known is None else known[known < size]
-        words = np.setdiff1d(known, [*special.values(), *getattr(tokenizer, "all_special_ids", [])])
-        if len(words) < 2:
-            raise ValueError(f"{self.name} has {len(words)} words besides special tokens; the probe needs two")
-        return words, special
-
-    def _lengths(self) -> list[tuple[int, int]]:
-        """A short pair, and a long one: beyond every window, within the positions that the model has."""
-        most = getattr(self.config, "max_position_embeddings", None) or 0
-        most = (most if most > 0 else 4096) - self.start  # XLNet says -1
-        long = max(2 * self.window + 7, 40)
-        in_one_row = (most - 10) // 2  # for models that count through the row, or keep tables of that length
-        if in_one_row > self.window or not (self.takes_ids or "position_ids" in self.arguments):
-            most = in_one_row
-        return [(min(9, most), min(14, most)), (min(long, most), min(long + 3, most))]
-
-    @property
-    def widths(self) -> set[int]:
-        """Sizes that a last dimension may have."""
-        sizes = {value for value in vars(self.config).values() if isinstance(value, int)} if self.config else set()
-        return sizes | {getattr(self.config, "num_labels", 2)}
-
-
-def _check_probeable(model: nn.Module) -> str | None:
-    """Refuse what no tokens can be run through; why a model is known to leak, None if it is not."""
-    if isinstance(model, nn.Module) and not outermost(model):
-        return None  # a model of one's own
-    refuse_unfit(model, "check_isolation", may_be=("causal", "leaks"))
-    return next((reason for _, reason in obstacles(model, "isolate_sequences")), None)
-
-
-class _Run:
-    """The outputs of one row: `hidden` per token, by name (1, L, …), `pooled` per row or per sequence (1 or 2, C)."""
-
-    def __init__(self, sequence_ids: Tensor, outputs: dict[str, Tensor], embedded: Tensor | None):
-        self.sequence_ids, self.outputs, self.embedded = sequence_ids, outputs, embedded
-        slots = tuple(sequence_ids.shape)
-        self.hidden = {k: v for k, v in self.outputs.items() if tuple(v.shape[:2]) == slots}
-        self.pooled = {k: v for k, v in self.outputs.items() if k not in self.hidden and v.dim() == 2 and len(v) < 3}
-
-    def change(self, reference: "_Run", mine, theirs=None) -> float | None:
-        """The worst change of my slots, over all outputs."""
-        theirs = mine if theirs is None else theirs
-        return _worst([_relative(v[mine], reference.outputs[name][theirs]) for name, v in self.hidden.items()])
-
-    def change_of_input(self, reference: "_Run", mine) -> float | None:
-        """The same of the first layer's input."""
-        if self.embedded is None or reference.embedded is None:
-            return None
-        mine = _slots_of(self.embedded, mine, self.sequence_ids)
-        return _relative(self.embedded[mine], reference.embedded[mine])
-
-
-class _Tap:
-    """A pre-hook of the first layer: keeps its input, or replaces my slots of it."""
-
-    def __init__(self, sequence_ids, hold):
-        self.sequence_ids, self.hold, self.embedded = sequence_ids, hold, None
-
-    def __call__(self, layer, args: tuple, kwargs: dict):
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        sizes = (self.sequence_ids.shape[1], int((self.sequence_ids != PADDING).sum()))
-        is_usable = isinstance(hidden, Tensor) and hidden.dim() == 3 and len(hidden) == 1 and hidden.shape[1] in sizes
-        if self.embedded is not None or not is_usable:
-            return None  # a shared layer's second turn, or a layer that we do not understand
-        if self.hold is not None and self.hold[1] is not None:
-            mine = _slots_of(hidden, self.hold[0], self.sequence_ids)
-            hidden = torch.where(mine[..., None], self.hold[1], hidden)
-        self.embedded = hidden
-        return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
-
-
-def _named(result, prefix: str = "") -> dict[str, Tensor]:
-    """The float tensors that a model returned, whatever it wraps them in."""
-    if not isinstance(result, dict):
-        result = dict(enumerate(result if isinstance(result, tuple | list) else [result]))
-    floats = {k: v for k, v in result.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return {f"{prefix}{name}": value for name, value in floats.items()}
-
-
-@contextlib.contextmanager
-def _removed(hook) -> Iterator[None]:
-    """Take a hook away at the end."""
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _slots_of(hidden, mine, sequence_ids):
-    """(1, L) or, for a model that runs on real tokens only, (1, T)."""
-    return mine if hidden.shape[1] == mine.shape[1] else mine[sequence_ids != PADDING][None]
-
-
-def _relative(value: Tensor, reference: Tensor) -> float:
-    """max |difference| / max |value|, infinite where either is not finite."""
-    change = float((value.double() - reference.double()).abs().max() / reference.double().abs().max().clamp(min=1e-300))
-    return change if np.isfinite(change) else float("inf")
-
-
-def _worst(changes: list[float | None]) -> float | None:
-    return max((change for change in changes if change is not None), default=None)
-
-
-def _arguments(module: nn.Module) -> set[str]:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-
-
-def _windows(config) -> Iterator[int]:
-    """Every attention window that the config speaks of."""
-    for name in ("sliding_window", "local_attention", "attention_window", "block_size", "window_size"):
-        value = getattr(config, name, None)
-        yield from value if isinstance(value, list | tuple) else [value] if isinstance(value, int) else []
-
-
-@contextlib.contextmanager
-def _random_states_kept():
-    numpy_state = np.random.get_state()  # noqa: NPY002  (BigBird seeds it in every forward)
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
+def is_isolated(model: nn.Module) -> bool:
+    """Whether `isolate_sequences` was called on this model."""
+    return any(True for _ in hooks_of(model))

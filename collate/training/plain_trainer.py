@@ -6,7 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from collate.isolation.encoders import REFUSED, position_ids_start
+from collate.isolation.arguments import position_ids_start
+from collate.isolation.encoders import REFUSED
 from collate.isolation.hook import is_isolated
 from collate.training.refused import refuse_arguments, refuse_data_skip
 

@@ -1,5 +1,10 @@
 """PackLayout: the drawing, its views against slow twins, and what it refuses."""
 
+import copy
+import gc
+import threading
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -77,3 +82,61 @@ def test_ids_that_no_packing_produces_are_refused(ids):
 def test_only_integer_tables_are_layouts(ids):
     with pytest.raises(ValueError, match="must be \\(packs, slots\\) integers"):
         PackLayout(ids)
+
+
+def test_a_layout_is_kept_with_its_ids():
+    ids = torch.tensor([[1, 1, 2, 0]])
+    layout = PackLayout.of(ids)
+    assert PackLayout.of(ids) is layout
+    assert PackLayout.of(ids.clone()) is not layout
+
+
+def test_ids_that_were_written_anew_get_a_new_layout():
+    ids = torch.tensor([[1, 1, 2, 0]])
+    before = PackLayout.of(ids)
+    ids.numpy()[0, 1] = 2  # unseen by the tensor's version
+    assert PackLayout.of(ids).lengths.tolist() == [1, 2]
+    assert before.lengths.tolist() == [2, 1]
+    ids[0, 1] = 7
+    with pytest.raises(ValueError, match="must count 1, 2, 3"):
+        PackLayout.of(ids)
+
+
+def test_a_kept_layout_does_not_keep_its_ids_alive():
+    ids = torch.tensor([[1, 1, 2, 0]])
+    PackLayout.of(ids)
+    gone = weakref.ref(ids)
+    gc.disable()
+    try:
+        del ids
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copy_of_a_batch_holds_tensors_alone():
+    """What is kept lies beside the tensor, so a batch can be copied and saved as before."""
+    ids = torch.tensor([[1, 1, 2, 0]])
+    layout = PackLayout.of(ids)
+    copied = copy.deepcopy({"sequence_ids": ids})["sequence_ids"]
+    assert vars(ids) == vars(copied) == {}
+    copied[0, 2] = 1
+    assert PackLayout.of(copied).lengths.tolist() == [3]
+    assert PackLayout.of(ids) is layout and layout.lengths.tolist() == [2, 1]
+
+
+def test_threads_get_the_layouts_of_their_own_ids():
+    wrong = []
+
+    def work(length):
+        for _ in range(200):
+            ids = torch.tensor([[1] * length + [2] * 3])
+            if PackLayout.of(ids).lengths.tolist() != [length, 3] or PackLayout.of(ids) is not PackLayout.of(ids):
+                wrong.append(length)
+
+    threads = [threading.Thread(target=work, args=(length,)) for length in (2, 3, 4, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

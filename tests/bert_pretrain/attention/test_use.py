@@ -10,10 +10,18 @@ import pytest
 import torch
 from attention_contract import check_contract
 from pretraining_models import make_config
-from transformers import BertForMaskedLM, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+from transformers import (
+    BertForMaskedLM,
+    BertForTokenClassification,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+)
 
 from bert_pretrain.attention import ATTENTION, AttentionHead, heads, load_attention, use_attention
-from collate import PackLayout
+from collate import PackLayout, task_for
 
 TINY = {"vocab_size": 60, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "bos_token_id": 1}
 TINY |= {"eos_token_id": 2}
@@ -82,15 +90,36 @@ def test_ids_written_anew_make_a_layout_anew(write, context):
         assert not torch.equal(found, before)
 
 
-def test_the_layers_of_a_model_share_one_layout(monkeypatch):
-    made = []
-    monkeypatch.setattr("bert_pretrain.attention.use.PackLayout", lambda ids: made.append(PackLayout(ids)) or made[-1])
+@pytest.fixture
+def builds(monkeypatch):
+    """The ids of every layout that is built."""
+    built, check = [], PackLayout.__post_init__
+    monkeypatch.setattr(PackLayout, "__post_init__", lambda self: (built.append(self.sequence_ids_BL), check(self))[1])
+    return built
+
+
+def test_the_layers_of_a_model_share_one_layout(builds):
     model = use_attention(BertModel(make_config()).eval(), "sdpa")
     ids = torch.tensor([[1] * 8 + [2] * 4])
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             model(torch.randint(5, 60, ids.shape), sequence_ids=ids)
-    assert len(made) == 1
+    assert len(builds) == 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "local", None])
+def test_hook_layers_and_task_head_share_one_layout_a_batch(attention, builds):
+    """Forward and backward of a stock model with a packed head, with attention heads or isolated alone."""
+    model = BertForTokenClassification(make_config(num_labels=3))
+    if attention is not None:
+        use_attention(model, attention)
+    task = task_for(model)
+    for ids in (torch.tensor([[1] * 8 + [2] * 4]), torch.tensor([[1] * 5 + [0] * 7])):
+        builds.clear()
+        words = torch.randint(5, 60, ids.shape)
+        batch = {"input_ids": words, "sequence_ids": ids, "labels": words % 3}
+        task(model, batch).loss.backward()
+        assert len(builds) == 1
 
 
 def test_a_batch_is_freed_without_the_garbage_collector():

@@ -37,7 +37,7 @@ from collate.heads import (
     prepare_head,
     task_for,
 )
-from collate.isolation.encoders import position_ids_start
+from collate.isolation.arguments import position_ids_start
 from packing import pack_dataset
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -741,7 +741,7 @@ def test_other_refusals():
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_a_packed_head_needs_no_mask(architecture, monkeypatch):
     """Which is L x L for each row, and slow where rows are long."""
-    monkeypatch.setattr("collate.isolation.hook._mask", lambda *_, **__: pytest.fail("a mask was built"))
+    monkeypatch.setattr("collate.isolation.masks.built_mask", lambda *_, **__: pytest.fail("a mask was built"))
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
     model = AutoModelForSequenceClassification.from_config(config)
     ids = torch.tensor([[1] * 9 + [2] * 20 + [0] * 3], dtype=torch.int32)

@@ -37,10 +37,9 @@ from transformers import (
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import use_attention
 from collate import DataCollatorWithPacking, PackLayout, check_isolation, isolate_sequences, position_ids_start
-from collate.isolation import exact_attention
-from collate.isolation import hook as isolation
+from collate.isolation import exact_attention, masks
 from collate.isolation.encoders import REFUSED, SUPPORTED
-from collate.isolation.hook import _IsolateSequences, is_isolated
+from collate.isolation.hook import IsolateSequences, is_isolated
 from collate.isolation.lazy_mask import LazyMask
 
 PAD = 1
@@ -169,14 +168,14 @@ def softmax_in_float64(monkeypatch):
 @pytest.fixture
 def built_masks(monkeypatch):
     """The shapes of the L x L masks that are built meanwhile."""
-    built, build = [], isolation._mask
+    built, build = [], masks.built_mask
 
     def record(*args, **kwargs):
         mask = build(*args, **kwargs)
         built.append(tuple(mask.shape))
         return mask
 
-    monkeypatch.setattr(isolation, "_mask", record)
+    monkeypatch.setattr(masks, "built_mask", record)
     return built
 
 
@@ -700,7 +699,7 @@ def test_a_leaky_encoder_is_refused_and_fails_the_probe(kind):
 def test_the_probe_says_where_masks_do_not_help(kind, part):
     """The hook keeps attention apart; trigrams and convolutions mix all the same."""
     model = make_model(kind, "eager")
-    model.base_model.register_forward_pre_hook(_IsolateSequences(model.base_model), with_kwargs=True)
+    model.base_model.register_forward_pre_hook(IsolateSequences(model.base_model), with_kwargs=True)
     report = check_isolation(model)
     assert report.told_by == "sequence_ids"
     assert part in report.leaking
@@ -936,7 +935,7 @@ def test_a_disabled_window_is_seen_as_a_difference_from_being_alone():
         return args, kwargs if sequence_ids is None else kwargs | one_mask_for_all_layers(module, sequence_ids)
 
     hook = isolate_sequences(model)._forward_pre_hooks
-    hook[next(iter(hook))].__class__ = type("OneMask", (_IsolateSequences,), {"__call__": lambda _, *a: one_mask(*a)})
+    hook[next(iter(hook))].__class__ = type("OneMask", (IsolateSequences,), {"__call__": lambda _, *a: one_mask(*a)})
     report = check_isolation(model)
     assert report.leaking == ("alone",) and report.attention == 0
 
