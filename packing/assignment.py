@@ -27,9 +27,8 @@ from packing.draws import (
 )
 from packing.files.errors import whole_number
 from packing.histogram import as_lengths, check_lengths
-from packing.numba_tools import njit
+from packing.numba_tools import njit, prefetch
 from packing.plan import PackPlan
-from packing.prefetch import prefetch
 
 EIGHT_PLACES = np.uint64(7)
 NO_LENGTH = np.uint64(0)  # the stream of the order of packs: no sequence has length 0

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from packing.numba_tools import njit
-from packing.prefetch import prefetch
+from packing.numba_tools import njit, prefetch
 
 STEP = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 ONE = np.uint64(1)

@@ -1,4 +1,4 @@
-"""njit, with a cache on disk that notices a change in any file of kernels, and that needs no folder of its own.
+"""What kernels need of Numba: njit with a cache that notices changes and needs no folder, and prefetch.
 
 Numba stamps what it caches with the file of the function alone. A kernel that calls one of another file would then keep
 the old machine code of that, after an upgrade just as after an edit.
@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 Kernel = TypeVar("Kernel", bound=Callable)
 
@@ -80,3 +83,25 @@ def stamp(folder: Path = Path(__file__).parent) -> str:
     for source in sorted(folder.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
+
+
+@intrinsic
+def prefetch(typing_context, array, index):
+    """Begin to load array[index] into the cache, and do not wait for it; an index outside the array does no harm.
+
+    Hardware follows some 50 streams. A counting sort has one per length, and waits for memory at the end of each cache
+    line (8 ns a value for 500 streams, 2.5 ns if each line is asked for one line ahead).
+    """
+
+    def emit(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        hint = builder.module.declare_intrinsic(
+            "llvm.prefetch", (byte,), ir.FunctionType(ir.VoidType(), (byte, number, number, number))
+        )
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        # to write to; keep in all caches; data, not instructions
+        builder.call(hint, (address, number(1), number(3), number(1)))
+        return context.get_dummy_value()
+
+    return types.none(array, index), emit

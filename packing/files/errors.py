@@ -1,5 +1,6 @@
-"""What errors say in one way everywhere: which whole numbers may be, and what the user may have meant.
+"""What errors say in one way everywhere: where a source is wrong, which whole numbers may be, what the user meant.
 
+split 'train': row 3      has length 0: its input_ids are empty; filter such rows out before packing
 num_proc=0                must be a whole number, at least 1
 --max-sequnce-length      ; did you mean --max-sequence-length?
 column 'inputs_ids'       ; did you mean 'input_ids'?
@@ -10,8 +11,63 @@ from __future__ import annotations
 
 import difflib
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+class SourceError(ValueError):
+    """A fault of a source: where it is, what it is, and the cure. str() says all of it in one sentence.
+
+        SourceError("has 9 values, and input_ids has 8", column="tags", row=3, split="train", cure="make them alike")
+        split 'train': column 'tags' in row 3 has 9 values, and input_ids has 8; make them alike
+
+    what: the end of a sentence about the place: the file, the column and the row, as far as they are given.
+    unit: what `row` counts; lines of a text file, for one.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        cure: str = "",
+        file: object = None,
+        split: str = "",
+        column: str | None = None,
+        row: int | None = None,
+        unit: str = "row",
+    ):
+        super().__init__(what)
+        self.what, self.cure, self.split, self.column, self.unit = what, cure, split, column, unit
+        self.file = None if file is None else str(file)
+        self.row = None if row is None else int(row)
+
+    def __str__(self) -> str:
+        places = [] if self.column is None else [f"column {self.column!r}"]
+        places += [] if self.row is None else [f"{self.unit} {self.row}"]
+        place = " in ".join(places)
+        sentence = " ".join(part for part in ("" if self.file is None else repr(self.file), place, self.what) if part)
+        split = f"split {self.split!r}: " if self.split else ""
+        return f"{split}{sentence}{'; ' if self.cure else ''}{self.cure}"
+
+    def __reduce__(self):  # between processes, with all that is known
+        return _remake, (type(self), self.what, self.__dict__)
+
+
+def _remake(kind: type[SourceError], what: str, known: dict) -> SourceError:
+    error = kind.__new__(kind, what)
+    error.__dict__.update(known)
+    return error
+
+
+@contextmanager
+def in_split(name: str) -> Iterator[None]:
+    """A SourceError that comes from here names this split; "" is a source without splits."""
+    try:
+        yield
+    except SourceError as error:
+        error.split = name
+        raise
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from packing.numba_tools import njit
-from packing.prefetch import prefetch
+from packing.numba_tools import njit, prefetch
 
 BLOCK_ROWS = 1 << 18  # rows looked at together, where all are; memory follows this and not their number
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from packing.numba_tools import njit
-from packing.prefetch import prefetch
+from packing.numba_tools import njit, prefetch
 from packing.source.fingerprint import array_print
 from packing.source.rows import Source, read_source
 from packing.source.sequences import cut_sequences
