@@ -55,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from bert_pretrain.attention.choice import choose_attention
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.train.metrics import peak_flops
-from collate.labels import IGNORED
+from collate.columns import IGNORED
 from collate.layout import PackLayout
 
 MODELS = {"bert-tiny": (2, 128), "bert-mini": (4, 256), "bert-small": (4, 512), "bert-base": (12, 768)}

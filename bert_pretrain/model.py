@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from bert_pretrain.attention import AttentionHead, use_attention
 from bert_pretrain.attention.head import initialize_head
 from bert_pretrain.loss import pretraining_metrics, pretraining_sums
-from collate.labels import IGNORED
+from collate.columns import IGNORED
 from collate.layout import PackLayout
 from collate.losses import MLM_LOSSES, check_mlm_loss
 

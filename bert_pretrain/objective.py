@@ -1,75 +1,64 @@
-"""What a run learns about sentence pairs: the dataset's columns and the configuration must agree on it."""
+"""OBJECTIVES: what a run learns about sentence pairs, beside masked tokens; one row an objective.
 
-import logging
+To add one, write its row here and its builder in prepare/sequences.py. If its pairs have labels of their own, name
+their column in collate/columns.py: the loss, the log and the model card follow.
+"""
 
-import pyarrow as pa
-from datasets import Dataset
+from dataclasses import dataclass
 
-from bert_pretrain.prepare.sequences import NO_PAIR, PAIR_LABELS
-from bert_pretrain.train.config import PretrainConfig
+from collate.columns import IGNORED, PAIR_LABELS
 
-logger = logging.getLogger(__name__)
-
-READ_PACKS = 10_000  # at a time
-
-
-def check_objective(config: PretrainConfig, dataset: Dataset) -> str:
-    """ "nsp", "sop" or "none": what was asked for, or else, for "auto", what the columns of the dataset say.
-
-    next_sentence_label -> nsp,  sentence_order_label -> sop,  neither -> none
-
-    Raises ValueError for an objective whose column is not there, and for a dataset with the columns of two.
-    """
-    found = {objective: column for objective, column in PAIR_LABELS.items() if column in dataset.column_names}
-    if config.objective == "none":
-        for column in found.values():
-            logger.info("objective=none: %s is in the dataset, and is not learned", column)
-        return "none"
-    if len(found) > 1:
-        raise ValueError(
-            f"{config.dataset} has the columns {' and '.join(found.values())}, and one head cannot learn both; "
-            "remove_columns() the one that is not meant, or choose objective='none'"
-        )
-    if config.objective == "auto":
-        return next(iter(found), "none")
-    if config.objective not in found:
-        raise ValueError(
-            f"objective={config.objective!r} needs the column {PAIR_LABELS[config.objective]!r}, and {config.dataset} "
-            f"has {dataset.column_names}; prepare the text with --objective {config.objective}, or set the objective "
-            f"to {next(iter(found), 'none')!r}, which this dataset is made for"
-        )
-    return config.objective
+NO_PAIR = IGNORED
+"""The label of a sequence that is no pair, among pairs."""
 
 
-def for_objective(config: PretrainConfig, *splits: Dataset | None) -> list[Dataset | None]:
-    """The splits of one dataset with no label but the objective's; all must be made for the same one."""
-    objectives = {check_objective(config, split) for split in splits if split is not None}
-    if len(objectives) > 1:
-        raise ValueError(
-            f"the splits of {config.dataset} are made for different objectives, {sorted(objectives)}; prepare them "
-            "together, or choose objective='none'"
-        )
-    for column in (PAIR_LABELS[objective] for objective in objectives - {"none"}):
-        for split in splits:
-            if split is not None:
-                _check_labels(config.dataset, split, column)
-    logger.info("objective: masked language modelling%s", "".join(f" and {o}" for o in objectives - {"none"}))
-    return [None if split is None else _without_others(split, objectives) for split in splits]
+@dataclass(frozen=True)
+class Objective:
+    """One way to make sequences of documents, and what is learned from them."""
+
+    builder: str
+    """The function in prepare/sequences.py that makes the sequences."""
+    made: str
+    """What it makes, for `prepare --help`."""
+    learned: str
+    """For `train --help`."""
+    name: str
+    """In full, for the model card."""
+    column: str | None = None
+    """The dataset's column with the labels of pairs; None: there are no pairs."""
+    label_1: str = ""
+    """What label 1 means, for the numbers of a prepared split."""
+    documents: int = 1
+    """The fewest documents that a split needs."""
 
 
-def _check_labels(dataset: str, split: Dataset, column: str) -> None:
-    """All of them: one that is wrong would end the run when its turn comes, after days perhaps."""
-    cure = f"a label is 0 or 1, or {NO_PAIR} where there is no pair; correct the source, and pack it again"
-    for table in split.select_columns([column]).with_format("arrow").iter(READ_PACKS):
-        labels = table[column].combine_chunks().flatten()
-        if not (pa.types.is_integer(labels.type) or pa.types.is_boolean(labels.type)):
-            raise ValueError(f"{dataset}: the column {column!r} holds {labels.type}; {cure}")
-        wrong = set(labels.unique().to_pylist()) - {0, 1, NO_PAIR}
-        if wrong:
-            raise ValueError(f"{dataset}: the column {column!r} holds {sorted(wrong, key=str)[0]}; {cure}")
+OBJECTIVES: dict[str, Objective] = {
+    "nsp": Objective(
+        builder="nsp_pairs",
+        made="BERT's sentence pairs (is B the next sentence, or a random one?)",
+        learned="is B the next sentence?",
+        name="next-sentence prediction (NSP)",
+        column=PAIR_LABELS["nsp"],
+        label_1="random next",
+        documents=2,  # a random next sentence comes from another document
+    ),
+    "sop": Objective(
+        builder="sop_pairs",
+        made="ALBERT's sentence pairs (are A and B in order, or switched?)",
+        learned="are A and B in order?",
+        name="sentence-order prediction (SOP)",
+        column=PAIR_LABELS["sop"],
+        label_1="switched order",
+    ),
+    "none": Objective(
+        builder="single_sequences",
+        made="runs of full sentences, from which no token is lost",
+        learned="nothing; labels in the dataset are ignored",
+        name="",
+    ),
+}
 
 
-def _without_others(split: Dataset, objectives: set[str]) -> Dataset:
-    others = [column for objective, column in PAIR_LABELS.items() if objective not in objectives]
-    others = [column for column in others if column in split.column_names]
-    return split.remove_columns(others) if others else split
+def pair_columns() -> dict[str, str]:
+    """{"nsp": "next_sentence_label", …}: the objectives that learn pairs, and their columns."""
+    return {name: objective.column for name, objective in OBJECTIVES.items() if objective.column is not None}

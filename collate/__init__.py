@@ -3,19 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from collate.layout import PackLayout
-
 if TYPE_CHECKING:
     from collate.collator import DataCollatorWithPacking
     from collate.heads import packed_predictions, task_for
     from collate.isolate import isolate_sequences
     from collate.isolation.arguments import position_ids_start
+    from collate.layout import PackLayout
     from collate.probe import check_isolation
     from collate.training.trainer import PackedTrainer
 
-# transformers' Trainer takes ten seconds to import: whoever only wants a layout should not wait for it.
+# torch and transformers take seconds to import: whoever prepares text, or wants a layout, should not wait for them.
 _LAZY = {
     "DataCollatorWithPacking": "collate.collator",
+    "PackLayout": "collate.layout",
     "PackedTrainer": "collate.training.trainer",
     "check_isolation": "collate.probe",
     "isolate_sequences": "collate.isolate",

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from collate.columns import IGNORED
 from collate.isolation.arguments import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
-from collate.masking import IGNORED, MaskingRule, sequence_keys, token_keys
+from collate.masking import MaskingRule, sequence_keys, token_keys
 from collate.rows import (
     ANSWERS,
     LABELS,

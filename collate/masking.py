@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from collate.labels import IGNORED
+from collate.columns import IGNORED
 from collate.words import (
     CONTINUES,
     NO_WORD,

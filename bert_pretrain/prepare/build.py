@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from bert_pretrain.prepare.sequences import NO_PAIR, OBJECTIVES, PAIR_LABELS, BuiltSequence
+from bert_pretrain.objective import NO_PAIR, OBJECTIVES
+from bert_pretrain.prepare.sequences import BuiltSequence, builder_of
 from bert_pretrain.prepare.tokens import TokenDocuments, TokenFolder, offsets_of
 from bert_pretrain.prepare.workers import Workers
 from packing.files.folder import write_dataset
@@ -36,7 +37,7 @@ class BuildOptions(NamedTuple):
     def sequences(self, documents: TokenDocuments, numbers: range) -> Iterator[BuiltSequence]:
         options = self._asdict()
         del options["vocabulary"]
-        return OBJECTIVES[options.pop("objective")](documents, numbers=numbers, **options)
+        return builder_of(options.pop("objective"))(documents, numbers=numbers, **options)
 
 
 class Counts(NamedTuple):
@@ -79,10 +80,10 @@ def build_sequences(
     output.mkdir()
     info = DatasetInfo(features=Features.from_arrow_schema(_schema(options.objective)), config_name=options.vocabulary)
     write_dataset(output, batches(), info, "", split)
-    if options.objective == "sop" and not counts.pairs:
+    if OBJECTIVES[options.objective].column is not None and not counts.pairs:
         raise ValueError(
-            f"objective='sop' needs documents of two sentences or more, and all {len(documents)} have one; take whole "
-            "files for documents (documents='file'), or choose objective='none'"
+            f"objective={options.objective!r} needs documents of two sentences or more, and all {len(documents)} have "
+            "one; take whole files for documents (documents='file'), or choose objective='none'"
         )
     # What datasets keeps the results of map() by, so it must change with the content: known only now.
     state = json.loads((output / "state.json").read_text(encoding="utf-8"))
@@ -113,8 +114,8 @@ def _build(tokens: Path, options: BuildOptions, numbers: range) -> tuple[pa.Reco
 
 def _schema(objective: str) -> pa.Schema:
     columns = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
-    if objective in PAIR_LABELS:
-        columns[PAIR_LABELS[objective]] = pa.int64()
+    if (column := OBJECTIVES[objective].column) is not None:
+        columns[column] = pa.int64()
     return pa.schema(columns)
 
 
@@ -126,6 +127,6 @@ def _record_batch(sequences: list[BuiltSequence], objective: str) -> pa.RecordBa
         return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([column(sequence) for sequence in sequences])))
 
     columns = [lists(lambda sequence: sequence.input_ids), lists(lambda sequence: sequence.token_type_ids)]
-    if objective in PAIR_LABELS:
+    if OBJECTIVES[objective].column is not None:
         columns.append(pa.array([sequence.label for sequence in sequences], pa.int64()))
     return pa.RecordBatch.from_arrays(columns, schema=_schema(objective))

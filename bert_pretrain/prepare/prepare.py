@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from bert_pretrain.objective import OBJECTIVES
 from bert_pretrain.prepare.build import BuildOptions, build_sequences
 from bert_pretrain.prepare.documents import DOCUMENTS, SENTENCES
-from bert_pretrain.prepare.sequences import OBJECTIVES, longest_sentence
+from bert_pretrain.prepare.sequences import longest_sentence
 from bert_pretrain.prepare.summary import SplitSummary
 from bert_pretrain.prepare.text import DocumentOptions, Text
 from bert_pretrain.prepare.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
@@ -63,12 +64,9 @@ class PrepareConfig:
     language: str = field(
         default="en", metadata={"help": "ISO 639 code of the text, for the abbreviations that end no sentence."}
     )
-    objective: Literal["nsp", "sop", "none"] = field(
+    objective: str = field(
         default="nsp",
-        metadata={
-            "help": "`nsp` builds BERT's sentence pairs (is B the next sentence, or a random one?), `sop` ALBERT's "
-            "(are A and B in order, or switched?), `none` runs of full sentences, without loss."
-        },
+        metadata={"help": "What to build: " + "; ".join(f"`{name}`, {row.made}" for name, row in OBJECTIVES.items())},
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or hub name of a fast tokenizer; without one, a WordPiece is trained."}
@@ -235,15 +233,16 @@ TAKES = {"paragraph": "what blank lines part", "line": "each line", "file": "eac
 def _check_documents(num_documents: int, config: PrepareConfig) -> None:
     """Before a vocabulary is trained: a random next sentence comes from another document of the same split."""
     num_test = math.ceil(config.test_fraction * num_documents)
-    least = 2 if config.objective == "nsp" else 1
-    why = "objective='nsp' needs two documents in each split" if least == 2 else "each split needs a document"
+    least = OBJECTIVES[config.objective].documents
+    why = f"objective={config.objective!r} needs {least} documents in each split"
+    why = why if least > 1 else "each split needs a document"
     for split, count in (("train", num_documents - num_test), ("test", num_test)):
         if count >= least or (split == "test" and not num_test):
             continue
         cures = ["give text of more documents"]
         if num_test and num_documents >= least:
             cures.append(f"test_fraction=0 for no test split (now {config.test_fraction})")
-        if least == 2 and (num_documents > 1 or not num_test):
+        if least > 1 and (num_documents > 1 or not num_test):
             cures.append("objective='none'")
         others = " or ".join(f"{name!r} ({TAKES[name]})" for name in DOCUMENTS if name != config.documents)
         raise ValueError(

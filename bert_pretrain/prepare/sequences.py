@@ -9,17 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bert_pretrain.objective import NO_PAIR, OBJECTIVES
 from bert_pretrain.prepare.tokens import TokenDocuments
 
 # The labels that transformers' BertForPreTraining and AlbertForPreTraining define.
 IS_NEXT, IS_RANDOM = 0, 1
 IN_ORDER, SWITCHED = 0, 1
-
-# The label of a sequence that is no pair among pairs; losses ignore it.
-NO_PAIR = -100
-
-# Which column holds the labels of an objective's sentence pairs, and what transformers calls it.
-PAIR_LABELS = {"nsp": "next_sentence_label", "sop": "sentence_order_label"}
 
 # Special tokens around a pair ([CLS] A [SEP] B [SEP]) and around a single sequence ([CLS] A [SEP]).
 PAIR_SPECIALS = 3
@@ -253,15 +248,14 @@ def _runs(documents: TokenDocuments, document: int, target: int, room: int) -> I
     yield start, end
 
 
-# A name or any callable with the same arguments.
-SequenceBuilder = Callable[..., Iterator[BuiltSequence]]
-
-OBJECTIVES: dict[str, SequenceBuilder] = {"nsp": nsp_pairs, "sop": sop_pairs, "none": single_sequences}
+def builder_of(objective: str) -> Callable[..., Iterator[BuiltSequence]]:
+    """The function of this file that the objective's row names; all take the arguments of `nsp_pairs`."""
+    return globals()[OBJECTIVES[objective].builder]
 
 
 def longest_sentence(objective: str, max_sequence_length: int) -> int:
-    """The most tokens that a sentence may have and be in no danger of being cut off: one side of a pair, or all."""
-    if objective in PAIR_LABELS:
+    """The most tokens of a sentence from which truncation cuts nothing: those of one side of a pair, or of it all."""
+    if OBJECTIVES[objective].column is not None:
         return (max_sequence_length - PAIR_SPECIALS) // 2
     return max_sequence_length - SINGLE_SPECIALS
 

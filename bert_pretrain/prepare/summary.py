@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from bert_pretrain.objective import OBJECTIVES
+
 UNKNOWN_SHARE, DROPPED_SHARE = 0.001, 0.05
 """Of a split's tokens: more are worth a warning."""
 
@@ -77,7 +79,7 @@ class SplitSummary:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
-LABELLED_ONE = {"nsp": "random next", "sop": "switched order"}
+ONLY_IF_ANY = ("cut at words", "without a pair")
 
 
 def summary_table(summary: dict[str, SplitSummary]) -> str:
@@ -90,7 +92,7 @@ def summary_table(summary: dict[str, SplitSummary]) -> str:
     packing factor at most          2.36          2.33
     ...
     """
-    objective = next(iter(summary.values())).objective
+    label_1 = OBJECTIVES[next(iter(summary.values())).objective].label_1
     rows = [
         ("documents", "{:,}", lambda split: split.documents),
         ("sentences", "{:,}", lambda split: split.sentences),
@@ -99,17 +101,15 @@ def summary_table(summary: dict[str, SplitSummary]) -> str:
         ("tokens", "{:,}", lambda split: split.tokens),
         ("tokens dropped", "{:,}", lambda split: split.tokens_dropped),
         ("unknown tokens", "{:.2%}", lambda split: split.unknown_tokens / split.tokens),
-        ("without a pair", "{:,}", lambda split: split.sequences - split.pairs),
-        (LABELLED_ONE.get(objective), "{:.1%}", lambda split: split.ones_share),
+        ("without a pair", "{:,}", lambda split: split.sequences - split.pairs if split.pairs else 0),
+        (label_1, "{:.1%}", lambda split: split.ones_share),
         ("mean length", "{:.1f}", lambda split: split.tokens / split.sequences),
         ("padding, unpacked", "{:.1%}", lambda split: split.padding_share),
         ("packing factor at most", "{:.2f}", lambda split: split.packing_factor_bound),
     ]
-    only_for = {"without a pair": "sop", None: "nothing"}  # what has no meaning for this objective is left out
     lines = [" " * 22 + "".join(f"{name:>14}" for name in summary)]
     for name, form, number in rows:
-        if name == "cut at words" and not any(map(number, summary.values())):
+        if not name or (name in ONLY_IF_ANY and not any(map(number, summary.values()))):
             continue
-        if only_for.get(name, objective) == objective:
-            lines.append(f"{name:<22}" + "".join(f"{form.format(number(split)):>14}" for split in summary.values()))
+        lines.append(f"{name:<22}" + "".join(f"{form.format(number(split)):>14}" for split in summary.values()))
     return "\n".join(lines)

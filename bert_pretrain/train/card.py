@@ -6,14 +6,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import BertConfig
 
+from bert_pretrain.objective import OBJECTIVES, pair_columns
 from bert_pretrain.train.config import PretrainConfig
 from packing import PackedInfo
-
-OBJECTIVES = {
-    "nsp": "masked language modelling and next-sentence prediction (NSP)",
-    "sop": "masked language modelling and sentence-order prediction (SOP)",
-    "none": "masked language modelling",
-}
 
 LOADING = """\
 The checkpoint is that of `transformers.BertForPreTraining`, tensor for tensor:
@@ -72,7 +67,7 @@ def model_card(
         "packed": f"into {data.num_packs:,} packs of {data.max_sequence_length} tokens: packing efficiency "
         f"{data.num_tokens / (data.num_packs * data.max_sequence_length):.4f}, packing factor "
         f"{data.num_sequences / data.num_packs:.3f}, at most {data.max_depth} sequences in a pack",
-        "objective": OBJECTIVES[objective],
+        "objective": " and ".join(filter(None, ("masked language modelling", OBJECTIVES[objective].name))),
         "MLM loss": f"mean per {config.mlm_loss}, {config.mlm_probability:.0%} of the tokens predicted in training, "
         f"{config.eval_mlm_probability:.0%} in evaluation",
         "architecture": f"{bert.num_hidden_layers} layers of {bert.hidden_size}, {bert.num_attention_heads} attention "
@@ -105,7 +100,8 @@ def model_card(
 
 def _results(trained: Mapping[str, Any], evaluated: Mapping[str, Any]) -> str:
     """Losses and accuracies at the end: of the last logged interval of training, and held out."""
-    names = [name for name in trained | evaluated if name == "loss" or name.split("_")[0] in ("mlm", "nsp", "sop")]
+    learned = ("loss", "mlm", *pair_columns())
+    names = [name for name in trained | evaluated if name.split("_")[0] in learned]
     if not names:
         return "Nothing was logged."
     rows = [(name.replace("_", " "), _number(trained.get(name)), _number(evaluated.get(name))) for name in names]

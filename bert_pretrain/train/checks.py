@@ -1,10 +1,12 @@
 """What a run is given, refused before a model is built where it cannot be meant: folders, tokenizer, arguments."""
 
 import inspect
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -12,13 +14,18 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from bert_pretrain.loss import PretrainingSums, pretraining_metrics
+from bert_pretrain.objective import NO_PAIR, pair_columns
 from bert_pretrain.prepare.tokenizer import vocabulary_fingerprint
+from bert_pretrain.train.config import AUTO, PretrainConfig
 from collate.losses import MLM_LOSSES
 from collate.vocabulary import token_ids, vocabulary_size
 from packing import PackedInfo, load_packed, packed_info
 from packing.files.errors import path_suggestion, suggestion
 from packing.files.saved import load_saved
 
+logger = logging.getLogger(__name__)
+
+READ_PACKS = 10_000  # at a time
 SAMPLED_PACKS = 2000
 """Packs whose tokens are compared with the tokenizer: spread over a split, read in a fraction of a second."""
 
@@ -68,6 +75,68 @@ def _checked_info(split: Dataset, folder: str) -> PackedInfo:
         return packed_info(split)
     except ValueError as error:
         raise ValueError(f"dataset={folder!r}: {error}; or in a shell: pack-dataset {folder} PACKED") from None
+
+
+def check_objective(config: PretrainConfig, dataset: Dataset) -> str:
+    """ "nsp", "sop" or "none": what was asked for, or else, for "auto", what the columns of the dataset say.
+
+    next_sentence_label -> nsp,  sentence_order_label -> sop,  neither -> none
+
+    Raises ValueError for an objective whose column is not there, and for a dataset with the columns of two.
+    """
+    found = {objective: column for objective, column in pair_columns().items() if column in dataset.column_names}
+    if config.objective == "none":
+        for column in found.values():
+            logger.info("objective=none: %s is in the dataset, and is not learned", column)
+        return "none"
+    if len(found) > 1:
+        raise ValueError(
+            f"{config.dataset} has the columns {' and '.join(found.values())}, and one head cannot learn both; "
+            "remove_columns() the one that is not meant, or choose objective='none'"
+        )
+    if config.objective == AUTO:
+        return next(iter(found), "none")
+    if config.objective not in found:
+        raise ValueError(
+            f"objective={config.objective!r} needs the column {pair_columns()[config.objective]!r}, and "
+            f"{config.dataset} has {dataset.column_names}; prepare the text with --objective {config.objective}, or "
+            f"set the objective to {next(iter(found), 'none')!r}, which this dataset is made for"
+        )
+    return config.objective
+
+
+def for_objective(config: PretrainConfig, *splits: Dataset | None) -> list[Dataset | None]:
+    """The splits of one dataset with no label but the objective's; all must be made for the same one."""
+    objectives = {check_objective(config, split) for split in splits if split is not None}
+    if len(objectives) > 1:
+        raise ValueError(
+            f"the splits of {config.dataset} are made for different objectives, {sorted(objectives)}; prepare them "
+            "together, or choose objective='none'"
+        )
+    learned = objectives & pair_columns().keys()
+    for split in filter(None, splits):
+        for objective in learned:
+            _check_labels(config.dataset, split, pair_columns()[objective])
+    logger.info("objective: masked language modelling%s", "".join(f" and {objective}" for objective in learned))
+    return [None if split is None else _without_others(split, objectives) for split in splits]
+
+
+def _check_labels(dataset: str, split: Dataset, column: str) -> None:
+    """All of them: one that is wrong would end the run when its turn comes, after days perhaps."""
+    cure = f"a label is 0 or 1, or {NO_PAIR} where there is no pair; correct the source, and pack it again"
+    for table in split.select_columns([column]).with_format("arrow").iter(READ_PACKS):
+        labels = table[column].combine_chunks().flatten()
+        if not (pa.types.is_integer(labels.type) or pa.types.is_boolean(labels.type)):
+            raise ValueError(f"{dataset}: the column {column!r} holds {labels.type}; {cure}")
+        wrong = set(labels.unique().to_pylist()) - {0, 1, NO_PAIR}
+        if wrong:
+            raise ValueError(f"{dataset}: the column {column!r} holds {sorted(wrong, key=str)[0]}; {cure}")
+
+
+def _without_others(split: Dataset, objectives: set[str]) -> Dataset:
+    others = [column for objective, column in pair_columns().items() if objective not in objectives]
+    others = [column for column in others if column in split.column_names]
+    return split.remove_columns(others) if others else split
 
 
 def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,15 +1,16 @@
 """What a pretraining run is configured with, beside transformers' TrainingArguments."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from bert_pretrain.attention import ATTENTION
-from collate.losses import MLM_LOSSES, check_mlm_loss
+from bert_pretrain.objective import OBJECTIVES
 
-OBJECTIVES = ("auto", "nsp", "sop", "none")
 OPTIMIZERS = ("adamw", "lamb")
 BATCH_POLICIES = ("sequences", "packs")
 SEQUENCES_PER_STEP = 256
 AUTO = "auto"
+HEADS = sorted(file.stem for file in (Path(__file__).parents[1] / "attention" / "heads").glob("[a-z]*.py"))
+"""The names in ATTENTION, for --help, which does not wait for torch."""
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 """Options of a new model; a checkpoint has its own."""
@@ -32,19 +33,20 @@ class PretrainConfig:
     tokenizer: str = field(metadata={"help": "Folder or name of the tokenizer that the dataset was made with."})
     model: str | None = _help("BERT checkpoint to continue from; by default a new model is made.", None)
     attention: str = _help(
-        f"Attention head: {', '.join(ATTENTION)}; or one per layer, parted by commas. auto: full attention, by the "
+        f"Attention head: {', '.join(HEADS)}; or one per layer, parted by commas. auto: full attention, by the "
         "kernel that is fastest on the device, without attention dropout unless that is asked for.",
         AUTO,
     )
     attention_options: str | None = _help("Options of the attention heads, as JSON: '{\"window\": 64}'.", None)
     mlm_loss: str = _help(
         "What the MLM loss is the mean of: sequence (every sequence weighs the same) or token (every predicted token).",
-        MLM_LOSSES[0],
+        "sequence",
     )
     objective: str = _help(
-        "What is learned of sentence pairs, beside MLM: nsp (is B the next sentence?), sop (are A and B in order?), "
-        "none (labels in the dataset are ignored), or auto: what the dataset's columns say.",
-        OBJECTIVES[0],
+        "What is learned of sentence pairs, beside MLM: "
+        + ", ".join(f"{name} ({row.learned})" for name, row in OBJECTIVES.items())
+        + ", or auto: what the dataset's columns say.",
+        AUTO,
     )
     mlm_probability: float = _help("Share of each sequence's tokens that are predicted.", 0.15)
     eval_mlm_probability: float = _help(
@@ -121,9 +123,11 @@ class PretrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0 and at most 1; BERT's is 0.15")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(f"peak_tflops={self.peak_tflops} must be more than 0; an A100 has 312")
+        from collate.losses import check_mlm_loss  # not at the top: it needs torch
+
         check_mlm_loss(self.mlm_loss)
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.objective!r}; choose from {list(OBJECTIVES)}")
+        if self.objective not in (AUTO, *OBJECTIVES):
+            raise ValueError(f"unknown objective {self.objective!r}; choose from {[AUTO, *OBJECTIVES]}")
         if self.batch_policy not in BATCH_POLICIES:
             raise ValueError(f"unknown batch_policy {self.batch_policy!r}; choose from {list(BATCH_POLICIES)}")
         if self.batch_policy == "packs" and self.sequences_per_step != SEQUENCES_PER_STEP:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
-PAIRS = ("nsp", "sop")
+from bert_pretrain.objective import pair_columns
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ COLUMNS = (
     Column("MLM acc.", "/token", "mlm_accuracy_per_token"),
     *(
         column
-        for pair in PAIRS
+        for pair in pair_columns()
         for column in (
             Column(f"{pair.upper()}", "accuracy", f"{pair}_accuracy"),
             Column("(major-", "ity)", f"{pair}_majority", "({:.4f})"),

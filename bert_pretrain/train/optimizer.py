@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import BertForPreTraining, Trainer, TrainingArguments
 
+from bert_pretrain.objective import OBJECTIVES
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.counted import counted_info
 
@@ -48,7 +49,7 @@ def freeze_unlearned(model: BertForPreTraining, objective: str) -> None:
 
     Their gradients are 0 and not None, so that an optimizer would decay them step by step, a checkpoint's to nothing.
     """
-    if objective == "none":
+    if OBJECTIVES[objective].column is None:
         model.bert.pooler.requires_grad_(False)
         model.cls.seq_relationship.requires_grad_(False)
 

@@ -8,10 +8,16 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from bert_pretrain.attention.heads.routing import RoutingAttention, RoutingCallback
-from bert_pretrain.objective import check_objective, for_objective
 from bert_pretrain.prepare.tokenizer import load_tokenizer
 from bert_pretrain.train.batch import set_batch
-from bert_pretrain.train.checks import check_arguments, check_token_types, check_tokenizer, load_splits
+from bert_pretrain.train.checks import (
+    check_arguments,
+    check_objective,
+    check_token_types,
+    check_tokenizer,
+    for_objective,
+    load_splits,
+)
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.hub import Secret
 from bert_pretrain.train.metrics import attends_fully

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from collate.columns import IGNORED
 from collate.heads.gather import has_gather, task_model
 from collate.isolation.hook import is_isolated
-from collate.labels import IGNORED
 from collate.layout import PADDING, PackLayout
 
 NOT_PASSED = ("attention_mask", "sequence_ids")

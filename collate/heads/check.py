@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from collate.columns import IGNORED
 from collate.heads.batch import has_label
-from collate.labels import IGNORED
 from collate.layout import PADDING
 
 EMBEDDINGS = {

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from collate.columns import IGNORED
 from collate.heads.batch import PackedBatch, count_hits, has_label, labelled_tokens, lengths_by_slot
 from collate.heads.check import check_label_ids
 from collate.heads.task import PackedOutput, Task, cross_entropy_sums, share
 from collate.heads.values import PerSequence, at_least_float32
-from collate.labels import IGNORED
 from collate.layout import PADDING
 from collate.losses import MLM_SUMS, check_mlm_loss, mlm_loss_of, mlm_metrics, mlm_sums
 

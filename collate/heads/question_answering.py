@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from collate.columns import IGNORED
 from collate.heads.batch import PackedBatch, count_hits, lengths_by_slot
 from collate.heads.check import check_label_ids
 from collate.heads.task import PackedOutput, Task, share
 from collate.heads.values import PerSequence, at_least_float32
-from collate.labels import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from collate.columns import IGNORED
 from collate.heads.batch import PackedBatch, has_label
 from collate.heads.values import PerSequence
-from collate.labels import IGNORED
 
 
 @dataclass(frozen=True, eq=False)

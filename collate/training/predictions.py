@@ -8,8 +8,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from collate.columns import IGNORED
 from collate.heads import PerSequence
-from collate.masking import IGNORED
 
 
 class RunningSums:

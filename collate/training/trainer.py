@@ -36,10 +36,10 @@ from transformers.trainer_utils import (
 )
 
 from collate.collator import LABELS, DataCollatorWithPacking
+from collate.columns import IGNORED
 from collate.heads import PAIR_LABELS, prepare_head, task_for
 from collate.heads.check import CheckedCollator, check_inputs, check_label_ids, embedding_sizes, refuse_text
 from collate.layout import PADDING
-from collate.masking import IGNORED
 from collate.rows import ArrowRows
 from collate.training.order import SequencesPerStep, check_sequences_per_step
 from collate.training.own_loss import SeenModel, has_sequences, loss_by

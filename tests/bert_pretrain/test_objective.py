@@ -8,9 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 
+from bert_pretrain.attention import ATTENTION
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.objective import check_objective, for_objective
-from bert_pretrain.train.config import PretrainConfig
+from bert_pretrain.objective import OBJECTIVES
+from bert_pretrain.prepare.sequences import builder_of
+from bert_pretrain.train.checks import check_objective, for_objective
+from bert_pretrain.train.config import HEADS, PretrainConfig
+from collate.columns import PAIR_LABELS
 from collate.heads import PreTraining
 from packing.cli import main as pack_dataset
 
@@ -35,7 +39,7 @@ def test_the_objective_is_what_the_columns_say(labels):
 
 
 def test_none_ignores_labels_and_says_so(caplog):
-    with caplog.at_level(logging.INFO, "bert_pretrain.objective"):
+    with caplog.at_level(logging.INFO, "bert_pretrain.train.checks"):
         splits = for_objective(config("none"), dataset("sop"), dataset("both"))
     assert [split.column_names for split in splits] == [["input_ids"], ["input_ids"]]
     assert "objective=none: sentence_order_label is in the dataset, and is not learned" in caplog.text
@@ -140,3 +144,16 @@ def test_a_missing_column_is_told_before_the_first_step(sop_folders, tmp_path, c
     error = capsys.readouterr().err.splitlines()[-1]
     assert "objective='nsp' needs the column 'next_sentence_label'" in error and "'sentence_order_label'" in error
     assert not (tmp_path / "bert").exists()
+
+
+def test_every_row_is_complete():
+    """A row names a builder that is there, and a column that the losses know by the same name."""
+    for name, row in OBJECTIVES.items():
+        assert callable(builder_of(name))
+        assert row.column == PAIR_LABELS.get(name)
+        assert (row.label_1 == "") == (row.name == "") == (row.column is None)
+    assert OBJECTIVES.keys() == {*PAIR_LABELS, "none"}
+
+
+def test_the_catalogue_of_help_is_the_table_of_heads():
+    assert sorted(ATTENTION) == HEADS

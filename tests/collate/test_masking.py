@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from slow_masks import budget_of, cut_words, mask_one_by_one, sequence_key, words_of
 
-from collate.masking import IGNORED, MASKING, MaskingRule, _span_length, sequence_keys, word_continuations
+from collate.columns import IGNORED
+from collate.masking import MASKING, MaskingRule, _span_length, sequence_keys, word_continuations
 
 CLS, SEP, MASK = 2, 3, 4
 VOCABULARY = 60

@@ -13,7 +13,8 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 import packing.dataset
 from collate import DataCollatorWithPacking
-from collate.masking import IGNORED, MASKING
+from collate.columns import IGNORED
+from collate.masking import MASKING
 from collate.words import (
     CONTINUES,
     NO_WORD,

@@ -409,7 +409,7 @@ def test_existing_output_is_refused_and_failures_leave_nothing(text_file, tmp_pa
     with pytest.raises(FileExistsError, match="there' exists already; choose another folder"):
         prepare(PrepareConfig(text=[str(text_file)], output=str(tmp_path / "there")))
     # Two documents: one of them for the test split leaves one to train on.
-    with pytest.raises(ValueError, match="needs two documents in each split, train has 1 of 2"):
+    with pytest.raises(ValueError, match="needs 2 documents in each split, train has 1 of 2"):
         prepare(PrepareConfig(text=[str(text_file)], output=str(tmp_path / "out"), test_fraction=0.5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["smith.txt", "there"]
 

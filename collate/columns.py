@@ -1,0 +1,13 @@
+"""Labels by name and value, without torch: who prepares text or prints help need not wait for it."""
+
+IGNORED = -100
+"""The label of a position where nothing is predicted (the value that torch's cross-entropy ignores)."""
+
+PAIR_LABELS = {"nsp": "next_sentence_label", "sop": "sentence_order_label"}
+"""What a model can learn about pairs of sentences -> the column of its labels, as transformers calls it.
+
+    nsp   0: B follows A, 1: B comes from elsewhere         BertForPreTraining
+    sop   0: A and B in order, 1: switched                  AlbertForPreTraining
+
+In both a label is 0 or 1, or IGNORED.
+"""
