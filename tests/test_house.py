@@ -1,0 +1,329 @@
+"""The house: small folders and files, one name for one thing, imports that only look down, folders with a map.
+
+Nothing is imported: sources are parsed. A module is named as it is imported, a room is a folder.
+"""
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("packing", "collate", "bert_pretrain")
+MOST_FILES, MOST_LINES = 15, 450
+MANY_FILES = {"bert_pretrain/attention/heads"}  # one mechanism a file
+CATALOGUES = {
+    "packing.packers": "packing.packers.table",
+    "bert_pretrain.attention.heads": "bert_pretrain.attention.table",
+}
+"""Rooms of which a table names the files: to add one touches the file and the table, and no map."""
+
+FLOORS = {
+    "packing": [
+        "numba_tools draws files",
+        "histogram",
+        "packers.open_packs packers.filling packers.pricing packers.exact_sums packers.nnls packers.linear_program",
+        "bounds",
+        "plan",
+        "packers",
+        "assignment balance",
+        "options",
+        "source",
+        "store",
+        "dataset epochs stream unpack",
+        "verify report",
+        "cli",
+    ],
+    "collate": [
+        "views vocabulary",
+        "length_groups chunks",
+        "layout",
+        "losses",
+        "isolation",
+        "probe isolate",
+        "heads",
+        "inference",
+        "collator rows masking words",
+        "training",
+    ],
+    "bert_pretrain": [
+        "attention.options attention.head",
+        "attention.parts",
+        "attention.heads",
+        "attention",
+        "model",
+        "objective options places failure",
+        "prepare train",
+        "cli",
+    ],
+}
+"""From the ground up: rooms, and modules that stand alone. A module imports from its own room and from lower floors."""
+
+OPEN: dict[str, dict[str, str]] = {
+    "folder": {"bert_pretrain/train": "losses"},
+    "lines": {"collate.collator": "training", "collate.training.trainer": "training", "packing.dataset": "dataset"},
+    "name": {
+        "Column: collate.rows bert_pretrain.train.console": "cli",
+        "at_least_float32: collate.heads.values bert_pretrain.attention.head": "losses",
+        "check_output: packing.store.writing bert_pretrain.train.resume": "losses",
+        "deal: packing.draws packing.packers.open_packs": "cli",
+        "deal_packs: packing.parts collate.training.order": "training",
+        "differences: packing.store.manifest packing.verify.source": "cli",
+        "mix: packing.draws bert_pretrain.attention.heads.bigbird": "losses",
+        "read_block: packing.source.json_rows bert_pretrain.prepare.sources": "source",
+        "write_record: packing.store.shards bert_pretrain.train.run_record": "losses",
+    },
+    "circle": {
+        "packing.cli -> packing.verify.command": "cli",
+        "packing.files.folder -> packing.files.paths": "source",
+        "packing.files.paths -> packing.files.folder": "source",
+        "packing.verify.command -> packing.cli": "cli",
+    },
+    "no floor": {"bert_pretrain.loss": "losses", "collate.labels": "losses", "packing.parts": "cli"},
+    "upward": {
+        "bert_pretrain.objective -> bert_pretrain.prepare.sequences": "losses",
+        "bert_pretrain.objective -> bert_pretrain.train.config": "losses",
+        "collate.collator -> collate.training.plain_trainer": "training",
+        "packing.packers.filling -> packing.packers.lpfhp": "cli",
+        "packing.parts -> packing.assignment": "cli",
+        "packing.parts -> packing.draws": "cli",
+        "packing.parts -> packing.histogram": "cli",
+        "packing.parts -> packing.numba_tools": "cli",
+        "packing.parts -> packing.packers.table": "cli",
+        "packing.parts -> packing.plan": "cli",
+        "packing.source.sequences -> packing.store.shards": "source",
+        "packing.verify.command -> packing.cli": "cli",
+    },
+    "map": {
+        "bert_pretrain.cli": "losses",
+        "bert_pretrain.failure": "losses",
+        "bert_pretrain.objective": "losses",
+        "bert_pretrain.options": "losses",
+        "bert_pretrain.places": "cli",
+        "bert_pretrain.prepare": "source",
+        "bert_pretrain.train": "losses",
+        "collate.chunks": "losses",
+        "collate.collator": "training",
+        "collate.heads": "losses",
+        "collate.heads.classification": "losses",
+        "collate.heads.embedding": "losses",
+        "collate.heads.pretraining": "losses",
+        "collate.heads.question_answering": "losses",
+        "collate.isolate": "training",
+        "collate.isolation": "training",
+        "collate.labels": "losses",
+        "collate.layout": "training",
+        "collate.length_groups": "losses",
+        "collate.losses": "losses",
+        "collate.masking": "losses",
+        "collate.probe": "training",
+        "collate.training": "training",
+        "collate.views": "losses",
+        "collate.vocabulary": "losses",
+        "collate.words": "losses",
+        "packing.assignment": "dataset",
+        "packing.balance": "dataset",
+        "packing.bounds": "cli",
+        "packing.cli": "cli",
+        "packing.dataset": "dataset",
+        "packing.draws": "dataset",
+        "packing.epochs": "dataset",
+        "packing.files": "source",
+        "packing.histogram": "dataset",
+        "packing.numba_tools": "cli",
+        "packing.options": "dataset",
+        "packing.packers": "cli",
+        "packing.parts": "cli",
+        "packing.plan": "dataset",
+        "packing.report": "cli",
+        "packing.source": "source",
+        "packing.store": "dataset",
+        "packing.stream": "dataset",
+        "packing.unpack": "dataset",
+        "packing.verify": "cli",
+    },
+    "logic": {"collate.heads": "losses"},
+}
+"""{rule: {what still breaks it: who mends it}}"""
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """{"packing.files": packing/files/__init__.py, "packing.files.paths": …}"""
+    files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+@cache
+def parsed(name: str) -> ast.Module:
+    return ast.parse(modules()[name].read_text(encoding="utf-8"))
+
+
+@cache
+def rooms() -> list[Path]:
+    return sorted({file.parent for file in modules().values()})
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imported(node: ast.AST) -> list[str]:
+    """What a node imports wherever it stands, except for types only: names of modules, or of what is in them."""
+    if is_for_types(node):
+        return [name for other in node.orelse for name in imported(other)]
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert not node.level, f"line {node.lineno}: a relative import"
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for child in ast.iter_child_nodes(node) for name in imported(child)]
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """{module: modules of ours that it imports}"""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name in modules():
+        if name in PACKAGES:  # its names load when first used
+            continue
+        for target in imported(parsed(name)):
+            while target and target not in modules():
+                target = target.rpartition(".")[0]
+            if target and target != name:
+                found[name].add(target)
+    return found
+
+
+def in_circles(graph: dict[str, set[str]]) -> set[str]:
+    """The arrows that lie on a circle: a -> b -> c -> b gives {"b -> c", "c -> b"}"""
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            for target in graph.get(waiting.pop(), ()):
+                if target not in seen:
+                    seen.add(target)
+                    waiting.append(target)
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    return {f"{a} -> {b}" for a in graph for b in graph[a] if a in reach.get(b, ())}
+
+
+def test_circles_are_found():
+    assert in_circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == {"b -> c", "c -> b"}
+
+
+def check(kind: str, found: set[str]) -> None:
+    new = sorted(found - OPEN.get(kind, {}).keys())
+    assert not new, "\n".join([kind, *new])
+
+
+def test_a_folder_has_few_files():
+    counts = {str(room.relative_to(ROOT)): len(list(room.glob("*.py"))) for room in rooms()}
+    check("folder", {name for name, n in counts.items() if n > MOST_FILES and name not in MANY_FILES})
+
+
+def test_a_file_has_few_lines():
+    lines = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in modules().items()}
+    check("lines", {name for name, n in lines.items() if n > MOST_LINES})
+
+
+def test_a_name_is_defined_once():
+    homes = defaultdict(list)
+    for name in modules():
+        for node in parsed(name).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(name)
+    check("name", {f"{name}: {' '.join(where)}" for name, where in homes.items() if len(where) > 1 and name != "main"})
+
+
+def test_no_circle_of_modules():
+    check("circle", in_circles(imports()))
+
+
+def place(name: str) -> tuple[str, int]:
+    """The room of a module and its floor; -1 where FLOORS does not name it."""
+    package, _, inside = name.partition(".")
+    floors = {room: number for number, row in enumerate(FLOORS[package]) for room in row.split()}
+    while inside and inside not in floors:
+        inside = inside.rpartition(".")[0]
+    return f"{package}.{inside}", floors.get(inside, -1)
+
+
+def test_each_module_is_on_a_floor():
+    check("no floor", {name for name in modules() if name not in PACKAGES and place(name)[1] < 0})
+
+
+def looks_up(name: str, target: str) -> bool:
+    """Into a later package, onto a higher floor, or to the own package's front door, which opens on all floors."""
+    package, other = (PACKAGES.index(module.partition(".")[0]) for module in (name, target))
+    if package != other:
+        return other > package
+    return target in PACKAGES or place(target)[1] > place(name)[1]
+
+
+def test_no_import_looks_up():
+    found = {
+        f"{name} -> {target}" for name, targets in imports().items() for target in targets if looks_up(name, target)
+    }
+    check("upward", found)
+
+
+def test_no_circle_of_rooms():
+    """Where no import looks up, rooms of one floor are left."""
+    graph: dict[str, set[str]] = defaultdict(set)
+    for name, targets in imports().items():
+        graph[place(name)[0]] |= {place(target)[0] for target in targets if not looks_up(name, target)}
+    graph = {room: targets - {room} for room, targets in graph.items()}
+    check("circle of rooms", in_circles(graph))
+
+
+def is_logic(node: ast.stmt) -> bool:
+    """Anything but a docstring, imports and __all__."""
+    if isinstance(node, ast.Assign):
+        return [ast.unparse(target) for target in node.targets] != ["__all__"]
+    is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return not (isinstance(node, ast.Import | ast.ImportFrom) or is_docstring or is_for_types(node))
+
+
+def test_a_folder_has_a_map_and_no_logic():
+    logic, unnamed = set(), set()
+    for room in rooms():
+        name = ".".join(room.relative_to(ROOT).parts)
+        in_table = imports()[CATALOGUES[name]] if name in CATALOGUES else set()
+        map_ = ast.get_docstring(parsed(name)) or ""
+        inside = {m for m in modules() if m.rpartition(".")[0] == name} - in_table
+        unnamed |= {module for module in inside if not is_on(map_, module.rpartition(".")[2])}
+        if name not in PACKAGES and any(is_logic(node) for node in parsed(name).body):
+            logic.add(name)
+    check("map", unnamed)
+    check("logic", logic)
+
+
+def is_on(map_: str, part: str) -> bool:
+    """A line of the map begins with the part: `paths     a path or a URL`, or `gather, batch    …`, or `parts/ …`."""
+    heads = [line.strip().split("  ")[0] for line in map_.splitlines()]
+    return any(part in head.replace("/", "").replace(",", " ").split() for head in heads)
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("packing", "torch transformers datasets numba"),
+        ("packing.cli", "torch transformers datasets numba"),
+        ("packing.dataset", "torch transformers"),
+        ("collate", "transformers"),
+        ("bert_pretrain", "torch transformers datasets"),
+        ("bert_pretrain.cli", "torch transformers"),
+    ],
+)
+def test_imports_are_light(module, heavy):
+    code = f"import sys, {module}; print(*sys.modules.keys() & set({heavy.split()}))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == []
