@@ -95,7 +95,7 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
     Raises ValueError for lengths that the plan was not made for, naming the first length that differs.
     """
     lengths = as_lengths(lengths)
-    seed = checked_seed(seed)
+    key = checked_seed(seed)
     num_threads = min(_checked_threads(num_threads), 1 + len(lengths) // SEQUENCES_PER_THREAD)
     with ThreadPoolExecutor(num_threads) as pool:
         team = _Team(pool, num_threads)
@@ -112,13 +112,13 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
         # The first two parts become pack_offsets, while the last is read.
         work = np.empty(1 + num_packs + shared_starts[-1], index_type)
         packs, by_length = work[1 : 1 + num_packs], work[1 + num_packs :]
-        sequence_indices = np.empty(len(lengths), index_type)
+        sequence_indices: np.ndarray = np.empty(len(lengths), index_type)
 
         starts = np.where(is_lone, 1 + lone_starts[:-1], 1 + num_packs + shared_starts[:-1])
         _sort_by_length(lengths, (starts + _before(counts)).astype(_index_type(len(work))), work, team)
-        _shuffle_lengths(by_length, shared_starts, sequence_indices, seed, team)
+        _shuffle_lengths(by_length, shared_starts, sequence_indices, key, team)
         strategy_starts = lone_starts[-1] + _starts(_shared_repeats(plan, is_lone))
-        _shuffle_packs(packs, strategy_starts, sequence_indices, np.uint64(make_key(seed, NO_LENGTH)), team)
+        _shuffle_packs(packs, strategy_starts, sequence_indices, np.uint64(make_key(key, NO_LENGTH)), team)
         _fill_packs(plan, is_lone, work[: 1 + num_packs], by_length, sequence_indices, team)
         del packs, by_length  # views of what is cut off now
     work.resize(1 + num_packs, refcheck=False)
@@ -204,19 +204,23 @@ def _before(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(counts, axis=0) - counts
 
 
-def _sort_by_length(lengths, free, by_length, team: _Team) -> None:
+def _sort_by_length(lengths: np.ndarray, free: np.ndarray, by_length: np.ndarray, team: _Team) -> None:
     parts = team.parts(len(lengths))
     team.run(_sort_part, [(lengths[a:b], a, free[i], by_length) for i, (a, b) in enumerate(parts)])
 
 
-def _shuffle_lengths(by_length, starts, scratch, seed, team: _Team) -> None:
+def _shuffle_lengths(
+    by_length: np.ndarray, starts: np.ndarray, scratch: np.ndarray, seed: np.uint64, team: _Team
+) -> None:
     """Each thread takes neighbouring lengths with its share of the sequences, give or take a length."""
     bounds = np.searchsorted(starts, [first for first, _ in team.parts(starts[-1])] + [starts[-1]])
     shares = [(by_length, starts[: b + 1], a, scratch, seed) for a, b in pairwise(bounds.tolist())]
     team.run(_shuffle_each_length, shares)
 
 
-def _shuffle_packs(packs, strategy_starts, scratch, key, team: _Team) -> None:
+def _shuffle_packs(
+    packs: np.ndarray, strategy_starts: np.ndarray, scratch: np.ndarray, key: np.uint64, team: _Team
+) -> None:
     """draws.shuffle by several threads, and by buckets however few packs there are.
 
     The packs of strategy s are numbers strategy_starts[s] to strategy_starts[s + 1]; before them stand lone sequences.
@@ -232,7 +236,14 @@ def _shuffle_packs(packs, strategy_starts, scratch, key, team: _Team) -> None:
     team.run(shuffle_buckets, shares)
 
 
-def _fill_packs(plan, is_lone, pack_offsets, by_length, sequence_indices, team: _Team) -> None:
+def _fill_packs(
+    plan: PackPlan,
+    is_lone: np.ndarray,
+    pack_offsets: np.ndarray,
+    by_length: np.ndarray,
+    sequence_indices: np.ndarray,
+    team: _Team,
+) -> None:
     """Each thread fills a part of the packs; all count the strategies of the parts before the last, which says what the
     parts before each take.
 

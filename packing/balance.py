@@ -54,19 +54,19 @@ def balance_packs(assignment: Assignment, lengths: ArrayLike, packs_per_step: in
     Raises ValueError if packs_per_step is below 1 or above the number of packs.
     """
     packs_per_step = checked_packs_per_step(packs_per_step, assignment.num_packs)
-    seed = checked_seed(seed)
+    key = checked_seed(seed)
     costs = attention_cost(assignment, lengths)
     order = np.arange(len(costs))
-    shuffle(order, np.empty_like(order), np.uint64(make_key(seed, ORDER)))
+    shuffle(order, np.empty_like(order), np.uint64(make_key(key, ORDER)))
     num_steps = len(order) // packs_per_step
     complete = order[: num_steps * packs_per_step]  # a view: what follows writes into order
     complete[:] = complete[np.argsort(costs[complete], kind="stable")]
     steps = _deal_strata(complete.reshape(packs_per_step, num_steps), costs)
 
     order_of_steps = np.arange(num_steps)
-    shuffle(order_of_steps, np.empty_like(order_of_steps), np.uint64(make_key(seed, STEPS)))
+    shuffle(order_of_steps, np.empty_like(order_of_steps), np.uint64(make_key(key, STEPS)))
     complete[:] = steps[order_of_steps].ravel()
-    _shuffle_in_steps(complete, packs_per_step, np.uint64(make_key(seed, IN_STEP)))
+    _shuffle_in_steps(complete, packs_per_step, np.uint64(make_key(key, IN_STEP)))
     return _reordered(assignment, order)
 
 
@@ -128,7 +128,7 @@ def _reordered(assignment: Assignment, order: np.ndarray) -> Assignment:
 def _cost_of_packs(sequence_indices, pack_offsets, lengths, costs):
     """Fills costs (num_packs,)."""
     for pack in range(len(costs)):
-        cost = 0
+        cost = np.int64(0)
         for place in range(pack_offsets[pack], pack_offsets[pack + 1]):
             length = np.int64(lengths[sequence_indices[place]])
             cost += length * length

@@ -284,10 +284,10 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def _load_histograms(arguments: argparse.Namespace):
     """(split, histogram) one after the other, cut to max_sequence_length; "" is a source without splits."""
-    from packing.packers.table import checked_limit
+    from packing.packers.table import checked_length
     from packing.source.lengths import cut_histogram, dataset_histogram, read_histogram
 
-    limit = checked_limit("max_sequence_length", arguments.max_sequence_length)
+    limit = checked_length(arguments.max_sequence_length)
     if _is_lengths(arguments.source):
         yield "", cut_histogram(read_histogram(arguments.source), limit, arguments.overlong)
         return
@@ -328,7 +328,7 @@ def load_sequences(arguments: argparse.Namespace, cache: Path | None = None) -> 
 
 def _tokenized(splits: dict, arguments: argparse.Namespace, num_proc: int, cache: Path | None) -> dict:
     """The splits with tokens. The tokenizer, which takes long to load, comes after all that can be seen without."""
-    from packing.packers.table import checked_limit
+    from packing.packers.table import checked_length
     from packing.source.text import check_texts, open_tokenizer, tokenize
 
     texts = [name for name in (arguments.text_column, arguments.text_pair_column) if name is not None]
@@ -337,7 +337,7 @@ def _tokenized(splits: dict, arguments: argparse.Namespace, num_proc: int, cache
             check_texts(dataset, texts)
     longest = None
     if getattr(arguments, "overlong", None) == "error":
-        longest = checked_limit("max_sequence_length", arguments.max_sequence_length)
+        longest = checked_length(arguments.max_sequence_length)
     tokenizer = open_tokenizer(arguments.tokenizer)
     tokenized = {}
     for name, dataset in splits.items():

@@ -12,7 +12,7 @@ import numpy as np
 from packing.numba_tools import njit, prefetch
 
 STEP = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
-ONE = np.uint64(1)
+ONE, TWO = np.uint64(1), np.uint64(2)
 HALF = np.uint64(32)
 LOW_HALF = np.uint64(0xFFFFFFFF)
 EIGHT = np.uint64(8)
@@ -102,7 +102,7 @@ def fisher_yates(values, shuffled, key):
     while bound > ONE:
         state += STEP
         word = mix(state)
-        for _ in range(min(2, np.int64(bound) - 1)):
+        for _ in range(1 if bound == TWO else 2):
             product = (word >> HALF) * bound
             if (product & LOW_HALF) < bound:
                 unfair = (ONE << HALF) % bound

@@ -37,7 +37,11 @@ def as_lengths(lengths: ArrayLike) -> np.ndarray:
     if not len(array):
         return array.astype(np.int64)
     if array.dtype.kind not in "iu":
-        wrong = (i for i, x in enumerate(lengths) if isinstance(x, bool) or not isinstance(x, int | np.integer))
+        wrong = (
+            i
+            for i, x in enumerate(np.asarray(lengths, object))
+            if isinstance(x, bool) or not isinstance(x, int | np.integer)
+        )
         culprit = next(wrong, 0)
         raise ValueError(
             f"lengths must be integers: index {culprit} holds {array[culprit : culprit + 1].tolist()[0]!r} "

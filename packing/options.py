@@ -90,15 +90,15 @@ class PackOptions:
     def __post_init__(self) -> None:
         from packing.assignment import checked_seed  # not at the top: Numba takes a second to import
         from packing.balance import checked_packs_per_step
-        from packing.packers.table import checked_limit, find_packer
+        from packing.packers.table import checked_depth, checked_length, find_packer
 
         for each in fields(self):
             choices = each.metadata["choices"]
             if choices and getattr(self, each.name) not in choices:
                 raise ValueError(f"unknown {each.name}={getattr(self, each.name)!r}; choose from {', '.join(choices)}")
         find_packer(self.packer)
-        self._set("max_sequence_length", checked_limit("max_sequence_length", self.max_sequence_length))
-        self._set("max_sequences_per_pack", checked_limit("max_sequences_per_pack", self.max_sequences_per_pack))
+        self._set("max_sequence_length", checked_length(self.max_sequence_length))
+        self._set("max_sequences_per_pack", checked_depth(self.max_sequences_per_pack))
         self._set("seed", int(checked_seed(self.seed)))
         self._set("num_proc", whole_number("num_proc", self.num_proc, cure=": the processes that write"))
         if self.balance is not None:

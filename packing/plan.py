@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import overload
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from packing.bounds import lower_bound
 from packing.files.metadata import read_json
@@ -64,8 +66,8 @@ class PackPlan:
         """A plan from tuples of lengths: from_strategies([(1, 2, 3), (5,)], [2, 1], 6)."""
         rows = [sorted(strategy) for strategy in strategies]
         offsets = np.cumsum([0] + [len(row) for row in rows])
-        flat = [length for row in rows for length in row]
-        return cls(max_sequence_length, max_sequences_per_pack, flat, offsets, list(repeats), packer)
+        flat = np.array([length for row in rows for length in row])
+        return cls(max_sequence_length, max_sequences_per_pack, flat, offsets, np.array(list(repeats)), packer)
 
     # The numbers. Sums are Python integers: counts of 1e12 times lengths of 1e5 leave no room for error in float64.
 
@@ -173,9 +175,11 @@ class PackPlan:
         """Read what save() wrote."""
         try:
             content = read_json(Path(path))
-            found = content.pop("format")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path} is not a saved plan; give a file that PackPlan.save() wrote") from None
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or "format" not in content:
+            raise ValueError(f"{path} is not a saved plan; give a file that PackPlan.save() wrote")
+        found = content.pop("format")
         if found != FILE_FORMAT:
             raise ValueError(f"{path} has format {found!r}, this version reads {FILE_FORMAT!r}; make the plan again")
         try:
@@ -184,7 +188,7 @@ class PackPlan:
             raise ValueError(f"{path} is not a whole plan: {error}; make the plan again") from None
 
 
-class Strategies(Sequence):
+class Strategies(Sequence[tuple[int, ...]]):
     """A view of flat strategies as tuples: strategies[0] -> (1, 2, 3)."""
 
     def __init__(self, lengths: np.ndarray, offsets: np.ndarray) -> None:
@@ -193,7 +197,13 @@ class Strategies(Sequence):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, ...]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[tuple[int, ...], ...]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple:
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
@@ -206,7 +216,7 @@ class Strategies(Sequence):
         return f"<{len(self):,} strategies: {shown}{', …' if len(self) > 3 else ''}>"
 
 
-def _frozen_array(name: str, values, dtype) -> np.ndarray:
+def _frozen_array(name: str, values: ArrayLike, dtype: DTypeLike) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
         raise ValueError(f"{name} must be a flat array of integers, got {array.dtype} of shape {array.shape}")

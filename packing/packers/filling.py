@@ -7,6 +7,7 @@ the longer), so in whatever order they choose, they place as many sequences as a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 
@@ -43,10 +44,11 @@ def best_fit(packs: Packs, left: np.ndarray, depth: int) -> Packs:
     limit, shortest = len(left) - 1, int(np.argmax(left > 0))
     roomy = {pack: n for pack, n in packs.items() if len(pack) < depth and sum(pack) + shortest <= limit}
     placed = {pack: n for pack, n in packs.items() if pack not in roomy}
-    opened = _open_packs(*_as_arrays(roomy), depth, limit)
-    nodes, groups = fill_longest_first(left, depth, *opened, len(roomy))
+    nodes, groups, heads, bits, num_nodes = _open_packs(*_as_arrays(roomy), depth, limit)
+    nodes, groups = fill_longest_first(left, depth, nodes, groups, heads, bits, num_nodes, len(roomy))
     groups = groups[groups[:, COUNT] > 0]
-    return add_packs(placed, _as_packs(*unroll(nodes, groups), groups[:, COUNT]))
+    lengths, offsets = unroll(nodes, groups)
+    return add_packs(placed, _as_packs(lengths, offsets, groups[:, COUNT]))
 
 
 def add_packs(packs: Packs, more: Packs) -> Packs:
@@ -63,9 +65,9 @@ def _as_arrays(packs: Mapping[tuple[int, ...], int]) -> tuple[np.ndarray, np.nda
 
 
 def _as_packs(lengths: np.ndarray, offsets: np.ndarray, repeats: np.ndarray) -> Packs:
-    lengths, offsets, packs = lengths.tolist(), offsets.tolist(), {}
-    for first, end, number in zip(offsets, offsets[1:], repeats.tolist(), strict=False):
-        pack = tuple(lengths[first:end])
+    flat, packs = lengths.tolist(), Packs()
+    for (first, end), number in zip(pairwise(offsets.tolist()), repeats.tolist(), strict=False):
+        pack = tuple(flat[first:end])
         packs[pack] = packs.get(pack, 0) + number
     return packs
 

@@ -11,9 +11,10 @@ are the prices of the lengths, and y keeps them from falling with the length.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 PRIMAL, DUAL = 4, 1  # HiGHS's numbers of the simplex methods
 
@@ -49,13 +50,11 @@ class LinearProgram:
     def add(self, strategies: Iterable[tuple[int, ...]]) -> int:
         """Add the strategies that are new; returns how many those are."""
         new = [strategy for strategy in dict.fromkeys(strategies) if strategy not in self._known]
-        cells, copies, starts = [], [], []
-        for strategy in new:
-            starts.append(len(cells))
-            repeated = Counter(strategy)
-            cells += repeated.keys()
-            copies += repeated.values()
+        columns = [Counter(strategy) for strategy in new]
         if new:
+            starts = np.cumsum([0, *map(len, columns[:-1])])
+            cells = [row for column in columns for row in column]
+            copies = [count for column in columns for count in column.values()]
             self._add_columns(1.0, starts, cells, copies)
         self.strategies += new
         self._known.update(new)
@@ -80,7 +79,7 @@ class LinearProgram:
         if len(below):
             self._add_columns(0.0, 2 * below, cells, np.tile([1.0, -1.0], len(below)))
 
-    def _add_columns(self, cost: float, starts, cells, values) -> None:
+    def _add_columns(self, cost: float, starts: np.ndarray, cells: Sized, values: ArrayLike) -> None:
         n = len(starts)
         arrays = np.asarray(starts, np.int32), np.asarray(cells, np.int32), np.asarray(values, np.float64)
         self._highs.addCols(n, np.full(n, cost), np.zeros(n), np.full(n, np.inf), len(cells), *arrays)

@@ -40,7 +40,8 @@ def lpfhp(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pac
     {4: 1, 3: 1, 2: 2, 1: 1} into 6 slots -> 4 | 3 | 4 2 | 3 2 | 3 2 1: (2, 4) x 1, (1, 2, 3) x 1
     """
     depth_limit = max_sequences_per_pack or max_sequence_length
-    nodes, groups = fill_longest_first(histogram, depth_limit, *no_open_packs(max_sequence_length), 0, 0)
+    nodes, groups, heads, bits = no_open_packs(max_sequence_length)
+    nodes, groups = fill_longest_first(histogram, depth_limit, nodes, groups, heads, bits, 0, 0)
     groups = groups[groups[:, COUNT] > 0]  # some have none left
     lengths, offsets = unroll(nodes, groups)
     return PackPlan(max_sequence_length, max_sequences_per_pack, lengths, offsets, groups[:, COUNT].copy(), "lpfhp")

@@ -55,7 +55,9 @@ def nnlshp(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pa
     return PackPlan.from_strategies(fewest, list(fewest.values()), *limits, "nnlshp")
 
 
-def fit_histogram(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None):
+def fit_histogram(
+    histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Step 2: slots, x and the norm, as nnls.fit_strategies returns them.
 
     The search starts at the full packs of lpfhp: that saves more than half of it, at depth 3 a tenth."""

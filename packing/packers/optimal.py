@@ -81,7 +81,7 @@ def optimal(
     """
     deadline = None if time_limit is None else monotonic() + time_limit
     with tqdm(desc="planning", unit=" steps", delay=2, disable=not progress) as bar:
-        search = Search(histogram, max_sequence_length, max_sequences_per_pack, deadline, bar)
+        search = Search(histogram, (max_sequence_length, max_sequences_per_pack), deadline, bar)
         if max_sequence_length <= PRICED_SLOTS:
             search.run()
         else:
@@ -93,9 +93,9 @@ class Search:
     """The fewest packs and the greatest lower bound found so far for one histogram."""
 
     def __init__(
-        self, histogram, max_sequence_length, max_sequences_per_pack, deadline: float | None, bar: tqdm
+        self, histogram: np.ndarray, limits: tuple[int, int | None], deadline: float | None, bar: tqdm
     ) -> None:
-        self.histogram, self.limits = histogram, (max_sequence_length, max_sequences_per_pack)
+        self.histogram, self.limits = histogram, limits
         self.deadline, self.bar = deadline, bar
         self.slots = Slots.of(histogram, *self.limits)
         self.counts = histogram[self.slots.lengths]
@@ -121,9 +121,9 @@ class Search:
         self.bar.update()
 
     def plan(self) -> PackPlan:
-        lengths = [length for pack in self.packs for length in pack]
+        lengths = np.array([length for pack in self.packs for length in pack])
         offsets = np.cumsum([0, *map(len, self.packs)])
-        return PackPlan(*self.limits, lengths, offsets, list(self.packs.values()), "optimal", self.bound)
+        return PackPlan(*self.limits, lengths, offsets, np.array(list(self.packs.values())), "optimal", self.bound)
 
     def run(self) -> None:
         """Steps 1 to 4."""
@@ -173,12 +173,12 @@ class Search:
         capacity, lengths = length // unit, np.arange(length + 1)
         at_least = _regroup(self.histogram, lengths // unit)
         if at_least.any():  # no length may have a whole unit
-            down = Search(at_least, capacity, depth, self.deadline, self.bar)
+            down = Search(at_least, (capacity, depth), self.deadline, self.bar)
             down.pack_simply()
             down.solve()
             self.bound = max(self.bound, down.bound)
         rounded = np.minimum(-(-lengths // unit), capacity)
-        up = Search(_regroup(self.histogram, rounded), capacity, depth, self.deadline, self.bar)
+        up = Search(_regroup(self.histogram, rounded), (capacity, depth), self.deadline, self.bar)
         up.run()
         slots = {tuple(unit * slot if slot < capacity else length for slot in pack): n for pack, n in up.packs.items()}
         packs = fill_slots(slots, self.histogram.copy())
@@ -260,7 +260,7 @@ class Search:
     def round_up(self, repeats: np.ndarray) -> np.ndarray:
         """Whole repeats: all are rounded down, a few of the largest fractions up; at least one is not 0."""
         chosen = np.floor(repeats + 1e-6).astype(np.int64)
-        fractions = repeats - chosen
+        fractions: np.ndarray = repeats - chosen
         fractional = fractions > 1e-6
         fractions += 0.05 * fractional * self.random.random(len(fractions))  # so that no two dives are alike
         largest = np.argsort(-fractions, kind="stable")[: max(1, fractional.sum() // LARGEST_PART)]

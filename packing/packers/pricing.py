@@ -68,8 +68,8 @@ class Valuation:
         count = _complete(
             order, self.slots.lengths, self.row_of_slot, self.tables, self.parts, rows, offsets, per_length
         )
-        rows, offsets = rows.tolist(), offsets[: count + 1].tolist()
-        found = (tuple(sorted(rows[a:b])) for a, b in pairwise(offsets))
+        flat = rows.tolist()
+        found = (tuple(sorted(flat[a:b])) for a, b in pairwise(offsets[: count + 1].tolist()))
         return list(dict.fromkeys(found))
 
 

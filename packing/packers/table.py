@@ -51,15 +51,13 @@ def plan_packs(
     Raises ValueError for a histogram that is none, and for a plan that does not place exactly its sequences.
     """
     pack = find_packer(packer)
-    histogram = _checked_histogram(histogram)
-    if max_sequence_length is None:
-        max_sequence_length = len(histogram) - 1
-    max_sequence_length = checked_limit("max_sequence_length", max_sequence_length)
-    max_sequences_per_pack = checked_limit("max_sequences_per_pack", max_sequences_per_pack)
-    histogram = _fitted(histogram, max_sequence_length)
+    given = _checked_histogram(histogram)
+    longest = checked_length(len(given) - 1 if max_sequence_length is None else max_sequence_length)
+    depth = checked_depth(max_sequences_per_pack)
+    fitted = _fitted(given, longest)
     options = {"progress": True} if progress and _shows_progress(pack) else {}
-    plan = pack(histogram.copy(), max_sequence_length, max_sequences_per_pack, **options)
-    _check_plan(plan, histogram, max_sequence_length, max_sequences_per_pack, packer)
+    plan = pack(fitted.copy(), longest, depth, **options)
+    _check_plan(plan, fitted, longest, depth, packer)
     return plan
 
 
@@ -102,16 +100,24 @@ def _checked_histogram(histogram: ArrayLike) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def checked_limit(name: str, value: int | None) -> int | None:
-    """The limit as an int; None is no limit, which a pack's length must have."""
-    if value is None and name != "max_sequence_length":
+def checked_length(max_sequence_length: int) -> int:
+    """The limit as an int. Raises ValueError for what no packer can handle."""
+    length = whole_number("max_sequence_length", max_sequence_length)
+    if length > LONGEST_PACK:
+        raise ValueError(
+            f"max_sequence_length={length} is more than the {LONGEST_PACK} that packers can handle; give less"
+        )
+    return length
+
+
+def checked_depth(max_sequences_per_pack: int | None) -> int | None:
+    """The limit as an int; None is no limit. Raises ValueError for what is neither."""
+    if max_sequences_per_pack is None:
         return None
-    value = whole_number(name, value)
-    if name == "max_sequence_length" and value > LONGEST_PACK:
-        raise ValueError(f"{name}={value} is more than the {LONGEST_PACK} that packers can handle; give less")
-    if value >= 2**63:
-        raise ValueError(f"{name}={value} is more than 2**63 - 1; give None for no limit")
-    return value
+    depth = whole_number("max_sequences_per_pack", max_sequences_per_pack)
+    if depth >= 2**63:
+        raise ValueError(f"max_sequences_per_pack={depth} is more than 2**63 - 1; give None for no limit")
+    return depth
 
 
 def _fitted(histogram: np.ndarray, max_sequence_length: int) -> np.ndarray:
@@ -129,8 +135,10 @@ def _fitted(histogram: np.ndarray, max_sequence_length: int) -> np.ndarray:
     return fitted
 
 
-def _check_plan(plan, histogram, max_sequence_length, max_sequences_per_pack, packer) -> None:
-    """The plan is one, was made under these limits, and places every sequence of the histogram exactly once."""
+def _check_plan(
+    plan: object, histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None, packer: object
+) -> None:
+    """Raise unless the plan is one, keeps to the limits, and places every sequence of the histogram exactly once."""
     name = repr(packer) if isinstance(packer, str) else getattr(packer, "__name__", repr(packer))
     if not isinstance(plan, PackPlan):
         raise TypeError(f"packer {name} returned {type(plan).__name__}; a packer returns a PackPlan")
