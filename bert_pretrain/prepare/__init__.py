@@ -9,6 +9,5 @@ text         the passes over the text
 tokens       documents as token ids
 sequences    documents -> sequences
 build        documents -> a folder of sequences
-workers      one function over many tasks
 summary      the numbers of a prepared split
 """

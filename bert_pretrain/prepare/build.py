@@ -15,8 +15,8 @@ from tqdm import tqdm
 from bert_pretrain.objective import NO_PAIR, OBJECTIVES
 from bert_pretrain.prepare.sequences import BuiltSequence, builder_of
 from bert_pretrain.prepare.tokens import TokenDocuments, TokenFolder, offsets_of
-from bert_pretrain.prepare.workers import Workers
 from packing.files.folder import write_dataset
+from packing.files.processes import Workers
 
 TOKENS_PER_TASK = 1 << 18
 """Documents are built together up to so many tokens, whoever builds them."""

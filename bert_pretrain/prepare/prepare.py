@@ -27,8 +27,8 @@ from bert_pretrain.prepare.sequences import longest_sentence
 from bert_pretrain.prepare.summary import SplitSummary
 from bert_pretrain.prepare.text import DocumentOptions, Text
 from bert_pretrain.prepare.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
-from bert_pretrain.prepare.workers import Workers
 from packing.files.folder import new_folder
+from packing.files.processes import Workers
 from packing.source.text import describe
 
 if TYPE_CHECKING:

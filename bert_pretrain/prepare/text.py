@@ -17,7 +17,7 @@ from bert_pretrain.prepare.documents import Document, documents_of, no_text
 from bert_pretrain.prepare.sources import BLOCK_BYTES, TextBlock, find_blocks, find_sources
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
 from bert_pretrain.prepare.tokens import TokenDocuments, TokenFolder
-from bert_pretrain.prepare.workers import Workers
+from packing.files.processes import Workers
 from packing.source.text import text_tokenizer
 
 

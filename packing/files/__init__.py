@@ -8,5 +8,6 @@ metadata      JSON that programs wrote, checked
 saved         folders of save_to_disk, looked at before they are opened
 cache         files that are made once and kept
 local_copy    files at a URL, copied into the cache
-errors        what the user may have meant
+errors        what is wrong and where, which numbers may be, what the user meant
+processes     the pool of processes
 """

@@ -5,14 +5,11 @@ An engine takes tasks and gives records, in any order. It opens the source where
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from functools import partial
 
+from packing.files.processes import Workers, is_stopped, prepared
 from packing.source.rows import SourceColumns, open_columns
 from packing.store.cluster import check_ray, connection
 from packing.store.shards import ShardRecord, ShardTask, write_shard
@@ -42,69 +39,19 @@ def write_in_pool(
 ) -> Iterator[ShardRecord]:
     """By num_proc processes, each of which opens the dataset: its files, or, if it is in memory, a copy.
 
-    They are spawned, as Arrow's threads do not survive a fork, and end with this one, however it ends.
-    Raises what write_shard raises, and ChildProcessError where a process has died.
+    Nobody writes after this has ended. Raises what write_shard raises, and ChildProcessError where a process has died.
     """
-    context = multiprocessing.get_context("spawn")
-    stop, tasks, waiting = context.Event(), iter(tasks), set()
-    with ProcessPoolExecutor(num_proc, context, _begin, (dataset, tuple(token_columns), stop)) as pool:
-        try:
-            # All workers start now. One that started after another had died would be waited for without end.
-            for _ in range(num_proc):
-                pool.submit(_ready)
-            for task in tasks:
-                waiting.add(pool.submit(_write, task))
-                if len(waiting) > num_proc:
-                    yield from _finished(waiting, advance)
-            while waiting:
-                yield from _finished(waiting, advance)
-        except BrokenProcessPool:
-            raise ChildProcessError(
-                f"one of num_proc={num_proc} processes died, perhaps for want of memory: take fewer; in a script of "
-                'your own, what starts them must stand under `if __name__ == "__main__":`'
-            ) from None
-        finally:
-            stop.set()  # those that still write leave off after a batch, and nobody writes after this
-            pool.shutdown(cancel_futures=True)
-
-
-def _finished(waiting: set, advance: Advance) -> Iterator[ShardRecord]:
-    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-    for future in done:
-        waiting.remove(future)
-        record = future.result()
-        advance(record.packs)
-        yield record
-
-
-# In the workers
-
-_worker: tuple = ()  # columns of the source, and the event that says stop
-
-
-def _begin(dataset, token_columns: tuple[str, ...], stop) -> None:
-    import signal
-
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which says stop
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = open_columns(dataset, token_columns), stop
-
-
-def _ready() -> None:
-    """Nothing: a worker that does it has begun."""
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    with Workers(num_proc, partial(open_columns, dataset, tuple(token_columns))) as workers:
+        for record in workers.map(_write, tasks, in_order=False, most=num_proc + 1):
+            advance(record.packs)
+            yield record
 
 
 def _write(task: ShardTask) -> ShardRecord:
-    columns, stop = _worker
+    """In one of the processes."""
 
     def stop_if_told(packs: int) -> None:
-        if stop.is_set():
+        if is_stopped():
             raise InterruptedError(f"{task.file} was left off")
 
-    return write_shard(columns, task, stop_if_told)
+    return write_shard(prepared(), task, stop_if_told)

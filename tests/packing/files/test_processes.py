@@ -13,7 +13,7 @@ from worker_tasks import die, double
 
 from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.prepare.prepare import PrepareConfig, prepare
-from bert_pretrain.prepare.workers import Workers
+from packing.files.processes import Workers
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_text_that_cannot_be_read_is_named_by_workers_too(tmp_path, capsys):
 
 PARENT = """
 import os, time
-from bert_pretrain.prepare.workers import Workers
+from packing.files.processes import Workers
 if __name__ == "__main__":
     with Workers(2) as workers:
         pids = workers.map(time.sleep, [0.01] * 4)
