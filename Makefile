@@ -1,5 +1,6 @@
 # make demo   text -> packs -> a small BERT, padded beside packed, in about ten minutes on two cores
 # make test   lint, tests, and the built wheel in an environment of its own
+# make docs   the pages of docs/ and the API reference, into build/docs
 # Each makes the virtual environment it needs; the second time it is there already.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 WHEEL_BIN := .venv-wheel/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-long lint wheel clean
+.PHONY: demo test test-long lint wheel docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/python benchmarks/demo.py --output demo-output
@@ -22,6 +23,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Strict: a broken link or reference fails.
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
 
 # The wheel alone, with the base dependencies alone, away from the source tree.
 wheel: .venv/installed-dev
