@@ -4,9 +4,11 @@ lengths -> length_histogram -> plan_packs -> assign;   pack_dataset does it all 
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    __version__: str
     from packing.assignment import Assignment, assign
     from packing.balance import StepCosts, attention_cost, balance_packs, step_costs
     from packing.dataset import pack_dataset
@@ -82,6 +84,8 @@ _MODULES = {
 if not TYPE_CHECKING:  # else a checker would take any name for one of ours
 
     def __getattr__(name: str):
+        if name == "__version__":
+            return version("dataset-packing")
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,7 +1,6 @@
 """Proof that a packed folder holds what was packed.
 
 verify      verify_packed
-command     pack-dataset verify
 findings    what is wrong, counted and listed
 files       files against the manifest
 packs       packs by themselves, and every source row once

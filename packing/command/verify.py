@@ -1,61 +1,48 @@
-"""The command pack-dataset verify: a packed folder in, a table of what is wrong out."""
+"""pack-dataset verify: a packed folder in, a table of what is wrong out."""
 
 from __future__ import annotations
 
-import argparse
-import sys
+from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 
-from packing.cli import add_text_options, check_text_options, load_sequences
-from packing.files.cache import new_cache
+from packing.command import sources
+from packing.command.parser import Parser, Subcommand
 
-DESCRIPTION = "Prove that a packed folder holds what was packed: unchanged, each sequence once, no pack over its limit."
 EXAMPLES = """\
 examples:
-  pack-dataset verify packed                            files against their checksums, packs for themselves
-  pack-dataset verify packed --source tokenized         every value against the source, too
+  pack-dataset verify packed                            files against their checksums, packs by themselves
+  pack-dataset verify packed --source tokenized         and every value against the source
   pack-dataset verify packed --source reviews.jsonl --text-column review --tokenizer bert-base-uncased
-                                                        of texts, with what they were packed with
-  pack-dataset verify s3://bucket/packed                as pack-dataset wrote it there; nothing is kept here
+                                                        texts, with the options that they were packed with
+  pack-dataset verify s3://bucket/packed                as it lies there; nothing is kept here
 
-A folder with several splits is verified split by split.
+Exit status: 0 if nothing is wrong, 1 if something is, 2 if an argument was refused. Splits are verified one by one.
 """
 
 
-def main(argv: list[str]) -> int:
-    """Run the command. 0: nothing is wrong; 1: problems, which it prints; 2: an argument was refused."""
-    parser = argparse.ArgumentParser(
-        prog="pack-dataset verify",
-        usage="%(prog)s [options] PACKED    (to pack a SOURCE that is called verify, write ./verify)",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: Parser) -> None:
+    """PACKED, and what to compare it with."""
     parser.add_argument("packed", metavar="PACKED", help="folder, or URL, that pack-dataset or pack_dataset wrote")
     parser.add_argument(
         "--source",
         metavar="SOURCE",
         help="the sequences that were packed, to compare every value with: as pack-dataset takes them",
     )
-    add_text_options(parser)
+    sources.add_text_options(parser)
     parser.set_defaults(num_proc=1)
-    arguments = parser.parse_args(argv)
-    try:
-        check_text_options(arguments, parser.parse_args([arguments.packed]))
-        if arguments.source is None and arguments.text_column is not None:
-            raise ValueError(f"--text-column {arguments.text_column!r} is of texts in a source; give --source, too")
-        if arguments.source is None:
-            return 0 if verify(arguments.packed, None) else 1
-        with new_cache() as cache:  # files are converted, and texts tokenized, anew: packing's cache may be damaged
-            return 0 if verify(arguments.packed, load_sequences(arguments, cache)) else 1
-    except FileNotFoundError as error:
-        hint = "; to pack the SOURCE that is called verify, write ./verify" if Path("verify").exists() else ""
-        print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
-        return 2
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+
+
+def run(arguments: Namespace) -> int:
+    """Print a table for each split. 0: nothing is wrong; 1: there are problems."""
+    from packing.files.cache import new_cache
+
+    sources.check_text_options(arguments)
+    if arguments.source is None and arguments.text_column is not None:
+        raise ValueError(f"--text-column {arguments.text_column!r} is for texts in a source; give --source, too")
+    if arguments.source is None:
+        return 0 if verify(arguments.packed, None) else 1
+    with new_cache() as cache:  # files are converted, and texts tokenized, anew: packing's cache may be damaged
+        return 0 if verify(arguments.packed, sources.load_sequences(arguments, cache)) else 1
 
 
 def verify(packed: str, source: dict | None) -> bool:
@@ -75,7 +62,7 @@ def verify(packed: str, source: dict | None) -> bool:
             print(f"not verified: {fault}")
             ok = False
     for name in names:
-        title = f"{name}: " if name else ""
+        title = sources.title(name)
         if name and not (packed / name).is_dir():
             print(f"{title}not verified: the folder of this split is missing")
             ok = False
@@ -119,3 +106,11 @@ def _beside_splits(packed, names: list[str]) -> Iterator[str]:
 
 
 NO_SPLITS = "not verified: the source has no splits, and the packed folder has"
+
+COMMAND = Subcommand(
+    description="Prove that a packed folder holds what was packed: unchanged, each sequence once, no pack too long.",
+    examples=EXAMPLES,
+    add_options=add_options,
+    run=run,
+    lacks="verify finds in PACKED how it was packed",
+)

@@ -1,0 +1,131 @@
+"""pack-dataset pack: write the packs of every split."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+from packing.command import sources
+from packing.command.parser import Parser, Subcommand, add_pack_options
+
+EXAMPLES = f"""\
+examples:
+  pack-dataset pack tokenized packed                          packs of 512 tokens
+  pack-dataset pack tokenized packed --max-sequence-length 128 --overlong truncate
+  pack-dataset pack tokenized packed --pad-token-id 0         rows are padded, and have no attention_mask
+  pack-dataset pack tokenized packed --format parquet         for load_dataset, instead of load_from_disk
+  pack-dataset pack s3://bucket/tokenized s3://bucket/packed
+  pack-dataset pack reviews.jsonl packed --text-column review --tokenizer bert-base-uncased
+
+{sources.SOURCES}
+TARGET at a URL has no lock: start one run at a time. Credentials come from the environment (AWS_ACCESS_KEY_ID,
+FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec). A run that was interrupted resumes when the same command runs again.
+"""
+PLANNING = ("max_sequence_length", "max_sequences_per_pack", "packer", "seed", "balance")
+
+
+def add_options(parser: Parser) -> None:
+    """SOURCE TARGET, and all options of packing."""
+    sources.add_source(parser)
+    parser.add_argument("target", metavar="TARGET", help="folder to write, a path or a URL; must not exist")
+    add_pack_options(parser, PLANNING)
+    sources.add_reading_options(parser)
+    add_pack_options(parser, ("engine", "format"))
+
+
+def run(arguments: Namespace) -> int:
+    """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
+    # heavy imports wait until the arguments are known to be good
+    from packing.store.engines import check_engine, checked_num_proc, opened_engine
+    from packing.store.writing import check_output
+
+    sources.check_text_options(arguments)
+    if sources.is_lengths(arguments.source):
+        raise ValueError(
+            f"SOURCE {arguments.source!r} is a file of lengths, for pack-dataset plan and pack-dataset compare; to "
+            "pack, give a folder of save_to_disk, or a file .parquet, .jsonl, .json or .arrow with rows"
+        )
+    check_engine(arguments.engine)
+    checked_num_proc(arguments.num_proc)
+    one_process = arguments.num_proc == 1 and arguments.engine == "processes"
+    check_output(arguments.target, one_process=one_process)
+    splits = sources.load_sequences(arguments)
+    with opened_engine(arguments.engine):
+        packings = prepare_splits(splits, arguments, format=arguments.format, engine=arguments.engine, to_write=True)
+        _write(packings, arguments)
+    print(f"written to {arguments.target}")
+    return 0
+
+
+def prepare_splits(splits: dict, arguments: Namespace, **writing: object) -> dict:
+    """{split: its Packing}; prints each plan as soon as it is made. writing: more options of prepare_packing."""
+    packings = {}
+    for name, dataset in splits.items():
+        packings[name] = _prepare(name, dataset, arguments, writing)
+        print(f"{sources.title(name)}{len(dataset):,} rows\n{packings[name].plan}\n", flush=True)
+        facts = packings[name].facts
+        if facts.balance is not None:
+            print(f"attention cost of {facts.step_costs_after.num_steps:,} batches of {facts.balance:,} packs")
+            print(f"before   {facts.step_costs_before}\nafter    {facts.step_costs_after}\n", flush=True)
+    return packings
+
+
+def _prepare(name: str, dataset, arguments: Namespace, writing: dict):
+    from packing.dataset import prepare_packing
+
+    with sources.in_split(name):
+        return prepare_packing(
+            dataset,
+            arguments.max_sequence_length,
+            arguments.max_sequences_per_pack,
+            arguments.packer,
+            arguments.overlong,
+            arguments.seed,
+            token_columns=arguments.token_columns,
+            pad_token_id=arguments.pad_token_id,
+            balance=arguments.balance,
+            opener=_opener(name, arguments),
+            progress=True,
+            **writing,
+        )
+
+
+def _write(packings: dict, arguments: Namespace) -> None:
+    from packing.files.folder import write_file
+    from packing.store.writing import check_room, output_folder, refuse_other_splits
+
+    with output_folder(arguments.target) as folder:
+        refuse_other_splits(folder, list(packings))
+        for name, packing in packings.items():
+            packing.begin(folder / name)
+        check_room(folder, sum(packing.bytes_missing(folder / name) for name, packing in packings.items()))
+        for name, packing in packings.items():
+            packing.write(folder / name, arguments.num_proc, progress=True, engine=arguments.engine)
+        if "" not in packings:
+            write_file(folder / "dataset_dict.json", json.dumps({"splits": list(packings)}).encode())
+
+
+def _opener(split: str, arguments: Namespace):
+    """How another machine opens the same rows, of its own copy. Tokens of texts are in a cache that it must see."""
+    from glob import has_magic
+
+    from packing.source.open import is_url, open_split, without_protocol
+
+    if arguments.text_column is not None:
+        return None
+    source = arguments.source
+    if not is_url(source):
+        source = without_protocol(source)
+        if has_magic(source) or Path(source).exists():
+            source = str(Path(source).absolute())
+    return partial(open_split, source, split)
+
+
+COMMAND = Subcommand(
+    description="Pack the sequences of SOURCE, several to a pack, and write the packs to the folder TARGET.",
+    examples=EXAMPLES,
+    add_options=add_options,
+    run=run,
+)

@@ -1,0 +1,127 @@
+"""What command lines have in common: both spellings of an option, errors of one line, defaults and examples in help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any, NoReturn
+
+from packing.options import PackOptions
+from packing.files.errors import suggestion
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """One subcommand: its words in help, its options, and what it does with them.
+
+    run: arguments -> exit status. lacks: why it does not have all options of the others, as the end of an error.
+    """
+
+    description: str
+    examples: str
+    add_options: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], int]
+    lacks: str = ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes --a-b and --a_b, and refuses in one line. It has --version.
+
+    hint: ends what it says when it refuses.
+    """
+
+    def __init__(self, prog: str, hint: str = "", **about: Any):
+        super().__init__(prog=prog, formatter_class=HelpFormatter, allow_abbrev=False, **about)
+        self.hint = hint
+        self.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+
+    def parse(self, arguments: Iterable[str]) -> argparse.Namespace:
+        """The values, and `defaults`: {name: default} of them all. Exits with status 2 for what it cannot parse."""
+        found, others = self.parse_known_args(with_hyphens(arguments))
+        if others:
+            several = " (several files? quote the glob: 'data/*.parquet')" if len(others) > 1 else ""
+            self.error(f"unrecognized arguments: {' '.join(others)}{several}")
+        found.defaults = {action.dest: action.default for action in self._actions}
+        return found
+
+    def first_unknown(self, arguments: Iterable[str]) -> tuple[str, str | None] | None:
+        """The first option that this parser does not have, and the argument after it."""
+        arguments = [*with_hyphens(arguments), None]
+        for argument, following in pairwise(arguments):
+            option, _, value = argument.partition("=")
+            if argument == "--":
+                break
+            if option.startswith("--") and option not in self._option_string_actions:
+                return option, value or following
+        return None
+
+    @property
+    def options(self) -> dict[str, argparse.Action]:
+        """{"--seed": its action, …}"""
+        return {name: action for name, action in self._option_string_actions.items() if name.startswith("--")}
+
+    def error(self, message: str) -> NoReturn:
+        required = "the following arguments are required: "
+        if message.startswith(required):
+            names = message.removeprefix(required).split(", ")
+            message = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
+        self.exit(2, f"{self.prog}: {message}{self.hint}; {self.prog} --help lists the options\n")
+
+
+def with_hyphens(arguments: Iterable[str]) -> list[str]:
+    """Options in one spelling: ["--num_proc=2", "a_b", "--", "--c_d"] -> ["--num-proc=2", "a_b", "--", "--c_d"]"""
+    spelled, arguments = [], iter(arguments)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_option = name.startswith("--") and name != "--"
+        spelled.append(name.replace("_", "-") + equals + value if is_option else argument)
+        if argument == "--":
+            break
+    return [*spelled, *arguments]
+
+
+def add_pack_options(parser: Parser, names: Sequence[str]) -> None:
+    """Add the fields of PackOptions that have these names, with their types, defaults, choices and help."""
+    for field in fields(PackOptions):
+        if field.name in names:
+            choices = field.metadata["choices"]
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type=one_of(choices) if choices else int if str(field.type).startswith("int") else str,
+                nargs="+" if str(field.type).startswith("Sequence") else None,
+                default=field.default,
+                choices=choices,
+                metavar=field.metadata["metavar"],
+                help=field.metadata["help"],
+            )
+
+
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """A type for add_argument that names the choice nearest to an unknown one."""
+
+    def checked(value: str) -> str:
+        if value not in choices:
+            near = suggestion(value, choices)
+            raise argparse.ArgumentTypeError(f"{value!r} is unknown{near}; choose from {', '.join(choices)}")
+        return value
+
+    return checked
+
+
+class _Version(argparse.Action):
+    """Print the version, which is looked up only now."""
+
+    def __call__(self, parser, *values: Any) -> NoReturn:
+        from packing import __version__
+
+        parser.exit(0, f"{parser.prog} {__version__}\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults where there is one, and the examples as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, False, argparse.SUPPRESS)
+        return super()._get_help_string(action) if has_default else action.help

@@ -1,0 +1,84 @@
+"""pack-dataset unpack: a packed folder -> the rows that were packed, as a folder or a file."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from packing.command.parser import Parser, Subcommand
+
+EXAMPLES = """\
+examples:
+  pack-dataset unpack packed rows                  a folder, for load_from_disk; splits stay splits
+  pack-dataset unpack packed rows.parquet          one file; also .jsonl
+  pack-dataset unpack s3://bucket/packed rows
+
+Rows come back in their order, with their columns, one sequence each. Padding stays trimmed; rows that --overlong
+dropped or truncated stay so.
+"""
+
+
+def add_options(parser: Parser) -> None:
+    """PACKED TARGET"""
+    parser.add_argument("packed", metavar="PACKED", help="folder, or URL, that pack-dataset wrote")
+    parser.add_argument(
+        "target", metavar="TARGET", help="folder to write, or a file .parquet or .jsonl; must not exist"
+    )
+
+
+def run(arguments: Namespace) -> int:
+    """Write the rows of every split."""
+    import datasets
+
+    from packing.files.folder import check_target
+    from packing.store.loading import load_packed
+    from packing.unpack import unpack_dataset
+
+    target = check_target(arguments.target)
+    packed = load_packed(arguments.packed)
+    splits = packed if isinstance(packed, datasets.DatasetDict) else {"": packed}
+    if target.suffix in FILES:
+        _write_file(splits, target)
+    elif "" in splits:
+        unpack_dataset(packed, target)
+    else:
+        _write_splits(splits, target)
+    print(f"written to {arguments.target}")
+    return 0
+
+
+def _write_splits(splits: dict, target: Path) -> None:
+    from packing.files.folder import new_folder, write_file
+    from packing.unpack import unpack_dataset
+
+    with new_folder(target) as folder:
+        for name, packed in splits.items():
+            unpack_dataset(packed, folder / name)
+        write_file(folder / "dataset_dict.json", json.dumps({"splits": list(splits)}).encode())
+
+
+def _write_file(splits: dict, target: Path) -> None:
+    from packing.files.folder import hashed_file
+    from packing.unpack import unpack_dataset
+
+    if "" not in splits:
+        raise ValueError(
+            f"PACKED has the splits {', '.join(splits)}, and {target.suffix} is one file; give a folder for TARGET, or "
+            "one split's folder for PACKED"
+        )
+    rows = unpack_dataset(splits[""])
+    with hashed_file(target) as file:
+        getattr(rows, FILES[target.suffix])(file)
+        file.publish()
+
+
+FILES = {".parquet": "to_parquet", ".jsonl": "to_json"}  # ending: method of Dataset
+
+COMMAND = Subcommand(
+    description="Write the rows that were packed into PACKED to TARGET again.",
+    examples=EXAMPLES,
+    add_options=add_options,
+    run=run,
+    lacks="unpack takes the rows as they were packed",
+)
