@@ -16,9 +16,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from packing.command import compare, pack, plan, unpack, verify
-from packing.options import PackOptions
 from packing.command.parser import Parser, with_hyphens
 from packing.files.errors import suggestion
+from packing.options import PackOptions
 
 COMMANDS = {
     "pack": pack.COMMAND,
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     hint = _hint(argv[0] if argv else "")
     parser = make_parser(name, prog, hint)
     try:
-        _refuse_unknown(parser, name, rest)
+        _refuse_unknown(parser, rest)
         return COMMANDS[name].run(parser.parse(rest))
     except FileNotFoundError as error:
         return _refused(prog, error, hint)
@@ -81,12 +81,14 @@ def make_parser(name: str = "pack", prog: str = "pack-dataset", hint: str = "") 
     """The parser of a subcommand; by default that of `pack-dataset` without one."""
     command = COMMANDS[name]
     description = OVERVIEW if (name, prog) == ("pack", "pack-dataset") else command.description
-    parser = Parser(prog, hint, description=description, epilog=command.examples)
+    parser = Parser(prog, hint, command.lacks, description=description, epilog=command.examples)
     command.add_options(parser)
+    positionals = [action.metavar for action in parser._get_positional_actions()]
+    parser.usage = f"%(prog)s {' '.join(positionals)} [options]"
     return parser
 
 
-def _refuse_unknown(parser: Parser, name: str, arguments: list[str]) -> None:
+def _refuse_unknown(parser: Parser, arguments: list[str]) -> None:
     """Raise ValueError for an option of other subcommands; exit for one that there is not."""
     unknown = parser.first_unknown(arguments)
     if unknown is None:
@@ -97,15 +99,15 @@ def _refuse_unknown(parser: Parser, name: str, arguments: list[str]) -> None:
     if not have:
         parser.error(f"unknown option {option}{suggestion(option, parser.options)}")
     given = option if others[have[0]].nargs == 0 or value is None else f"{option} {value}"
-    lacks = f", and {COMMANDS[name].lacks}" if COMMANDS[name].lacks else ""
-    raise ValueError(f"{given} would be ignored: it is for pack-dataset {' and '.join(have)}{lacks}; leave it out")
+    why = f"it is for pack-dataset {' and '.join(have)}" + (f", and {parser.lacks}" if parser.lacks else "")
+    raise ValueError(f"{given} would be ignored: {why}; leave it out{parser.hint}")
 
 
 def _hint(first: str) -> str:
     """How to name a SOURCE that is called like a subcommand; or which subcommand a mistyped one may be."""
     if first in COMMANDS:
         return f"; to pack the SOURCE that is called {first}, write ./{first}" if Path(first).exists() else ""
-    return "" if not first or Path(first).exists() else suggestion(first, COMMANDS)
+    return "" if first.startswith("-") or Path(first).exists() else suggestion(first, COMMANDS)
 
 
 def _refused(prog: str, error: Exception, hint: str = "") -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 from packing.command import sources
 from packing.command.parser import Parser, Subcommand, add_pack_options
+from packing.files.errors import whole_number
+from packing.options import PackOptions
 
 EXAMPLES = f"""\
 examples:
@@ -38,32 +41,32 @@ def add_options(parser: Parser) -> None:
 def run(arguments: Namespace) -> int:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
     # heavy imports wait until the arguments are known to be good
-    from packing.store.engines import check_engine, checked_num_proc, opened_engine
+    from packing.store.engines import check_engine, opened_engine
     from packing.store.writing import check_output
 
     sources.check_text_options(arguments)
     if sources.is_lengths(arguments.source):
         raise ValueError(
-            f"SOURCE {arguments.source!r} is a file of lengths, for pack-dataset plan and pack-dataset compare; to "
-            "pack, give a folder of save_to_disk, or a file .parquet, .jsonl, .json or .arrow with rows"
+            f"SOURCE {arguments.source!r} is a file of lengths, which can be planned for (pack-dataset plan, compare) "
+            "but not packed; give a folder of save_to_disk, or a file .parquet, .jsonl, .json or .arrow with rows"
         )
     check_engine(arguments.engine)
-    checked_num_proc(arguments.num_proc)
+    whole_number("num_proc", arguments.num_proc)
     one_process = arguments.num_proc == 1 and arguments.engine == "processes"
     check_output(arguments.target, one_process=one_process)
     splits = sources.load_sequences(arguments)
     with opened_engine(arguments.engine):
-        packings = prepare_splits(splits, arguments, format=arguments.format, engine=arguments.engine, to_write=True)
+        packings = prepare_splits(splits, arguments, to_write=True)
         _write(packings, arguments)
     print(f"written to {arguments.target}")
     return 0
 
 
-def prepare_splits(splits: dict, arguments: Namespace, **writing: object) -> dict:
-    """{split: its Packing}; prints each plan as soon as it is made. writing: more options of prepare_packing."""
+def prepare_splits(splits: dict, arguments: Namespace, to_write: bool = False) -> dict:
+    """{split: its Packing}; prints each plan as soon as it is made."""
     packings = {}
     for name, dataset in splits.items():
-        packings[name] = _prepare(name, dataset, arguments, writing)
+        packings[name] = _prepare(name, dataset, arguments, to_write)
         print(f"{sources.title(name)}{len(dataset):,} rows\n{packings[name].plan}\n", flush=True)
         facts = packings[name].facts
         if facts.balance is not None:
@@ -72,24 +75,13 @@ def prepare_splits(splits: dict, arguments: Namespace, **writing: object) -> dic
     return packings
 
 
-def _prepare(name: str, dataset, arguments: Namespace, writing: dict):
+def _prepare(name: str, dataset, arguments: Namespace, to_write: bool):
     from packing.dataset import prepare_packing
 
-    with sources.in_split(name):
-        return prepare_packing(
-            dataset,
-            arguments.max_sequence_length,
-            arguments.max_sequences_per_pack,
-            arguments.packer,
-            arguments.overlong,
-            arguments.seed,
-            token_columns=arguments.token_columns,
-            pad_token_id=arguments.pad_token_id,
-            balance=arguments.balance,
-            opener=_opener(name, arguments),
-            progress=True,
-            **writing,
-        )
+    given = {each.name: getattr(arguments, each.name, each.default) for each in fields(PackOptions)}
+    with sources.naming_split(name):
+        options = PackOptions(**given)
+        return prepare_packing(dataset, options, to_write=to_write, opener=opener(name, arguments), progress=True)
 
 
 def _write(packings: dict, arguments: Namespace) -> None:
@@ -102,12 +94,12 @@ def _write(packings: dict, arguments: Namespace) -> None:
             packing.begin(folder / name)
         check_room(folder, sum(packing.bytes_missing(folder / name) for name, packing in packings.items()))
         for name, packing in packings.items():
-            packing.write(folder / name, arguments.num_proc, progress=True, engine=arguments.engine)
+            packing.write(folder / name, progress=True)
         if "" not in packings:
             write_file(folder / "dataset_dict.json", json.dumps({"splits": list(packings)}).encode())
 
 
-def _opener(split: str, arguments: Namespace):
+def opener(split: str, arguments: Namespace):
     """How another machine opens the same rows, of its own copy. Tokens of texts are in a cache that it must see."""
     from glob import has_magic
 

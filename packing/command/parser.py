@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from packing.options import PackOptions
 from packing.files.errors import suggestion
+from packing.options import PackOptions
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,21 @@ class Subcommand:
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes --a-b and --a_b, and refuses in one line. It has --version.
 
-    hint: ends what it says when it refuses.
+    hint: ends what it says when it refuses. lacks: see Subcommand.
     """
 
-    def __init__(self, prog: str, hint: str = "", **about: Any):
+    def __init__(self, prog: str, hint: str = "", lacks: str = "", **about: Any):
         super().__init__(prog=prog, formatter_class=HelpFormatter, allow_abbrev=False, **about)
-        self.hint = hint
+        self.hint, self.lacks = hint, lacks
         self.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
 
     def parse(self, arguments: Iterable[str]) -> argparse.Namespace:
         """The values, and `defaults`: {name: default} of them all. Exits with status 2 for what it cannot parse."""
         found, others = self.parse_known_args(with_hyphens(arguments))
+        if len(others) == 1 and self.lacks:
+            raise ValueError(f"{others[0]!r} would be ignored: {self.lacks}; leave it out")
         if others:
-            several = " (several files? quote the glob: 'data/*.parquet')" if len(others) > 1 else ""
-            self.error(f"unrecognized arguments: {' '.join(others)}{several}")
+            self.error(f"unrecognized arguments: {' '.join(others)} (several files? quote the glob: 'data/*.parquet')")
         found.defaults = {action.dest: action.default for action in self._actions}
         return found
 
@@ -116,12 +117,13 @@ class _Version(argparse.Action):
     def __call__(self, parser, *values: Any) -> NoReturn:
         from packing import __version__
 
-        parser.exit(0, f"{parser.prog} {__version__}\n")
+        print(parser.prog, __version__)
+        parser.exit(0)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults where there is one, and the examples as they are written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, False, argparse.SUPPRESS)
+        has_default = action.default not in (None, argparse.SUPPRESS) and action.default is not False
         return super()._get_help_string(action) if has_default else action.help

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packing.command.parser import Parser, add_pack_options
+from packing.files.errors import SourceError, suggestion, whole_number
 
 if TYPE_CHECKING:
     import datasets
@@ -85,10 +86,10 @@ def is_lengths(source: str) -> bool:
 
 def load_histograms(arguments: Namespace) -> Iterator[tuple[str, np.ndarray]]:
     """(split, histogram) one after the other, cut to max_sequence_length; "" is a source without splits."""
-    from packing.packers.table import checked_limit
+    from packing.packers.table import checked_length
     from packing.source.lengths import cut_histogram, dataset_histogram, read_histogram
 
-    limit = checked_limit("max_sequence_length", arguments.max_sequence_length)
+    limit = checked_length(arguments.max_sequence_length)
     if is_lengths(arguments.source):
         unused = (*(name for name in READING if name != "overlong"), *TEXT_OPTIONS, "seed", "balance")
         refuse_ignored(arguments, unused, "a file of lengths holds no rows")
@@ -96,7 +97,7 @@ def load_histograms(arguments: Namespace) -> Iterator[tuple[str, np.ndarray]]:
         return
     check_text_options(arguments)
     for name, dataset in load_sequences(arguments).items():
-        with in_split(name):
+        with naming_split(name):
             read = arguments.overlong, arguments.token_columns, arguments.pad_token_id
             histogram = dataset_histogram(dataset, limit, *read)
         yield name, histogram
@@ -106,16 +107,14 @@ def load_sequences(arguments: Namespace, cache: Path | None = None) -> dict[str,
     """{split: Dataset with input_ids}; a Dataset without splits is {"": Dataset}.
 
     cache: where converted files and tokens are kept; None: in that of the datasets library."""
-    from packing.files.errors import suggestion
     from packing.source.open import open_splits
-    from packing.store.engines import checked_num_proc
 
-    num_proc = checked_num_proc(arguments.num_proc)
+    num_proc = whole_number("num_proc", arguments.num_proc)
     splits = open_splits(arguments.source, cache=cache)
     if arguments.text_column is not None:
         return _tokenized(splits, arguments, num_proc, cache)
     for name, dataset in splits.items():
-        with in_split(name):
+        with naming_split(name):
             if "input_ids" not in dataset.column_names:
                 names = dataset.column_names
                 raise ValueError(
@@ -127,20 +126,20 @@ def load_sequences(arguments: Namespace, cache: Path | None = None) -> dict[str,
 
 def _tokenized(splits: dict, arguments: Namespace, num_proc: int, cache: Path | None) -> dict:
     """The splits with tokens. The tokenizer, which takes long to load, comes after all that can be seen without."""
-    from packing.packers.table import checked_limit
+    from packing.packers.table import checked_length
     from packing.source.text import check_texts, open_tokenizer, tokenize
 
     texts = [name for name in (arguments.text_column, arguments.text_pair_column) if name is not None]
     for name, dataset in splits.items():
-        with in_split(name):
+        with naming_split(name):
             check_texts(dataset, texts)
     longest = None
     if getattr(arguments, "overlong", None) == "error":
-        longest = checked_limit("max_sequence_length", arguments.max_sequence_length)
+        longest = checked_length(arguments.max_sequence_length)
     tokenizer = open_tokenizer(arguments.tokenizer)
     tokenized = {}
     for name, dataset in splits.items():
-        with in_split(name):
+        with naming_split(name):
             tokenized[name] = tokenize(
                 dataset, tokenizer, texts, arguments.keep_text, num_proc, longest=longest, cache=cache
             )
@@ -159,10 +158,13 @@ def _hint(dataset) -> str:
 
 
 @contextmanager
-def in_split(name: str) -> Iterator[None]:
+def naming_split(name: str) -> Iterator[None]:
     """Errors name the split that they come from."""
     try:
         yield
+    except SourceError as error:
+        error.split = name
+        raise
     except ValueError as error:
         raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None
 

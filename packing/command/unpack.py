@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from packing.command.parser import Parser, Subcommand
+
+if TYPE_CHECKING:
+    import datasets
 
 EXAMPLES = """\
 examples:
@@ -69,11 +73,17 @@ def _write_file(splits: dict, target: Path) -> None:
         )
     rows = unpack_dataset(splits[""])
     with hashed_file(target) as file:
-        getattr(rows, FILES[target.suffix])(file)
+        FILES[target.suffix](rows, file)
         file.publish()
 
 
-FILES = {".parquet": "to_parquet", ".jsonl": "to_json"}  # ending: method of Dataset
+def _write_lines(rows: datasets.Dataset, file: BinaryIO) -> None:
+    """Not by Dataset.to_json, which rounds numbers to ten places."""
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+FILES = {".parquet": lambda rows, file: rows.to_parquet(file), ".jsonl": _write_lines}
 
 COMMAND = Subcommand(
     description="Write the rows that were packed into PACKED to TARGET again.",

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packing.command import sources
 from packing.command.parser import Parser, Subcommand
+
+if TYPE_CHECKING:
+    from packing.files.paths import RemotePath
 
 EXAMPLES = """\
 examples:
@@ -50,58 +55,58 @@ def verify(packed: str, source: dict | None) -> bool:
     from packing.files.paths import place
     from packing.files.saved import DICT, split_names
 
-    packed = place(packed)
-    sources, names, ok = source or {}, [""], True
-    if (packed / DICT).exists():
+    folder, names, faults = place(packed), [""], []
+    if (folder / DICT).exists():
         try:
-            names = split_names(packed / DICT)
+            names = split_names(folder / DICT)
         except (ValueError, OSError) as error:
             print(f"not verified: {error}")
             return False
-        for fault in _beside_splits(packed, names):
-            print(f"not verified: {fault}")
-            ok = False
+        faults = list(_beside_splits(folder, names))
+    ok = not faults
+    for fault in faults:
+        print(f"not verified: {fault}")
     for name in names:
-        title = sources.title(name)
-        if name and not (packed / name).is_dir():
-            print(f"{title}not verified: the folder of this split is missing")
-            ok = False
-        elif source is not None and name not in sources:
-            print(f"{title}not verified: the source has no such split")
-            ok = False
-        else:
-            ok &= _verify_one(packed, name, sources.get(name), title)
-    for name in sorted({*sources} - {*names}) if source is not None else ():
+        ok &= _verify_split(folder, name, source)
+    for name in sorted({*source} - {*names}) if source is not None else ():
         print(f"not verified: split {name!r} of the source is not among the packed ones" if name else NO_SPLITS)
         ok = False
     return ok
 
 
-def _verify_one(packed, name: str, source, title: str) -> bool:
+def _verify_split(folder: Path | RemotePath, name: str, source: dict | None) -> bool:
+    """Print the table of one split, or why there is none."""
     from packing.files.saved import check_split
     from packing.verify.verify import verify_packed
 
-    try:
-        check_split(packed, name)
-        verification = verify_packed(packed / name, source)
-    except (ValueError, FileNotFoundError) as error:
-        if not name:  # the argument itself
-            raise
-        print(f"{title}not verified: {error}")
-        return False
-    print(f"{title}{verification}")
-    return verification.ok
+    fault = None
+    if name and not (folder / name).is_dir():
+        fault = "the folder of this split is missing"
+    elif source is not None and name not in source:
+        fault = "the source has no such split"
+    if fault is None:
+        try:
+            check_split(folder, name)
+            verification = verify_packed(folder / name, None if source is None else source[name])
+            print(f"{sources.title(name)}{verification}")
+            return verification.ok
+        except (ValueError, FileNotFoundError) as error:
+            if not name:  # the argument itself
+                raise
+            fault = str(error)
+    print(f"{sources.title(name)}not verified: {fault}")
+    return False
 
 
-def _beside_splits(packed, names: list[str]) -> Iterator[str]:
+def _beside_splits(folder: Path | RemotePath, names: list[str]) -> Iterator[str]:
     """What load_from_disk would leave out, or take instead of the splits."""
     from packing.files.saved import DICT, INFO, STATE
     from packing.store.manifest import FILE
 
-    for file in sorted(str(file) for file in packed.rglob(FILE) if file.parent.name not in names):
-        yield f"{file!r} is of packs that {DICT} does not list; remove its folder, or list it"
+    for file in sorted(str(file) for file in folder.rglob(FILE) if file.parent.name not in names):
+        yield f"{file!r} belongs to packs that {DICT} does not list; remove its folder, or list it"
     for name in (INFO, STATE):
-        if (packed / name).exists():
+        if (folder / name).exists():
             yield f"{name} does not belong beside {DICT}: load_from_disk would open it instead of the splits; remove it"
 
 

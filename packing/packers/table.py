@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from packing.files.errors import whole_number
+from packing.files.errors import suggestion, whole_number
 from packing.packers.lpfhp import lpfhp
 from packing.packers.nnlshp import nnlshp
 from packing.packers.optimal import optimal
@@ -66,7 +66,8 @@ def find_packer(packer: str | Packer) -> Packer:
     if callable(packer):
         return packer
     if packer not in PACKERS:
-        raise ValueError(f"unknown packer {packer!r}; choose from {', '.join(sorted(PACKERS))}, or pass a callable")
+        near = suggestion(packer, PACKERS)
+        raise ValueError(f"unknown packer {packer!r}{near}; choose from {', '.join(PACKERS)}, or pass a callable")
     return PACKERS[packer]
 
 

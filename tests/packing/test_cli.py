@@ -1,5 +1,6 @@
 """The command pack-dataset, and what importing costs."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import slow_rows
 
 import packing
 from packing import cli, packed_info
+from packing.command import plan
 from packing.options import OVERLONG
 
 datasets.disable_progress_bars()
@@ -147,11 +149,14 @@ def test_help():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--compare", "--packer", "lpfhp"], "--packer 'lpfhp' would be ignored: --compare and --report try all"),
+        (
+            ["--compare", "--packer", "lpfhp"],
+            "--packer lpfhp would be ignored: it is for pack-dataset pack and plan, and compare",
+        ),
         (["--compare", "--balance", "4"], "--balance 4 would be ignored"),
         (["--report", "x.html", "--seed", "3"], "--seed 3 would be ignored"),
-        (["packed", "--compare"], "TARGET 'packed' would be ignored"),
-        (["packed", "--plan-only"], "TARGET 'packed' would be ignored"),
+        (["packed", "--compare"], "'packed' would be ignored"),
+        (["packed", "--plan-only"], "'packed' would be ignored"),
         (["--plan-only", "--pad-token-id", "0"], "--pad-token-id 0 would be ignored: a file of lengths"),
     ],
 )
@@ -166,7 +171,7 @@ def test_options_that_would_be_ignored_are_refused(tmp_path, capsys, arguments, 
 def test_an_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
     file = tmp_path / "lengths.txt"
     file.write_text("3\n5\n")
-    monkeypatch.setattr("packing.cli.plan_file", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(plan, "_plan_lengths", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main([str(file), "--plan-only"]) == 130
     assert capsys.readouterr().err == "pack-dataset: interrupted; nothing was written\n"
 
@@ -176,8 +181,7 @@ def test_a_source_that_is_called_verify(tmp_path, source, capsys, monkeypatch):
     shutil.copytree(source, "verify")
     assert cli.main(["verify", "packed"]) == 2
     assert "to pack the SOURCE that is called verify, write ./verify" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["verify", "packed", "--seed", "1"])
+    assert cli.main(["verify", "packed", "--seed", "1"]) == 2
     assert "write ./verify" in capsys.readouterr().err
     assert cli.main(["./verify", "packed"]) == 0
     assert cli.main(["verify", "packed", "--source", "verify"]) == 0
@@ -188,3 +192,95 @@ def test_an_empty_source_is_not_this_folder(tmp_path, source, capsys, monkeypatc
     monkeypatch.chdir(source)
     assert cli.main(["", str(tmp_path / "packed")]) == 2
     assert "SOURCE is empty" in capsys.readouterr().err
+
+
+# Subcommands
+
+
+def test_subcommands_and_the_short_form_are_the_same(tmp_path, source, capsys):
+    single, packed = str(tmp_path / "single"), str(tmp_path / "packed")
+    said = []
+    for arguments in (["plan", single], [single, "--plan-only"], ["compare", single], [single, "--compare"]):
+        assert cli.main([*arguments, "--max_sequence_length", "40"]) == 0
+        said.append(re.sub(r"[\d,.]+ m?s\b", "", capsys.readouterr().out))
+    assert said[0] == said[1] and said[2] == said[3] != said[0]
+    assert cli.main(["pack", single, packed, "--max-sequence-length=40"]) == 0
+    assert cli.main([single, f"{packed}-too", "--max_sequence_length=40"]) == 0
+    assert datasets.load_from_disk(packed).to_list() == datasets.load_from_disk(f"{packed}-too").to_list()
+
+
+def test_unpack_writes_the_rows_again(tmp_path, source, capsys):
+    for name in ("single", "source"):
+        assert cli.main([str(tmp_path / name), str(tmp_path / f"{name}-packed")]) == 0
+    rows = datasets.load_from_disk(tmp_path / "single").to_list()
+    packed = str(tmp_path / "single-packed")
+    for target in ("rows", "rows.parquet", "rows.jsonl"):
+        assert cli.main(["unpack", packed, str(tmp_path / target)]) == 0
+    assert datasets.load_from_disk(tmp_path / "rows").to_list() == rows
+    assert datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet")).to_list() == rows
+    assert datasets.Dataset.from_json(str(tmp_path / "rows.jsonl")).to_list() == rows
+    assert cli.main(["unpack", str(tmp_path / "source-packed"), str(tmp_path / "all")]) == 0
+    assert datasets.load_from_disk(tmp_path / "all")["a"].to_list() == rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["packed", "rows"], "pack-dataset unpack: output 'rows' exists already"),
+        (["packed", "other.jsonl"], "pack-dataset unpack: PACKED has the splits a, b, and .jsonl is one file; give"),
+        (
+            ["source", "other"],
+            "pack-dataset unpack: 'source/a' holds no manifest.json; give a folder that pack_d",
+        ),
+        (["packed", "other", "--seed", "1"], "pack-dataset unpack: --seed 1 would be ignored: it is for pack-dataset"),
+    ],
+)
+def test_unpack_refuses_in_one_line(tmp_path, source, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["source", "packed"]) == 0
+    (tmp_path / "rows").mkdir()
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["unpack", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["source", "packed", "--sed", "1"], "pack-dataset: unknown option --sed; did you mean --seed?; pack-dataset"),
+        (["plan", "source", "--overlong", "trim"], "'trim' is unknown; choose from error, truncate, split, drop"),
+        (["plan", "source", "--overlong", "splt"], "'splt' is unknown; did you mean 'split'?; choose from"),
+        (["plan", "source", "--seed", "x"], "pack-dataset plan: argument --seed: invalid int value: 'x'"),
+        ([], "pack-dataset: SOURCE and TARGET are missing; pack-dataset --help lists the options"),
+    ],
+)
+def test_mistakes_in_options_are_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["sourse", "packed"], "'source'"),
+        (["verfy", "packed"], "'verify'"),
+        (["source", "packed", "--packer", "optimel"], "'optimal'"),
+    ],
+)
+def test_what_is_mistyped_is_guessed(tmp_path, source, capsys, monkeypatch, arguments, meant):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    assert f"; did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [[], *([name] for name in cli.COMMANDS)])
+def test_every_subcommand_has_help_with_examples_and_a_version(capsys, name):
+    for option, said in (("--help", "examples:\n  pack-dataset "), ("--version", f" {packing.__version__}\n")):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*name, option])
+        assert said in capsys.readouterr().out

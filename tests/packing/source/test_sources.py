@@ -571,7 +571,7 @@ def test_packed_texts_are_verified_against_the_texts(texts, capsys):
     assert cli.main([*verify, "--source", str(folder / "others.jsonl"), *options]) == 1
     assert "source row 7, column sequence_lengths" in capsys.readouterr().out
     for wrong, message in (
-        (options, "--text-column 'text' is of texts in a source; give --source, too"),
+        (options, "--text-column 'text' is for texts in a source; give --source, too"),
         (["--source", "x", *options[2:]], "--text-column needs --tokenizer"),
         (["--source", "x", "--keep-text"], "--keep-text would be ignored: there is no --text-column"),
         (["--source", str(folder / "texts.jsonl")], "tokenize before packing, or let it be done here: --text-column"),

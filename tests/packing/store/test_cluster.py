@@ -22,6 +22,7 @@ import pytest
 from shelf import Shelf, fail
 
 from packing import cli, pack_dataset, verify_packed
+from packing.command import pack
 from packing.dataset import prepare_packing
 from packing.files import folder
 from packing.options import PackOptions
@@ -357,7 +358,7 @@ def test_a_source_is_opened_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     openers = []
     for name in ("rows-0.jsonl", "*.jsonl", f"file://{tmp_path}/rows-0.jsonl", f"file://{tmp_path}/*.jsonl"):
-        openers.append(cli._opener("", cli.make_parser().parse_args([name, "packed"])))
+        openers.append(pack.opener("", cli.make_parser().parse_args([name, "packed"])))
     monkeypatch.chdir("/")
     assert [opener().to_dict() for opener in openers] == [{"input_ids": [[1, 2]]}] * 4
 

@@ -283,7 +283,7 @@ def test_a_list_of_splits_that_is_none(splits, capsys, content):
 def test_a_split_left_out(splits, capsys):
     (splits / "dataset_dict.json").write_text('{"splits": ["train"]}')
     assert cli.main(["verify", str(splits)]) == 1
-    assert "is of packs that dataset_dict.json does not list" in capsys.readouterr().out
+    assert "belongs to packs that dataset_dict.json does not list" in capsys.readouterr().out
 
 
 def test_a_dataset_beside_its_splits(splits, capsys):
