@@ -14,16 +14,21 @@ from pathlib import Path
 
 from packing.files.names import check_is_file
 
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from packing.files.paths import Place
+
 MAX_BYTES = 1 << 30  # a manifest of five million shards, or the numbers of a hundred million rows that were too long
 MAX_DEPTH = 64
 MAX_WHOLE = 1 << 64  # a seed is below
 LARGEST = 1e308
 SHOWN = 60  # characters of a value in an error
 
-T = typing.TypeVar("T")
+T = typing.TypeVar("T", bound="DataclassInstance")
 
 
-def read_json(path) -> object:
+def read_json(path: Place) -> object:
     """The content of a JSON file, a Path or a RemotePath.
 
     Raises FileNotFoundError where there is none, and ValueError, which names it, for what is no such JSON."""
@@ -87,7 +92,7 @@ def _has_no_default(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _typed(value: object, hint, what: str):
+def _typed(value: typing.Any, hint: typing.Any, what: str) -> typing.Any:
     """The value, if the annotation allows it; lists become tuples, objects dataclasses."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):
@@ -101,7 +106,7 @@ def _typed(value: object, hint, what: str):
         return tuple(_typed(element, inner[0], f"{what}[{i}]") for i, element in enumerate(value))
     if kind is dict and isinstance(value, dict):
         return {name: _typed(element, inner[1], f"{what}[{name!r}]") for name, element in value.items()}
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, what)
     if hint is int and type(value) is int and 0 <= value < MAX_WHOLE:
         return value

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packing.files.paths import Place
 
 LONGEST = 255  # bytes of a name
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -35,15 +39,15 @@ def checked_path(name: object, said_by: object) -> str:
     return "/".join(checked_name(part, said_by) for part in parts)
 
 
-def file_in(folder, name: object, said_by: object):
+def file_in(folder: Place, name: object, said_by: object) -> Place:
     """The file of this name in a folder of this machine, or at a URL.
 
     Raises ValueError where it lies outside, by its name or by a link, or is a folder, a pipe or a device;
     FileNotFoundError where there is none."""
-    file = folder / checked_path(name, said_by)
-    if isinstance(file, Path):
-        check_file(file, folder)
-    return file
+    path = checked_path(name, said_by)
+    if isinstance(folder, Path):
+        check_file(folder / path, folder)
+    return folder / path
 
 
 def check_file(file: Path, folder: Path) -> None:

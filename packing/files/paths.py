@@ -252,6 +252,9 @@ class RemotePath:
                 fs.mkdir(folder, create_parents=False)
 
 
+Place = Path | RemotePath  # what place() returns
+
+
 class _Reader(io.RawIOBase):
     """A file that is open for reading, with errors that name it."""
 

@@ -22,8 +22,10 @@ from packing.files.names import check_file, checked_name, file_in
 if TYPE_CHECKING:
     import datasets
 
+    from packing.files.paths import Place
+
 DICT, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"
-STATE_AS_WRITTEN = {
+STATE_AS_WRITTEN: dict[str, object] = {
     "_format_columns": None,
     "_format_kwargs": {},
     "_format_type": None,
@@ -55,7 +57,7 @@ def check_saved(folder: Path) -> None:
             check_saved(folder / name)
 
 
-def check_split(folder, name: str) -> None:
+def check_split(folder: Place, name: str) -> None:
     """Raise ValueError where the folder of a split is a link that leads out of the folder of all."""
     if isinstance(folder, Path) and not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise ValueError(
@@ -63,7 +65,7 @@ def check_split(folder, name: str) -> None:
         )
 
 
-def split_names(path) -> list[str]:
+def split_names(path: Place) -> list[str]:
     """Those that a dataset_dict.json lists, in its order."""
     if isinstance(path, Path):
         check_file(path, path.parent)
@@ -77,7 +79,7 @@ def split_names(path) -> list[str]:
     return names
 
 
-def read_state(folder) -> dict:
+def read_state(folder: Place) -> dict:
     """The content of state.json, which may hold anything."""
     state = read_json(file_in(folder, STATE, folder))
     if not isinstance(state, dict):
@@ -85,7 +87,7 @@ def read_state(folder) -> dict:
     return state
 
 
-def state_shards(state: dict, path) -> list[str]:
+def state_shards(state: dict, path: Place) -> list[str]:
     """The names of the files that it lists. Raises ValueError where these are no names of files in the folder."""
     entries = state.get("_data_files")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -93,7 +95,7 @@ def state_shards(state: dict, path) -> list[str]:
     return [checked_name(entry.get("filename"), path) for entry in entries]
 
 
-def state_faults(state: dict, shards: list[str], fingerprint: str, path) -> list[dict]:
+def state_faults(state: dict, shards: list[str], fingerprint: str, path: Place) -> list[dict]:
     """How the state of a packed folder differs from what packing wrote: its shards in order, and no view of columns."""
     wanted = dict(STATE_AS_WRITTEN)
     found = {name: value for name, value in state.items() if name in wanted}
@@ -121,7 +123,7 @@ def state_faults(state: dict, shards: list[str], fingerprint: str, path) -> list
     return faults
 
 
-def read_info(folder) -> datasets.DatasetInfo:
+def read_info(folder: Place) -> datasets.DatasetInfo:
     """What dataset_info.json says. Raises ValueError where datasets could not read it, or not in a moment."""
     import datasets
 

@@ -35,16 +35,21 @@ NEARLY = 0.001  # share of packs that a shallower plan may need more and still b
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """One packer under one depth limit: a plan, or why there is none.
-
-    seconds: wall time of the packer, without compilation. refusal: what the packer said; "" where there is a plan.
-    """
+    """The plan of one packer under one depth limit. seconds: wall time of the packer, without compilation."""
 
     packer: str
     max_sequences_per_pack: int | None
-    plan: PackPlan | None
+    plan: PackPlan
     seconds: float
-    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a packer makes no plan under a depth limit, in its own words."""
+
+    packer: str
+    max_sequences_per_pack: int | None
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +62,7 @@ class Comparison:
 
     histogram: np.ndarray
     padded: PackPlan
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[Attempt | Refusal, ...]
 
     @property
     def max_sequence_length(self) -> int:
@@ -66,7 +71,7 @@ class Comparison:
     @cached_property
     def plans(self) -> tuple[Attempt, ...]:
         """The attempts that made a plan."""
-        return tuple(attempt for attempt in self.attempts if attempt.plan is not None)
+        return tuple(attempt for attempt in self.attempts if isinstance(attempt, Attempt))
 
     @cached_property
     def recommended(self) -> Attempt | None:
@@ -106,21 +111,23 @@ class Comparison:
             f"one in a row of {self.max_sequence_length:,}: {1 - self.padded.packing_efficiency:.1%} padding"
         )
 
-    def rows(self) -> list[tuple[Attempt, dict[str, str]]]:
+    def rows(self) -> list[tuple[Attempt | Refusal, dict[str, str]]]:
         """The table: each row's attempt, and its cells by the names in COLUMNS. A refusal has packer, depth, refusal.
 
         A packer that refuses every depth for one reason has one row.
         """
         padded = Attempt("padded", 1, self.padded, 0.0)
         no_plan = {"above bound": "", "time": "", "vs padded": "", "vs batches": ""}
+        rows: list[tuple[Attempt | Refusal, dict[str, str]]]
         rows = [(padded, {name: cell(self, padded) for name, cell in COLUMNS.items()} | no_plan)]
         for attempt in self.attempts:
-            if attempt.plan is not None:
+            if isinstance(attempt, Attempt):
                 rows.append((attempt, {name: cell(self, attempt) for name, cell in COLUMNS.items()}))
                 continue
-            row = {name: COLUMNS[name](self, attempt) for name in ("packer", "depth")} | {"refusal": attempt.refusal}
+            depth = depth_name(attempt.max_sequences_per_pack)
+            row = {"packer": attempt.packer, "depth": depth, "refusal": attempt.reason}
             siblings = [other for other in self.attempts if other.packer == attempt.packer]
-            if len(siblings) > 1 and {other.refusal for other in siblings} == {attempt.refusal}:
+            if len(siblings) > 1 and all(getattr(other, "reason", "") == attempt.reason for other in siblings):
                 row["depth"] = "any"
             if attempt is siblings[0] or row["depth"] != "any":
                 rows.append((attempt, row))
@@ -177,8 +184,8 @@ def compare_packers(
         for name, depth in bar:
             bar.set_postfix_str(f"{name}, depth {depth_name(depth)}")
             attempt = _attempt(name, packers[name], padded, depth)
-            if depth == depths[0] and attempt.plan is not None:  # the first run of a packer may compile it
-                attempt = min(attempt, _attempt(name, packers[name], padded, depth), key=lambda a: a.seconds)
+            if depth == depths[0] and isinstance(attempt, Attempt):  # it may have compiled the packer: once more
+                attempt = _attempt(name, packers[name], padded, depth)
             attempts.append(attempt)
     return Comparison(padded.histogram(), padded, tuple(attempts))
 
@@ -197,13 +204,13 @@ def depth_name(max_sequences_per_pack: int | None) -> str:
     return "no limit" if max_sequences_per_pack is None else f"{max_sequences_per_pack:,}"
 
 
-def _attempt(name: str, packer: Packer, padded: PackPlan, depth: int | None) -> Attempt:
+def _attempt(name: str, packer: Packer, padded: PackPlan, depth: int | None) -> Attempt | Refusal:
     histogram = padded.histogram()
     start = time.perf_counter()
     try:
         plan = plan_packs(histogram, padded.max_sequence_length, depth, packer)
     except (ValueError, MemoryError) as error:
-        return Attempt(name, depth, None, time.perf_counter() - start, str(error) or type(error).__name__)
+        return Refusal(name, depth, str(error) or type(error).__name__)
     return Attempt(name, depth, plan, time.perf_counter() - start)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from packing.report.compare import COLUMNS, NOTES, Comparison, depth_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 TOKENS, PADDING, INK = "#0072b2", "#d9d9d9", "#333333"  # told apart by the colour-blind, and in grey
 LENGTH_BARS = 64
@@ -40,7 +40,7 @@ def write_report(comparisons: Comparison | Mapping[str, Comparison], path: str |
     write(comparisons, Path(path))
 
 
-def check_report(path: str | PathLike):
+def check_report(path: str | PathLike) -> Callable[[Mapping[str, Comparison], Path], None]:
     """The writer for the path's ending. Raises where write_report would, before any work is done."""
     ending = Path(path).suffix.lower()
     if ending not in WRITERS:
@@ -130,7 +130,7 @@ def draw_packs(axes: Axes, plan: PackPlan) -> None:
     axes.set(xlim=(-1, pictured), ylim=(0, plan.max_sequence_length))
 
 
-def _draw_all(figure, comparison: Comparison) -> None:
+def _draw_all(figure: FigureBase, comparison: Comparison) -> None:
     grid = figure.subplots(2, 2)
     draw_lengths(grid[0, 0], comparison)
     draw_padding(grid[0, 1], comparison)
@@ -157,7 +157,7 @@ def _thousands(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _new_figure(**options) -> Figure:
+def _new_figure(**options: Any) -> Figure:
     """A figure that no window and no global state knows of."""
     try:
         from matplotlib.figure import Figure
@@ -174,7 +174,7 @@ def _new_figure(**options) -> Figure:
 def _write_png(comparisons: Mapping[str, Comparison], path: Path) -> None:
     heights = [9 + 0.2 * (str(comparison).count("\n") + 3) for comparison in comparisons.values()]
     figure = _new_figure(figsize=(13, sum(heights)))
-    parts = np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights))
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for (title, comparison), part, height in zip(comparisons.items(), parts, heights, strict=True):
         above, below = part.subfigures(2, 1, height_ratios=[9, height - 9])
         above.suptitle(title or None, fontweight="bold")
