@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from packing.assignment import Assignment, assign
 from packing.balance import balance_packs, step_costs
-from packing.files.folder import refuse_others, state_files, write_file
+from packing.files.folder import refuse_others
+from packing.files.hashed import write_file
 from packing.files.paths import RemotePath, place
 from packing.files.saved import INFO, STATE
 from packing.histogram import length_histogram
@@ -33,11 +34,11 @@ from packing.source.rows import INPUT_IDS, Source, check_source, read_source, re
 from packing.source.sequences import Sequences, cut_sequences
 from packing.source.source_files import SourceChangedError, SourceFiles
 from packing.store.cluster import SharedSource, read_on_ray, write_on_ray
+from packing.store.dataset_files import ENDINGS, shard_names, state_files
 from packing.store.engines import check_engine, opened_engine, write_here, write_in_pool
 from packing.store.info import PackedInfo, packed_facts
 from packing.store.manifest import FILE, Manifest, differences, read_manifest
 from packing.store.shards import (
-    ENDINGS,
     PackSlice,
     ShardRecord,
     ShardTask,
@@ -259,8 +260,7 @@ class Packing:
 
     @property
     def shard_files(self) -> list[str]:
-        shards = len(self.shard_bounds) - 1
-        return [f"data-{i:05d}-of-{shards:05d}{ENDINGS[self.options.format]}" for i in range(shards)]
+        return shard_names(len(self.shard_bounds) - 1, ENDINGS[self.options.format])
 
     @cached_property
     def manifest(self) -> Manifest:

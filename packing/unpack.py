@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from packing.epochs import EpochPacks
-from packing.files.folder import check_target, new_folder, write_dataset
+from packing.files.folder import check_target, new_folder
 from packing.source.rows import RESERVED, chosen_rows
 from packing.source.token_column import read_token_column
+from packing.store.dataset_files import write_dataset
 from packing.store.info import PackedInfo, packed_info
 
 BATCH_TOKENS = 1 << 20  # gathered at a time

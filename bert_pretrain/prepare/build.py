@@ -1,7 +1,6 @@
 """Documents of token ids -> a `datasets` folder of sequences, built by several processes."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -15,8 +14,8 @@ from tqdm import tqdm
 from bert_pretrain.objective import NO_PAIR, OBJECTIVES
 from bert_pretrain.prepare.sequences import BuiltSequence, builder_of
 from bert_pretrain.prepare.tokens import TokenDocuments, TokenFolder, offsets_of
-from packing.files.folder import write_dataset
 from packing.files.processes import Workers
+from packing.store.dataset_files import write_dataset
 
 TOKENS_PER_TASK = 1 << 18
 """Documents are built together up to so many tokens, whoever builds them."""
@@ -79,15 +78,13 @@ def build_sequences(
 
     output.mkdir()
     info = DatasetInfo(features=Features.from_arrow_schema(_schema(options.objective)), config_name=options.vocabulary)
-    write_dataset(output, batches(), info, "", split)
-    if OBJECTIVES[options.objective].column is not None and not counts.pairs:
+    # by its content, as datasets keeps the results of map() under it
+    write_dataset(output, batches(), info, digest.hexdigest, split)
+    if options.objective == "sop" and not counts.pairs:
         raise ValueError(
-            f"objective={options.objective!r} needs documents of two sentences or more, and all {len(documents)} have "
-            "one; take whole files for documents (documents='file'), or choose objective='none'"
+            f"objective='sop' needs documents of two sentences or more, and all {len(documents)} have one; take whole "
+            "files for documents (documents='file'), or choose objective='none'"
         )
-    # What datasets keeps the results of map() by, so it must change with the content: known only now.
-    state = json.loads((output / "state.json").read_text(encoding="utf-8"))
-    (output / "state.json").write_text(json.dumps(state | {"_fingerprint": digest.hexdigest()}, indent=2) + "\n")
     return counts
 
 

@@ -29,7 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from collate.training.agreement import agreed
 from collate.training.one_run import one_run
 from collate.training.workers import names_killed_workers
-from packing.files.folder import sync
+from packing.files.hashed import sync
 from packing.files.metadata import read_json
 from packing.files.names import checked_path, file_in
 

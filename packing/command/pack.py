@@ -85,7 +85,7 @@ def _prepare(name: str, dataset, arguments: Namespace, to_write: bool):
 
 
 def _write(packings: dict, arguments: Namespace) -> None:
-    from packing.files.folder import write_file
+    from packing.files.hashed import write_file
     from packing.store.writing import check_room, output_folder, refuse_other_splits
 
     with output_folder(arguments.target) as folder:

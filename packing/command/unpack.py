@@ -53,7 +53,8 @@ def run(arguments: Namespace) -> int:
 
 
 def _write_splits(splits: dict, target: Path) -> None:
-    from packing.files.folder import new_folder, write_file
+    from packing.files.folder import new_folder
+    from packing.files.hashed import write_file
     from packing.unpack import unpack_dataset
 
     with new_folder(target) as folder:
@@ -63,7 +64,7 @@ def _write_splits(splits: dict, target: Path) -> None:
 
 
 def _write_file(splits: dict, target: Path) -> None:
-    from packing.files.folder import hashed_file
+    from packing.files.hashed import hashed_file
     from packing.unpack import unpack_dataset
 
     if "" not in splits:

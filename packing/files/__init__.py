@@ -1,6 +1,7 @@
 """Files and folders, here or at a URL, whatever they hold: whole or not there, and read with care.
 
 paths         a path or a URL that fsspec knows
+hashed        files that appear when they are whole, hashed as they are written
 folder        folders that appear when they are whole
 locks         a lock that ends with its holder
 names         names that lead out of a folder, refused

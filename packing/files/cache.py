@@ -20,7 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from packing.files.folder import checksum, sync, write_file, writing_errors
+from packing.files.folder import writing_errors
+from packing.files.hashed import checksum, sync, write_file
 from packing.files.metadata import read_json
 from packing.files.names import checked_name, file_in
 

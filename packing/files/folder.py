@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, and files that have reached the disk before they have their name.
+"""Folders that are whole or not there.
 
 packed                     the target: it appears when it is complete
 .packed.partial            beside it until then; a killed run's is found by the next run of the same packing
@@ -8,25 +8,18 @@ packed                     the target: it appears when it is complete
 from __future__ import annotations
 
 import errno
-import json
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import pyarrow as pa
-import xxhash
-
+from packing.files.hashed import UNFINISHED, sync
 from packing.files.locks import held, holder
+from packing.files.paths import place
 
-SHARD_BYTES = 500_000_000  # of write_dataset
-READ_BYTES = 1 << 22
 TRIES = 100  # a folder may go while files are put into it, if another run ends
-UNFINISHED = ".writing"  # how names end that files have before their own
-BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends
 CURE = "choose another output, or make its folder writable"
 
 
@@ -34,8 +27,6 @@ def check_target(target: str | os.PathLike) -> Path:
     """The folder to write, which must not exist yet, in a place where it can be made.
 
     Raises FileExistsError where it exists, and OSError where the system would not have it."""
-    from packing.files.paths import place
-
     target = place(target)
     if not isinstance(target, Path):
         raise ValueError(f"{str(target)!r} is a URL, and this is written to a folder of this machine; give its path")
@@ -70,113 +61,6 @@ def writing_errors(path: Path, cure: str = CURE) -> Iterator[None]:
         raise OSError(error.errno, f"{said}; {cure}", str(path)) from error
 
 
-# Files
-
-
-def write_bytes(descriptor: int, data) -> None:
-    """Where everything goes to the disk."""
-    data = memoryview(data).cast("B")
-    while len(data):
-        data = data[os.write(descriptor, data) :]
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk. Windows opens no folder, and has no such wait."""
-    on_windows = os.name == "nt"
-    if on_windows and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class HashedFile:
-    """A new file, written under another name, hashed as it is written.
-
-    with HashedFile(path) as file:
-        file.write(data)
-        file.publish()            # now it is on the disk, and named; without this nothing is left
-
-    size, xxh3: of what was written; the hash has 128 bits, in hexadecimal.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.size, self._hash = path, 0, xxhash.xxh3_128()
-        self.says = str(path)  # an error of writing
-        self._unfinished, self._descriptor = self._new_file()
-        self.closed = False
-
-    def _new_file(self) -> tuple[Path, int]:
-        path = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}{UNFINISHED}")  # its own on any machine
-        return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
-
-    @property
-    def xxh3(self) -> str:
-        return self._hash.hexdigest()
-
-    def write(self, data) -> int:
-        self._hash.update(data)
-        try:
-            write_bytes(self._descriptor, data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.says) from error
-        self.size += len(data)
-        return len(data)
-
-    def publish(self) -> None:
-        os.fsync(self._descriptor)
-        self.close()  # Windows renames no file that is open, and only os.replace goes over another
-        (os.replace if os.name == "nt" else os.rename)(self._unfinished, self.path)
-        sync(self.path.parent)
-
-    def tell(self) -> int:  # as Arrow wants it
-        return self.size
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            os.close(self._descriptor)
-
-    def __enter__(self) -> HashedFile:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-        with suppress(FileNotFoundError):
-            self._unfinished.unlink()
-
-
-def hashed_file(path) -> HashedFile:
-    """A new file here, or at a URL: see remote.py."""
-    return HashedFile(path) if isinstance(path, Path) else path.hashed_file()
-
-
-def write_file(path, data: bytes) -> str:
-    """Write a small file, all at once; an older one is replaced. Returns its XXH3."""
-    with hashed_file(path) as file:
-        file.write(data)
-        file.publish()
-    return file.xxh3
-
-
-def checksum(path) -> str:
-    """128 bits of XXH3 over a file, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        room = memoryview(bytearray(READ_BYTES))
-        while count := file.readinto(room):
-            digest.update(room[:count])
-    return digest.hexdigest()
-
-
-# Folders
-
-
 @contextmanager
 def partial_folder(target: str | os.PathLike) -> Iterator[Path]:
     """The folder `.target.partial` that becomes the target at the end. It outlives a run that is killed or fails.
@@ -184,7 +68,7 @@ def partial_folder(target: str | os.PathLike) -> Iterator[Path]:
     with partial_folder("packed") as folder:     # .packed.partial, perhaps with what an earlier run has finished
         ...                                      # at the end renamed to packed
 
-    An error after which no shard would be kept leaves nothing; others say how to go on.
+    An error after which no shard would be kept leaves nothing; others say how to resume.
     Raises BlockingIOError while another run writes there.
     """
     target = check_target(target).absolute()
@@ -211,7 +95,7 @@ def _becomes(target: Path, partial: Path) -> Iterator[Path]:
         raise
     except BaseException as error:
         if kept := count_shards(partial):
-            say_how_to_go_on(error, partial, kept)
+            say_how_to_resume(error, partial, kept)
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -278,7 +162,7 @@ def count_shards(folder) -> int:
     return sum(not file.name.endswith(".record") for file in folder.rglob("data-*"))
 
 
-def say_how_to_go_on(error: BaseException, partial, kept: int) -> None:
+def say_how_to_resume(error: BaseException, partial, kept: int) -> None:
     """Add to the error that finished shards are kept, and what to do with them."""
     shards = f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept in {str(partial)!r}"
     error.add_note(f"{shards}: run the same again to go on from there, or remove that folder")
@@ -331,52 +215,3 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
-
-
-def write_dataset(folder: Path, batches: Iterable[pa.RecordBatch], info, fingerprint: str, split: str | None) -> None:
-    """Write data-00000-of-00003.arrow …, dataset_info.json and state.json into an existing folder.
-
-    Shards are Arrow streams, not compressed, so that a loaded dataset is a memory map of them.
-    """
-    shards = _write_shards(folder, batches, info.features.arrow_schema)
-    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
-    for shard, name in zip(shards, names, strict=True):
-        shard.rename(folder / name)
-    for name, data in state_files(names, info, fingerprint, split).items():
-        (folder / name).write_bytes(data)
-
-
-def state_files(shards: list[str], info, fingerprint: str, split: str | None) -> dict[str, bytes]:
-    """What makes a dataset of these Arrow files: LICENSE if the source has one, dataset_info.json, state.json last."""
-    state = {
-        "_data_files": [{"filename": name} for name in shards],
-        "_fingerprint": fingerprint,
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": split,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        info.write_to_directory(folder, pretty_print=True)
-        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
-    return files | {"state.json": json.dumps(state, indent=2).encode()}
-
-
-def _write_shards(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> list[Path]:
-    """Begin a new shard once one has SHARD_BYTES. How many there will be is known at the end only."""
-    shards, writer, written = [], None, 0
-    try:
-        for batch in batches:
-            if writer is None:
-                shards.append(folder / f"{len(shards)}.writing")
-                writer, written = pa.ipc.new_stream(str(shards[-1]), schema), 0
-            writer.write_batch(batch)
-            written += batch.nbytes
-            if written >= SHARD_BYTES:
-                writer.close()
-                writer = None
-    finally:
-        if writer is not None:
-            writer.close()
-    return shards

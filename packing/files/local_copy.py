@@ -23,7 +23,7 @@ from pathlib import Path
 import xxhash
 
 from packing.files.cache import cache_folder
-from packing.files.folder import checksum, sync, write_file
+from packing.files.hashed import checksum, sync, write_file
 from packing.files.locks import held
 from packing.files.names import checked_path
 from packing.files.paths import is_file_in, named_errors, open_store

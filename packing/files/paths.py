@@ -28,7 +28,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PurePosixPath
 from types import SimpleNamespace
 
-from packing.files.folder import BINARY, READ_BYTES, HashedFile
+from packing.files.hashed import BINARY, READ_BYTES, HashedFile
 from packing.files.locks import LOOK, lock
 
 URL = re.compile(r"([A-Za-z][\w+.-]*)((::[\w+.-]+)*)://")

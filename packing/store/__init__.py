@@ -1,5 +1,6 @@
 """A folder with packs in it, here or at a URL: written, resumed and loaded.
 
+dataset_files  the files that load_from_disk reads, and the one writer of them
 shards      what one shard holds, and the function that writes it
 manifest    what a folder was made from, and what its files must hold
 writing     where packs are written

@@ -10,7 +10,7 @@ import datasets
 import pyarrow as pa
 import xxhash
 
-from packing.files.folder import checksum
+from packing.files.hashed import checksum
 from packing.files.local_copy import local_copy
 from packing.files.names import file_in
 from packing.files.paths import RemotePath, place
@@ -28,9 +28,9 @@ from packing.files.saved import (
 )
 from packing.source.fingerprint import packed_fingerprint
 from packing.source.rows import refuse_broken
+from packing.store.dataset_files import ARROW
 from packing.store.info import packed_info
 from packing.store.manifest import FILE, is_finished, read_manifest
-from packing.store.shards import ARROW
 
 
 def load_packed(

@@ -22,13 +22,14 @@ from pathlib import Path, PurePath
 
 import xxhash
 
-from packing.files.folder import write_file
+from packing.files.hashed import write_file
 from packing.files.metadata import build, read_json
 from packing.files.names import checked_name, file_in
 from packing.files.paths import RemotePath, place
 from packing.files.saved import INFO, STATE
 from packing.source.fingerprint import ColumnPrint
-from packing.store.shards import ARROW, PARQUET, ShardRecord
+from packing.store.dataset_files import ARROW, PARQUET
+from packing.store.shards import ShardRecord
 
 FORMAT = "dataset-packing manifest 1"
 FILE = "manifest.json"

@@ -20,22 +20,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from packing.files.folder import checksum, hashed_file, write_file
+from packing.files.hashed import checksum, write_file
 from packing.files.metadata import build, read_json
 from packing.files.paths import RemotePath, place
 from packing.source.rows import SourceColumns
 from packing.source.token_column import list_array
+from packing.store.dataset_files import write_batches
 
 BATCHES_AHEAD = 2  # gathered while another is written
-ARROW, PARQUET = ".arrow", ".parquet"  # endings
-ENDINGS = {"arrow": ARROW, "parquet": PARQUET}  # of the formats in options.FORMATS
 
 
 def check_parquet(schema: pa.Schema) -> None:
@@ -184,29 +182,12 @@ def write_shard(columns: SourceColumns, task: ShardTask, advance: Callable[[int]
         if advance is not None:
             advance(record.packs)
         return record
-    with hashed_file(path) as file:
-        with _open_writer(file, task) as writer:
-            for batch in gather_batches(columns, task.packs, task.schema, task.batch_packs):
-                writer.write_batch(batch)
-                if advance is not None:
-                    advance(batch.num_rows)
-        file.publish()
+    batches = gather_batches(columns, task.packs, task.schema, task.batch_packs)
+    file = write_batches(path, task.schema, batches, advance)
     tokens = int(task.packs.lengths.sum(dtype=np.int64))
     record = ShardRecord(task.file, task.packs.num_packs, len(task.packs.rows), tokens, file.size, file.xxh3)
     write_record(path, record)
     return record
-
-
-@contextmanager
-def _open_writer(file, task: ShardTask):
-    if not task.file.endswith(PARQUET):
-        with pa.ipc.new_stream(file, task.schema) as writer:
-            yield writer
-        return
-    import pyarrow.parquet as pq
-
-    with pq.ParquetWriter(file, task.schema) as writer:
-        yield writer
 
 
 def record_path(shard: Path | RemotePath) -> Path | RemotePath:

@@ -17,7 +17,7 @@ from packing.files.folder import (
     count_shards,
     partial_folder,
     refuse_others,
-    say_how_to_go_on,
+    say_how_to_resume,
 )
 from packing.files.paths import RemotePath, place
 from packing.files.saved import DICT  # written last of all, where there are several splits
@@ -76,7 +76,7 @@ def output_folder(output: str | os.PathLike, storage_options: dict | None = None
     except BaseException as error:
         with suppress(OSError):
             if kept := count_shards(folder):
-                say_how_to_go_on(error, folder, kept)
+                say_how_to_resume(error, folder, kept)
             elif folder.rglob(FILE):  # not removed: without a lock, it may be another run's
                 error.add_note(f"begun in {str(folder)!r}: run the same again, or remove that folder")
         raise

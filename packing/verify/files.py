@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import datasets
 import pyarrow as pa
 
-from packing.files.folder import checksum
+from packing.files.hashed import checksum
 from packing.files.names import file_in
 from packing.files.paths import RemotePath
 from packing.files.saved import INFO, STATE, read_info, read_state, state_faults, state_shards

@@ -11,8 +11,8 @@ from packing import PackedInfo, pack_dataset
 from packing.files.errors import whole_number
 from packing.options import ENGINES, FORMATS, OVERLONG, PackOptions
 from packing.source.sequences import CUTS
+from packing.store.dataset_files import ENDINGS
 from packing.store.info import packed_facts
-from packing.store.shards import ENDINGS
 
 ABOUT_THE_CALL = ("dataset", "output", "storage_options", "progress")
 

@@ -19,7 +19,8 @@ import pytest
 
 from packing import cli, pack_dataset
 from packing import dataset as packing_dataset
-from packing.files.folder import partial_folder, write_bytes
+from packing.files.folder import partial_folder
+from packing.files.hashed import write_bytes
 from packing.store.manifest import read_manifest
 
 datasets.disable_progress_bars()
@@ -326,7 +327,7 @@ def failing_write(number: int, code: int):
 def test_a_write_that_fails(source, whole, tmp_path, monkeypatch, code):
     output, before = tmp_path / "packed", contents(Path(source.cache_files[0]["filename"]).parent)
     with monkeypatch.context() as patch:
-        patch.setattr("packing.files.folder.write_bytes", failing_write(400, code))
+        patch.setattr("packing.files.hashed.write_bytes", failing_write(400, code))
         with pytest.raises(OSError, match=r"\.arrow") as caught:
             pack(source, output)
     assert caught.value.errno == code
@@ -341,7 +342,7 @@ def test_a_write_that_fails(source, whole, tmp_path, monkeypatch, code):
 
 
 def test_a_write_that_fails_before_anything_is_finished_leaves_nothing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("packing.files.folder.write_bytes", failing_write(5, errno.ENOSPC))
+    monkeypatch.setattr("packing.files.hashed.write_bytes", failing_write(5, errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
         pack(source, tmp_path / "new" / "packed")
     assert list(tmp_path.iterdir()) == []
@@ -456,7 +457,7 @@ def test_a_command_with_other_options_or_splits_is_refused(two_splits, source, t
 
 def test_a_command_on_a_full_disk(two_splits, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("packing.files.folder.write_bytes", failing_write(400, errno.ENOSPC))
+        patch.setattr("packing.files.hashed.write_bytes", failing_write(400, errno.ENOSPC))
         assert cli.main(two_splits) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device: '" in error

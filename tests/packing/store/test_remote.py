@@ -591,7 +591,7 @@ def test_a_disk_here_that_is_full_is_named(source, monkeypatch):
     def full(descriptor, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("packing.files.folder.write_bytes", full)
+    monkeypatch.setattr("packing.files.hashed.write_bytes", full)
     with pytest.raises(OSError, match=r"No space left.*pack-dataset-.*\.writing for shelf://.*TMPDIR says where"):
         pack(source, URL)
 

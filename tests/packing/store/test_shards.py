@@ -17,7 +17,8 @@ import xxhash
 
 from packing import pack_dataset, packed_info
 from packing.dataset import prepare_packing
-from packing.files.folder import checksum, partial_folder
+from packing.files.folder import partial_folder
+from packing.files.hashed import checksum
 from packing.options import PackOptions
 from packing.source.fingerprint import column_prints, combined_print
 from packing.source.rows import open_columns
