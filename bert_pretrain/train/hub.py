@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of its client, whichever that is
 
+from collate.training.hooks import overrides_trainer
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,6 +37,7 @@ class Secret(str):
         return type(None), ()
 
 
+@overrides_trainer
 class SaysWhatFailed:
     """Part of a Trainer: errors of the hub name what failed, where it lies on the disk, and how to upload it."""
 

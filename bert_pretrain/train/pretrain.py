@@ -27,7 +27,7 @@ from bert_pretrain.train.resume import check_output, find_checkpoint, run_record
 from bert_pretrain.train.run_record import config_record, write_record
 from bert_pretrain.train.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
-from collate.training.one_run import one_run
+from collate.training.agreement import one_run
 from collate.training.signals import SaveOnSignal
 from collate.vocabulary import vocabulary_size
 from packing import EpochPacks, packed_info

@@ -20,10 +20,12 @@ from bert_pretrain.train.hub import SaysWhatFailed
 from bert_pretrain.train.metrics import Meter, attends_fully, known_peak
 from bert_pretrain.train.run_record import versions, write_record
 from collate import DataCollatorWithPacking, PackedTrainer
+from collate.training.hooks import overrides_callback, overrides_trainer
 
 logger = logging.getLogger(__name__)
 
 
+@overrides_callback
 class _TiedTogether(TrainerCallback):
     """While FSDP cuts the model up: layers are parts, and the vocabulary projection stands for its head, with the bias
     that it is tied to; embedding and head are one part.
@@ -43,6 +45,7 @@ class _TiedTogether(TrainerCallback):
         self.model.__dict__.pop("get_output_embeddings", None)
 
 
+@overrides_callback
 class _LogsLastStep(TrainerCallback):
     """The last steps are logged, even if logging_steps does not divide max_steps, or is more."""
 
@@ -58,6 +61,7 @@ class _LogsLastStep(TrainerCallback):
             control.should_log = True  # Trainer logs a step once
 
 
+@overrides_trainer
 class PretrainTrainer(SaysWhatFailed, PackedTrainer):
     """A pretraining run's trainer.
 

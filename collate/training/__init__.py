@@ -1,15 +1,19 @@
 """PackedTrainer, and what it needs to know about Trainer and about packs.
 
-trainer          PackedTrainer
-plain_trainer    the callback for a plain Trainer
-order            which packs meet in an optimizer step
-own_loss         an overridden compute_loss
-predictions      evaluation and prediction over batches and ranks
-refused          TrainingArguments that packs cannot honour
-checkpoints      checkpoints that are complete or not there
+trainer          PackedTrainer: the task, the loss of a step, the log
+predictions      its evaluation and prediction, over batches and ranks
+dataloaders      its dataloaders: which packs they read, and in which order
 resume           a resumed run ends as the uninterrupted one
-agreement        ranks that must agree on what is on the disk
-one_run          one run at a time in an output_dir
+checkpoints      checkpoints that are complete or not there
+hooks            what we override of Trainer: one list, checked against the installed transformers
+order            which packs meet in an optimizer step
+progress         what training has seen
+own_loss         a model's own loss, or an overridden compute_loss
+plain_trainer    the callback for a plain Trainer
+refused          TrainingArguments that packs cannot honour
+agreement        ranks that must agree, and one run at a time in an output_dir
 signals          a signal saves a checkpoint and ends the run
 workers          a dataloader worker that was killed
+
+Others import PackedTrainer from collate; bert_pretrain also takes hooks, agreement, checkpoints, order and signals.
 """

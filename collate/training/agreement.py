@@ -1,18 +1,35 @@
-"""Ranks that must agree on what lies on the disk: one looks, all are told, and an error is raised by all or by none."""
+"""Ranks that must agree: on what lies on the disk, and on who writes into an output_dir."""
 
-from collections.abc import Callable
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
+from packing.files.locks import held, holder
+
+logger = logging.getLogger(__name__)
+
 Found = TypeVar("Found")
+
+LOCK = "_lock"
+"""In output_dir. Uploads to the hub leave out what begins with an underscore."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""The errors of file systems that are mounted without locks, as on some clusters."""
+
+_here: set[Path] = set()
+"""Folders that this process holds: who trains within a run does not wait for itself."""
 
 
 def agreed(arguments: TrainingArguments, look: Callable[[], Found]) -> Found:
-    """What `look` returns or raises, on all ranks; it is called on rank 0, or with save_on_each_node once on each node.
+    """What `look` returns or raises, on all ranks. Rank 0 calls it, or with save_on_each_node one rank of each node.
 
-    Without it all ranks would read the same files, and if one alone found them damaged, the others would wait for it.
+    If all ranks read the same files and one alone found them damaged, the others would wait for it forever.
     """
     if arguments.world_size == 1:
         return look()
@@ -30,3 +47,46 @@ def agreed(arguments: TrainingArguments, look: Callable[[], Found]) -> Found:
     if any(other != found[0] for other in found):
         raise ValueError(f"the nodes found different things: {found}; make their output folders alike, or share one")
     return found[0]
+
+
+@contextmanager
+def one_run(arguments: TrainingArguments, folder: str | os.PathLike) -> Iterator[None]:
+    """Make the folder and hold it: of two runs in it, one would leave its model and the other its record.
+
+    The first rank holds it, and the system frees it however that process ends.
+    Raises BlockingIOError on all ranks while another run holds it.
+    """
+    folder = Path(folder).absolute()
+    if folder in _here:
+        yield
+        return
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]  # the nearest first
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        agreed(arguments, lambda: _enter(stack, folder) if arguments.process_index == 0 else None)
+        _here.add(folder)
+        stack.callback(_here.discard, folder)
+        yield
+
+
+def _enter(stack: ExitStack, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    try:
+        stack.enter_context(held(lock))
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"another run{holder(lock)} is writing into output_dir={str(folder)!r}; wait for it, stop it, or give "
+            "another output_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s cannot be locked (%s): start no second run in it", folder, error.strerror)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Remove the folders that a refused run has made."""
+    with suppress(OSError):
+        for folder in made:
+            os.rmdir(folder)

@@ -22,12 +22,13 @@ from pickle import UnpicklingError
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
+from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from collate.training.agreement import agreed
-from collate.training.one_run import one_run
+from collate.training.agreement import agreed, one_run
+from collate.training.hooks import overrides_trainer
 from collate.training.workers import names_killed_workers
 from packing.files.hashed import sync
 from packing.files.metadata import read_json
@@ -254,7 +255,8 @@ def _not_written(target: Path, error: Exception) -> str:
     return f"{target} could not be written: {error}; {free:,} bytes are free there; make room; {there}"
 
 
-class SavesWhole:
+@overrides_trainer
+class SavesWhole(Trainer):
     """Part of a Trainer: its checkpoints are complete or not there, and a damaged one is refused.
 
     Trainer writes a checkpoint into _get_output_dir(trial)/checkpoint-N; while it does, that is the _unfinished folder.

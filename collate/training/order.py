@@ -16,17 +16,21 @@ They cost what the model spends on padding: nothing where it is dropped (PackedB
 models.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import Sampler
+import pyarrow as pa
+from torch.utils.data import Dataset, Sampler
 
 from packing import EpochPacks
 from packing.numba_tools import njit
 
 NO_DEPTH = -1
 GOLDEN = 0.6180339887498949
+
+EMPTY_PACK: dict[str, list] = {"input_ids": [], "sequence_lengths": []}
+"""A row without any sequence: no loss, no denominator, no gradient."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +197,70 @@ def pack_lengths(dataset) -> tuple[np.ndarray, np.ndarray]:
 def pack_depths(dataset) -> np.ndarray:
     """(packs,) sequences in each."""
     return np.diff(pack_lengths(dataset)[1])
+
+
+class StepSampler(Sampler):
+    """Packs in random order by whole steps of packs_per_step; an incomplete step stays at the end.
+
+    packs 0 1 | 2 3 | 4 5 | 6, packs_per_step 2  ->  4 5 0 1 2 3 6, say
+
+    A balanced dataset stays balanced: the packs of a step are those that were put together.
+
+    length: if more than num_packs, empty packs follow, see EvenedPacks. They too stay at the end, so that the order
+        depends on (seed, epoch) and not on how many ranks there are.
+    """
+
+    def __init__(self, num_packs: int, packs_per_step: int, seed: int, length: int | None = None):
+        self.num_packs, self.packs_per_step, self.seed, self.epoch = num_packs, packs_per_step, seed, 0
+        self.length = num_packs if length is None else length
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        complete = self.num_packs // self.packs_per_step
+        draw = np.random.default_rng([self.seed, self.epoch])
+        for step in draw.permutation(complete).tolist():
+            yield from range(step * self.packs_per_step, (step + 1) * self.packs_per_step)
+        yield from range(complete * self.packs_per_step, self.length)
+
+
+class EvenedPacks(Dataset):
+    """A packed dataset followed by empty packs, up to a multiple of what all ranks take at once.
+
+    7 packs, multiple 4  ->  7 packs and 1 that holds no sequence: no loss, no denominator, no gradient.
+
+    So is every pack with a number beyond, which a sampler may ask for.
+    """
+
+    def __init__(self, packs, multiple: int):
+        self.packs = packs
+        self.num_packs = len(packs)
+        self.padded_length = -(-len(packs) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.padded_length
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]):
+        real = [index for index in indices if index < self.num_packs]
+        num_empty = len(indices) - len(real)
+        if not real:
+            return [EMPTY_PACK] * num_empty
+        rows = self.packs.__getitems__(real) if hasattr(self.packs, "__getitems__") else [self.packs[i] for i in real]
+        if not num_empty:
+            return rows
+        if isinstance(rows, pa.Table) and all(pa.types.is_list(type_) for type_ in rows.schema.types):
+            empty = {field.name: pa.array([[]] * num_empty, field.type) for field in rows.schema}
+            return pa.concat_tables([rows, pa.table(empty)])
+        if not isinstance(rows, list):
+            rows = rows.to_pylist()
+        return rows + [EMPTY_PACK] * num_empty
 
 
 @njit(cache=True)

@@ -10,15 +10,19 @@ N sequences of the batch, or with token labels its T tokens, or with masks its P
 Beside labels of sequences, other columns with a value per sequence, such as weights, are (N, …), too.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from collate.heads import PackedOutput
+from collate.columns import IGNORED
+from collate.heads import PAIR_LABELS, PackedOutput
 from collate.heads.batch import PackedBatch
+from collate.heads.check import check_label_ids
 from collate.layout import PADDING
+from collate.training.progress import count_packs
 
 
 class SeenModel:
@@ -122,3 +126,52 @@ def loss_by(override: Callable, seen: SeenModel, name: str, needs_count: bool) -
 def has_sequences(batch: Mapping[str, Tensor]) -> bool:
     """Whether any slot of the batch holds a token; a rank that ran out of packs gets padding alone."""
     return bool((batch["sequence_ids"] != PADDING).any())
+
+
+class OwnLoss:
+    """A model's own loss, as a task."""
+
+    def __init__(self, model: nn.Module):
+        self.metrics = model.metrics
+        self.arguments = frozenset(inspect.signature(model.forward).parameters)
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return count_denominators(batch)
+
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return count_packs(batch)[0]
+
+    def targets(self, packed) -> dict[str, Tensor]:
+        return {}
+
+    @staticmethod  # so that no worker is sent the model
+    def check(batch: Mapping[str, Tensor]) -> None:
+        for name in PAIR_LABELS:
+            check_label_ids(batch, name, 2, "kinds of pairs")
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None):
+        batch = {name: values for name, values in batch.items() if name in self.arguments}
+        return model(**batch, denominators=denominators)
+
+
+def has_own_loss(model: nn.Module) -> bool:
+    return "denominators" in inspect.signature(model.forward).parameters and hasattr(model, "metrics")
+
+
+def count_denominators(batch: dict[str, Tensor]) -> Tensor:
+    """(3,) int64: predicted tokens, sequences with predicted tokens, and sequences with a label of their sentence pair.
+
+    labels [[-100, 7, 8, -100]], sequence_ids [[1, 1, 1, 2]], next_sentence_label [[0, 1]]  ->  [2, 1, 2]
+    """
+    sequence_ids_BL = batch["sequence_ids"].long()
+    zero = sequence_ids_BL.new_zeros(())
+    mlm_tokens = mlm_sequences = pair_sequences = zero
+    if "labels" in batch:
+        predicted_BL = (batch["labels"] != IGNORED) & (sequence_ids_BL != PADDING)
+        # a pack of L slots has at most L sequences: a fixed shape, so that a GPU need not be waited for
+        hits = sequence_ids_BL.new_zeros(len(sequence_ids_BL), sequence_ids_BL.shape[1] + 1)
+        hits.scatter_add_(1, sequence_ids_BL, predicted_BL.long())
+        mlm_tokens, mlm_sequences = predicted_BL.sum(), (hits > 0).sum()
+    for name in PAIR_LABELS.keys() & batch.keys():  # one of them: a model refuses both
+        pair_sequences = pair_sequences + (batch[name] != IGNORED).sum()
+    return torch.stack([mlm_tokens, mlm_sequences, pair_sequences])

@@ -9,6 +9,7 @@ from transformers.trainer_utils import has_length
 from collate.isolation.arguments import position_ids_start
 from collate.isolation.encoders import REFUSED
 from collate.isolation.hook import is_isolated
+from collate.training.hooks import overrides_callback
 from collate.training.refused import refuse_arguments, refuse_data_skip
 
 PLAIN = "plain Trainer on packs"
@@ -19,6 +20,7 @@ MASKS_OF = {"attention_mask": ("sdpa",), "attention_bias": ("sdpa", "eager")}
 """Attention implementations that read these masks as they are meant."""
 
 
+@overrides_callback
 class SetEpoch(TrainerCallback):
     """Calls target.set_epoch at the begin of every epoch.
 
@@ -48,6 +50,7 @@ class SetEpoch(TrainerCallback):
         self.next_epoch += 1
 
 
+@overrides_callback
 class PlainTrainerCallback(SetEpoch):
     """SetEpoch, and a ValueError at the begin of training for what plain Trainer would get wrong with packs, the first
     four and the last also at the begin of an evaluation:

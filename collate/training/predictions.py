@@ -1,15 +1,26 @@
-"""What evaluation and prediction collect over batches and ranks: sums, and predictions in the dataset's order."""
+"""Evaluation and prediction: sums over batches and ranks, and predictions in the order of the dataset."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    EvalPrediction,
+    default_compute_objective,
+    denumpify_detensorize,
+)
 
 from collate.columns import IGNORED
 from collate.heads import PerSequence
+from collate.training.dataloaders import LoadsPacks
+from collate.training.hooks import overrides_trainer
+from collate.training.own_loss import SeenModel, has_sequences, loss_by
+from collate.training.progress import count_sequences, drop_figures_of_rows
+from collate.training.workers import names_killed_workers
 
 
 class RunningSums:
@@ -73,3 +84,112 @@ class Predictions:
 
 def _on_cpu(values: PerSequence) -> PerSequence:
     return PerSequence(values.values.cpu(), None if values.lengths is None else values.lengths.cpu())
+
+
+@overrides_trainer
+class EvaluatesSequences(LoadsPacks):
+    """Part of a Trainer that has a task: evaluation counts sequences, and predictions have one row per sequence."""
+
+    _override: Callable | None
+    """A compute_loss of the user's own."""
+
+    def evaluate(self, *args, **kwargs):
+        with names_killed_workers(self.args):
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        with names_killed_workers(self.args):
+            output = super().predict(*args, **kwargs)
+        drop_figures_of_rows(output.metrics)
+        return output
+
+    def num_examples(self, dataloader) -> int:
+        """Sequences, as in every figure of samples."""
+        counted = count_sequences(getattr(dataloader, "dataset", None))
+        return super().num_examples(dataloader) if counted is None else counted
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Sums over the whole evaluation set, then one division: a deep pack weighs what its sequences weigh."""
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models:  # evaluation without training before it
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        was_training = model.training
+        model.eval()
+        sums, losses = RunningSums(), RunningSums()
+        collected = None if prediction_loss_only else Predictions()
+        for inputs in dataloader:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs, loss_and_weight = self._evaluated(model, self._prepare_inputs(inputs))
+            sums.add(outputs.sums)
+            losses.add(loss_and_weight)
+            if collected is not None:
+                collected.add(outputs, inputs)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(was_training)
+        if sums.total is None:
+            raise ValueError(f"{description}: the dataset has no packs; give an evaluation set with at least one")
+        metrics = self.task.metrics(self.accelerator.reduce(sums.take(), "sum").cpu())
+        if self._override is not None:
+            metrics = _with_loss(metrics, *self.accelerator.reduce(losses.take(), "sum").tolist())
+        predictions, labels = (None, None) if collected is None else collected.gathered(self.args.world_size)
+        users = {}
+        if self.compute_metrics is not None and labels is not None:
+            given = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+            users = _prefixed(denumpify_detensorize(given), metric_key_prefix)
+        own = _prefixed(metrics, metric_key_prefix)
+        self._no_objective |= own.keys() - {f"{metric_key_prefix}_loss"}
+        self._no_objective -= users.keys()
+        return EvalLoopOutput(
+            predictions=predictions, label_ids=labels, metrics=own | users, num_samples=metrics["sequences"]
+        )
+
+    def _evaluated(self, model: nn.Module, inputs: Mapping[str, Tensor]):
+        """The task's outputs; (2,) the loss of an override, times what it is a mean over, and the latter."""
+        nothing = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        if self._override is None or not has_sequences(inputs):
+            return self.task(model, inputs), nothing
+        counts = self.task.count(inputs)
+        if len(counts) and not counts.any():  # as in training, there is no loss without labels
+            return self.task(model, inputs), nothing
+        seen = SeenModel(self.task, model, inputs, counts, ranks=1)
+        loss = loss_by(self._override, seen, type(self).__name__, needs_count=False).detach().double()
+        outputs = self.task(model, inputs) if seen.output is None else seen.output
+        weight = self.task.weight(inputs).to(nothing)
+        return outputs, torch.stack([loss.to(nothing) * weight, weight])
+
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        """The default objective is Trainer's: the loss, or with metrics of the user's the sum of these."""
+        if compute_objective is None:
+            compute_objective = self._default_objective
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+
+    def _default_objective(self, metrics: dict[str, float]) -> float:
+        """That of the metrics which evaluate() returned, without counts and those that only PackedTrainer has."""
+        kept = {k: v for k, v in metrics.items() if k not in self._no_objective and not _is_memory(k)}
+        objective = default_compute_objective(kept)
+        if objective is None:
+            raise ValueError(
+                f"hyperparameter_search has no objective: evaluation gives no eval_loss, only {sorted(metrics)}; give "
+                "the evaluation set labels, or hyperparameter_search a compute_objective"
+            )
+        return objective
+
+
+def _is_memory(name: str) -> bool:
+    """Whether Trainer's skip_memory_metrics=False has added it."""
+    return "_mem_cpu" in name or "_mem_gpu" in name
+
+
+def _prefixed(metrics: Mapping, prefix: str) -> dict:
+    """As Trainer names them: {"f1": 1, "eval_f2": 2}, eval -> {"eval_f1": 1, "eval_f2": 2}"""
+    return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+def _with_loss(metrics: dict, total: float, weight: float) -> dict:
+    """The override's loss in place of the task's."""
+    others = {name: value for name, value in metrics.items() if name != "loss"}
+    return {"loss": total / weight, **others} if weight else others

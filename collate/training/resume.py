@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from collate.training.checkpoints import SavesWhole
+from collate.training.hooks import overrides_callback, overrides_trainer
 from collate.training.refused import refuse_data_skip
 from packing.files.metadata import read_json
 
@@ -43,6 +44,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
+@overrides_trainer
 class ResumesExactly(SavesWhole):
     """Part of a Trainer that has `_train_sums`: see above."""
 
@@ -107,6 +109,7 @@ class ResumesExactly(SavesWhole):
             self._train_sums.total = sums.to(self.args.device)
 
 
+@overrides_callback
 class _ExactSteps(TrainerCallback):
     def __init__(self, trainer: ResumesExactly):
         self.trainer = trainer

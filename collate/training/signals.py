@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from collate.training.hooks import overrides_callback
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -34,6 +36,7 @@ class Stopped(SystemExit):
         return f"{name} received: saved checkpoint-{self.step} and stopped; run the same command again to go on from it"
 
 
+@overrides_callback
 class SaveOnSignal(TrainerCallback):
     """At the end of the optimizer step in which any rank got a signal, all ranks save and stop.
 

@@ -17,7 +17,7 @@ from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.console import Lines
 from bert_pretrain.train.metrics import Meter, ModelFlops, known_peak, peak_flops
 from bert_pretrain.train.pretrain import pretrain
-from collate.training.trainer import count_packs
+from collate.training.progress import count_packs
 
 
 @pytest.fixture(scope="module")

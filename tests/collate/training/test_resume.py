@@ -32,9 +32,8 @@ from bert_pretrain.train.new_model import build_model
 from bert_pretrain.train.resume import _check_record, run_record
 from collate import DataCollatorWithPacking
 from collate.training import agreement, checkpoints
-from collate.training.agreement import agreed
+from collate.training.agreement import agreed, one_run
 from collate.training.checkpoints import DamagedCheckpoint, check_checkpoint, last_checkpoint
-from collate.training.one_run import one_run
 from collate.training.resume import ResumesExactly
 from packing import pack_dataset
 from packing.files.locks import held

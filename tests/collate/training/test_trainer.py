@@ -21,7 +21,7 @@ from training_runs import (
 )
 
 from collate import DataCollatorWithPacking
-from collate.training.trainer import StepSampler
+from collate.training.order import StepSampler
 from packing import pack_dataset
 
 

@@ -1,0 +1,187 @@
+"""The dataloaders of a PackedTrainer: which packs they read, in which order, and how batches are checked."""
+
+import logging
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.data import IterableDataset, Sampler
+from transformers import default_data_collator
+
+from collate.collator import DataCollatorWithPacking
+from collate.heads.check import CheckedCollator, check_inputs, embedding_sizes, refuse_text
+from collate.rows import LABELS, ArrowRows
+from collate.training.hooks import overrides_trainer
+from collate.training.order import EMPTY_PACK, EvenedPacks, SequencesPerStep, StepSampler, check_sequences_per_step
+from collate.training.resume import ResumesExactly
+from packing import EpochPacks, PackedInfo, packed_info
+
+logger = logging.getLogger(__name__)
+
+USUAL_WIDTH = 768
+"""The width of a model that does not say it; packs are dealt by cost."""
+
+
+@overrides_trainer
+class LoadsPacks(ResumesExactly):
+    """Part of a Trainer: every dataloader's collator knows its dataset, and all ranks get the same number of packs."""
+
+    sequences_per_step: int | None = None
+    task: Any
+    _train_order: Sampler | None = None
+    _packed_info: PackedInfo | None = None
+    _source: Any = None
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
+        collator = self.data_collator
+        self._refuse_dataset(dataset, description, is_training)
+        self._packed_info, self._source = _packed_info(dataset), dataset
+        packs: Any = dataset
+        if isinstance(collator, DataCollatorWithPacking):
+            self.data_collator = self._checked_collator(collator, dataset, is_training)
+            if ArrowRows.can_hold(dataset):
+                packs = ArrowRows(dataset)
+        packs = self._evened(packs, batch_size, is_training, has_epochs=isinstance(dataset, EpochPacks))
+        try:
+            return super()._get_dataloader(packs, description, batch_size, *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    def _refuse_dataset(self, dataset, description: str, is_training: bool) -> None:
+        """Raise ValueError for a collator that knows nothing of packs, and for a dataset without a needed length."""
+        collator = self.data_collator
+        if collator is default_data_collator or type(collator).__module__.startswith("transformers."):
+            name = getattr(collator, "__name__", type(collator).__name__)
+            raise ValueError(
+                f"{name} knows nothing of packs; give PackedTrainer data_collator=DataCollatorWithPacking(tokenizer, …)"
+            )
+        if _has_length(dataset):
+            return
+        if is_training and self.sequences_per_step is not None:
+            raise ValueError(
+                f"sequences_per_step={self.sequences_per_step} chooses among all packs, which an iterable dataset does "
+                "not have; use a dataset with a length, or leave it out"
+            )
+        if self.args.world_size > 1:
+            raise ValueError(
+                f"the {description} dataset is iterable: over {self.args.world_size} processes accelerate would "
+                "repeat packs to even them out; use a dataset with a length"
+            )
+
+    def _checked_collator(self, collator: DataCollatorWithPacking, dataset, is_training: bool) -> CheckedCollator:
+        bound = self._bound_collator(collator, dataset, is_training)
+        if bound.masking_rule is None:
+            refuse_text(dataset, ("labels", *LABELS), bound.columns)
+        checked = CheckedCollator(bound, [partial(check_inputs, sizes=embedding_sizes(self.model)), self.task.check])
+        if is_training and not hasattr(dataset, "__len__"):
+            self._empty_batch = checked([EMPTY_PACK])
+        return checked
+
+    def _bound_collator(self, collator: DataCollatorWithPacking, dataset, is_training: bool) -> DataCollatorWithPacking:
+        if _packed_info(dataset) is not None or collator.unpacked_rows is not None:
+            collator = collator.for_dataset(dataset)
+        return collator if is_training else collator.for_prediction()
+
+    def _evened(self, packs, batch_size: int, is_training: bool, has_epochs: bool):
+        """The packs, and as many empty ones as all ranks need to take equal numbers."""
+        if not _has_length(packs):
+            return packs
+        taken_at_once = self.args.world_size * batch_size
+        is_dropped = not is_training and self.args.dataloader_drop_last  # with empty packs nothing is left over
+        if self.args.world_size > 1 or is_dropped:
+            return EvenedPacks(packs, taken_at_once)
+        if has_epochs or (is_training and self.sequences_per_step is not None):
+            return EvenedPacks(packs, 1)  # without a set_epoch, by which accelerate would start each evaluation anew
+        return packs
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.sequences_per_step is not None:
+            self._train_order = self._order_by_sequences()
+            return self._train_order
+        if not hasattr(train_dataset, "__len__") or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        num_packs = train_dataset.num_packs if isinstance(train_dataset, EvenedPacks) else len(train_dataset)
+        self._train_order = StepSampler(num_packs, self._balanced_packs(), self._order_seed, len(train_dataset))
+        return self._train_order
+
+    def _balanced_packs(self) -> int:
+        """How many packs were balanced together; warns if forward passes take other numbers."""
+        balance = None if self._packed_info is None else self._packed_info.balance
+        if balance is None:
+            return 1
+        packs_per_pass = self.args.train_batch_size * self.args.world_size
+        if packs_per_pass % balance:
+            logger.warning(
+                "the packs are balanced %d by %d, but a forward pass over all ranks takes %d; pack the dataset "
+                "with balance=%d, or passes cost unequally",
+                *(balance, balance, packs_per_pass, packs_per_pass),
+            )
+        return balance
+
+    def _order_by_sequences(self) -> SequencesPerStep:
+        if self._packed_info is None or self.sequences_per_step is None:
+            raise ValueError(
+                f"sequences_per_step={self.sequences_per_step} needs a train_dataset of pack_dataset, or EpochPacks, "
+                f"whose packs' depths are known; got {type(self._source).__name__}"
+            )
+        return SequencesPerStep(
+            self._source,
+            self.sequences_per_step,
+            packs_per_pass=self._train_batch_size,
+            passes=self.args.gradient_accumulation_steps,
+            ranks=self.args.world_size,
+            seed=self._order_seed,
+            width=_width(self.model),
+        )
+
+    @property
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _remove_unused_columns(self, dataset, description=None):
+        return dataset
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+        """The micro-batches of one optimizer step.
+
+        A dataset without a length may end within a step. Trainer then makes no step and carries the gradients over
+        into the next epoch; here empty batches fill the step, so that the last batches get a step of their own.
+        """
+        batches, denominators = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and len(batches) < num_batches:
+            batches += [self._empty_batch] * (num_batches - len(batches))
+        return batches, denominators
+
+
+def refuse_torn_steps(args, sequences_per_step: int) -> None:
+    """Raise ValueError for arguments that would tear the steps of sequences_per_step."""
+    check_sequences_per_step(sequences_per_step)
+    for name, value, instead in (
+        ("train_sampling_strategy", args.train_sampling_strategy, "random"),
+        ("auto_find_batch_size", args.auto_find_batch_size, False),
+        ("split_batches", args.accelerator_config.split_batches, False),
+    ):
+        if value != instead:
+            raise ValueError(
+                f"sequences_per_step={sequences_per_step} chooses the packs of each step, which {name}={value!r} would "
+                f"not keep together; set {name}={instead!r}"
+            )
+
+
+def _has_length(dataset) -> bool:
+    return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+
+
+def _width(model: nn.Module) -> int:
+    return getattr(getattr(model, "config", None), "hidden_size", None) or USUAL_WIDTH
+
+
+def _packed_info(dataset) -> PackedInfo | None:
+    """How the dataset was packed, if it says so."""
+    try:
+        return packed_info(dataset)
+    except ValueError:
+        return None

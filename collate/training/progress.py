@@ -1,0 +1,104 @@
+"""What training has seen, counted over all ranks: sequences, tokens, packs and token slots."""
+
+from collections.abc import Sequence
+
+import datasets
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from collate.rows import ArrowRows
+from collate.training.hooks import overrides_callback
+from collate.training.order import EvenedPacks
+from packing import EpochPacks
+
+COUNTED_PACKS = 10_000  # at a time
+
+
+def count_packs(batch: dict[str, Tensor]) -> Tensor:
+    """(4,) int64: sequences, real tokens, token slots of packs that hold any, and the sum of squared lengths.
+
+    sequence_ids [[1, 1, 1, 2], [0, 0, 0, 0]]  ->  [2, 4, 4, 10]
+    """
+    sequence_ids_BL = batch["sequence_ids"].long()
+    packs, slots = sequence_ids_BL.shape
+    lengths = sequence_ids_BL.new_zeros(packs, slots + 1).scatter_add_(
+        1, sequence_ids_BL, torch.ones_like(sequence_ids_BL)
+    )[:, 1:]
+    is_filled = lengths.sum(1) > 0
+    return torch.stack([(lengths > 0).sum(), lengths.sum(), is_filled.sum() * slots, lengths.square().sum()])
+
+
+@overrides_callback
+class PackingProgress(TrainerCallback, ExportableState):
+    """What training has seen, over all ranks: sequences, tokens, packs that hold any, and the token slots of these.
+
+    Saved and resumed with Trainer's state, as is what the last log had seen: so an interval with a resume in it is
+    whole.
+
+    counts, logged: (4,) in that order, by now and by the last log.
+    """
+
+    def __init__(self, counts: Sequence[int] = (0, 0, 0, 0), logged: Sequence[int] = (0, 0, 0, 0)):
+        self._counts, self._logged = torch.tensor(counts), list(logged)
+        self._sequences_before = counts[0]
+
+    def add(self, counts: Tensor) -> None:
+        """counts: (4,) of one optimizer step."""
+        self._counts = self._counts.to(counts.device) + counts
+
+    @property
+    def in_this_run(self) -> int:
+        """Sequences since training began or was resumed."""
+        return int(self._counts[0]) - self._sequences_before
+
+    def since_last_log(self) -> dict[str, float]:
+        """The packing efficiency, and begin anew."""
+        now = self._counts.tolist()
+        _, tokens, _, slots = (count - logged for count, logged in zip(now, self._logged, strict=True))
+        self._logged = now
+        return {"packing_efficiency": tokens / slots} if slots else {}
+
+    def seen(self, steps: int) -> dict[str, float]:
+        """For the log, over all steps so far; packing_factor is the realised one."""
+        sequences, tokens, packs, _ = self._counts.tolist()
+        seen = {"sequences_seen": sequences, "tokens_seen": tokens}
+        if packs and steps:
+            seen |= {"packing_factor": sequences / packs, "packs_per_step": packs / steps}
+        return seen
+
+    def state(self) -> dict:
+        return {"args": {"counts": self._counts.tolist(), "logged": self._logged}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        is_resumed = state.global_step > 0 and isinstance(saved, dict)
+        self.__init__(**saved["args"]) if is_resumed else self.__init__()
+
+
+def count_sequences(dataset) -> int | None:
+    """How many sequences a dataset of packs holds; None where that would mean to read all of it.
+
+    Rows that are not packed are a sequence each.
+    """
+    while isinstance(dataset, EvenedPacks | ArrowRows):
+        dataset = dataset.packs if isinstance(dataset, EvenedPacks) else dataset.dataset
+    if isinstance(dataset, EpochPacks):
+        return len(dataset.lengths)
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    if "sequence_lengths" not in dataset.column_names:
+        return len(dataset)
+    lengths = dataset.select_columns(["sequence_lengths"]).with_format("arrow")
+    return sum(
+        pc.sum(pc.list_value_length(table["sequence_lengths"])).as_py() or 0 for table in lengths.iter(COUNTED_PACKS)
+    )
+
+
+def drop_figures_of_rows(metrics: dict) -> None:
+    """What Trainer computes as if a row were one sequence: FLOPs, and evaluation's forward passes per second."""
+    for name in [name for name in metrics if name == "total_flos" or name.endswith("_steps_per_second")]:
+        if name != "train_steps_per_second":
+            del metrics[name]
