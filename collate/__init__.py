@@ -1,4 +1,23 @@
-"""Packed rows -> batches, layouts and packed training: what stands between `packing` and a model."""
+"""Packed rows -> batches, layouts and packed training: what stands between `packing` and a model.
+
+collator         DataCollatorWithPacking: packed rows -> the tensors of one batch
+rows             rows in whatever form -> flat arrays
+masking, words   which tokens to predict, how to corrupt them, and which of them make a word
+columns          labels by name and value
+layout           PackLayout: where the sequences of a batch lie
+chunks           sequences cut into chunks, for attention over blocks
+length_groups    sequences of like length side by side
+views            views that a layout makes once
+losses           masked language modelling in numbers
+vocabulary       which ids a tokenizer's tokens have
+isolate          isolate_sequences: a stock encoder honours sequence_ids
+probe            check_isolation: what leaks between sequences, and by how much
+isolation/       how an encoder keeps sequences apart
+heads/           packed task heads of stock models
+training/        PackedTrainer, and a callback for a plain Trainer
+
+Import the names in __all__ from here.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
