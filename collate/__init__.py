@@ -2,6 +2,7 @@
 
 collator         DataCollatorWithPacking: packed rows -> the tensors of one batch
 rows             rows in whatever form -> flat arrays
+mask_rows        flat arrays -> masked tokens and labels
 masking, words   which tokens to predict, how to corrupt them, and which of them make a word
 columns          labels by name and value
 layout           PackLayout: where the sequences of a batch lie

@@ -1,6 +1,5 @@
 """DataCollatorWithPacking: packed rows -> the tensors of one batch."""
 
-import contextlib
 import copy
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from collate.columns import IGNORED
+from collate.columns import HEADS_OF_SEQUENCES, HEADS_OF_TOKENS, IGNORED
 from collate.isolation.arguments import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
-from collate.masking import MaskingRule, sequence_keys, token_keys
+from collate.mask_rows import count_words, mask_rows, masking_rule
 from collate.rows import (
     ANSWERS,
     LABELS,
@@ -27,15 +26,15 @@ from collate.rows import (
     read_packed_rows,
     read_sequences,
 )
-from collate.training.plain_trainer import HEADS_OF_TOKENS, PlainTrainerCallback, SetEpoch
-from collate.vocabulary import token_ids
-from collate.words import word_boundaries, word_continuations
 from packing import packed_info
 
 logger = logging.getLogger(__name__)
 
-EMIT = ("sequence_ids", "attention_mask", "attention_bias", "flash")
-UNPACKED_ROWS = (None, "keep", "pack")
+CHOICES = {
+    "emit": ("sequence_ids", "attention_mask", "attention_bias", "flash"),
+    "unpacked_rows": (None, "keep", "pack"),
+    "return_tensors": ("pt", "np"),
+}
 NO_CLS = -1
 EVALUATION_EPOCH = -1
 """The epoch that evaluation's masks are drawn for: always the same ones."""
@@ -45,19 +44,6 @@ CUT_SHARE = 0.05
 
 BOOKKEEPING = ("sequence_indices", "sequence_starts", "special_tokens_mask", "word_ids")
 """Columns that the collator reads for itself; a model gets them only when `columns` names them."""
-
-HEADS_OF_SEQUENCES = ("ForSequenceClassification", "ForNextSentencePrediction")
-"""Ends of the names of stock classes whose labels belong to sequences."""
-
-RETURN_TENSORS = ("pt", "np")
-OF_MASKING = {
-    "masking": "exact",
-    "mask_replace_prob": 0.8,
-    "random_replace_prob": 0.1,
-    "whole_word_mask": False,
-    "max_predictions_per_sequence": None,
-}
-"""Options that only masking reads, and their defaults."""
 
 
 class DataCollatorWithPacking:
@@ -75,36 +61,35 @@ class DataCollatorWithPacking:
         mlm_probability: share of each sequence's tokens to predict. None: no masking; the rows' own `labels` pass.
         masking: "exact" (BERT's count per sequence), "independent" or "span"; see `collate.masking`.
         pad_to: L, the token slots per pack. None: the longest pack of the batch, until `for_dataset` sets it.
-        emit: how a batch says which tokens belong together. "sequence_ids": (B, L) int32, 65 KB at 32 x 512, for
-            models prepared by `isolate_sequences` and for PackedBertForPreTraining. It is there in any case; beside it,
-            for models that are not prepared: "attention_mask", (B, 1, L, L) bool, True = attend, right for sdpa only;
-            "attention_bias", the same as floats that are added, right for eager, too (both under the key
-            `attention_mask`, and both wrong for sliding windows); "flash": no padding, one row (1, T), with
-            cu_seq_lens_q/k and max_length_q/k as transformers calls them.
+        emit: how a batch says which tokens belong together. Each has `sequence_ids` (B, L) int32, 65 KB at 32 x 512:
+            for PackedBertForPreTraining and for models that `isolate_sequences` has prepared. For others there is more:
+            "attention_mask"    (B, 1, L, L) bool, True = attend; right for sdpa only
+            "attention_bias"    the same as floats that are added, under the key `attention_mask`; right for eager, too
+            "flash"             no padding, one row (1, T), with transformers' cu_seq_lens_q/k and max_length_q/k
+            Neither mask is right for sliding windows.
         position_ids_start: the first position of each sequence. None: that of `model`, or else 0. RoBERTa and its
-            relatives begin at padding_idx + 1.
+            relatives start at padding_idx + 1.
         seed: of the masks.
-        max_sequences_per_pack: S, the sequence slots per pack. None: the deepest pack of the batch, likewise.
-        model: the model that batches are for, only to learn its position_ids_start from. PackedTrainer sees to that.
-        unpacked_rows: for rows that hold one sequence each, as a tokenizer makes them: "keep" gives each a row of its
-            own; "pack" packs each batch into rows of pad_to tokens, as many as it takes. None: rows are packed, and
-            what is not is refused: a packed row taken for one sequence would be contaminated.
-        columns: which columns to pass on. None: all that hold numbers, but for those in BOOKKEEPING. A column with a
-            value per token becomes (B, L), one with a value per sequence (B, S); text is left out. Without masking,
-            `label` and `label_ids` become `labels`, as in transformers' collators.
-        token_columns: those with a value per token. None: `for_dataset` knows, for labels the model's task (`model`,
-            `for_model`), or else their number says it; rows of one length leave that open, and are refused unless a
-            batch before them has said it.
-        mask_replace_prob, random_replace_prob, whole_word_mask: as in DataCollatorForLanguageModeling. Whole words are
-            told by the rows' `word_ids` (None or negative: in no word), or else by the pieces of the vocabulary (##, ▁
-            or Ġ). Those longer than a sequence's budget are masked token by token; `count_words` counts them.
-        max_predictions_per_sequence: at most so many tokens are predicted in a sequence; None: no limit.
+        max_sequences_per_pack: S, the sequence slots per pack. None: the deepest pack of the batch, or `for_dataset`.
+        model: gives its position_ids_start, and the kind of its labels. PackedTrainer gives its own model.
+        unpacked_rows: for rows that hold one sequence each, as a tokenizer makes them. "keep" gives each a row of its
+            own; "pack" packs each batch into rows of pad_to tokens. None: rows are packed, and others are refused.
+        columns: which columns to pass on. None: all that hold numbers, except BOOKKEEPING. A column with a value per
+            token becomes (B, L), one with a value per sequence (B, S). Without masking, `label` and `label_ids` become
+            `labels`, as in transformers' collators.
+        token_columns: those with a value per token. None: `for_dataset` knows them, and the model's task the labels'
+            kind. Otherwise the number of values tells. Rows of one length do not tell: they are refused until a batch
+            of several lengths has told.
+        mask_replace_prob, random_replace_prob, whole_word_mask: as in DataCollatorForLanguageModeling. The rows'
+            `word_ids` tell whole words (None or negative: in no word), or else the vocabulary's pieces (##, ▁ or Ġ).
+            A word longer than its sequence's budget is masked token by token; `count_words` counts them.
+        max_predictions_per_sequence: predict at most so many tokens of a sequence; None: no limit.
         pad_to_multiple_of: rounds L up.
         return_tensors: "pt" or "np".
 
-    Returns: input_ids, sequence_ids (int32), position_ids (B, L); labels (B, L) of masking, -100 where nothing is
-    predicted; cls_positions (B, S), -1 in empty slots; other columns, token-level ones with 0 on padding (`labels`:
-    -100), sequence-level ones with -100 in empty slots, or NaN if they are floats. Floats are float32, all else int64.
+    Returns: input_ids, sequence_ids (int32) and position_ids (B, L); cls_positions (B, S), -1 in empty slots; with
+    masking labels (B, L), -100 where nothing is predicted. Other columns of tokens have 0 on padding (`labels`: -100),
+    those of sequences -100 in empty slots, or NaN if they are floats. Floats are float32, all else int64.
 
     A row's `special_tokens_mask` says which tokens are never predicted, beside the tokenizer's special ones.
 
@@ -112,13 +97,12 @@ class DataCollatorWithPacking:
     read it; PackedTrainer sets it. Under plain `Trainer` add `callbacks=[collator.callback()]`: it sets the epoch, and
     refuses what plain Trainer would get wrong.
 
-    If you come from transformers: DataCollatorForLanguageModeling's options have the names they have there, but for
-    mlm=False, which is mlm_probability=None. DataCollatorWithFlattening's return_flash_attn_kwargs is emit="flash", its
-    return_seq_idx is sequence_ids, its return_position_ids is always on.
+    Options have the names of DataCollatorForLanguageModeling, except that mlm=False is mlm_probability=None. Of
+    DataCollatorWithFlattening, return_flash_attn_kwargs is emit="flash", and return_seq_idx is sequence_ids.
 
-    Raises ValueError for a batch without rows, for rows without `sequence_lengths`, for lengths that do not add up, for
-    missing values, and for packs that exceed pad_to or the sequence slots: nothing is cut here. Also for columns called
-    like what is made here, and for answers' positions in sequences that were split.
+    Raises ValueError for a batch without rows, rows without `sequence_lengths`, lengths that do not add up, missing
+    values, and packs that exceed pad_to or the sequence slots: it cuts nothing. It also refuses columns that would
+    replace what it makes, and positions of answers in sequences that were split.
     """
 
     def __init__(
@@ -143,53 +127,28 @@ class DataCollatorWithPacking:
         pad_to_multiple_of: int | None = None,
         return_tensors: str = "pt",
     ):
-        for name, value, choices in (
-            ("emit", emit, EMIT),
-            ("unpacked_rows", unpacked_rows, UNPACKED_ROWS),
-            ("return_tensors", return_tensors, RETURN_TENSORS),
-        ):
-            _check_choice(name, value, choices)
-        for name, limit in (
-            ("pad_to", pad_to),
-            ("max_sequences_per_pack", max_sequences_per_pack),
-            ("pad_to_multiple_of", pad_to_multiple_of),
-        ):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name}={limit} must be at least 1, or None")
+        for name, choice in (("emit", emit), ("unpacked_rows", unpacked_rows), ("return_tensors", return_tensors)):
+            _check_choice(name, choice)
+        _check_widths(pad_to, max_sequences_per_pack, pad_to_multiple_of, emit, unpacked_rows)
         for name, names in (("columns", columns), ("token_columns", token_columns)):
             if isinstance(names, str):
                 raise ValueError(f"{name}={names!r} must be a list of column names: [{names!r}]")
-        if pad_to_multiple_of is not None and (emit == "flash" or (pad_to or 0) % pad_to_multiple_of):
-            what = "emit='flash', which has no padding" if emit == "flash" else f"pad_to={pad_to}, which is no multiple"
-            raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of} contradicts {what}; leave one of them out")
-        if unpacked_rows == "pack" and pad_to is None:
-            raise ValueError("unpacked_rows='pack' needs pad_to, the token slots of the packs that it makes")
-        if tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token before collating")
-        self.pad_token_id = tokenizer.pad_token_id
-        others = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.unk_token_id)
-        self._pads_only = tokenizer.pad_token_id not in others
+        self.pad_token_id, self._pads_only = _pad_token(tokenizer)
         self.pad_to, self.pad_to_multiple_of = pad_to, pad_to_multiple_of
         self.emit, self.return_tensors = emit, return_tensors
         self.position_ids_start = position_ids_start
         self.seed = seed
         self.max_sequences_per_pack = max_sequences_per_pack
         self.unpacked_rows, self.columns, self.token_columns = unpacked_rows, columns, token_columns
-        options = {
-            "masking": masking,
-            "mask_replace_prob": mask_replace_prob,
-            "random_replace_prob": random_replace_prob,
-            "whole_word_mask": whole_word_mask,
-            "max_predictions_per_sequence": max_predictions_per_sequence,
-        }
-        self.masking_rule = None
-        if mlm_probability is not None:
-            self.masking_rule = _masking_rule(tokenizer, mlm_probability, **options)
-        for name, value in options.items():
-            if mlm_probability is None and value != OF_MASKING[name]:
-                raise ValueError(
-                    f"{name}={value!r} is for masking, but mlm_probability=None switches it off; leave it out"
-                )
+        self.masking_rule = masking_rule(
+            tokenizer,
+            mlm_probability,
+            masking=masking,
+            mask_replace_prob=mask_replace_prob,
+            random_replace_prob=random_replace_prob,
+            whole_word_mask=whole_word_mask,
+            max_predictions_per_sequence=max_predictions_per_sequence,
+        )
         self._levels = Levels()
         self._tell: tuple[str, ...] = ()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -203,8 +162,8 @@ class DataCollatorWithPacking:
     def for_dataset(self, packed) -> "DataCollatorWithPacking":
         """A copy whose L and S are those of this packed dataset, so that all batches have one shape; same epoch.
 
-        With unpacked_rows, of a dataset of such rows: a copy that knows by all of them which lists have a value per
-        token, where a single batch may mislead.
+        With unpacked_rows: a copy that knows from all rows of the dataset which lists have a value per token, where a
+        single batch may mislead.
         """
         bound = copy.copy(self)
         if self.unpacked_rows is not None:
@@ -219,8 +178,10 @@ class DataCollatorWithPacking:
         return bound
 
     def for_model(self, model: nn.Module) -> "DataCollatorWithPacking":
-        """A copy whose positions begin where this model's do, unless position_ids_start was given, and that knows
-        whether labels belong to tokens or to sequences, if the model's class says it; same epoch."""
+        """A copy whose positions start where this model's do, unless position_ids_start was given; same epoch.
+
+        It also knows whether labels belong to tokens or to sequences, if the model's class says it.
+        """
         bound = copy.copy(self)
         bound.learn_task(model)
         if self.position_ids_start is None and hasattr(model, "config"):
@@ -255,11 +216,15 @@ class DataCollatorWithPacking:
         self._epoch.fill_(epoch)
 
     def callback(self) -> TrainerCallback:
-        """For a plain `Trainer`: tells this collator of a new epoch, and refuses settings that would go wrong."""
+        """For a plain `Trainer`: tells this collator each new epoch, and refuses settings that would go wrong."""
+        from collate.training.plain_trainer import PlainTrainerCallback  # which a batch has no need of
+
         return PlainTrainerCallback(self)
 
     def epoch_callback(self) -> TrainerCallback:
-        """Tells this collator of a new epoch, no more."""
+        """Only tells this collator each new epoch."""
+        from collate.training.plain_trainer import SetEpoch
+
         return SetEpoch(self)
 
     # -- batches -------------------------------------------------------------------------------------------------
@@ -268,7 +233,7 @@ class DataCollatorWithPacking:
         self, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any] | pa.Table, return_tensors: str | None = None
     ) -> dict[str, Any]:
         return_tensors = self.return_tensors if return_tensors is None else return_tensors
-        _check_choice("return_tensors", return_tensors, RETURN_TENSORS)
+        _check_choice("return_tensors", return_tensors)
         batch = self._arrays(self._read(rows))
         if self.emit in ("attention_mask", "attention_bias"):
             layout = PackLayout(torch.from_numpy(batch["sequence_ids"]))
@@ -296,31 +261,10 @@ class DataCollatorWithPacking:
         self._refuse_padding(flat)
         _refuse_split_answers(flat)
         input_ids, labels = self._mask(flat)
-        numbers = np.arange(flat.num_sequences) - np.repeat(_starts(flat.sequences_per_row), flat.sequences_per_row)
-        sequence_of_token = np.repeat(np.arange(flat.num_sequences), flat.lengths)
-        positions = np.arange(flat.num_tokens) - flat.offsets[sequence_of_token]
-        start = self.position_ids_start or 0
-        width = self._width("pad_to", self.pad_to, flat.tokens_per_row, "tokens", "a longer pad_to")
-        depth = self._width(
-            "max_sequences_per_pack", self.max_sequences_per_pack, flat.sequences_per_row, "sequences", "more slots"
-        )
-        if self.emit == "flash":  # one row without padding
-            flat = FlatRows(np.array([flat.num_sequences]), flat.lengths, flat.token_columns, flat.sequence_columns)
-            numbers = np.arange(flat.num_sequences)
-            width, depth = flat.num_tokens, flat.num_sequences
-        tokens = _Table(flat.tokens_per_row, width)
-        sequences = _Table(flat.sequences_per_row, depth)
-
-        batch = {
-            "input_ids": tokens.place(input_ids, self.pad_token_id),
-            "sequence_ids": tokens.place((numbers + 1).astype(np.int32)[sequence_of_token], PADDING),
-            "position_ids": tokens.place(positions + start, start),
-        }
+        flat, tokens, sequences = self._tables(flat)
+        batch = {"input_ids": tokens.place(input_ids, self.pad_token_id), **self._places(flat, tokens, sequences)}
         if labels is not None:
             batch["labels"] = tokens.place(labels, IGNORED)
-        # a pack's first [CLS] stands at 0, the next where the first sequence ends
-        first_tokens = flat.offsets[:-1] - np.repeat(_starts(flat.tokens_per_row), flat.sequences_per_row)
-        batch["cls_positions"] = sequences.place(first_tokens, NO_CLS)
         for name, values in self._passed_on(flat.token_columns):
             batch[name] = tokens.place(_as_tensor_type(values), IGNORED if name == "labels" else 0)
         for name, values in self._passed_on(flat.sequence_columns):
@@ -331,6 +275,31 @@ class DataCollatorWithPacking:
             batch |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             batch |= {"max_length_q": longest, "max_length_k": longest}
         return batch
+
+    def _tables(self, flat: FlatRows) -> tuple[FlatRows, "_Table", "_Table"]:
+        """The rows of the batch, and where their tokens and their sequences go; flash has one row without padding."""
+        width = self._width("pad_to", self.pad_to, flat.tokens_per_row, "tokens", "a longer pad_to")
+        depth = self._width(
+            "max_sequences_per_pack", self.max_sequences_per_pack, flat.sequences_per_row, "sequences", "more slots"
+        )
+        if self.emit == "flash":
+            flat = replace(flat, sequences_per_row=np.array([flat.num_sequences]))
+            width, depth = flat.num_tokens, flat.num_sequences
+        return flat, _Table(flat.tokens_per_row, width), _Table(flat.sequences_per_row, depth)
+
+    def _places(self, flat: FlatRows, tokens: "_Table", sequences: "_Table") -> dict[str, np.ndarray]:
+        """Which sequence each token belongs to, its position there, and where each sequence begins."""
+        numbers = np.arange(flat.num_sequences) - np.repeat(_starts(flat.sequences_per_row), flat.sequences_per_row)
+        sequence_of_token = np.repeat(np.arange(flat.num_sequences), flat.lengths)
+        positions = np.arange(flat.num_tokens) - flat.offsets[sequence_of_token]
+        start = self.position_ids_start or 0
+        # a pack's first [CLS] stands at 0, the next where the first sequence ends
+        first_tokens = flat.offsets[:-1] - np.repeat(_starts(flat.tokens_per_row), flat.sequences_per_row)
+        return {
+            "sequence_ids": tokens.place((numbers + 1).astype(np.int32)[sequence_of_token], PADDING),
+            "position_ids": tokens.place(positions + start, start),
+            "cls_positions": sequences.place(first_tokens, NO_CLS),
+        }
 
     def _passed_on(self, columns: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
         wanted = [name for name in columns if name not in BOOKKEEPING] if self.columns is None else list(self.columns)
@@ -370,38 +339,17 @@ class DataCollatorWithPacking:
 
     def _mask(self, flat: FlatRows) -> tuple[np.ndarray, np.ndarray | None]:
         """Input ids and labels of all tokens (T,)."""
-        input_ids = flat.token_columns["input_ids"].astype(np.int64)
         if self.masking_rule is None:
-            return input_ids, None
-        if "labels" in flat.token_columns or "labels" in flat.sequence_columns:
-            raise ValueError("the rows have labels, which masking would replace; set mlm_probability=None to keep them")
-        vocabulary = len(self.masking_rule.is_special_V)
-        if len(input_ids) and not 0 <= input_ids.min() <= input_ids.max() < vocabulary:
-            raise ValueError(
-                f"token ids {input_ids.min()}..{input_ids.max()} exceed the tokenizer's vocabulary of {vocabulary}; "
-                "use the tokenizer that the dataset was made with"
-            )
-        indices = flat.sequence_columns.get("sequence_indices")
-        if indices is not None:
-            starts = flat.sequence_columns.get("sequence_starts")
-            keys = sequence_keys(self.seed, int(self._epoch), indices.astype(np.int64), starts)
-        else:
-            keys = sequence_keys(self.seed, int(self._epoch), token_keys(input_ids, flat.offsets))
-        marks = self._marks(flat)
-        self._say_cut_words(input_ids, flat.offsets, marks)
-        return self.masking_rule(input_ids, flat.offsets, keys, **marks)
+            return flat.token_columns["input_ids"].astype(np.int64), None
+        masked = mask_rows(self.masking_rule, flat, self.seed, int(self._epoch))
+        if self.masking_rule.whole_word_mask and not self._has_said and flat.num_tokens:
+            self._say_cut_words(flat)
+        return masked
 
-    def _marks(self, flat: FlatRows) -> dict[str, np.ndarray | None]:
-        """What the rows themselves say of words, and of tokens that are not to be predicted."""
-        names = ["special_tokens_mask"] + ["word_ids"] * self.masking_rule.whole_word_mask
-        return {f"{name}_T": flat.token_columns.get(name) for name in names}
-
-    def _say_cut_words(self, input_ids: np.ndarray, offsets: np.ndarray, marks: dict[str, np.ndarray | None]) -> None:
-        """Of the first batch, and once only: in whatever copy of the collator, in whatever process."""
-        if not self.masking_rule.whole_word_mask or self._has_said or not len(input_ids):
-            return
+    def _say_cut_words(self, flat: FlatRows) -> None:
+        """For the first batch, and once only: in whatever copy of the collator, in whatever process."""
         self._has_said.fill_(True)
-        counts = self.masking_rule.count_words(input_ids, offsets, **marks)
+        counts = count_words(self.masking_rule, flat)
         if counts["cut_tokens"] > CUT_SHARE * counts["tokens"]:
             logger.warning(
                 "whole_word_mask: %d of %d tokens of the first batch lie in %d words that are longer than their "
@@ -411,14 +359,14 @@ class DataCollatorWithPacking:
             )
 
     def count_words(self, rows) -> dict[str, int]:
-        """What whole_word_mask=True makes of rows: words, and cut_words, those that are longer than the budget of their
-        sequence, so that their tokens are masked one by one; tokens and cut_tokens, how many lie in either."""
+        """What whole_word_mask=True makes of rows.
+
+        Returns words, and cut_words: those that are longer than the budget of their sequence, so that their tokens are
+        masked one by one; tokens and cut_tokens: how many tokens lie in either.
+        """
         if self.masking_rule is None or not self.masking_rule.whole_word_mask:
             raise ValueError("count_words is for whole_word_mask=True, which this collator was not given")
-        flat = self._read(rows)
-        return self.masking_rule.count_words(
-            flat.token_columns["input_ids"].astype(np.int64), flat.offsets, **self._marks(flat)
-        )
+        return count_words(self.masking_rule, self._read(rows))
 
 
 class _Table:
@@ -436,31 +384,45 @@ class _Table:
         return table.reshape(*self.shape, *values.shape[1:])
 
 
-def _masking_rule(tokenizer, mlm_probability: float, masking: str, **options) -> MaskingRule:
-    if tokenizer.mask_token_id is None:
-        raise ValueError("the tokenizer has no mask token; set tokenizer.mask_token or mlm_probability=None")
-    ids = token_ids(tokenizer)
-    is_special_V, has_token_V = np.zeros((2, ids[-1] + 1), dtype=bool)
-    is_special_V[tokenizer.all_special_ids] = has_token_V[ids] = True
-    if options["whole_word_mask"]:
-        with contextlib.suppress(ValueError):  # then the rows must have word_ids, and masking says so if they have not
-            options |= {"continues_word_V": word_continuations(tokenizer), "boundaries": word_boundaries(tokenizer)}
-    options["has_token_V"] = has_token_V
-    return MaskingRule(mlm_probability, masking, tokenizer.mask_token_id, is_special_V, **options)
+def _check_choice(name: str, value: object) -> None:
+    if value not in CHOICES[name]:
+        raise ValueError(f"unknown {name}={value!r}; choose from {', '.join(map(repr, CHOICES[name]))}")
 
 
-def _check_choice(name: str, value, choices: Sequence) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name}={value!r}; choose from {', '.join(map(repr, choices))}")
+def _check_widths(
+    pad_to: int | None, max_sequences_per_pack: int | None, multiple: int | None, emit: str, unpacked_rows: str | None
+) -> None:
+    """Raise ValueError for widths below 1, and for widths that contradict each other or what they are for."""
+    for name, limit in (
+        ("pad_to", pad_to),
+        ("max_sequences_per_pack", max_sequences_per_pack),
+        ("pad_to_multiple_of", multiple),
+    ):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name}={limit} must be at least 1, or None")
+    if multiple is not None and (emit == "flash" or (pad_to or 0) % multiple):
+        what = "emit='flash', which has no padding" if emit == "flash" else f"pad_to={pad_to}, which is no multiple"
+        raise ValueError(f"pad_to_multiple_of={multiple} contradicts {what}; leave one of them out")
+    if unpacked_rows == "pack" and pad_to is None:
+        raise ValueError("unpacked_rows='pack' needs pad_to, the token slots of the packs that it makes")
+
+
+def _pad_token(tokenizer) -> tuple[int, bool]:
+    """Its id, and whether it means nothing but padding."""
+    token = tokenizer.pad_token_id
+    if token is None:
+        raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token before collating")
+    others = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.unk_token_id)
+    return token, token not in others
 
 
 def _refuse_split_answers(flat: FlatRows) -> None:
-    """Answers' positions count from the begin of the row that was split, and each piece has a copy of them."""
+    """Positions of answers count from the start of the row that was split, and each piece has a copy of them."""
     starts = flat.sequence_columns.get("sequence_starts")
     found = [name for name in ANSWERS if name in flat.sequence_columns]
     if found and starts is not None and starts.any():
         raise ValueError(
-            f"{found[0]!r} counts from the begin of a row, but a sequence of the batch begins at its token "
+            f"{found[0]!r} counts from the start of a row, but a sequence of the batch begins at its token "
             f"{int(starts.max())}: it was split; give the tokenizer max_length and stride, so that every row has its "
             "own answer, or leave the column out"
         )

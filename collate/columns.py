@@ -11,3 +11,10 @@ PAIR_LABELS = {"nsp": "next_sentence_label", "sop": "sentence_order_label"}
 
 In both a label is 0 or 1, or IGNORED.
 """
+
+HEADS_OF_TOKENS = ("ForMaskedLM", "ForTokenClassification")
+"""Ends of the names of stock classes whose labels belong to tokens. Their heads and losses mean on a packed row what
+they mean on its sequences."""
+
+HEADS_OF_SEQUENCES = ("ForSequenceClassification", "ForNextSentencePrediction")
+"""Ends of the names of stock classes whose labels belong to sequences."""

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 
+from collate.columns import HEADS_OF_TOKENS
 from collate.isolation.arguments import position_ids_start
 from collate.isolation.encoders import REFUSED
 from collate.isolation.hook import is_isolated
@@ -14,8 +15,6 @@ from collate.training.refused import refuse_arguments, refuse_data_skip
 
 PLAIN = "plain Trainer on packs"
 INSTEAD = "use collate.PackedTrainer, which counts a loss over the whole optimizer step"
-HEADS_OF_TOKENS = ("ForMaskedLM", "ForTokenClassification")
-"""Ends of the names of stock classes whose heads and losses mean on a packed row what they mean on its sequences."""
 MASKS_OF = {"attention_mask": ("sdpa",), "attention_bias": ("sdpa", "eager")}
 """Attention implementations that read these masks as they are meant."""
 

@@ -1,0 +1,82 @@
+"""The masks of a batch: flat rows -> input ids with masks, and labels. How to mask is `masking`; this knows rows."""
+
+import contextlib
+
+import numpy as np
+
+from collate.masking import MaskingRule, sequence_keys, token_keys
+from collate.rows import FlatRows
+from collate.vocabulary import token_ids
+from collate.words import word_boundaries, word_continuations
+
+MASKING_OPTIONS = {
+    "masking": "exact",
+    "mask_replace_prob": 0.8,
+    "random_replace_prob": 0.1,
+    "whole_word_mask": False,
+    "max_predictions_per_sequence": None,
+}
+"""Options that only masking reads, and their defaults."""
+
+
+def masking_rule(tokenizer, mlm_probability: float | None, **options) -> MaskingRule | None:
+    """The rule of a tokenizer; None where mlm_probability=None switches masking off.
+
+    options: MASKING_OPTIONS. Raises ValueError for those that would do nothing, and for a tokenizer without a mask.
+    """
+    if mlm_probability is None:
+        for name, value in options.items():
+            if value != MASKING_OPTIONS[name]:
+                raise ValueError(
+                    f"{name}={value!r} is for masking, but mlm_probability=None switches it off; leave it out"
+                )
+        return None
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token; set tokenizer.mask_token or mlm_probability=None")
+    ids = token_ids(tokenizer)
+    is_special_V, has_token_V = np.zeros((2, ids[-1] + 1), dtype=bool)
+    is_special_V[tokenizer.all_special_ids] = has_token_V[ids] = True
+    if options["whole_word_mask"]:
+        with contextlib.suppress(ValueError):  # then the rows must have word_ids, and masking refuses them without
+            options |= {"continues_word_V": word_continuations(tokenizer), "boundaries": word_boundaries(tokenizer)}
+    return MaskingRule(
+        mlm_probability,
+        mask_token_id=tokenizer.mask_token_id,
+        is_special_V=is_special_V,
+        has_token_V=has_token_V,
+        **options,
+    )
+
+
+def mask_rows(rule: MaskingRule, flat: FlatRows, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) input ids and (T,) labels, a function of (seed, epoch, sequence) alone.
+
+    Rows without sequence_indices get masks by a hash of each sequence's tokens.
+    Raises ValueError for rows that have labels, and for ids outside the vocabulary.
+    """
+    input_ids = flat.token_columns["input_ids"].astype(np.int64)
+    if "labels" in flat.token_columns or "labels" in flat.sequence_columns:
+        raise ValueError("the rows have labels, which masking would replace; set mlm_probability=None to keep them")
+    vocabulary = len(rule.is_special_V)
+    if len(input_ids) and not 0 <= input_ids.min() <= input_ids.max() < vocabulary:
+        raise ValueError(
+            f"token ids {input_ids.min()}..{input_ids.max()} exceed the tokenizer's vocabulary of {vocabulary}; "
+            "use the tokenizer that the dataset was made with"
+        )
+    indices = flat.sequence_columns.get("sequence_indices")
+    if indices is not None:
+        keys = sequence_keys(seed, epoch, indices.astype(np.int64), flat.sequence_columns.get("sequence_starts"))
+    else:
+        keys = sequence_keys(seed, epoch, token_keys(input_ids, flat.offsets))
+    return rule(input_ids, flat.offsets, keys, **_marks(rule, flat))
+
+
+def count_words(rule: MaskingRule, flat: FlatRows) -> dict[str, int]:
+    """MaskingRule.count_words of rows."""
+    return rule.count_words(flat.token_columns["input_ids"].astype(np.int64), flat.offsets, **_marks(rule, flat))
+
+
+def _marks(rule: MaskingRule, flat: FlatRows) -> dict[str, np.ndarray | None]:
+    """What the rows themselves say about words, and about tokens that are not to be predicted."""
+    names = ["special_tokens_mask"] + ["word_ids"] * rule.whole_word_mask
+    return {f"{name}_T": flat.token_columns.get(name) for name in names}
