@@ -39,7 +39,7 @@ FLOORS = {
         "cli",
     ],
     "collate": [
-        "views vocabulary",
+        "views vocabulary columns",
         "length_groups chunks",
         "layout",
         "losses",
@@ -47,7 +47,7 @@ FLOORS = {
         "probe isolate",
         "heads",
         "inference",
-        "collator rows masking words",
+        "collator rows masking mask_rows words",
         "training",
     ],
     "bert_pretrain": [
@@ -65,7 +65,7 @@ FLOORS = {
 
 OPEN: dict[str, dict[str, str]] = {
     "folder": {"bert_pretrain/train": "losses"},
-    "lines": {"collate.collator": "training", "packing.dataset": "dataset"},
+    "lines": {"packing.dataset": "dataset"},
     "name": {
         "Column: collate.rows bert_pretrain.train.console": "cli",
         "at_least_float32: collate.heads.values bert_pretrain.attention.head": "losses",
@@ -87,7 +87,6 @@ OPEN: dict[str, dict[str, str]] = {
     "upward": {
         "bert_pretrain.objective -> bert_pretrain.prepare.sequences": "losses",
         "bert_pretrain.objective -> bert_pretrain.train.config": "losses",
-        "collate.collator -> collate.training.plain_trainer": "training",
         "packing.packers.filling -> packing.packers.lpfhp": "cli",
         "packing.parts -> packing.assignment": "cli",
         "packing.parts -> packing.draws": "cli",
@@ -134,6 +133,13 @@ OPEN: dict[str, dict[str, str]] = {
     "logic": {"collate.heads": "losses"},
 }
 """{rule: {what still breaks it: who mends it}}"""
+
+MEANT = {
+    "upward": {
+        "collate.collator -> collate.training.plain_trainer": "collator.callback() is public; only that call imports it"
+    }
+}
+"""{rule: {what breaks it on purpose: why}}"""
 
 
 @cache
@@ -205,7 +211,7 @@ def test_circles_are_found():
 
 
 def check(kind: str, found: set[str]) -> None:
-    new = sorted(found - OPEN.get(kind, {}).keys())
+    new = sorted(found - OPEN.get(kind, {}).keys() - MEANT.get(kind, {}).keys())
     assert not new, "\n".join([kind, *new])
 
 
