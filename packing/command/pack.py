@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packing.command import sources
 from packing.command.parser import Parser, Subcommand, add_pack_options
 from packing.files.errors import whole_number
 from packing.options import PackOptions
+from packing.source.formats import endings
+
+if TYPE_CHECKING:
+    from packing.source.open import OpenedSource
 
 EXAMPLES = f"""\
 examples:
@@ -21,6 +27,7 @@ examples:
   pack-dataset pack tokenized packed --format parquet         for load_dataset, instead of load_from_disk
   pack-dataset pack s3://bucket/tokenized s3://bucket/packed
   pack-dataset pack reviews.jsonl packed --text-column review --tokenizer bert-base-uncased
+  pack-dataset pack notes.txt packed --tokenizer bert-base-uncased            a sequence a document
 
 {sources.SOURCES}
 TARGET at a URL has no lock: start one run at a time. Credentials come from the environment (AWS_ACCESS_KEY_ID,
@@ -45,28 +52,29 @@ def run(arguments: Namespace) -> int:
     from packing.store.writing import check_output
 
     sources.check_text_options(arguments)
-    if sources.is_lengths(arguments.source):
+    if sources.is_lengths(arguments):
         raise ValueError(
             f"SOURCE {arguments.source!r} is a file of lengths, which can be planned for (pack-dataset plan, compare) "
-            "but not packed; give a folder of save_to_disk, or a file .parquet, .jsonl, .json or .arrow with rows"
+            f"but not packed; give a folder of save_to_disk, or a file {endings()} with rows or texts"
         )
     check_engine(arguments.engine)
     whole_number("num_proc", arguments.num_proc)
     one_process = arguments.num_proc == 1 and arguments.engine == "processes"
     check_output(arguments.target, one_process=one_process)
-    splits = sources.load_sequences(arguments)
+    source = sources.load_sequences(arguments)
     with opened_engine(arguments.engine):
-        packings = prepare_splits(splits, arguments, to_write=True)
+        packings = prepare_splits(source, arguments, to_write=True)
         _write(packings, arguments)
     print(f"written to {arguments.target}")
     return 0
 
 
-def prepare_splits(splits: dict, arguments: Namespace, to_write: bool = False) -> dict:
+def prepare_splits(source: OpenedSource, arguments: Namespace, to_write: bool = False) -> dict:
     """{split: its Packing}; prints each plan as soon as it is made."""
     packings = {}
-    for name, dataset in splits.items():
-        packings[name] = _prepare(name, dataset, arguments, to_write)
+    for name, dataset in source.splits.items():
+        other_machines = None if source.are_tokenized else opener(name, arguments)  # they must see the cache of tokens
+        packings[name] = _prepare(name, dataset, arguments, to_write, other_machines)
         print(f"{sources.title(name)}{len(dataset):,} rows\n{packings[name].plan}\n", flush=True)
         facts = packings[name].facts
         if facts.balance is not None:
@@ -75,13 +83,13 @@ def prepare_splits(splits: dict, arguments: Namespace, to_write: bool = False) -
     return packings
 
 
-def _prepare(name: str, dataset, arguments: Namespace, to_write: bool):
+def _prepare(name: str, dataset, arguments: Namespace, to_write: bool, opener: Callable | None):
     from packing.dataset import prepare_packing
 
     given = {each.name: getattr(arguments, each.name, each.default) for each in fields(PackOptions)}
     with sources.naming_split(name):
         options = PackOptions(**given)
-        return prepare_packing(dataset, options, to_write=to_write, opener=opener(name, arguments), progress=True)
+        return prepare_packing(dataset, options, to_write=to_write, opener=opener, progress=True)
 
 
 def _write(packings: dict, arguments: Namespace) -> None:
@@ -100,13 +108,11 @@ def _write(packings: dict, arguments: Namespace) -> None:
 
 
 def opener(split: str, arguments: Namespace):
-    """How another machine opens the same rows, of its own copy. Tokens of texts are in a cache that it must see."""
+    """How another machine opens the same rows, of its own copy."""
     from glob import has_magic
 
     from packing.source.open import is_url, open_split, without_protocol
 
-    if arguments.text_column is not None:
-        return None
     source = arguments.source
     if not is_url(source):
         source = without_protocol(source)

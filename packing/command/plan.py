@@ -27,7 +27,7 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Print the plan of each split."""
-    if sources.is_lengths(arguments.source):
+    if sources.is_lengths(arguments):
         _plan_lengths(arguments)
         return 0
     sources.check_text_options(arguments)

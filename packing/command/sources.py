@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packing.command.parser import Parser, add_pack_options
-from packing.files.errors import SourceError, suggestion, whole_number
+from packing.command.parser import Parser, add_pack_options, one_of
+from packing.files.errors import SourceError, whole_number
+from packing.source.formats import endings, packed_endings
+from packing.source.text_files import DOCUMENTS
 
 if TYPE_CHECKING:
-    import datasets
     import numpy as np
 
+    from packing.source.open import OpenedSource
+
 READING = ("overlong", "token_columns", "pad_token_id", "num_proc")
-TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer")
+TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer", "documents")
 LENGTHS = "also a file of lengths (.txt, .csv, .json, .npy, .npz)"
 
-SOURCES = """\
+SOURCES = f"""\
 SOURCE is one of:
   tokenized                a folder of save_to_disk
-  rows.parquet             a file: .parquet, .jsonl, .json, .jsonl.gz, .arrow
+  rows.parquet             a file: {endings()}
+                           (also .gz of {packed_endings()})
   data                     a folder of such files, all of one kind
   'data/train-*.parquet'   a glob, in quotes
   owner/name               a dataset of the hub; owner/name:config where it has several
   s3://bucket/data         files, folders and globs at a URL of any file system that fsspec knows
-Rows hold tokens in the column input_ids, or texts: --text-column and --tokenizer tokenize them.
+Rows hold tokens in the column input_ids, or texts in --text-column (left out: in the only column of strings), which
+--tokenizer tokenizes. Of a .txt file each document becomes a sequence: --documents says what a document is.
 Several splits are packed one by one into TARGET/<split>. Names of files that say train, validation and test are splits.
 HF_DATASETS_CACHE says where converted files, copies of URLs and the tokens of texts are kept.
 """
@@ -39,12 +45,18 @@ def add_source(parser: Parser, extra: str = "") -> None:
 
 
 def add_text_options(parser: Parser) -> None:
-    """TEXT_OPTIONS: which column of texts becomes sequences, and by which tokenizer."""
+    """TEXT_OPTIONS: which texts become sequences, and by which tokenizer."""
     add = parser.add_argument
     add("--text-column", metavar="NAME", help="texts to tokenize; the packs do not keep this column")
     add("--text-pair-column", metavar="NAME", help="the second texts, to tokenize as pairs")
     add("--keep-text", action="store_true", help="keep the columns of texts beside their tokens")
-    add("--tokenizer", metavar="FOLDER_OR_NAME", help="tokenizer of transformers, for --text-column")
+    add("--tokenizer", metavar="FOLDER_OR_NAME", help="tokenizer of transformers, for texts")
+    add(
+        "--documents",
+        type=one_of(DOCUMENTS),
+        choices=DOCUMENTS,
+        help="a sequence of a text file: the lines between blank ones (paragraph, if left out), a line, or the file",
+    )
 
 
 def add_reading_options(parser: Parser) -> None:
@@ -54,9 +66,10 @@ def add_reading_options(parser: Parser) -> None:
 
 
 def check_text_options(arguments: Namespace) -> None:
-    """Raise ValueError unless there are a column of texts and a tokenizer, or neither."""
+    """Raise ValueError for a column of texts without a tokenizer, and for what needs either and has none."""
     if arguments.text_column is None:
-        refuse_ignored(arguments, TEXT_OPTIONS, "there is no --text-column")
+        unused = ("text_pair_column",) if arguments.tokenizer is not None else ("text_pair_column", "keep_text")
+        refuse_ignored(arguments, unused, "there is no --text-column")
     elif arguments.tokenizer is None:
         raise ValueError("--text-column needs --tokenizer: a folder that save_pretrained wrote, or a name on the hub")
     if arguments.text_pair_column is not None and getattr(arguments, "overlong", None) == "truncate":
@@ -77,11 +90,12 @@ def refuse_ignored(arguments: Namespace, unused: Sequence[str], why: str) -> Non
             )
 
 
-def is_lengths(source: str) -> bool:
-    """Whether SOURCE is a file of lengths, and not of rows."""
-    from packing.source.open import holds_rows
+def is_lengths(arguments: Namespace) -> bool:
+    """Whether SOURCE is a file of lengths, and not of rows or texts."""
+    from packing.source.lengths import holds_lengths
 
-    return Path(source).is_file() and not holds_rows(source)
+    asked_for_texts = arguments.tokenizer is not None or arguments.text_column is not None
+    return Path(arguments.source).is_file() and holds_lengths(arguments.source, asked_for_texts)
 
 
 def load_histograms(arguments: Namespace) -> Iterator[tuple[str, np.ndarray]]:
@@ -90,71 +104,37 @@ def load_histograms(arguments: Namespace) -> Iterator[tuple[str, np.ndarray]]:
     from packing.source.lengths import cut_histogram, dataset_histogram, read_histogram
 
     limit = checked_length(arguments.max_sequence_length)
-    if is_lengths(arguments.source):
+    if is_lengths(arguments):
         unused = (*(name for name in READING if name != "overlong"), *TEXT_OPTIONS, "seed", "balance")
         refuse_ignored(arguments, unused, "a file of lengths holds no rows")
         yield "", cut_histogram(read_histogram(arguments.source), limit, arguments.overlong)
         return
     check_text_options(arguments)
-    for name, dataset in load_sequences(arguments).items():
+    for name, dataset in load_sequences(arguments).splits.items():
         with naming_split(name):
             read = arguments.overlong, arguments.token_columns, arguments.pad_token_id
             histogram = dataset_histogram(dataset, limit, *read)
         yield name, histogram
 
 
-def load_sequences(arguments: Namespace, cache: Path | None = None) -> dict[str, datasets.Dataset]:
-    """{split: Dataset with input_ids}; a Dataset without splits is {"": Dataset}.
+def load_sequences(arguments: Namespace, cache: Path | None = None) -> OpenedSource:
+    """The splits of SOURCE, with input_ids; a Dataset without splits is {"": Dataset}.
 
     cache: where converted files and tokens are kept; None: in that of the datasets library."""
-    from packing.source.open import open_splits
-
-    num_proc = whole_number("num_proc", arguments.num_proc)
-    splits = open_splits(arguments.source, cache=cache)
-    if arguments.text_column is not None:
-        return _tokenized(splits, arguments, num_proc, cache)
-    for name, dataset in splits.items():
-        with naming_split(name):
-            if "input_ids" not in dataset.column_names:
-                names = dataset.column_names
-                raise ValueError(
-                    f"no column 'input_ids' among {', '.join(names)}{suggestion('input_ids', names)}; tokenize before "
-                    f"packing, or let it be done here: --text-column NAME --tokenizer FOLDER_OR_NAME{_hint(dataset)}"
-                )
-    return splits
-
-
-def _tokenized(splits: dict, arguments: Namespace, num_proc: int, cache: Path | None) -> dict:
-    """The splits with tokens. The tokenizer, which takes long to load, comes after all that can be seen without."""
     from packing.packers.table import checked_length
-    from packing.source.text import check_texts, open_tokenizer, tokenize
+    from packing.source.open import TextOptions, open_sequences
 
-    texts = [name for name in (arguments.text_column, arguments.text_pair_column) if name is not None]
-    for name, dataset in splits.items():
-        with naming_split(name):
-            check_texts(dataset, texts)
     longest = None
     if getattr(arguments, "overlong", None) == "error":
         longest = checked_length(arguments.max_sequence_length)
-    tokenizer = open_tokenizer(arguments.tokenizer)
-    tokenized = {}
-    for name, dataset in splits.items():
-        with naming_split(name):
-            tokenized[name] = tokenize(
-                dataset, tokenizer, texts, arguments.keep_text, num_proc, longest=longest, cache=cache
-            )
-    return tokenized
-
-
-def _hint(dataset) -> str:
-    """Where the rows may be, if a source is one JSON object that holds them (GeoJSON, SQuAD)."""
-    from packing.source.json_rows import describe_object
-
-    if len(dataset) != 1:
-        return ""
-    row = dataset[0]
-    holds_rows = any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values())
-    return f" (the source is {describe_object(row)})" if holds_rows else ""
+    return open_sequences(
+        arguments.source,
+        TextOptions(**{name: getattr(arguments, name) for name in TEXT_OPTIONS}),
+        whole_number("num_proc", arguments.num_proc),
+        longest=longest,
+        cache=cache,
+        say=lambda words: print(f"pack-dataset: {words}", file=sys.stderr),
+    )
 
 
 @contextmanager

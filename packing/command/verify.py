@@ -47,7 +47,7 @@ def run(arguments: Namespace) -> int:
     if arguments.source is None:
         return 0 if verify(arguments.packed, None) else 1
     with new_cache() as cache:  # files are converted, and texts tokenized, anew: packing's cache may be damaged
-        return 0 if verify(arguments.packed, sources.load_sequences(arguments, cache)) else 1
+        return 0 if verify(arguments.packed, sources.load_sequences(arguments, cache).splits) else 1
 
 
 def verify(packed: str, source: dict | None) -> bool:

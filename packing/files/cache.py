@@ -1,10 +1,10 @@
 """Files that are made once and kept: in HF_DATASETS_CACHE/pack-dataset, under a key of all that they are made from.
 
-    KEY/rows.arrow, …     Arrow streams
+    KEY/rows.arrow, …     Arrow streams, or an unpacked text
     KEY/seal.json         {"rows.arrow": {"rows": 6000, "bytes": 131072, "xxh3": "9f2c…"}}
 
-The folder gets its name when it is whole and on the disk. What is used again is read and hashed first: a file that was
-damaged since, or cut where it looks whole, is made anew, and a warning says so.
+The folder gets its name when it is whole and on the disk. Files that are used again are hashed first. Where one is
+damaged, even if it looks whole, the folder is made again, and a warning says so.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def cache_folder() -> Path:
 
 @contextmanager
 def new_cache() -> Iterator[Path]:
-    """A cache in which nothing is yet, removed at the end: for who must not trust what others have read.
+    """An empty cache, deleted at the end: for a check that must not trust what an earlier run has read.
 
-    Whoever keeps something makes the folder: a source that is read where it lies needs none."""
+    The folder appears with the first thing that is kept: a source that is read where it lies needs none."""
     folder = cache_folder() / f".anew-{uuid4().hex}"
     try:
         yield folder
@@ -59,22 +59,32 @@ def kept_rows(key: str, make: Callable[[Path], object], cache: Path | None = Non
     cache: None is cache_folder()."""
     import datasets
 
+    folder = kept_folder(key, make, cache)
+    files = [
+        datasets.Dataset.from_file(str(folder / name)) for name in sorted(_seal(folder)) if name.endswith(".arrow")
+    ]
+    return datasets.concatenate_datasets(files) if len(files) > 1 else files[0]
+
+
+def kept_folder(key: str, make: Callable[[Path], object], cache: Path | None = None) -> Path:
+    """A folder of files that make(folder) writes, unless they are kept under this key and whole.
+
+    cache: None is cache_folder()."""
     cache = cache or cache_folder()
     folder = cache / key
     damage = _damage(folder) if os.path.lexists(folder) else None
     if damage is not None:
-        logger.warning("%s, which is made anew", damage)
+        logger.warning("%s, which is made again", damage)
         _remove(folder)
     if not folder.exists():
         with writing_errors(cache, CURE):
             cache.mkdir(parents=True, exist_ok=True)
             _make(folder, make)
-    files = [datasets.Dataset.from_file(str(folder / name)) for name in sorted(_seal(folder))]
-    return datasets.concatenate_datasets(files) if len(files) > 1 else files[0]
+    return folder
 
 
 def _remove(path: Path) -> None:
-    """Whatever it is: a file or a link, too."""
+    """Delete a folder, a file or a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -86,7 +96,7 @@ def _make(folder: Path, make: Callable[[Path], object]) -> None:
         fresh = Path(temporary) / "files"
         fresh.mkdir()
         make(fresh)
-        seal = {path.name: _measured(path) for path in sorted(fresh.glob("*.arrow"))}
+        seal = {path.name: _measured(path) for path in sorted(fresh.iterdir())}
         for name in seal:
             sync(fresh / name)
         write_file(fresh / SEAL, json.dumps(seal).encode())
@@ -102,9 +112,11 @@ def _make(folder: Path, make: Callable[[Path], object]) -> None:
 def _measured(path: Path) -> dict:
     import pyarrow as pa
 
+    measured = {"bytes": path.stat().st_size, "xxh3": checksum(path)}
+    if path.suffix != ".arrow":
+        return measured
     with pa.memory_map(str(path)) as mapped:
-        rows = sum(batch.num_rows for batch in pa.ipc.open_stream(mapped))
-    return {"rows": rows, "bytes": path.stat().st_size, "xxh3": checksum(path)}
+        return {"rows": sum(batch.num_rows for batch in pa.ipc.open_stream(mapped)), **measured}
 
 
 def _seal(folder: Path) -> dict[str, dict]:

@@ -35,12 +35,12 @@ MAGIC = re.compile(r"[*\[]")
 def local_copy(
     url: str,
     storage_options: dict | None = None,
-    wanted: Callable[[str], bool] = lambda name: True,
+    wanted: Callable[[set[str]], set[str]] = set,
     cache: Path | None = None,
 ) -> Path:
     """Where the file, or the folder of the files, lies now. Raises FileNotFoundError where there is none.
 
-    wanted: of a folder or a glob, which names to copy. cache: None is cache_folder()."""
+    wanted: of the names in a folder or a glob, those to copy. cache: None is cache_folder()."""
     with named_errors(url):
         fs, path = open_store(url, storage_options)
         root, found = _find(fs, path, wanted)
@@ -73,7 +73,7 @@ def local_copy(
     return folder / path.removeprefix(root) if path.removeprefix(root) in found else folder
 
 
-def _find(fs, path: str, wanted: Callable[[str], bool]) -> tuple[str, dict[str, dict]]:
+def _find(fs, path: str, wanted: Callable[[set[str]], set[str]]) -> tuple[str, dict[str, dict]]:
     """The folder that all lie in, with a slash at its end; names in it -> what the file system says of them."""
     fs.invalidate_cache()
     if MAGIC.search(path):
@@ -92,7 +92,8 @@ def _find(fs, path: str, wanted: Callable[[str], bool]) -> tuple[str, dict[str, 
     found = {name: info for name, info in found.items() if info.get("type") == "file" and is_file_in(root, name)}
     files = {checked_path(name.removeprefix(root), root): info for name, info in found.items()}  # of an archive, say
     if path not in found:
-        files = {name: info for name, info in files.items() if not _is_hidden(name) and wanted(name)}
+        chosen = wanted({name for name in files if not _is_hidden(name)})
+        files = {name: info for name, info in files.items() if name in chosen}
     return root, dict(sorted(files.items()))
 
 

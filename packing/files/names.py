@@ -2,13 +2,18 @@
 
 "data-00000-of-00001.arrow"                              is one
 "../rows.arrow"  "/etc/passwd"  "a\\b"  "."  ""  "C:x"     is none, nor is what is no text
+
+A NamedFile is called by another name in errors than that of its path, where it is a copy of a file elsewhere.
 """
 
 from __future__ import annotations
 
+import gzip
+import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 if TYPE_CHECKING:
     from packing.files.paths import Place
@@ -70,3 +75,28 @@ def check_is_file(file: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), "a device")
         raise ValueError(f"{str(file)!r} is {kind} and no file; put the file there")
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A file of this machine, and what errors call it: a copy has the name of the file that it was copied from."""
+
+    path: Path
+    name: str
+
+    @classmethod
+    def of(cls, path: str | os.PathLike) -> NamedFile:
+        """A file that is called by its path."""
+        return cls(Path(path), str(path))
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def suffix(self) -> str:
+        return self.path.suffix
+
+    def open(self) -> BinaryIO:
+        """Its bytes; unpacked, if its name ends in .gz."""
+        is_packed = self.suffix.lower() == ".gz"
+        return cast(BinaryIO, gzip.open(self.path, "rb")) if is_packed else self.path.open("rb")

@@ -13,7 +13,6 @@ A file is JSON lines, or one list of objects, whose elements are taken as they a
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import re
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from packing.files.names import NamedFile
 from packing.numba_tools import njit
 
 if TYPE_CHECKING:
@@ -42,21 +42,21 @@ class DifferError(Exception):
     """Two types of a column that have none in common."""
 
 
-def first_columns(file: Path) -> pa.Schema | None:
+def first_columns(file: NamedFile) -> pa.Schema | None:
     """The columns of a file's first lines; None: it has no rows."""
     for line, data in blocks(file, FIRST_BLOCK):
         return read_block(file, line, data).schema
     return None
 
 
-def write_rows(files: list[Path], path: Path) -> None:
+def write_rows(files: list[NamedFile], path: Path) -> None:
     """All rows of the files as one stream of Arrow."""
     known = None
     while (found := _write(files, known, path)) != known:
         known = found
 
 
-def _write(files: list[Path], known: pa.Schema | None, path: Path) -> pa.Schema:
+def _write(files: list[NamedFile], known: pa.Schema | None, path: Path) -> pa.Schema:
     """Write the rows as far as their columns are the known ones (None: the first block's); returns those of all."""
     import pyarrow as pa
     from datasets import Features
@@ -78,7 +78,7 @@ def _write(files: list[Path], known: pa.Schema | None, path: Path) -> pa.Schema:
 
 
 def read_block(
-    file: Path, line: int, data: bytes, known: pa.Schema | None = None, files: Iterable[Path] = ()
+    file: NamedFile, line: int, data: bytes, known: pa.Schema | None = None, files: Iterable[NamedFile] = ()
 ) -> pa.Table:
     """Some lines, from this one on, with the columns that are known and those that come with them.
 
@@ -129,7 +129,7 @@ def _parse_in_parts(data: bytes, schema: pa.Schema | None, size: int) -> pa.Tabl
     )
 
 
-def _check_text(file: Path, line: int, data: bytes, unit: str = "") -> None:
+def _check_text(file: NamedFile, line: int, data: bytes, unit: str = "") -> None:
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -188,7 +188,7 @@ def _without_times(type_: pa.DataType) -> pa.DataType:
 # Numbers
 
 
-def _refuse_lost_numbers(file: Path, line: int, data: bytes, table: pa.Table) -> None:
+def _refuse_lost_numbers(file: NamedFile, line: int, data: bytes, table: pa.Table) -> None:
     """Raise ValueError for a whole number in a column of float64 that no float64 equals."""
     if not any(_has_great_floats(chunk) for column in table.columns for chunk in column.chunks):
         return
@@ -245,7 +245,7 @@ def _lost(value, type_: pa.DataType) -> int | str | None:
 # Lines
 
 
-def blocks(file: Path, size: int) -> Iterator[tuple[int, bytes]]:
+def blocks(file: NamedFile, size: int) -> Iterator[tuple[int, bytes]]:
     """(number of the first line, lines), about `size` bytes at a time; blank ones come with others."""
     first, lines, filled = 1, [], 0
     for number, line in enumerate(_lines(file), 1):
@@ -258,34 +258,34 @@ def blocks(file: Path, size: int) -> Iterator[tuple[int, bytes]]:
         yield first, b"".join(lines)
 
 
-def _lines(file: Path) -> Iterator[bytes]:
+def _lines(file: NamedFile) -> Iterator[bytes]:
     """The lines of a file, or the elements of the list that it is, each on one line."""
     try:
         if is_json_list(file):
-            with _unzipped(file) as opened:
+            with file.open() as opened:
                 content = opened.read().removeprefix(BYTE_ORDER_MARK)
             _check_text(file, 1, content, "line")
             for row in _elements(content.decode()):
                 yield f"{row}\n".encode()
             return
-        with _unzipped(file) as opened:
+        with file.open() as opened:
             for number, line in enumerate(opened):
                 yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
     except (json.JSONDecodeError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{str(file)!r} cannot be read, it is damaged or no {file.suffix} file: {error}") from None
 
 
-def is_json_list(file: Path) -> bool:
+def is_json_list(file: NamedFile) -> bool:
     """[{"input_ids": …"""
     try:
-        with _unzipped(file) as opened:
+        with file.open() as opened:
             begin = opened.read(FIRST_BLOCK).removeprefix(BYTE_ORDER_MARK).lstrip()
     except (OSError, EOFError, zlib.error):
         return False  # whoever reads it says so
     return begin[:1] == b"[" and begin[1:].lstrip()[:1] == b"{"
 
 
-def _unit(file: Path) -> str:
+def _unit(file: NamedFile) -> str:
     return "element" if is_json_list(file) else "line"
 
 
@@ -308,14 +308,10 @@ def _elements(text: str) -> Iterator[str]:
         raise json.JSONDecodeError("Expecting nothing after the list", text, end)
 
 
-def _unzipped(file: Path):
-    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
-
-
 # What is wrong, once something has failed
 
 
-def find_bad_line(files: list[Path]) -> None:
+def find_bad_line(files: list[NamedFile]) -> None:
     """Raise for a line that is no JSON object, or has a value of another kind than the lines before it."""
     kinds: dict[str, set[str]] = {}
     for file in files:
@@ -351,10 +347,10 @@ def _kinds_of(value) -> set[str]:
     return {"number" if type(value) in (int, float) else type(value).__name__}
 
 
-def _about_object(file: Path) -> str:
+def _about_object(file: NamedFile) -> str:
     """What a file is that is one JSON object, and no table; "" for another."""
     try:
-        with _unzipped(file) as opened:
+        with file.open() as opened:
             content = json.loads(opened.read())
     except (ValueError, RecursionError, OSError):
         return ""

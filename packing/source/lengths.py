@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable
@@ -61,6 +62,31 @@ def read_histogram(path: str | PathLike) -> np.ndarray:
     except (ValueError, UnicodeDecodeError, EOFError, zipfile.BadZipFile, MemoryError) as error:
         raise ValueError(f"cannot read lengths from {str(path)!r}: {error}") from None
     return histogram
+
+
+def holds_lengths(file: str | PathLike, may_hold_text: bool = False) -> bool:
+    """Whether a file is one of lengths, and not of rows or texts: by its ending and by how it starts.
+
+    .json   [12, 7, …   {"12": 1, …     lengths     [{"input_ids": …   {"input_ids": …   rows
+    .csv    length,count   12,3         lengths     any other first line                 rows
+    .txt    12 in its first line        lengths     words                                text
+
+    may_hold_text: texts were asked for: a .csv or a .txt holds them, whatever it looks like.
+    """
+    path = Path(file)
+    ending = path.suffix.lower()
+    if ending not in READERS or (may_hold_text and ending in (".csv", ".txt")):
+        return False
+    if ending in (".npy", ".npz"):
+        return True
+    with path.open("rb") as opened:
+        start = opened.read(1 << 16).decode("utf-8-sig", "replace")
+    if ending == ".json":
+        return re.match(r'\s*(\[\s*\{|\{\s*"(?!\s*\d+\s*"\s*:))', start) is None
+    if ending == ".csv":
+        names = [name.strip(' "').lower() for name in start.partition("\n")[0].strip().split(",")]
+        return "length" in names or all(name.isdecimal() for name in names)
+    return re.match(r"(\s*#.*\n)*\s*[-+]?\d[-+.\d \t\r]*($|\n|#)", start) is not None
 
 
 def dataset_histogram(

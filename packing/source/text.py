@@ -14,14 +14,15 @@ word. So both places get another name for it, which no text holds; ids stay.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packing.files.errors import path_suggestion, suggestion
+from packing.files.errors import SourceError, path_suggestion, suggestion
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -134,35 +135,63 @@ class _Tokenize:
         return {name: [getattr(encoding, FIELDS[name]) for encoding in found] for name in self.names}
 
 
+def find_text_column(dataset: datasets.Dataset, wanted: str | None, say: Callable[[str], object]) -> str:
+    """The column of texts: the wanted one, or else the only one of strings, which `say` is told.
+
+    Raises ValueError where there is none, or several, or the rows have input_ids."""
+    if wanted is not None:
+        _strings(dataset, wanted)
+        return wanted
+    if "input_ids" in dataset.column_names:
+        raise SourceError("rows have input_ids: they are tokenized already", cure="name the texts: --text-column NAME")
+    names = [name for name in dataset.column_names if _holds_strings(dataset, name)]
+    if len(names) > 1:
+        listed = " and ".join(map(repr, names))
+        raise SourceError(f"columns {listed} hold texts", cure=f"name the one that is meant: --text-column {names[0]}")
+    if not names:
+        types = ", ".join(f"{name!r} ({dataset.data.column(name).type})" for name in dataset.column_names)
+        raise SourceError(f"no column holds texts, of {types}", cure="make one of strings")
+    say(f"texts are taken from column {names[0]!r}, the only one of strings")
+    return names[0]
+
+
 def check_texts(dataset: datasets.Dataset, text_columns: Sequence[str]) -> None:
     """Raise ValueError for what can be seen to be no texts without a tokenizer."""
-    if not len(dataset):
-        raise ValueError("the dataset is empty: it has no texts to tokenize")
-    for name in text_columns:
-        _check_text(dataset, name)
-    taken = [name for name in (*TYPES, "attention_mask") if name in dataset.column_names]
-    if taken:
-        raise ValueError(f"column {taken[0]!r} is there already, so texts were tokenized before: give no text column")
-
-
-def _check_text(dataset: datasets.Dataset, name: str) -> None:
     import numpy as np
-    import pyarrow as pa
 
     from packing.source.rows import chosen_rows, refuse_broken
     from packing.source.token_column import null_rows
 
+    if not len(dataset):
+        raise SourceError("the dataset is empty: it has no texts to tokenize")
+    for name in text_columns:
+        column = _strings(dataset, name)
+        refuse_broken(name, column)
+        nulls = null_rows(column, chosen_rows(dataset))
+        if nulls.any():
+            row = int(np.argmax(nulls))
+            raise SourceError("has no text (null)", column=name, row=row, cure="fill it in or leave the row out")
+    taken = [name for name in (*TYPES, "attention_mask") if name in dataset.column_names]
+    if taken:
+        raise SourceError("is there already, so texts were tokenized before", column=taken[0], cure="name no texts")
+
+
+def _strings(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """The column, if there is one of that name, and it holds strings."""
     if name not in dataset.column_names:
         names = dataset.column_names
-        raise ValueError(f"no column {name!r} among {', '.join(names)}{suggestion(name, names)}")
+        raise SourceError(f"no column {name!r} among {', '.join(names)}{suggestion(name, names)}")
     column = dataset.data.column(name)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise ValueError(f"column {name!r} holds {column.type}; texts to tokenize are strings")
-    refuse_broken(name, column)
-    nulls = null_rows(column, chosen_rows(dataset))
-    if nulls.any():
-        row = int(np.argmax(nulls))
-        raise ValueError(f"column {name!r} has no text (null) in row {row}; fill it in or leave the row out")
+    if not _holds_strings(dataset, name):
+        raise SourceError(f"holds {column.type}", column=name, cure="texts to tokenize are strings")
+    return column
+
+
+def _holds_strings(dataset: datasets.Dataset, name: str) -> bool:
+    import pyarrow as pa
+
+    type_ = dataset.data.column(name).type
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
 def _fingerprint(dataset: datasets.Dataset, work: _Tokenize, keep_text: bool) -> str:

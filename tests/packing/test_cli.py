@@ -74,7 +74,7 @@ def test_plan_only_writes_nothing(tmp_path, source, capsys):
         (["source", "packed", "--packer", "nope"], "pack-dataset: split 'a': unknown packer 'nope'; choose from "),
         (
             ["source", "packed", "--max-sequence-length", "0"],
-            "pack-dataset: split 'a': --max-sequence-length 0 must be",
+            "pack-dataset: --max-sequence-length 0 must be",
         ),
     ],
 )

@@ -157,4 +157,4 @@ def test_what_is_no_folder_of_the_cache_is_made_anew(cache, tmp_path, tokenizer,
     else:
         kept.symlink_to(tmp_path / ("cache" if what == "a link" else "nowhere"))
     assert open_splits(source)[""].to_list() == expected
-    assert "which is made anew" in caplog.text and not kept.is_symlink()
+    assert "which is made again" in caplog.text and not kept.is_symlink()

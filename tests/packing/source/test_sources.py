@@ -15,7 +15,8 @@ import slow_rows
 
 from packing import cli, pack_dataset
 from packing.source import text as tokenizing
-from packing.source.open import find_files, holds_rows, open_splits
+from packing.source.lengths import holds_lengths
+from packing.source.open import find_files, open_splits
 
 datasets.disable_progress_bars()
 
@@ -265,8 +266,8 @@ def test_a_json_file_is_of_rows_or_of_lengths_by_how_it_begins(tmp_path):
         ("", False),
     ]:
         file.write_text(text)
-        assert holds_rows(str(file)) is rows, text
-    assert not holds_rows(str(file.with_suffix(".csv"))) and holds_rows(str(file.with_suffix(".JSONL")))
+        assert holds_lengths(file) is not rows, text
+    assert not holds_lengths(file.with_suffix(".JSONL")) and holds_lengths(file.with_suffix(".npy"))
 
 
 # What is wrong
@@ -481,7 +482,7 @@ def test_files_that_do_not_belong_together(tmp_path, capsys, monkeypatch):
     (tmp_path / "c" / "dataset_infos.json").write_text("{}")
     assert "files of several kinds, 'a/x.parquet' and 'a/y.jsonl'; give a glob" in refused(["a", "packed"], capsys)
     assert "'b/test.jsonl' is named as of split 'test', but 'b/z.jsonl' as of none" in refused(["b", "packed"], capsys)
-    assert [file.name for file in find_files("c")[""]] == ["train.jsonl"]
+    assert [file.name for file in find_files("c").splits[""]] == ["c/train.jsonl"]
     assert "SOURCE 'd*' matches no file" in refused(["d*", "packed"], capsys)
     assert "'c/README.md' is no file .parquet" in refused(["c/*.md", "packed"], capsys)
     assert "there is no SOURCE 'b/tset.jsonl'" in refused(["b/tset.jsonl", "packed"], capsys)
@@ -629,7 +630,7 @@ def test_texts_are_tokenized_once_and_kept_when_asked(texts, cache):
         (["--text-column", "label"], "column 'label' holds int64; texts to tokenize are strings"),
         (["--text-column", "text", "--text-pair-column", "replies"], "no column 'replies' among text, reply"),
         (["--text-column", "text", "--text-pair-column", "reply", "--overlong", "truncate"], "of a pair alone"),
-        (["--keep-text"], "--keep-text would be ignored: there is no --text-column"),
+        (["--keep-text"], "columns 'text' and 'reply' hold texts; name the one that is meant: --text-column text"),
         (["--text-column", "text", "--tokenizer", "./nowhere"], "there is no folder './nowhere' with a tokenizer"),
     ],
 )
@@ -644,7 +645,7 @@ def test_texts_without_a_value_and_tokens_that_are_there_already(texts, capsys):
     write_lines(folder / "a.jsonl", [{"text": "w1"}, {"text": None}])
     write_lines(folder / "b.jsonl", [{"text": "w1", "input_ids": [1]}])
     options = ["--plan-only", "--text-column", "text", "--tokenizer", folder / "tokenizer"]
-    assert "column 'text' has no text (null) in row 1" in refused([folder / "a.jsonl", *options], capsys)
+    assert "column 'text' in row 1 has no text (null)" in refused([folder / "a.jsonl", *options], capsys)
     assert "column 'input_ids' is there already" in refused([folder / "b.jsonl", *options], capsys)
     assert "--text-column needs --tokenizer" in refused([folder / "a.jsonl", *options[:3]], capsys)
 

@@ -766,7 +766,7 @@ def test_what_is_wrong_with_a_source_is_said_by_its_url(shelf, capsys, tmp_path)
         "shelf://bucket/none/rows.parquet": "there is no file at 'shelf://bucket/none/rows.parquet'",
         "shelf://bucket/none/*.parquet": "'shelf://bucket/none/*.parquet' matches no file",
         "shelf://bucket/one": "files of several kinds, 'shelf://bucket/one/rows.jsonl' and",
-        "shelf://bucket/one/rows.txt": "'shelf://bucket/one/rows.txt' is no file .parquet",
+        "shelf://bucket/one/rows.txt": "SOURCE 'shelf://bucket/one/rows.txt' holds texts; give what makes tokens",
     }.items():
         assert cli.main([source, str(tmp_path / "packed")]) == 2
         assert message in capsys.readouterr().err
