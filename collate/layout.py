@@ -6,7 +6,7 @@ Order is the same everywhere: pack by pack, and inside a pack from left to right
 
 from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class PackLayout:
 
     Raises ValueError for no packs, and for ids that no packing produces: a sequence in two pieces, or numbers not
     counted up from 1.
-    (On an accelerator that check would wait for the device, so it is done for CPU tensors only: the collator's.)
+    On an accelerator that check would wait for the device, so it looks at CPU tensors only: the collator's.
     """
 
     sequence_ids_BL: Tensor
@@ -157,16 +157,16 @@ class PackLayout:
     def derived(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` returns, made once per key: for views of this layout that an attention head needs in each layer.
 
-        key: says all that the result depends on besides the layout; begin it with the name of who asks.
-        make: takes nothing from outside but numbers and views of this layout. What a caller has made under
-            torch.inference_mode() would be kept, and could not be trained with.
+        key: all that the result depends on besides the layout; start it with the name of who asks.
+        make: uses nothing from outside but numbers and views of this layout. A tensor that a caller has made under
+            torch.inference_mode() would be kept, and nothing could train with it.
         """
         if key not in self._derived:
             self._derived[key] = in_ordinary_mode(make)
         return self._derived[key]
 
     @view
-    def _derived(self) -> dict[Hashable, object]:
+    def _derived(self) -> dict[Hashable, Any]:
         return {}
 
     @view

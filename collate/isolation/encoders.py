@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from collate.isolation.handover import named_parameters, pretrained_model, task_obstacle, wrapper_obstacle
+from collate.isolation.handover import base_of, named_parameters, pretrained_model, task_obstacle, wrapper_obstacle
 
 SUPPORTED = (
     *("albert", "bert", "bert-generation", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "eurobert"),
@@ -49,7 +49,7 @@ CURE = f"take an encoder of {list(SUPPORTED)}"
 
 
 def refuse_unfit(model: nn.Module, asks: str, may_be: tuple[str, ...] = ()) -> None:
-    """Raise ValueError for a model that no hook can isolate, or none can try out, with the reason and the cure.
+    """Raise ValueError for a model that no hook can isolate, or that cannot be tried out, with the reason and the cure.
 
     may_be: kinds of obstacle that are allowed: "causal", "leaks".
     """
@@ -60,9 +60,9 @@ def refuse_unfit(model: nn.Module, asks: str, may_be: tuple[str, ...] = ()) -> N
 
 
 def obstacles(model: nn.Module, asks: str) -> Iterator[tuple[str, str]]:
-    """(kind, reason and cure) of all that is known beforehand to keep a model from being isolated."""
+    """(kind, reason and cure) of all that is known to keep a model from being isolated."""
     inner = pretrained_model(model, asks)
-    encoder, config = inner.base_model, inner.config
+    encoder, config = base_of(inner), inner.config
     kind, arguments = config.model_type, named_parameters(encoder)
     if "input_ids" not in arguments:
         taken = getattr(encoder, "main_input_name", "input_ids")
@@ -104,7 +104,7 @@ def is_a_decoder(kind: str, asks: str) -> str:
 
 
 def _is_causal(encoder: PreTrainedModel) -> bool:
-    """Whether tokens see only what comes before them, as the layers say it, or else the type."""
+    """Whether tokens see only what comes before them: the layers say it, or else the type."""
     if getattr(encoder.config, "is_causal", None) is False:
         return False
     said = [value for module in encoder.modules() if isinstance(value := getattr(module, "is_causal", None), bool)]

@@ -5,17 +5,17 @@
 Two executions. In neither do two sequences meet in a product, so not even a NaN passes from one to the other. A
 block-diagonal mask would cost L^2 K for each row and multiply other sequences' values by 0.
 
-one by one   On CPUs, without dropout: each sequence is a slice of the batch, handed to torch's CPU kernel as it lies.
-             Nothing is gathered, padded or masked. Cost: sum of n^2 K over the sequences; memory N. Alone or packed, a
-             sequence meets the same products of the same shapes, so not even rounding knows of other sequences. Under a
-             window w a long one is cut into pieces of C queries, each with the keys that it reaches: n (2 w + C) K.
+one by one   On CPUs, without dropout: torch's CPU kernel gets each sequence as a slice of the batch. Nothing is
+             gathered, padded or masked. Cost: sum of n^2 K over the sequences; memory N. Alone or packed, a sequence
+             meets the same products of the same shapes, so other sequences do not even change rounding. A window w cuts
+             a long one into pieces of C queries, each with the keys that it reaches: n (2 w + C) K.
 grouped      Elsewhere: sequences of like length side by side (`collate.length_groups`), each group one call of
              scaled_dot_product_attention, n rounded up to a multiple of 16. Where a group is padded to its width,
              torch's CPU kernel makes a float of every query and key of it: n^2 per sequence, never L^2 per row.
 
-Measured with `python benchmarks/exact_attention.py`. One by one parallelizes over the heads of one sequence
-only, so with more threads than heads, groups take its place. The choice follows from the device, dropout, heads and
-threads alone: neither timings nor pack mates have a say, and a resumed run repeats it.
+Measured with `python benchmarks/exact_attention.py`. One by one works in parallel on the heads of one sequence only.
+With more threads than heads, groups take its place. The choice depends on the device, dropout, heads and threads alone,
+not on timings or pack mates, so a resumed run repeats it.
 
 Shape letters as in collate.layout; H heads, K head width.
 """
@@ -29,7 +29,9 @@ from torch import Tensor
 from collate.layout import PackLayout
 
 
-def attend_tokens(query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+def attend_tokens(
+    query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+) -> Tensor:
     """The context (T, H, K) of queries, keys and values (T, H, K) of real tokens, scores scaled by 1/sqrt(K)."""
     inputs = (query_THK, key_THK, value_THK)
     if not takes_one_by_one(query_THK, num_heads=query_THK.shape[1], dropout=dropout):
@@ -40,20 +42,26 @@ def attend_tokens(query_THK, key_THK, value_THK, layout: PackLayout, dropout: fl
 
 
 def attend_rows(
-    query_BHLK, key_BHLK, value_BHLK, layout: PackLayout, dropout: float = 0.0, scale=None, window: int | None = None
+    query_BHLK: Tensor,
+    key_BHLK: Tensor,
+    value_BHLK: Tensor,
+    layout: PackLayout,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The context (B, H, L, K) of padded rows; 0 in padding slots.
 
     scale: of the scores; None: 1/sqrt(K). window: a token sees those of its sequence at most so many tokens away.
     """
-    inputs = (query_BHLK, key_BHLK, value_BHLK)
+    rows = (query_BHLK, key_BHLK, value_BHLK)
     if takes_one_by_one(query_BHLK, num_heads=query_BHLK.shape[1], dropout=dropout):
         pieces = layout.derived(("pieces of rows", window), lambda: pieces_of_rows(layout, window))
-        return OneByOne.apply(*inputs, pieces, scale)
+        return OneByOne.apply(*rows, pieces, scale)
     if layout.num_sequences == 0:  # no token, but a part of the graph
         return (query_BHLK + key_BHLK + value_BHLK) * 0
-    inputs = (layout.unpad(x.transpose(1, 2)) for x in inputs)
-    return layout.pad(attend_grouped(*inputs, layout, dropout, scale, window)).transpose(1, 2)
+    query_THK, key_THK, value_THK = (layout.unpad(x.transpose(1, 2)) for x in rows)
+    return layout.pad(attend_grouped(query_THK, key_THK, value_THK, layout, dropout, scale, window)).transpose(1, 2)
 
 
 def takes_one_by_one(query: Tensor, num_heads: int, dropout: float) -> bool:
@@ -65,7 +73,13 @@ def takes_one_by_one(query: Tensor, num_heads: int, dropout: float) -> bool:
 
 
 def attend_grouped(
-    query_THK, key_THK, value_THK, layout: PackLayout, dropout: float = 0.0, scale=None, window: int | None = None
+    query_THK: Tensor,
+    key_THK: Tensor,
+    value_THK: Tensor,
+    layout: PackLayout,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """(T, H, K) each -> the context (T, H, K), sequences of like length together."""
     groups = layout.length_groups
@@ -79,8 +93,9 @@ def attend_grouped(
 
 
 def _group_masks(layout: PackLayout, window: int | None) -> list[Tensor | None]:
-    """Of each length group (sequences, 1, width, width) bool, True = attend; None where all attend to all."""
-    groups, masks = layout.length_groups, []
+    """For each length group (sequences, 1, width, width) bool, True = attend; None where all attend to all."""
+    groups = layout.length_groups
+    masks: list[Tensor | None] = []
     for (_, width), mask in zip(groups.shapes, groups.key_masks, strict=True):
         if window is not None and width > window + 1:
             lengths = layout.lengths[groups.members[len(masks)], None, None, None]
@@ -112,7 +127,7 @@ class Pieces:
     def __init__(self, pieces: list[Piece], num_rows: int, num_slots: int, window: int | None = None):
         self.pieces, self.window = pieces, window
         self.fills_rows = sum(piece.length for piece in pieces) == num_rows * num_slots
-        self.sizes: list[list[int]] = [[] for _ in range(num_rows)]  # of each row: gap, piece, gap, piece, …, gap
+        self.sizes: list[list[int]] = [[] for _ in range(num_rows)]  # for each row: gap, piece, gap, piece, …, gap
         ends = [0] * num_rows
         for piece in pieces:
             self.sizes[piece.row] += [piece.start - ends[piece.row], piece.length]
@@ -121,7 +136,7 @@ class Pieces:
             sizes.append(num_slots - end)
 
     def queries(self, x_BHLK: Tensor) -> list[Tensor]:
-        """Of each piece (1, H, n, K), a view. Split at once: a call for each would take as long as a short sequence."""
+        """The queries of each piece (1, H, n, K), as views. One split: a call for each would cost a short sequence."""
         rows = zip(x_BHLK.split(1), self.sizes, strict=True)
         return [part for row, sizes in rows for part in row.split(sizes, 2)[1::2]]
 
@@ -154,7 +169,8 @@ def pieces_of_rows(layout: PackLayout, window: int | None = None) -> Pieces:
             if window is not None:
                 low, high = max(first - window, 0), min(stop + window, length)
             pieces.append(Piece(row, start + first, stop - first, start + low, high - low))
-    return Pieces(pieces, *layout.sequence_ids_BL.shape, window)
+    num_rows, num_slots = layout.sequence_ids_BL.shape
+    return Pieces(pieces, num_rows, num_slots, window)
 
 
 SMALLEST_PIECE = 64
@@ -164,9 +180,9 @@ SMALLEST_PIECE = 64
 class OneByOne(torch.autograd.Function):
     """(B, H, L, K) x 3, pieces, scale -> (B, H, L, K), 0 where there is no piece.
 
-    Written out, with the kernels that scaled_dot_product_attention itself calls on a CPU: through it, every sequence
-    would cost a dozen nodes of the graph. What a kernel returns is copied to its place at once, while it is in the
-    cache; concatenated at the end it would have gone to memory and back, and would be kept twice.
+    It calls the kernels that scaled_dot_product_attention itself calls on a CPU; through that function, every sequence
+    would cost a dozen nodes of the graph. Each result goes to its place at once, while it is in the cache: concatenated
+    at the end it would have gone to memory and back, and would be kept twice.
     """
 
     @staticmethod
@@ -203,11 +219,12 @@ class OneByOne(torch.autograd.Function):
 
 
 def masks_of(pieces: Pieces, dtype: torch.dtype) -> list[Tensor | None]:
-    """What a window hides in each piece (n, m), to be added to its scores: 0 or -inf; None where nothing is hidden.
+    """What a window hides in each piece (n, m), to add to its scores: 0 or -inf; None where nothing is hidden.
 
     Pieces of the same shape share it.
     """
-    window, made = pieces.window, {}
+    window = pieces.window
+    made: dict[tuple[int, int, int], Tensor] = {}
     if window is None:
         return [None] * len(pieces.pieces)
 

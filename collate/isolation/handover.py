@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 
 def encoder_of(model: nn.Module, asks: str) -> PreTrainedModel:
     """The encoder inside a task model, or inside what PEFT, DDP or torch.compile wrapped around one."""
-    return pretrained_model(model, asks).base_model
+    return base_of(pretrained_model(model, asks))
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder of a transformers model."""
+    base = model.base_model
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def pretrained_model(model: nn.Module, asks: str) -> PreTrainedModel:

@@ -4,13 +4,14 @@
     F.scaled_dot_product_attention(query, key, value, attn_mask=mask)     # each sequence by itself: no mask
 
 Stock encoders hand their mask on to scaled_dot_product_attention and do nothing else with it. So the mask itself can
-say what to do there, as torch's own `torch.nn.attention.bias.CausalBias` does. The model, its config and its attention
-implementation stay stock, and so does what is saved. Whatever else is done with the mask gets the built one, so a
-model that treats it otherwise is as exact as before, only slower.
+say what to do there, as torch's own `torch.nn.attention.bias.CausalBias` does. The model, its config, its attention
+implementation and its checkpoints stay stock. Any other use of the mask gets the built one, so a model that treats it
+otherwise is as exact as before, only slower.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ WANT_MEMORY = (
     *(Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__dlpack__, Tensor.share_memory_),
     *(Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage),
 )
-"""Methods that read a tensor's memory, without any operator that __torch_dispatch__ would hear of."""
+"""Methods that read a tensor's memory without any operator that reaches __torch_dispatch__."""
 
 
 class LazyMask(Tensor):
@@ -34,8 +35,12 @@ class LazyMask(Tensor):
     build: makes the mask; called at most once for all layers.
     """
 
+    pack_layout: PackLayout
+    window: int | None
+    build: Callable[[], Tensor]
+
     @staticmethod
-    def __new__(cls, layout: PackLayout, window: int | None, build: Callable[[], Tensor]):
+    def __new__(cls, layout: PackLayout, window: int | None, build: Callable[[], Tensor]) -> "LazyMask":
         packs, slots = layout.sequence_ids_BL.shape
         mask = Tensor._make_wrapper_subclass(
             cls, (packs, 1, slots, slots), dtype=torch.bool, device=layout.sequence_ids_BL.device
@@ -57,32 +62,44 @@ class LazyMask(Tensor):
             return function(*args, **kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return LazyMask(args[0].pack_layout, args[0].window, args[0].build)
         args, kwargs = tree_map(_built, (args, kwargs or {}))
         return function(*args, **kwargs)
 
-    def __repr__(self, **_) -> str:  # type: ignore[override]
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
         return f"LazyMask(shape={tuple(self.shape)}, window={self.window})"
 
 
-def _built(value):
+def _built(value: Any) -> Any:
     return value.built if isinstance(value, LazyMask) else value
 
 
-def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _attend(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """scaled_dot_product_attention where the mask, or by mistake another argument, is a LazyMask."""
     mask, same_heads = attn_mask, query.shape[1:2] == key.shape[1:2] == value.shape[1:2]
     if isinstance(mask, LazyMask) and not is_causal and _are_rows_of(mask, query, key, value) and same_heads:
-        inputs = _as_autocast_has_it(query, key, value)
-        if query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():  # which is about CPUs, too
-            return attend_rows(*inputs, mask.pack_layout, dropout_p, scale, mask.window)
-        if _takes_varlen(mask, inputs[0], dropout_p, scale):
-            context = attend_varlen(*(mask.pack_layout.unpad(x.transpose(1, 2)) for x in inputs), mask.pack_layout)
-            return mask.pack_layout.pad(context).transpose(1, 2)
-    arguments = map(_built, (query, key, value, attn_mask))
-    return F.scaled_dot_product_attention(*arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        q, k, v = _as_autocast_has_it(query, key, value)
+        if query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():  # which is for CPUs, too
+            return attend_rows(q, k, v, mask.pack_layout, dropout_p, scale, mask.window)
+        if _takes_varlen(mask, q, dropout_p, scale):
+            layout = mask.pack_layout
+            q, k, v = (layout.unpad(x.transpose(1, 2)) for x in (q, k, v))
+            return layout.pad(attend_varlen(q, k, v, layout)).transpose(1, 2)
+    query, key, value, built = map(_built, (query, key, value, attn_mask))
+    return F.scaled_dot_product_attention(
+        query, key, value, built, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _are_rows_of(mask: LazyMask, *tensors: Tensor) -> bool:
@@ -104,7 +121,7 @@ def _as_autocast_has_it(*tensors: Tensor) -> list[Tensor]:
 
 
 def _takes_varlen(mask: LazyMask, query: Tensor, dropout: float, scale: float | None) -> bool:
-    """Whether FlashAttention's kernel can do this; it is tried on no GPU here."""
+    """Whether FlashAttention's kernel can do this; no test runs it on a GPU."""
     width = query.shape[-1]
     is_usual = scale is None or math.isclose(scale, width**-0.5, rel_tol=1e-6)
     if not query.is_cuda or dropout or not is_usual or mask.window is not None or not mask.pack_layout.num_tokens:

@@ -41,7 +41,7 @@ def attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor, layou
             f"attention implementation {implementation!r} has no mask function, so it cannot be told which tokens "
             f"belong together; choose sdpa, eager, flex_attention or flash_attention_2, or register a mask function"
         )
-    dtype = encoder.get_input_embeddings().weight.dtype
+    dtype: Any = encoder.get_input_embeddings().weight.dtype
     build: Callable[..., Any] = partial(built_mask, implementation, sequence_ids_BL, dtype)
     if implementation == "sdpa" and layout is not None:
         build = partial(_lazy_mask, layout, build)

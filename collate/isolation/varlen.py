@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,13 @@ WIDEST_HEAD, AMPERE = 256, (8, 0)
 
 def attend_varlen(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
     """The context (T, H, K), scores scaled by 1/sqrt(K); each sequence of the layout by itself."""
-    longest = layout.sequence_ids_BL.shape[1]  # an upper bound does, and needs no wait for the device
+    longest = layout.sequence_ids_BL.shape[1]  # an upper bound is enough, and needs no wait for the device
     inputs = (x.contiguous() for x in (query_THK, key_THK, value_THK))
     return varlen_kernel()(*inputs, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
 
 
 @cache
-def varlen_kernel() -> Callable[..., Tensor]:
+def varlen_kernel() -> Callable[..., Any]:
     """(query, key, value, cu_seqlens of queries, of keys, longest query, longest key) -> context, both directions."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -32,7 +33,7 @@ def varlen_kernel() -> Callable[..., Tensor]:
 
 
 def varlen_obstacle(dtype: torch.dtype, head_width: int, capability: tuple[int, int]) -> str | None:
-    """Why the kernel cannot run; None if it can. capability: of the CUDA device."""
+    """Why the kernel cannot run; None if it can. capability: the CUDA device's."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"wants bfloat16 or float16, not {dtype}"
     if capability < AMPERE:
@@ -40,7 +41,7 @@ def varlen_obstacle(dtype: torch.dtype, head_width: int, capability: tuple[int, 
     if head_width % 8 or head_width > WIDEST_HEAD:
         return f"wants a head width that is a multiple of 8, at most {WIDEST_HEAD}, not {head_width}"
     if not has_varlen_kernel():
-        return "is neither in this torch (2.10 or newer has it) nor is flash-attn installed"
+        return "is missing in this torch (2.10 or newer has it), and flash-attn is not installed"
     return None
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
@@ -33,16 +33,16 @@ def agreed(arguments: TrainingArguments, look: Callable[[], Found]) -> Found:
     """
     if arguments.world_size == 1:
         return look()
-    answers: list[tuple[Found | None, Exception | None]] = []
+    answers: list[tuple[Any, Exception | None]] = []
     if arguments.should_save:
         try:
             answers.append((look(), None))
         except Exception as error:  # whatever it is, the others must hear of it
             answers.append((None, error))
     answers = gather_object(answers)
-    for _, error in answers:
-        if error is not None:
-            raise error
+    for _, raised in answers:
+        if raised is not None:
+            raise raised
     found = [answer for answer, _ in answers]
     if any(other != found[0] for other in found):
         raise ValueError(f"the nodes found different things: {found}; make their output folders alike, or share one")

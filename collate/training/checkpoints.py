@@ -5,8 +5,8 @@
                                                               "xxh3_128": …}     the last of these is that of "files"
     output/checkpoint-8/…                              one rename
 
-A process that dies leaves at most an _unfinished folder, which nobody takes for a checkpoint. What a disk or a copy
-damages afterwards is found by the manifest before training goes on from it.
+A process that dies leaves at most an _unfinished folder, which nobody takes for a checkpoint. Before training resumes,
+the manifest finds what a disk or a copy has damaged since.
 """
 
 import json
@@ -18,10 +18,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -38,29 +40,27 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"
-"""What a run was configured with, in each of its checkpoints."""
+"""The configuration of a run, in each of its checkpoints."""
 UNFINISHED = "_unfinished"
-"""Where checkpoints are written and old ones deleted. Uploads to the hub leave out what begins with an underscore."""
+"""Where ranks write checkpoints and delete old ones. Uploads to the hub leave out what begins with an underscore."""
 
 _BLOCK = 1 << 22
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written: which file, and what differs."""
+    """A checkpoint that differs from what was written: which file, and what differs."""
 
 
 def check_checkpoint(folder: str | os.PathLike) -> None:
     """Raises DamagedCheckpoint unless every file is there as it was written."""
     folder = Path(folder)
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest: Any = read_json(folder / MANIFEST)
         files = manifest["files"]
         checked = {checked_path(name, folder / MANIFEST): entry for name, entry in files.items()}
         expected = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in checked.items()}
     except FileNotFoundError:
-        raise DamagedCheckpoint(
-            f"{folder} has no {MANIFEST}: it was not written to its end, or by another program"
-        ) from None
+        raise DamagedCheckpoint(f"{folder} has no {MANIFEST}: it is incomplete, or another program wrote it") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST} cannot be read ({error})") from None
     if manifest != {"files": files} and manifest != _with_own_hash(files):  # the first: written before there was one
@@ -78,7 +78,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             raise DamagedCheckpoint(
                 f"{folder} is damaged: {name} has {path.stat().st_size} bytes, {num_bytes} were written"
             )
-        if _hash(path) != digest:
+        if _hash(Path(str(path))) != digest:
             raise DamagedCheckpoint(f"{folder} is damaged: {name} has other contents than were written")
     for name in expected:
         if name.endswith(".index.json"):
@@ -86,7 +86,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
 
 
 def _check_index(folder: Path, name: str, written: set[str]) -> None:
-    """transformers opens whatever file an index of weights names: each is one that was written."""
+    """transformers opens whatever file an index of weights names: each must be in the manifest."""
     content = read_json(folder / name)
     parts = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
@@ -96,7 +96,7 @@ def _check_index(folder: Path, name: str, written: set[str]) -> None:
 
 
 def last_checkpoint(run_folder: str | os.PathLike) -> Path | None:
-    """The newest checkpoint of a run; where that one is damaged, an error says what to do."""
+    """The newest checkpoint of a run, or None; raises DamagedCheckpoint, with the cure, where that one is damaged."""
     newest, *older = [*_newest_first(Path(run_folder)), None]
     if newest is None:
         return None
@@ -104,7 +104,7 @@ def last_checkpoint(run_folder: str | os.PathLike) -> Path | None:
         check_checkpoint(newest)
     except DamagedCheckpoint as damage:
         complete = next((folder for folder in older if folder is not None and _is_complete(folder)), None)
-        instead = "begin anew" if complete is None else f"go on from {complete.name}"
+        instead = "start again" if complete is None else f"resume from {complete.name}"
         raise DamagedCheckpoint(f"{damage}; delete the folder to {instead}") from None
     return newest
 
@@ -126,16 +126,16 @@ def _is_complete(folder: Path) -> bool:
 
 
 def remove_unfinished(run_folder: str | os.PathLike) -> None:
-    """What a run that was killed had begun to write, or to delete."""
+    """Delete what a killed run left half written, or half deleted."""
     leftover = Path(run_folder) / UNFINISHED
     if leftover.exists():
         names = sorted(path.name for path in leftover.iterdir())
         shutil.rmtree(leftover)
-        logger.info("removed %s with %s: left by a run that was killed while it saved", leftover, names)
+        logger.info("removed %s with %s: a run that was killed while it saved left it", leftover, names)
 
 
 def publish(folder: Path, target: Path) -> None:
-    """A folder that all have written becomes the checkpoint, in one step, and outlives a power cut."""
+    """Make a folder that all ranks have written the checkpoint, in one step; then it survives a power cut."""
     files = {}
     for path in sorted(_files(folder)):
         sync(path)
@@ -144,7 +144,7 @@ def publish(folder: Path, target: Path) -> None:
     sync(folder / MANIFEST)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync(path)
-    if target.exists():  # of the same step, from which training was not resumed
+    if target.exists():  # of the same step, but training resumed from another
         _delete(target)
     os.rename(folder, target)
     sync(target.parent)
@@ -152,9 +152,9 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def delete_old(run_folder: Path, limit: int | None, best: str | None, newest: Path | None = None) -> None:
-    """Keeps `limit` checkpoints, the newest and the best among them, as Trainer does; but each stays whole or goes.
+    """Keep `limit` checkpoints, the newest and the best among them, as Trainer does; but each stays whole or goes.
 
-    The lowest steps go first. By the files' times, as in Trainer, the newest would go when a clock was set back.
+    The lowest steps go first. By the files' times, as in Trainer, the newest would go after a clock was set back.
 
     newest: the one just written; None: that of the highest step.
     """
@@ -202,7 +202,7 @@ def write_manifest(folder: Path, files: dict[str, dict]) -> None:
 
 
 def _with_own_hash(files: dict) -> dict:
-    """The manifest, which is checked like the files that it lists."""
+    """The manifest; its own hash lets it be checked like the files that it lists."""
     text = json.dumps(files, sort_keys=True)
     return {"files": files, "xxh3_128": xxhash.xxh3_128(text.encode()).hexdigest()}
 
@@ -219,8 +219,8 @@ def _check_json(file: Path) -> None:
 
 
 @contextmanager
-def _blaming(checkpoint: str | None, names: Sequence[str]):
-    """DamagedCheckpoint for the first of these files that torch cannot load; by itself it names none."""
+def _blaming(checkpoint: str | None, names: Sequence[str]) -> Iterator[None]:
+    """DamagedCheckpoint for the first of these files that torch cannot load; torch's own error names none."""
     try:
         yield
     except (UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, OSError, SafetensorError) as error:
@@ -228,8 +228,8 @@ def _blaming(checkpoint: str | None, names: Sequence[str]):
         if bad is None:
             raise
         raise DamagedCheckpoint(
-            f"{checkpoint} is damaged: {bad} holds more than tensors and numbers, or is cut off, so it is not loaded "
-            "and nothing in it is executed; delete the folder, and resume from another checkpoint"
+            f"{checkpoint} is damaged: {bad} holds more than tensors and numbers, or is cut off, so nothing loads or "
+            "executes it; delete the folder, and resume from another checkpoint"
         ) from error
 
 
@@ -259,45 +259,51 @@ def _not_written(target: Path, error: Exception) -> str:
 class SavesWhole(Trainer):
     """Part of a Trainer: its checkpoints are complete or not there, and a damaged one is refused.
 
-    Trainer writes a checkpoint into _get_output_dir(trial)/checkpoint-N; while it does, that is the _unfinished folder.
-    What it derives from the folder's place comes after the rename: which checkpoint is the best, uploads, and how many
-    are kept.
+    Trainer writes a checkpoint into _get_output_dir(trial)/checkpoint-N; meanwhile that is the _unfinished folder.
+    Whatever Trainer derives from the folder's place comes after the rename: which checkpoint is the best, uploads, and
+    how many to keep.
     """
 
     run_record: dict | None = None
-    """What the run was configured with: JSON that is saved as run.json in each checkpoint."""
+    """The run's configuration: JSON for run.json in each checkpoint."""
     checked_checkpoint: str | None = None
-    """One that was found complete already, on all ranks: its files are not read again."""
+    """One that is known to be complete, on all ranks: its files are not read again."""
     _is_saving = False
     _loaded_from: str | os.PathLike = ""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, *args, **kwargs):
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         saves = self.args.save_strategy != "no"
         with one_run(self.args, self._get_output_dir(trial)) if saves else nullcontext():
             return self._train_alone(resume_from_checkpoint, trial, *args, **kwargs)
 
-    def _train_alone(self, resume_from_checkpoint: str | bool | None, *args, **kwargs):
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint not in (None, False, self.checked_checkpoint):
             resume_from_checkpoint = agreed(self.args, lambda: self._checked(resume_from_checkpoint))
         if self.args.should_save:
-            remove_unfinished(self.args.output_dir)
+            remove_unfinished(self._run_folder)
         self.accelerator.wait_for_everyone()
         with names_killed_workers(self.args):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _checked(self, checkpoint: str | bool | None) -> str | bool | None:
         """The checkpoint to resume from, complete."""
-        if checkpoint is True and os.path.isdir(self.args.output_dir):
-            checkpoint = get_last_checkpoint(self.args.output_dir) or True  # True: Trainer says that there is none
+        if checkpoint is True and self._run_folder.is_dir():
+            checkpoint = get_last_checkpoint(str(self._run_folder)) or True  # True: Trainer says that there is none
         if isinstance(checkpoint, str) and os.path.exists(os.path.join(checkpoint, MANIFEST)):
             check_checkpoint(checkpoint)
         elif isinstance(checkpoint, str):  # a plain Trainer has written it
             _check_json(Path(checkpoint) / TRAINER_STATE_NAME)
         return checkpoint
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    @property
+    def _run_folder(self) -> Path:
+        return Path(self.args.output_dir or ".")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loaded_from = resume_from_checkpoint
         with _blaming(resume_from_checkpoint, (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -315,26 +321,28 @@ class SavesWhole(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
-        self._loaded_from = self.state.best_model_checkpoint
+        self._loaded_from = self.state.best_model_checkpoint or ""
         super()._load_best_model()
 
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """Parameters that are tied to others are saved once, and are there with these. Others that the checkpoint
-        lacks, or has beside the model's, are refused: Trainer would warn, and go on with random ones."""
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks parameters, or has others: Trainer would warn, and train random ones.
+
+        A checkpoint has parameters that are tied to each other once.
+        """
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         missing, unknown = set(load_result.missing_keys) - tied, set(load_result.unexpected_keys)
         for what, names in (("lacks parameters of the model", missing), ("has parameters of another model", unknown)):
             if names:
                 raise ValueError(
                     f"{self._loaded_from} {what}: {', '.join(sorted(names))}; resume with the model that it was saved "
-                    "of, or begin anew in another output_dir"
+                    "of, or start again in another output_dir"
                 )
 
-    def _get_output_dir(self, trial) -> str:
+    def _get_output_dir(self, trial: Any) -> str:
         run_folder = super()._get_output_dir(trial)
         return os.path.join(run_folder, UNFINISHED) if self._is_saving else run_folder
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder, best = Path(self._get_output_dir(trial)), self.state.best_model_checkpoint
         target = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
@@ -346,7 +354,7 @@ class SavesWhole(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
 
-    def _write_checkpoint(self, model, trial, run_folder: Path, target: Path, best: str | None) -> None:
+    def _write_checkpoint(self, model: nn.Module, trial: Any, run_folder: Path, target: Path, best: str | None) -> None:
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
@@ -367,7 +375,7 @@ class SavesWhole(Trainer):
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
-        """The best checkpoint is beside the one that training goes on from, wherever the run's folder lies now."""
+        """The best checkpoint is beside the one that training resumes from, wherever the run's folder lies now."""
         found = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -387,12 +395,12 @@ class SavesWhole(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _add_to_checkpoint(self, folder: Path) -> None:
-        """All ranks come here, before the manifest is written."""
+        """Write more into a checkpoint: all ranks call it, before the manifest."""
         if self.args.should_save and self.run_record is not None:
             (folder / RUN_FILE).write_text(json.dumps(self.run_record, indent=2) + "\n", encoding="utf-8")
 
     def _check_parts(self, folder: Path) -> None:
-        """Every rank's part lies in the folder that this rank renames."""
+        """Refuse a folder that lacks a rank's part: this rank is about to rename it."""
         if self.args.world_size == 1 or self.args.save_only_model or self.args.save_on_each_node:
             return
         for rank in range(self.args.world_size):

@@ -1,12 +1,14 @@
 """The dataloaders of a PackedTrainer: which packs they read, in which order, and how batches are checked."""
 
 import logging
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.data import IterableDataset, Sampler
-from transformers import default_data_collator
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import TrainingArguments, default_data_collator
 
 from collate.collator import DataCollatorWithPacking
 from collate.heads.check import CheckedCollator, check_inputs, embedding_sizes, refuse_text
@@ -26,13 +28,24 @@ USUAL_WIDTH = 768
 class LoadsPacks(ResumesExactly):
     """Part of a Trainer: every dataloader's collator knows its dataset, and all ranks get the same number of packs."""
 
+    model: nn.Module
+    data_collator: Any
+
     sequences_per_step: int | None = None
     task: Any
     _train_order: Sampler | None = None
     _packed_info: PackedInfo | None = None
     _source: Any = None
 
-    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
         collator = self.data_collator
         self._refuse_dataset(dataset, description, is_training)
         self._packed_info, self._source = _packed_info(dataset), dataset
@@ -43,11 +56,11 @@ class LoadsPacks(ResumesExactly):
                 packs = ArrowRows(dataset)
         packs = self._evened(packs, batch_size, is_training, has_epochs=isinstance(dataset, EpochPacks))
         try:
-            return super()._get_dataloader(packs, description, batch_size, *args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(packs, description, batch_size, sampler_fn, is_training, dataloader_key)
         finally:
             self.data_collator = collator
 
-    def _refuse_dataset(self, dataset, description: str, is_training: bool) -> None:
+    def _refuse_dataset(self, dataset: Any, description: str, is_training: bool) -> None:
         """Raise ValueError for a collator that knows nothing of packs, and for a dataset without a needed length."""
         collator = self.data_collator
         if collator is default_data_collator or type(collator).__module__.startswith("transformers."):
@@ -68,7 +81,7 @@ class LoadsPacks(ResumesExactly):
                 "repeat packs to even them out; use a dataset with a length"
             )
 
-    def _checked_collator(self, collator: DataCollatorWithPacking, dataset, is_training: bool) -> CheckedCollator:
+    def _checked_collator(self, collator: DataCollatorWithPacking, dataset: Any, is_training: bool) -> CheckedCollator:
         bound = self._bound_collator(collator, dataset, is_training)
         if bound.masking_rule is None:
             refuse_text(dataset, ("labels", *LABELS), bound.columns)
@@ -77,12 +90,14 @@ class LoadsPacks(ResumesExactly):
             self._empty_batch = checked([EMPTY_PACK])
         return checked
 
-    def _bound_collator(self, collator: DataCollatorWithPacking, dataset, is_training: bool) -> DataCollatorWithPacking:
+    def _bound_collator(
+        self, collator: DataCollatorWithPacking, dataset: Any, is_training: bool
+    ) -> DataCollatorWithPacking:
         if _packed_info(dataset) is not None or collator.unpacked_rows is not None:
             collator = collator.for_dataset(dataset)
         return collator if is_training else collator.for_prediction()
 
-    def _evened(self, packs, batch_size: int, is_training: bool, has_epochs: bool):
+    def _evened(self, packs: Any, batch_size: int, is_training: bool, has_epochs: bool) -> Any:
         """The packs, and as many empty ones as all ranks need to take equal numbers."""
         if not _has_length(packs):
             return packs
@@ -144,7 +159,7 @@ class LoadsPacks(ResumesExactly):
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         return data_collator
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step.
 
         A dataset without a length may end within a step. Trainer then makes no step and carries the gradients over
@@ -156,13 +171,13 @@ class LoadsPacks(ResumesExactly):
         return batches, denominators
 
 
-def refuse_torn_steps(args, sequences_per_step: int) -> None:
+def refuse_torn_steps(args: TrainingArguments, sequences_per_step: int) -> None:
     """Raise ValueError for arguments that would tear the steps of sequences_per_step."""
     check_sequences_per_step(sequences_per_step)
     for name, value, instead in (
         ("train_sampling_strategy", args.train_sampling_strategy, "random"),
         ("auto_find_batch_size", args.auto_find_batch_size, False),
-        ("split_batches", args.accelerator_config.split_batches, False),
+        ("split_batches", getattr(args.accelerator_config, "split_batches", False), False),
     ):
         if value != instead:
             raise ValueError(
@@ -171,15 +186,15 @@ def refuse_torn_steps(args, sequences_per_step: int) -> None:
             )
 
 
-def _has_length(dataset) -> bool:
+def _has_length(dataset: Any) -> bool:
     return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
 
 
-def _width(model: nn.Module) -> int:
+def _width(model: nn.Module | None) -> int:
     return getattr(getattr(model, "config", None), "hidden_size", None) or USUAL_WIDTH
 
 
-def _packed_info(dataset) -> PackedInfo | None:
+def _packed_info(dataset: Any) -> PackedInfo | None:
     """How the dataset was packed, if it says so."""
     try:
         return packed_info(dataset)

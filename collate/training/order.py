@@ -1,23 +1,24 @@
 """Which packs meet in an optimizer step, so that every step holds the same number of sequences.
 
-Packs hold different numbers of sequences, their depths. With packs drawn blindly the sequences of a step would vary by
-some per cent, and with them the weight of a sequence. Here a step has exactly N of them, in as many packs as it takes:
+Packs hold different numbers of sequences, their depths. If packs were drawn blindly, the sequences of a step would vary
+by some per cent, and with them the weight of a sequence. Here a step has exactly N, in as many packs as it takes:
 
     depths of all packs     3 2 1 1 2 3 1 1 2     N = 5
     steps                   (3 2) (1 1 3) (1 1 2) + the 1 that is left, a step of its own at the end of the epoch
 
-1. plan_steps: which depths meet. Every step gets its share of each depth, then depths are exchanged until the sum fits.
-   That follows from how many packs have which depth, so it is the same in every epoch, and so are the slots needed.
+1. plan_steps: which depths meet. Every step gets its share of each depth, then exchanges depths until the sum fits.
+   Only the number of packs of each depth decides this, so every epoch has the same plan, and needs the same slots.
 2. lay_out_steps: which packs these are, and the order of steps: uniformly random under (seed, epoch).
 3. deal_packs: the packs of a step to its micro-batches, equal numbers (give or take one) of nearly equal cost.
 
-A step has accumulation x ranks x packs-per-pass slots, whatever it holds; those left over are filled with empty packs.
-They cost what the model spends on padding: nothing where it is dropped (PackedBertForPreTraining), a row each in stock
+A step has accumulation x ranks x packs-per-pass slots, whatever it holds; empty packs fill those that are left over.
+They cost what the model spends on padding: nothing where it drops it (PackedBertForPreTraining), a row each in stock
 models.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,8 +38,8 @@ EMPTY_PACK: dict[str, list] = {"input_ids": [], "sequence_lengths": []}
 class StepPlan:
     """Which depths meet in each step.
 
-    depths: (packs,) step after step; step_offsets: (steps + 1,) where each begins. The first one is the incomplete one,
-    which lay_out_steps puts at the end of the epoch.
+    depths: (packs,) step after step; step_offsets: (steps + 1,) where each begins. The first step is incomplete;
+    lay_out_steps puts it at the end of the epoch.
     """
 
     depths: np.ndarray
@@ -67,11 +68,11 @@ class StepPlan:
 def plan_steps(depths: np.ndarray, sequences_per_step: int) -> StepPlan:
     """Share out packs, given by their depths, to ceil(sequences / sequences_per_step) steps.
 
-    Each step in turn takes packs of the depth that is furthest behind its share, until it has enough; what it has too
-    many is taken off by exchanging a pack, or two, for shallower ones that are still to be dealt. Exact wherever such
-    an exchange exists: that fails for few depths only (packs of 3 do not make 256), where steps are few packs, or in an
-    epoch of few packs. Then the step has the nearest number that one exchange gives, and the next makes up for it, so
-    that the number of steps stays, none is empty, and no pack is left out or used twice.
+    Each step in turn takes packs of the depth that is furthest behind its share, until it has enough. If it has too
+    many sequences, it exchanges a pack, or two, for shallower ones that are still to be dealt. The result is exact
+    wherever such an exchange exists. It may not exist for few depths (packs of 3 do not make 256), in steps of few
+    packs, or in an epoch of few packs. Then the step has the nearest number that one exchange gives, and the next makes
+    up for it: the number of steps stays, none is empty, and each pack has its place once.
 
     Raises ValueError if a pack holds more than sequences_per_step.
     """
@@ -93,13 +94,13 @@ def plan_steps(depths: np.ndarray, sequences_per_step: int) -> StepPlan:
 
 
 def check_sequences_per_step(value: int) -> None:
-    """Raise ValueError for what is no whole number of at least 1."""
+    """Raise ValueError unless the value is a whole number, at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"sequences_per_step={value!r} must be a whole number, at least 1")
 
 
 def pack_costs(lengths: np.ndarray, pack_offsets: np.ndarray, width: int) -> np.ndarray:
-    """(packs,) what each costs an encoder, in units of attention's: Σ n² + 6 · width · tokens over its sequences.
+    """(packs,) the cost of each to an encoder, in units of attention's: Σ n² + 6 · width · tokens over its sequences.
 
     A layer's matrices take 24 · width² FLOPs a token, its attention 4 · width · n² a sequence.
     """
@@ -108,10 +109,10 @@ def pack_costs(lengths: np.ndarray, pack_offsets: np.ndarray, width: int) -> np.
 
 
 def lay_out_steps(plan: StepPlan, depths: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """(steps, plan.most_packs) packs of each step in the order of the epoch; empty slots have the number of packs.
+    """(steps, plan.most_packs) packs of each step in the order of the epoch; empty slots have number len(depths).
 
-    Each pack is equally likely in every place that the plan has for its depth, and the order of steps is random, but
-    for an incomplete one, which is the last.
+    Each pack is equally likely in every place that the plan has for its depth. The order of steps is random, except
+    that an incomplete one is the last.
     """
     draw = np.random.default_rng([seed, epoch])
     packs = draw.permutation(len(depths))
@@ -128,8 +129,8 @@ def lay_out_steps(plan: StepPlan, depths: np.ndarray, seed: int, epoch: int) -> 
 def deal_packs(steps: np.ndarray, costs: np.ndarray, num_parts: int, packs_per_part: int) -> np.ndarray:
     """(steps, num_parts, packs_per_part) the packs of each step, dealt to parts; empty slots have number len(costs).
 
-    By rounds: the costliest packs left, one to each part, the costliest of them to the part that has cost least so far
-    (Graham's longest-first rule for equal numbers). steps: as lay_out_steps gives them.
+    Each round deals the costliest packs left, one to each part, the costliest of them to the cheapest part so far
+    (Graham's longest-first rule for equal numbers). steps: as lay_out_steps returns them.
     """
     num_steps, most_packs = steps.shape
     rounds = -(-most_packs // num_parts)
@@ -150,17 +151,16 @@ def deal_packs(steps: np.ndarray, costs: np.ndarray, num_parts: int, packs_per_p
 
 
 class SequencesPerStep(Sampler):
-    """Packs in the order of training, `sequences_per_step` sequences to an optimizer step; empty packs have the number
-    of packs, see EvenedPacks.
+    """Packs in the order of training, `sequences_per_step` sequences to an optimizer step.
 
-    Batches of packs_per_pass go to the ranks in turns, as accelerate deals them; each rank accumulates `passes`:
-    2 passes on 2 ranks: rank 0, rank 1, rank 0, rank 1 | the next step
+    Empty packs have number len(dataset), see EvenedPacks. accelerate deals batches of packs_per_pass to the ranks in
+    turns; each rank accumulates `passes`: 2 passes on 2 ranks: rank 0, rank 1, rank 0, rank 1 | the next step
 
-    dataset: of pack_dataset, or EpochPacks, which a new epoch is told, too. width: of the model, see pack_costs.
+    dataset: one of pack_dataset, or EpochPacks, which it tells each new epoch. width: the model's, see pack_costs.
     """
 
     def __init__(
-        self, dataset, sequences_per_step: int, packs_per_pass: int, passes: int, ranks: int, seed: int, width: int
+        self, dataset: Any, sequences_per_step: int, packs_per_pass: int, passes: int, ranks: int, seed: int, width: int
     ):
         self.dataset, self.seed, self.width, self.epoch = dataset, seed, width, 0
         self.packs_per_pass, self.parts = packs_per_pass, passes * ranks
@@ -189,12 +189,12 @@ class SequencesPerStep(Sampler):
             yield from step.ravel().tolist()
 
 
-def pack_lengths(dataset) -> tuple[np.ndarray, np.ndarray]:
+def pack_lengths(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
     """The lengths of all sequences, pack after pack, and (packs + 1,) where each pack begins among them."""
     return (dataset if isinstance(dataset, EpochPacks) else EpochPacks(dataset)).pack_lengths()
 
 
-def pack_depths(dataset) -> np.ndarray:
+def pack_depths(dataset: Any) -> np.ndarray:
     """(packs,) sequences in each."""
     return np.diff(pack_lengths(dataset)[1])
 
@@ -207,7 +207,7 @@ class StepSampler(Sampler):
     A balanced dataset stays balanced: the packs of a step are those that were put together.
 
     length: if more than num_packs, empty packs follow, see EvenedPacks. They too stay at the end, so that the order
-        depends on (seed, epoch) and not on how many ranks there are.
+        depends on (seed, epoch) and not on the number of ranks.
     """
 
     def __init__(self, num_packs: int, packs_per_step: int, seed: int, length: int | None = None):
@@ -233,10 +233,10 @@ class EvenedPacks(Dataset):
 
     7 packs, multiple 4  ->  7 packs and 1 that holds no sequence: no loss, no denominator, no gradient.
 
-    So is every pack with a number beyond, which a sampler may ask for.
+    Every pack with a higher number, which a sampler may ask for, is empty, too.
     """
 
-    def __init__(self, packs, multiple: int):
+    def __init__(self, packs: Any, multiple: int):
         self.packs = packs
         self.num_packs = len(packs)
         self.padded_length = -(-len(packs) // multiple) * multiple
@@ -247,7 +247,7 @@ class EvenedPacks(Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]):
+    def __getitems__(self, indices: Sequence[int]) -> Any:
         real = [index for index in indices if index < self.num_packs]
         num_empty = len(indices) - len(real)
         if not real:
@@ -294,7 +294,7 @@ def _share_out(depths, counts, sequences_per_step, planned, offsets):
 
 @njit(cache=True)
 def _most_overdue(dealt, counts):
-    """The kind whose next pack is due first; there is one that is not used up."""
+    """The kind whose next pack is due first; at least one kind has packs left."""
     best, least = NO_DEPTH, 2.0
     for kind in range(len(counts)):
         if dealt[kind] < counts[kind] and _turn(kind, dealt[kind], counts) < least:
@@ -311,8 +311,7 @@ def _turn(kind, number, counts):
 
 @njit(cache=True)
 def _take_off(excess, depths, counts, kind_of, dealt, taken):
-    """Exchange packs of a step until it has `excess` sequences less, or as nearly as it goes. In place; returns the
-    sequences taken off."""
+    """Exchange packs of a step until it has `excess` sequences less, or nearly so. In place; returns how many less."""
     if _exchange(excess, depths, counts, kind_of, dealt, taken):
         return excess
     for out in range(len(depths)):  # two exchanges, the first of any amount
@@ -332,9 +331,9 @@ def _take_off(excess, depths, counts, kind_of, dealt, taken):
 
 @njit(cache=True)
 def _exchange(excess, depths, counts, kind_of, dealt, taken):
-    """Give back a pack of the step for one that has `excess` sequences less, or for none. Whether there is one.
+    """Give back a pack of the step for one that has `excess` sequences less, or for none. Returns whether one fits.
 
-    Of all that fit, that which takes the most overdue for the least overdue. In place."""
+    Among those that fit it takes the most overdue for the least overdue. In place."""
     best_out, best_into, least = NO_DEPTH, NO_DEPTH, 3.0
     packs = taken.sum()
     for out in range(len(depths)):

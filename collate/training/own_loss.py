@@ -1,4 +1,4 @@
-"""What an overridden `compute_loss` is given: one row per label, however the sequences are packed.
+"""Losses of one's own: a model's, and an overridden `compute_loss`, which sees one row per label however packs lie.
 
 Trainer's documentation shows the recipe, and with packs it reads the same:
 
@@ -6,12 +6,13 @@ Trainer's documentation shows the recipe, and with packs it reads the same:
     logits = model(**inputs).logits                  (N, C)   instead of (B, C) of the packs' first tokens
     loss = CrossEntropyLoss(weight)(logits.view(-1, C), labels.view(-1))
 
-N sequences of the batch, or with token labels its T tokens, or with masks its P predicted tokens. Nothing is padded.
+N are the sequences of the batch; labels of tokens give T rows, masks P rows of predicted tokens. There is no padding.
 Beside labels of sequences, other columns with a value per sequence, such as weights, are (N, …), too.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,14 @@ from collate.training.progress import count_packs
 class SeenModel:
     """The model of one batch, as an overridden compute_loss sees it; all but the call is the model's own.
 
-    inputs: the batch, its label columns with one row per label; where these are of sequences, so are `others`.
-    count: what the loss of a whole step is divided by: labels, over all passes and ranks. With several ranks it is the
+    inputs: the batch, its label columns with one row per label; beside labels of sequences, so are `others`.
+    count: what divides the loss of a whole step: labels, over all passes and ranks. With several ranks it is the
         number per rank, since ranks average their gradients. None: the task has no labels.
-    output: what the task made of the batch, when the model was called; was_called: even if it failed.
+    output: what the task made of the batch, once the model was called; was_called: True even if that failed.
     is_counted: whether the loss came from PackedTrainer.compute_loss with this count.
     """
 
-    def __init__(self, task, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor, ranks: int):
+    def __init__(self, task: Any, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor, ranks: int):
         self.task, self.model, self.batch, self.denominators, self.ranks = task, model, batch, denominators, ranks
         packed = PackedBatch(batch)
         targets = task.targets(packed)
@@ -44,7 +45,7 @@ class SeenModel:
         self.others = _columns_of_sequences(packed) if "labels" in self.targets else {}
         self.inputs = {**batch, **self.others, **self.targets}
         self.was_called = False
-        self.output = None
+        self.output: Any = None
         self.is_counted = False
 
     @property
@@ -53,10 +54,10 @@ class SeenModel:
             return None
         return self.denominators[0] / self.ranks if self.ranks > 1 else self.denominators[0]
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)
 
-    def __call__(self, **inputs):
+    def __call__(self, **inputs: Any) -> Any:
         """logits, and with labels the loss: the mean over this batch."""
         self.was_called = True
         if not self.fits:
@@ -77,7 +78,7 @@ class SeenModel:
         return SequenceClassifierOutput(loss=self.output.loss if has_labels else None, logits=self.output.logits)
 
     def restored(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with what was changed in inputs; labels that were taken out are put back in their places."""
+        """The batch with the changes in inputs, and with labels that inputs lack back in their places."""
         self.was_called = True
         for name in self.targets.keys() & inputs.keys():
             if inputs[name] is not self.targets[name]:
@@ -90,18 +91,19 @@ class SeenModel:
 
 
 def _columns_of_sequences(packed: PackedBatch) -> dict[str, Tensor]:
-    """(B, S, …) -> (N, …) of all columns with a value per sequence, if labels are such a column."""
+    """(B, S, …) -> (N, …) for all columns with a value per sequence, if labels are such a column."""
     batch, slots = packed.batch, packed.batch.get("cls_positions")
     if slots is None or slots.shape == batch["sequence_ids"].shape or batch["labels"].shape[:2] != slots.shape:
         return {}
     columns = [name for name, x in batch.items() if isinstance(x, Tensor) and x.shape[:2] == slots.shape]
-    return {name: packed.per_sequence(name) for name in columns if name not in ("cls_positions", "labels")}
+    found = {name: packed.per_sequence(name) for name in columns if name not in ("cls_positions", "labels")}
+    return {name: values for name, values in found.items() if values is not None}
 
 
 def loss_by(override: Callable, seen: SeenModel, name: str, needs_count: bool) -> Tensor:
     """The scalar loss that an overridden compute_loss gives for a batch.
 
-    name: of its class. needs_count: the step has several passes or ranks, and nobody said how their losses add up.
+    name: its class's. needs_count: the step has several passes or ranks, and nobody said how their losses add up.
     """
     try:
         loss = override(seen, seen.inputs, num_items_in_batch=seen.count)
@@ -124,7 +126,7 @@ def loss_by(override: Callable, seen: SeenModel, name: str, needs_count: bool) -
 
 
 def has_sequences(batch: Mapping[str, Tensor]) -> bool:
-    """Whether any slot of the batch holds a token; a rank that ran out of packs gets padding alone."""
+    """Whether any slot of the batch holds a token; a rank that ran out of packs gets only padding."""
     return bool((batch["sequence_ids"] != PADDING).any())
 
 
@@ -141,7 +143,7 @@ class OwnLoss:
     def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
         return count_packs(batch)[0]
 
-    def targets(self, packed) -> dict[str, Tensor]:
+    def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
         return {}
 
     @staticmethod  # so that no worker is sent the model
@@ -149,7 +151,7 @@ class OwnLoss:
         for name in PAIR_LABELS:
             check_label_ids(batch, name, 2, "kinds of pairs")
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None):
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None) -> Any:
         batch = {name: values for name, values in batch.items() if name in self.arguments}
         return model(**batch, denominators=denominators)
 
@@ -158,7 +160,7 @@ def has_own_loss(model: nn.Module) -> bool:
     return "denominators" in inspect.signature(model.forward).parameters and hasattr(model, "metrics")
 
 
-def count_denominators(batch: dict[str, Tensor]) -> Tensor:
+def count_denominators(batch: Mapping[str, Tensor]) -> Tensor:
     """(3,) int64: predicted tokens, sequences with predicted tokens, and sequences with a label of their sentence pair.
 
     labels [[-100, 7, 8, -100]], sequence_ids [[1, 1, 1, 2]], next_sentence_label [[0, 1]]  ->  [2, 1, 2]

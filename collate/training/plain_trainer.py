@@ -1,9 +1,10 @@
-"""What a plain `transformers.Trainer` must be told about packs, as a callback; PackedTrainer knows it by itself."""
+"""What a plain `transformers.Trainer` must know about packs, as a callback; PackedTrainer needs none."""
 
 import inspect
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from collate.columns import HEADS_OF_TOKENS
@@ -21,14 +22,14 @@ MASKS_OF = {"attention_mask": ("sdpa",), "attention_bias": ("sdpa", "eager")}
 
 @overrides_callback
 class SetEpoch(TrainerCallback):
-    """Calls target.set_epoch at the begin of every epoch.
+    """Calls target.set_epoch at the start of every epoch.
 
-    Counts epochs from the one that training begins or resumes in. Where the dataset has no length, state.epoch is a
-    share of max_steps plus the epochs that have ended, and Trainer resumes by skipping from the dataset's begin: that
-    is right within the first epoch, and refused here beyond it.
+    It counts epochs from the one in which training starts or resumes. Where the dataset has no length, state.epoch is a
+    share of max_steps plus the epochs that have ended, and Trainer resumes by skipping from the dataset's start. That
+    is right within the first epoch; beyond it this refuses to resume.
     """
 
-    def __init__(self, target):
+    def __init__(self, target: Any):
         self.target = target
         self.next_epoch = 0
 
@@ -38,8 +39,8 @@ class SetEpoch(TrainerCallback):
             return
         if state.epoch > 1:
             raise ValueError(
-                f"training cannot go on in epoch {state.epoch:.2f} of a dataset without a length: Trainer would skip "
-                f"{state.global_step} steps from its begin, and not from the begin of that epoch; use a dataset with a "
+                f"cannot resume training in epoch {state.epoch:.2f} of a dataset without a length: Trainer would skip "
+                f"{state.global_step} steps from its start, and not from the start of that epoch; use a dataset with a "
                 "length"
             )
         self.next_epoch = 0
@@ -51,23 +52,24 @@ class SetEpoch(TrainerCallback):
 
 @overrides_callback
 class PlainTrainerCallback(SetEpoch):
-    """SetEpoch, and a ValueError at the begin of training for what plain Trainer would get wrong with packs, the first
-    four and the last also at the begin of an evaluation:
+    """SetEpoch, and a ValueError at the start of training for what plain Trainer would get wrong with packs.
+
+    It refuses the first four and the last also at the start of an evaluation:
 
     * a stock model that was not isolated ignores sequence_ids: its sequences would read each other;
-    * positions that begin elsewhere than the model's own;
+    * positions that start elsewhere than the model's own;
     * masks that the model's attention implementation takes for something else, or that would replace its windows;
     * heads that read the first token of a row, or pool it: a row is several sequences;
     * stock losses under gradient accumulation or on several ranks (huggingface/transformers#47688);
     * rows that accelerate repeats to even out ranks, or columns that Trainer strips;
-    * tokens counted from an attention_mask, which packs have none of, or a square one;
-    * all else that PackedTrainer refuses, see collate.training.refused, such as noise that is scaled by a row's length.
+    * tokens counted from an attention_mask: packs have none, or a square one;
+    * all else that PackedTrainer refuses, see collate.training.refused, such as noise that a row's length scales.
 
-    What is right for training is not exact for evaluation: plain Trainer averages the losses of batches by their rows,
-    and evaluation's masks are those of the epoch.
+    Evaluation is not exact: plain Trainer averages the losses of batches by their rows, and evaluation has the masks of
+    the epoch.
     """
 
-    def __init__(self, collator):
+    def __init__(self, collator: Any):
         super().__init__(collator)
         self.collator = collator
         self.is_checked = False
@@ -81,17 +83,17 @@ class PlainTrainerCallback(SetEpoch):
     def _check_model(self, model: nn.Module | None) -> None:
         check_model(self.collator, model)
         _check_mask(self.collator.emit, model)
-        if _has_stock_loss(model):
+        if model is not None and _has_stock_loss(model):
             _check_head(model)
         self.collator.learn_task(_stock(model))
         self.is_checked = True
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, model=None, **kwargs):
         super().on_train_begin(args, state, control, train_dataloader=train_dataloader, **kwargs)
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns=True strips sequence_lengths; set remove_unused_columns=False")
         self._check_model(model)
-        if _has_stock_loss(model):
+        if model is not None and _has_stock_loss(model):
             _check_loss(args, model)
         if args.world_size > 1 and args.accelerator_config.even_batches:
             raise ValueError(
@@ -101,7 +103,7 @@ class PlainTrainerCallback(SetEpoch):
         if str(args.include_num_input_tokens_seen) in ("True", "non_padding"):
             raise ValueError(
                 f"include_num_input_tokens_seen={args.include_num_input_tokens_seen!r} counts an attention_mask, which "
-                "packs have none of; set it to 'all' (slots) or use collate.PackedTrainer (real tokens)"
+                "packs lack; set it to 'all' (slots) or use collate.PackedTrainer (real tokens)"
             )
         refuse_arguments(args, PLAIN)
         if state.global_step:
@@ -113,8 +115,8 @@ class PlainTrainerCallback(SetEpoch):
             )
 
 
-def check_model(collator, model: nn.Module | None) -> None:
-    """The model honours what the collator emits, and its positions begin where the collator's do."""
+def check_model(collator: Any, model: nn.Module | None) -> None:
+    """Raise ValueError unless the model honours what the collator emits, and positions start where its own do."""
     stock = _stock(model)
     if stock is None:
         return
@@ -133,7 +135,7 @@ def check_model(collator, model: nn.Module | None) -> None:
 
 
 def check_forward(model: nn.Module) -> None:
-    """Nothing but transformers' own forward, whose loss a task stands for."""
+    """Raise ValueError for a forward that is not transformers' own, whose loss a task stands for."""
     for part in (model, _stock(model)):
         if part is not None and not type(part).forward.__module__.startswith(("transformers.", "peft.", "torch.")):
             name = type(part).__name__
@@ -144,7 +146,7 @@ def check_forward(model: nn.Module) -> None:
 
 
 def _check_mask(emit: str, model: nn.Module | None) -> None:
-    """What is emitted means to the model's attention what it means to us."""
+    """Raise ValueError for a mask that the model's attention would take for something else."""
     stock = _stock(model)
     if stock is None or emit == "sequence_ids":
         return
@@ -178,8 +180,8 @@ def _stock(model: nn.Module | None) -> PreTrainedModel | None:
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
-def _has_stock_loss(model: nn.Module | None) -> bool:
-    """Whether the loss is computed in transformers' own forward, or in that of a subclass without one."""
+def _has_stock_loss(model: nn.Module) -> bool:
+    """Whether transformers' own forward computes the loss."""
     return type(model).forward.__module__.startswith(("transformers.", "peft."))
 
 
@@ -192,7 +194,7 @@ def _check_head(model: nn.Module) -> None:
         )
 
 
-def _check_loss(args, model: nn.Module) -> None:
+def _check_loss(args: TrainingArguments, model: nn.Module) -> None:
     """Stock encoders take a mean per micro-batch, whatever Trainer believes."""
     for name, value in (
         ("gradient_accumulation_steps", args.gradient_accumulation_steps),

@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import (
     EvalLoopOutput,
     EvalPrediction,
@@ -19,22 +21,8 @@ from collate.heads import PerSequence
 from collate.training.dataloaders import LoadsPacks
 from collate.training.hooks import overrides_trainer
 from collate.training.own_loss import SeenModel, has_sequences, loss_by
-from collate.training.progress import count_sequences, drop_figures_of_rows
+from collate.training.progress import RunningSums, count_sequences, drop_figures_of_rows
 from collate.training.workers import names_killed_workers
-
-
-class RunningSums:
-    """A float64 sum of 1-D statistics that stays on the device: adding does not wait for it."""
-
-    def __init__(self):
-        self.total: Tensor | None = None
-
-    def add(self, sums: Tensor) -> None:
-        self.total = sums.detach().clone() if self.total is None else self.total + sums.detach()
-
-    def take(self) -> Tensor:
-        total, self.total = self.total, None
-        return total
 
 
 class Predictions:
@@ -43,7 +31,7 @@ class Predictions:
     def __init__(self):
         self.batches: list[tuple[PerSequence, PerSequence | None, np.ndarray | None]] = []
 
-    def add(self, outputs, batch: Mapping[str, Tensor]) -> None:
+    def add(self, outputs: Any, batch: Mapping[str, Tensor]) -> None:
         """One batch; its sequences are known by their row in the source, and where in it they begin."""
         if getattr(outputs, "predictions", None) is None:
             raise ValueError(
@@ -90,8 +78,13 @@ def _on_cpu(values: PerSequence) -> PerSequence:
 class EvaluatesSequences(LoadsPacks):
     """Part of a Trainer that has a task: evaluation counts sequences, and predictions have one row per sequence."""
 
-    _override: Callable | None
-    """A compute_loss of the user's own."""
+    _no_objective: set[str]
+    """Metrics that hyperparameter search does not minimise."""
+
+    @property
+    def _override(self) -> Callable | None:
+        """A compute_loss of the user's own."""
+        raise NotImplementedError
 
     def evaluate(self, *args, **kwargs):
         with names_killed_workers(self.args):
@@ -100,16 +93,21 @@ class EvaluatesSequences(LoadsPacks):
     def predict(self, *args, **kwargs):
         with names_killed_workers(self.args):
             output = super().predict(*args, **kwargs)
-        drop_figures_of_rows(output.metrics)
+        drop_figures_of_rows(output.metrics or {})
         return output
 
-    def num_examples(self, dataloader) -> int:
+    def num_examples(self, dataloader: DataLoader) -> int:
         """Sequences, as in every figure of samples."""
         counted = count_sequences(getattr(dataloader, "dataset", None))
         return super().num_examples(dataloader) if counted is None else counted
 
     def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Sums over the whole evaluation set, then one division: a deep pack weighs what its sequences weigh."""
         if prediction_loss_only is None:
@@ -135,6 +133,7 @@ class EvaluatesSequences(LoadsPacks):
         metrics = self.task.metrics(self.accelerator.reduce(sums.take(), "sum").cpu())
         if self._override is not None:
             metrics = _with_loss(metrics, *self.accelerator.reduce(losses.take(), "sum").tolist())
+        predictions: Any
         predictions, labels = (None, None) if collected is None else collected.gathered(self.args.world_size)
         users = {}
         if self.compute_metrics is not None and labels is not None:
@@ -147,8 +146,8 @@ class EvaluatesSequences(LoadsPacks):
             predictions=predictions, label_ids=labels, metrics=own | users, num_samples=metrics["sequences"]
         )
 
-    def _evaluated(self, model: nn.Module, inputs: Mapping[str, Tensor]):
-        """The task's outputs; (2,) the loss of an override, times what it is a mean over, and the latter."""
+    def _evaluated(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
+        """The task's outputs; (2,) an override's loss times what it is a mean over, and the latter."""
         nothing = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         if self._override is None or not has_sequences(inputs):
             return self.task(model, inputs), nothing
@@ -161,7 +160,9 @@ class EvaluatesSequences(LoadsPacks):
         weight = self.task.weight(inputs).to(nothing)
         return outputs, torch.stack([loss.to(nothing) * weight, weight])
 
-    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+    def hyperparameter_search(
+        self, hp_space: Callable | None = None, compute_objective: Callable | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """The default objective is Trainer's: the loss, or with metrics of the user's the sum of these."""
         if compute_objective is None:
             compute_objective = self._default_objective

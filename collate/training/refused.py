@@ -1,4 +1,4 @@
-"""TrainingArguments that packs cannot honour: one list, which PackedTrainer and the callback of plain Trainer read."""
+"""TrainingArguments that packs cannot honour: one list for PackedTrainer and for the callback of plain Trainer."""
 
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ REFUSED_ARGUMENTS = (
     Refused(
         "train_sampling_strategy",
         ("random", "sequential"),
-        "it is for rows of unequal length, packs are of one length: choose 'random' or 'sequential'",
+        "it is for rows of unequal length, and packs have one length: choose 'random' or 'sequential'",
     ),
 )
 
@@ -68,9 +68,9 @@ def refuse_arguments(args: TrainingArguments, who: str) -> None:
 
 
 def refuse_data_skip(args: TrainingArguments) -> None:
-    """For a run that is resumed."""
+    """Raise ValueError for ignore_data_skip in a run that resumes."""
     if args.ignore_data_skip:
         raise ValueError(
-            "ignore_data_skip=True would begin the epoch again and see its sequences twice; leave it out: what "
-            "was seen is skipped without loading it"
+            "ignore_data_skip=True would start the epoch again and see its sequences twice; leave it out: "
+            "Trainer skips what was seen without loading it"
         )

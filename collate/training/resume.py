@@ -1,28 +1,28 @@
 """A resumed run ends with the parameters, and logs the figures, of the run that was never interrupted, bit for bit.
 
-On a processor of one kind and with one number of threads: another may compute the same products by other kernels.
+That holds on processors of one kind with one number of threads: others may compute the same products by other kernels.
 
 Trainer restores parameters, optimizer, schedule and random state, and skips the batches that were seen. What it leaves
-inexact (transformers 5.23), and what is done about it here:
+inexact (transformers 5.23), and the cure here:
 
-* Dropout comes from one stream of random numbers, which the begin of each epoch and each evaluation draw from as well,
-  more or less often with persistent workers. A checkpoint at an epoch's last step was saved before the evaluation at
-  its end. So each optimizer step has a seed of its own, made of (seed, step, rank): nothing before it matters.
-* Metrics that are summed since the last log are lost, so that an interval with a resume in it is short of steps. The
-  sums are saved.
-* A run that had ended, and was killed before the last save, would train one more step.
-* logging_steps, save_steps and eval_steps are those of the checkpoint, whatever is asked for now.
+* Dropout comes from one stream of random numbers. The start of each epoch and each evaluation draw from it, too, and
+  how often depends on persistent workers. So each optimizer step has a seed of its own, made of (seed, step, rank):
+  nothing before it matters.
+* Trainer loses metrics that it has summed since the last log. Checkpoints have these sums.
+* A run that had finished, and was killed before the last save, would train one more step. It stops.
+* logging_steps, save_steps and eval_steps would be those of the checkpoint. They are those of now.
 * A run that is made longer would take its first step with the learning rate of the old schedule, often 0.
-* ignore_data_skip repeats the begin of the epoch, and is refused. So are restore_callback_states_from_checkpoint, which
-  replaces callbacks that the trainer itself holds on to, and dataloader_in_order=False: see collate.training.refused.
+* ignore_data_skip would repeat the start of the epoch. It is refused, as are restore_callback_states_from_checkpoint,
+  which replaces callbacks that the trainer holds, and dataloader_in_order=False: see collate.training.refused.
 
-Counts of packs and tokens are saved by the trainer's own callback. What is measured by the clock, such as tokens per
-second, and Trainer's last line with train_loss, cover the time since the resume. An evaluation that was due at the step
-after which a signal stopped the run is left out.
+The trainer's own callback saves the counts of packs and tokens. Figures by the clock, such as tokens per second, and
+Trainer's last line with train_loss cover the time since the resume. A run that a signal stops skips the evaluation that
+was due at that step.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from transformers import TrainerCallback
 
 from collate.training.checkpoints import SavesWhole
 from collate.training.hooks import overrides_callback, overrides_trainer
+from collate.training.progress import RunningSums
 from collate.training.refused import refuse_data_skip
 from packing.files.metadata import read_json
 
@@ -40,13 +41,16 @@ RUNNING_FILE = "since_last_log.json"
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Of the random numbers of an optimizer step, such as dropout's; 32 bits: torch's CPU generator takes no more."""
+    """The seed of an optimizer step's random numbers, such as dropout's; torch's CPU generator takes only 32 bits."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 @overrides_trainer
 class ResumesExactly(SavesWhole):
-    """Part of a Trainer that has `_train_sums`: see above."""
+    """Part of a Trainer: see above."""
+
+    _train_sums: RunningSums
+    """Metrics since the last log."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -86,12 +90,12 @@ class ResumesExactly(SavesWhole):
             (folder / RUNNING_FILE).write_text(json.dumps(running) + "\n", encoding="utf-8")
 
     def _restore_running_sums(self) -> None:
-        """Of this rank; if there were more or fewer of them, the first takes all sums, and each the mean loss."""
+        """Restore this rank's sums; after a change of ranks the first takes all sums, and each the mean loss."""
         self._train_sums.total = None
         file = None if self._resumed_from is None else Path(self._resumed_from) / RUNNING_FILE
         if file is None or not file.exists():
             return
-        running = read_json(file)
+        running: Any = read_json(file)
         ranks, own = running["ranks"], self.args.process_index
         as_tensor = [
             None if rank["sums"] is None else torch.tensor(rank["sums"], dtype=getattr(torch, rank["dtype"]))
@@ -101,9 +105,12 @@ class ResumesExactly(SavesWhole):
             loss, sums = ranks[own]["loss"], as_tensor[own]
         else:
             loss = sum(rank["loss"] for rank in ranks) / len(ranks)
-            sums = None if as_tensor[0] is None else torch.stack(as_tensor).sum(0) * (own == 0)
+            known = [sums for sums in as_tensor if sums is not None]
+            sums = torch.stack(known).sum(0) * (own == 0) if known else None
         self._tr_loss += loss
-        self._total_loss_scalar -= sum(rank["loss"] for rank in ranks) / len(ranks)  # of steps before, see train_loss
+        self._total_loss_scalar -= sum(rank["loss"] for rank in ranks) / len(
+            ranks
+        )  # train_loss is about this run's steps
         self._globalstep_last_logged = running["last_logged_step"]
         if sums is not None:
             self._train_sums.total = sums.to(self.args.device)
@@ -124,7 +131,7 @@ class _ExactSteps(TrainerCallback):
 
 
 def _follow_schedule(scheduler: LambdaLR) -> None:
-    """The learning rate of the step to come, by the schedule as it is now."""
+    """Set the learning rate of the step to come, by the schedule as it is now."""
     factors = [schedule(scheduler.last_epoch) for schedule in scheduler.lr_lambdas]
     rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):

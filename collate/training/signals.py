@@ -1,4 +1,4 @@
-"""A scheduler that takes the machine away says so by a signal: training saves a checkpoint and ends.
+"""A scheduler that takes the machine away sends a signal first: training saves a checkpoint and ends.
 
 with SaveOnSignal() as stop:
     trainer.add_callback(stop)
@@ -10,6 +10,9 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,34 +36,36 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         name = signal.Signals(self.signal_number).name
-        return f"{name} received: saved checkpoint-{self.step} and stopped; run the same command again to go on from it"
+        return (
+            f"{name} received: saved checkpoint-{self.step} and stopped; run the same command again to resume from it"
+        )
 
 
 @overrides_callback
 class SaveOnSignal(TrainerCallback):
     """At the end of the optimizer step in which any rank got a signal, all ranks save and stop.
 
-    The ranks agree by one number that they reduce over gloo, on the host: a GPU is not waited for.
-    Evaluation is left out at that step: there may not be time for it.
+    The ranks agree by one number that they reduce over gloo, on the host, without a wait for a GPU.
+    They skip the evaluation at that step: there may not be time for it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received = self.agreed = self.step = 0
         self._group: dist.ProcessGroup | None = None
         self._is_over = torch.zeros(1, dtype=torch.int8).share_memory_()
 
     def __enter__(self) -> "SaveOnSignal":
-        self._handlers = {}
+        self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._is_over.fill_(1)
 
-    def _receive(self, number: int, frame) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
 
     def end_if_received(self) -> None:
@@ -87,17 +92,17 @@ class SaveOnSignal(TrainerCallback):
             control.should_evaluate = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.agreed:  # all is saved, and the epoch may not have ended
+        if self.agreed:  # everything is saved, and the epoch may not have ended
             control.should_save = control.should_evaluate = control.should_log = False
 
 
 class _WorkersStay:
     """A signal to the whole process group must not end the dataloader's workers, or the step would have no data.
 
-    Once training is over, they may be ended like any process.
+    Once training is over, a signal may end them like any process.
     """
 
-    def __init__(self, worker_init_fn, is_over: torch.Tensor):
+    def __init__(self, worker_init_fn: Callable[[int], None] | None, is_over: torch.Tensor):
         self.worker_init_fn, self.is_over = worker_init_fn, is_over
 
     def __call__(self, worker_id: int) -> None:
@@ -106,6 +111,6 @@ class _WorkersStay:
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 
-    def _receive(self, number: int, frame) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.is_over.item():
-            os._exit(0)  # as torch's own handler does where the parent ends its workers; else that would be a failure
+            os._exit(0)  # like torch's own handler where the parent ends its workers; otherwise that would be a failure

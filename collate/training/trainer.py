@@ -1,22 +1,24 @@
 """PackedTrainer: what transformers' Trainer cannot know about packs.
 
-A row is several sequences here, and the number of sequences and of predicted tokens differs from batch to batch. So a
-mean per micro-batch, which is what Trainer averages, weights sequences unequally (and stock BERT losses are wrong under
-accumulation besides: huggingface/transformers#47688). PackedTrainer counts what a loss is divided by over the whole
-optimizer step, all micro-batches and all ranks, before the first forward pass: the result then depends neither on
-packing, nor on accumulation, nor on the number of processes. (Dropout does: each forward pass draws for its own rows.)
+Here a row is several sequences, and the number of sequences and of predicted tokens differs from batch to batch.
+Trainer averages a mean per micro-batch, which weights sequences unequally. (Under accumulation stock BERT losses are
+wrong besides: huggingface/transformers#47688.) PackedTrainer counts the denominators of a loss over the whole optimizer
+step, all micro-batches and all ranks, before the first forward pass. Then the result does not depend on packing,
+accumulation or the number of processes. (Dropout does: each forward pass draws for its own rows.)
 
-What is counted, and what the loss is, a task says (collate.heads): for stock models of transformers it is found by
-their class. A model with a loss of its own says so by
+A task (collate.heads) says what to count, and what the loss is; the class of a stock model tells its task. A model with
+a loss of its own has
 
     forward(**batch, denominators=Tensor(3)) -> output.loss, divided by these instead of by the batch's own counts
     output.sums                              -> 1-D tensor of additive statistics
     metrics(sums) -> dict[str, float]        -> what they mean, for the log: "loss", "sequences", "tokens" and others
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import Trainer
 
 from collate.collator import DataCollatorWithPacking
@@ -26,8 +28,8 @@ from collate.training.dataloaders import refuse_torn_steps
 from collate.training.hooks import overrides_trainer
 from collate.training.own_loss import OwnLoss, SeenModel, has_own_loss, has_sequences, loss_by
 from collate.training.plain_trainer import SetEpoch, check_forward, check_model
-from collate.training.predictions import EvaluatesSequences, RunningSums
-from collate.training.progress import PackingProgress, count_packs, drop_figures_of_rows
+from collate.training.predictions import EvaluatesSequences
+from collate.training.progress import PackingProgress, RunningSums, count_packs, drop_figures_of_rows
 from collate.training.refused import refuse_arguments
 
 
@@ -35,45 +37,44 @@ from collate.training.refused import refuse_arguments
 class PackedTrainer(EvaluatesSequences):
     """`transformers.Trainer` for packed datasets: stock models and their heads, or models with a loss of their own.
 
-    Differences to Trainer, each of which is needed for exactness:
-    * stock models are isolated, and their heads run on sequences, not on rows: see collate.heads;
-    * every loss is divided by counts over the optimizer step, all ranks;
-    * columns are kept, whatever `remove_unused_columns` says: the collator needs `sequence_lengths`;
-    * the collator learns L and S from the packed dataset, so that all batches have one shape, and where positions begin
+    Differences to Trainer, each of which exactness needs:
+    * it isolates stock models, and their heads run on sequences, not on rows: see collate.heads;
+    * it divides every loss by counts over the optimizer step, all ranks;
+    * it keeps columns, whatever `remove_unused_columns` says: the collator needs `sequence_lengths`;
+    * the collator learns L and S from the packed dataset, so that all batches have one shape, and the first position
       from the model;
     * training masks change with the epoch, evaluation masks never do;
-    * with several ranks the packs are evened out by *empty* packs, where accelerate would repeat some;
-    * packs are shuffled by (seed, epoch) alone, so that a step has the same packs on any number of processes;
+    * with several ranks *empty* packs even out the packs, where accelerate would repeat some;
+    * (seed, epoch) alone shuffles packs, so that a step has the same packs on any number of processes;
     * evaluation adds up sums over all packs and ranks, so that it equals evaluation on the unpacked sequences;
     * `predict`, and `compute_metrics`, have one row per sequence, in the order of the dataset that was packed;
     * a step has a constant number of packs, gradient_accumulation_steps x ranks x per_device_train_batch_size, or with
       `sequences_per_step` a constant number of sequences in at most so many packs: see collate.training.order;
-    * packs that were balanced (pack_dataset(balance=N)) are shuffled by whole steps, which stay balanced; with
-      `sequences_per_step` the packs of each step are dealt to passes and ranks by cost, whatever their order was;
-    * a train_dataset of EpochPacks is told each epoch;
+    * it shuffles balanced packs (pack_dataset(balance=N)) by whole steps, which stay balanced; with
+      `sequences_per_step` it deals the packs of each step to passes and ranks by cost, whatever their order was;
+    * it tells a train_dataset of EpochPacks each epoch;
     * tokens seen are real tokens; logs have the task's metrics beside the loss.
 
-    task: what the head is trained for, `collate.heads`; None: found by the model's class.
-    sequences_per_step: sequences per optimizer step, over all ranks, the last step of an epoch excepted; None: as many
+    task: what the head learns, `collate.heads`; None: the model's class tells.
+    sequences_per_step: sequences per optimizer step, over all ranks, except the last step of an epoch; None: as many
         as the packs of a step hold.
 
-    A subclass may override compute_loss: it is used in evaluation, too, and is given a row per label, see
+    A subclass may override compute_loss: evaluation uses it, too. It sees a row per label, see
     collate.training.own_loss. Then evaluation averages the losses of batches by their labels.
 
-    What it cannot honour it refuses with a ValueError: models that cannot be isolated, a class with a forward (and so
-    perhaps a loss) of its own unless `task` is given, transformers' own collators, nn.DataParallel (it splits packs
+    It raises ValueError for what it cannot honour: models that cannot be isolated, a class with a forward (and so
+    perhaps a loss) of its own without a `task`, transformers' own collators, nn.DataParallel (it splits packs
     without their counts), iterable datasets over several ranks (accelerate would repeat packs), compute_loss_func,
     prediction_step, the arguments in collate.training.refused, and labels and ids that the model has no place for.
     """
 
-    def __init__(self, *args, task=None, sequences_per_step: int | None = None, **kwargs):
+    def __init__(self, *args: Any, task: Any = None, sequences_per_step: int | None = None, **kwargs: Any):
         self._given_task, self.sequences_per_step = task, sequences_per_step
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
         self.task = self._find_task(self.model)
         self._refuse_metrics_of_own_loss()
         self._train_sums = RunningSums()
-        self._train_order: Sampler | None = None
         self._no_objective = {"num_input_tokens_seen"}  # which Trainer.log adds; evaluations add ours
         self._progress = PackingProgress()
         self.add_callback(self._progress)
@@ -89,8 +90,9 @@ class PackedTrainer(EvaluatesSequences):
     def set_epoch(self, epoch: int) -> None:
         """Other masks, another order. Trainer itself loses the order's epoch when it resumes over several ranks."""
         for part in (self.data_collator, self._train_order, self.train_dataset):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
 
     def _refuse_unsupported(self) -> None:
         refuse_arguments(self.args, "PackedTrainer")
@@ -105,7 +107,7 @@ class PackedTrainer(EvaluatesSequences):
         if self.sequences_per_step is not None:
             refuse_torn_steps(self.args, self.sequences_per_step)
 
-    def _find_task(self, model: nn.Module):
+    def _find_task(self, model: nn.Module) -> Any:
         """The task of a model; stock models are isolated, and their heads prepared."""
         if has_own_loss(model):
             return OwnLoss(model)
@@ -126,7 +128,7 @@ class PackedTrainer(EvaluatesSequences):
                     "of its own; leave it out"
                 )
 
-    def _hp_search_setup(self, trial) -> None:
+    def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
         refuse_arguments(self.args, "PackedTrainer")  # a trial may have set them
 
@@ -155,8 +157,10 @@ class PackedTrainer(EvaluatesSequences):
     def _step_counted(self, packs: Tensor, denominators: Tensor) -> None:
         """One optimizer step, over all ranks: for trainers that measure. packs: see count_packs."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """An override is used in training and in evaluation; what it is given says collate.training.own_loss."""
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """Training and evaluation use an override; collate.training.own_loss says what it gets."""
         if isinstance(model, SeenModel):
             denominators = None if num_items_in_batch is None else model.denominators
             outputs, ranks = self.task(model.model, model.restored(inputs), denominators), model.ranks
@@ -169,8 +173,8 @@ class PackedTrainer(EvaluatesSequences):
         return (loss, outputs) if return_outputs else loss
 
     @property
-    def _override(self):
-        """A compute_loss other than that of this class: a subclass's, or one that was set on this object."""
+    def _override(self) -> Callable | None:
+        """A compute_loss other than this class's: a subclass's, or one that was set on this object."""
         is_own = getattr(self.compute_loss, "__func__", None) is PackedTrainer.compute_loss
         return None if is_own else self.compute_loss
 
@@ -180,7 +184,7 @@ class PackedTrainer(EvaluatesSequences):
             return super().training_step(model, inputs, num_items_in_batch)
 
         def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
-            # the mean of nothing would be no number, and the loss of a model of one's own is none
+            # the mean of nothing is no number; a model with a loss of its own knows what to do
             if not isinstance(self.task, OwnLoss) and not has_sequences(inputs):
                 return PackedTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
             seen = SeenModel(self.task, model, inputs, num_items_in_batch, self.accelerator.num_processes)
@@ -190,13 +194,13 @@ class PackedTrainer(EvaluatesSequences):
             return loss
 
         replaced = self.__dict__.get("compute_loss")
-        self.compute_loss = compute_loss
+        self.__dict__["compute_loss"] = compute_loss
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         finally:
-            del self.compute_loss
+            del self.__dict__["compute_loss"]
             if replaced is not None:
-                self.compute_loss = replaced
+                self.__dict__["compute_loss"] = replaced
 
     @property
     def _passes_must_be_counted(self) -> bool:
@@ -208,18 +212,21 @@ class PackedTrainer(EvaluatesSequences):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._train_sums.total is not None:
             metrics = self.task.metrics(self.accelerator.reduce(self._train_sums.take(), "sum").cpu())
-            del metrics["sequences"], metrics["tokens"]  # since the last log; of interest is how many there were in all
+            del (
+                metrics["sequences"],
+                metrics["tokens"],
+            )  # since the last log; the log shows all of them
             logs = metrics | self._progress.seen(self.state.global_step) | self._progress.since_last_log() | logs
         if logs.get("train_runtime"):  # Trainer's samples are packs
             logs["train_samples_per_second"] = round(self._progress.in_this_run / logs["train_runtime"], 3)
         drop_figures_of_rows(logs)
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs) -> int:
+    def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: Trainer would take padding for tokens."""
         return 0
 
-    def _track_num_input_tokens(self, inputs):
+    def _track_num_input_tokens(self, inputs: Any) -> None:
         if self.args.include_num_input_tokens_seen == "no":
             return
         tokens = (inputs["sequence_ids"] != PADDING).sum().to(self.args.device)

@@ -1,6 +1,7 @@
 """A dataloader worker that is killed: who it was, why that happens, and what to do."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers import TrainingArguments
@@ -11,17 +12,17 @@ KILLED = "DataLoader worker (pid"
 
 
 @contextmanager
-def names_killed_workers(args: TrainingArguments):
-    """OSError in place of torch's RuntimeError, which comes wherever the main process just is."""
+def names_killed_workers(args: TrainingArguments) -> Iterator[None]:
+    """OSError in place of torch's RuntimeError, which strikes wherever the main process is."""
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith(KILLED):
             raise
-        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir or "") else None
         there = "there is no checkpoint yet" if last is None else f"the last checkpoint is {last}"
         raise OSError(
-            f"{' '.join(str(error).split()).rstrip('.')}: it was ended from outside, most often because memory ran "
+            f"{' '.join(str(error).split()).rstrip('.')}: something outside ended it, most often because memory ran "
             f"out; lower dataloader_num_workers={args.dataloader_num_workers} (with 0 this process makes the batches) "
             f"or dataloader_prefetch_factor, and resume; {there}"
         ) from error

@@ -189,7 +189,7 @@ DAMAGES = [
     (flip_a_byte, "model.safetensors has other contents than were written"),
     (lambda c: (c / "model.safetensors").write_bytes(b"weight"), "model.safetensors has 6 bytes, 7 were written"),
     (lambda c: (c / "shards" / "rank_0.pt").unlink(), "shards/rank_0.pt is missing"),
-    (lambda c: (c / MANIFEST).unlink(), "has no manifest.json: it was not written to its end"),
+    (lambda c: (c / MANIFEST).unlink(), "has no manifest.json: it is incomplete"),
     (lambda c: (c / MANIFEST).write_text("{"), "manifest.json cannot be read"),
     (lambda c: (c / MANIFEST).write_text("[]"), "manifest.json cannot be read"),
 ]
@@ -201,10 +201,10 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, message):
     damage(newest)
     with pytest.raises(DamagedCheckpoint, match=f"checkpoint-10.*{message}"):
         check_checkpoint(newest)
-    with pytest.raises(DamagedCheckpoint, match=f"{message}.*; delete the folder to go on from checkpoint-9"):
+    with pytest.raises(DamagedCheckpoint, match=f"{message}.*; delete the folder to resume from checkpoint-9"):
         last_checkpoint(tmp_path)
     damage(older)
-    with pytest.raises(DamagedCheckpoint, match=f"checkpoint-10.*{message}.*; delete the folder to begin anew"):
+    with pytest.raises(DamagedCheckpoint, match=f"checkpoint-10.*{message}.*; delete the folder to start again"):
         last_checkpoint(tmp_path)
     shutil.rmtree(newest)
     shutil.rmtree(older)

@@ -322,7 +322,7 @@ def test_a_damaged_checkpoint_is_refused(options, copy_of_whole, tmp_path, capsy
     optimizer.write_bytes(contents)
     damage = f"{newest} is damaged: optimizer.pt has other contents than were written; "
     assert train(options, copy_of_whole) == 2
-    assert damage + "delete the folder to go on from checkpoint-6" in capsys.readouterr().err
+    assert damage + "delete the folder to resume from checkpoint-6" in capsys.readouterr().err
     assert train(options, tmp_path / "other", resume_from_checkpoint=newest) == 2
     assert damage + "name another checkpoint-N folder" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
@@ -349,7 +349,7 @@ def test_two_ranks_refuse_a_damaged_checkpoint_once_and_none_waits_for_the_other
     second.terminate()
     second.join(PATIENCE)
     said = run.log.read_text()
-    assert said.count("checkpoint-7 is damaged: scheduler.pt is missing; delete the folder to go on from") == 1
+    assert said.count("checkpoint-7 is damaged: scheduler.pt is missing; delete the folder to resume from") == 1
 
 
 class OfTwoRanks:
@@ -468,7 +468,7 @@ def test_leftovers_of_a_killed_save_are_removed(options, copy_of_whole, whole, c
     (copy_of_whole / "_unfinished" / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
     with caplog.at_level("INFO"):
         assert train(options, copy_of_whole) == 0
-    assert "_unfinished with ['checkpoint-8']: left by a run that was killed while it saved" in caplog.text
+    assert "_unfinished with ['checkpoint-8']: a run that was killed while it saved left it" in caplog.text
     assert_same_end(copy_of_whole, whole)
 
 
@@ -773,7 +773,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_trainer_and_skipping_no_data_too
     how = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "folder": tmp_path}
     with make_trainer(train_dataset=packs, **how) as trainer:
         trainer.train()
-    refusal = pytest.raises(ValueError, match="ignore_data_skip=True would begin the epoch again")
+    refusal = pytest.raises(ValueError, match="ignore_data_skip=True would start the epoch again")
     with make_trainer(train_dataset=packs, ignore_data_skip=True, **how) as trainer, refusal:
         trainer.train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-2" / "scheduler.pt").unlink()
@@ -841,7 +841,7 @@ def test_a_killed_worker_is_named(what):
     collator = KilledCollator(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=8)
     packs = make_packs(4)
     options = {"train_dataset": packs, "eval_dataset": packs, "data_collator": collator, "dataloader_num_workers": 1}
-    message = r"DataLoader worker \(pid.*ended from outside.*lower dataloader_num_workers=1.*there is no checkpoint yet"
+    message = r"DataLoader worker \(pid.*outside ended it.*lower dataloader_num_workers=1.*there is no checkpoint yet"
     with make_trainer(**options) as trainer, pytest.raises(OSError, match=message):
         getattr(trainer, what)()
 
