@@ -49,7 +49,7 @@ from transformers import BertTokenizerFast, DataCollatorForLanguageModeling, Dat
 
 from collate import DataCollatorWithPacking
 from collate.masking import MASKING, sequence_keys
-from collate.rows import ArrowRows
+from collate.training.order import ArrowRows
 from packing import pack_dataset, packed_info, published_histogram
 
 VOCABULARY = 30_000

@@ -4,7 +4,7 @@ collator         DataCollatorWithPacking: packed rows -> the tensors of one batc
 rows             rows in whatever form -> flat arrays
 mask_rows        flat arrays -> masked tokens and labels
 masking, words   which tokens to predict, how to corrupt them, and which of them make a word
-columns          labels by name and value
+columns          names of columns, and values of labels
 layout           PackLayout: where the sequences of a batch lie
 chunks           sequences cut into chunks, for attention over blocks
 length_groups    sequences of like length side by side

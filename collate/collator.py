@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -12,20 +12,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from collate.columns import HEADS_OF_SEQUENCES, HEADS_OF_TOKENS, IGNORED
+from collate.columns import ANSWERS, HEADS_OF_SEQUENCES, HEADS_OF_TOKENS, IGNORED, LABELS, MADE_HERE
 from collate.isolation.arguments import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
 from collate.mask_rows import count_words, mask_rows, masking_rule
-from collate.rows import (
-    ANSWERS,
-    LABELS,
-    MADE_HERE,
-    FlatRows,
-    Levels,
-    pack_sequences,
-    read_packed_rows,
-    read_sequences,
-)
+from collate.masking import MaskingRule
+from collate.rows import FlatRows, Levels, pack_sequences, read_packed_rows, read_sequences
 from packing import packed_info
 
 logger = logging.getLogger(__name__)
@@ -107,7 +99,7 @@ class DataCollatorWithPacking:
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: Any,
         mlm_probability: float | None = 0.15,
         masking: str = "exact",
         pad_to: int | None = None,
@@ -159,7 +151,7 @@ class DataCollatorWithPacking:
 
     # -- copies --------------------------------------------------------------------------------------------------
 
-    def for_dataset(self, packed) -> "DataCollatorWithPacking":
+    def for_dataset(self, packed: Any) -> "DataCollatorWithPacking":
         """A copy whose L and S are those of this packed dataset, so that all batches have one shape; same epoch.
 
         With unpacked_rows: a copy that knows from all rows of the dataset which lists have a value per token, where a
@@ -185,7 +177,7 @@ class DataCollatorWithPacking:
         bound = copy.copy(self)
         bound.learn_task(model)
         if self.position_ids_start is None and hasattr(model, "config"):
-            bound.position_ids_start = start_of(model.config)
+            bound.position_ids_start = start_of(cast(Any, model.config))
         return bound
 
     def learn_task(self, model: nn.Module | None) -> None:
@@ -243,17 +235,17 @@ class DataCollatorWithPacking:
             return batch
         return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
 
-    def _read(self, rows) -> FlatRows:
-        columns = self.columns
+    def _read(self, rows: Any) -> FlatRows:
+        columns = None if self.columns is None else list(self.columns)
         if columns is not None:  # what the collator needs for itself it reads where it is
             columns = list(dict.fromkeys([*columns, *(name for name in BOOKKEEPING if _has_column(rows, name))]))
-        levels = replace(self._levels, named=self.token_columns)
+        levels = replace(self._levels, named=None if self.token_columns is None else tuple(self.token_columns))
         if self.masking_rule is not None:  # which makes the labels that the model's task is about
             levels = replace(levels, labels=None)
         flat = (read_packed_rows if self.unpacked_rows is None else read_sequences)(rows, levels, columns)
         if not flat.num_rows:
             raise ValueError("the batch has no rows, so there is nothing to collate; give at least one")
-        if self.unpacked_rows == "pack":
+        if self.unpacked_rows == "pack" and self.pad_to is not None:
             flat = pack_sequences(flat, self.pad_to, self.max_sequences_per_pack)
         return flat
 
@@ -262,7 +254,10 @@ class DataCollatorWithPacking:
         _refuse_split_answers(flat)
         input_ids, labels = self._mask(flat)
         flat, tokens, sequences = self._tables(flat)
-        batch = {"input_ids": tokens.place(input_ids, self.pad_token_id), **self._places(flat, tokens, sequences)}
+        batch: dict[str, Any] = {
+            "input_ids": tokens.place(input_ids, self.pad_token_id),
+            **self._places(flat, tokens, sequences),
+        }
         if labels is not None:
             batch["labels"] = tokens.place(labels, IGNORED)
         for name, values in self._passed_on(flat.token_columns):
@@ -343,13 +338,13 @@ class DataCollatorWithPacking:
             return flat.token_columns["input_ids"].astype(np.int64), None
         masked = mask_rows(self.masking_rule, flat, self.seed, int(self._epoch))
         if self.masking_rule.whole_word_mask and not self._has_said and flat.num_tokens:
-            self._say_cut_words(flat)
+            self._say_cut_words(self.masking_rule, flat)
         return masked
 
-    def _say_cut_words(self, flat: FlatRows) -> None:
+    def _say_cut_words(self, rule: MaskingRule, flat: FlatRows) -> None:
         """For the first batch, and once only: in whatever copy of the collator, in whatever process."""
         self._has_said.fill_(True)
-        counts = count_words(self.masking_rule, flat)
+        counts = count_words(rule, flat)
         if counts["cut_tokens"] > CUT_SHARE * counts["tokens"]:
             logger.warning(
                 "whole_word_mask: %d of %d tokens of the first batch lie in %d words that are longer than their "
@@ -358,7 +353,7 @@ class DataCollatorWithPacking:
                 *(counts["cut_tokens"], counts["tokens"], counts["cut_words"]),
             )
 
-    def count_words(self, rows) -> dict[str, int]:
+    def count_words(self, rows: Any) -> dict[str, int]:
         """What whole_word_mask=True makes of rows.
 
         Returns words, and cut_words: those that are longer than the budget of their sequence, so that their tokens are
@@ -407,7 +402,7 @@ def _check_widths(
         raise ValueError("unpacked_rows='pack' needs pad_to, the token slots of the packs that it makes")
 
 
-def _pad_token(tokenizer) -> tuple[int, bool]:
+def _pad_token(tokenizer: Any) -> tuple[int, bool]:
     """Its id, and whether it means nothing but padding."""
     token = tokenizer.pad_token_id
     if token is None:
@@ -428,12 +423,12 @@ def _refuse_split_answers(flat: FlatRows) -> None:
         )
 
 
-def _has_column(rows, name: str) -> bool:
+def _has_column(rows: Any, name: str) -> bool:
     if isinstance(rows, pa.Table):
         return name in rows.column_names
     if isinstance(rows, Mapping):
         return name in rows
-    first = next(iter(rows), {})
+    first: Any = next(iter(rows), {})
     return name in (first.column_names if isinstance(first, pa.Table) else first)
 
 

@@ -1,4 +1,4 @@
-"""Labels by name and value, without torch: who prepares text or prints help need not wait for it."""
+"""Names of columns and values of labels, without torch: who prepares text or prints help need not wait for it."""
 
 IGNORED = -100
 """The label of a position where nothing is predicted (the value that torch's cross-entropy ignores)."""
@@ -18,3 +18,15 @@ they mean on its sequences."""
 
 HEADS_OF_SEQUENCES = ("ForSequenceClassification", "ForNextSentencePrediction")
 """Ends of the names of stock classes whose labels belong to sequences."""
+
+INPUT_IDS, LENGTHS, MASK = "input_ids", "sequence_lengths", "attention_mask"
+WORD_IDS = "word_ids"
+TOKEN_LEVEL = ("token_type_ids", "special_tokens_mask", WORD_IDS, "offset_mapping", MASK)
+"""Columns that always have a value per token: tokenizers make them."""
+NO_WORD_ID = -1
+"""The word id of [CLS] and its like, where a tokenizer has None."""
+MADE_HERE = ("sequence_ids", "position_ids", "cls_positions")
+"""A column with one of these names would replace what the collator makes, and sequences would read each other."""
+LABELS = ("labels", "label", "label_ids")
+ANSWERS = ("start_positions", "end_positions")
+"""Columns that hold places in a sequence."""

@@ -1,6 +1,7 @@
 """The masks of a batch: flat rows -> input ids with masks, and labels. How to mask is `masking`; this knows rows."""
 
 import contextlib
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ MASKING_OPTIONS = {
 """Options that only masking reads, and their defaults."""
 
 
-def masking_rule(tokenizer, mlm_probability: float | None, **options) -> MaskingRule | None:
+def masking_rule(tokenizer: Any, mlm_probability: float | None, **options: Any) -> MaskingRule | None:
     """The rule of a tokenizer; None where mlm_probability=None switches masking off.
 
     options: MASKING_OPTIONS. Raises ValueError for those that would do nothing, and for a tokenizer without a mask.

@@ -1,7 +1,7 @@
-"""Rows of a dataset, in whatever form they come -> flat arrays, one value per token or per sequence.
+"""Rows of a dataset in any form -> flat arrays, one value per token or per sequence.
 
 A batch is a list of dicts (of lists, NumPy arrays or torch tensors), one dict of columns, an Arrow table, or a list of
-Arrow tables. From Arrow nothing is copied row by row, which is five times as fast as by way of lists.
+Arrow tables. Arrow needs no copy row by row, and is five times as fast as lists.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,23 +10,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torch.utils.data import Dataset
 
+from collate.columns import (
+    ANSWERS,
+    INPUT_IDS,
+    LABELS,
+    LENGTHS,
+    MADE_HERE,
+    MASK,
+    NO_WORD_ID,
+    TOKEN_LEVEL,
+    WORD_IDS,
+)
 from packing import assign, length_histogram, plan_packs
 from packing.source.rows import chosen_rows
 from packing.source.token_column import is_list, list_lengths
 
-INPUT_IDS, LENGTHS, MASK = "input_ids", "sequence_lengths", "attention_mask"
-WORD_IDS = "word_ids"
-TOKEN_LEVEL = ("token_type_ids", "special_tokens_mask", WORD_IDS, "offset_mapping", MASK)
-"""Columns that have a value per token whatever else is known: tokenizers make them."""
-NO_WORD_ID = -1
-"""What word ids are in front of [CLS], where a tokenizer has None."""
-MADE_HERE = ("sequence_ids", "position_ids", "cls_positions")
-"""What a column of the same name would replace, and sequences would read each other."""
-LABELS = ("labels", "label", "label_ids")
-ANSWERS = ("start_positions", "end_positions")
-"""Columns that hold places in a sequence."""
 ADVICE = (
     "pack the dataset with pack_dataset, and with plain Trainer set remove_unused_columns=False (PackedTrainer keeps "
     "them); for rows that hold one sequence each, say unpacked_rows='keep' or 'pack'"
@@ -79,12 +78,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Levels:
-    """Which columns have a value per token, and which per sequence, as far as it is known before a batch is seen.
+    """Which columns have a value per token, and which per sequence, as far as it is known before a batch.
 
-    named: the token-level columns that somebody named, or that a packed dataset has. labels: whether labels belong to
-    tokens, by the model's task; None: unknown. found: the token-level columns of a dataset of unpacked rows.
-    ragged: its columns of lists that are neither, which are left out. seen: what batches of rows of several lengths
-    have said of columns that none of these tells; kept for batches that say nothing.
+    named: the token-level columns that somebody named, or that a packed dataset has.
+    labels: whether labels belong to tokens, by the model's task; None: unknown.
+    found: the token-level columns of a dataset of unpacked rows.
+    ragged: its columns of lists that are neither; the collator leaves them out.
+    seen: what batches of rows of several lengths have told about other columns; batches of one length need it.
     """
 
     named: tuple[str, ...] | None = None
@@ -103,9 +103,9 @@ class Levels:
             return self.labels
         return None if self.found is None else name in self.found
 
-    def of(self, dataset) -> "Levels":
-        """These, and what all rows of a `datasets.Dataset` of unpacked rows say; others say nothing."""
-        table = getattr(dataset, "data", None)
+    def of(self, dataset: Any) -> "Levels":
+        """These, and what all rows of a `datasets.Dataset` of unpacked rows say; other datasets say nothing."""
+        table: Any = getattr(dataset, "data", None)
         if not hasattr(table, "column_names") or INPUT_IDS not in table.column_names:
             return self
         lists = [name for name in table.column_names if is_list(table.column(name).type)]
@@ -115,21 +115,20 @@ class Levels:
         return replace(self, found=found, ragged=ragged)
 
 
-def read_packed_rows(rows, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
+def read_packed_rows(rows: Any, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
     """Rows of pack_dataset.
 
     columns: which to read beside the lengths; None: all that hold numbers.
     """
     read = _Reader(rows, columns)
-    lengths = read.column(LENGTHS)
-    tokens = read.column(INPUT_IDS)
-    per_row = lengths.counts
+    lengths, per_row = read.lists(LENGTHS)
+    token_ids, counts = read.lists(INPUT_IDS)
     row_of_sequence = np.repeat(np.arange(len(per_row)), per_row)
-    tokens_per_row = np.bincount(row_of_sequence, lengths.values, len(per_row)).astype(np.int64)
-    if len(lengths.values) and lengths.values.min() < 1:
+    tokens_per_row = np.bincount(row_of_sequence, lengths, len(per_row)).astype(np.int64)
+    if len(lengths) and lengths.min() < 1:
         raise ValueError("a sequence of the batch has length 0; every sequence needs at least one token")
-    _check_counts(INPUT_IDS, tokens.counts, tokens_per_row, "tokens")
-    in_tokens, in_sequences = {INPUT_IDS: tokens.values}, {}
+    _check_counts(INPUT_IDS, counts, tokens_per_row, "tokens")
+    in_tokens, in_sequences = {INPUT_IDS: token_ids}, {}
     for name in read.others():
         column = read.column(name)
         if column is None:
@@ -143,26 +142,25 @@ def read_packed_rows(rows, levels: Levels, columns: Sequence[str] | None) -> Fla
             _check_counts(name, column.counts, per_row, "sequences")
             in_sequences[name] = column.values
     if MASK in read.names:
-        _refuse_masked(read.column(MASK), tokens_per_row)
-    return FlatRows(per_row, lengths.values.astype(np.int64), in_tokens, in_sequences)
+        _refuse_masked(*read.lists(MASK), tokens_per_row)
+    return FlatRows(per_row, lengths.astype(np.int64), in_tokens, in_sequences)
 
 
-def read_sequences(rows, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
-    """Unpacked rows, each one sequence; where there is an attention_mask, its zeros at the ends are cut off.
+def read_sequences(rows: Any, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
+    """Unpacked rows, each one sequence, without what an attention_mask says is padding.
 
-    A value per row becomes a value per sequence, and so does a list, unless it has one value per token. A column of
-    lists of other lengths is left out, as it is from packed rows, unless its name says that it belongs to the tokens.
-    Raises ValueError where a column's lists are as long as the tokens, in rows that are all of one length, and neither
-    `levels` nor a batch before this one says what they belong to.
+    A value per row becomes a value per sequence, and so does a list, unless it has one value per token. Columns of
+    lists of other lengths are left out, as from packed rows, unless their name says that they belong to the tokens.
+    Raises ValueError for lists as long as the tokens in rows of one length, if neither `levels` nor an earlier batch
+    tells what they belong to.
     """
     if isinstance(rows, Sequence) and any(_is_empty_pack(row) for row in rows):
         return _with_empty_rows(rows, levels, columns)
     read = _Reader(rows, columns, needed=(INPUT_IDS,))
     if LENGTHS in read.names:
         raise ValueError("the rows are packed: they have sequence_lengths; leave unpacked_rows out")
-    tokens = read.column(INPUT_IDS)
-    lengths = tokens.counts
-    in_tokens, in_sequences = {INPUT_IDS: tokens.values}, {}
+    token_ids, lengths = read.lists(INPUT_IDS)
+    in_tokens, in_sequences = {INPUT_IDS: token_ids}, {}
     for name in [*read.others(), *([MASK] if MASK in read.names else [])]:
         if name in levels.ragged and name not in (columns or ()):
             continue
@@ -198,24 +196,24 @@ def _is_list_of_tokens(name: str, counts: np.ndarray, lengths: np.ndarray, level
     return as_many and levels.seen.get(name, True)
 
 
-def _refuse_masked(mask: Column, tokens_per_row: np.ndarray) -> None:
-    """A packed row has no padding, so an attention_mask can only say 1 of all tokens."""
-    _check_counts(MASK, mask.counts, tokens_per_row, "tokens")
-    _refuse_numbers(mask.values)
-    if not mask.values.all():
+def _refuse_masked(mask: np.ndarray, counts: np.ndarray, tokens_per_row: np.ndarray) -> None:
+    """A packed row has no padding, so its attention_mask can only be 1 everywhere."""
+    _check_counts(MASK, counts, tokens_per_row, "tokens")
+    _refuse_numbers(mask)
+    if not mask.all():
         raise ValueError(
             "the packed rows have an attention_mask with zeros, but all of their tokens are attended to; pack the "
             "source, which trims padding by its attention_mask, or remove the column"
         )
 
 
-def _is_empty_pack(row) -> bool:
-    """One that holds no sequence, such as evens out the ranks."""
+def _is_empty_pack(row: Any) -> bool:
+    """A row without any sequence, such as evens out the ranks."""
     return isinstance(row, Mapping) and LENGTHS in row and not len(row[LENGTHS])
 
 
-def _with_empty_rows(rows, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
-    """Unpacked rows of which some are empty packs."""
+def _with_empty_rows(rows: Any, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
+    """Unpacked rows, some of them empty packs."""
     is_empty = np.array([_is_empty_pack(row) for row in rows])
     if is_empty.all():
         return FlatRows(np.zeros(len(rows), np.int64), np.zeros(0, np.int64), {INPUT_IDS: np.zeros(0, np.int64)}, {})
@@ -251,32 +249,10 @@ def pack_sequences(flat: FlatRows, max_sequence_length: int, max_sequences_per_p
     )
 
 
-class ArrowRows(Dataset):
-    """A `datasets.Dataset` that gives a batch as one Arrow table, for a collator that reads those."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset.with_format("arrow")
-
-    @staticmethod
-    def can_hold(dataset) -> bool:
-        """Whether nothing is lost: a dataset with a transform of its own gives rows that Arrow does not have."""
-        form = getattr(dataset, "format", None)
-        return isinstance(form, dict) and form.get("type") in (None, "numpy", "torch", "arrow")
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> pa.Table:
-        return self.dataset[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> pa.Table:
-        return self.dataset[list(indices)]
-
-
 class _Reader:
     """Columns by name, from whatever the batch is."""
 
-    def __init__(self, rows, columns: Sequence[str] | None, needed: Sequence[str] = (INPUT_IDS, LENGTHS)):
+    def __init__(self, rows: Any, columns: Sequence[str] | None, needed: Sequence[str] = (INPUT_IDS, LENGTHS)):
         if not isinstance(rows, pa.Table | Mapping):
             rows = list(rows)
             if rows and isinstance(rows[0], pa.Table):
@@ -302,11 +278,20 @@ class _Reader:
             column = _from_arrow(name, self.rows.column(name))
         else:
             column = _from_values(name, self._values(name))
-        if column is None and ((self.wanted is not None and name in self.wanted) or name in (INPUT_IDS, LENGTHS)):
-            raise ValueError(f"column {name!r} holds no numbers, so that no tensor can be made of it; leave it out")
+        if column is None and self.wanted is not None and name in self.wanted:
+            raise _no_numbers(name)
+        return column
+
+    def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The values of a column of lists that must be there, and how many each row has; ids and lengths are whole."""
+        column = self.column(name)
+        if column is None:
+            raise _no_numbers(name)
         if name in (INPUT_IDS, LENGTHS) and column.values.dtype.kind not in "iu":
             raise ValueError(f"column {name!r} must hold integers, not {column.values.dtype}")
-        return column
+        if column.counts is None:
+            raise ValueError(f"column {name!r} has one value per row; it must have a list")
+        return column.values, column.counts
 
     def _values(self, name: str) -> list:
         if isinstance(self.rows, Mapping):
@@ -317,6 +302,10 @@ class _Reader:
         if not all(having):
             raise ValueError(f"row {having.index(False)} of the batch has no {name!r}, others have; {ADVICE}")
         return [row.get(name, ()) for row in self.rows]
+
+
+def _no_numbers(name: str) -> ValueError:
+    return ValueError(f"column {name!r} holds no numbers, so that no tensor can be made of it; leave it out")
 
 
 def _names(rows: pa.Table | Mapping | list) -> list[str]:
@@ -352,7 +341,7 @@ def _from_values(name: str, values: list[Any]) -> Column | None:
     return Column(np.stack(filled) if counts is None else np.concatenate(filled), counts)
 
 
-def _without_none(word_ids):
+def _without_none(word_ids: Any) -> np.ndarray:
     """[None, 0, 0, None] -> [-1, 0, 0, -1]; NumPy and torch formats of datasets have NaN for None."""
     array = np.asarray(word_ids)
     if array.dtype == object:
@@ -384,7 +373,9 @@ def _is_text(type_: pa.DataType) -> bool:
     return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
-def _is_token_level(name, counts, tokens_per_row, sequences_per_row, levels: Levels) -> bool:
+def _is_token_level(
+    name: str, counts: np.ndarray, tokens_per_row: np.ndarray, sequences_per_row: np.ndarray, levels: Levels
+) -> bool:
     known = levels.is_token_level(name)
     if known is not None:
         return known

@@ -1,9 +1,11 @@
 """Which ids a tokenizer's tokens have: not always range(len(tokenizer))."""
 
+from typing import Any
+
 import numpy as np
 
 
-def token_ids(tokenizer) -> np.ndarray:
+def token_ids(tokenizer: Any) -> np.ndarray:
     """(tokens,) int64, ascending: the ids that have a token.
 
     Not range(len(tokenizer)): a vocabulary file may name a token twice, and added tokens may have ids far above.
@@ -12,6 +14,6 @@ def token_ids(tokenizer) -> np.ndarray:
     return np.array(sorted(ids.union(tokenizer.all_special_ids)), np.int64)
 
 
-def vocabulary_size(tokenizer) -> int:
+def vocabulary_size(tokenizer: Any) -> int:
     """The highest id + 1: as many rows as a table, or a model's embeddings, must have at least."""
     return int(token_ids(tokenizer)[-1]) + 1

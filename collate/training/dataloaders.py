@@ -11,10 +11,17 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments, default_data_collator
 
 from collate.collator import DataCollatorWithPacking
+from collate.columns import LABELS
 from collate.heads.check import CheckedCollator, check_inputs, embedding_sizes, refuse_text
-from collate.rows import LABELS, ArrowRows
 from collate.training.hooks import overrides_trainer
-from collate.training.order import EMPTY_PACK, EvenedPacks, SequencesPerStep, StepSampler, check_sequences_per_step
+from collate.training.order import (
+    EMPTY_PACK,
+    ArrowRows,
+    EvenedPacks,
+    SequencesPerStep,
+    StepSampler,
+    check_sequences_per_step,
+)
 from collate.training.resume import ResumesExactly
 from packing import EpochPacks, PackedInfo, packed_info
 

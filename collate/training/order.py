@@ -228,6 +228,28 @@ class StepSampler(Sampler):
         yield from range(complete * self.packs_per_step, self.length)
 
 
+class ArrowRows(Dataset):
+    """A `datasets.Dataset` that gives a batch as one Arrow table, for a collator that reads those."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset.with_format("arrow")
+
+    @staticmethod
+    def can_hold(dataset: Any) -> bool:
+        """Whether Arrow has all that the rows have: not where the dataset has a transform of its own."""
+        form = getattr(dataset, "format", None)
+        return isinstance(form, dict) and form.get("type") in (None, "numpy", "torch", "arrow")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> pa.Table:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> pa.Table:
+        return self.dataset[list(indices)]
+
+
 class EvenedPacks(Dataset):
     """A packed dataset followed by empty packs, up to a multiple of what all ranks take at once.
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from collate.rows import ArrowRows
 from collate.training.hooks import overrides_callback
-from collate.training.order import EvenedPacks
+from collate.training.order import ArrowRows, EvenedPacks
 from packing import EpochPacks
 
 COUNTED_PACKS = 10_000  # at a time

@@ -249,7 +249,7 @@ def test_a_signal_to_all_processes_saves_and_ends(options, whole, tmp_path):
         run.send(number, to_group=to_group)
         assert run.end() == {status}, run.log.read_text()
         checkpoint = last_checkpoint(output)
-        message = f"{number.name} received: saved {checkpoint.name} and stopped; run the same command again to go on"
+        message = f"{number.name} received: saved {checkpoint.name} and stopped; run the same command again to resume"
         assert message in run.log.read_text()[run.begin :]
         assert not (output / "model.safetensors").exists()
     Run(options, output).finish()

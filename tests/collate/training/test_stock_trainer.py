@@ -239,7 +239,7 @@ def test_an_iterable_dataset_is_not_resumed_beyond_its_first_epoch(tmp_path):
     with make_trainer(make_model("mlm"), folder=tmp_path, max_steps=3, **options) as trainer:
         trainer.train()
     resumed = make_trainer(make_model("mlm"), folder=tmp_path, max_steps=4, **options)
-    with resumed as trainer, pytest.raises(ValueError, match=r"cannot go on in epoch 1.* without a length"):
+    with resumed as trainer, pytest.raises(ValueError, match=r"cannot resume training in epoch 1.* without a length"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -669,7 +669,7 @@ def test_positions_of_roberta_are_found():
         ({"preprocess_logits_for_metrics": lambda logits, labels: logits}, "preprocess_logits_for_metrics="),
         ({"include_for_metrics": ["inputs"]}, "include_for_metrics="),
         ({"batch_eval_metrics": True}, "batch_eval_metrics=True"),
-        ({"train_sampling_strategy": "group_by_length"}, "packs are of one length"),
+        ({"train_sampling_strategy": "group_by_length"}, "packs have one length"),
     ],
 )
 def test_what_would_be_ignored_is_refused(options, message):
