@@ -11,6 +11,7 @@ import shutil
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -19,6 +20,8 @@ from pairs import make_tokenizer
 from tiny_runs import write_text
 
 from bert_pretrain.cli import main as bert_pretrain
+from packing.cli import COMMANDS as SUBCOMMANDS
+from packing.cli import find_subcommand, make_parser
 from packing.cli import main as pack_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +72,7 @@ def commands(block):
     if block.language == "sh":
         return [(words, None) for line in text.splitlines() if (words := shlex.split(line, comments=True))]
     shown = [part.splitlines() for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]]
-    return [(shlex.split(command), output) for command, *output in shown]
+    return [(shlex.split(command, comments=True), output) for command, *output in shown]
 
 
 def ours(words):
@@ -137,12 +140,15 @@ def smaller(words):
     return [*words, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
 
 
-def written(words):
-    """The folder that a command writes: no reader has it before."""
-    if "--output" in words:
-        return words[words.index("--output") + 1]
-    places = [word for word in words[1:] if not word.startswith("-")]
-    return places[1] if words[0] == "pack-dataset" and len(places) > 1 and "verify" not in words else None
+def remove_target(words):
+    """What a command writes: no reader has it before."""
+    places = [word for word in words[1:] if not word.startswith("-") and word not in SUBCOMMANDS]
+    if words[0] == "pack-dataset":
+        targets = [] if {"verify", "plan", "compare"} & set(words) else places[1:2]
+    else:
+        targets = [words[words.index("--output") + 1]] if "--output" in words else []
+    for target in targets:
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def run(words):
@@ -151,9 +157,7 @@ def run(words):
         if not Path("prepared").exists():  # by the commands of another page
             run(["bert-pretrain", "prepare", "--text", "text", "--output", "prepared", "--max-sequence-length", "64"])
             run(["pack-dataset", "prepared", "packed"])
-    target = written(words)
-    if target in ("packed", "prepared"):
-        shutil.rmtree(target, ignore_errors=True)
+    remove_target(words)
     assert COMMANDS[words[0]](words[1:]) == 0, words
 
 
@@ -169,7 +173,7 @@ def check_output(expected, printed):
 @pytest.mark.filterwarnings("default")  # of transformers, about models as small as these
 @each_page
 def test_examples_run(page, workspace, capsys):
-    names = {"tokenized_test": rows(8, seed=1)}
+    names = {"tokenized_test": rows(8, seed=1), "trainer": Mock()}
     for block in blocks(page):
         if block.why_not is not None:
             continue
@@ -219,6 +223,8 @@ def parse(words):
 
     name, *arguments = words
     if name == "pack-dataset":
+        subcommand, prog, rest = find_subcommand(arguments)
+        make_parser(subcommand, prog).parse(rest)
         return
     command, *arguments = arguments
     kinds = {"prepare": (PrepareConfig,), "train": (PretrainConfig, TrainingArguments)}[command]
@@ -242,15 +248,12 @@ def options():
     import io
 
     said = io.StringIO()
+    pages = [(pack_dataset, [name, "--help"]) for name in SUBCOMMANDS]
+    pages += [(bert_pretrain, [name, "--help"]) for name in ("prepare", "train")]
     with contextlib.redirect_stdout(said):
-        for command, words in (
-            (pack_dataset, []),
-            (pack_dataset, ["verify"]),
-            (bert_pretrain, ["prepare"]),
-            (bert_pretrain, ["train"]),
-        ):
+        for command, words in [(pack_dataset, ["--help"]), *pages]:
             with contextlib.suppress(SystemExit):
-                command([*words, "--help"])
+                command(words)
     return {found.replace("_", "-") for found in re.findall(r"--[a-z][\w-]*", said.getvalue())}
 
 
