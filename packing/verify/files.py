@@ -80,15 +80,16 @@ def open_folder(path: Path | RemotePath, findings: Findings) -> PackedFolder:
         looked_at = "no manifest to check them against"
     shards = [record.file for record in records] or _listed_shards(path, findings)
     info = None if INFO in changed else _read_info(path, findings)
-    if STATE in wanted and STATE not in changed and info is not None:
+    if manifest is not None and STATE in wanted and STATE not in changed and info is not None:
         _check_state(path, shards, packed_fingerprint(manifest.source_columns, info.description), findings)
     return PackedFolder(path, manifest, shards, [record.packs for record in records], info, looked_at)
 
 
 def _present(path: Path | RemotePath) -> set[str]:
     """Names of all that is in the folder, but for folders."""
-    found = {file.relative_to(path) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
-    return {name if isinstance(name, str) else name.as_posix() for name in found}
+    if isinstance(path, RemotePath):
+        return {file.relative_to(path) for file in path.rglob("*")}
+    return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
 
 
 def _check_state(path: Path | RemotePath, shards: list[str], fingerprint: str, findings: Findings) -> None:

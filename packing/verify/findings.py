@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +38,9 @@ class Problem:
     found: object = None
 
     def __str__(self) -> str:
-        named = ("file", self.file), ("pack", self.pack), ("sequence", self.sequence), ("position", self.position)
-        named += ("source row", self.row), ("column", self.column)
-        place = ", ".join(f"{name} {value}" for name, value in named if value is not None)
+        named = {"file": self.file, "pack": self.pack, "sequence": self.sequence, "position": self.position}
+        named |= {"source row": self.row, "column": self.column}
+        place = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
         values = ""
         if self.expected is not None or self.found is not None:
             values = f": {_shown(self.found)} found, {_shown(self.expected)} expected"
@@ -54,7 +55,7 @@ class Findings:
         self.counts = dict.fromkeys(CHECKS, 0)
         self.problems: list[Problem] = []
 
-    def add(self, check: str, what: str, **where) -> None:
+    def add(self, check: str, what: str, **where: Any) -> None:
         self.counts[check] += 1
         if self.counts[check] <= self.limit:
             self.problems.append(Problem(check=check, what=what, **where))
@@ -103,6 +104,6 @@ class Verification:
         return "\n".join([*lines, "verified: nothing is wrong" if self.ok else f"not verified: {total}"])
 
 
-def _shown(value) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

@@ -11,7 +11,9 @@ rows that were split.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,13 +21,14 @@ import pyarrow as pa
 
 from packing.files.saved import schema_features
 from packing.numba_tools import njit
-from packing.source.rows import INPUT_IDS
+from packing.source.rows import INPUT_IDS, Source
 from packing.source.token_column import NULLABLE, TokenColumn, is_list, open_token_column
 from packing.store.info import PackedInfo
 from packing.verify.files import Block
 from packing.verify.findings import Findings
 
 LENGTHS, INDICES, STARTS = "sequence_lengths", "sequence_indices", "sequence_starts"
+PER_SEQUENCE = ("local_packs", "packs", "slots", "positions", "lengths", "rows", "begins")
 SEEN_BYTES = 1 << 17  # of the rows that have been seen, looked at together
 ADDED = {LENGTHS: pa.int32(), INDICES: pa.int64(), STARTS: pa.int32()}
 
@@ -50,9 +53,8 @@ class PackedSequences:
     begins: np.ndarray | None
 
     def take(self, chosen: np.ndarray) -> PackedSequences:
-        arrays = self.local_packs, self.packs, self.slots, self.positions, self.lengths, self.rows
-        begins = None if self.begins is None else self.begins[chosen]
-        return PackedSequences(self.columns, self.pack_starts, *(array[chosen] for array in arrays), begins)
+        arrays = {name: getattr(self, name) for name in PER_SEQUENCE}
+        return replace(self, **{name: array[chosen] for name, array in arrays.items() if array is not None})
 
     def places(self, column: str, within: np.ndarray) -> np.ndarray:
         """Where values lie in a column; within: their number in their pack, slots or positions."""
@@ -66,11 +68,12 @@ class PackCheck:
     """Judges the packs of one packed dataset, block by block, and at the end what only all of them can show."""
 
     def __init__(self, facts: PackedInfo, features: datasets.Features, findings: Findings):
-        self.facts, self.findings = facts, findings
+        assert facts.source_rows is not None  # checked_facts refuses a stream's
+        self.facts, self.source_rows, self.findings = facts, facts.source_rows, findings
         self.schema, self.features = features.arrow_schema, features
         self.packs = self.sequences = self.tokens = self.deepest = 0
         self.overlong_rows = np.array(facts.overlong_rows, np.int64)
-        self._seen = np.zeros(-(-facts.source_rows // 8), np.uint8)  # a bit for each row
+        self._seen = np.zeros(-(-self.source_rows // 8), np.uint8)  # a bit for each row
         self._pieces: list[PackedSequences] = []
         self._schemas: set = set()
         self._check_features(features)
@@ -129,15 +132,7 @@ class PackCheck:
         for name, (_, counts) in found.items():
             expected = tokens if name in self.facts.token_columns else depths
             sound &= counts == expected
-            kind = "tokens" if name in self.facts.token_columns else "sequences"
-            self.findings.add_all(
-                "packs",
-                f"number of values, where sequence_lengths says how many {kind} there are",
-                np.flatnonzero(counts != expected),
-                lambda i, name=name, counts=counts, expected=expected: self._at(
-                    block, i, column=name, found=int(counts[i]), expected=int(expected[i])
-                ),
-            )
+            self._check_counts(block, name, counts, expected)
         chosen = sound[local_packs]
         starts = {name: begin for name, (begin, _) in found.items()}
         local_packs, slots = local_packs[chosen], slots[chosen]
@@ -151,6 +146,15 @@ class PackCheck:
             columns, starts, local_packs, packs, slots, positions, lengths[chosen], rows, begins
         )
         return self._check_rows(sequences)
+
+    def _check_counts(self, block: Block, name: str, counts: np.ndarray, expected: np.ndarray) -> None:
+        kind = "tokens" if name in self.facts.token_columns else "sequences"
+        self.findings.add_all(
+            "packs",
+            f"number of values, where sequence_lengths says how many {kind} there are",
+            np.flatnonzero(counts != expected),
+            lambda i: self._at(block, i, column=name, found=int(counts[i]), expected=int(expected[i])),
+        )
 
     def _check_schema(self, block: Block) -> bool:
         """Said once for each file."""
@@ -204,12 +208,8 @@ class PackCheck:
                 # offsets count in lists.values, which begins where the column's own view does
                 missing |= before[begins + counts] > before[begins]
             sound &= ~missing
-            self.findings.add_all(
-                "packs",
-                "no value (null)",
-                np.flatnonzero(missing),
-                lambda i, name=name: self._at(block, i, column=name),
-            )
+            describe = partial(self._at, block, column=name)
+            self.findings.add_all("packs", "no value (null)", np.flatnonzero(missing), describe)
         return sound
 
     def _check_limits(self, block: Block, depths: np.ndarray, tokens: np.ndarray) -> None:
@@ -231,16 +231,16 @@ class PackCheck:
                 lambda i: self._at(block, i, column=LENGTHS, found=int(depths[i]), expected=f"at most {deepest}"),
             )
 
-    def _at(self, block: Block, local_pack: int, **where) -> dict:
+    def _at(self, block: Block, local_pack: int, **where: Any) -> dict:
         return {"file": block.file, "pack": block.first + int(local_pack), **where}
 
     def _check_rows(self, sequences: PackedSequences) -> PackedSequences:
         """Mark the rows as seen; returns the sequences whose rows exist."""
-        outside = (sequences.rows < 0) | (sequences.rows >= self.facts.source_rows)
+        outside = (sequences.rows < 0) | (sequences.rows >= self.source_rows)
         if outside.any():
             self.findings.add_all(
                 "sequences",
-                f"the source has rows 0 to {self.facts.source_rows - 1}",
+                f"the source has rows 0 to {self.source_rows - 1}",
                 np.flatnonzero(outside),
                 lambda i: sequences.where(i) | {"column": INDICES, "found": int(sequences.rows[i]), "row": None},
             )
@@ -257,12 +257,13 @@ class PackCheck:
             np.flatnonzero(again),
             lambda i: once.where(i) | {"column": INDICES},
         )
-        if once.begins is not None and not self.facts.trimmed_rows:
+        begins = once.begins
+        if begins is not None and not self.facts.trimmed_rows:
             self.findings.add_all(
                 "sequences",
                 "a row that was not split begins with its first token",
-                np.flatnonzero(once.begins),
-                lambda i: once.where(i) | {"column": STARTS, "found": int(once.begins[i]), "expected": 0},
+                np.flatnonzero(begins),
+                lambda i: once.where(i) | {"column": STARTS, "found": int(begins[i]), "expected": 0},
             )
         return sequences
 
@@ -287,8 +288,8 @@ class PackCheck:
             )
         return sequences
 
-    def finish(self, skipped: np.ndarray | None = None, kept: np.ndarray | None = None) -> None:
-        """What only all packs together can show. skipped, kept: of the source's rows, where it is known."""
+    def finish(self, source: Source | None) -> None:
+        """Check what only all packs together can show. source: with all its rows, where it is known."""
         for name, found in (("packs", self.packs), ("sequences", self.sequences), ("tokens", self.tokens)):
             expected = getattr(self.facts, f"num_{name}")
             if found != expected:
@@ -297,19 +298,17 @@ class PackCheck:
             what = "sequences in the deepest pack"
             self.findings.add("packs", what, found=self.deepest, expected=self.facts.max_depth)
         if self.facts.overlong == "split" and len(self.overlong_rows):
-            self._check_pieces(skipped, kept)
+            self._check_pieces(source)
         for first in range(0, len(self._seen), SEEN_BYTES):
             bits = np.unpackbits(~self._seen[first : first + SEEN_BYTES], bitorder="little")
             absent = np.flatnonzero(bits) + 8 * first
-            absent = absent[absent < self.facts.source_rows]
+            absent = absent[absent < self.source_rows]
             if self.facts.overlong == "drop":
                 absent = np.setdiff1d(absent, self.overlong_rows)
             what = "this row is in no pack that can be read"
-            self.findings.add_all(
-                "sequences", what, np.arange(len(absent)), lambda i, absent=absent: {"row": int(absent[i])}
-            )
+            self.findings.add_all("sequences", what, absent, lambda row: {"row": row})
 
-    def _check_pieces(self, skipped: np.ndarray | None, kept: np.ndarray | None) -> None:
+    def _check_pieces(self, source: Source | None) -> None:
         """The pieces of each row lie end to end; all but a row's last one are full."""
         names = "rows", "begins", "lengths", "packs", "slots"
         parts = self._pieces
@@ -318,7 +317,7 @@ class PackCheck:
         )
         order = np.lexsort((begins, rows))
         rows, begins, lengths, packs, slots = (a[order] for a in (rows, begins, lengths, packs, slots))
-        known = rows[rows < self.facts.source_rows]
+        known = rows[rows < self.source_rows]
         _mark(self._seen, known, np.empty(len(known), np.bool_))
         longest = self.facts.max_sequence_length
 
@@ -328,8 +327,8 @@ class PackCheck:
         is_first = np.append(True, rows[1:] != rows[:-1])[: len(rows)]
         is_last = np.append(rows[1:] != rows[:-1], True)[: len(rows)]
         expected = np.append(0, (begins + longest)[:-1])[: len(rows)]
-        padded = self.facts.trimmed_rows and skipped is None and kept is None
-        if padded:  # a row can begin after any number of padding tokens
+        skipped = None if source is None else source.skipped
+        if self.facts.trimmed_rows and source is None:  # a row can begin after any number of padding tokens
             expected[is_first] = begins[is_first]
         else:
             expected[is_first] = 0 if skipped is None else skipped[rows[is_first]]
@@ -346,10 +345,10 @@ class PackCheck:
         self.findings.add_all(
             "sequences", "a piece that is not the row's last one is not full", np.flatnonzero(short), where
         )
-        if kept is None:
+        if source is None:
             lost = is_first & is_last
         else:
-            row_ends = kept[rows] + (0 if skipped is None else skipped[rows])
+            row_ends = source.kept[rows] + (0 if skipped is None else skipped[rows])
             lost = is_last & (begins + lengths != row_ends)
         self.findings.add_all("sequences", "the row's last piece is missing", np.flatnonzero(lost), where)
 

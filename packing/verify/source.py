@@ -10,17 +10,37 @@ halving where these differ.
 
 from __future__ import annotations
 
+import datasets
 import numpy as np
 import pyarrow as pa
 
 from packing.numba_tools import njit, prefetch
 from packing.source.fingerprint import array_print
 from packing.source.rows import Source, read_source
-from packing.source.sequences import cut_sequences
+from packing.source.sequences import Sequences, cut_sequences
 from packing.source.token_column import TokenColumn, Values, is_list, open_token_column
 from packing.store.info import PackedInfo
 from packing.verify.findings import Findings
 from packing.verify.packs import LENGTHS, STARTS, PackedSequences
+
+
+def check_source(
+    dataset: datasets.Dataset,
+    facts: PackedInfo,
+    packed_features: datasets.Features,
+    pad_token_id: int | None,
+    findings: Findings,
+) -> SourceCheck | None:
+    """What holds packs against their source; None, and a finding, where these cannot be its packs."""
+    try:
+        source = read_source(dataset, facts.token_columns, pad_token_id)
+        sequences = cut_sequences(source, facts.max_sequence_length, facts.overlong)
+    except (ValueError, TypeError) as error:
+        findings.add("source", f"this source cannot have been packed so: {error}")
+        return None
+    check = SourceCheck(source, facts, findings, sequences)
+    check._check_columns(dataset.features, packed_features)
+    return check
 
 
 class SourceCheck:
@@ -29,23 +49,16 @@ class SourceCheck:
     Memory: 4 bytes a source row for its length, and 4 each where there is padding, or rows are cut.
     """
 
-    def __init__(self, dataset, facts: PackedInfo, packed_features, pad_token_id: int | None, findings: Findings):
-        self.facts, self.findings = facts, findings
-        self.source = self._read(dataset, pad_token_id)
+    def __init__(self, source: Source, facts: PackedInfo, findings: Findings, sequences: Sequences):
+        self.source, self.facts, self.findings = source, facts, findings
         self._names: list[str] = []  # of the columns that can be compared
         self._row_columns: dict[str, TokenColumn | None] = {}  # None: they are no runs of numbers
-        if self.source is not None:
-            self._check_columns(dataset, packed_features)
-
-    def _read(self, dataset, pad_token_id: int | None) -> Source | None:
-        facts = self.facts
-        try:
-            source = read_source(dataset, facts.token_columns, pad_token_id)
-            sequences = cut_sequences(source, facts.max_sequence_length, facts.overlong)
-        except (ValueError, TypeError) as error:
-            self.findings.add("source", f"this source cannot have been packed so: {error}")
-            return None
         self._keeps_closing = facts.overlong == "truncate" and sequences.ends is not None
+        self._check_facts(sequences)
+
+    def _check_facts(self, sequences: Sequences) -> None:
+        """The packs' facts are those of this source."""
+        source, facts = self.source, self.facts
         overlong = tuple(sequences.overlong_rows.tolist())
         if overlong != facts.overlong_rows:
             other = sorted({*overlong} ^ {*facts.overlong_rows})
@@ -61,17 +74,16 @@ class SourceCheck:
             if found != expected:
                 what = f"{name.replace('_', ' ')}: the source's, and what the packs' facts say"
                 self.findings.add("source", what, found=found, expected=expected)
-        return source
 
-    def _check_columns(self, dataset, packed) -> None:
-        """Which columns can be compared: those of both, with one type of value."""
+    def _check_columns(self, features: datasets.Features, packed: datasets.Features) -> None:
+        """Find the columns that can be compared: those of both, with one type of value."""
         columns = self.source.columns
         token_names = [column.name for column in columns.token_columns]
         for name in (*token_names, *columns.row_columns):
             if name not in packed:
                 self.findings.add("source", "the packs have no such column", column=name)
                 continue
-            of_source = _inner(dataset.features[name]) if name in token_names else dataset.features[name]
+            of_source = _inner(features[name]) if name in token_names else features[name]
             if _inner(packed[name]) != of_source:
                 what = "type of a value"
                 self.findings.add("source", what, column=name, found=_inner(packed[name]), expected=of_source)
@@ -85,17 +97,11 @@ class SourceCheck:
                 self.findings.add("source", "the source has no such column", column=name)
 
     @property
-    def can_be_compared(self) -> bool:
-        return self.source is not None
-
-    @property
     def has_all_rows(self) -> bool:
-        return self.can_be_compared and self.source.num_rows == self.facts.source_rows
+        return self.source.num_rows == self.facts.source_rows
 
     @property
     def looked_at(self) -> str:
-        if self.source is None:
-            return "nothing: it cannot be read as the packs' source"
         return f"{self.source.num_rows:,} rows, {len(self._names)} columns compared"
 
     def check(self, sequences: PackedSequences) -> None:
@@ -105,7 +111,7 @@ class SourceCheck:
         kept = source.kept[sequences.rows].astype(np.int64)
         skipped = np.zeros_like(kept) if source.skipped is None else source.skipped[sequences.rows].astype(np.int64)
         begins, lengths = skipped, kept
-        if self.facts.overlong == "split":
+        if self.facts.overlong == "split" and sequences.begins is not None:
             begins = sequences.begins
             first = begins - skipped
             exists = (first >= 0) & (first < kept) & (first % longest == 0)
@@ -140,7 +146,14 @@ class SourceCheck:
             if column.name in self._names:
                 self._check_tokens(column, sequences, begins, lengths, lasts)
 
-    def _check_tokens(self, column: TokenColumn, sequences: PackedSequences, begins, lengths, lasts) -> None:
+    def _check_tokens(
+        self,
+        column: TokenColumn,
+        sequences: PackedSequences,
+        begins: np.ndarray,
+        lengths: np.ndarray,
+        lasts: np.ndarray,
+    ) -> None:
         name, packed = column.name, sequences.columns[column.name]
         starts, _ = column.find(sequences.rows)
         places = sequences.places(name, sequences.positions)
@@ -172,25 +185,26 @@ class SourceCheck:
 
     def _check_rows(self, sequences: PackedSequences) -> None:
         """Columns with one value per sequence."""
+        for name, of_source in self._row_columns.items():
+            self._check_values(name, of_source, sequences)
+
+    def _check_values(self, name: str, of_source: TokenColumn | None, sequences: PackedSequences) -> None:
         ones = np.ones_like(sequences.rows)
-        for name in self._names:
-            if name not in self._row_columns:
-                continue
-            packed, places = sequences.columns[name], sequences.places(name, sequences.slots)
-            of_source, of_packs = self._row_columns[name], _packed_runs(packed)
-            if of_source is not None and of_packs is not None:
-                culprits = _differing_runs(of_packs, places, of_source, sequences.rows)
-            else:
-                found = packed.gather(places, ones, places)
-                culprits = differences(found, self._row_values(name, sequences.rows, found.type))
+        packed, places = sequences.columns[name], sequences.places(name, sequences.slots)
+        of_packs = _packed_runs(packed)
+        if of_source is not None and of_packs is not None:
+            culprits = _differing_runs(of_packs, places, of_source, sequences.rows)
+        else:
+            found = packed.gather(places, ones, places)
+            culprits = differences(found, self._row_values(name, sequences.rows, found.type))
 
-            def describe(i: int, name=name, packed=packed, places=places) -> dict:
-                found = packed.gather(places[i : i + 1], ones[:1], places[i : i + 1])
-                expected = self._row_values(name, sequences.rows[i : i + 1], found.type)
-                values = {"found": found[0].as_py(), "expected": expected[0].as_py()}
-                return sequences.where(i) | {"column": name} | values
+        def describe(i: int) -> dict:
+            found = packed.gather(places[i : i + 1], ones[:1], places[i : i + 1])
+            expected = self._row_values(name, sequences.rows[i : i + 1], found.type)
+            values = {"found": found[0].as_py(), "expected": expected[0].as_py()}
+            return sequences.where(i) | {"column": name} | values
 
-            self.findings.add_all("source", "value", culprits, describe)
+        self.findings.add_all("source", "value", culprits, describe)
 
     def _row_values(self, name: str, rows: np.ndarray, type_: pa.DataType) -> pa.Array:
         columns = self.source.columns
@@ -240,7 +254,7 @@ def _bytes(chunk: pa.Array, type_: pa.DataType) -> pa.Array:
 
 def _packed_runs(packed: TokenColumn) -> TokenColumn | None:
     """The values of a column of the packs, one a run."""
-    if not packed.is_numbers:
+    if not isinstance(packed.tokens, np.ndarray):
         return as_runs(packed.tokens)
     values = pa.Array.from_buffers(packed.value_type, len(packed.tokens), [None, pa.py_buffer(packed.tokens)])
     return as_runs(Values.of([values], values.type))

@@ -9,10 +9,12 @@ import datasets
 
 from packing.files.paths import RemotePath, place
 from packing.files.saved import DICT
+from packing.store.info import PackedInfo
+from packing.store.manifest import Manifest
 from packing.verify.files import checked_facts, dataset_blocks, folder_blocks, num_bytes_of, open_folder
 from packing.verify.findings import CHECKS, Findings, Verification
 from packing.verify.packs import PackCheck
-from packing.verify.source import SourceCheck
+from packing.verify.source import check_source
 
 
 def verify_packed(
@@ -45,45 +47,45 @@ def verify_packed(
     """
     findings = Findings(limit)
     looked_at = dict.fromkeys(CHECKS, "nothing")
+    looked_at["source"] = "not given" if source is None else "nothing"
     if isinstance(packed, datasets.Dataset):
-        folder, info = None, packed.info
         looked_at["files"] = "not looked at: give the folder"
+        # nbytes would follow offsets that nobody has looked at yet
+        facts = checked_facts(packed.info, packed.data.table.get_total_buffer_size(), findings)
+        if facts is None:
+            raise ValueError(f"{findings.problems[0].what}; give a dataset of pack_dataset")
+        features, blocks = packed.features, dataset_blocks(packed, facts, findings)
     else:
         folder = open_folder(_checked_folder(packed, storage_options), findings)
         info, looked_at["files"] = folder.info, folder.looked_at
-    looked_at["source"] = "not given" if source is None else "nothing"
-    # nbytes would follow offsets that nobody has looked at yet
-    num_bytes = packed.data.table.get_total_buffer_size() if folder is None else num_bytes_of(folder)
-    facts = None if info is None else checked_facts(info, num_bytes, findings)
-    if facts is None:
-        if folder is None:
-            raise ValueError(f"{findings.problems[0].what}; give a dataset of pack_dataset")
-        return Verification(looked_at, findings.counts, tuple(findings.problems))
-    features = packed.features if folder is None else info.features
-    if folder is not None and folder.manifest is not None:
-        pad_token_id = folder.manifest.parameters.get("pad_token_id")
-        _check_manifest(folder.manifest, facts, findings)
+        facts = None if info is None else checked_facts(info, num_bytes_of(folder), findings)
+        if info is None or facts is None:
+            return Verification(looked_at, findings.counts, tuple(findings.problems))
+        features, blocks = info.features, folder_blocks(folder, facts, findings)
+        if folder.manifest is not None:
+            pad_token_id = folder.manifest.parameters.get("pad_token_id")
+            _check_manifest(folder.manifest, facts, findings)
 
     packs = PackCheck(facts, features, findings)
     looked_at["columns"] = f"{len(features)} columns"
     against = None
     if packs.can_be_read:
         if source is not None:
-            against = SourceCheck(source, facts, features, pad_token_id, findings)
+            against = check_source(source, facts, features, pad_token_id, findings)
+            looked_at["source"] = "nothing: it cannot be read as the packs' source"
+        if against is not None:
             looked_at["source"] = against.looked_at
-        blocks = dataset_blocks(packed, facts, findings) if folder is None else folder_blocks(folder, facts, findings)
         for block in blocks:
             sequences = packs.check(block)
-            if sequences is not None and against is not None and against.can_be_compared:
+            if sequences is not None and against is not None:
                 against.check(sequences)
-        known = against is not None and against.has_all_rows
-        packs.finish(*((against.source.skipped, against.source.kept) if known else ()))
+        packs.finish(against.source if against is not None and against.has_all_rows else None)
         looked_at["packs"] = f"{packs.packs:,} packs, {packs.tokens:,} tokens"
         looked_at["sequences"] = f"{packs.sequences:,} sequences of {facts.source_rows:,} source rows"
     return Verification(looked_at, findings.counts, tuple(findings.problems))
 
 
-def _checked_folder(packed, storage_options: dict | None) -> Path | RemotePath:
+def _checked_folder(packed: object, storage_options: dict | None) -> Path | RemotePath:
     if not isinstance(packed, str | os.PathLike | RemotePath):
         raise TypeError(f"packed must be a folder or a datasets.Dataset, not {type(packed).__name__}")
     path = place(packed, storage_options)
@@ -98,7 +100,7 @@ def _checked_folder(packed, storage_options: dict | None) -> Path | RemotePath:
     return path
 
 
-def _check_manifest(manifest, facts, findings: Findings) -> None:
+def _check_manifest(manifest: Manifest, facts: PackedInfo, findings: Findings) -> None:
     """Both say how it was packed."""
     said = {f"num_{name}": getattr(manifest, name) for name in ("packs", "sequences", "tokens")}
     said["source_rows"] = manifest.source_rows
