@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packing.command import sources
 from packing.command.parser import Parser, Subcommand, add_pack_options
@@ -17,6 +17,9 @@ from packing.options import PackOptions
 from packing.source.formats import endings
 
 if TYPE_CHECKING:
+    import datasets
+
+    from packing.dataset import Packing
     from packing.source.open import OpenedSource
 
 EXAMPLES = f"""\
@@ -77,16 +80,18 @@ def prepare_splits(source: OpenedSource, arguments: Namespace, to_write: bool = 
         packings[name] = _prepare(name, dataset, arguments, to_write, other_machines)
         print(f"{sources.title(name)}{len(dataset):,} rows\n{packings[name].plan}\n", flush=True)
         facts = packings[name].facts
-        if facts.balance is not None:
+        if facts.step_costs_after is not None:
             print(f"attention cost of {facts.step_costs_after.num_steps:,} batches of {facts.balance:,} packs")
             print(f"before   {facts.step_costs_before}\nafter    {facts.step_costs_after}\n", flush=True)
     return packings
 
 
-def _prepare(name: str, dataset, arguments: Namespace, to_write: bool, opener: Callable | None):
+def _prepare(
+    name: str, dataset: datasets.Dataset, arguments: Namespace, to_write: bool, opener: Callable | None
+) -> Packing:
     from packing.dataset import prepare_packing
 
-    given = {each.name: getattr(arguments, each.name, each.default) for each in fields(PackOptions)}
+    given: dict[str, Any] = {each.name: getattr(arguments, each.name, each.default) for each in fields(PackOptions)}
     with sources.naming_split(name):
         options = PackOptions(**given)
         return prepare_packing(dataset, options, to_write=to_write, opener=opener, progress=True)
@@ -107,7 +112,7 @@ def _write(packings: dict, arguments: Namespace) -> None:
             write_file(folder / "dataset_dict.json", json.dumps({"splits": list(packings)}).encode())
 
 
-def opener(split: str, arguments: Namespace):
+def opener(split: str, arguments: Namespace) -> Callable[[], datasets.Dataset]:
     """How another machine opens the same rows, of its own copy."""
     from glob import has_magic
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import Any, NoReturn
 
 from packing.files.errors import suggestion
@@ -49,8 +48,8 @@ class Parser(argparse.ArgumentParser):
 
     def first_unknown(self, arguments: Iterable[str]) -> tuple[str, str | None] | None:
         """The first option that this parser does not have, and the argument after it."""
-        arguments = [*with_hyphens(arguments), None]
-        for argument, following in pairwise(arguments):
+        given = with_hyphens(arguments)
+        for argument, following in zip(given, [*given[1:], None], strict=True):
             option, _, value = argument.partition("=")
             if argument == "--":
                 break
@@ -114,7 +113,7 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
 class _Version(argparse.Action):
     """Print the version, which is looked up only now."""
 
-    def __call__(self, parser, *values: Any) -> NoReturn:
+    def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:
         from packing import __version__
 
         print(parser.prog, __version__)
