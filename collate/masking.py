@@ -17,6 +17,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from collate.columns import IGNORED
 from collate.words import (
@@ -148,7 +149,14 @@ class MaskingRule:
         if table is not None and (table.dtype != bool or table.shape != shape):
             raise ValueError(f"{name} must be {shape!s} bool, not {table.shape} {table.dtype}")
 
-    def __call__(self, input_ids_T, offsets, keys, word_ids_T=None, special_tokens_mask_T=None):
+    def __call__(
+        self,
+        input_ids_T: ArrayLike,
+        offsets: ArrayLike,
+        keys: ArrayLike,
+        word_ids_T: ArrayLike | None = None,
+        special_tokens_mask_T: ArrayLike | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Corrupt the sequences of a batch.
 
         input_ids_T: (T,) integers; offsets: (N + 1,) where sequence i's tokens are offsets[i]:offsets[i + 1];
@@ -179,14 +187,20 @@ class MaskingRule:
         shares = float(self.mask_replace_prob), float(self.mask_replace_prob + self.random_replace_prob)
         return _corrupt(input_ids_T, offsets, keys, decider_T, shares, self._ordinary, self.mask_token_id)
 
-    def count_words(self, input_ids_T, offsets, word_ids_T=None, special_tokens_mask_T=None) -> dict[str, int]:
+    def count_words(
+        self,
+        input_ids_T: ArrayLike,
+        offsets: ArrayLike,
+        word_ids_T: ArrayLike | None = None,
+        special_tokens_mask_T: ArrayLike | None = None,
+    ) -> dict[str, int]:
         """What a call with these arguments sees: words, cut_words, tokens (of all words) and cut_tokens."""
         input_ids_T, offsets = np.asarray(input_ids_T), np.asarray(offsets)
         parts_T = self._parts(input_ids_T, offsets, word_ids_T, special_tokens_mask_T)
         counts = cut_long_words(parts_T, offsets, self._budget(offsets)).tolist()
         return dict(zip(("words", "cut_words", "tokens", "cut_tokens"), counts, strict=True))
 
-    def _check_batch(self, input_ids_T, offsets) -> None:
+    def _check_batch(self, input_ids_T: np.ndarray, offsets: np.ndarray) -> None:
         vocabulary = len(self.is_special_V)
         if len(input_ids_T) and not 0 <= input_ids_T.min() <= input_ids_T.max() < vocabulary:
             raise ValueError(
@@ -202,7 +216,13 @@ class MaskingRule:
         if offsets[0] != 0 or offsets[-1] != len(input_ids_T) or (offsets[1:] < offsets[:-1]).any():
             raise ValueError(f"offsets must ascend from 0 to the {len(input_ids_T)} tokens of input_ids_T")
 
-    def _parts(self, input_ids_T, offsets, word_ids_T, special_tokens_mask_T) -> np.ndarray:
+    def _parts(
+        self,
+        input_ids_T: np.ndarray,
+        offsets: np.ndarray,
+        word_ids_T: ArrayLike | None,
+        special_tokens_mask_T: ArrayLike | None,
+    ) -> np.ndarray:
         """(T,) int8: STARTS, CONTINUES or NO_WORD."""
         self._check_batch(input_ids_T, offsets)
         is_special_T = self.is_special_V[input_ids_T]
@@ -221,7 +241,7 @@ class MaskingRule:
         word_ids_T = _checked("word_ids_T", word_ids_T, input_ids_T).astype(np.int64, copy=False)
         return parts_by_word_ids(is_special_T, offsets, word_ids_T)
 
-    def _budget(self, offsets) -> np.ndarray:
+    def _budget(self, offsets: np.ndarray) -> np.ndarray:
         """(N,) tokens to predict, if there are as many: BERT's max(1, round(probability * length))."""
         budget = np.maximum(1, np.rint(self.mlm_probability * np.diff(offsets))).astype(np.int64)
         return np.minimum(budget, self.max_predictions_per_sequence or budget)
@@ -250,7 +270,7 @@ class MaskingRule:
         return cumulative / cumulative[-1]
 
 
-def _checked(name: str, values_T, input_ids_T: np.ndarray) -> np.ndarray:
+def _checked(name: str, values_T: ArrayLike, input_ids_T: np.ndarray) -> np.ndarray:
     """An integer or bool for each token."""
     values_T = np.asarray(values_T)
     if values_T.shape != input_ids_T.shape or values_T.dtype.kind not in "iub":
@@ -260,7 +280,9 @@ def _checked(name: str, values_T, input_ids_T: np.ndarray) -> np.ndarray:
     return values_T
 
 
-def sequence_keys(seed: int, epoch: int, sequence_indices: np.ndarray, sequence_starts: np.ndarray | None = None):
+def sequence_keys(
+    seed: int, epoch: int, sequence_indices: np.ndarray, sequence_starts: np.ndarray | None = None
+) -> np.ndarray:
     """(N,) uint64 generator keys: within a seed and epoch, different sequences have different keys.
 
     sequence_starts tells pieces of one split source row apart.

@@ -16,11 +16,15 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from collate.vocabulary import vocabulary_size
 from packing.numba_tools import njit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NO_WORD, CONTINUES, STARTS = np.int8(-1), np.int8(0), np.int8(1)  # a token's part in a word
 
@@ -50,7 +54,7 @@ class Boundaries:
         return cls(np.zeros((vocabulary, 2), np.int8), np.zeros((1, 1), bool))
 
 
-def word_continuations(tokenizer) -> np.ndarray:
+def word_continuations(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
     """(V,) bool: tokens that continue the word before them, by the mark that the tokenizer sets at word pieces.
 
     V is the highest id + 1. Special and added tokens are words of their own, and so is white space. Raises ValueError
@@ -69,7 +73,7 @@ def word_continuations(tokenizer) -> np.ndarray:
     return continues_V
 
 
-def word_boundaries(tokenizer) -> Boundaries:
+def word_boundaries(tokenizer: "PreTrainedTokenizerBase") -> Boundaries:
     """Where the tokenizer's pre-tokenizer parts tokens without a mark; after white space and added tokens always.
 
     A WordPiece needs none: all of its pieces have a mark. Raises ValueError like `word_continuations`.
@@ -85,17 +89,17 @@ def word_boundaries(tokenizer) -> Boundaries:
     return Boundaries(kinds_V2, _parted_kinds(tokenizer))
 
 
-def _word_mark(tokenizer, vocabulary) -> str:
+def _word_mark(tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int]) -> str:
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     prefix = getattr(model, "continuing_subword_prefix", None)  # a WordPiece may have no pieces
     return prefix or _commonest_mark(tokenizer, vocabulary)
 
 
-def _commonest_mark(tokenizer, vocabulary) -> str:
+def _commonest_mark(tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int]) -> str:
     """Of a RoBERTa vocabulary some tokens are "##" and "@@", but half of them begin with Ġ: so count."""
     counts = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in ("##", "▁", "Ġ")}
     counts |= {mark: sum(token.endswith(mark) for token in vocabulary) for mark in ("</w>", "@@")}
-    mark = max(counts, key=counts.get)
+    mark = max(counts, key=lambda mark: counts[mark])
     if mark in ("</w>", "@@") or counts[mark] == 0:
         name = f"{type(tokenizer).__name__} {getattr(tokenizer, 'name_or_path', '') or ''}".strip()
         raise ValueError(
@@ -156,7 +160,7 @@ def _kind(character: bytes) -> int:
     return {"L": LETTER, "N": NUMBER, "M": MARK}.get(unicodedata.category(text)[0], OTHER)
 
 
-def _parted_kinds(tokenizer) -> np.ndarray:
+def _parted_kinds(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
     """(kinds, kinds) bool, asked of the pre-tokenizer: "a." -> "a" "." -> True, but " a" -> "Ġa" -> False"""
     pre_tokenizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
     parted_KK = np.zeros((len(EXAMPLES), len(EXAMPLES)), bool)

@@ -1,7 +1,8 @@
 """What all attention heads share: how they are built, and how they read their options."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class AttentionHead(nn.Module):
     survives_nan: ClassVar[bool] = True
     """Whether a NaN in one sequence leaves the others alone. Not so where a mask multiplies what it hides."""
 
-    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
+    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
         super().__init__()
         self.num_heads, self.head_width = num_heads, head_width
         self.max_sequence_length, self.layer_index = max_sequence_length, layer_index
@@ -78,7 +79,7 @@ class AttentionHead(nn.Module):
         """
         raise NotImplementedError
 
-    def dropout_settings(self, dropout: float) -> dict[str, float]:
+    def dropout_settings(self, dropout: float) -> dict[str, Any]:
         """The keyword that `attend` gets, only where the head supports dropout."""
         return {"dropout": dropout} if self.supports_dropout else {}
 
@@ -87,7 +88,7 @@ class AttentionHead(nn.Module):
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer(name, torch.empty(shape, dtype=dtype))
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to`, `.half()`, `.cuda()` and their like call. Buffers stay in float32 at least.
 
         A moving average in 16 bits loses every small step, and what was drawn once would be rounded for good.
@@ -117,8 +118,9 @@ def initialize_head(head: nn.Module) -> None:
     """Reset those weights of a head that were not in a checkpoint; transformers has marked the others."""
     own = [*head.parameters(), *head.buffers()]
     loaded = [(x, x.detach().clone()) for x in own if getattr(x, "_is_hf_initialized", False)]
-    if len(loaded) < len(own) and hasattr(head, "reset_parameters"):
-        head.reset_parameters()
+    reset_parameters = getattr(head, "reset_parameters", None)
+    if len(loaded) < len(own) and reset_parameters is not None:
+        reset_parameters()
         with torch.no_grad():
             for tensor, value in loaded:
                 tensor.copy_(value)
@@ -126,12 +128,12 @@ def initialize_head(head: nn.Module) -> None:
 
 def as_one_type(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All three in autocast's type where that is on and none is in float64, else in the widest of their types."""
-    device, inputs = query_THK.device.type, (query_THK, key_THK, value_THK)
+    device = query_THK.device.type
     dtype = torch.promote_types(torch.promote_types(query_THK.dtype, key_THK.dtype), value_THK.dtype)
     has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if has_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) for x in inputs)
+    return query_THK.to(dtype), key_THK.to(dtype), value_THK.to(dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.attention.table import ATTENTION
@@ -21,7 +21,7 @@ HEAD = "attention_head"
 """The name of a head in the layer that owns it."""
 
 
-def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, **options) -> PreTrainedModel:
+def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, **options: Any) -> PreTrainedModel:
     """Give every layer of an encoder an attention head, and return the model.
 
         use_attention(model, "local", window=64)
@@ -94,7 +94,7 @@ def load_attention(model: PreTrainedModel, checkpoint: str | Path) -> PreTrained
     # as transformers does it: a checkpoint of the base model has no prefix before its names, one with a task's head has
     prefix = f"{model.base_model_prefix}."
     own = {name.removeprefix(prefix): name for name in model.state_dict() if HEAD in name.split(".")}
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for file in sorted(Path(checkpoint).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             stored = [name for name in tensors.keys() if HEAD in name.split(".")]  # noqa: SIM118
@@ -115,7 +115,8 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 
     Raises ValueError for a model without any, for causal layers, and for layers with a window of their own.
     """
-    layers = [module for module in model.modules() if _calls_interface(type(module))]
+    calling = {kind for kind in {type(module) for module in model.modules()} if _calls_interface(kind)}
+    layers = [module for module in model.modules() if type(module) in calling]
     config = getattr(model, "config", None)
     if not layers:
         raise ValueError(
@@ -136,7 +137,6 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-@cache
 def _calls_interface(module: type[nn.Module]) -> bool:
     if not module.__module__.startswith("transformers."):
         return False
@@ -153,7 +153,7 @@ def packed_attention(
     dropout: float = 0.0,
     layout: PackLayout | None = None,
     sequence_ids: Tensor | None = None,
-    **_,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: hand a layer's queries, keys and values to its attention head.
 
@@ -168,9 +168,10 @@ def packed_attention(
         )
     if key.shape[1] != query.shape[1]:  # grouped queries: several heads share a key
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    head: Any = module.attention_head
     if layout is not None:
         heads = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        return module.attention_head(*heads, layout, dropout=dropout)[None], None
+        return head(*heads, layout, dropout=dropout)[None], None
     if sequence_ids is None:
         raise ValueError(
             "packed_attention needs to know which tokens belong together: call the model with sequence_ids=, "
@@ -178,10 +179,10 @@ def packed_attention(
         )
     layout = PackLayout.of(sequence_ids)
     heads = (layout.unpad(x.transpose(1, 2)) for x in (query, key, value))
-    return layout.pad(module.attention_head(*heads, layout, dropout=dropout)), None
+    return layout.pad(head(*heads, layout, dropout=dropout)), None
 
 
-def _attention_dropout(layer: nn.Module, config) -> tuple[str, float]:
+def _attention_dropout(layer: nn.Module, config: PreTrainedConfig) -> tuple[str, float]:
     """The config's name of attention dropout, and how much the layer applies: fixed when it was made."""
     name = next((n for n in ("attention_probs_dropout_prob", "attention_dropout") if hasattr(config, n)), None)
     configured = getattr(config, name) if name else 0.0
@@ -195,14 +196,20 @@ def _attention_dropout(layer: nn.Module, config) -> tuple[str, float]:
 def _refuse_unknown_options(builders: Sequence[Callable], options: dict) -> None:
     for name, value in options.items():
         if not any(_takes(builder, name) for builder in builders):
-            known = {builder.__name__: [f.name for f in fields(builder.Options)] for builder in builders}
+            known = {_name(builder): _options(builder) for builder in builders}
             raise ValueError(f"no attention head here has an option {name}={value!r}; the heads' options are {known}")
 
 
 def _takes(builder: Callable, option: str) -> bool:
-    """A callable of the user's own is not asked."""
-    is_ours = isinstance(builder, type) and issubclass(builder, AttentionHead)
-    return not is_ours or option in {field.name for field in fields(builder.Options)}
+    options = _options(builder)
+    return options is None or option in options
+
+
+def _options(builder: Callable) -> list[str] | None:
+    """The options of a head; None for a callable of the user's own, which is not asked."""
+    if isinstance(builder, type) and issubclass(builder, AttentionHead):
+        return [field.name for field in fields(builder.Options)]
+    return None
 
 
 def _name(choice: Callable) -> str:

@@ -20,6 +20,7 @@ options or from the model's max_sequence_length. With c >= n "composed" is full 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -60,7 +61,7 @@ class AxialAttention(AttentionHead):
     Options = AxialOptions
     supports_dropout = True
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.columns = self.options.columns or default_stride(self.max_sequence_length)
 
@@ -72,10 +73,11 @@ class AxialAttention(AttentionHead):
         contexts = []
         inputs = map(tables.gather, (query_THK, key_THK, value_THK))
         for valid, mask, query, key, value in zip(tables.valid, masks, *inputs, strict=True):
-            row = attend(*map(along_rows, (query, key, value)), row_mask(valid), dropout)
+            row = attend(along_rows(query), along_rows(key), along_rows(value), row_mask(valid), dropout)
             row = from_rows(row, valid.shape[1])
             composed = self.options.combine == "composed"
-            column = attend(*map(along_columns, (query, key, row if composed else value)), mask, dropout)
+            value = along_columns(row if composed else value)
+            column = attend(along_columns(query), along_columns(key), value, mask, dropout)
             column = from_columns(column, self.columns)
             contexts.append(column if composed else (row + column) / 2)
         return tables.scatter(contexts)

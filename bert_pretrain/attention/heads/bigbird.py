@@ -112,7 +112,7 @@ class BigBirdAttention(PatternAttention):
         options, chunks = self.options, view.chunks
         head = torch.arange(self.num_heads, device=view.length.device)
         number, length = chunks.number[:, None], view.length[:, None]
-        drawn = random_blocks(
+        blocks = random_blocks(
             self.layer_seed(head.device),
             head,
             number,
@@ -123,7 +123,7 @@ class BigBirdAttention(PatternAttention):
             options.global_tokens,
             options.last_global_tokens,
         )
-        drawn = torch.stack(drawn, -1) if drawn else head.new_empty(chunks.num_chunks, self.num_heads, 0)
+        drawn = torch.stack(blocks, -1) if blocks else head.new_empty(chunks.num_chunks, self.num_heads, 0)
         exists = drawn != NO_CHUNK
         own = torch.arange(chunks.num_chunks, device=head.device)
         chunk = torch.where(exists, chunks.first[chunks.sequence][:, None, None] + drawn, own[:, None, None])
@@ -160,7 +160,7 @@ def random_blocks(
     candidates = (end - begin + 1).clamp(min=0) - in_window
     candidates = torch.where(length - last > first, candidates, 0)
     state = mix(mix(mix(seed ^ head) ^ block) ^ length)
-    drawn = []
+    drawn: list[Tensor] = []
     for k in range(number):
         limit = candidates - number + k
         candidate = mix(state ^ (k + 1)) % (limit + 1).clamp(min=1)

@@ -21,6 +21,7 @@ loop runs over the number of a chunk in its sequence, all sequences side by side
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class DeltaAttention(AttentionHead):
 
     Options = DeltaOptions
 
-    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
+    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
         super().__init__(num_heads, head_width, max_sequence_length, layer_index, **options)
         self.strength_weight_HK = nn.Parameter(torch.empty(num_heads, head_width))
         self.strength_bias_H = nn.Parameter(torch.empty(num_heads))
@@ -87,10 +88,9 @@ class DeltaAttention(AttentionHead):
             beta_TH1 = ((key * weight_HK).sum(2) + bias_H).sigmoid()[..., None]
             features = FEATURES[self.options.features]
             there_and_back = Reversal(layout)
-            context = delta_rule(
-                *map(there_and_back.both, (features(query), features(key), value, beta_TH1)),
-                layout.chunks(self.options.chunk),
-            )
+            inputs = (features(query), features(key), value, beta_TH1)
+            query, key, value, beta = map(there_and_back.both, inputs)
+            context = delta_rule(query, key, value, beta, layout.chunks(self.options.chunk))
             return there_and_back.mean(context).to(query_THK.dtype)
 
 

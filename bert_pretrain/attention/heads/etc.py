@@ -56,9 +56,9 @@ class EtcAttention(PatternAttention):
 
         return sees
 
-    def extra_keys(self, key_THK, value_THK, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
-        means = (block_means(x, layout, self.options.global_tokens) for x in (key_THK, value_THK))
-        return *means, self.exists(layout)
+    def extra_keys(self, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = (block_means(x, layout, self.options.global_tokens) for x in (key_THK, value_THK))
+        return key, value, self.exists(layout)
 
     def longest_whole(self) -> int:
         return keys_per_query(self.options.window) * 3 // 2  # about where the two cost the same

@@ -14,6 +14,7 @@ model's max_sequence_length. Blocks are the rows of the sequence's own table (`b
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ from torch import Tensor
 from bert_pretrain.attention.heads.strided import StrideOptions, StridePattern
 from bert_pretrain.attention.options import check_integer
 from bert_pretrain.attention.parts.fold import Tables, along_rows, fold, from_rows, row_mask
-from bert_pretrain.attention.parts.pattern import Sees, attend_part
-from bert_pretrain.attention.parts.windows import attend
+from bert_pretrain.attention.parts.pattern import Sees
 from collate.layout import PackLayout
 
 
@@ -47,7 +47,7 @@ class FixedAttention(StridePattern):
 
     Options = FixedOptions
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.summary = min(self.options.summary, self.stride)  # a stride derived from a short model may be shorter
 
@@ -62,16 +62,20 @@ class FixedAttention(StridePattern):
 
         return sees
 
-    def near(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float, attend):
+    def near(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
+    ) -> tuple[Tensor, ...]:
         tables = fold(layout, self.stride)
         found = []
-        for valid, *inputs in zip(tables.valid, *map(tables.gather, (query_THK, key_THK, value_THK)), strict=True):
-            results = attend(*map(along_rows, inputs), row_mask(valid), dropout)
-            results = (results,) if self.split else results
-            found.append([from_rows(x, valid.shape[1]) for x in results])
-        return self.to_tokens(tables, found)
+        inputs = map(tables.gather, (query_THK, key_THK, value_THK))
+        for valid, query, key, value in zip(tables.valid, *inputs, strict=True):
+            parts = self.softmax(along_rows(query), along_rows(key), along_rows(value), row_mask(valid), dropout)
+            found.append([from_rows(x, valid.shape[1]) for x in parts])
+        return to_tokens(tables, found)
 
-    def far(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float):
+    def far(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
+    ) -> tuple[Tensor, ...]:
         """Each table's queries, all rows together, against the table's summaries."""
         tables = fold(layout, self.stride)
         found = []
@@ -81,18 +85,16 @@ class FixedAttention(StridePattern):
             last_slot, valid = last_summary(lengths, rows, self.stride, self.summary)
             key, value = (summaries(x, last_slot).transpose(1, 2) for x in (key, value))
             mask, query = valid[:, None, None], query.flatten(1, 2).transpose(1, 2)
-            if self.split:
-                results = (attend(query, key, value, mask, dropout),)
-            else:
-                others = other_rows(rows, self.stride, self.summary, mask.device)
-                results = attend_part(query, key, value, mask & others, dropout)
-            found.append([x.transpose(1, 2).unflatten(1, (rows, self.stride)) for x in results])
-        return self.to_tokens(tables, found)
+            if not self.split:
+                mask = mask & other_rows(rows, self.stride, self.summary, mask.device)
+            parts = self.softmax(query, key, value, mask, dropout)
+            found.append([x.transpose(1, 2).unflatten(1, (rows, self.stride)) for x in parts])
+        return to_tokens(tables, found)
 
-    def to_tokens(self, tables: Tables, found: list):
-        """Of each group the context (S, R, C, H, K), and merged also the log sums (S, R, C, H) -> (T, H, …) each."""
-        results = [tables.scatter(list(parts)) for parts in zip(*found, strict=True)]
-        return results[0] if self.split else tuple(results)
+
+def to_tokens(tables: Tables, found: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Each group's context (S, R, C, H, K), and merged also its log sums (S, R, C, H) -> (T, H, …) each."""
+    return tuple(tables.scatter(list(parts)) for parts in zip(*found, strict=True))
 
 
 def last_summary(lengths: Tensor, rows: int, columns: int, summary: int) -> tuple[Tensor, Tensor]:

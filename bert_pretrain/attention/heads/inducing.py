@@ -14,6 +14,7 @@ Isolation: the points are shared, the summaries are made per sequence, from its 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class InducingAttention(WholeSequenceHead):
     Options = InducingOptions
     supports_dropout = True
 
-    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
+    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
         super().__init__(num_heads, head_width, max_sequence_length, layer_index, **options)
         self.points_HMK = nn.Parameter(torch.empty(num_heads, self.options.points, head_width))
         self.reset_parameters()
@@ -64,5 +65,7 @@ class InducingAttention(WholeSequenceHead):
             points_SHMK = points_HMK.expand(len(query_SHWK), -1, -1, -1)
             weights_SHMW = softmax_over_tokens(points_SHMK @ key_wide_SHWK.transpose(2, 3), is_real_S11W)
             weights_SHMW = F.dropout(weights_SHMW, dropout)
-            summaries = [(weights_SHMW @ x_SHWK).to(query_SHWK.dtype) for x_SHWK in (key_wide_SHWK, value_wide_SHWK)]
-        return F.scaled_dot_product_attention(query_SHWK, *summaries, dropout_p=dropout)
+            key_SHMK, value_SHMK = (
+                (weights_SHMW @ x_SHWK).to(query_SHWK.dtype) for x_SHWK in (key_wide_SHWK, value_wide_SHWK)
+            )
+        return F.scaled_dot_product_attention(query_SHWK, key_SHMK, value_SHMK, dropout_p=dropout)

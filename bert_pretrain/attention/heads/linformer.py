@@ -13,6 +13,7 @@ It is at home with long sequences: on one much shorter than max_sequence_length 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ class LinformerAttention(WholeSequenceHead):
     Options = LinformerOptions
     supports_dropout = True
 
-    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
+    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
         super().__init__(num_heads, head_width, max_sequence_length, layer_index, **options)
         rank = min(self.options.rank, max_sequence_length)
         self.key_projection_LR = nn.Parameter(torch.empty(max_sequence_length, rank))
@@ -101,11 +102,9 @@ class LinformerAttention(WholeSequenceHead):
         is_real_S11W: Tensor | None,
         dropout: float = 0.0,
     ) -> Tensor:
-        rows_SHRK = [
-            project(x_SHWK, is_real_S11W, projection_LR)
-            for x_SHWK, projection_LR in ((key_SHWK, self.key_projection_LR), (value_SHWK, self.value_projection_LR))
-        ]
-        return F.scaled_dot_product_attention(query_SHWK, *rows_SHRK, dropout_p=dropout)
+        key_SHRK = project(key_SHWK, is_real_S11W, self.key_projection_LR)
+        value_SHRK = project(value_SHWK, is_real_S11W, self.value_projection_LR)
+        return F.scaled_dot_product_attention(query_SHWK, key_SHRK, value_SHRK, dropout_p=dropout)
 
 
 def project(x_SHWK: Tensor, is_real_S11W: Tensor | None, projection_LR: Tensor) -> Tensor:

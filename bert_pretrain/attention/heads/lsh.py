@@ -24,7 +24,7 @@ the first is the last of the same sequence's previous round. So the (round, chun
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ from bert_pretrain.attention.options import check_choice, check_integer, check_s
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
+
+Length = TypeVar("Length", int, Tensor)
 
 SELF_SCORE = -5e4
 """The score of a token with itself: nothing beside any other, within the range of half precision."""
@@ -86,8 +88,9 @@ class LSHAttention(AttentionHead):
     """Shared query/key softmax over the tokens of like hash, several rounds combined. No parameters, one buffer."""
 
     Options = LSHOptions
+    rotations: Tensor
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         columns = num_buckets(self.max_sequence_length, self.options.bucket_size) // 2
         shape = (self.num_heads, self.head_width, self.options.num_rounds, columns)
@@ -156,7 +159,7 @@ class LSHAttention(AttentionHead):
         return (context * (weights / weights.sum(0)).type_as(context)).sum(0)
 
 
-def num_buckets(length, bucket_size: int):
+def num_buckets(length: Length, bucket_size: int) -> Length:
     """Of a sequence of `length` tokens, a number or a tensor: even, at least 2, and about length / bucket_size."""
     return (length + 2 * bucket_size - 1) // (2 * bucket_size) * 2
 
@@ -203,7 +206,7 @@ def times_seen(places: Places) -> Tensor:
     def of_slots(x: Tensor) -> Tensor:
         return x.index_select(0, places.row).view(shape)
 
-    times = None
+    times = places.number.new_zeros(*shape, 2 * shape[-1])
     for number, before in zip(places.number, places.number.roll(1, 0), strict=True):
         query = of_slots(number)
         key, key_before = _looked_back(query, places), _looked_back(of_slots(before), places)
@@ -211,7 +214,7 @@ def times_seen(places: Places) -> Tensor:
         # in place and in one byte, as this is done for every score
         distance = query[..., None] - key[..., None, :]
         seen = distance.bitwise_and_(-2).eq(0).view(torch.int8)  # 0 and 1 have no other bit
-        times = seen.to(number.dtype) if times is None else times.add_(seen)
+        times.add_(seen)
         times.add_(last_from_first[..., None].eq(key_before[..., None, :]).view(torch.int8))
     return times
 

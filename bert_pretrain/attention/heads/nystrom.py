@@ -63,7 +63,14 @@ class NystromAttention(WholeSequenceHead):
         return nystrom(query_SHWK, key_SHWK, value_SHWK, is_real_S11W, self.options.landmarks, self.options.iterations)
 
 
-def nystrom(query_SHWK, key_SHWK, value_SHWK, is_real_S11W, landmarks: int, iterations: int) -> Tensor:
+def nystrom(
+    query_SHWK: Tensor,
+    key_SHWK: Tensor,
+    value_SHWK: Tensor,
+    is_real_S11W: Tensor | None,
+    landmarks: int,
+    iterations: int,
+) -> Tensor:
     """The formula, for sequences of at least `landmarks` tokens."""
     means_S1MW = segment_means(query_SHWK, is_real_S11W, landmarks)
     query_SHWK = query_SHWK / query_SHWK.shape[3] ** 0.5

@@ -17,6 +17,7 @@ Isolation: sums and c are taken per sequence. The features are drawn once, when 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +59,9 @@ class PerformerAttention(WholeSequenceHead):
 
     Options = PerformerOptions
     precise = True
+    projection_FK: Tensor
 
-    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options):
+    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
         super().__init__(num_heads, head_width, max_sequence_length, layer_index, **options)
         self.register_at_least_float32("projection_FK", (self.options.features, head_width))
         self.reset_parameters()
@@ -68,7 +70,7 @@ class PerformerAttention(WholeSequenceHead):
     def reset_parameters(self) -> None:
         """Draw the features again: the same ones."""
         seed = self.options.seed * 1_000_003 + self.layer_index
-        self.projection_FK.copy_(orthogonal_features(*self.projection_FK.shape, seed))
+        self.projection_FK.copy_(orthogonal_features(self.options.features, self.head_width, seed))
 
     def mix(
         self,

@@ -21,12 +21,14 @@ forward twice, counts nothing twice, and evaluation counts nothing.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from bert_pretrain.attention.head import AttentionHead, unit_vectors, without_autocast
@@ -63,8 +65,10 @@ class RoutingAttention(AttentionHead):
     """Softmax within the clusters of each sequence; no parameters, centroids in a buffer."""
 
     Options = RoutingOptions
+    centroids_HCK: Tensor
+    num_updates: Tensor
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.max_clusters = self.num_clusters(self.max_sequence_length)
         self.register_at_least_float32("centroids_HCK", (self.num_heads, self.max_clusters, self.head_width))
@@ -150,7 +154,15 @@ class RoutingAttention(AttentionHead):
         token = source[:, None, None, :].expand_as(scores).gather(-1, place)
         return token * self.num_heads + torch.arange(self.num_heads, device=token.device)[:, None, None]
 
-    def _attend_clusters(self, query_THK, key_THK, value_THK, query_row, key_row, clusters: "Clusters") -> Tensor:
+    def _attend_clusters(
+        self,
+        query_THK: Tensor,
+        key_THK: Tensor,
+        value_THK: Tensor,
+        query_row: Tensor,
+        key_row: Tensor,
+        clusters: "Clusters",
+    ) -> Tensor:
         """(M, H, c, w, K)"""
         query, key, value = (
             x.flatten(0, 1).index_select(0, row.flatten()).unflatten(0, row.flatten(1, 2).shape)
@@ -283,7 +295,7 @@ def update_centroids(model: nn.Module) -> None:
             module.update_centroids()
 
 
-def update_after_step(optimizer: Optimizer, model: nn.Module):
+def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     """Update the model's centroids whenever the optimizer has stepped; returns a handle, `.remove()` ends it."""
     return optimizer.register_step_post_hook(lambda *_: update_centroids(model))
 

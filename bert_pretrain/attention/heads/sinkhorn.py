@@ -21,6 +21,7 @@ many blocks lie side by side, those of other numbers in other products. Up to C 
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +73,9 @@ class SinkhornAttention(AttentionHead):
     """Softmax over the own block and the block that a Sinkhorn-normalised matrix sorts to it. Parameter: W."""
 
     Options = SinkhornOptions
+    noise: Tensor
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.max_blocks = -(-self.max_sequence_length // self.options.block_size)
         self.sort_weight = nn.Parameter(torch.empty(self.num_heads, 2 * self.head_width, self.max_blocks))

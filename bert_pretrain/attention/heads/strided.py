@@ -14,6 +14,7 @@ max_sequence_length, never from the length of a row or of a pack. Columns are th
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class StridePattern(PatternAttention):
 
     Options = StrideOptions
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.stride = self.options.stride or default_stride(self.max_sequence_length)
         self.split = self.options.heads == "split"
@@ -65,17 +66,27 @@ class StridePattern(PatternAttention):
     ) -> Tensor:
         inputs = (query_THK, key_THK, value_THK)
         if not self.split:
-            return join_parts(self.near(*inputs, layout, dropout, attend_part), self.far(*inputs, layout, dropout))
-        near, far = zip(*(x.tensor_split([self.num_near], 1) for x in inputs), strict=True)
-        return torch.cat([self.near(*near, layout, dropout, attend), self.far(*far, layout, dropout)], 1)
+            return join_parts(self.near(*inputs, layout, dropout), self.far(*inputs, layout, dropout))
+        query, key, value = (x.tensor_split([self.num_near], 1) for x in inputs)
+        near = self.near(query[0], key[0], value[0], layout, dropout)
+        return torch.cat([*near, *self.far(query[1], key[1], value[1], layout, dropout)], 1)
 
-    def near(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float, attend):
-        """The near pattern, with `windows.attend` (a context) or `attend_part` (a context and its log sum)."""
+    def near(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
+    ) -> tuple[Tensor, ...]:
+        """The near pattern's context; merged, its log sum besides."""
         raise NotImplementedError
 
-    def far(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float):
-        """The far pattern: split, its context; merged, only what the near pattern lacks, with its log sum."""
+    def far(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
+    ) -> tuple[Tensor, ...]:
+        """The far pattern's context; merged, only what the near pattern lacks, and its log sum besides."""
         raise NotImplementedError
+
+    def softmax(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> tuple[Tensor, ...]:
+        """The context; merged, its log sum besides."""
+        inputs = query, key, value, mask, dropout
+        return (attend(*inputs),) if self.split else attend_part(*inputs)
 
 
 class StridedAttention(StridePattern):
@@ -91,24 +102,27 @@ class StridedAttention(StridePattern):
 
         return sees
 
-    def near(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float, attend):
+    def near(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
+    ) -> tuple[Tensor, ...]:
         view = windows_of_tokens(layout, self.stride)
         mask = layout.derived((*self.cache_key(), "near"), lambda: window_mask(view, self.stride))
-        found = attend(view.queries(query_THK), view.keys(key_THK), view.keys(value_THK), mask, dropout)
-        return view.to_tokens(found) if self.split else tuple(map(view.to_tokens, found))
+        found = self.softmax(view.queries(query_THK), view.keys(key_THK), view.keys(value_THK), mask, dropout)
+        return tuple(map(view.to_tokens, found))
 
-    def far(self, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float):
+    def far(
+        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
+    ) -> tuple[Tensor, ...]:
         tables = fold(layout, self.stride)
         masks = layout.derived((*self.cache_key(), "far"), lambda: list(map(column_mask, tables.valid)))
         found = []
-        for mask, *inputs in zip(masks, *map(tables.gather, (query_THK, key_THK, value_THK)), strict=True):
-            inputs = map(along_columns, inputs)
-            if self.split:
-                found.append((attend(*inputs, mask, dropout),))
-            else:
-                found.append(attend_part(*inputs, mask & beyond_next_row(mask.shape[-1], mask.device), dropout))
-        found = [tables.scatter([from_columns(x, self.stride) for x in parts]) for parts in zip(*found, strict=True)]
-        return found[0] if self.split else tuple(found)
+        inputs = map(tables.gather, (query_THK, key_THK, value_THK))
+        for mask, query, key, value in zip(masks, *inputs, strict=True):
+            if not self.split:
+                mask = mask & beyond_next_row(mask.shape[-1], mask.device)
+            parts = self.softmax(along_columns(query), along_columns(key), along_columns(value), mask, dropout)
+            found.append([from_columns(x, self.stride) for x in parts])
+        return tuple(tables.scatter(list(parts)) for parts in zip(*found, strict=True))
 
 
 def beyond_next_row(rows: int, device: torch.device) -> Tensor:

@@ -53,7 +53,13 @@ def _global_tokens(layout: PackLayout, first: int, last: int) -> GlobalTokens:
 
 
 def replace_global(
-    context_THK: Tensor, tokens: GlobalTokens, query_THK, key_THK, value_THK, layout: PackLayout, dropout: float
+    context_THK: Tensor,
+    tokens: GlobalTokens,
+    query_THK: Tensor,
+    key_THK: Tensor,
+    value_THK: Tensor,
+    layout: PackLayout,
+    dropout: float,
 ) -> Tensor:
     """The contexts, with those of global tokens replaced by softmax attention over their whole sequence."""
     groups = layout.length_groups

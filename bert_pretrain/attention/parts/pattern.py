@@ -19,7 +19,7 @@ whole is decided by its own length alone.
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from bert_pretrain.attention.options import check_choice
 from bert_pretrain.attention.parts.windows import attend
 from collate.layout import PackLayout
 from collate.length_groups import Gather
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(head, query position, key position, length), integer tensors that broadcast -> bool."""
@@ -51,10 +54,10 @@ class PatternOptions:
 class PatternAttention(AttentionHead):
     """Base of pattern heads. A subclass defines `sees` and `attend_chunks`."""
 
-    Options = PatternOptions
+    Options: ClassVar[type] = PatternOptions
     supports_dropout = True
 
-    per_head: ClassVar[bool] = False
+    per_head: bool = False
     """Whether the pattern differs between heads."""
 
     per_layer: ClassVar[bool] = False
@@ -74,7 +77,9 @@ class PatternAttention(AttentionHead):
         """Up to which length "auto" takes a sequence whole; a number that the options alone decide."""
         raise NotImplementedError
 
-    def extra_keys(self, key_THK, value_THK, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor] | None:
+    def extra_keys(
+        self, key_THK: Tensor, value_THK: Tensor, layout: PackLayout
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Keys and values (N, G, H, K) that are no tokens, and which of them exist (N, G); `sees` has them at -1."""
         return None
 
@@ -90,12 +95,12 @@ class PatternAttention(AttentionHead):
         if execution != "auto":
             return (self.attend_chunks if execution == "chunks" else self.attend_whole)(*inputs, layout, dropout)
         split = split_by_length(layout, self.longest_whole())
-        short, long = zip(*map(split.gather, inputs), strict=True)
+        query, key, value = map(split.gather, inputs)
         parts = []
         if split.short is not None:
-            parts.append(self.attend_whole(*short, split.short, dropout))
+            parts.append(self.attend_whole(query[0], key[0], value[0], split.short, dropout))
         if split.long is not None:
-            parts.append(self.attend_chunks(*long, split.long, dropout))
+            parts.append(self.attend_chunks(query[1], key[1], value[1], split.long, dropout))
         return split.scatter(parts)
 
     def attend_whole(
@@ -150,7 +155,7 @@ class PatternAttention(AttentionHead):
         query, key, value = (x.transpose(0, 1)[None] for x in (query_THK, key_THK, value_THK))
         return flex_attention(query, key, value, block_mask=block_mask)[0].transpose(0, 1)
 
-    def block_mask(self, layout: PackLayout, exists: Tensor | None = None):
+    def block_mask(self, layout: PackLayout, exists: Tensor | None = None) -> "BlockMask":
         """FlexAttention's mask of the batch: (1, H or 1, T, T + E). exists: (N, G), of keys that are no tokens."""
         extra_sequence = None
         if exists is not None:
@@ -258,7 +263,7 @@ def in_one_row(lengths: Tensor) -> PackLayout:
 # Softmax over a part of what a query sees, to be joined with other parts
 
 
-def attend_part(query, key, value, mask, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+def attend_part(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """Attention over these keys only, (…, Q, K) and mask (…, Q, M): the context (…, Q, K) and log sum exp (…, Q).
 
     The least number hides and not -inf: a query may see none of this part. It then has a log sum exp far below any.
@@ -290,7 +295,7 @@ class SoftmaxWithLogSum(torch.autograd.Function):
         return weights * (grad_weights - mean + grad_log_sum[..., None])
 
 
-def join_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+def join_parts(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
     """The softmax over the keys of both parts; their keys must be disjoint. Contexts (…, K), log sums (…)."""
     shares = torch.stack([first[1], second[1]], -1).softmax(-1)
     return (first[0] * shares[..., :1] + second[0] * shares[..., 1:]).to(first[0].dtype)

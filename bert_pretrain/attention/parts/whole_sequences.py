@@ -28,9 +28,9 @@ class WholeSequenceHead(AttentionHead):
     def attend(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
     ) -> Tensor:
-        tokens = (query_THK, key_THK, value_THK)
+        tokens = [query_THK, key_THK, value_THK]
         if self.precise:
-            tokens = tuple(at_least_float32(x) for x in tokens)
+            tokens = list(map(at_least_float32, tokens))
         settings, groups = self.dropout_settings(dropout), layout.length_groups
         contexts = []
         with without_autocast(query_THK) if self.precise else nullcontext():
