@@ -37,7 +37,7 @@ def gpu(monkeypatch):
         ({}, (CUDA, torch.float16, 64), "varlen", "float16"),
         ({}, (CUDA, FP32, 64), "flex", "varlen wants bfloat16 or float16, not torch.float32"),
         ({"capability": (7, 5)}, (CUDA, BF16, 64), "flex", "wants an Ampere GPU or newer"),
-        ({"varlen": False}, (CUDA, BF16, 64), "flex", "neither in this torch"),
+        ({"varlen": False}, (CUDA, BF16, 64), "flex", "missing in this torch"),
         ({}, (CUDA, BF16, 20), "flex", "a multiple of 8, at most 256, not 20"),
         ({}, (CUDA, BF16, 12), "sdpa", "heads of 16 or wider"),
         ({"triton": False}, (CUDA, FP32, 64), "sdpa", "wants Triton"),
