@@ -17,7 +17,7 @@ from bert_pretrain.attention.head import initialize_head
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.layout import PackLayout
 from collate.losses import Loss, check_mlm_loss, mlm_sums, pair_sums, pretraining_loss
-from collate.precision import at_least_float32
+from collate.views import at_least_float32
 
 DEFAULT_ATTENTION = "sdpa"
 

@@ -64,18 +64,13 @@ FLOORS = {
 """From the ground up: rooms, and modules that stand alone. A module imports from its own room and from lower floors."""
 
 OPEN: dict[str, dict[str, str]] = {
-    "folder": {"bert_pretrain/train": "losses"},
     "lines": {"packing.dataset": "dataset"},
     "name": {
         "Column: collate.rows bert_pretrain.train.console": "cli",
-        "at_least_float32: collate.heads.values bert_pretrain.attention.head": "losses",
-        "check_output: packing.store.writing bert_pretrain.train.resume": "losses",
         "deal: packing.draws packing.packers.open_packs": "cli",
         "deal_packs: packing.parts collate.training.order": "training",
         "differences: packing.store.manifest packing.verify.source": "cli",
-        "mix: packing.draws bert_pretrain.attention.heads.bigbird": "losses",
         "read_block: packing.source.json_rows bert_pretrain.prepare.sources": "source",
-        "write_record: packing.store.shards bert_pretrain.train.run_record": "losses",
     },
     "circle": {
         "packing.cli -> packing.verify.command": "cli",
@@ -83,10 +78,8 @@ OPEN: dict[str, dict[str, str]] = {
         "packing.files.paths -> packing.files.folder": "source",
         "packing.verify.command -> packing.cli": "cli",
     },
-    "no floor": {"bert_pretrain.loss": "losses", "collate.labels": "losses", "packing.parts": "cli"},
+    "no floor": {"packing.parts": "cli"},
     "upward": {
-        "bert_pretrain.objective -> bert_pretrain.prepare.sequences": "losses",
-        "bert_pretrain.objective -> bert_pretrain.train.config": "losses",
         "packing.packers.filling -> packing.packers.lpfhp": "cli",
         "packing.parts -> packing.assignment": "cli",
         "packing.parts -> packing.draws": "cli",
@@ -98,17 +91,6 @@ OPEN: dict[str, dict[str, str]] = {
         "packing.verify.command -> packing.cli": "cli",
     },
     "map": {
-        "bert_pretrain.cli": "losses",
-        "bert_pretrain.failure": "losses",
-        "bert_pretrain.objective": "losses",
-        "bert_pretrain.options": "losses",
-        "bert_pretrain.places": "cli",
-        "bert_pretrain.prepare": "source",
-        "bert_pretrain.train": "losses",
-        "collate.heads.classification": "losses",
-        "collate.heads.embedding": "losses",
-        "collate.heads.pretraining": "losses",
-        "collate.heads.question_answering": "losses",
         "packing.assignment": "dataset",
         "packing.balance": "dataset",
         "packing.bounds": "cli",
@@ -130,7 +112,6 @@ OPEN: dict[str, dict[str, str]] = {
         "packing.unpack": "dataset",
         "packing.verify": "cli",
     },
-    "logic": {"collate.heads": "losses"},
 }
 """{rule: {what still breaks it: who mends it}}"""
 

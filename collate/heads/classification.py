@@ -12,7 +12,7 @@ from collate.heads.task import PackedOutput, Task, check_pooling
 from collate.heads.values import PerSequence, mean_by_sequence
 from collate.layout import PADDING
 from collate.losses import NUMBER_LOSS, SEQUENCE_LABEL_LOSS, TOKEN_LABEL_LOSS, Loss, label_sums, number_sums
-from collate.precision import at_least_float32
+from collate.views import at_least_float32
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 

@@ -13,7 +13,7 @@ from collate.heads.check import check_label_ids
 from collate.heads.task import PackedOutput, Task
 from collate.heads.values import PerSequence
 from collate.losses import Loss, check_mlm_loss, mlm_loss_of, mlm_sums, pair_sums, pretraining_loss
-from collate.precision import at_least_float32
+from collate.views import at_least_float32
 
 PAIR_OUTPUTS = {
     "albert": ("sop_logits", PAIR_LABELS["sop"]),

@@ -11,7 +11,7 @@ from collate.heads.check import check_label_ids
 from collate.heads.task import PackedOutput, Task
 from collate.heads.values import PerSequence
 from collate.losses import SPAN_LOSS, span_sums
-from collate.precision import at_least_float32
+from collate.views import at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)

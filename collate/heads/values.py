@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from collate.precision import at_least_float32
+from collate.views import at_least_float32
 
 
 class PerSequence(NamedTuple):
