@@ -1,6 +1,8 @@
 """Length histograms, pack plans and packed datasets: NumPy, Numba and Arrow, no tensors.
 
 lengths -> length_histogram -> plan_packs -> assign;   pack_dataset does it all for a tokenized dataset.
+
+command/    the subcommands of pack-dataset, one a file
 """
 
 from importlib import import_module

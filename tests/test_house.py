@@ -36,6 +36,7 @@ FLOORS = {
         "store",
         "dataset epochs stream unpack",
         "verify report",
+        "command",
         "cli",
     ],
     "collate": [
@@ -64,13 +65,18 @@ FLOORS = {
 """From the ground up: rooms, and modules that stand alone. A module imports from its own room and from lower floors."""
 
 OPEN: dict[str, dict[str, str]] = {
-    "lines": {"packing.dataset": "dataset"},
+    "lines": {"packing.dataset": "dataset", "collate.masking": "losses"},
     "name": {
         "Column: collate.rows bert_pretrain.train.console": "cli",
         "deal: packing.draws packing.packers.open_packs": "cli",
         "deal_packs: packing.parts collate.training.order": "training",
         "differences: packing.store.manifest packing.verify.source": "cli",
-        "read_block: packing.source.json_rows bert_pretrain.prepare.sources": "source",
+        "Format: packing.source.formats bert_pretrain.prepare.not_text": "source",
+        "TextBlock: packing.source.text_files bert_pretrain.prepare.sources": "source",
+        "check_source: packing.source.rows packing.verify.source": "cli",
+        "find_blocks: packing.source.text_files bert_pretrain.prepare.sources": "source",
+        "read_block: packing.source.json_rows packing.source.text_files bert_pretrain.prepare.sources": "source",
+        "refuse_other_formats: packing.source.text_files bert_pretrain.prepare.not_text": "source",
     },
     "circle": {
         "packing.cli -> packing.verify.command": "cli",
@@ -117,8 +123,15 @@ OPEN: dict[str, dict[str, str]] = {
 
 MEANT = {
     "upward": {
-        "collate.collator -> collate.training.plain_trainer": "collator.callback() is public; only that call imports it"
-    }
+        "collate.collator -> collate.training.plain_trainer": "collator.callback() is public; only that call imports it",
+        "packing.command.parser -> packing": "--version prints packing.__version__",
+    },
+    "name": {
+        f"{name}: {' '.join(f'packing.command.{part}' for part in ('compare', 'pack', 'plan', 'unpack', 'verify'))}": (
+            "each subcommand is a file that answers the same two calls"
+        )
+        for name in ("add_options", "run")
+    },
 }
 """{rule: {what breaks it on purpose: why}}"""
 
