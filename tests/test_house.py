@@ -123,7 +123,7 @@ OPEN: dict[str, dict[str, str]] = {
 
 MEANT = {
     "upward": {
-        "collate.collator -> collate.training.plain_trainer": "collator.callback() is public; only that call imports it",
+        "collate.collator -> collate.training.plain_trainer": "collator.callback() imports it when called",
         "packing.command.parser -> packing": "--version prints packing.__version__",
     },
     "name": {
