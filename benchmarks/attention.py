@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bert_pretrain.attention import ATTENTION
+from bert_pretrain.attention.heads.delta import DeltaAttention
+from bert_pretrain.attention.heads.linear import LinearAttention
 from bert_pretrain.attention.heads.routing import update_after_step
 from collate.layout import PackLayout
 from collate.vocabulary import vocabulary_size
@@ -191,7 +194,7 @@ def clear_gradients(module: nn.Module, tensors=()) -> None:
         tensor.grad = None
 
 
-def timed(run: Callable[[], None], device: str) -> tuple[float, float]:
+def timed(run: Callable[[], object], device: str) -> tuple[float, float]:
     """Wall and processor seconds."""
     synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -205,7 +208,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(run: Callable[[], None], device: str) -> int:
+def peak_bytes(run: Callable[[], object], device: str) -> int:
     """Bytes at the peak of a run beyond those before it; on a CPU of the whole process, on Linux only."""
     gc.collect()
     if device.startswith("cuda"):
@@ -497,7 +500,7 @@ def overwriting(pairs: int, draws: int = 8) -> dict[str, np.ndarray]:
         key = torch.cat([written_keys * scale, nothing + silent])
         return head(query, key, torch.cat([written, nothing]), layout)[len(written) :]
 
-    delta, linear = (ATTENTION[name](**sizes) for name in ("delta", "linear"))
+    delta, linear = DeltaAttention(**sizes), LinearAttention(**sizes)
     with torch.no_grad():
         delta.strength_weight_HK.zero_()
         delta.strength_bias_H.fill_(30.0)  # beta = 1
@@ -551,11 +554,13 @@ class Run:
         bert.packed_attention, bert.packed_attention_options = name, SCALED.get(name, {})
         self.name, self.device = name, device
         self.precision = partial(torch.autocast, device.partition(":")[0], torch.bfloat16, dtype == "bfloat16")
-        self.model = PackedBertForPreTraining(bert).to(device).train()
+        model: nn.Module = PackedBertForPreTraining(bert)
+        self.model = model.to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, eps=1e-6)
         update_after_step(self.optimizer, self.model)  # routing's centroids
         self.losses, self.tokens_per_second = [], []
-        self.before = self.after = self.peak = 0  # held-out loss; bytes of a forward and backward pass
+        self.before = self.after = 0.0  # held-out loss
+        self.peak = 0  # bytes of a forward and backward pass
 
     def why_not(self, batch: dict[str, Tensor]) -> str | None:
         """Why this head cannot be trained here; None if a copy can make a step."""
@@ -580,8 +585,12 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def steps(self, batches: list[dict[str, Tensor]]) -> None:
+        for batch in batches:
+            self.step(batch)
+
     def block(self, batches: list[dict[str, Tensor]]) -> None:
-        seconds, _ = timed(lambda: [self.step(batch) for batch in batches], self.device)
+        seconds, _ = timed(partial(self.steps, batches), self.device)
         tokens = sum(int((batch["sequence_ids"] > 0).sum()) for batch in batches)
         self.tokens_per_second.append(tokens / seconds)
 
@@ -605,13 +614,16 @@ class Data:
 
         from collate import DataCollatorWithPacking
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        made_by = AutoTokenizer.from_pretrained(tokenizer)
         self.train, self.test = (load_from_disk(dataset)[split].with_format("numpy") for split in ("train", "test"))
-        self.collator, self.device = DataCollatorWithPacking(tokenizer, pad_to=MAX_LENGTH), device
+        self.collator, self.device = DataCollatorWithPacking(made_by, pad_to=MAX_LENGTH), device
         self.packs_per_step = max(1, round(sequences_per_step / factor(self.train)))
-        size = MODEL | {"intermediate_size": 4 * MODEL["hidden_size"], "max_position_embeddings": MAX_LENGTH}
-        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        self.bert = BertConfig(vocab_size=vocabulary_size(tokenizer), **size, **no_dropout)
+        size: dict[str, Any] = MODEL | {
+            "intermediate_size": 4 * MODEL["hidden_size"],
+            "max_position_embeddings": MAX_LENGTH,
+        }
+        no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        self.bert = BertConfig(vocab_size=vocabulary_size(made_by), **size, **no_dropout)
 
     def step(self, number: int) -> dict[str, Tensor]:
         return self._batch(self.collator, self.train, number * self.packs_per_step, self.packs_per_step)
@@ -697,7 +709,7 @@ def middle(values: np.ndarray, form: str) -> str:
     return f"{np.median(values):{form}} ({low:{form}}-{high:{form}})"
 
 
-MEMORY = {"cost": cost_memory, "pretraining": pretraining_memory}
+MEMORY: dict[str, Callable[..., dict]] = {"cost": cost_memory, "pretraining": pretraining_memory}
 """What runs in a process of its own."""
 
 

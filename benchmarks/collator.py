@@ -31,21 +31,22 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
 from packers import machine
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import BertTokenizerFast, DataCollatorForLanguageModeling, DataCollatorWithFlattening
+from transformers import BertTokenizer, DataCollatorForLanguageModeling, DataCollatorWithFlattening
 
 from collate import DataCollatorWithPacking
 from collate.masking import MASKING, sequence_keys
@@ -90,7 +91,7 @@ def main() -> None:
 class Data:
     """Sequences on disk, unpacked and packed; `packs` and `sequences` name the rows of each batch in either."""
 
-    tokenizer: BertTokenizerFast
+    tokenizer: BertTokenizer
     source: datasets.Dataset
     packed: datasets.Dataset
     packs: list[list[int]]
@@ -122,14 +123,15 @@ class Data:
         )
 
 
-def make_tokenizer() -> BertTokenizerFast:
+def make_tokenizer() -> BertTokenizer:
     """A vocabulary of which every fourth token continues a word."""
     from tokenizers import Tokenizer, models
 
     words = [f"w{i}" if i % 4 else f"##w{i}" for i in range(len(SPECIAL), VOCABULARY)]
     model = models.WordPiece({token: i for i, token in enumerate([*SPECIAL, *words])}, unk_token="[UNK]")
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return BertTokenizerFast(tokenizer_object=Tokenizer(model), **dict(zip(names, SPECIAL, strict=True)))
+    special: dict[str, Any] = dict(zip(names, SPECIAL, strict=True))
+    return BertTokenizer(tokenizer_object=Tokenizer(model), **special)
 
 
 # Batches.
@@ -142,9 +144,9 @@ class Contender:
     name: str
     rows: str
     masks: bool
-    dataset: object
+    dataset: Any
     indices: list[list[int]]
-    collate: object
+    collate: Callable[[list], dict]
 
 
 def contenders(data: Data) -> Iterator[Contender]:
@@ -168,7 +170,7 @@ def contenders(data: Data) -> Iterator[Contender]:
     yield Contender("WithFlattening", "lists", False, plain, data.sequences, flat)
 
 
-class Timed:
+class Timed(Dataset):
     """A contender's dataset and its collator, and the seconds that each of them took for each batch."""
 
     def __init__(self, contender: Contender):
@@ -237,7 +239,7 @@ def show_batches(data: Data, options) -> Iterator[str]:
 @contextlib.contextmanager
 def loader(dataset, contender: Contender, workers: int) -> Iterator[DataLoader]:
     """A DataLoader over the contender's batches; its workers end with it."""
-    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
     if isinstance(dataset, Timed):
         yield DataLoader(dataset, batch_sampler=contender.indices, collate_fn=dataset, **options)
         return
@@ -246,7 +248,7 @@ def loader(dataset, contender: Contender, workers: int) -> Iterator[DataLoader]:
         yield batches
     finally:
         if batches._iterator is not None:
-            batches._iterator._shutdown_workers()
+            batches._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def one_pass(batches: DataLoader) -> tuple[float, float]:

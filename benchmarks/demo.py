@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,8 @@ MARKER = ".made-by-the-demo"
 MAX_LENGTH = 256
 SEQUENCES_PER_STEP = 32
 STEPS_PER_BLOCK = 4
-MODEL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}  # BERT-tiny
-COMPARED = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}  # BERT-mini
+MODEL: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}  # BERT-tiny
+COMPARED: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}  # BERT-mini
 TRAIN_STEPS = 400
 TRAIN_LEARNING_RATE = 3e-3  # with warm-up and decay
 LEARNING_RATE = 1e-3  # constant, in the comparison
@@ -81,11 +82,11 @@ def train(output: Path, steps: int) -> None:
             "--report_to", "none", "--disable_tqdm", "True")  # fmt: skip
 
 
-def command(*arguments) -> None:
+def command(*arguments: object) -> None:
     """Show a command and run it, as installed beside this Python."""
-    arguments = [str(argument) for argument in arguments]
-    print(f"\n$ {' '.join(arguments)}", flush=True)
-    subprocess.run([Path(sys.executable).parent / arguments[0], *arguments[1:]], check=True)
+    program, *rest = map(str, arguments)
+    print(f"\n$ {' '.join([program, *rest])}", flush=True)
+    subprocess.run([Path(sys.executable).parent / program, *rest], check=True)
 
 
 class Arm:
@@ -202,6 +203,7 @@ def factor(packs) -> float:
     from packing import packed_info
 
     info = packed_info(packs)
+    assert info.num_sequences and info.num_packs  # no stream's
     return info.num_sequences / info.num_packs
 
 

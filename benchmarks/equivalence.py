@@ -27,7 +27,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +41,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForPreTraining,
-    BertTokenizerFast,
+    BertTokenizer,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -105,22 +109,25 @@ def compare(optimizer: str, steps: int, eps: float, right=None, mistakes=None) -
 # -- what is trained -------------------------------------------------------------------------------------------------
 
 
-def make_model(model_class) -> nn.Module:
+def make_model(model_class: Callable[[BertConfig], PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     sizes |= {"intermediate_size": 64, "max_position_embeddings": MAX_LENGTH, "initializer_range": 0.1}
     model = model_class(BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes))
     return model.double().train()
 
 
-def make_tokenizer() -> BertTokenizerFast:
+def make_tokenizer() -> BertTokenizer:
     words = SPECIAL + [f"w{i}" for i in range(VOCABULARY - len(SPECIAL))]
     vocabulary = {word: i for i, word in enumerate(words)}
     names = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]
-    return BertTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")),
-        **dict(zip(names, SPECIAL, strict=True)),
-    )
+    special: dict[str, Any] = dict(zip(names, SPECIAL, strict=True))
+    return BertTokenizer(tokenizer_object=Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")), **special)
 
 
 def make_packs(steps: int) -> list[dict]:
@@ -191,7 +198,7 @@ def arguments(folder, optimizer: str, steps: int, eps: float, rows: int, passes:
     )
 
 
-def optimizer_for(optimizer: str, training: TrainingArguments, model: nn.Module):
+def optimizer_for(optimizer: str, training: TrainingArguments, model: PreTrainedModel):
     """Class and options, as Trainer takes them."""
     if optimizer == "lamb":
         return Lamb, {"lr": training.learning_rate, "eps": training.adam_epsilon}
@@ -235,14 +242,14 @@ def train_stock(optimizer: str, steps: int, eps: float) -> dict[str, torch.Tenso
     collator = DataCollatorWithPacking(make_tokenizer(), max_sequences_per_pack=1)  # for its masks
     with tempfile.TemporaryDirectory() as folder:
         training = arguments(folder, optimizer, steps, eps, 1, 1)
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     groups = [
         {"params": [p for name, p in model.named_parameters() if name in decayed], "weight_decay": 0.01},
         {"params": [p for name, p in model.named_parameters() if name not in decayed], "weight_decay": 0.0},
     ]
     optimizer_class, options = optimizer_for(optimizer, training, model)
     updates = optimizer_class(groups, **options)
-    schedule = get_scheduler("linear", updates, training.warmup_steps, steps)
+    schedule = get_scheduler("linear", updates, int(training.warmup_steps), steps)
     for step in range(steps):
         mlm_losses, nsp_losses = [], []
         for row in unpack(packs[step * len(DEPTHS) : (step + 1) * len(DEPTHS)]):
@@ -320,18 +327,18 @@ def without_reset(model, collator) -> DataCollatorWithPacking:
     return OnePositionAfterTheOther(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=max(DEPTHS))
 
 
-RIGHT = {
-    "unpacked 1 x 16": lambda *run: train(*run, 16, 1, packed=False),
-    "unpacked 4 x 4": lambda *run: train(*run, 4, 4, packed=False),
-    "packed 1 x 4": lambda *run: train(*run, 4, 1),
-    "packed 4 x 1": lambda *run: train(*run, 1, 4),
+RIGHT: dict[str, Callable] = {
+    "unpacked 1 x 16": partial(train, rows=16, passes=1, packed=False),
+    "unpacked 4 x 4": partial(train, rows=4, passes=4, packed=False),
+    "packed 1 x 4": partial(train, rows=4, passes=1),
+    "packed 4 x 1": partial(train, rows=1, passes=4),
     "packed, 2 processes": two_processes,
 }
 
-MISTAKES = {
-    "mean of the passes' means": lambda *run: train(*run, 1, 4, trainer_class=MeanOfMeans),
-    "no isolation": lambda *run: train(*run, 4, 1, prepare=without_isolation),
-    "positions not reset": lambda *run: train(*run, 4, 1, prepare=without_reset),
+MISTAKES: dict[str, Callable] = {
+    "mean of the passes' means": partial(train, rows=1, passes=4, trainer_class=MeanOfMeans),
+    "no isolation": partial(train, rows=4, passes=1, prepare=without_isolation),
+    "positions not reset": partial(train, rows=4, passes=1, prepare=without_reset),
 }
 
 
@@ -343,7 +350,7 @@ def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def length(parameters: dict[str, torch.Tensor]) -> float:
-    return float(torch.sqrt(sum((values**2).sum() for values in parameters.values())))
+    return float(torch.stack([(values**2).sum() for values in parameters.values()]).sum().sqrt())
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -22,7 +22,9 @@ One row of 8,192 tokens in 28 sequences, and short rows; processor seconds, the 
 
 import argparse
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +52,11 @@ def dense_mask(query, key, value, layout: PackLayout) -> Tensor:
     return layout.unpad(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2))
 
 
-EXECUTIONS = {"one by one": one_by_one, "grouped": attend_grouped, "dense mask": dense_mask}
+EXECUTIONS: dict[str, Callable[..., Tensor]] = {
+    "one by one": one_by_one,
+    "grouped": attend_grouped,
+    "dense mask": dense_mask,
+}
 
 
 def main() -> None:
@@ -133,7 +139,7 @@ def cut_at_random(rows: int, slots: int, sequences: int) -> Tensor:
 
 def stock_encoder(options) -> BertModel:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 8000, "num_hidden_layers": 2, "max_position_embeddings": 8192}
+    sizes: dict[str, Any] = {"vocab_size": 8000, "num_hidden_layers": 2, "max_position_embeddings": 8192}
     sizes |= {"num_attention_heads": options.heads, "hidden_size": options.heads * HEAD_WIDTH}
     sizes |= {"intermediate_size": 4 * options.heads * HEAD_WIDTH, "attention_probs_dropout_prob": 0.0}
     return BertModel(BertConfig(**sizes, hidden_dropout_prob=0.0))

@@ -19,6 +19,7 @@ isolation is above 1e-10, or if a broken isolation does not show.
 
 import argparse
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,9 +84,15 @@ MODELS = {"pretrained": (False, False), "pretrained on twins": (True, False), "t
 def train(steps: int, packs: int, twins: bool, leak: bool) -> PackedBertForPreTraining:
     """A small BERT that learned MLM, in float64 for the probe."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     sizes |= {"intermediate_size": 128, "max_position_embeddings": MAX_LENGTH, "initializer_range": 0.1}
-    config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, mlm_loss="token", **sizes)
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "mlm_loss": "token"}
+    config = BertConfig(**sizes)
     model = PackedBertForPreTraining(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50))

@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -118,27 +119,24 @@ def compare_speed(folder: Path, options) -> None:
     write_source(folder / "source", wikipedia_lengths(round(options.tokens / mean)))
     source = datasets.load_from_disk(folder / "source")
     packed = pack_dataset(source, SLOTS, output=folder / "packed")  # to be copied, and mapped; also compiles
-    contenders = {
-        f"**ours, {packer}**": lambda out, packer=packer: pack_dataset(source, SLOTS, packer=packer, output=out)
-        for packer in PLANNERS
-    }
+    ours = partial(pack_dataset, source, SLOTS)
+    contenders: dict[str, Callable[..., object]]
+    contenders = {f"**ours, {packer}**": partial(ours, packer=packer) for packer in PLANNERS}
     for number in options.num_proc:
-        contenders[f"**ours, optimal**, num_proc={number}"] = lambda out, number=number: pack_dataset(
-            source, SLOTS, output=out, num_proc=number
-        )
-    contenders["cp of the packed folder"] = lambda out: copy(folder / "packed", out)
+        contenders[f"**ours, optimal**, num_proc={number}"] = partial(ours, num_proc=number)
+    contenders["cp of the packed folder"] = lambda output: copy(folder / "packed", output)
     if is_installed("trl"):
-        contenders["TRL pack_dataset, its default"] = lambda out: pack_by_trl(source, out, {})
-        contenders["TRL pack_dataset, whole set"] = lambda out: pack_by_trl(source, out, {"batch_size": None})
+        contenders["TRL pack_dataset, its default"] = lambda output: pack_by_trl(source, output, {})
+        contenders["TRL pack_dataset, whole set"] = lambda output: pack_by_trl(source, output, {"batch_size": None})
     few = datasets.Dataset.from_dict({"sequences": packed["sequence_indices"][: len(packed) // MAP_SHARE]})
-    contenders["Dataset.map"] = lambda out: pack_by_map(source, few, out)
+    contenders["Dataset.map"] = lambda output: pack_by_map(source, few, output)
 
     contenders = {name: run for name, run in contenders.items() if "ours" in name or (options.only or name) in name}
     seconds, cpu, synced, packs, tokens = {}, {}, {}, {}, {}
     turns = [name for _ in range(options.rounds) for name in contenders]
     for name in tqdm(turns, unit="run"):
         out = folder / "out"
-        clock = Clock(lambda name=name, out=out: contenders[name](out))
+        clock = Clock(partial(contenders[name], output=out))
         if clock.seconds < seconds.get(name, float("inf")):
             seconds[name], synced[name] = clock.seconds, clock.synced
         cpu[name] = min(clock.cpu, cpu.get(name, clock.cpu))

@@ -132,9 +132,9 @@ def synthetic_corpus(max_length: int, sequences: int = SYNTHETIC_SEQUENCES) -> C
     types = [(np.arange(n) >= n // 2).astype(np.int64) for n in lengths]
     packs = best_fit_decreasing(lengths, max_length)
     packs = [packs[i] for i in rng.permutation(len(packs))]
-    masked = [mask(row, row >= FIRST_WORD, rng, MASK) for row in tokens]
+    ids, labels = map(list, zip(*(mask(row, row >= FIRST_WORD, rng, MASK) for row in tokens), strict=True))
     nsp = rng.integers(0, 2, sequences)
-    return Corpus(max_length, VOCABULARY, *map(list, zip(*masked, strict=True)), types, nsp, packs)
+    return Corpus(max_length, VOCABULARY, ids, labels, types, nsp, packs)
 
 
 def wikipedia_lengths(sequences: int, max_length: int, rng: np.random.Generator) -> np.ndarray:
@@ -176,10 +176,9 @@ def read_corpus(folder: Path) -> Corpus:
         nsp += row["next_sentence_label"].tolist()
     vocabulary = int(max(row.max() for row in tokens)) + 1
     special = {int(row[0]) for row in tokens[:100]} | {int(row[-1]) for row in tokens[:100]}
-    masked = [mask(row, ~np.isin(row, list(special)), rng, int(tokens[0][1])) for row in tokens]
-    return Corpus(
-        info.max_sequence_length, vocabulary, *map(list, zip(*masked, strict=True)), types, np.array(nsp), packs
-    )
+    masked = (mask(row, ~np.isin(row, list(special)), rng, int(tokens[0][1])) for row in tokens)
+    ids, labels = map(list, zip(*masked, strict=True))
+    return Corpus(info.max_sequence_length, vocabulary, ids, labels, types, np.array(nsp), packs)
 
 
 def mask(tokens: np.ndarray, ordinary: np.ndarray, rng, mask_token: int) -> tuple[np.ndarray, np.ndarray]:
@@ -313,11 +312,11 @@ def compare(corpus: Corpus, options) -> str:
     return table(ways, corpus, options)
 
 
-def steps_of(way: Way, corpus: Corpus, options, steps: int) -> list[list[dict[str, Tensor]]]:
+def steps_of(way: Way, corpus: Corpus, options, num_steps: int) -> list[list[dict[str, Tensor]]]:
     width = None if way.name == "bucketed" else corpus.max_sequence_length
     on_cuda = options.device.startswith("cuda")
     multiple = 8 if on_cuda else 1  # tensor cores like it
-    steps = [passes_of(next(way.rows), corpus, width, options.slots, multiple) for _ in range(steps)]
+    steps = [passes_of(next(way.rows), corpus, width, options.slots, multiple) for _ in range(num_steps)]
     if on_cuda:
         steps = [[{name: x.pin_memory() for name, x in batch.items()} for batch in step] for step in steps]
     return steps
@@ -328,7 +327,7 @@ def run_block(way: Way, corpus: Corpus, options, num_steps: int) -> None:
     synchronize(options)
     wall, processor = time.perf_counter(), time.process_time()
     for passes in steps:
-        denominators = sum(counts(batch) for batch in passes).to(options.device)
+        denominators = torch.stack([counts(batch) for batch in passes]).sum(0).to(options.device)
         for batch in passes:
             loss_of(way, batch, denominators, options).backward()
         way.optimizer.step()
@@ -359,7 +358,7 @@ def check_losses(ways: list[Way], corpus: Corpus, options) -> None:
         (passes,) = steps_of(first, corpus, options, 1)
         way.model.eval()
         with torch.no_grad():
-            denominators = sum(counts(batch) for batch in passes).to(options.device)
+            denominators = torch.stack([counts(batch) for batch in passes]).sum(0).to(options.device)
             losses[way.name] = sum(float(loss_of(way, batch, denominators, options)) for batch in passes)
         way.model.train()
     low, high = min(losses.values()), max(losses.values())

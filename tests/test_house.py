@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -153,7 +154,7 @@ def rooms() -> list[Path]:
     return sorted({file.parent for file in modules().values()})
 
 
-def is_for_types(node: ast.AST) -> bool:
+def is_for_types(node: ast.AST) -> TypeGuard[ast.If]:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 

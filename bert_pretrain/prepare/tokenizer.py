@@ -22,7 +22,7 @@ from packing.source.text import describe, text_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+    from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ DOCUMENTS_PER_BATCH = 1000
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int = 8192, lowercase: bool = True, characters: Counter | None = None
-) -> BertTokenizerFast:
+) -> BertTokenizer:
     """Train a WordPiece vocabulary; the same texts give the same vocabulary, on any machine and thread count.
 
     texts: read twice, so a list or an object that can be iterated again, not a generator.
@@ -55,9 +55,9 @@ def train_tokenizer(
         raise TypeError("texts is read twice and an iterator can be read once; pass a list, or an object with __iter__")
     from tokenizers import Tokenizer
     from tokenizers.trainers import WordPieceTrainer
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
-    untrained = BertTokenizerFast(do_lower_case=lowercase).backend_tokenizer
+    untrained = BertTokenizer(do_lower_case=lowercase).backend_tokenizer
     if characters is None:
         characters = Counter(chain.from_iterable(texts))
     pieces = _pieces(characters, untrained)
@@ -81,7 +81,7 @@ def train_tokenizer(
     vocabulary = _filled(trained.get_vocab(), pieces, vocab_size)
     if len(vocabulary) < vocab_size:
         logger.warning("vocab_size=%d was asked for, and the text has %d tokens", vocab_size, len(vocabulary))
-    return BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase)
+    return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase)
 
 
 def _pieces(characters: Counter, tokenizer) -> dict[str, list[str]]:

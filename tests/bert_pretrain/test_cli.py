@@ -59,11 +59,11 @@ def refused(capsys, folders, output, *messages, **options):
 
 def other_tokenizer(folders, folder, change):
     """The tokenizer with another vocabulary: a function of the list of its tokens."""
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
     vocabulary = AutoTokenizer.from_pretrained(folders["tokenizer"]).get_vocab()
     tokens = change(sorted(vocabulary, key=vocabulary.get))
-    BertTokenizerFast(vocab={token: i for i, token in enumerate(tokens)}).save_pretrained(folder)
+    BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}).save_pretrained(folder)
     return str(folder)
 
 

@@ -429,7 +429,7 @@ def test_spans_stop_at_special_tokens():
 def word_piece_tokenizer(**options):
     """Words aa to zz, and as many ## pieces."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     pairs = [first + second for first in letters for second in letters]
@@ -438,7 +438,7 @@ def word_piece_tokenizer(**options):
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"]
-    return BertTokenizerFast(tokenizer_object=tokenizer, **dict(zip(names, special, strict=True)), **options)
+    return BertTokenizer(tokenizer_object=tokenizer, **dict(zip(names, special, strict=True)), **options)
 
 
 @pytest.mark.parametrize("whole_words", [False, True])

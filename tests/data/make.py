@@ -72,7 +72,7 @@ def pack_until(renames: int, *arguments: str) -> None:
             os._exit(1)
         rename(*paths)
 
-    os.rename = dies
+    os.rename = dies  # type: ignore[assignment]
     pack_dataset(list(arguments))
     os._exit(1)
 

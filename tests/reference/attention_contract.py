@@ -17,6 +17,8 @@ tokens as choose them), ask for rounding in both: check_contract(build, mate_tol
 import io
 import itertools
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -80,7 +82,10 @@ def run(attention: nn.Module, layout: PackLayout, inputs: list[Tensor], weights:
     # a head need not read all inputs: what it leaves alone has a gradient of 0
     gradients = (torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
     results = {"context": context.detach(), **{f"gradient {i}": gradient for i, gradient in enumerate(gradients)}}
-    return results | {f"parameter {name}": p.grad.clone() for name, p in attention.named_parameters()}
+    for name, parameter in attention.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        results[f"parameter {name}"] = parameter.grad.clone()
+    return results
 
 
 def of_tokens(results: dict[str, Tensor], tokens) -> dict[str, Tensor]:
@@ -100,10 +105,8 @@ def run_one_by_one(attention, layout, inputs, weights) -> dict[str, Tensor]:
     for span in spans(layout):
         own = layout_of([[1] * (span.stop - span.start)])
         results.append(run(attention, own, [x[span] for x in inputs], weights[span]))
-    return {
-        name: sum(r[name] for r in results) if name.startswith("parameter") else torch.cat([r[name] for r in results])
-        for name in results[0]
-    }
+    joined = {name: [result[name] for result in results] for name in results[0]}
+    return {name: torch.stack(x).sum(0) if name.startswith("parameter") else torch.cat(x) for name, x in joined.items()}
 
 
 def by_sequence(twin: Callable[..., Tensor], layout: PackLayout, *inputs: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     assert found.keys() == expected.keys()
     for name, value in found.items():
         allowed = tolerance * max(1.0, float(expected[name].abs().max()))
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=allowed, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=allowed, msg=partial("{}: {}".format, name))
 
 
 def leak(attend: Callable[..., Tensor], first: int, second: int, heads: int = HEADS, width: int = WIDTH) -> float:
@@ -221,7 +224,7 @@ def check_state(build) -> None:
     if not attention.state_dict():
         return
     with torch.device("meta"):
-        empty = make(build)
+        empty: Any = make(build)
     empty = empty.to_empty(device="cpu").float()  # as the other was drawn: in float32, before it was widened
     for tensor in (*empty.parameters(), *empty.buffers()):
         tensor.data.zero_()

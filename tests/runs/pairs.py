@@ -5,11 +5,11 @@ import numpy as np
 
 def make_tokenizer():
     from tokenizers import Tokenizer, models
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {word: i for i, word in enumerate(special + [f"w{i}" for i in range(55)])}
-    return BertTokenizerFast(
+    return BertTokenizer(
         tokenizer_object=Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")),
         **dict(zip(["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"], special, strict=True)),
     )

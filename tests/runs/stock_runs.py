@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import tempfile
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -102,7 +103,13 @@ def make_collator(head, **options):
     return DataCollatorWithPacking(make_tokenizer(), mlm_probability=0.15 if head == "mlm" else None, **options)
 
 
-TRAINER_OPTIONS = ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics", "callbacks", "model_init")
+TRAINER_OPTIONS: tuple[str, ...] = (
+    "compute_metrics",
+    "compute_loss_func",
+    "preprocess_logits_for_metrics",
+    "callbacks",
+    "model_init",
+)
 TRAINER_OPTIONS += ("train_dataset", "eval_dataset", "data_collator", "task")
 
 
@@ -283,7 +290,7 @@ def recording(kind, folder, **options):
 # Two processes.
 
 
-TWO_PROCESSES = {head: lambda head=head: train(head, 4, 2) for head in HEADS}
+TWO_PROCESSES: dict[str, Callable[[], object]] = {head: functools.partial(train, head, 4, 2) for head in HEADS}
 TWO_PROCESSES |= {
     "class weights": lambda: train("single", 4, 2, kind=WeightedSum),
     "22 packs": lambda: train("mlm", 4, 2, packs=22),

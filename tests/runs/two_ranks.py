@@ -32,11 +32,16 @@ if __name__ == "__main__":
     folders = {"dataset": dataset, "tokenizer": tokenizer}
     printed = Path(output, f"printed-by-rank-{os.environ['RANK']}.txt")
     pretrain.build_model = lambda *arguments: build_model(*arguments).double()
-    options = {"num_hidden_layers": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_steps": 4}
+    options: dict[str, object] = {
+        "num_hidden_layers": 2,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "max_steps": 4,
+    }
     options |= {"learning_rate": 0.01, "ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 2}
     with printed.open("w") as file, contextlib.redirect_stdout(file):
         assert train(folders, f"{output}/ddp", **options) == 0
-        Trainer.create_accelerator_and_postprocess = with_fsdp
+        Trainer.create_accelerator_and_postprocess = with_fsdp  # type: ignore[method-assign]
         assert train(folders, f"{output}/fsdp", **options, fsdp=True, fsdp_config='{"version": 2}') == 0
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

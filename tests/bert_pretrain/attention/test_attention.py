@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 from itertools import chain, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from transformers import (
     BertForMaskedLM,
     BertForPreTraining,
     BertModel,
-    BertTokenizerFast,
+    BertTokenizer,
     ModernBertConfig,
     ModernBertModel,
     MPNetConfig,
@@ -158,7 +159,7 @@ def test_stock_masked_lm_keeps_sequences_apart(tokenizer, pairs):
         stock(batch["input_ids"])
 
 
-SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL |= {"intermediate_size": 32, "max_position_embeddings": MAX_LENGTH, "initializer_range": 0.3, "pad_token_id": 0}
 ENCODERS = {
     "roberta": SMALL | {"max_position_embeddings": MAX_LENGTH + 1},
@@ -198,7 +199,7 @@ def minilm():
     config = BertConfig.from_pretrained(path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = BertForMaskedLM(config)
     model.bert.load_state_dict(BertModel.from_pretrained(path, add_pooling_layer=False).state_dict())
-    tokenizer = BertTokenizerFast.from_pretrained(path)
+    tokenizer = BertTokenizer.from_pretrained(path)
     texts = ["A short one.", "The cat sat on the mat, and the dog lay down beside it to sleep. " * 3, "Is it?"]
     sequences = [tokenizer(text)["input_ids"] for text in texts]
     ids = [number for number, sequence in enumerate(sequences, start=1) for _ in sequence]
@@ -208,7 +209,7 @@ def minilm():
 @pytest.mark.parametrize("name", ["local", "longformer", "bigbird", "lsh"])
 def test_pretrained_weights_run_with_other_attention(minilm, name):
     """Finite, isolated to the bit, and trainable."""
-    model, input_ids, ids = copy.deepcopy(minilm[0]), *minilm[1:]
+    (model, input_ids, ids) = copy.deepcopy(minilm)
     use_attention(model, name, **SMALL_OPTIONS[name])
     logits = model(input_ids, sequence_ids=ids).logits
     others = torch.where(ids == 2, input_ids.flip(1), input_ids)

@@ -1,6 +1,7 @@
 """Attention heads in other modes and types: inference before training, autocast, mixed types, default types."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,13 @@ from bert_pretrain.attention import ATTENTION, use_attention
 from bert_pretrain.attention.heads.etc import EtcAttention
 from bert_pretrain.attention.parts import pattern
 
-SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+SIZES: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+}
 SIZES |= {"intermediate_size": 32, "max_position_embeddings": 48, "initializer_range": 0.3}
 
 

@@ -7,19 +7,17 @@ from dataclasses import asdict, fields
 import pytest
 
 from bert_pretrain.attention import ATTENTION
-from bert_pretrain.attention.head import AttentionHead
+
+
+def build(name: str, **options):
+    return ATTENTION[name](num_heads=2, head_width=8, max_sequence_length=64, **options)
+
 
 OPTIONS = [
-    pytest.param(name, field, id=f"{name}-{field.name}")
-    for name in ATTENTION
-    for field in fields(ATTENTION[name].Options)
+    pytest.param(name, field, id=f"{name}-{field.name}") for name in ATTENTION for field in fields(build(name).options)
 ]
 NONSENSE = [True, "nonsense", float("nan"), float("inf"), -1, -0.5, [1], {}]
 """What no option can be."""
-
-
-def build(name: str, **options) -> AttentionHead:
-    return ATTENTION[name](num_heads=2, head_width=8, max_sequence_length=64, **options)
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
@@ -36,7 +34,7 @@ def test_defaults_are_options_and_come_back_from_a_config(name):
     assert asdict(build(name, **options).options) == options
 
 
-@pytest.mark.parametrize("name", [name for name in ATTENTION if hasattr(ATTENTION[name].Options, "seed")])
+@pytest.mark.parametrize("name", [name for name in ATTENTION if hasattr(build(name).options, "seed")])
 def test_the_largest_seed(name):
     """Seeds are multiplied, and a generator takes 64 bits."""
     build(name, seed=2**32 - 1, layer_index=1000)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from functools import cache, partial
 
 import pytest
@@ -34,7 +35,7 @@ from bert_pretrain.attention.heads.longformer import LongformerAttention
 from bert_pretrain.attention.heads.sdpa import SdpaAttention
 from bert_pretrain.attention.heads.strided import StridedAttention
 
-HEADS = {
+HEADS: dict[str, Callable] = {
     "local 3": partial(LocalAttention, window=3),
     "local 20": partial(LocalAttention, window=20),
     "strided split": partial(StridedAttention, stride=5),

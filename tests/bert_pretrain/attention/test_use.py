@@ -5,6 +5,7 @@ import re
 import weakref
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,13 @@ from transformers import (
 from bert_pretrain.attention import ATTENTION, AttentionHead, heads, load_attention, use_attention
 from collate import PackLayout, task_for
 
-TINY = {"vocab_size": 60, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "bos_token_id": 1}
+TINY: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "bos_token_id": 1,
+}
 TINY |= {"eos_token_id": 2}
 
 

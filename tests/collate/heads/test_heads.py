@@ -6,6 +6,7 @@ that packing invites, and must fail the very comparison that the right thing pas
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,13 @@ from collate.heads import (
 from collate.isolation.arguments import position_ids_start
 from packing import pack_dataset
 
-SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 SMALL |= {"max_position_embeddings": 48, "initializer_range": 0.3, "pad_token_id": 0}
 ROBERTA = SMALL | {"pad_token_id": 1}
 ARCHITECTURES = {

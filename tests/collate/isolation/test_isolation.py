@@ -9,6 +9,7 @@ import itertools
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -356,9 +357,9 @@ def minilm_path():
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_real_checkpoint_packed_equals_alone(implementation):
     """all-MiniLM-L6-v2: trained weights, real words."""
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
-    tokenizer = BertTokenizerFast.from_pretrained(minilm_path())
+    tokenizer = BertTokenizer.from_pretrained(minilm_path())
     stock = BertModel.from_pretrained(minilm_path(), attn_implementation=implementation).double().eval()
     packed = isolate_sequences(copy.deepcopy(stock))
     texts = ["A short one.", "The cat sat on the mat, and the dog lay down beside it to sleep.", "Is it?", "Yes"]
@@ -594,7 +595,7 @@ def test_gradient_checkpointing(kind, reentrant, built_masks):
     assert not built_masks
 
 
-COMPILED = [("roberta", "eager", "aot_eager"), ("modernbert", "sdpa", "aot_eager")]
+COMPILED = [pytest.param("roberta", "eager", "aot_eager"), pytest.param("modernbert", "sdpa", "aot_eager")]
 COMPILED += [pytest.param(kind, "sdpa", "inductor", marks=pytest.mark.long) for kind in ("bert", "modernbert")]
 
 
@@ -754,8 +755,15 @@ TINY |= {"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
 BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
 BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-FUNNEL = {"vocab_size": 60, "block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16}
-XLNET = {"vocab_size": 60, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+FUNNEL: dict[str, Any] = {
+    "vocab_size": 60,
+    "block_sizes": [1, 1],
+    "d_model": 16,
+    "n_head": 2,
+    "d_head": 8,
+    "d_inner": 16,
+}
+XLNET: dict[str, Any] = {"vocab_size": 60, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
 IMAGES = {"image_size": 8, "patch_size": 4}
 SOUNDS = {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,), "num_conv_pos_embedding_groups": 2}
 

@@ -36,7 +36,7 @@ class Fitting:
 
 
 class Renamed(Fitting):
-    _run_epoch = None
+    _run_epoch = None  # type: ignore[assignment]
     run_epoch = Fitting._run_epoch
 
 

@@ -187,7 +187,7 @@ def _die_before_the_name(source, output: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         real(old, new)
 
-    os.rename = rename
+    os.rename = rename  # type: ignore[assignment]
     pack(source, output)
 
 
@@ -527,5 +527,5 @@ def _pack_slowly_by_two(source, output: Path) -> None:
             time.sleep(0 if number < 4 else 600)
             yield task
 
-    packing_dataset.Packing.tasks = tasks
+    packing_dataset.Packing.tasks = tasks  # type: ignore[method-assign]
     pack(source, output, num_proc=2)

@@ -21,7 +21,20 @@ from packing.files.names import checked_name, checked_path, file_in
 from packing.files.saved import load_saved
 
 datasets.disable_progress_bars()
-NAMES = ["../x", "/etc/passwd", "", ".", "..", "a/b", "a\\b", "a\0b", "C:a", "s3://bucket/a", "\ud800", "ä" * 200]
+NAMES: list[object] = [
+    "../x",
+    "/etc/passwd",
+    "",
+    ".",
+    "..",
+    "a/b",
+    "a\\b",
+    "a\0b",
+    "C:a",
+    "s3://bucket/a",
+    "\ud800",
+    "ä" * 200,
+]
 NAMES += [None, 1, True, [], {}, "a/../../b"]
 
 
