@@ -554,13 +554,14 @@ class Run:
         bert.packed_attention, bert.packed_attention_options = name, SCALED.get(name, {})
         self.name, self.device = name, device
         self.precision = partial(torch.autocast, device.partition(":")[0], torch.bfloat16, dtype == "bfloat16")
-        model: nn.Module = PackedBertForPreTraining(bert)
-        self.model = model.to(device).train()
+        self.model: Any = PackedBertForPreTraining(bert).train()
+        self.model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, eps=1e-6)
         update_after_step(self.optimizer, self.model)  # routing's centroids
-        self.losses, self.tokens_per_second = [], []
+        self.losses: list[Any] = []  # tensors until the end, then numbers
+        self.tokens_per_second: list[float] = []
         self.before = self.after = 0.0  # held-out loss
-        self.peak = 0  # bytes of a forward and backward pass
+        self.peak = 0.0  # bytes of a forward and backward pass
 
     def why_not(self, batch: dict[str, Tensor]) -> str | None:
         """Why this head cannot be trained here; None if a copy can make a step."""

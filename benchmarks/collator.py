@@ -109,7 +109,8 @@ class Data:
         table = pa.table({name: pa.ListArray.from_arrays(offsets, pa.array(x)) for name, x in columns.items()})
         datasets.Dataset(table).save_to_disk(folder / "source")
         source = datasets.load_from_disk(folder / "source")
-        packed = pack_dataset(source.select_columns("input_ids"), options.length, output=folder / "packed")
+        pack_dataset(source.select_columns("input_ids"), options.length, output=folder / "packed")
+        packed = datasets.load_from_disk(folder / "packed")
         order = draw.permutation(len(packed))[: options.batches * options.packs].reshape(-1, options.packs).tolist()
         sequences = [list(chain.from_iterable(packed[packs]["sequence_indices"])) for packs in order]
         return cls(make_tokenizer(), source, packed, order, sequences)

@@ -118,7 +118,8 @@ def compare_speed(folder: Path, options) -> None:
     mean = (counts * np.arange(len(counts))).sum() / counts.sum()
     write_source(folder / "source", wikipedia_lengths(round(options.tokens / mean)))
     source = datasets.load_from_disk(folder / "source")
-    packed = pack_dataset(source, SLOTS, output=folder / "packed")  # to be copied, and mapped; also compiles
+    pack_dataset(source, SLOTS, output=folder / "packed")  # to be copied, and mapped; also compiles
+    packed = datasets.load_from_disk(folder / "packed")
     ours = partial(pack_dataset, source, SLOTS)
     contenders: dict[str, Callable[..., object]]
     contenders = {f"**ours, {packer}**": partial(ours, packer=packer) for packer in PLANNERS}
@@ -157,7 +158,7 @@ def compare_speed(folder: Path, options) -> None:
         ratios = " ×, ".join(f"{speeds[f'**ours, {packer}**'] / speed:.2f}" for packer in PLANNERS)
         cells = name + share, f"{packs[name]:,}", efficiency, f"{seconds[name]:.3f}", f"{speed / 1e6:.1f}"
         print(f"| {' | '.join(cells)} | {ratios} × | {cpu[name]:.2f} | {sync} |")
-    histogram = length_histogram(wikipedia_lengths(facts.source_rows), SLOTS)
+    histogram = length_histogram(wikipedia_lengths(len(source)), SLOTS)
     for packer in PLANNERS:
         least = min(Clock(lambda packer=packer: plan_packs(histogram, packer=packer)).seconds for _ in range(3))
         print(f"\nof which planning, {packer}: {least:.3f} s")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+from typing import overload
 
 import datasets
 import numpy as np
@@ -60,6 +61,44 @@ ABOUT = (INFO, STATE, "LICENSE")  # what state_files makes
 ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
 
 
+@overload
+def pack_dataset(
+    dataset: datasets.Dataset,
+    max_sequence_length: int = 512,
+    max_sequences_per_pack: int | None = None,
+    packer: str | Packer = "optimal",
+    overlong: str = "error",
+    seed: int = 0,
+    output: None = None,
+    *,
+    token_columns: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
+    balance: int | None = None,
+    num_proc: int = 1,
+    engine: str = "processes",
+    format: str = "arrow",
+    storage_options: dict | None = None,
+    progress: bool = False,
+) -> datasets.Dataset: ...
+@overload
+def pack_dataset(
+    dataset: datasets.Dataset,
+    max_sequence_length: int = 512,
+    max_sequences_per_pack: int | None = None,
+    packer: str | Packer = "optimal",
+    overlong: str = "error",
+    seed: int = 0,
+    output: str | os.PathLike = ...,
+    *,
+    token_columns: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
+    balance: int | None = None,
+    num_proc: int = 1,
+    engine: str = "processes",
+    format: str = "arrow",
+    storage_options: dict | None = None,
+    progress: bool = False,
+) -> datasets.Dataset | None: ...
 def pack_dataset(
     dataset: datasets.Dataset,
     max_sequence_length: int = 512,

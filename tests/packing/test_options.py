@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import typing
 from dataclasses import fields
 
 import numpy as np
@@ -22,6 +23,8 @@ def test_pack_dataset_has_a_keyword_for_each_option():
     keywords = inspect.signature(pack_dataset).parameters.values()
     found = [(each.name, each.default) for each in keywords if each.name not in ABOUT_THE_CALL]
     assert found == [(each.name, each.default) for each in fields(PackOptions)]
+    for overload in typing.get_overloads(pack_dataset):
+        assert list(inspect.signature(overload).parameters) == list(inspect.signature(pack_dataset).parameters)
 
 
 def test_each_choice_is_in_its_table():
