@@ -49,7 +49,8 @@ from tqdm import tqdm
 from transformers import BertTokenizer, DataCollatorForLanguageModeling, DataCollatorWithFlattening
 
 from collate import DataCollatorWithPacking
-from collate.masking import MASKING, sequence_keys
+from collate.mask_rows import sequence_keys
+from collate.masking import MASKING
 from collate.training.order import ArrowRows
 from packing import pack_dataset, packed_info, published_histogram
 

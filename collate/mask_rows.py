@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from collate.masking import MaskingRule, sequence_keys, token_keys
+from collate.masking import MaskingRule
 from collate.rows import FlatRows
 from collate.vocabulary import token_ids
 from collate.words import word_boundaries, word_continuations
+from packing.draws import make_key
+from packing.numba_tools import njit
 
 MASKING_OPTIONS = {
     "masking": "exact",
@@ -81,3 +83,43 @@ def _marks(rule: MaskingRule, flat: FlatRows) -> dict[str, np.ndarray | None]:
     """What the rows themselves say about words, and about tokens that are not to be predicted."""
     names = ["special_tokens_mask"] + ["word_ids"] * rule.whole_word_mask
     return {f"{name}_T": flat.token_columns.get(name) for name in names}
+
+
+def sequence_keys(
+    seed: int, epoch: int, sequence_indices: np.ndarray, sequence_starts: np.ndarray | None = None
+) -> np.ndarray:
+    """(N,) uint64 generator keys: within a seed and epoch, different sequences have different keys.
+
+    sequence_starts tells pieces of one split source row apart.
+    """
+    starts = np.zeros(len(sequence_indices), np.int64) if sequence_starts is None else sequence_starts
+    return _sequence_keys(_to_uint64(seed), _to_uint64(epoch), np.asarray(sequence_indices), np.asarray(starts))
+
+
+def token_keys(input_ids_T: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(N,) uint64: a hash of each sequence's tokens, for rows that carry no sequence index."""
+    return _hash_tokens(input_ids_T, offsets)
+
+
+def _to_uint64(value: int) -> np.uint64:
+    return np.uint64(value & 0xFFFFFFFFFFFFFFFF)
+
+
+@njit(cache=True, nogil=True)
+def _sequence_keys(seed, epoch, sequence_indices, sequence_starts):
+    keys = np.empty(len(sequence_indices), np.uint64)
+    epoch_key = make_key(seed, epoch)
+    for i in range(len(keys)):
+        keys[i] = make_key(make_key(epoch_key, np.uint64(sequence_indices[i])), np.uint64(sequence_starts[i]))
+    return keys
+
+
+@njit(cache=True, nogil=True)
+def _hash_tokens(input_ids_T, offsets):
+    keys = np.empty(len(offsets) - 1, np.uint64)
+    for i in range(len(keys)):
+        key = np.uint64(offsets[i + 1] - offsets[i])
+        for t in range(offsets[i], offsets[i + 1]):
+            key = make_key(key, np.uint64(input_ids_T[t]))
+        keys[i] = key
+    return keys

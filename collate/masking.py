@@ -280,46 +280,6 @@ def _checked(name: str, values_T: ArrayLike, input_ids_T: np.ndarray) -> np.ndar
     return values_T
 
 
-def sequence_keys(
-    seed: int, epoch: int, sequence_indices: np.ndarray, sequence_starts: np.ndarray | None = None
-) -> np.ndarray:
-    """(N,) uint64 generator keys: within a seed and epoch, different sequences have different keys.
-
-    sequence_starts tells pieces of one split source row apart.
-    """
-    starts = np.zeros(len(sequence_indices), np.int64) if sequence_starts is None else sequence_starts
-    return _sequence_keys(_to_uint64(seed), _to_uint64(epoch), np.asarray(sequence_indices), np.asarray(starts))
-
-
-def token_keys(input_ids_T: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(N,) uint64: a hash of each sequence's tokens, for rows that carry no sequence index."""
-    return _hash_tokens(input_ids_T, offsets)
-
-
-def _to_uint64(value: int) -> np.uint64:
-    return np.uint64(value & 0xFFFFFFFFFFFFFFFF)
-
-
-@njit(cache=True, nogil=True)
-def _sequence_keys(seed, epoch, sequence_indices, sequence_starts):
-    keys = np.empty(len(sequence_indices), np.uint64)
-    epoch_key = make_key(seed, epoch)
-    for i in range(len(keys)):
-        keys[i] = make_key(make_key(epoch_key, np.uint64(sequence_indices[i])), np.uint64(sequence_starts[i]))
-    return keys
-
-
-@njit(cache=True, nogil=True)
-def _hash_tokens(input_ids_T, offsets):
-    keys = np.empty(len(offsets) - 1, np.uint64)
-    for i in range(len(keys)):
-        key = np.uint64(offsets[i + 1] - offsets[i])
-        for t in range(offsets[i], offsets[i + 1]):
-            key = make_key(key, np.uint64(input_ids_T[t]))
-        keys[i] = key
-    return keys
-
-
 @njit(cache=True, nogil=True)
 def _uniform(key, counter):
     """Draw number `counter` of the sequence with this key, in [0, 1): 53 bits, the same on every machine."""

@@ -24,7 +24,7 @@ from packing.verify.findings import Findings
 from packing.verify.packs import LENGTHS, STARTS, PackedSequences
 
 
-def check_source(
+def source_check(
     dataset: datasets.Dataset,
     facts: PackedInfo,
     packed_features: datasets.Features,

@@ -14,7 +14,7 @@ from packing.store.manifest import Manifest
 from packing.verify.files import checked_facts, dataset_blocks, folder_blocks, num_bytes_of, open_folder
 from packing.verify.findings import CHECKS, Findings, Verification
 from packing.verify.packs import PackCheck
-from packing.verify.source import check_source
+from packing.verify.source import source_check
 
 
 def verify_packed(
@@ -71,7 +71,7 @@ def verify_packed(
     against = None
     if packs.can_be_read:
         if source is not None:
-            against = check_source(source, facts, features, pad_token_id, findings)
+            against = source_check(source, facts, features, pad_token_id, findings)
             looked_at["source"] = "nothing: it cannot be read as the packs' source"
         if against is not None:
             looked_at["source"] = against.looked_at

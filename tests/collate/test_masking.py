@@ -12,7 +12,8 @@ from scipy import stats
 from slow_masks import budget_of, cut_words, mask_one_by_one, sequence_key, words_of
 
 from collate.columns import IGNORED
-from collate.masking import MASKING, MaskingRule, _span_length, sequence_keys, word_continuations
+from collate.mask_rows import sequence_keys
+from collate.masking import MASKING, MaskingRule, _span_length, word_continuations
 
 CLS, SEP, MASK = 2, 3, 4
 VOCABULARY = 60

@@ -108,7 +108,8 @@ def decisions() -> dict[str, str]:
     """What has to be the same on every machine: plans, an assignment, masks."""
     from histograms import SQUAD, WIKIPEDIA
 
-    from collate.masking import MASKING, MaskingRule, sequence_keys
+    from collate.mask_rows import sequence_keys
+    from collate.masking import MASKING, MaskingRule
     from packing import PACKERS, assign, plan_packs
     from packing.packers.nnlshp import fit_histogram
 
