@@ -1,15 +1,11 @@
-"""A plan and an assignment for a billion sequences: seconds and bytes each, and what 10^11 tokens cost.
+"""A plan and an assignment for a hundred million sequences: seconds and bytes each, and what 10^11 tokens cost.
 
     python benchmarks/scale.py                              10^7 and 10^8 lengths
-    python benchmarks/scale.py --sequences 1e9 --parts 8    10^9 in parts alone: 2.6 GB of memory, 8 minutes
     python benchmarks/scale.py --sequences 1e7 --apart 8    and what packing each of 8 shards by itself would lose
 
-Lengths are those of the paper's Wikipedia, drawn shard by shard, each from its own seed and never all in memory: what a
-cluster would read from its shards. One process does here, one shard or part after the other, what machines do at once.
-
-"whole": lengths of all shards are kept (uint16), one assign(). "parts": packing/parts.py: the histograms of all shards
--> one plan -> its packs and the sequences dealt to parts -> the assignment of each part, which is checked to hold what
-its plan says, and dropped. Peak: of the process's own memory, beyond what it had before.
+Lengths are those of the paper's Wikipedia, drawn shard by shard, each from its own seed: what a cluster would read from
+its shards. All are kept (uint16), for one plan and one assign(). Peak: of the process's own memory, beyond what it had
+before.
 
 "apart": each shard under a plan of its own, for the same sequences in three orders: by chance; by length with a noise
 of 100 tokens (standard deviation), as where each source of a corpus has shards of its own; by length.
@@ -21,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -31,7 +26,6 @@ from pathlib import Path
 import numpy as np
 
 from packing import assign, length_histogram, plan_packs, published_histogram
-from packing.parts import TOLERANCE, add_histograms, assign_part, deal_lengths, deal_packs, deal_shares, plan_each
 
 SHARD = 1 << 22  # sequences
 SLOTS = 512
@@ -41,14 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--sequences", type=float, nargs="+", default=[1e7, 1e8])
-    add(
-        "--parts",
-        type=int,
-        default=0,
-        help="make the assignment in so many parts; 0: as a whole, and in parts of 2**25",
-    )
     add("--apart", type=int, default=0, help="also pack each of so many shards by itself")
-    add("--folder", help="for the part of each sequence, 2 bytes; left out: the system's temporary")
     add("--packer", default="optimal")
     add("--tokens", type=float, default=1e11, help="of the estimate, int32, as long as Wikipedia's")
     add("--rate", type=float, default=200e6, help="tokens a second that a machine gathers, hashes and writes")
@@ -61,14 +48,10 @@ def main() -> None:
     warm_up(options.packer)
     measured = {}
     for sequences in map(int, options.sequences):
-        if not options.parts:
-            measured[sequences] = run_whole(Shards(sequences), options)
+        measured[sequences] = run_whole(Shards(sequences), options)
         if options.apart:
             run_apart(Shards(sequences), options)
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            run_parts(Shards(sequences), options, Path(folder))
-    if measured:
-        print_costs(measured[max(measured)], options)
+    print_costs(measured[max(measured)], options)
 
 
 class Shards:
@@ -131,9 +114,6 @@ def warm_up(packer: str) -> None:
     lengths = Shards(600_000)[0]
     plan = plan_packs(length_histogram(lengths, SLOTS), packer=packer)
     assign(plan, lengths)
-    parts = deal_packs(plan, 2)
-    (share,) = deal_shares([length_histogram(lengths, SLOTS)], parts)
-    assign_part(parts, 0, [(0, lengths, deal_lengths(lengths, share, 0))])
 
 
 def run_whole(shards: Shards, options) -> dict:
@@ -159,37 +139,8 @@ def run_whole(shards: Shards, options) -> dict:
     }
 
 
-def run_parts(shards: Shards, options, folder: Path) -> None:
-    sequences = shards.bounds[-1]
-    num_parts = options.parts or max(2, sequences >> 25)
-    with Steps() as steps:
-        histograms = []
-        for lengths in shards:
-            with steps.step("histogram"):
-                histograms.append(length_histogram(lengths, SLOTS))
-        with steps.step("plan"):
-            plan = plan_packs(add_histograms(histograms), SLOTS, packer=options.packer)
-        with steps.step("deal packs"):
-            parts = deal_packs(plan, num_parts)
-        shares = deal_shares(histograms, parts)
-        for i, lengths in enumerate(shards):
-            with steps.step("deal counts"):
-                share = next(shares)
-            with steps.step("deal sequences"):
-                of_parts = deal_lengths(lengths, share, i)
-            of_parts.tofile(folder / f"{i}")
-        held = packs = 0
-        for part in range(num_parts):
-            with steps.step("assign parts, with reading what shards dealt"):
-                assignment = assign_part(parts, part, taken(shards, folder))
-            held, packs = held + assignment.num_sequences, packs + assignment.num_packs
-            del assignment
-        assert held == sequences and packs == plan.num_packs
-    say(f"{num_parts} parts, {len(shards)} shards", plan, steps)
-
-
 def run_apart(shards: Shards, options) -> None:
-    """What TOLERANCE of packing/parts.py allows, and what it refuses."""
+    """Packs of shards that are packed each by itself."""
     lengths, draw = np.concatenate(list(shards)), np.random.default_rng(0)
     noise = draw.normal(0, 100, len(lengths)).astype(np.float32)
     orders = {
@@ -199,23 +150,16 @@ def run_apart(shards: Shards, options) -> None:
     }
     together = plan_packs(length_histogram(lengths, SLOTS), SLOTS, packer=options.packer)
     print(f"\n{len(lengths):,} sequences, {options.apart} shards, each packed by itself; together")
-    print(f"{together.num_packs:,} packs, efficiency {together.packing_efficiency:.3%}; tolerance {TOLERANCE:.2%}\n")
-    print("| order of sequences | packs | more than together | efficiency | points lost | allowed |")
-    print("|---|--:|--:|--:|--:|---|")
+    print(f"{together.num_packs:,} packs, efficiency {together.packing_efficiency:.3%}\n")
+    print("| order of sequences | packs | more than together | efficiency | points lost |")
+    print("|---|--:|--:|--:|--:|")
     for name, ordered in orders.items():
         histograms = [length_histogram(shard, SLOTS) for shard in np.array_split(ordered, options.apart)]
-        plans = plan_each(histograms, SLOTS, packer=options.packer, tolerance=np.inf)
-        packs = sum(plan.num_packs for plan in plans)
+        packs = sum(plan_packs(histogram, SLOTS, packer=options.packer).num_packs for histogram in histograms)
         efficiency = together.num_tokens / (packs * SLOTS)
         lost = 100 * (together.packing_efficiency - efficiency)
         more = packs / together.num_packs - 1
-        said = "yes" if more <= TOLERANCE else "no"
-        print(f"| {name} | {packs:,} | {more:.3%} | {efficiency:.3%} | {lost:.3f} | {said} |", flush=True)
-
-
-def taken(shards: Shards, folder: Path):
-    for i, lengths in enumerate(shards):
-        yield shards.bounds[i], lengths, np.fromfile(folder / f"{i}", np.uint16)
+        print(f"| {name} | {packs:,} | {more:.3%} | {efficiency:.3%} | {lost:.3f} |", flush=True)
 
 
 def say(name: str, plan, steps: Steps) -> None:

@@ -1,8 +1,28 @@
 """Length histograms, pack plans and packed datasets: NumPy, Numba and Arrow, no tensors.
 
-lengths -> length_histogram -> plan_packs -> assign;   pack_dataset does it all for a tokenized dataset.
+source -> lengths -> length_histogram -> plan_packs -> assign -> store;   pack_dataset does it all.
 
-command/    the subcommands of pack-dataset, one a file
+dataset        pack_dataset: read, plan, assign, write
+options        what may be chosen: PackOptions
+source/        whatever rows come from: files, folders, URLs, the hub; texts to tokens
+histogram      lengths -> sequences per length
+packers/       histogram -> plan; PACKERS has one file a packer
+plan           PackPlan: strategies, how often each repeats, and how good that is
+bounds         packs that no packing can go under
+assignment     plan -> which sequences lie together, by a seed
+balance        the order of packs in which steps cost attention nearly the same
+store/         a packed folder, here or at a URL: written, resumed, opened
+epochs         EpochPacks: another assignment in every epoch
+stream         pack_stream: packs of an endless source
+unpack         packs -> rows again
+verify/        proof that a packed folder holds what was packed
+report/        every packer at several depths, as a table and as a page
+cli, command/  the command pack-dataset
+files/         files and folders that are whole or not there; errors
+draws          random numbers by a key; the same on any machine
+numba_tools    njit with a cache that notices edits
+
+Import the names below from `packing`; what is inside the modules may move.
 """
 
 from importlib import import_module

@@ -5,8 +5,8 @@ depth       ceil(sequences / max_sequences_per_pack)
 l2          for each threshold k: lengths above L - k share a pack with nothing of k or longer, those above L / 2 not
             with each other; the rest of what is at least k long needs packs of its own (Martello & Toth 1990), and
             no pack holds more than L // k of it
-dual        give each length a price; no pack holds more than M worth of lengths: ceil(sum of count * price / M).
-            The duals of the linear program over strategies are the best prices; rounded to integers they stay a proof
+
+A fourth bound comes from prices, as optimal's linear program makes them: `Valuation.bound` in packers/pricing.py.
 """
 
 from __future__ import annotations
@@ -59,26 +59,6 @@ def l2_bound(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_
     packs = np.maximum(above[limit // 2 + 1] - alone, -(-tokens // limit))
     depth = np.minimum(limit // threshold, max_sequences_per_pack or limit).astype(counts.dtype)
     return int((alone + np.maximum(packs, -(-sequences // depth))).max())
-
-
-def dual_bound(
-    histogram: np.ndarray, prices: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None
-) -> int:
-    """ceil(sum of count * price / M), M what the best strategy is worth; prices (max_sequence_length + 1,), any scale.
-
-    Any prices prove a bound; only good ones prove a good bound. They are rounded to integers, and M is exact.
-    """
-    from packing.packers.pricing import (  # compiled code waits until it is asked for
-        Slots,
-        value_strategies,
-        whole_prices,
-    )
-
-    slots = Slots.of(histogram, max_sequence_length, max_sequences_per_pack)
-    prices = whole_prices(slots, prices[slots.lengths])
-    best = value_strategies(slots, prices).best
-    worth = sum(a * b for a, b in zip(histogram[slots.lengths].tolist(), prices.tolist(), strict=True))
-    return -(-worth // best) if best else 0
 
 
 def _exact(histogram: np.ndarray, limit: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from bert_pretrain.objective import pair_columns
 
 
 @dataclass(frozen=True)
-class Column:
+class Measure:
     """One metric: its heading in two lines, its name in the logs, and how it is written."""
 
     title: str
@@ -35,31 +35,31 @@ class Column:
 
 
 COLUMNS = (
-    Column("", "epoch", "epoch", "{:.2f}"),
-    Column("", "loss", "loss"),
-    Column("MLM loss", "/seq.", "mlm_loss_per_sequence"),
-    Column("MLM loss", "/token", "mlm_loss_per_token"),
-    Column("MLM acc.", "/seq.", "mlm_accuracy_per_sequence"),
-    Column("MLM acc.", "/token", "mlm_accuracy_per_token"),
+    Measure("", "epoch", "epoch", "{:.2f}"),
+    Measure("", "loss", "loss"),
+    Measure("MLM loss", "/seq.", "mlm_loss_per_sequence"),
+    Measure("MLM loss", "/token", "mlm_loss_per_token"),
+    Measure("MLM acc.", "/seq.", "mlm_accuracy_per_sequence"),
+    Measure("MLM acc.", "/token", "mlm_accuracy_per_token"),
     *(
         column
         for pair in pair_columns()
         for column in (
-            Column(f"{pair.upper()}", "accuracy", f"{pair}_accuracy"),
-            Column("(major-", "ity)", f"{pair}_majority", "({:.4f})"),
+            Measure(f"{pair.upper()}", "accuracy", f"{pair}_accuracy"),
+            Measure("(major-", "ity)", f"{pair}_majority", "({:.4f})"),
         )
     ),
-    Column("gradient", "norm", "grad_norm", "{:.3f}"),
-    Column("learning", "rate", "learning_rate", "{:.2e}"),
-    Column("sequences", "seen", "sequences_seen", "{:,.0f}", 11),
-    Column("seq.", "/s", "sequences_per_second", "{:,.1f}", 8),
-    Column("tokens", "/s", "tokens_per_second", "{:,.0f}", 9),
-    Column("packing", "eff.", "packing_efficiency"),
-    Column("model", "TFLOP/s", "model_tflops", "{:.3g}"),
-    Column("TFLOP/s but", "attention's", "model_tflops_without_attention", "{:.3g}"),
-    Column("", "MFU", "mfu", "{:.3f}"),
-    Column("memory", "GiB", "peak_memory_gib", "{:.2f}"),
-    Column("data", "wait", "data_wait_share", "{:.1%}"),
+    Measure("gradient", "norm", "grad_norm", "{:.3f}"),
+    Measure("learning", "rate", "learning_rate", "{:.2e}"),
+    Measure("sequences", "seen", "sequences_seen", "{:,.0f}", 11),
+    Measure("seq.", "/s", "sequences_per_second", "{:,.1f}", 8),
+    Measure("tokens", "/s", "tokens_per_second", "{:,.0f}", 9),
+    Measure("packing", "eff.", "packing_efficiency"),
+    Measure("model", "TFLOP/s", "model_tflops", "{:.3g}"),
+    Measure("TFLOP/s but", "attention's", "model_tflops_without_attention", "{:.3g}"),
+    Measure("", "MFU", "mfu", "{:.3f}"),
+    Measure("memory", "GiB", "peak_memory_gib", "{:.2f}"),
+    Measure("data", "wait", "data_wait_share", "{:.1%}"),
 )
 
 
@@ -67,7 +67,7 @@ class Lines:
     """Logs -> lines. A heading comes first, and again when there are other columns."""
 
     def __init__(self):
-        self.columns: tuple[Column, ...] = ()
+        self.columns: tuple[Measure, ...] = ()
 
     def of(self, logs: Mapping[str, Any], step: int) -> list[str]:
         if "train_runtime" in logs:

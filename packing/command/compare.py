@@ -17,7 +17,7 @@ examples:
 """
 
 
-def add_options(parser: Parser) -> None:
+def _add_options(parser: Parser) -> None:
     """SOURCE, and how to read it."""
     sources.add_source(parser, f"; {sources.LENGTHS}")
     add_pack_options(parser, ("max_sequence_length", "max_sequences_per_pack"))
@@ -25,7 +25,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--report", metavar="FILE", help="write the comparison to FILE, too: .html or .png")
 
 
-def run(arguments: Namespace) -> int:
+def _run(arguments: Namespace) -> int:
     """Print what every packer makes of each split, and write the report."""
     from packing.report.compare import DEPTHS, compare_packers
     from packing.report.page import check_report, write_report
@@ -46,7 +46,7 @@ def run(arguments: Namespace) -> int:
 COMMAND = Subcommand(
     description="Print what every packer makes of SOURCE at several depths (or at the one that is given).",
     examples=EXAMPLES,
-    add_options=add_options,
-    run=run,
+    add_options=_add_options,
+    run=_run,
     lacks="compare tries all packers and writes no packs",
 )

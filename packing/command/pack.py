@@ -39,7 +39,7 @@ FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec). A run that was interrupted resumes wh
 PLANNING = ("max_sequence_length", "max_sequences_per_pack", "packer", "seed", "balance")
 
 
-def add_options(parser: Parser) -> None:
+def _add_options(parser: Parser) -> None:
     """SOURCE TARGET, and all options of packing."""
     sources.add_source(parser)
     parser.add_argument("target", metavar="TARGET", help="folder to write, a path or a URL; must not exist")
@@ -48,7 +48,7 @@ def add_options(parser: Parser) -> None:
     add_pack_options(parser, ("engine", "format"))
 
 
-def run(arguments: Namespace) -> int:
+def _run(arguments: Namespace) -> int:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
     # heavy imports wait until the arguments are known to be good
     from packing.store.engines import check_engine, opened_engine
@@ -129,6 +129,6 @@ def opener(split: str, arguments: Namespace) -> Callable[[], datasets.Dataset]:
 COMMAND = Subcommand(
     description="Pack the sequences of SOURCE, several to a pack, and write the packs to the folder TARGET.",
     examples=EXAMPLES,
-    add_options=add_options,
-    run=run,
+    add_options=_add_options,
+    run=_run,
 )

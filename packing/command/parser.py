@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     def first_unknown(self, arguments: Iterable[str]) -> tuple[str, str | None] | None:
         """The first option that this parser does not have, and the argument after it."""
         given = with_hyphens(arguments)
-        for argument, following in zip(given, [*given[1:], None], strict=True):
+        for argument, following in zip(given, [*given, None][1:], strict=True):
             option, _, value = argument.partition("=")
             if argument == "--":
                 break
@@ -114,9 +114,9 @@ class _Version(argparse.Action):
     """Print the version, which is looked up only now."""
 
     def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:
-        from packing import __version__
+        from importlib.metadata import version
 
-        print(parser.prog, __version__)
+        print(parser.prog, version("dataset-packing"))
         parser.exit(0)
 
 

@@ -18,14 +18,14 @@ object {"length": count}, an .npy array of rows length, count. `pack-dataset --h
 """
 
 
-def add_options(parser: Parser) -> None:
+def _add_options(parser: Parser) -> None:
     """SOURCE, and the options that a plan depends on."""
     sources.add_source(parser, f"; {sources.LENGTHS}")
     add_pack_options(parser, pack.PLANNING)
     sources.add_reading_options(parser)
 
 
-def run(arguments: Namespace) -> int:
+def _run(arguments: Namespace) -> int:
     """Print the plan of each split."""
     if sources.is_lengths(arguments):
         _plan_lengths(arguments)
@@ -47,7 +47,7 @@ def _plan_lengths(arguments: Namespace) -> None:
 COMMAND = Subcommand(
     description="Print how well SOURCE would pack. Nothing is written.",
     examples=EXAMPLES,
-    add_options=add_options,
-    run=run,
+    add_options=_add_options,
+    run=_run,
     lacks="plan writes no packs",
 )

@@ -23,7 +23,7 @@ dropped or truncated stay so.
 """
 
 
-def add_options(parser: Parser) -> None:
+def _add_options(parser: Parser) -> None:
     """PACKED TARGET"""
     parser.add_argument("packed", metavar="PACKED", help="folder, or URL, that pack-dataset wrote")
     parser.add_argument(
@@ -31,7 +31,7 @@ def add_options(parser: Parser) -> None:
     )
 
 
-def run(arguments: Namespace) -> int:
+def _run(arguments: Namespace) -> int:
     """Write the rows of every split."""
     import datasets
 
@@ -89,7 +89,7 @@ FILES = {".parquet": lambda rows, file: rows.to_parquet(file), ".jsonl": _write_
 COMMAND = Subcommand(
     description="Write the rows that were packed into PACKED to TARGET again.",
     examples=EXAMPLES,
-    add_options=add_options,
-    run=run,
+    add_options=_add_options,
+    run=_run,
     lacks="unpack takes the rows as they were packed",
 )

@@ -25,7 +25,7 @@ Exit status: 0 if nothing is wrong, 1 if something is, 2 if an argument was refu
 """
 
 
-def add_options(parser: Parser) -> None:
+def _add_options(parser: Parser) -> None:
     """PACKED, and what to compare it with."""
     parser.add_argument("packed", metavar="PACKED", help="folder, or URL, that pack-dataset or pack_dataset wrote")
     parser.add_argument(
@@ -37,7 +37,7 @@ def add_options(parser: Parser) -> None:
     parser.set_defaults(num_proc=1)
 
 
-def run(arguments: Namespace) -> int:
+def _run(arguments: Namespace) -> int:
     """Print a table for each split. 0: nothing is wrong; 1: there are problems."""
     from packing.files.cache import new_cache
 
@@ -115,7 +115,7 @@ NO_SPLITS = "not verified: the source has no splits, and the packed folder has"
 COMMAND = Subcommand(
     description="Prove that a packed folder holds what was packed: unchanged, each sequence once, no pack too long.",
     examples=EXAMPLES,
-    add_options=add_options,
-    run=run,
+    add_options=_add_options,
+    run=_run,
     lacks="verify finds in PACKED how it was packed",
 )

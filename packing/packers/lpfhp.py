@@ -22,7 +22,7 @@ from packing.packers.open_packs import (
     DEPTH,
     NONE,
     SPACE,
-    deal,
+    give_copies,
     keep_open,
     least_space,
     no_open_packs,
@@ -62,7 +62,7 @@ def fill_longest_first(histogram, depth_limit, nodes, groups, heads, bits, num_n
                 num_groups += 1
             first = num_groups
             copies = min(groups[group, SPACE] // length, depth_limit - groups[group, DEPTH])
-            left, num_nodes, num_groups = deal(length, copies, left, group, nodes, groups, num_nodes, num_groups)
+            left, num_nodes, num_groups = give_copies(length, copies, left, group, nodes, groups, num_nodes, num_groups)
             if space == 0:
                 groups[group, COUNT] = 0
             elif groups[group, COUNT] == 0:

@@ -5,7 +5,7 @@ the histogram. The method is Lawson and Hanson's (Solving Least Squares Problems
 
 1. Some strategies are in use; their least squares solution z comes from R z = t, where R'R = A'WA and R't = A'Wb.
 2. If some z <= 0, go from x towards z until the first x is 0, drop its strategy, and solve again; else x = z.
-3. The gradient w w (b - A x) says what a slot of each length is worth, exact_sums the strategy that is worth most.
+3. The gradient w w (b - A x) says what a slot of each length is worth, pricing the strategy that is worth most.
 4. Use it and go on at 1, unless it is worth nothing: then x is the optimum.
 
 R and t are kept: a strategy more is a column more, a strategy less is rotated out. Inner loops run along rows of R,
@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 
 from packing.numba_tools import njit
-from packing.packers.exact_sums import ENDLESS, fill_tables, find_parts, table_parts
+from packing.packers.pricing import ENDLESS, fill_tables, find_parts, table_parts
 
 TOLERANCE = 1e-9
 NOISE = 1e-14  # in parts of |w b|: a worth that is less is rounding

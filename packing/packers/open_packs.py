@@ -63,7 +63,7 @@ def write_group(groups, group, packs, space, depth, last):
 
 
 @njit(cache=True)
-def deal(length, copies, left, group, nodes, groups, num_nodes, num_groups):
+def give_copies(length, copies, left, group, nodes, groups, num_nodes, num_groups):
     """Give packs of a group `copies` sequences of a length each, as far as `left` sequences of it go. In place.
 
     5 packs, copies=2, left=5 -> 2 packs get 2, a pack gets 1: new groups at the end; 2 packs stay in the group.

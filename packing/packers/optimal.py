@@ -218,12 +218,10 @@ class Search:
 
     def price(self, prices: np.ndarray, counts: np.ndarray) -> tuple[list[tuple[int, ...]], int]:
         """The strategies that the program lacks most, and the lower bound for these counts that the prices prove."""
-        prices = whole_prices(self.slots, prices)
-        valuation = value_strategies(self.slots, prices)
-        worth = sum(a * b for a, b in zip(counts.tolist(), prices.tolist(), strict=True))
+        valuation = value_strategies(self.slots, whole_prices(self.slots, prices))
         above = self.slots.unit + (self.slots.unit >> 30)
         found = valuation.strategies(above, STRATEGIES_PER_ROUND, STRATEGIES_PER_LENGTH)
-        return found, -(-worth // valuation.best) if valuation.best else 0
+        return found, valuation.bound(counts)
 
     def dive(self, packs: Packs, repeats: np.ndarray | None = None) -> None:
         """Step 3, from packs that are settled; repeats: the program's solution for all others, if it is known."""

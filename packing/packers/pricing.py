@@ -5,7 +5,14 @@ worth the sum of its slots' prices. The best one for each length is that length 
 
     value[i] = price[i] + best of depth - 1 slots in max_sequence_length - lengths[i] tokens
 
-by the tables of exact_sums. Prices are integers, so the greatest value is exact: that makes a lower bound a proof.
+by dynamic programming. worth: (max_sequence_length + 1,), what a slot of each length is worth; worth[0] = 0. A table
+holds for every sum the greatest worth of at most k slots with that sum; tables of i and j slots give one of i + j:
+
+    best_i+j[sum] = max over part of best_i[part] + best_j[sum - part]        (best_1 = worth, best_k[0] = 0)
+
+So depth d takes log2(d) to 2 log2(d) combinations of O(max_sequence_length**2) steps each. The slots themselves are not
+kept: they are found again, for the few sums that need them, by looking for the parts that give the same number.
+Prices are integers, so the greatest value is exact: that makes a lower bound a proof.
 """
 
 from __future__ import annotations
@@ -16,7 +23,8 @@ from itertools import pairwise
 import numpy as np
 
 from packing.numba_tools import njit
-from packing.packers.exact_sums import fill_tables, find_parts, table_parts
+
+ENDLESS = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +55,7 @@ class Valuation:
     """
 
     slots: Slots
+    price: np.ndarray
     values: np.ndarray
     tables: np.ndarray
     parts: np.ndarray
@@ -55,6 +64,13 @@ class Valuation:
     @property
     def best(self) -> int:
         return int(self.values.max())
+
+    def bound(self, counts: np.ndarray) -> int:
+        """Packs that no packing of (lengths,) counts can go under: ceil(sum of count * price / best).
+
+        No pack is worth more than the best strategy. Any prices prove a bound; only good ones prove a good bound."""
+        worth = sum(a * b for a, b in zip(counts.tolist(), self.price.tolist(), strict=True))
+        return -(-worth // self.best) if self.best else 0
 
     def strategies(self, above: int, at_most: int, per_length: int) -> list[tuple[int, ...]]:
         """Up to at_most different strategies of a value above `above`, best first, as tuples of indices into lengths.
@@ -87,7 +103,7 @@ def value_strategies(slots: Slots, price: np.ndarray) -> Valuation:
     else:
         tables[:] = 0
         values = price
-    return Valuation(slots, values, tables, parts, row_of_slot)
+    return Valuation(slots, price, values, tables, parts, row_of_slot)
 
 
 def whole_prices(slots: Slots, prices: np.ndarray) -> np.ndarray:
@@ -121,4 +137,73 @@ def _complete(order, lengths, row_of_slot, tables, parts, rows, offsets, per_len
                 last_use[used] = count
             count += 1
             offsets[count] = end
+    return count
+
+
+# Tables
+
+
+def table_parts(depth: int, max_sequence_length: int) -> np.ndarray:
+    """(tables, 2) int64: from which two tables each comes, for strategies of at most `depth` lengths; row 0 is worth.
+
+    6 -> 1, 2 = 1 + 1, 3 = 2 + 1, 6 = 3 + 3.    A depth that limits nothing needs one table, which extends itself.
+    """
+    if depth >= max_sequence_length:
+        return np.array([(0, 0), (ENDLESS, ENDLESS)], np.int64)
+    parts = [(0, 0)]
+    for bit in bin(depth)[3:]:
+        parts.append((len(parts) - 1, len(parts) - 1))
+        if bit == "1":
+            parts.append((len(parts) - 1, 0))
+    return np.array(parts, np.int64)
+
+
+@njit(cache=True)
+def fill_tables(tables, parts):
+    """Every table from the first, which holds worth. In place; tables: (tables, max_sequence_length + 1)."""
+    for table in range(1, len(parts)):
+        left, right = parts[table, 0], parts[table, 1]
+        best, first = tables[table], tables[max(left, 0)]
+        for total in range(len(best)):  # best[:] = first takes Numba three seconds to compile
+            best[total] = first[total]
+        for part in range(1, len(best)):
+            if left == ENDLESS:  # whatever sums to `part` is known by now
+                _raise(best[part + 1 :], best[part], tables[0][1:])
+            elif left == right:  # the smaller part first, so that each pair comes once
+                _raise(best[2 * part :], tables[left, part], tables[right][part:])
+            else:
+                _raise(best[part:], tables[left, part], tables[right])
+
+
+@njit(cache=True)
+def _raise(best, value, added):
+    """best[s] = max(best[s], value + added[s]). In place."""
+    for s in range(len(best)):
+        worth = value + added[s]
+        best[s] = worth if worth > best[s] else best[s]
+
+
+@njit(cache=True)
+def find_parts(tables, parts, total, lengths):
+    """Write lengths, not in order, that sum to `total` and are worth tables[-1, total]; returns how many they are."""
+    count, waiting = 0, 0
+    stack = np.empty((len(lengths) + 2 * len(parts), 2), np.int64)
+    table = len(parts) - 1
+    while total > 0 or waiting > 0:
+        if total == 0:  # nothing is left of this part: take up one that waits
+            waiting -= 1
+            table, total = stack[waiting, 0], stack[waiting, 1]
+        elif table == 0:
+            lengths[count] = total
+            count, total = count + 1, 0
+        else:
+            left, right = parts[table, 0], parts[table, 1]
+            part = 0
+            if left == ENDLESS:
+                left, right, part = 0, table, 1
+            while tables[left, part] + tables[right, total - part] != tables[table, total]:
+                part += 1
+            stack[waiting, 0], stack[waiting, 1] = left, part
+            waiting += 1
+            table, total = right, total - part
     return count

@@ -10,8 +10,9 @@ from flag_runs import train
 from transformers import BertForPreTraining, TrainerCallback, TrainingArguments, pipeline
 
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.train.batch import counted_info, set_batch, split_step
+from bert_pretrain.train.batch import set_batch, split_step
 from bert_pretrain.train.config import PretrainConfig
+from bert_pretrain.train.counted import counted_info
 from bert_pretrain.train.pretrain import pretrain
 from collate.training.order import pack_depths, plan_steps
 from packing import packed_info

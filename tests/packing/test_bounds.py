@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packing import PackPlan, length_histogram
-from packing.bounds import counting_bound, depth_bound, dual_bound, l2_bound, lower_bound
+from packing.bounds import counting_bound, depth_bound, l2_bound, lower_bound
+from packing.packers.pricing import Slots, value_strategies, whole_prices
 
 
 def histogram_of(counts, max_sequence_length):
@@ -16,6 +17,13 @@ def histogram_of(counts, max_sequence_length):
     for length, count in counts.items():
         histogram[length] = count
     return histogram
+
+
+def dual_bound(histogram, prices, max_sequence_length, depth):
+    """What prices per length prove."""
+    slots = Slots.of(histogram, max_sequence_length, depth)
+    valuation = value_strategies(slots, whole_prices(slots, prices[slots.lengths]))
+    return valuation.bound(histogram[slots.lengths])
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from packing import plan_packs
-from packing.packers.exact_sums import fill_tables, find_parts, table_parts
 from packing.packers.nnlshp import fit_histogram
+from packing.packers.pricing import fill_tables, find_parts, table_parts
 
 
 @pytest.mark.parametrize(
