@@ -14,8 +14,6 @@ from collate.masking import _choose_words
 from packing.draws import fisher_yates
 from packing.numba_tools import stamp
 
-PROGRAM = "import numpy as np; from packing.caller import call; print(call())"
-
 
 def test_every_kernel_carries_the_stamp():
     """Of the package, and of its own folder: masking's kernels call those of words."""
@@ -24,26 +22,48 @@ def test_every_kernel_carries_the_stamp():
     assert {stamp(), own} <= set(_choose_words._cache._cache_file._source_stamp) and own != stamp()
 
 
+@pytest.mark.parametrize("package", [packing, collate], ids=["packing", "collate"])
+def test_an_edit_of_any_file_is_another_stamp(tmp_path, package):
+    """In whatever room the file lies."""
+    copy = tmp_path / "package"
+    shutil.copytree(Path(package.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    stamps = [stamp.__wrapped__(copy)]
+    for file in sorted(copy.rglob("*.py")):
+        file.write_text(file.read_text(encoding="utf-8") + "\n# edited\n", encoding="utf-8")
+        stamps.append(stamp.__wrapped__(copy))
+    assert len(set(stamps)) == len(stamps) > 20
+
+
+NUMBER = "from packing.numba_tools import njit\n\n@njit(cache=True)\ndef number():\n    return {}\n"
+CALL = """
+from packing.numba_tools import njit
+from packing.deep.part import number
+from collate.deep.part import number as other
+
+@njit(cache=True)
+def call():
+    return number(), other()
+"""
+
+
 def test_a_change_in_a_file_that_is_called_is_noticed(tmp_path):
-    """A kernel that calls one of another file: Numba alone would go on with the old one."""
-    copy = tmp_path / "packing"
-    copy.mkdir()
-    shutil.copy(Path(packing.__file__).with_name("numba_tools.py"), copy)
-    (copy / "__init__.py").write_text("")
-    (copy / "caller.py").write_text(
-        "from .called import number\nfrom .numba_tools import njit\n\n"
-        "@njit(cache=True)\ndef call():\n    return number()\n"
-    )
+    """A kernel of collate that calls kernels of other files: Numba alone would go on with the old ones."""
+    for package in ("packing", "collate"):
+        (tmp_path / package / "deep").mkdir(parents=True)
+        for folder in (package, f"{package}/deep"):
+            (tmp_path / folder / "__init__.py").write_text("")
+    shutil.copy(Path(packing.__file__).with_name("numba_tools.py"), tmp_path / "packing")
+    (tmp_path / "collate" / "caller.py").write_text(CALL)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    program = "from collate.caller import call; print(*call(), sum(call.stats.cache_hits.values()))"
     found = []
-    for number in (1, 1, 2):
-        called = f"from .numba_tools import njit\n\n@njit(cache=True)\ndef number():\n    return {number}\n"
-        (copy / "called.py").write_text(called)
-        environment = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-        ran = subprocess.run(
-            [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
-        )
-        found.append(int(ran.stdout))
-    assert found == [1, 1, 2]
+    for numbers in ((1, 1), (1, 1), (2, 1), (2, 2)):
+        for package, number in zip(("packing", "collate"), numbers, strict=True):
+            (tmp_path / package / "deep" / "part.py").write_text(NUMBER.format(number))
+        command = [sys.executable, "-c", program]
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+        found.append(ran.stdout.split())
+    assert found == [["1", "1", "0"], ["1", "1", "1"], ["2", "1", "0"], ["2", "2", "0"]]
 
 
 WITHOUT_A_HOME = """

@@ -24,7 +24,7 @@ from shelf import Shelf, fail
 from packing import cli, pack_dataset, verify_packed
 from packing.command import pack
 from packing.dataset import prepare_packing
-from packing.files import folder
+from packing.files import hashed
 from packing.options import PackOptions
 from packing.source import ranges
 from packing.store import cluster
@@ -152,7 +152,7 @@ def die_reading(notes, rows, source, key):
 def die_writing(source, key, task):
     """The first time, the worker kills itself with a shard half written."""
     if task.file.startswith("data-00004") and times(Path(task.folder).parent, "deaths") == 1:
-        real, left = folder.write_bytes, [3]
+        real, left = hashed.write_bytes, [3]
 
         def write_bytes(descriptor, data):
             left[0] -= 1
@@ -160,7 +160,7 @@ def die_writing(source, key, task):
                 os.kill(os.getpid(), signal.SIGKILL)
             real(descriptor, data)
 
-        folder.write_bytes = write_bytes
+        hashed.write_bytes = write_bytes
     return WRITE(source, key, task)
 
 
