@@ -1,24 +1,30 @@
 """The command `bert-pretrain`: `prepare` makes sequences of text, `train` pretrains on their packs."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import version
 
 from bert_pretrain.failure import say_end, say_failure
-from bert_pretrain.options import names_in_source, parse, read_config_file, refuse_unknown, split_config_file
+from bert_pretrain.options import parse, read_config_file, split_config_file
+from bert_pretrain.stand_in import stand_in
+from packing.files.errors import suggestion
 
 USAGE = """usage: bert-pretrain prepare [CONFIG.yaml] --text FILE_OR_FOLDER … --output FOLDER [options]
-       bert-pretrain train [CONFIG.yaml] --dataset PACKED --tokenizer FOLDER --output_dir FOLDER [options]
+       bert-pretrain train [CONFIG.yaml] --dataset PACKED --tokenizer FOLDER --output-dir FOLDER [options]
 
   prepare   text -> tokenizer and tokenized sequences (sentence pairs for NSP), ready for pack-dataset
-  train     packed dataset -> a BERT checkpoint that transformers opens; run again, it goes on from the last
-            checkpoint in its output_dir
+  train     packed dataset -> a BERT checkpoint that transformers opens; the same command again resumes from the
+            last checkpoint in its output_dir
 
-Options may stand in a YAML or JSON file; flags beside it win.
-bert-pretrain prepare --help and bert-pretrain train --help list the options.
+examples:
+  bert-pretrain prepare --text corpus --output prepared
+  pack-dataset prepared packed
+  bert-pretrain train --dataset packed --tokenizer prepared/tokenizer --output-dir bert --max-steps 1000
+  bert-pretrain train run.yaml --seed 1            options from a file; flags beside it win
+
+bert-pretrain prepare --help and bert-pretrain train --help list the options, bert-pretrain --version says the version.
 """
-
-PREPARE_OPTIONS = (("bert_pretrain.prepare.prepare", "PrepareConfig"),)
-TRAIN_OPTIONS = (("bert_pretrain.train.config", "PretrainConfig"), ("transformers.training_args", "TrainingArguments"))
 
 MODEL = [
     *("model", "attention", "attention_options", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -50,43 +56,44 @@ def help_groups(own: list[str], others: list[str]) -> dict[str, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 for bad input, which is said in one line."""
+    """Run a command; returns the exit status: 0, or 2 for bad input, with one line on stderr that says why."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"prepare": _prepare, "train": _train}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    if arguments[0] not in commands:
-        print(f"bert-pretrain: unknown command {arguments[0]!r}; choose from {list(commands)}", file=sys.stderr)
+    name = arguments[0]
+    if name == "--version":
+        print("bert-pretrain", version("dataset-packing"))
+        return 0
+    if name not in commands:
+        near = suggestion(name, commands)
+        print(f"bert-pretrain: unknown command {name!r}{near}; choose from {', '.join(commands)}", file=sys.stderr)
         return 2
     try:
-        commands[arguments[0]](arguments[1:])
+        commands[name](arguments[1:])
     except (ValueError, OSError, ImportError) as error:
-        say_failure(f"bert-pretrain {arguments[0]}: {error}")
+        say_failure(f"bert-pretrain {name}: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
-        say_end(f"bert-pretrain {arguments[0]}: interrupted{interrupt}")
+        say_end(f"bert-pretrain {name}: interrupted{interrupt}")
         return 130
     except SystemExit as stop:  # --help, or a signal after which a checkpoint was saved
         if isinstance(stop.code, int) and stop.code > 128:
-            say_end(f"bert-pretrain {arguments[0]}: {stop}")
+            say_end(f"bert-pretrain {name}: {stop}")
             return stop.code
         raise
     return 0
 
 
-def _read(sources, arguments: list[str]) -> tuple[str | None, dict, list[str]]:
-    """The config file, its values, and the flags; typos are refused before anything slow is imported."""
+def read_arguments(arguments: Sequence[str]) -> tuple[str | None, dict, list[str]]:
+    """The config file, its values, and the flags."""
     config_file, flags = split_config_file(arguments)
-    values = {} if config_file is None else read_config_file(config_file)
-    names = [names_in_source(module, class_name) for module, class_name in sources]
-    if None not in names:
-        refuse_unknown(set().union(*names), config_file, values, flags)
-    return config_file, values, flags
+    return config_file, {} if config_file is None else read_config_file(config_file), flags
 
 
 def _prepare(arguments: list[str]) -> None:
-    given = _read(PREPARE_OPTIONS, arguments)
+    given = read_arguments(arguments)
 
     from bert_pretrain.prepare.prepare import PrepareConfig, prepare
     from bert_pretrain.prepare.summary import summary_table
@@ -98,7 +105,12 @@ def _prepare(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    given = _read(TRAIN_OPTIONS, arguments)
+    from bert_pretrain.train.config import PretrainConfig
+
+    given = read_arguments(arguments)
+    quick = stand_in("transformers.training_args", "TrainingArguments")
+    if quick is not None:  # --help and mistakes are answered before torch is imported
+        _parse_training((PretrainConfig, quick), given)
 
     import logging
     import os
@@ -108,24 +120,26 @@ def _train(arguments: list[str]) -> None:
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils.logging import disable_progress_bar
 
-    from bert_pretrain.train.config import PretrainConfig
     from bert_pretrain.train.pretrain import pretrain
 
     # What goes wrong on one rank goes wrong there; what goes right is said once.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
     hub_logging.disable_propagation()  # it has a handler of its own, and would say everything twice
-    own, others = ([field.name for field in fields(options)] for options in (PretrainConfig, TrainingArguments))
-    groups = help_groups(own, others)
-    config, training = parse((PretrainConfig, TrainingArguments), "bert-pretrain train", *given, groups=groups)
+    config, training = _parse_training((PretrainConfig, TrainingArguments), given)
     if training.disable_tqdm:
         disable_progress_bar()  # transformers' own bars, of saving, too
     try:
         pretrain(config, training)
     except KeyboardInterrupt:
         last = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
-        there = f"; {last} stays, and the same command goes on from it" if last else " before a checkpoint was saved"
+        there = f"; {last} stays, and the same command resumes from it" if last else " before a checkpoint was saved"
         raise KeyboardInterrupt(there) from None
+
+
+def _parse_training(options: tuple[type, type], given: tuple[str | None, dict, list[str]]) -> tuple:
+    groups = help_groups(*([field.name for field in fields(each)] for each in options))
+    return parse(options, "bert-pretrain train", *given, groups=groups)
 
 
 if __name__ == "__main__":

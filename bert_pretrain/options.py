@@ -1,23 +1,23 @@
-"""A config file and flags -> the dataclasses that a command is configured with; flags win over the file.
+"""A config file and flags -> the dataclasses that configure a command; flags win over the file.
 
-    bert-pretrain train config.yaml --max_steps 1000
+    bert-pretrain train config.yaml --max-steps 1000
 
-    config.yaml   learning_rate: 1e-4           --learning_rate=1e-4
-                  eval_strategy: no        ->   --eval_strategy=no
-                  save_steps: 500               --save_steps=500        --max_steps 1000
+    config.yaml   learning_rate: 1e-4           --learning-rate=1e-4
+                  eval_strategy: no        ->   --eval-strategy=no
+                  save_steps: 500               --save-steps=500        --max-steps 1000
 
-The file becomes flags that stand before the real ones: so both mean the same, are checked by the same parser, and the
-last one wins. (HfArgumentParser.parse_yaml_file takes no flags beside the file, and checks no types.)
+The file becomes flags that stand before the real ones. So both mean the same, one parser checks both, and the last one
+wins. (HfArgumentParser.parse_yaml_file takes no flags beside the file, and checks no types.)
 """
 
-import ast
-import importlib.util
 import json
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentTypeError
-from collections.abc import Iterable, Sequence
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from packing.command.parser import Version, with_hyphens
 from packing.files.errors import suggestion
 
 FORMATS = (".yaml", ".yml", ".json")
@@ -87,38 +87,25 @@ def _without_twins(pairs: Iterable[tuple[Any, Any]]) -> dict:
 def refuse_unknown(known: Iterable[str], config_file: str | None, keys: Iterable[str], flags: Sequence[str]) -> None:
     """Raise ValueError for a key of the file or a flag that no option has, naming the nearest one.
 
-    known: the names of all options, with underscores.
+    known: the names of all options, with underscores. flags: with hyphens.
     """
     known = set(known)
     for key in keys:
         if key not in known:
-            raise ValueError(
-                f"config file {config_file!r} has an unknown key {key!r}{suggestion(key, known, SEE_HELP)}"
-            )
+            meant = suggestion(key, known, SEE_HELP)
+            raise ValueError(f"config file {config_file!r} has an unknown key {key!r}{meant}")
+    options = {_option(name) for name in known}
     for flag in flags:
-        if not flag.startswith("--") or flag == "--help":
+        option = flag.partition("=")[0]
+        if not flag.startswith("--") or option in ("--help", "--version"):
             continue
-        name = flag[2:].partition("=")[0].replace("-", "_")
-        if name not in known and name.removeprefix("no_") not in known:
-            raise ValueError(
-                f"unknown option --{name}{suggestion(f'--{name}', [f'--{option}' for option in known], SEE_HELP)}"
-            )
+        if option not in options and f"--{option.removeprefix('--no-')}" not in options:
+            raise ValueError(f"unknown option {option}{suggestion(option, options, SEE_HELP)}")
 
 
-def names_in_source(module: str, class_name: str) -> set[str] | None:
-    """The field names of a dataclass, read from its source without importing it; None: they cannot all be known so.
-
-    A typo is told at once, where importing transformers and torch takes ten seconds or more.
-    """
-    package, _, submodule = module.partition(".")
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        return None  # and importing it will say so
-    tree = ast.parse((Path(spec.origin).parent / f"{submodule.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == class_name and not node.bases:
-            return {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
-    return None
+def _option(name: str) -> str:
+    """max_steps -> --max-steps"""
+    return f"--{name.replace('_', '-')}"
 
 
 def parse(
@@ -134,9 +121,10 @@ def parse(
     groups: {title: options} in the order in which --help shows them.
     Raises ValueError for what the parser does not understand; prints the help and exits for --help.
     """
+    flags = with_hyphens(flags)
+    refuse_unknown((field.name for options in dataclasses for field in fields(options)), config_file, values, flags)
     parser = _make_parser(dataclasses, prog)
     actions = _options(parser)
-    refuse_unknown(actions.keys() - {"help"}, config_file, values, flags)
     _arrange(parser, groups or {})
     given = []
     for key, value in values.items():
@@ -146,7 +134,7 @@ def parse(
             raise ValueError(f"config file {config_file!r}: {key} {error}") from None
     try:
         return parser.parse_args_into_dataclasses([*given, *flags], look_for_args_file=False)
-    except json.JSONDecodeError as error:  # of an option that takes a dictionary
+    except json.JSONDecodeError as error:  # an option that takes a dictionary
         raise ValueError(f"{error.doc!r} is no JSON: {error}") from None
     except TypeError as error:  # a key that such a dictionary may not have
         raise ValueError(str(error)) from error
@@ -154,7 +142,6 @@ def parse(
 
 def _make_parser(dataclasses: Sequence[type], prog: str):
     from transformers import HfArgumentParser
-    from transformers.hf_argparser import string_to_bool
 
     class OptionsParser(HfArgumentParser):
         def error(self, message: str):
@@ -168,16 +155,37 @@ def _make_parser(dataclasses: Sequence[type], prog: str):
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=Version, nargs=0, default=SUPPRESS)
     for action in parser._actions:
-        if action.type is string_to_bool:  # `--bf16` alone means yes, for optional booleans, too
-            action.nargs, action.const = "?", True
-        if action.dest == "report_to":  # TrainingArguments takes a list, HfArgumentParser would take one name
-            action.nargs = "+"
-        if action.dest == "fsdp":  # True, or what was written before there was fsdp_config
-            action.type, action.nargs, action.const = _true_or_text, "?", True
-        if action.dest == "include_num_input_tokens_seen":  # a word or a boolean; HfArgumentParser takes the latter
-            action.type, action.nargs, action.const = _counted_tokens, "?", "all"
+        _mend(action)
     return parser
+
+
+def _mend(action: Action) -> None:
+    """One spelling for help and errors, choices that name the nearest one, and what HfArgumentParser takes wrongly."""
+    from transformers.hf_argparser import string_to_bool
+
+    action.option_strings = [option for option in action.option_strings if "_" not in option]
+    if action.choices and action.type is not None:
+        action.type = _named_choice(action.type, tuple(action.choices))
+    if action.type is string_to_bool:  # `--bf16` alone means yes, for optional booleans, too
+        action.nargs, action.const = "?", True
+    if action.dest == "report_to":  # TrainingArguments takes a list, HfArgumentParser would take one name
+        action.nargs = "+"
+    if action.dest == "fsdp":  # True, or what was written before there was fsdp_config
+        action.type, action.nargs, action.const = _true_or_text, "?", True
+    if action.dest == "include_num_input_tokens_seen":  # a word or a boolean; HfArgumentParser takes the latter
+        action.type, action.nargs, action.const = _counted_tokens, "?", "all"
+
+
+def _named_choice(kind: Callable[[str], Any], choices: tuple) -> Callable[[str], Any]:
+    def checked(text: str) -> Any:
+        if (value := kind(text)) in choices:
+            return value
+        near = suggestion(text, map(str, choices))
+        raise ArgumentTypeError(f"{text!r} is unknown{near}; choose from {', '.join(map(str, choices))}")
+
+    return checked
 
 
 def _true_or_text(text: str) -> bool | str | None:
@@ -228,7 +236,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
         if action.choices:
             return f"{option} {{{','.join(map(str, action.choices))}}}" if len(action.choices) < 6 else f"{option} NAME"
         if action.const is True:
-            return f"{option}, --no_{action.dest}" if action.default is True else option
+            return f"{option}, --no-{option.removeprefix('--')}" if action.default is True else option
         if action.nargs == 0:
             return option
         kind = {int: "N", float: "X"}.get(action.type, "VALUE")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bert_pretrain.objective import OBJECTIVES
+from packing.files.errors import suggestion
 
 OPTIMIZERS = ("adamw", "lamb")
 BATCH_POLICIES = ("sequences", "packs")
@@ -126,18 +127,19 @@ class PretrainConfig:
         from collate.losses import check_mlm_loss  # not at the top: it needs torch
 
         check_mlm_loss(self.mlm_loss)
-        if self.objective not in (AUTO, *OBJECTIVES):
-            raise ValueError(f"unknown objective {self.objective!r}; choose from {[AUTO, *OBJECTIVES]}")
-        if self.batch_policy not in BATCH_POLICIES:
-            raise ValueError(f"unknown batch_policy {self.batch_policy!r}; choose from {list(BATCH_POLICIES)}")
+        for name, choices in (
+            ("objective", (AUTO, *OBJECTIVES)),
+            ("batch_policy", BATCH_POLICIES),
+            ("optimizer", OPTIMIZERS),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"unknown {name} {value!r}{suggestion(value, choices)}; choose from {list(choices)}")
         if self.batch_policy == "packs" and self.sequences_per_step != SEQUENCES_PER_STEP:
             raise ValueError(
                 f"sequences_per_step={self.sequences_per_step} is for batch_policy='sequences'; with 'packs' a step "
                 "holds what its packs hold: leave it out, and set per_device_train_batch_size and "
                 "gradient_accumulation_steps"
             )
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose from {list(OPTIMIZERS)}")
         width, heads = (getattr(self, name) or NEW_MODEL[name] for name in ("hidden_size", "num_attention_heads"))
         if width % heads:
             raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")

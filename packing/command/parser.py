@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, hint: str = "", lacks: str = "", **about: Any):
         super().__init__(prog=prog, formatter_class=HelpFormatter, allow_abbrev=False, **about)
         self.hint, self.lacks = hint, lacks
-        self.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+        self.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
 
     def parse(self, arguments: Iterable[str]) -> argparse.Namespace:
         """The values, and `defaults`: {name: default} of them all. Exits with status 2 for what it cannot parse."""
@@ -110,7 +110,7 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return checked
 
 
-class _Version(argparse.Action):
+class Version(argparse.Action):
     """Print the version, which is looked up only now."""
 
     def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:

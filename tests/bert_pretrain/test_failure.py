@@ -10,7 +10,7 @@ from bert_pretrain import failure
 from bert_pretrain.cli import main as bert_pretrain
 
 WRONG = ["train", "--lerning_rate", "1"]
-MESSAGE = "bert-pretrain train: unknown option --lerning_rate; did you mean --learning_rate?"
+MESSAGE = "bert-pretrain train: unknown option --lerning-rate; did you mean --learning-rate?"
 
 
 @pytest.fixture

@@ -5,21 +5,22 @@ import json
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from transformers import TrainingArguments
 
-from bert_pretrain.cli import TRAIN_OPTIONS, _read
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.options import names_in_source, parse, read_config_file
-from bert_pretrain.prepare.prepare import PrepareConfig
+from bert_pretrain.cli import read_arguments
+from bert_pretrain.options import _make_parser, parse, read_config_file
+from bert_pretrain.stand_in import stand_in
 from bert_pretrain.train.config import PretrainConfig
 
 TRAIN = (PretrainConfig, TrainingArguments)
 
 
 def parsed(*arguments):
-    return parse(TRAIN, "bert-pretrain train", *_read(TRAIN_OPTIONS, list(arguments)))
+    return parse(TRAIN, "bert-pretrain train", *read_arguments(arguments))
 
 
 def written(folder, name, text):
@@ -86,7 +87,10 @@ def test_booleans_alone_mean_yes():
         ("seed:", "seed has no value; give one, or leave the key out"),
         ("seed: [1, 2]", "seed is [1, 2], but takes one value"),
         ("seed: one", "argument --seed: invalid int value: 'one'"),
-        ("lr_scheduler_type: linar", "argument --lr_scheduler_type/--lr-scheduler-type: invalid choice: 'linar'"),
+        (
+            "lr_scheduler_type: linar",
+            "argument --lr-scheduler-type: 'linar' is unknown; did you mean 'linear'?; choose from",
+        ),
         ("- seed", "must hold options and their values"),
         ("seed: [", "while parsing a flow node"),
     ],
@@ -102,8 +106,8 @@ def test_mistakes_in_a_file_are_one_line(tmp_path, capsys, text, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sequence_per_step", "3"], "unknown option --sequence_per_step; did you mean --sequences_per_step?"),
-        (["--sequences-per-stp=3"], "unknown option --sequences_per_stp; did you mean --sequences_per_step?"),
+        (["--sequence_per_step", "3"], "unknown option --sequence-per-step; did you mean --sequences-per-step?"),
+        (["--sequences-per-stp=3"], "unknown option --sequences-per-stp; did you mean --sequences-per-step?"),
         (["nowhere.yaml"], "there is no config file 'nowhere.yaml'"),
         (["config.toml"], "'config.toml' is no config file: its name must end in .yaml, .yml, .json"),
         (["--max_steps", "3"], "the following arguments are required: --dataset, --tokenizer"),
@@ -133,13 +137,36 @@ def test_twins_in_json_are_refused(tmp_path):
         read_config_file(written(tmp_path, "run.json", '{"seed": 1, "seed": 2}'))
 
 
-def test_names_in_source_are_the_fields():
-    """Typos are looked up in the source of the dataclasses, whose names must be all of the options."""
-    for (module, name), options in zip(TRAIN_OPTIONS, TRAIN, strict=True):
-        assert names_in_source(module, name) == {field.name for field in dataclasses.fields(options)}
-    assert names_in_source("bert_pretrain.prepare.prepare", "PrepareConfig") == {
-        f.name for f in dataclasses.fields(PrepareConfig)
-    }
+def test_a_stand_in_has_the_options_of_the_real_arguments():
+    """It answers --help and mistakes, so the parser made of it must know the same."""
+    quick = stand_in("transformers.training_args", "TrainingArguments")
+    actions = [{a.dest: a for a in _make_parser((kind,), "train")._actions} for kind in (quick, TrainingArguments)]
+    assert list(actions[0]) == list(actions[1])
+    for found, real in zip(*(each.values() for each in actions), strict=True):
+        assert found.option_strings == real.option_strings and found.nargs == real.nargs, real.dest
+        assert found.help == real.help and found.required == real.required, real.dest
+        if real.dest != "optim":  # its default depends on the version of torch
+            assert found.default == real.default, real.dest
+        if "log_level" not in real.dest:  # their choices are computed
+            assert found.choices == real.choices, real.dest
+
+
+def test_a_stand_in_is_read_from_the_source_alone(tmp_path, monkeypatch):
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "__init__.py").write_text("")
+    (tmp_path / "slow" / "words.py").write_text("from enum import Enum\nclass Word(Enum):\n    YES = 'yes'\n")
+    (tmp_path / "slow" / "options.py").write_text(
+        "from .words import Word\nraise AssertionError('it was imported')\n"
+        "class Options:\n    several = 3\n    if several:\n        other = 1\n        several = 4\n"
+        "    word: Word | str = field(default='yes', metadata={'help': 'a' 'b', 'choices': unknown()})\n"
+        "    number: int = several\n    names: list[str] = field(default_factory=list)\n    left: Unknown = other\n"
+        "class Others(Options):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    word, number, names, left = dataclasses.fields(stand_in("slow.options", "Options"))
+    assert (word.default, word.metadata) == ("yes", {"help": "ab"}) and [*get_args(word.type)[0]] == ["yes"]
+    assert (number.type, number.default, names.default_factory, left.default) == (int, None, list, 1)
+    assert stand_in("slow.options", "Others") is None and stand_in("not_there.options", "Options") is None
 
 
 def test_a_typo_is_told_before_anything_heavy_is_imported():
@@ -165,6 +192,17 @@ def test_prepare_takes_a_config_file(tmp_path, capsys):
     assert "did you mean 'max_sequence_length'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["prepare", "--help"], ["train", "--help"], ["train", "--seed", "x"]])
+def test_help_and_mistakes_do_not_wait_for_torch(arguments):
+    code = (
+        "import sys; from bert_pretrain.cli import main\n"
+        f"try: main({arguments})\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'datasets', 'numba'} & set(sys.modules), sorted(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("command", ["prepare", "train"])
 def test_help_shows_our_own_options_first(capsys, command):
     with pytest.raises(SystemExit) as exit_of_help:
@@ -172,10 +210,12 @@ def test_help_shows_our_own_options_first(capsys, command):
     assert exit_of_help.value.code == 0
     shown = capsys.readouterr().out
     if command == "train":
-        order = ["data, objective and steps", "--sequences_per_step", "model:", "--hidden_size", "--learning_rate"]
-        order += ["--report_to", "the other TrainingArguments", "--neftune_noise_alpha"]
+        order = ["data, objective and steps", "--sequences-per-step", "model:", "--hidden-size", "--learning-rate"]
+        order += ["--report-to", "the other TrainingArguments", "--neftune-noise-alpha"]
         places = [shown.index(what) for what in order]
         assert places == sorted(places)
         for field in [*dataclasses.fields(PretrainConfig), *dataclasses.fields(TrainingArguments)]:
-            assert len(re.findall(rf"^  --{field.name}\b", shown, re.MULTILINE)) == 1, field.name
-    assert "--lowercase, --no_lowercase" in shown or command == "train"
+            assert len(re.findall(rf"^  --{field.name.replace('_', '-')}(?![-\w])", shown, re.MULTILINE)) == 1, (
+                field.name
+            )
+    assert "--lowercase, --no-lowercase" in shown or command == "train"

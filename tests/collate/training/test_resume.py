@@ -261,7 +261,7 @@ def test_control_c_ends_at_once_and_says_that_the_checkpoint_stays(options, tmp_
     assert run.wait_for_checkpoint()
     run.send(signal.SIGINT)
     assert run.end() == {130}
-    assert re.search(r"interrupted; .*checkpoint-\d+ stays, and the same command goes on from it", run.log.read_text())
+    assert re.search(r"interrupted; .*checkpoint-\d+ stays, and the same command resumes from it", run.log.read_text())
     check_checkpoint(last_checkpoint(tmp_path / "run"))
 
 
