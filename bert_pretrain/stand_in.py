@@ -56,7 +56,7 @@ def _constants(found: ast.ClassDef) -> dict[str, Any]:
 
 def _enums(annotation: ast.expr, tree: ast.Module, file: Path) -> dict[str, type]:
     """The enumerations that an annotation names, from this module or from those beside it that it imports."""
-    enums = {}
+    enums: dict[str, Any] = {}
     for node in ast.walk(annotation):
         if isinstance(node, ast.Name) and (found := _find_enum(node.id, tree, file)):
             pairs = [(ast.unparse(line.targets[0]), ast.literal_eval(line.value)) for line in found]
