@@ -51,7 +51,7 @@ from transformers import (
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import use_attention
-from bert_pretrain.train.lamb import Lamb
+from bert_pretrain.train.optimizer import Lamb
 from collate import DataCollatorWithPacking, PackedTrainer
 
 BOUND = 1e-12

@@ -1,4 +1,17 @@
-"""BERT pretraining on packed rows: pairs, model, attention heads, loss and run."""
+"""BERT pretraining on packed rows: text to sequences, model, attention heads, and the run.
+
+cli          the command bert-pretrain
+options      config files and flags
+places       folders and names that a user gives
+failure      how a command ends that cannot continue
+objective    OBJECTIVES: what is learned about sentence pairs, one row each
+prepare/     text -> sequences
+model        PackedBertForPreTraining
+attention/   attention heads: the contract, and ATTENTION
+train/       one pretraining run
+
+Others import PackedBertForPreTraining from here, and what attention/ names.
+"""
 
 from typing import TYPE_CHECKING
 

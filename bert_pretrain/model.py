@@ -5,7 +5,7 @@ attention heads keep the sequences apart by the layout. Nothing is padded back: 
 vocabulary projection, the largest product of a small BERT, runs on predicted positions only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from transformers.utils import ModelOutput
 
 from bert_pretrain.attention import AttentionHead, use_attention
 from bert_pretrain.attention.head import initialize_head
-from bert_pretrain.loss import pretraining_metrics, pretraining_sums
-from collate.columns import IGNORED
+from collate.columns import IGNORED, PAIR_LABELS
 from collate.layout import PackLayout
-from collate.losses import MLM_LOSSES, check_mlm_loss
+from collate.losses import Loss, check_mlm_loss, mlm_sums, pair_sums, pretraining_loss
+from collate.views import at_least_float32
 
 DEFAULT_ATTENTION = "sdpa"
 
@@ -26,7 +26,7 @@ DEFAULT_ATTENTION = "sdpa"
 class PackedBertOutput(ModelOutput):
     """
     loss: scalar, where labels, or labels of sentence pairs, were given.
-    sums: (13,) additive statistics, `bert_pretrain.loss.PretrainingSums`.
+    sums: 1-D, additive over batches and ranks; `model.metrics(sums)` says what they mean.
     prediction_logits: (P, V) at the P predicted positions in order; without labels (B, L, V), as stock BERT has it.
     seq_relationship_logits: (N, 2), one row per [CLS] in order; sequences whose label is -100 included.
     last_hidden_state: (B, L, D) without labels, else None: training never pads back.
@@ -47,8 +47,11 @@ class PackedBertForPreTraining(BertForPreTraining):
     same; "token": every predicted token does).
     """
 
+    pair_columns = tuple(PAIR_LABELS.values())
+    """Labels of sentence pairs that `forward` takes, one of them at a time."""
+
     def __init__(self, config: BertConfig):
-        mlm_loss = getattr(config, "mlm_loss", None) or MLM_LOSSES[0]
+        mlm_loss = getattr(config, "mlm_loss", None) or "sequence"
         check_mlm_loss(mlm_loss)
         if config.is_decoder or config.add_cross_attention:
             raise ValueError("packed pretraining is for encoders; set is_decoder=False and add_cross_attention=False")
@@ -68,31 +71,31 @@ class PackedBertForPreTraining(BertForPreTraining):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cls_positions: Tensor | None = None,
-        next_sentence_label: Tensor | None = None,
-        sentence_order_label: Tensor | None = None,
         denominators: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        **pair_labels: Tensor | None,
     ) -> PackedBertOutput:
         """Run the packed rows of one batch.
 
-        input_ids, sequence_ids, position_ids, token_type_ids, labels: (B, L); cls_positions, next_sentence_label:
-        (B, S), -1 and -100 in empty slots. position_ids defaults to counting from 0 in each sequence, cls_positions to
-        each sequence's first token, token_type_ids to 0.
-        sentence_order_label: (B, S) in place of next_sentence_label, as AlbertForPreTraining has it: 0 the original
-        order of A and B, 1 switched. The same head learns it, and the metrics are called sop_… then.
+        input_ids, sequence_ids, position_ids, token_type_ids, labels: (B, L). position_ids defaults to counting from 0
+            in each sequence, token_type_ids to 0.
+        cls_positions: (B, S), -1 in empty slots; defaults to each sequence's first token.
         denominators: (3,) what the loss is divided by, counted over an optimizer step; None: over this batch.
         attention_mask: refused; sequence_ids says more.
+        pair_labels: one of next_sentence_label (0: B is the next sentence, 1: a random one) and sentence_order_label
+            (0: A and B in order, 1: switched, as AlbertForPreTraining has it), (B, S), -100 in empty slots. One head
+            learns either; the metrics are called nsp_… or sop_… accordingly.
         """
         if attention_mask is not None or sequence_ids is None:
             raise ValueError(
                 "PackedBertForPreTraining needs sequence_ids (1, 2, 3… within each row, 0 on padding) and takes no "
                 "attention_mask, which cannot tell sequences apart; with one per row pass the mask as sequence_ids"
             )
+        objective, pair_label = _pair_label(pair_labels)
         layout = PackLayout(sequence_ids)
         hidden_TD = self.encode(layout, input_ids, position_ids, token_type_ids)
         cls_token = self._cls_tokens(layout, cls_positions)
         pair_logits_N2 = self.cls.seq_relationship(self.bert.pooler(hidden_TD[cls_token][:, None]))
-        objective, pair_label = _pair_label(next_sentence_label, sentence_order_label)
         if labels is None and pair_label is None:
             return PackedBertOutput(
                 prediction_logits=layout.pad(self.cls.predictions(hidden_TD)),
@@ -104,18 +107,15 @@ class PackedBertForPreTraining(BertForPreTraining):
         predicted = (labels_T != IGNORED).nonzero().squeeze(1)
         mlm_logits_PV = self.cls.predictions(hidden_TD[predicted])
         labelled, pair_labels_N = self._pair_targets(cls_positions, pair_label, cls_token)
-        sums = pretraining_sums(
-            layout,
-            mlm_logits_PV.float() if mlm_logits_PV.dtype.itemsize < 4 else mlm_logits_PV,
-            labels_T[predicted],
-            layout.sequence_of_token[predicted],
-            pair_logits_N2[labelled].to(mlm_logits_PV.dtype if mlm_logits_PV.dtype.itemsize >= 4 else torch.float32),
-            pair_labels_N,
-            objective,
-        )
+        sequence_P = layout.sequence_of_token[predicted]
+        predicted_N = torch.bincount(sequence_P, minlength=layout.num_sequences)
+        sums = mlm_sums(at_least_float32(mlm_logits_PV), labels_T[predicted], sequence_P, predicted_N)
+        sums |= pair_sums(at_least_float32(pair_logits_N2[labelled]), pair_labels_N, by_row=True)
+        sums |= {_labelled(name): sums["pairs"] * (name == objective) for name in PAIR_LABELS}
+        loss = self._loss(objective)
         return PackedBertOutput(
-            loss=sums.loss(self.config.mlm_loss, denominators),
-            sums=sums.stacked(),
+            loss=loss(sums, denominators),
+            sums=loss.stacked(sums, layout),
             prediction_logits=mlm_logits_PV,
             seq_relationship_logits=pair_logits_N2,
         )
@@ -137,8 +137,23 @@ class PackedBertForPreTraining(BertForPreTraining):
         return self.bert.encoder(embedded_1TD, layout=layout).last_hidden_state[0]
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """Losses and accuracies from summed `PackedBertOutput.sums`."""
-        return pretraining_metrics(sums, self.config.mlm_loss)
+        """Losses and accuracies from summed `PackedBertOutput.sums`.
+
+        Raises ValueError for sums over several kinds of pairs, whose accuracies cannot be told apart any more.
+        """
+        names = self._loss().names
+        counts = {name: int(sums[names.index(_labelled(name))]) for name in PAIR_LABELS}
+        first, *others = [name for name, count in counts.items() if count] or ["nsp"]
+        if others:
+            raise ValueError(
+                f"{counts[others[0]]} of {sum(counts.values())} labelled sequences have a {PAIR_LABELS[others[0]]}, "
+                f"the others a {PAIR_LABELS[first]}; evaluate them apart"
+            )
+        return self._loss(first).metrics(sums)
+
+    def _loss(self, objective: str = "nsp") -> Loss:
+        loss = pretraining_loss(self.config.mlm_loss, objective)
+        return replace(loss, others=tuple(_labelled(name) for name in PAIR_LABELS))
 
     def _cls_tokens(self, layout: PackLayout, cls_positions: Tensor | None) -> Tensor:
         """(N,) which of the T tokens the [CLS] are."""
@@ -174,11 +189,21 @@ class PackedBertForPreTraining(BertForPreTraining):
             self.config.save_pretrained(save_directory)
 
 
-def _pair_label(next_sentence_label: Tensor | None, sentence_order_label: Tensor | None) -> tuple[str, Tensor | None]:
+def _pair_label(pair_labels: dict[str, Tensor | None]) -> tuple[str, Tensor | None]:
     """The objective of the sentence pairs, and their labels (B, S); there is one head for them."""
-    if next_sentence_label is not None and sentence_order_label is not None:
+    names = {column: name for name, column in PAIR_LABELS.items()}
+    for name in pair_labels:
+        if name not in names:
+            raise TypeError(f"PackedBertForPreTraining.forward() got an unexpected keyword argument {name!r}")
+    given = {name: labels for name, labels in pair_labels.items() if labels is not None}
+    if len(given) > 1:
         raise ValueError(
-            "the batch has next_sentence_label and sentence_order_label, and one head cannot learn both; remove one of "
-            "the columns from the dataset"
+            f"the batch has {' and '.join(given)}, and one head cannot learn both; remove one of the columns from the "
+            "dataset"
         )
-    return ("nsp", next_sentence_label) if sentence_order_label is None else ("sop", sentence_order_label)
+    return next(((names[column], labels) for column, labels in given.items()), ("nsp", None))
+
+
+def _labelled(objective: str) -> str:
+    """The name of the sum that counts the pairs of an objective."""
+    return f"{objective}_pairs"

@@ -1,27 +1,256 @@
-"""Masked language modelling in numbers: sums that add up over batches and ranks, and what they mean.
+"""Losses: a list of terms, each a sum over a batch divided by a count over the whole optimizer step.
 
-"sequence"   the mean over sequences of the mean over each one's predicted tokens: every sequence weighs the same, as
-             without packing in "Packing: Towards 2x NLP BERT Acceleration" (arXiv 2107.02027, section 3.2.3)
-"token"      the mean over predicted tokens, as in the original BERT: longer sequences weigh more
+    term                sum                     count
+    mlm, "token"        mlm_loss_by_token       mlm_tokens       predicted tokens
+    mlm, "sequence"     mlm_loss_by_sequence    mlm_sequences    sequences with predicted tokens
+    pair                pair_loss               pairs            sequences with a label of their pair
+    label               loss                    labels           sequences or tokens with a label
+    start, end          start_loss, end_loss    starts, ends     answers that start, or end, in their sequence
+
+Counts span all micro-batches and all ranks of a step: they are taken from the batches before the first forward pass.
+So a loss depends neither on packing, nor on accumulation, nor on the number of processes.
+
+The MLM loss "sequence" is the mean over sequences of the mean over each one's predicted tokens: every sequence weighs
+the same, as without packing in "Packing: Towards 2x NLP BERT Acceleration" (arXiv 2107.02027, section 3.2.3). "token"
+is the mean over predicted tokens, as in the original BERT: longer sequences weigh more.
+
+To add a term, write its row in a `Loss`, and its sum beside the other sums of that loss.
+
+Shape letters: N sequences, P predicted tokens, C labels, V vocabulary, M the longest sequence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MLM_LOSSES = ("sequence", "token")
-MLM_SUMS = (
-    *("mlm_tokens", "mlm_sequences", "mlm_loss_by_token", "mlm_loss_by_sequence"),
-    *("mlm_correct_by_token", "mlm_correct_by_sequence"),
+from collate.columns import IGNORED, PAIR_LABELS
+from collate.layout import PADDING, PackLayout
+
+Batch = Mapping[str, Tensor]
+Sums = Mapping[str, Tensor]
+Count = Callable[[Batch], Tensor]
+"""Batch -> a scalar: how many it holds of something, or the sum of their weights."""
+
+
+class Mean(NamedTuple):
+    """One row: a sum divided by a count. A term of a loss, or a metric for the log."""
+
+    name: str
+    total: str
+    """The name of the sum."""
+    per: str
+    """The name of the count."""
+    weight: float = 1.0
+    """What the mean is multiplied by."""
+    shown: Callable[[Tensor], Tensor] = lambda mean: mean
+    """What the log shows of the mean."""
+
+    def of(self, sums: Sums, counts: Sums) -> Tensor:
+        """The weighted mean. Where the count is 0, so is the sum, and the mean is 0."""
+        total, count = sums[self.total], counts[self.per]
+        mean = total / count.where(count != 0, 1).to(total)
+        return mean if self.weight == 1 else self.weight * mean
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A list of terms, with what they are divided by and what is logged beside them.
+
+        loss.count(batch)            (k,) what the terms are divided by; adds up over batches and ranks
+        loss(sums, denominators)     a scalar; None: divided by the counts among the sums themselves
+        loss.stacked(sums, layout)   1-D float64; adds up over batches and ranks
+        loss.metrics(stacked)        what added-up sums mean
+
+    sums: {name: scalar} of one batch.
+    """
+
+    terms: tuple[Mean, ...]
+    counts: Mapping[str, Count]
+    """The name of each denominator, in order, and how it is counted. Sums go by the same names."""
+    logged: tuple[Mean, ...] = ()
+    others: tuple[str, ...] = ()
+    """Sums that no row needs."""
+    only_whole: bool = False
+    """Whether the log has a loss only where every term has something to count."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the sums are, in order, before the last two: tokens and sequences."""
+        rows = [name for row in (*self.terms, *self.logged) for name in (row.total, row.per)]
+        return tuple(dict.fromkeys((*self.counts, *rows, *self.others)))
+
+    def count(self, batch: Batch) -> Tensor:
+        """(k,) one number for each of `counts`, in their order; int64 unless there are sums of weights."""
+        if not self.counts:
+            return batch["sequence_ids"].new_zeros(0, dtype=torch.int64)
+        return torch.stack([count(batch) for count in self.counts.values()])
+
+    def weight(self, batch: Batch) -> Tensor:
+        """What the first term is a mean over."""
+        return self.counts[self.terms[0].per](batch)
+
+    def __call__(self, sums: Sums, denominators: Tensor | None = None) -> Tensor:
+        """The weighted sum of the terms. A denominator of 0 goes with a sum of 0."""
+        counts = sums if denominators is None else dict(zip(self.counts, denominators.unbind(), strict=True))
+        return reduce(add, (term.of(sums, counts) for term in self.terms))
+
+    def stacked(self, sums: Sums | None, layout: PackLayout) -> Tensor:
+        """The sums in the order of `names`, then the batch's tokens and sequences. None: there are no labels."""
+        values = [0 if sums is None else sums[name] for name in self.names]
+        device = layout.sequence_ids_BL.device
+        values += [layout.num_tokens, layout.num_sequences]
+        return torch.stack([torch.as_tensor(value, device=device).detach().double() for value in values])
+
+    def metrics(self, stacked: Tensor) -> dict[str, float]:
+        """What added-up sums mean. A mean over nothing is left out: a loss of 0 would pass for the best one."""
+        *values, tokens, sequences = stacked
+        sums = dict(zip(self.names, values, strict=True))
+        has_some = [bool(sums[term.per] > 0) for term in self.terms]
+        means = {}
+        if all(has_some) if self.only_whole else any(has_some):
+            means["loss"] = self(sums)
+        means |= {row.name: row.shown(row.of(sums, sums)) for row in self.logged if sums[row.per] > 0}
+        numbers = {"tokens": int(tokens), "sequences": int(sequences)}
+        return {name: float(mean) for name, mean in means.items()} | numbers
+
+
+# -- what is counted: in fixed shapes, so that a GPU need not be waited for --------------------------------------------
+
+
+def has_label(labels: Tensor) -> Tensor:
+    """Bool: NaN, and -100 among integers, are no labels."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
+
+
+def count_labels(batch: Batch, columns: Sequence[str]) -> Tensor:
+    """Labels in these columns, as far as the batch has them; of several labels a sequence, each counts."""
+    found = [has_label(batch[column]).sum() for column in columns if column in batch]
+    return reduce(add, found, batch["sequence_ids"].new_zeros((), dtype=torch.int64))
+
+
+def count_labelled_tokens(batch: Batch) -> Tensor:
+    """labels [[-100, 7, 8, -100]], sequence_ids [[1, 1, 1, 2]]  ->  2"""
+    return _labelled_tokens(batch).sum()
+
+
+def count_labelled_sequences(batch: Batch) -> Tensor:
+    """Sequences with a labelled token: labels [[-100, 7, 8, -100]], sequence_ids [[1, 1, 1, 2]]  ->  1"""
+    return (lengths_by_slot(batch["sequence_ids"].where(_labelled_tokens(batch), PADDING)) > 0).sum()
+
+
+def count_inside(batch: Batch, column: str) -> Tensor:
+    """Positions (B, S) that lie in their sequence: 2 in a sequence of 3 tokens does, 3 and -100 do not."""
+    if column not in batch:
+        return batch["sequence_ids"].new_zeros((), dtype=torch.int64)
+    return is_inside(batch[column], lengths_by_slot(batch["sequence_ids"], batch[column].shape[1])).sum()
+
+
+def is_inside(positions: Tensor, lengths: Tensor) -> Tensor:
+    """Bool: whether each position is one of its sequence's."""
+    return (positions >= 0) & (positions < lengths)
+
+
+def lengths_by_slot(sequence_ids_BL: Tensor, depth: int | None = None) -> Tensor:
+    """(B, depth) int64: [[1, 1, 2, 0]], depth 3 -> [[2, 1, 0]]. depth: None: L, more than which a pack cannot hold."""
+    packs, slots = sequence_ids_BL.shape
+    depth = slots if depth is None else depth
+    ones = torch.ones_like(sequence_ids_BL, dtype=torch.int64)
+    counts = ones.new_zeros((packs, max(depth, slots) + 1)).scatter_add_(1, sequence_ids_BL.long(), ones)
+    return counts[:, 1 : depth + 1]
+
+
+def _labelled_tokens(batch: Batch) -> Tensor:
+    """(B, L) bool."""
+    is_token = batch["sequence_ids"] != PADDING
+    return has_label(batch["labels"]) & is_token if "labels" in batch else torch.zeros_like(is_token)
+
+
+# -- one label for each sequence or token ------------------------------------------------------------------------------
+
+
+def label_sums(logits_NC: Tensor, labels_N: Tensor, by_row: bool = False) -> dict[str, Tensor]:
+    """Cross-entropy with one label of many: the sums over what has a label.
+
+    by_row: add up the losses of the rows, as `mlm_sums` does; torch's own sum rounds otherwise in the last bit.
+    """
+    is_label = has_label(labels_N)
+    reduction = "none" if by_row else "sum"
+    return {
+        "loss": F.cross_entropy(logits_NC, labels_N, reduction=reduction, ignore_index=IGNORED).sum(),
+        "labels": is_label.sum(),
+        "correct": ((logits_NC.argmax(-1) == labels_N) & is_label).sum(),
+    }
+
+
+def number_sums(logits_NC: Tensor, labels_NC: Tensor, is_regression: bool) -> dict[str, Tensor]:
+    """Squared errors, or binary cross-entropies of several labels: the sums over numbers that are not NaN."""
+    is_label = has_label(labels_NC)
+    labels_NC = labels_NC.nan_to_num()
+    if is_regression:
+        loss_NC, correct = (logits_NC - labels_NC) ** 2, labels_NC.new_zeros(())
+    else:
+        loss_NC = F.binary_cross_entropy_with_logits(logits_NC, labels_NC, reduction="none")
+        correct = (((logits_NC > 0) == (labels_NC > 0.5)) & is_label).sum()
+    return {"loss": loss_NC[is_label].sum(), "labels": is_label.sum(), "correct": correct}
+
+
+LABEL = Mean("label", "loss", "labels")
+ACCURACY = Mean("accuracy", "correct", "labels")
+SEQUENCE_LABELS = {"labels": partial(count_labels, columns=("labels",))}
+SEQUENCE_LABEL_LOSS = Loss((LABEL,), SEQUENCE_LABELS, (ACCURACY,))
+NUMBER_LOSS = Loss((LABEL,), SEQUENCE_LABELS)
+TOKEN_LABEL_LOSS = Loss((LABEL,), {"labels": count_labelled_tokens}, (ACCURACY,))
+NO_LOSS = Loss((), {})
+
+
+# -- spans of a sequence -----------------------------------------------------------------------------------------------
+
+
+def span_sums(logits_NM2: Tensor, positions_N2: Tensor, lengths_N: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy over the tokens of each sequence, of where a span starts and where it ends.
+
+    logits_NM2: -inf behind a sequence's end. A position outside of its sequence is in no sum.
+    """
+    inside_N2 = is_inside(positions_N2, lengths_N[:, None])
+    labels_N2 = positions_N2.where(inside_N2, IGNORED)
+    loss_2 = F.cross_entropy(logits_NM2, labels_N2, reduction="none", ignore_index=IGNORED).sum(0)
+    is_correct = (logits_NM2.argmax(1) == labels_N2) & inside_N2
+    counts_2, correct_2 = inside_N2.sum(0), is_correct.sum(0)
+    return {
+        **{"start_loss": loss_2[0], "starts": counts_2[0], "start_correct": correct_2[0]},
+        **{"end_loss": loss_2[1], "ends": counts_2[1], "end_correct": correct_2[1]},
+        **{"both_correct": is_correct.all(1).sum(), "both": inside_N2.all(1).sum()},
+    }
+
+
+SPAN_LOSS = Loss(
+    terms=(Mean("start", "start_loss", "starts", weight=0.5), Mean("end", "end_loss", "ends", weight=0.5)),
+    counts={
+        "starts": partial(count_inside, column="start_positions"),
+        "ends": partial(count_inside, column="end_positions"),
+    },
+    logged=(
+        Mean("start_accuracy", "start_correct", "starts"),
+        Mean("end_accuracy", "end_correct", "ends"),
+        Mean("exact_match", "both_correct", "both"),
+    ),
+    only_whole=True,
 )
-"""`…_by_token` sums over predicted tokens, `…_by_sequence` a mean per sequence over sequences that have any."""
+
+
+# -- masked tokens, and pairs of sentences -----------------------------------------------------------------------------
 
 
 def mlm_sums(logits_PV: Tensor, labels_P: Tensor, sequence_P: Tensor, lengths_N: Tensor) -> dict[str, Tensor]:
-    """MLM_SUMS of the P predicted tokens of a batch.
+    """The sums over predicted tokens, and over sequences of the means over each one's.
 
-    sequence_P: which of N sequences each is of; lengths_N: how many each sequence has.
+    sequence_P: which of N sequences each token is of; lengths_N: how many each sequence has.
     """
     loss_P = F.cross_entropy(logits_PV, labels_P, reduction="none")
     correct_P = (logits_PV.argmax(-1) == labels_P).to(loss_P.dtype)
@@ -36,26 +265,58 @@ def mlm_sums(logits_PV: Tensor, labels_P: Tensor, sequence_P: Tensor, lengths_N:
     }
 
 
+def pair_sums(logits_N2: Tensor, labels_N: Tensor, by_row: bool = False) -> dict[str, Tensor]:
+    """The sums over sequences with a label of their pair. by_row: see `label_sums`."""
+    sums = label_sums(logits_N2, labels_N, by_row)
+    ones = (labels_N == 1).sum()
+    return {"pair_loss": sums["loss"], "pairs": sums["labels"], "pair_correct": sums["correct"], "pair_ones": ones}
+
+
+MLM_TERMS = {
+    "sequence": Mean("mlm", "mlm_loss_by_sequence", "mlm_sequences"),
+    "token": Mean("mlm", "mlm_loss_by_token", "mlm_tokens"),
+}
+MLM_COUNTS = {"mlm_tokens": count_labelled_tokens, "mlm_sequences": count_labelled_sequences}
+MLM_LOGGED = (
+    Mean("mlm_loss_per_sequence", "mlm_loss_by_sequence", "mlm_sequences"),
+    Mean("mlm_loss_per_token", "mlm_loss_by_token", "mlm_tokens"),
+    Mean("mlm_accuracy_per_sequence", "mlm_correct_by_sequence", "mlm_sequences"),
+    Mean("mlm_accuracy_per_token", "mlm_correct_by_token", "mlm_tokens"),
+)
+
+
 def check_mlm_loss(name: str) -> None:
-    """Raise ValueError for a name that is not in MLM_LOSSES."""
-    if name not in MLM_LOSSES:
-        raise ValueError(f"unknown mlm_loss {name!r}; choose from {list(MLM_LOSSES)}")
+    """Raise ValueError for a name that MLM_TERMS does not have."""
+    if name not in MLM_TERMS:
+        raise ValueError(f"unknown mlm_loss {name!r}; choose from {list(MLM_TERMS)}")
 
 
-def mlm_loss_of(sums: Mapping[str, Tensor], name: str, tokens: Tensor, sequences: Tensor) -> Tensor:
-    """The loss of that name, divided by so many predicted tokens, or sequences with any; a count of 0 goes with 0."""
-    total, count = (
-        (sums["mlm_loss_by_sequence"], sequences) if name == "sequence" else (sums["mlm_loss_by_token"], tokens)
+def mlm_loss_of(mlm_loss: str) -> Loss:
+    """Masked tokens alone."""
+    return Loss((MLM_TERMS[mlm_loss],), MLM_COUNTS, MLM_LOGGED)
+
+
+def pretraining_loss(mlm_loss: str, pair: str, columns: Sequence[str] = tuple(PAIR_LABELS.values())) -> Loss:
+    """Masked tokens, plus pairs of sentences.
+
+    pair: what the pairs' labels mean, a name in PAIR_LABELS, for the log. Their accuracy stands there beside that of
+        always giving the more frequent label. columns: those that may hold the labels; a model takes one of them.
+    """
+    return Loss(
+        terms=(MLM_TERMS[mlm_loss], Mean("pair", "pair_loss", "pairs")),
+        counts=MLM_COUNTS | {"pairs": partial(count_labels, columns=columns)},
+        logged=(
+            *MLM_LOGGED,
+            Mean(f"{pair}_loss", "pair_loss", "pairs"),
+            Mean(f"{pair}_accuracy", "pair_correct", "pairs"),
+            Mean(f"{pair}_majority", "pair_ones", "pairs", shown=lambda share: max(share, 1 - share)),
+        ),
     )
-    return total / count.clamp(min=1).to(total)
 
 
-def mlm_metrics(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Both losses and accuracies; nothing where no token was predicted."""
-    if not sums["mlm_tokens"] > 0:
-        return {}
-    return {
-        f"mlm_{what}_per_{unit}": sums[f"mlm_{summed}_by_{unit}"] / sums[f"mlm_{unit}s"]
-        for what, summed in (("loss", "loss"), ("accuracy", "correct"))
-        for unit in ("sequence", "token")
-    }
+def count_denominators(batch: Batch) -> Tensor:
+    """(3,) int64: predicted tokens, sequences with predicted tokens, and sequences with a label of their sentence pair.
+
+    labels [[-100, 7, 8, -100]], sequence_ids [[1, 1, 1, 2]], next_sentence_label [[0, 1]]  ->  [2, 1, 2]
+    """
+    return pretraining_loss("token", "nsp").count(batch)

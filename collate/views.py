@@ -1,10 +1,11 @@
-"""Views that are made once and kept: their tensors serve every later use, in inference and in training."""
+"""Tensors seen in another way: views that are made once and kept, and values widened for sums."""
 
 from collections.abc import Callable
 from functools import cached_property, wraps
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Made = TypeVar("Made")
 
@@ -24,3 +25,8 @@ def in_ordinary_mode(make: Callable[[], Made]) -> Made:
         return make()
     with torch.inference_mode(False), torch.no_grad():
         return make()
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """16 bits widened to 32, for sums need more digits than what they add up; others as they are."""
+    return values.float() if values.dtype.itemsize < 4 else values

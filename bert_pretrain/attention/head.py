@@ -136,11 +136,6 @@ def as_one_type(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor) -> tuple[
     return query_THK.to(dtype), key_THK.to(dtype), value_THK.to(dtype)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """16 bits widened to 32; others as they are."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
 def without_autocast(x: Tensor) -> torch.autocast:
     """A context for products of wide numbers, which autocast would take in 16 bits: sums over many tokens, scores."""
     return torch.autocast(x.device.type, enabled=False)

@@ -1,14 +1,16 @@
-"""What an optimizer step holds: sequences (default) or packs, and the forward passes that it takes."""
+"""What an optimizer step holds: sequences (by default) or packs, and the forward passes that it takes."""
 
 import logging
 import math
+from dataclasses import replace
 
+import numpy as np
 from datasets import Dataset
 from transformers import TrainingArguments
 
 from bert_pretrain.train.config import PretrainConfig
-from bert_pretrain.train.counted import counted_info
-from collate.training.order import pack_depths, plan_steps
+from collate.training.order import pack_depths, pack_lengths, plan_steps
+from packing import PackedInfo, packed_info
 
 logger = logging.getLogger(__name__)
 
@@ -80,3 +82,21 @@ def split_step(most_packs: int, devices: int, most_per_pass: int) -> tuple[int, 
     per_device = -(-most_packs // devices)
     passes = -(-per_device // most_per_pass)
     return passes, -(-per_device // passes)
+
+
+def counted_info(split: Dataset) -> PackedInfo:
+    """`packed_info`, with the counts of the packs that are there: those that the dataset was made with, or fewer.
+
+    pack_dataset   37 packs of 76 sequences   ->   .select(range(20))   20 packs of 41; packed_info still says 37 of 76
+    """
+    info = packed_info(split)
+    if info.num_packs == len(split):
+        return info
+    lengths, offsets = pack_lengths(split)
+    return replace(
+        info,
+        num_sequences=len(lengths),
+        num_packs=len(split),
+        num_tokens=int(lengths.sum(dtype=np.int64)),
+        max_depth=int(np.diff(offsets).max()),
+    )

@@ -7,17 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from bert_pretrain.loss import PretrainingSums, pretraining_metrics
 from bert_pretrain.objective import NO_PAIR, pair_columns
 from bert_pretrain.prepare.tokenizer import vocabulary_fingerprint
 from bert_pretrain.train.config import AUTO, PretrainConfig
-from collate.losses import MLM_LOSSES
+from collate.losses import mlm_loss_of, pretraining_loss
 from collate.vocabulary import token_ids, vocabulary_size
 from packing import PackedInfo, load_packed, packed_info
 from packing.files.errors import path_suggestion, suggestion
@@ -264,13 +262,8 @@ def _check_schedule(training: TrainingArguments) -> None:
 
 
 def _check_best_metric(name: str | None, test: Dataset) -> None:
-    pairs = [0.0, 0.0]
-    for column, is_sop in (("next_sentence_label", 0.0), ("sentence_order_label", 1.0)):
-        if column in test.column_names:
-            pairs = [1.0, is_sop]
-    counts = dict.fromkeys(PretrainingSums._fields, 1.0) | {"pair_sequences": pairs[0], "sop_sequences": pairs[1]}
-    known = pretraining_metrics(
-        torch.tensor([counts[name] for name in PretrainingSums._fields]), MLM_LOSSES[0]
-    ).keys() - {"tokens", "sequences"}
+    losses = [pretraining_loss("token", pair) for pair, column in pair_columns().items() if column in test.column_names]
+    loss = losses[0] if losses else mlm_loss_of("token")
+    known = {"loss", *(row.name for row in loss.logged)}
     if name is not None and name.removeprefix("eval_") not in known:
         raise ValueError(f"metric_for_best_model={name!r} is no metric of evaluation; choose from {sorted(known)}")

@@ -14,7 +14,7 @@ from bert_pretrain.attention.choice import choose_attention
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.places import find_pretrained
 from bert_pretrain.train.config import AUTO, NEW_MODEL, PretrainConfig
-from bert_pretrain.train.contents import parameters_digest
+from bert_pretrain.train.run_record import parameters_digest
 
 logger = logging.getLogger(__name__)
 

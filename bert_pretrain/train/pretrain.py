@@ -23,8 +23,8 @@ from bert_pretrain.train.hub import Secret
 from bert_pretrain.train.metrics import attends_fully
 from bert_pretrain.train.new_model import build_model, longest_sequence, resolve_attention, resolve_shape
 from bert_pretrain.train.optimizer import choose_optimizer, freeze_unlearned
-from bert_pretrain.train.resume import check_output, find_checkpoint, run_record, write_run
-from bert_pretrain.train.run_record import config_record, write_record
+from bert_pretrain.train.resume import check_finished_run, find_checkpoint, write_run
+from bert_pretrain.train.run_record import config_record, run_record, write_config_record
 from bert_pretrain.train.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
 from collate.training.agreement import one_run
@@ -83,7 +83,7 @@ def _pretrain(
         training.ddp_find_unused_parameters = False  # all are used, even by a rank without packs; looking costs time
     run = run_record(config, training, train, tokenizer, test, model) if training.should_save else None
     checkpoint = find_checkpoint(run, training)
-    check_output(run, training)
+    check_finished_run(run, training)
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # nothing to pin it for, of which torch would warn at every loader
 
@@ -108,7 +108,7 @@ def _pretrain(
     if any(isinstance(module, RoutingAttention) for module in model.modules()):
         trainer.add_callback(RoutingCallback())
     if trainer.is_world_process_zero():
-        write_record(training.output_dir, record)
+        write_config_record(training.output_dir, record)
     trainer.run_record, trainer.checked_checkpoint = run, checkpoint
     with SaveOnSignal() as stop:
         trainer.add_callback(stop)

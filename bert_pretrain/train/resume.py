@@ -3,89 +3,20 @@
 import json
 import logging
 import os
-from dataclasses import asdict
 from pathlib import Path
 
-from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from bert_pretrain.attention import ATTENTION
-from bert_pretrain.train.config import PretrainConfig
-from bert_pretrain.train.contents import dataset_contents, model_contents, tokenizer_contents
-from bert_pretrain.train.run_record import versions
 from collate.training.agreement import agreed
 from collate.training.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
 from packing.files.metadata import read_json
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = {
-    # how long, where, and what is written down
-    *("max_steps", "num_train_epochs", "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "run_name"),
-    *("report_to", "disable_tqdm", "include_num_input_tokens_seen", "project", "prediction_loss_only", "debug"),
-    *("per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-    *("do_train", "do_eval", "do_predict", "skip_memory_metrics", "include_for_metrics", "batch_eval_metrics"),
-    *("push_to_hub", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "label_names"),
-    # on what machine: the same numbers but for rounding, and for dropout where passes are cut otherwise, by another
-    # per_device_train_batch_size or number of devices; packs_per_step says what a step holds
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu", "local_rank", "deepspeed"),
-    *("parallelism_config", "accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "auto_find_batch_size"),
-    *("full_determinism", "use_liger_kernel", "liger_kernel_config", "use_cache", "remove_unused_columns"),
-    *("length_column_name", "ignore_data_skip", "average_tokens_across_devices"),
-}
-"""TrainingArguments that a resumed run may be given otherwise; all others must be as they were."""
-MAY_CHANGE_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "fsdp", "torch_compile")
-MAY_CHANGE_PREFIXES += ("dataloader_",)
-MUST_STAY = {"dataloader_drop_last"}
-NOT_TRAINING = {"eval_mlm_probability", "peak_tflops"}
-PLACES = {"dataset", "tokenizer", "model"}
-"""Folders may be moved: their contents are compared."""
-OF_THE_BEST = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay")
-OF_THE_BEST += ("save_strategy", "save_steps", "load_best_model_at_end")
-"""What decides which checkpoint is the best: it must stay where the best one is loaded at the end."""
 CONTENTS = ("dataset", "tokenizer")
 """Parts of which everything is compared, what has gone and what has come, too."""
 RESUME_OR_BEGIN = "give the old value to resume, or another output_dir to begin anew"
-
-
-def run_record(
-    config: PretrainConfig,
-    training: TrainingArguments,
-    train: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    test: Dataset | None = None,
-    model: nn.Module | None = None,
-) -> dict[str, dict]:
-    """What decides the outcome of a run, as JSON; kept in each of its checkpoints, and beside its model at the end.
-
-    Call it when sequences_per_step has become packs per step. It reads all of the data, so one rank does.
-    """
-    packs = split_batches = None  # with sequences_per_step, packs of a step are the same on any number of devices
-    if config.batch_policy == "packs":
-        packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-        split_batches = training.accelerator_config.split_batches
-    arguments = training.to_dict()
-    record = {
-        "config": {name: value for name, value in asdict(config).items() if name not in PLACES | NOT_TRAINING},
-        "training": {name: value for name, value in arguments.items() if _must_stay(name)},
-        "steps": {
-            "packs_per_step": packs,
-            "split_batches": split_batches,
-            "mixed_precision": training.mixed_precision,  # of accelerate launch, where training has none
-        },
-        "dataset": dataset_contents(train=train, test=test),
-        "tokenizer": tokenizer_contents(tokenizer),
-        "model": {} if model is None else model_contents(model),
-        "best": {name: arguments[name] for name in OF_THE_BEST} | {"eval_mlm_probability": config.eval_mlm_probability},
-        "versions": versions(),
-    }
-    return json.loads(json.dumps(record, default=str))
-
-
-def _must_stay(name: str) -> bool:
-    return name in MUST_STAY or not (name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES))
 
 
 def find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> str | None:
@@ -137,7 +68,7 @@ def _check_parts(checkpoint: Path) -> None:
         )
 
 
-def check_output(record: dict[str, dict], training: TrainingArguments) -> None:
+def check_finished_run(record: dict[str, dict], training: TrainingArguments) -> None:
     """A finished run of another configuration is not overwritten, though it may have left no checkpoint."""
     folder, cure = (
         Path(training.output_dir),
@@ -152,7 +83,7 @@ def check_output(record: dict[str, dict], training: TrainingArguments) -> None:
 
 
 def write_run(folder: str | os.PathLike, record: dict[str, dict]) -> None:
-    """Beside a finished run's model, for `check_output`."""
+    """Beside a finished run's model, for `check_finished_run`."""
     (Path(folder) / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,13 +12,13 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from bert_pretrain.model import PackedBertForPreTraining
+from bert_pretrain.train.batch import counted_info
 from bert_pretrain.train.card import model_card
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.console import LinesAboveBar, LinesCallback
-from bert_pretrain.train.counted import counted_info
 from bert_pretrain.train.hub import SaysWhatFailed
 from bert_pretrain.train.metrics import Meter, attends_fully, known_peak
-from bert_pretrain.train.run_record import versions, write_record
+from bert_pretrain.train.run_record import versions, write_config_record
 from collate import DataCollatorWithPacking, PackedTrainer
 from collate.training.hooks import overrides_callback, overrides_trainer
 
@@ -174,7 +174,7 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._refuse_diverged()
         if self.is_world_process_zero():
-            write_record(output_dir or self.args.output_dir, self.record)
+            write_config_record(output_dir or self.args.output_dir, self.record)
         super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, model_name: str | None = None, **kwargs) -> None:

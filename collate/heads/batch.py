@@ -1,4 +1,4 @@
-"""What goes into a packed head: one batch, where its sequences lie, and what of it has a label."""
+"""What goes into a packed head: one batch, and where its sequences lie."""
 
 import inspect
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from collate.columns import IGNORED
 from collate.heads.gather import has_gather, task_model
 from collate.isolation.hook import is_isolated
-from collate.layout import PADDING, PackLayout
+from collate.layout import PackLayout
+from collate.losses import has_label
 
 NOT_PASSED = ("attention_mask", "sequence_ids")
 """What an encoder takes and a batch may have, but sequence_ids say better. All else that both have is passed."""
@@ -95,12 +95,6 @@ class PackedBatch:
         sequence_P = self.layout.sequence_of_token[self.layout.token_of_slot[slots]]
         return sequence_P, torch.bincount(sequence_P, minlength=self.layout.num_sequences)
 
-    def stack(self, values: list) -> Tensor:
-        """1-D float64: these sums, then the batch's tokens and sequences."""
-        device = self.layout.sequence_ids_BL.device
-        values = [*values, self.layout.num_tokens, self.layout.num_sequences]
-        return torch.stack([torch.as_tensor(value, device=device).detach().double() for value in values])
-
     def run(
         self,
         model: nn.Module,
@@ -133,29 +127,3 @@ class PackedBatch:
                 "encoder's last hidden state alone, so it cannot run packed"
             )
         return output
-
-
-def count_hits(batch: Mapping[str, Tensor], *hits: Tensor | None) -> Tensor:
-    """(k,) int64: how often each is True; 0 for None, a column that the batch does not have."""
-    zero = batch["sequence_ids"].new_zeros((), dtype=torch.int64)
-    return torch.stack([zero if hit is None else hit.sum() for hit in hits]) if hits else zero.new_zeros(0)
-
-
-def has_label(labels: Tensor) -> Tensor:
-    """Bool: NaN, and -100 among integers, are no labels."""
-    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
-
-
-def labelled_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """(B, L) bool."""
-    return has_label(batch["labels"]) & (batch["sequence_ids"] != PADDING) if "labels" in batch else None
-
-
-def lengths_by_slot(sequence_ids_BL: Tensor, depth: int | None = None) -> Tensor:
-    """(B, depth) int64: [[1, 1, 2, 0]], depth 3 -> [[2, 1, 0]]. Of fixed shape: a GPU need not be waited for."""
-    packs, slots = sequence_ids_BL.shape
-    depth = slots if depth is None else depth
-    counts = sequence_ids_BL.new_zeros((packs, max(depth, slots) + 1), dtype=torch.int64)
-    return counts.scatter_add_(1, sequence_ids_BL.long(), torch.ones_like(sequence_ids_BL, dtype=torch.int64))[
-        :, 1 : depth + 1
-    ]

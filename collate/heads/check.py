@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from collate.columns import IGNORED
-from collate.heads.batch import has_label
 from collate.layout import PADDING
+from collate.losses import has_label
 
 EMBEDDINGS = {
     "input_ids": "word_embeddings",

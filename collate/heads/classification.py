@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from collate.heads.batch import PackedBatch, count_hits, has_label, labelled_tokens
+from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids, check_shares
-from collate.heads.task import PackedOutput, Task, check_pooling, cross_entropy_sums, label_metrics
-from collate.heads.values import PerSequence, at_least_float32, mean_by_sequence
+from collate.heads.task import PackedOutput, Task, check_pooling
+from collate.heads.values import PerSequence, mean_by_sequence
 from collate.layout import PADDING
+from collate.losses import NUMBER_LOSS, SEQUENCE_LABEL_LOSS, TOKEN_LABEL_LOSS, Loss, label_sums, number_sums
+from collate.views import at_least_float32
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -31,7 +32,6 @@ class SequenceClassification(Task):
     num_labels: int
     problem_type: str | None = None
     pooling: str = "cls"
-    names = ("loss", "labels", "correct")
 
     def __post_init__(self) -> None:
         if self.problem_type not in (None, *PROBLEM_TYPES):
@@ -45,9 +45,11 @@ class SequenceClassification(Task):
         stock = {"num_labels": config.num_labels, "problem_type": config.problem_type, "pooling": pooling}
         return cls(**stock | options)
 
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(1,) labels; of several labels a sequence, each counts."""
-        return count_hits(batch, has_label(batch["labels"]) if "labels" in batch else None)
+    @property
+    def formula(self) -> Loss:
+        """A mean over labels; of several labels a sequence, each counts."""
+        is_regression = self.problem_type == "regression" or (self.problem_type is None and self.num_labels == 1)
+        return NUMBER_LOSS if is_regression else SEQUENCE_LABEL_LOSS
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
         return {"labels": packed.per_sequence("labels")} if "labels" in packed.batch else {}
@@ -96,21 +98,13 @@ class SequenceClassification(Task):
             return {"loss": logits_NC.sum(), "labels": 0, "correct": 0}
         problem = self._problem(labels)
         if problem == "single_label_classification":
-            return cross_entropy_sums(logits_NC, labels)
+            return label_sums(logits_NC, labels)
         if labels.numel() != logits_NC.numel():
             raise ValueError(
                 f"labels {tuple(labels.shape)} do not fit logits {tuple(logits_NC.shape)} of {problem}; give "
                 f"{logits_NC.shape[1]} floats per sequence, or if each has one label of many, cast them to integers"
             )
-        labels_NC = labels.view_as(logits_NC).to(logits_NC)
-        is_label = has_label(labels_NC)
-        labels_NC = labels_NC.nan_to_num()
-        if problem == "regression":
-            loss_NC, correct = (logits_NC - labels_NC) ** 2, labels_NC.new_zeros(())
-        else:
-            loss_NC = F.binary_cross_entropy_with_logits(logits_NC, labels_NC, reduction="none")
-            correct = (((logits_NC > 0) == (labels_NC > 0.5)) & is_label).sum()
-        return {"loss": loss_NC[is_label].sum(), "labels": is_label.sum(), "correct": correct}
+        return number_sums(logits_NC, labels.view_as(logits_NC).to(logits_NC), problem == "regression")
 
     def _problem(self, labels: Tensor) -> str:
         problem = self.problem_type
@@ -128,13 +122,6 @@ class SequenceClassification(Task):
             )
         return problem
 
-    def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        metrics = label_metrics(sums)
-        is_regression = self.problem_type == "regression" or (self.problem_type is None and self.num_labels == 1)
-        if is_regression:
-            metrics.pop("accuracy", None)
-        return metrics
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenClassification(Task):
@@ -147,15 +134,11 @@ class TokenClassification(Task):
     """
 
     num_labels: int | None = field(default=None, compare=False)
-    names = ("loss", "labels", "correct")
+    formula = TOKEN_LABEL_LOSS
 
     @classmethod
     def for_config(cls, config: PretrainedConfig, **options) -> "TokenClassification":
         return cls(**{"num_labels": config.num_labels} | options)
-
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(1,) labelled tokens."""
-        return count_hits(batch, labelled_tokens(batch))
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
         return {"labels": packed.per_token("labels")} if "labels" in packed.batch else {}
@@ -170,7 +153,7 @@ class TokenClassification(Task):
         logits_TC = packed.run(model, packed.layout.token_index)["logits"].squeeze(1)
         labels_T = packed.per_token("labels")
         check_label_ids(batch, "labels", logits_TC.shape[1])
-        sums = None if labels_T is None else cross_entropy_sums(at_least_float32(logits_TC), labels_T)
+        sums = None if labels_T is None else label_sums(at_least_float32(logits_TC), labels_T)
         return self._output(
             packed,
             sums,
@@ -179,6 +162,3 @@ class TokenClassification(Task):
             predictions=PerSequence(logits_TC.detach(), packed.layout.lengths),
             labels=None if labels_T is None else PerSequence(labels_T, packed.layout.lengths),
         )
-
-    def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        return label_metrics(sums)

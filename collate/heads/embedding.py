@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from collate.heads.batch import PackedBatch, count_hits
+from collate.heads.batch import PackedBatch
 from collate.heads.task import PackedOutput, Task, check_pooling
 from collate.heads.values import PerSequence
+from collate.losses import NO_LOSS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +20,10 @@ class SequenceEmbedding(Task):
     """
 
     pooling: str = "cls"
-    names = ()
+    formula = NO_LOSS
 
     def __post_init__(self) -> None:
         check_pooling(self.pooling, ("cls", "mean"))
-
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return count_hits(batch)
 
     def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
         return (batch["sequence_ids"].amax(1)).sum()  # its sequences
@@ -44,6 +42,3 @@ class SequenceEmbedding(Task):
         vectors_ND = packed.run(model, slots, head_lengths=lengths)["last_hidden_state"]
         vectors_ND = vectors_ND.squeeze(1)
         return self._output(packed, None, denominators, logits=vectors_ND, predictions=PerSequence(vectors_ND.detach()))
-
-    def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {}

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from collate.columns import IGNORED
-from collate.heads.batch import PackedBatch, has_label
+from collate.heads.batch import PackedBatch
 from collate.heads.values import PerSequence
+from collate.losses import Loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,23 +40,18 @@ class Task:
     A batch of padding alone, such as that of a process without packs, gives loss 0 and gradients of 0.
     """
 
-    names: ClassVar[tuple[str, ...]]
-    """What the sums are, in order, before the last two: tokens and sequences."""
-
     @classmethod
     def for_config(cls, config: PretrainedConfig, **options) -> "Task":
         """The task of a stock model with this config."""
         return cls(**options)
 
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+    @property
+    def formula(self) -> Loss:
+        """The terms of the loss, what is counted for them, and what is logged."""
         raise NotImplementedError
 
     def check(self, batch: Mapping[str, Tensor]) -> None:
         """Raise ValueError for labels that the head has no place for; see collate.heads.check."""
-
-    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the loss of a batch is a mean over, by which losses of several batches are averaged."""
-        return self.count(batch)[0]
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor] | None:
         """The batch's label columns with a row for each row of PackedOutput.logits; None: they have no such form."""
@@ -67,26 +60,33 @@ class Task:
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
     ) -> PackedOutput:
+        """The model on one batch."""
         raise NotImplementedError
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the sums are, in order, before the last two: tokens and sequences."""
+        return self.formula.names
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(k,) what the terms of the loss are divided by, in the order of `formula.counts`."""
+        return self.formula.count(batch)
+
+    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the loss of a batch is a mean over, by which losses of several batches are averaged."""
+        return self.formula.weight(batch)
 
     def loss(self, sums: Mapping[str, Tensor], denominators: Tensor) -> Tensor:
         """The loss, from sums by name."""
-        return share(sums["loss"], denominators[0])
+        return self.formula(sums, denominators)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """What added-up sums mean; a metric without anything to count is left out."""
-        *sums, tokens, sequences = sums
-        metrics = self._metrics(dict(zip(self.names, sums, strict=True)))
-        return {name: float(value) for name, value in metrics.items()} | {
-            "tokens": int(tokens),
-            "sequences": int(sequences),
-        }
+        return self.formula.metrics(sums)
 
-    def _metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those with something to count: a loss of 0 over nothing would pass for the best one."""
-        raise NotImplementedError
-
-    def _output(self, packed: PackedBatch, sums: dict | None, denominators: Tensor | None, **fields) -> PackedOutput:
+    def _output(
+        self, packed: PackedBatch, sums: dict[str, Tensor] | None, denominators: Tensor | None, **fields
+    ) -> PackedOutput:
         """sums: by name; None: the batch has no labels."""
         loss = None
         if sums is not None:
@@ -96,30 +96,7 @@ class Task:
                 f"{type(self).__name__} cannot train on a batch without labels, only {sorted(packed.batch)}; "
                 "keep the label columns when you pack the dataset, and as numbers: text is left out"
             )
-        values = [0] * len(self.names) if sums is None else [sums[name] for name in self.names]
-        return PackedOutput(loss=loss, sums=packed.stack(values), **fields)
-
-
-def cross_entropy_sums(logits_NC: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
-    """loss: summed over what has a label; labels: how many have one; correct: how many of these are predicted."""
-    is_label = has_label(labels_N)
-    return {
-        "loss": F.cross_entropy(logits_NC, labels_N, reduction="sum", ignore_index=IGNORED),
-        "labels": is_label.sum(),
-        "correct": ((logits_NC.argmax(-1) == labels_N) & is_label).sum(),
-    }
-
-
-def label_metrics(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What cross_entropy_sums mean; nothing where nothing has a label."""
-    if not sums["labels"] > 0:
-        return {}
-    return {"loss": sums["loss"] / sums["labels"], "accuracy": sums["correct"] / sums["labels"]}
-
-
-def share(total: Tensor, count: Tensor) -> Tensor:
-    """total / count; a count of 0 goes with a total of 0."""
-    return total / count.clamp(min=1).to(total)
+        return PackedOutput(loss=loss, sums=self.formula.stacked(sums, packed.layout), **fields)
 
 
 def check_pooling(pooling: str, choices: Sequence[str]) -> None:

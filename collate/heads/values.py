@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from collate.views import at_least_float32
+
 
 class PerSequence(NamedTuple):
     """One value for each sequence, or one for each of its tokens; sequences in the batch's order.
@@ -60,8 +62,3 @@ def mean_by_sequence(values_T: Tensor, lengths: Tensor) -> Tensor:
     wide = at_least_float32(values_T)
     sums = wide.new_zeros(len(lengths), *values_T.shape[1:]).index_add(0, sequence_T, wide)
     return (sums / lengths.view(-1, *[1] * (values_T.dim() - 1))).to(values_T.dtype)
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """16 bits widened to 32, for sums; others as they are."""
-    return values.float() if values.dtype.itemsize < 4 else values

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from collate.columns import IGNORED
-from collate.heads import PAIR_LABELS, PackedOutput
+from collate.columns import PAIR_LABELS
+from collate.heads import PackedOutput
 from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids
 from collate.layout import PADDING
+from collate.losses import count_denominators
 from collate.training.progress import count_packs
 
 
@@ -135,7 +136,7 @@ class OwnLoss:
 
     def __init__(self, model: nn.Module):
         self.metrics = model.metrics
-        self.arguments = frozenset(inspect.signature(model.forward).parameters)
+        self.arguments = {*inspect.signature(model.forward).parameters, *getattr(model, "pair_columns", ())}
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         return count_denominators(batch)
@@ -148,7 +149,7 @@ class OwnLoss:
 
     @staticmethod  # so that no worker is sent the model
     def check(batch: Mapping[str, Tensor]) -> None:
-        for name in PAIR_LABELS:
+        for name in PAIR_LABELS.values():
             check_label_ids(batch, name, 2, "kinds of pairs")
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None) -> Any:
@@ -158,22 +159,3 @@ class OwnLoss:
 
 def has_own_loss(model: nn.Module) -> bool:
     return "denominators" in inspect.signature(model.forward).parameters and hasattr(model, "metrics")
-
-
-def count_denominators(batch: Mapping[str, Tensor]) -> Tensor:
-    """(3,) int64: predicted tokens, sequences with predicted tokens, and sequences with a label of their sentence pair.
-
-    labels [[-100, 7, 8, -100]], sequence_ids [[1, 1, 1, 2]], next_sentence_label [[0, 1]]  ->  [2, 1, 2]
-    """
-    sequence_ids_BL = batch["sequence_ids"].long()
-    zero = sequence_ids_BL.new_zeros(())
-    mlm_tokens = mlm_sequences = pair_sequences = zero
-    if "labels" in batch:
-        predicted_BL = (batch["labels"] != IGNORED) & (sequence_ids_BL != PADDING)
-        # a pack of L slots has at most L sequences: a fixed shape, so that a GPU need not be waited for
-        hits = sequence_ids_BL.new_zeros(len(sequence_ids_BL), sequence_ids_BL.shape[1] + 1)
-        hits.scatter_add_(1, sequence_ids_BL, predicted_BL.long())
-        mlm_tokens, mlm_sequences = predicted_BL.sum(), (hits > 0).sum()
-    for name in PAIR_LABELS.keys() & batch.keys():  # one of them: a model refuses both
-        pair_sequences = pair_sequences + (batch[name] != IGNORED).sum()
-    return torch.stack([mlm_tokens, mlm_sequences, pair_sequences])

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from collate.losses import lengths_by_slot
 from collate.training.hooks import overrides_callback
 from collate.training.order import ArrowRows, EvenedPacks
 from packing import EpochPacks
@@ -22,13 +23,9 @@ def count_packs(batch: Mapping[str, Tensor]) -> Tensor:
 
     sequence_ids [[1, 1, 1, 2], [0, 0, 0, 0]]  ->  [2, 4, 4, 10]
     """
-    sequence_ids_BL = batch["sequence_ids"].long()
-    packs, slots = sequence_ids_BL.shape
-    lengths = sequence_ids_BL.new_zeros(packs, slots + 1).scatter_add_(
-        1, sequence_ids_BL, torch.ones_like(sequence_ids_BL)
-    )[:, 1:]
-    is_filled = lengths.sum(1) > 0
-    return torch.stack([(lengths > 0).sum(), lengths.sum(), is_filled.sum() * slots, lengths.square().sum()])
+    lengths = lengths_by_slot(batch["sequence_ids"])
+    slots_of_filled = (lengths.sum(1) > 0).sum() * batch["sequence_ids"].shape[1]
+    return torch.stack([(lengths > 0).sum(), lengths.sum(), slots_of_filled, lengths.square().sum()])
 
 
 class RunningSums:

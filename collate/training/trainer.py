@@ -12,6 +12,7 @@ a loss of its own has
     forward(**batch, denominators=Tensor(3)) -> output.loss, divided by these instead of by the batch's own counts
     output.sums                              -> 1-D tensor of additive statistics
     metrics(sums) -> dict[str, float]        -> what they mean, for the log: "loss", "sequences", "tokens" and others
+    pair_columns: tuple[str, ...]            -> columns that forward takes by **; a model may leave this out
 """
 
 from collections.abc import Callable
@@ -150,7 +151,7 @@ class PackedTrainer(EvaluatesSequences):
             of_batch = torch.cat([count_packs(batch), filled[None], self.task.count(batch)]).to(device)
             counts = of_batch if counts is None else counts + of_batch
         counts = self.accelerator.reduce(counts, "sum")
-        self._progress.add(counts[[0, 1, 4, 2]])
+        self._progress.add(counts[[0, 1, 4, 2]].long())  # beside denominators that are sums of weights
         self._step_counted(counts[:4], counts[5:])
         return counts[5:]
 

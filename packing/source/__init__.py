@@ -1,6 +1,8 @@
 """What rows come from -> datasets with one sequence a row, and where each row's tokens lie.
 
 open              SOURCE of a command -> {split: Dataset}
+formats           FORMATS: one row a file format
+text_files        documents of .txt files, in blocks
 json_rows         JSON -> Arrow, every value as it is written
 text              texts -> tokens
 lengths           source -> histogram

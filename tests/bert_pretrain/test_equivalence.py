@@ -13,7 +13,7 @@ from small_heads import RowWideAttention
 
 from bert_pretrain.attention import use_attention
 from collate import DataCollatorWithPacking
-from collate.training.own_loss import count_denominators
+from collate.losses import count_denominators
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from flag_runs import train
 from transformers import BertForPreTraining, TrainerCallback, TrainingArguments, pipeline
 
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.train.batch import set_batch, split_step
+from bert_pretrain.train.batch import counted_info, set_batch, split_step
 from bert_pretrain.train.config import PretrainConfig
-from bert_pretrain.train.counted import counted_info
 from bert_pretrain.train.pretrain import pretrain
 from collate.training.order import pack_depths, plan_steps
 from packing import packed_info
@@ -285,4 +284,4 @@ def test_help(capsys):
     assert bert_pretrain([]) == 2 and bert_pretrain(["--help"]) == 0
     assert "bert-pretrain prepare" in capsys.readouterr().out
     assert bert_pretrain(["fly"]) == 2
-    assert "unknown command 'fly'; choose from ['prepare', 'train']" in capsys.readouterr().err
+    assert "unknown command 'fly'; choose from prepare, train" in capsys.readouterr().err

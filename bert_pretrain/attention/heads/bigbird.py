@@ -82,7 +82,7 @@ class BigBirdAttention(PatternAttention):
         return sees
 
     def layer_seed(self, device: torch.device) -> Tensor:
-        return mix(mix(torch.tensor(self.options.seed, device=device)) ^ (self.layer_index + 1))
+        return hashed(hashed(torch.tensor(self.options.seed, device=device)) ^ (self.layer_index + 1))
 
     def longest_whole(self) -> int:
         keys_per_query = (2 * self.options.window + 1 + self.options.random_blocks) * self.options.block
@@ -159,11 +159,11 @@ def random_blocks(
     in_window = (high - low + 1).clamp(min=0)
     candidates = (end - begin + 1).clamp(min=0) - in_window
     candidates = torch.where(length - last > first, candidates, 0)
-    state = mix(mix(mix(seed ^ head) ^ block) ^ length)
+    state = hashed(hashed(hashed(seed ^ head) ^ block) ^ length)
     drawn: list[Tensor] = []
     for k in range(number):
         limit = candidates - number + k
-        candidate = mix(state ^ (k + 1)) % (limit + 1).clamp(min=1)
+        candidate = hashed(state ^ (k + 1)) % (limit + 1).clamp(min=1)
         for other in drawn:
             candidate = torch.where(candidate == other, limit, candidate)
         drawn.append(torch.where(limit >= 0, candidate, NO_CHUNK))
@@ -171,7 +171,7 @@ def random_blocks(
     return [torch.where(c < 0, NO_CHUNK, torch.where(p < low, p, p + in_window)) for c, p in places]
 
 
-def mix(x: Tensor) -> Tensor:
+def hashed(x: Tensor) -> Tensor:
     """A hash of 32 bits, in int64 without overflow. x: 0 to 2^32 - 1."""
     for _ in range(2):
         x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF

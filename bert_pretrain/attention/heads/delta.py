@@ -27,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.head import AttentionHead, at_least_float32, without_autocast
+from bert_pretrain.attention.head import AttentionHead, without_autocast
 from bert_pretrain.attention.heads.linear import elu_plus_one
 from bert_pretrain.attention.options import check_choice, check_integer
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather
+from collate.views import at_least_float32
 
 
 def unit_norm(x: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.head import at_least_float32, without_autocast
+from bert_pretrain.attention.head import without_autocast
 from bert_pretrain.attention.options import check_integer
 from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead, softmax_over_tokens
+from collate.views import at_least_float32
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.head import at_least_float32, without_autocast
+from bert_pretrain.attention.head import without_autocast
 from bert_pretrain.attention.options import check_choice, check_integer
 from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead, zero_padding
 from collate.layout import PackLayout
+from collate.views import at_least_float32
 
 
 @torch.no_grad()

@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.head import AttentionHead, at_least_float32, without_autocast
+from bert_pretrain.attention.head import AttentionHead, without_autocast
 from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather
+from collate.views import at_least_float32
 
 EPSILON = 1e-6
 

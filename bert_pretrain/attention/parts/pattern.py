@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_pretrain.attention.head import AttentionHead, at_least_float32, without_autocast
+from bert_pretrain.attention.head import AttentionHead, without_autocast
 from bert_pretrain.attention.options import check_choice
 from bert_pretrain.attention.parts.windows import attend
 from collate.layout import PackLayout
 from collate.length_groups import Gather
+from collate.views import at_least_float32
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

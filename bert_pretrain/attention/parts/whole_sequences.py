@@ -15,8 +15,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bert_pretrain.attention.head import AttentionHead, at_least_float32, without_autocast
+from bert_pretrain.attention.head import AttentionHead, without_autocast
 from collate.layout import PackLayout
+from collate.views import at_least_float32
 
 
 class WholeSequenceHead(AttentionHead):

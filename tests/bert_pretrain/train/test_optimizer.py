@@ -19,8 +19,7 @@ from transformers import BertForPreTraining, Trainer, TrainingArguments
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.train.config import SEQUENCES_PER_STEP, PretrainConfig
-from bert_pretrain.train.lamb import Lamb
-from bert_pretrain.train.optimizer import choose_optimizer
+from bert_pretrain.train.optimizer import Lamb, choose_optimizer
 
 ONE_DIMENSIONAL = {"strength_bias_H"}  # parameters of attention heads that are neither matrices nor called bias
 
@@ -186,7 +185,7 @@ def test_a_closure_of_lamb_makes_the_gradients():
 
 @pytest.mark.parametrize("options", [{}, {"weight_decouple": False}, {"weight_decouple": False, "adam_debias": True}])
 def test_the_librarys_own_lamb_is_not_the_papers(options):
-    """Once it is, `bert_pretrain.train.lamb` has no more reason to be."""
+    """Once it is, `bert_pretrain.train.optimizer` has no more reason to be."""
     assert max(error_of_lamb(functools.partial(pytorch_optimizer.Lamb, **options))) > 1e-3
 
 

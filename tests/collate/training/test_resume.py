@@ -29,7 +29,8 @@ from transformers import BertForMaskedLM, Trainer, TrainingArguments, trainer
 from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.new_model import build_model
-from bert_pretrain.train.resume import _check_record, run_record
+from bert_pretrain.train.resume import _check_record
+from bert_pretrain.train.run_record import run_record
 from collate import DataCollatorWithPacking
 from collate.training import agreement, checkpoints
 from collate.training.agreement import agreed, one_run

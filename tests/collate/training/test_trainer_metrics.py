@@ -12,9 +12,9 @@ from training_runs import make_trainer as make_pretraining_trainer
 from transformers import EarlyStoppingCallback, integrations, trainer
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
-from bert_pretrain.loss import PretrainingSums, pretraining_metrics
 from collate import PackedTrainer
 from collate.heads import MaskedLM, PreTraining, QuestionAnswering, SequenceClassification, TokenClassification
+from collate.losses import pretraining_loss
 from packing import EpochPacks, pack_dataset
 
 # Nothing to count.
@@ -82,10 +82,11 @@ def test_half_an_answer_gives_no_loss():
 
 
 def test_pretraining_has_no_loss_over_nothing():
-    assert pretraining_metrics(torch.zeros(len(PretrainingSums._fields)), "sequence") == {"tokens": 0, "sequences": 0}
     packs = make_pretraining_packs(4)
     unlabelled = packs.map(lambda pack: {"next_sentence_label": [-100] * len(pack["next_sentence_label"])})
     with make_pretraining_trainer() as made:
+        sums = torch.zeros(len(pretraining_loss("sequence", "nsp").names) + 4)
+        assert made.model.metrics(sums) == {"tokens": 0, "sequences": 0}
         made.data_collator.masking_rule = None
         metrics = made.evaluate(unlabelled)
     assert named(metrics, "eval_") == {"tokens", "sequences"}
