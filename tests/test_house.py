@@ -69,11 +69,6 @@ OPEN: dict[str, dict[str, str]] = {
     "lines": {"packing.dataset": "dataset"},
     "name": {
         "differences: packing.store.manifest packing.verify.source": "cli",
-        "Format: packing.source.formats bert_pretrain.prepare.not_text": "source",
-        "TextBlock: packing.source.text_files bert_pretrain.prepare.sources": "source",
-        "find_blocks: packing.source.text_files bert_pretrain.prepare.sources": "source",
-        "read_block: packing.source.json_rows packing.source.text_files bert_pretrain.prepare.sources": "source",
-        "refuse_other_formats: packing.source.text_files bert_pretrain.prepare.not_text": "source",
     },
     "upward": {
         "packing.packers.filling -> packing.packers.lpfhp": "cli",

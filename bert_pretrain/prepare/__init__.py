@@ -1,9 +1,7 @@
 """Text -> sequences to pretrain on, in training and test, and the tokenizer.
 
 prepare      the whole way, read from top to bottom
-sources      where text lies
-not_text     files that hold something else than text
-documents    lines -> documents -> sentences
+documents    sources -> documents -> sentences
 tokenizer    a tokenizer, trained or loaded
 text         the passes over the text
 tokens       documents as token ids

@@ -22,14 +22,16 @@ import numpy as np
 
 from bert_pretrain.objective import OBJECTIVES
 from bert_pretrain.prepare.build import BuildOptions, build_sequences
-from bert_pretrain.prepare.documents import DOCUMENTS, SENTENCES
+from bert_pretrain.prepare.documents import SENTENCES
 from bert_pretrain.prepare.sequences import longest_sentence
 from bert_pretrain.prepare.summary import SplitSummary
 from bert_pretrain.prepare.text import DocumentOptions, Text
 from bert_pretrain.prepare.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
 from packing.files.folder import new_folder
 from packing.files.processes import Workers
+from packing.source.formats import endings
 from packing.source.text import describe
+from packing.source.text_files import DOCUMENTS
 
 if TYPE_CHECKING:
     import datasets
@@ -43,10 +45,18 @@ class PrepareConfig:
 
     text: list[str] = field(
         metadata={
-            "help": ".txt files, folders of them, or folders written by datasets' save_to_disk with a `text` column."
+            "help": f"Files {endings()}; folders or globs of them; folders of save_to_disk; names of the hub; URLs. Of "
+            "rows, one column is the text: see text_column. Splits stay splits."
         }
     )
     output: str = field(metadata={"help": "The folder to write; it must not exist yet."})
+    text_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column of texts, where --text holds rows; each row counts as a file. Left out: `text`, or the "
+            "only column of strings."
+        },
+    )
     documents: Literal["paragraph", "line", "file"] = field(
         default="paragraph",
         metadata={
@@ -131,11 +141,9 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
     from datasets import load_from_disk
 
     with new_folder(config.output) as folder, Workers(config.num_proc) as workers:
-        text = Text(
-            config.text, DocumentOptions(config.documents, config.sentences, config.language), workers, progress
-        )
-        _check_documents(text.num_documents, config)
-        splits = split_documents(text.num_documents, config.test_fraction, config.seed)
+        reading = DocumentOptions(config.documents, config.sentences, config.language)
+        text = Text(config.text, reading, workers, progress, config.text_column)
+        splits = _splits(text, config)
 
         if config.tokenizer is None:
             train = splits["train"]
@@ -154,6 +162,8 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
         (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
         options = asdict(config)
         del options["num_proc"]  # which changes nothing
+        if config.text_column is None:
+            del options["text_column"]
         record = {"config": options, "splits": {split: numbers.as_json() for split, numbers in summary.items()}}
         (folder / "prepare.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Prepared(load_from_disk(config.output), summary)
@@ -207,6 +217,24 @@ def _prepare_split(
     for warning in summary.warnings(vocabulary_cure):
         logger.warning("%s split: %s", split, warning)
     return summary
+
+
+def _splits(text: Text, config: PrepareConfig) -> dict[str, np.ndarray]:
+    """Which documents are in which split: those that the sources have, or else drawn by test_fraction."""
+    num_documents, splits = text.num_documents, text.own_splits
+    if not splits:
+        _check_documents(num_documents, config)
+        return split_documents(num_documents, config.test_fraction, config.seed)
+    least = OBJECTIVES[config.objective].documents
+    for split, members in splits.items():
+        if members.sum() < least:
+            raise ValueError(f"objective={config.objective!r} needs {least} documents in each split, {split} has fewer")
+    if "train" not in splits and config.tokenizer is None:
+        raise ValueError(
+            f"the text has the splits {', '.join(splits)}, and none named train for a tokenizer; give one: tokenizer="
+        )
+    logger.warning("the text has the splits %s: test_fraction is not used", ", ".join(splits))
+    return splits
 
 
 def split_documents(num_documents: int, test_fraction: float, seed: int) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ processes. A document's number is its place in the whole text.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bert_pretrain.prepare.documents import Document, documents_of, no_text
-from bert_pretrain.prepare.sources import BLOCK_BYTES, TextBlock, find_blocks, find_sources
+from bert_pretrain.prepare.documents import Document, documents_of, find_sources, no_text
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
 from bert_pretrain.prepare.tokens import TokenDocuments, TokenFolder
 from packing.files.processes import Workers
 from packing.source.text import text_tokenizer
+from packing.source.text_files import BLOCK_BYTES, TextBlock, find_blocks
 
 
 class DocumentOptions(NamedTuple):
@@ -54,25 +54,38 @@ class TextTask(NamedTuple):
 class Text:
     """The documents of some sources, as often as they are asked for.
 
+    text, text_column: see `read_documents`.
     progress: show bars on stderr.
     """
 
-    def __init__(self, text: list[str], reading: DocumentOptions, workers: Workers, progress: bool = False):
-        self.sources = find_sources(text)
+    def __init__(
+        self,
+        text: list[str],
+        reading: DocumentOptions,
+        workers: Workers,
+        progress: bool = False,
+        text_column: str | None = None,
+    ):
+        self.sources = find_sources(text, text_column)
         self.reading, self.workers, self.progress = reading, workers, progress
 
     @cached_property
     def tasks(self) -> list[list[TextBlock]]:
-        """Blocks, about BLOCK_BYTES together: small files share a task."""
-        tasks, size = [[]], 0
-        documents = self.reading.documents
-        for block in find_blocks(self.sources, whole_files=documents == "file", lines=documents == "line"):
-            if tasks[-1] and size + block.bytes > 2 * BLOCK_BYTES:
-                tasks.append([])
-                size = 0
-            tasks[-1].append(block)
-            size += block.bytes
-        return tasks
+        """Blocks of one split, about BLOCK_BYTES together: small files share a task."""
+        return [task for tasks in self._tasks_of_splits.values() for task in tasks]
+
+    @cached_property
+    def _tasks_of_splits(self) -> dict[str, list[list[TextBlock]]]:
+        return {split: _tasks_of(find_blocks(texts, self.reading.documents)) for split, texts in self.sources.items()}
+
+    @cached_property
+    def own_splits(self) -> dict[str, np.ndarray]:
+        """{split: (num_documents,) bool}, where the sources have splits; {} where they have none."""
+        if "" in self.sources:
+            return {}
+        splits = [split for split, tasks in self._tasks_of_splits.items() for _ in tasks]
+        of_documents = np.repeat(splits, self._documents_per_task)
+        return {split: of_documents == split for split in self.sources}
 
     @cached_property
     def num_documents(self) -> int:
@@ -125,6 +138,18 @@ class Text:
             for task, result in zip(tasks, self.workers.map(function, tasks), strict=True):
                 bar.update(result if task.members is None else int(task.members.sum()))
                 yield result
+
+
+def _tasks_of(blocks: Iterable[TextBlock]) -> list[list[TextBlock]]:
+    tasks: list[list[TextBlock]] = [[]]
+    size = 0
+    for block in blocks:
+        if tasks[-1] and size + block.bytes > 2 * BLOCK_BYTES:
+            tasks.append([])
+            size = 0
+        tasks[-1].append(block)
+        size += block.bytes
+    return tasks
 
 
 def _count_documents(task: TextTask) -> int:

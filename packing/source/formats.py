@@ -269,9 +269,9 @@ def _column_names(delimiter: str, file: NamedFile) -> list[str]:
     import csv
     import io
 
-    with file.open() as stream:
+    with file.open() as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as lines:
         try:
-            names = next(csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter), [])
+            names = next(csv.reader(lines, delimiter=delimiter), [])
         except UnicodeDecodeError as error:
             raise ValueError(f"{str(file)!r} is no UTF-8: {error}; convert it with iconv -t UTF-8") from None
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -169,7 +169,7 @@ def find_texts(
 ) -> dict[str, list[NamedFile | TextRows]]:
     """{split: texts}, in order; "" is a source without splits. Text files stay as they are, and are read in blocks.
 
-    text_column: of rows. None is the column `text`, or else the only one of strings, which is said.
+    text_column: of rows. None: the column `text`, or else the only one of strings; `say` reports the latter.
     say: is called with one line about what was not asked for: that column, and files that are left out.
 
     A folder of text and other files is read for its text; a file of another ending is text if it begins like text.

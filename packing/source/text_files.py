@@ -75,7 +75,7 @@ def find_blocks(sources: Iterable[NamedFile | TextRows], documents: str = "parag
         yield from _row_blocks(source) if isinstance(source, TextRows) else _file_blocks(source, documents)
 
 
-def read_block(block: TextBlock) -> Iterator[Iterable[str]]:
+def read_lines(block: TextBlock) -> Iterator[Iterable[str]]:
     """The lines of each file or row of a block, with each run of white space made one space; "" is a blank line.
 
     Raises ValueError for a file that is not UTF-8.
@@ -109,7 +109,7 @@ def paragraphs(lines: Iterable[str], documents: str) -> Iterator[list[str]]:
 
 def document_texts(block: TextBlock, documents: str) -> Iterator[str]:
     """The text of each document of a block, on one line."""
-    for lines in read_block(block):
+    for lines in read_lines(block):
         texts = (" ".join(paragraph) for paragraph in paragraphs(lines, documents))
         yield from filter(None, [" ".join(texts)]) if documents == "file" else texts
 

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import re
 
@@ -9,10 +10,11 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.prepare.documents import read_documents
-from bert_pretrain.prepare.sources import find_blocks, find_sources
+from bert_pretrain.prepare.documents import find_sources, read_documents
+from packing.source.text_files import find_blocks
 
 NO_BOM = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "utf-32-le": "UTF-32LE", "utf-32-be": "UTF-32BE"}
 ENGLISH = "First one. Second one.\n\nThird one.\n"
@@ -21,6 +23,15 @@ CHINESE = "今天天气很好。我们去公园玩！\n他说：「好」。\n\n
 
 def documents_of(path, **options):
     return list(read_documents(path, **options))
+
+
+def blocks_of(path, documents="paragraph"):
+    return list(find_blocks(find_sources(path)[""], documents))
+
+
+def files_of(path):
+    """The text files of a source, as paths from it on."""
+    return [str(file) for file in find_sources(path)[""]]
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["english", "chinese"])
@@ -50,7 +61,7 @@ def test_lines_of_old_macs(tmp_path):
 
 def test_the_byte_and_line_are_those_of_the_file(tmp_path, monkeypatch):
     """Also where the file was read in blocks."""
-    monkeypatch.setattr("bert_pretrain.prepare.sources.BLOCK_BYTES", 10)
+    monkeypatch.setattr("packing.source.text_files.BLOCK_BYTES", 10)
     (tmp_path / "late.txt").write_bytes(b"one two three\n\n" * 20 + b"caf\xe9\n")
     with pytest.raises(ValueError, match=r"late.txt is not UTF-8 text: byte 303 \(line 41\) is 0xe9; .*LATIN1"):
         documents_of(tmp_path)
@@ -70,12 +81,12 @@ def test_blocks_tear_no_document(tmp_path_factory, kind, newline, pieces, block_
     lines = ("x" + text).replace(newline, "\n").split("\n")
     assert "".join("".join(document) for document in whole).replace(" ", "") == "".join("".join(lines).split())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bert_pretrain.prepare.sources.BLOCK_BYTES", block_bytes)
-        blocks = list(find_blocks([file], whole_files=False, lines=kind == "line"))
+        patch.setattr("packing.source.text_files.BLOCK_BYTES", block_bytes)
+        blocks = blocks_of(file, kind)
         assert documents_of(file, documents=kind) == whole
         if newline != "\r":  # which is found out from the first window
-            patch.setattr("bert_pretrain.prepare.sources.WINDOW_BYTES", window_bytes)
-            assert list(find_blocks([file], whole_files=False, lines=kind == "line")) == blocks
+            patch.setattr("packing.source.text_files.WINDOW_BYTES", window_bytes)
+            assert [block[1:] for block in blocks_of(file, kind)] == [block[1:] for block in blocks]
     ends = [0, *(block.end for block in blocks)]
     assert [block.start for block in blocks] == ends[:-1] and ends[-1] == len(("x" + text).encode())
     assert all(block.end - block.start >= min(block_bytes, ends[-1] - block.start) for block in blocks)
@@ -84,30 +95,20 @@ def test_blocks_tear_no_document(tmp_path_factory, kind, newline, pieces, block_
 def test_rows_come_in_blocks_too(tmp_path, monkeypatch):
     rows = [f"Row {n}. It is short." for n in range(40)]
     datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "rows")
-    monkeypatch.setattr("bert_pretrain.prepare.sources.BLOCK_BYTES", 100)
-    blocks = list(find_blocks([tmp_path / "rows"], whole_files=False))
+    monkeypatch.setattr("packing.source.text_files.BLOCK_BYTES", 100)
+    blocks = blocks_of(tmp_path / "rows")
     assert len(blocks) > 5 and blocks[-1].end == 40
     assert documents_of(tmp_path / "rows") == [[f"Row {n}.", "It is short."] for n in range(40)]
 
 
 ROW = '{"text": "One is here. Two is there.", "label": 1}'
 OTHER_FORMATS = {
-    "corpus.jsonl": (ROW, r"rows \(JSON lines\).*load_dataset\('json', data_files='.*corpus\.jsonl'"),
-    "corpus.JSON": (f"[{ROW}]", r"rows \(JSON\).*save_to_disk\('rows'\)"),
-    "corpus.csv": ("text,label\nOne.,1\n", r"rows \(CSV\).*load_dataset\('csv'"),
-    "corpus.tsv": ("text\tlabel\nOne.\t1\n", r"rows \(TSV\).*sep='\\t'"),
-    "corpus.parquet": (b"PAR1\0\0", r"rows \(Parquet\).*load_dataset\('parquet'"),
-    "corpus.arrow": (b"ARROW1\0\0", r"rows \(Arrow\).*load_dataset\('arrow'"),
-    "corpus.txt.gz": (
-        gzip.compress(b"One."),
-        r"compressed data \(gzip\).*unpack it first: gunzip -k .*corpus\.txt\.gz",
-    ),
     "corpus.txt.zst": (b"\x28\xb5\x2f\xfd", r"compressed data \(zstd\)"),
     "corpus.zip": (b"PK\x03\x04", r"compressed data \(zip\).*unzip"),
     "page.html": ("<p>One.</p>", "HTML.*take the text out of it"),
     "paper.pdf": (b"%PDF-1.7", "PDF"),
     # by what they begin with, whatever their name
-    "a.txt": (f"{ROW}\n{ROW}\n", r"rows \(JSON lines\).*let it begin with a line of words"),
+    "a.txt": (f"{ROW}\n{ROW}\n", r"rows \(JSON lines\).*rename it to end in \.jsonl.*start with a line of words"),
     "b.txt": (f"\ufeff\n[\n  {ROW},\n  {ROW}\n]", r"rows \(JSON\)"),
     "c.txt": (f"{ROW[:-1]}".ljust(100_000, "x"), r"rows \(JSON\)"),
     "d.txt": (b"\x1f\x8b\x08\0", r"compressed data \(gzip\)"),
@@ -147,22 +148,87 @@ TEXTS = [
 @pytest.mark.parametrize("name", ["a.txt", "README", "notes.md", "B.TXT"])
 def test_text_that_looks_a_little_like_another_format_is_text(tmp_path, name, text):
     (tmp_path / name).write_text(f"{text}\nMore of it.\n")
-    assert find_sources(tmp_path / name) == [tmp_path / name]
+    assert files_of(tmp_path / name) == [str(tmp_path / name)]
 
 
 def test_files_of_a_folder_that_are_left_out_are_said(tmp_path, caplog):
     for name in ("a.txt", "B.TXT", "b.jsonl", "c.jsonl", "sub/LICENSE", ".git/config"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("One.")
-    assert find_sources(tmp_path) == [tmp_path / "B.TXT", tmp_path / "a.txt"]
+    assert files_of(tmp_path) == [str(tmp_path / "B.TXT"), str(tmp_path / "a.txt")]
     assert f"{tmp_path}: only .txt files are read; left out are 2 .jsonl, 1 LICENSE" in caplog.text
-    with pytest.raises(FileNotFoundError, match=r"no \.txt file in .*; there are 1 LICENSE; name files one by one"):
+    with pytest.raises(FileNotFoundError, match=r"holds no file .*; there are 1 LICENSE; name files one by one"):
         find_sources(tmp_path / "sub")
 
 
-def test_prepare_refuses_json_lines_at_once_and_leaves_nothing(tmp_path, capsys):
-    (tmp_path / "corpus.jsonl").write_text(f"{ROW}\n" * 50)
-    output = tmp_path / "new" / "prepared"
-    assert bert_pretrain(["prepare", "--text", str(tmp_path / "corpus.jsonl"), "--output", str(output)]) == 2
-    assert "corpus.jsonl holds rows (JSON lines), and prepare takes text" in capsys.readouterr().err
-    assert not output.parent.exists()
+TABLE = {"text": ["One is here.\nTwo is there.", 'Three, and "four".\n\nFive.'], "label": [1, 0]}
+ROWS = {
+    "rows.jsonl": lambda file: datasets.Dataset.from_dict(TABLE).to_json(file),
+    "rows.json": lambda file: datasets.Dataset.from_dict(TABLE).to_json(file, lines=False),
+    "rows.jsonl.gz": lambda file: datasets.Dataset.from_dict(TABLE).to_json(file, compression="gzip"),
+    "rows.csv": lambda file: datasets.Dataset.from_dict(TABLE).to_csv(file),
+    "rows.tsv": lambda file: datasets.Dataset.from_dict(TABLE).to_csv(file, sep="\t"),
+    "rows.parquet": lambda file: datasets.Dataset.from_dict(TABLE).to_parquet(file),
+    "rows": lambda file: datasets.Dataset.from_dict(TABLE).save_to_disk(file),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_every_format_are_documents_of_their_column(tmp_path, name):
+    """Never of the file as it stands: no brace, no label."""
+    ROWS[name](str(tmp_path / name))
+    assert documents_of(tmp_path / name) == [["One is here.", "Two is there."], ['Three, and "four".'], ["Five."]]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_rows_are_read_from_a_folder_and_a_glob_too(tmp_path, name):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    ROWS[name](str(folder / name))
+    whole = documents_of(folder / name)
+    assert documents_of(folder) == documents_of(str(folder / f"*{name[-4:]}")) == whole
+
+
+def test_compressed_text_is_text(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(ENGLISH.encode()))
+    assert documents_of(tmp_path / "a.txt.gz") == [["First one.", "Second one."], ["Third one."]]
+
+
+def test_the_only_column_of_strings_is_taken_and_said(tmp_path, caplog):
+    (tmp_path / "reviews.jsonl").write_text('{"review": "One is here.", "stars": 5}\n')
+    assert documents_of(tmp_path / "reviews.jsonl") == [["One is here."]]
+    assert "'review'" in caplog.text
+
+
+def test_of_two_columns_of_strings_one_must_be_named(tmp_path):
+    (tmp_path / "pairs.csv").write_text("first,second\nOne is here.,Two is there.\n")
+    with pytest.raises(ValueError, match=r"'first' and 'second' hold texts; .*--text-column"):
+        documents_of(tmp_path / "pairs.csv")
+    assert documents_of(tmp_path / "pairs.csv", text_column="second") == [["Two is there."]]
+
+
+def test_prepare_trains_on_the_text_of_json_lines(tmp_path):
+    rows = [{"text": f"Row {n} is here. It is short.", "label": "never"} for n in range(60)]
+    (tmp_path / "corpus.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "corpus.txt").write_text("\n\n".join(row["text"] for row in rows))
+    made = {}
+    for name in ("corpus.jsonl", "corpus.txt"):
+        command = ["prepare", "--text", str(tmp_path / name), "--output", str(tmp_path / f"{name}.prepared")]
+        assert bert_pretrain([*command, "--max_sequence_length", "16", "--vocab_size", "200"]) == 0
+        made[name] = datasets.load_from_disk(tmp_path / f"{name}.prepared")["train"].to_dict()
+    assert made["corpus.jsonl"] == made["corpus.txt"]
+
+
+def test_splits_of_a_source_stay_splits(tmp_path):
+    rows = [f"Row {n} is here. It is short." for n in range(40)]
+    parts = {"train": rows[:30], "validation": rows[30:]}
+    made = {name: datasets.Dataset.from_dict({"text": part}) for name, part in parts.items()}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "rows")
+    command = ["prepare", "--text", str(tmp_path / "rows"), "--output", str(tmp_path / "prepared")]
+    assert bert_pretrain([*command, "--max_sequence_length", "16", "--vocab_size", "200", "--objective", "none"]) == 0
+    prepared = datasets.load_from_disk(tmp_path / "prepared")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
+    for name in parts:
+        text = [tokenizer.decode(row) for row in prepared[name]["input_ids"]]
+        numbers = {int(number) for line in text for number in re.findall(r"row (\d+)", line)}
+        assert numbers and numbers <= {n for n in range(40) if rows[n] in parts[name]}

@@ -28,8 +28,8 @@ def corpus(tmp_path_factory):
 def small_tasks():
     """So that a small corpus makes many of them."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("text", "sources"):
-            patch.setattr(f"bert_pretrain.prepare.{module}.BLOCK_BYTES", 4000)
+        for module in ("bert_pretrain.prepare.text", "packing.source.text_files"):
+            patch.setattr(f"{module}.BLOCK_BYTES", 4000)
         patch.setattr("bert_pretrain.prepare.build.TOKENS_PER_TASK", 2000)
         yield
 
