@@ -158,4 +158,5 @@ class OwnLoss:
 
 
 def has_own_loss(model: nn.Module) -> bool:
+    """Whether the model itself divides its loss by counts over the step, as PackedBertForPreTraining does."""
     return "denominators" in inspect.signature(model.forward).parameters and hasattr(model, "metrics")

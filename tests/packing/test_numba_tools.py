@@ -47,7 +47,7 @@ def call():
 
 
 def test_a_change_in_a_file_that_is_called_is_noticed(tmp_path):
-    """A kernel of collate that calls kernels of other files: Numba alone would go on with the old ones."""
+    """A kernel of collate that calls kernels of other files: Numba alone would use their old code."""
     for package in ("packing", "collate"):
         (tmp_path / package / "deep").mkdir(parents=True)
         for folder in (package, f"{package}/deep"):
