@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from collate.isolation.arguments import own_positions, position_ids_start
@@ -18,6 +20,11 @@ from collate.isolation.hook import is_isolated
 from collate.isolation.masks import TAKES_SEQUENCE_IDS
 from collate.layout import PADDING
 from collate.vocabulary import token_ids, vocabulary_size
+
+Row = tuple[Tensor, Tensor]
+"""input_ids and sequence_ids, both (1, L)."""
+Hold = tuple[Tensor, Tensor | None]
+"""My slots, and what the first layer's input is to be there."""
 
 PARTS = {
     "embeddings": "the first layer's input when the mate gets other tokens",
@@ -102,7 +109,7 @@ class IsolationReport:
 
 
 def check_isolation(
-    model: nn.Module, tokenizer=None, seed: int = 0, dtype: torch.dtype | None = None
+    model: nn.Module, tokenizer: Any = None, seed: int = 0, dtype: torch.dtype | None = None
 ) -> IsolationReport:
     """Measure whether the sequences of a packed row influence each other: for any model, ours or not.
 
@@ -113,8 +120,8 @@ def check_isolation(
         other    a a a x x x x -      the same?   -> embeddings, attention
         alone    a a a                the same?   -> alone
 
-    A model that honours `sequence_ids` (isolated, or with an argument of that name) is told by them. Any other is told
-    what plain packing tells: a 2-D attention_mask and positions that restart, and it leaks.
+    A model that honours `sequence_ids` (isolated, or with an argument of that name) gets them. Any other gets what
+    plain packing gives: a 2-D attention_mask and positions that restart, and it leaks.
 
     The probe runs on a copy, in float64 (8 bytes for each parameter): at BERT's own initialisation a leak changes the
     loss by 4.7e-5, and in bfloat16 by nothing at all. Flash and flex attention know no float64; there the copy keeps
@@ -123,7 +130,7 @@ def check_isolation(
 
     tokenizer: gives the words and special tokens; None: the model's embeddings and config do.
     dtype: another type for the copy, where a model has parts that cannot run in float64.
-    Raises ValueError for a model that takes no input_ids, is an encoder-decoder, or returns nothing per token. Of one
+    Raises ValueError for a model that takes no input_ids, is an encoder-decoder, or returns nothing per token. For one
     that is known to leak, such as a decoder, the report gives the reason, too.
     """
     with torch.no_grad(), _random_states_kept():
@@ -150,12 +157,12 @@ class _Probe:
     Inside, a row is a pair (input_ids, sequence_ids), both (1, L); `mine` are the slots of one of its sequences.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, seed: int, dtype: torch.dtype | None):
+    def __init__(self, model: nn.Module, tokenizer: Any, seed: int, dtype: torch.dtype | None):
         self.reason = _check_probeable(model)
         model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
         pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
         self.name = type(model if pretrained is None else pretrained).__name__
-        self.config = getattr(model if pretrained is None else pretrained, "config", None)
+        self.config: Any = getattr(model if pretrained is None else pretrained, "config", None)
         self.arguments = _arguments(model)
         if pretrained is not None:  # task models hand keywords down
             self.arguments |= _arguments(pretrained) | _arguments(pretrained.base_model)
@@ -167,7 +174,7 @@ class _Probe:
         self.is_hooked = is_isolated(model)
         self.needs_ids = "sequence_ids" in self.arguments or implementation in TAKES_SEQUENCE_IDS
         self.takes_ids = self.is_hooked or self.needs_ids
-        self.model = copy.deepcopy(model).eval()
+        self.model: Any = copy.deepcopy(model).eval()
         if dtype is None and not any(name in implementation for name in ("flash", "flex")):
             dtype = torch.float64
             self.model = self.model.to("cpu" if self._device.type == "mps" else self._device)  # Metal has no float64
@@ -205,7 +212,7 @@ class _Probe:
             "pools_rows": pools_rows
         }
 
-    def run(self, row, alone: bool = False, token_types=None, hold=None) -> "_Run":
+    def run(self, row: Row, alone: bool = False, token_types: Tensor | None = None, hold: Hold | None = None) -> "_Run":
         """Run a row; `hold` = (mine, embedded) gives the first layer the embedded input for my slots."""
         input_ids, sequence_ids = row
         arguments = {"input_ids": input_ids}
@@ -232,7 +239,7 @@ class _Probe:
             )
         return run
 
-    def _call(self, arguments: dict[str, Tensor]):
+    def _call(self, arguments: dict[str, Tensor]) -> Any:
         try:
             return self.model(**arguments)
         except ValueError:
@@ -244,7 +251,7 @@ class _Probe:
             ) from error
 
     def reason_to_leak(self) -> str | None:
-        """What its type or config says, or else, of a model that sees one direction, that it does."""
+        """What its type or config says; else, for a model that sees one direction, that it is a decoder."""
         if self.reason is None and self._is_causal():
             return is_a_decoder(getattr(self.config, "model_type", self.name), "isolate_sequences")
         return self.reason
@@ -265,7 +272,7 @@ class _Probe:
             changes.append(_relative(value, expected[: len(value)]))
         return _worst(changes)
 
-    def row(self, sequences: list[Tensor], padding: int | None = None, shift: int = 0):
+    def row(self, sequences: list[Tensor], padding: int | None = None, shift: int = 0) -> Row:
         """[a a a], [b b] -> input_ids a a a b b - - and sequence_ids 1 1 1 2 2 0 0; `shift` moves padding in front."""
         used = sum(map(len, sequences))
         if padding is None:  # a row as long as some width would make token outputs look like pooled ones
@@ -299,7 +306,7 @@ class _Probe:
     def num_token_types(self) -> int:
         return (getattr(self.config, "type_vocab_size", 0) or 0) if "token_type_ids" in self.arguments else 0
 
-    def _vocabulary(self, tokenizer) -> tuple[np.ndarray, dict[str, int]]:
+    def _vocabulary(self, tokenizer: Any) -> tuple[np.ndarray, dict[str, int]]:
         """Ordinary words, and the padding and mask tokens where there are any."""
         try:
             size = self.model.get_input_embeddings().weight.shape[0]
@@ -339,7 +346,7 @@ class _Probe:
 
 
 def _check_probeable(model: nn.Module) -> str | None:
-    """Refuse what no tokens can be run through; why a model is known to leak, None if it is not."""
+    """Raise ValueError for a model that takes no tokens; returns why it is known to leak, or None."""
     if isinstance(model, nn.Module) and not outermost(model):
         return None  # a model of one's own
     refuse_unfit(model, "check_isolation", may_be=("causal", "leaks"))
@@ -355,13 +362,13 @@ class _Run:
         self.hidden = {k: v for k, v in self.outputs.items() if tuple(v.shape[:2]) == slots}
         self.pooled = {k: v for k, v in self.outputs.items() if k not in self.hidden and v.dim() == 2 and len(v) < 3}
 
-    def change(self, reference: "_Run", mine, theirs=None) -> float | None:
+    def change(self, reference: "_Run", mine: Tensor, theirs: Tensor | None = None) -> float | None:
         """The worst change of my slots, over all outputs."""
         theirs = mine if theirs is None else theirs
         return _worst([_relative(v[mine], reference.outputs[name][theirs]) for name, v in self.hidden.items()])
 
-    def change_of_input(self, reference: "_Run", mine) -> float | None:
-        """The same of the first layer's input."""
+    def change_of_input(self, reference: "_Run", mine: Tensor) -> float | None:
+        """The worst change of my slots in the first layer's input."""
         if self.embedded is None or reference.embedded is None:
             return None
         mine = _slots_of(self.embedded, mine, self.sequence_ids)
@@ -371,14 +378,15 @@ class _Run:
 class _Tap:
     """A pre-hook of the first layer: keeps its input, or replaces my slots of it."""
 
-    def __init__(self, sequence_ids, hold):
-        self.sequence_ids, self.hold, self.embedded = sequence_ids, hold, None
+    def __init__(self, sequence_ids: Tensor, hold: Hold | None):
+        self.sequence_ids, self.hold = sequence_ids, hold
+        self.embedded: Tensor | None = None
 
-    def __call__(self, layer, args: tuple, kwargs: dict):
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         hidden = args[0] if args else kwargs.get("hidden_states")
         sizes = (self.sequence_ids.shape[1], int((self.sequence_ids != PADDING).sum()))
         is_usable = isinstance(hidden, Tensor) and hidden.dim() == 3 and len(hidden) == 1 and hidden.shape[1] in sizes
-        if self.embedded is not None or not is_usable:
+        if self.embedded is not None or not is_usable or hidden is None:
             return None  # a shared layer's second turn, or a layer that we do not understand
         if self.hold is not None and self.hold[1] is not None:
             mine = _slots_of(hidden, self.hold[0], self.sequence_ids)
@@ -387,7 +395,7 @@ class _Tap:
         return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
 
 
-def _named(result, prefix: str = "") -> dict[str, Tensor]:
+def _named(result: Any, prefix: str = "") -> dict[str, Tensor]:
     """The float tensors that a model returned, whatever it wraps them in."""
     if not isinstance(result, dict):
         result = dict(enumerate(result if isinstance(result, tuple | list) else [result]))
@@ -396,7 +404,7 @@ def _named(result, prefix: str = "") -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _removed(hook) -> Iterator[None]:
+def _removed(hook: RemovableHandle) -> Iterator[None]:
     """Take a hook away at the end."""
     try:
         yield
@@ -404,7 +412,7 @@ def _removed(hook) -> Iterator[None]:
         hook.remove()
 
 
-def _slots_of(hidden, mine, sequence_ids):
+def _slots_of(hidden: Tensor, mine: Tensor, sequence_ids: Tensor) -> Tensor:
     """(1, L) or, for a model that runs on real tokens only, (1, T)."""
     return mine if hidden.shape[1] == mine.shape[1] else mine[sequence_ids != PADDING][None]
 
@@ -415,7 +423,7 @@ def _relative(value: Tensor, reference: Tensor) -> float:
     return change if np.isfinite(change) else float("inf")
 
 
-def _worst(changes: list[float | None]) -> float | None:
+def _worst(changes: Sequence[float | None]) -> float | None:
     return max((change for change in changes if change is not None), default=None)
 
 
@@ -424,15 +432,15 @@ def _arguments(module: nn.Module) -> set[str]:
     return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
-def _windows(config) -> Iterator[int]:
-    """Every attention window that the config speaks of."""
+def _windows(config: Any) -> Iterator[int]:
+    """Every attention window in the config."""
     for name in ("sliding_window", "local_attention", "attention_window", "block_size", "window_size"):
         value = getattr(config, name, None)
         yield from value if isinstance(value, list | tuple) else [value] if isinstance(value, int) else []
 
 
 @contextlib.contextmanager
-def _random_states_kept():
+def _random_states_kept() -> Iterator[None]:
     numpy_state = np.random.get_state()  # noqa: NPY002  (BigBird seeds it in every forward)
     try:
         with torch.random.fork_rng():

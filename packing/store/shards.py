@@ -50,7 +50,7 @@ def check_parquet(schema: pa.Schema) -> None:
             fault = str(error)
         if fault:
             raise ValueError(
-                f"column {column.name!r} holds {column.type}, which Parquet cannot store: {fault}; take format='arrow', "
+                f"column {column.name!r} holds {column.type}, no type of Parquet: {fault}; take format='arrow', "
                 "or leave the column out"
             )
 
