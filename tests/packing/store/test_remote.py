@@ -254,14 +254,10 @@ def test_columns_of_every_kind_in_parquet(tmp_path):
     assert {**parquet.features, "sequence_lengths": None} == {**arrow.features, "sequence_lengths": None}
     assert unpack_dataset(parquet).to_dict() == dataset.to_dict()
     times = datasets.Dataset(pa.table({"input_ids": tokens, "when": pa.array([0] * 40, pa.time32("s"))}))
-    with pytest.raises(
-        ValueError, match=r"column 'when' holds .*, no type of Parquet: it would be .*time32\[ms\]"
-    ):
+    with pytest.raises(ValueError, match=r"column 'when' holds .*, no type of Parquet: it would be .*time32\[ms\]"):
         pack_dataset(times, 16, output=tmp_path / "times", format="parquet")
     empty = datasets.Dataset(pa.table({"input_ids": tokens, "empty": pa.array([{}] * 40, pa.struct([]))}))
-    with pytest.raises(
-        ValueError, match=r"column 'empty' holds list<.*>, no type of Parquet: .*take format='arrow'"
-    ):
+    with pytest.raises(ValueError, match=r"column 'empty' holds list<.*>, no type of Parquet: .*take format='arrow'"):
         pack_dataset(empty, 16, output=tmp_path / "empty", format="parquet")
     with pytest.raises(ValueError, match="unknown format='csv'; choose from arrow, parquet"):
         pack_dataset(dataset, 16, output=tmp_path / "csv", format="csv")
