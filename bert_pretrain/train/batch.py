@@ -23,8 +23,8 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
 
     For batch_policy "sequences" packs per forward pass and accumulation steps follow, and are written into `training`:
     256 sequences in up to 149 packs, on 2 devices, at most 32 packs per pass -> 75 per device, 3 passes of 25.
-    How a step is cut into passes changes rounding, and which units dropout draws, since a pass draws them for its rows
-    in turn; nothing else.
+    The cut into passes changes rounding, and which units dropout draws, as each pass draws for its own rows: nothing
+    else.
     """
     if training.auto_find_batch_size:
         raise ValueError(
@@ -33,8 +33,7 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise ValueError(f"{name}={getattr(training, name)} must be at least 1")
-    info = counted_info(train)
-    factor = info.num_sequences / info.num_packs
+    sequences, factor = counted_info(train).num_sequences, packing_factor(train)
     if config.batch_policy == "packs":
         packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
         logger.info(
@@ -49,10 +48,11 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
             f"gradient_accumulation_steps={training.gradient_accumulation_steps} follows from sequences_per_step; "
             "leave it at 1 and set sequences_per_step and per_device_train_batch_size, or batch_policy='packs'"
         )
-    if config.sequences_per_step > info.num_sequences:
+    assert sequences is not None
+    if config.sequences_per_step > sequences:
         raise ValueError(
-            f"sequences_per_step={config.sequences_per_step} is more than the {info.num_sequences:,} sequences of the "
-            f"training split; set it to {info.num_sequences} or less"
+            f"sequences_per_step={config.sequences_per_step} is more than the {sequences:,} sequences of the training "
+            f"split; set it to {sequences} or less"
         )
     plan = plan_steps(pack_depths(train), config.sequences_per_step)
     if plan.most_packs < training.world_size:
@@ -75,7 +75,7 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
 
 
 def split_step(most_packs: int, devices: int, most_per_pass: int) -> tuple[int, int]:
-    """Passes and packs per pass that make room for a step: as few passes as possible, alike.
+    """Passes and packs per pass that make room for a step: as few passes as possible, equally large.
 
     149 packs on 2 devices, at most 32 in a pass -> 3 passes of 25
     """
@@ -100,3 +100,10 @@ def counted_info(split: Dataset) -> PackedInfo:
         num_tokens=int(lengths.sum(dtype=np.int64)),
         max_depth=int(np.diff(offsets).max()),
     )
+
+
+def packing_factor(split: Dataset) -> float:
+    """Mean sequences per pack, of the packs that are there."""
+    info = counted_info(split)
+    assert info.num_sequences is not None and info.num_packs is not None  # only a stream does not know
+    return info.num_sequences / info.num_packs

@@ -1,6 +1,6 @@
 """The model card: a README.md beside the checkpoint with what was trained, on what, how, and how well."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -48,9 +48,12 @@ def model_card(
     is_stock: bool,
     best_step: int | None = None,
 ) -> ModelCard:
-    """name: of the model, or the repository it goes to. seen: by the end of training, which may be later than the last
-    log: "sequences_seen" and "tokens_seen". is_stock: its attention is what stock BERT computes.
-    best_step: that the model is of, if it is not that of the last."""
+    """The model card.
+
+    name: of the model, or of the repository that it goes to. seen: "sequences_seen" and "tokens_seen" by the end of
+        training, which may be later than the last log. is_stock: whether its attention is what stock BERT computes.
+    best_step: the step that the model is of, if it is not the last one.
+    """
     trained = _last(log_history, "loss")
     evaluated = {
         key.removeprefix("eval_"): value for key, value in _last(log_history, "eval_loss").items() if key != "step"
@@ -62,6 +65,7 @@ def model_card(
         tags=["bert", "pretraining", "masked-lm", "sequence-packing"],
         base_model=config.model,
     )
+    assert data.num_sequences is not None and data.num_packs is not None and data.num_tokens is not None
     facts = {
         "data": f"`{_folder_name(config.dataset)}`: {data.num_sequences:,} sequences of {data.num_tokens:,} tokens",
         "packed": f"into {data.num_packs:,} packs of {data.max_sequence_length} tokens: packing efficiency "
@@ -101,19 +105,19 @@ def model_card(
 def _results(trained: Mapping[str, Any], evaluated: Mapping[str, Any]) -> str:
     """Losses and accuracies at the end: of the last logged interval of training, and held out."""
     learned = ("loss", "mlm", *pair_columns())
-    names = [name for name in trained | evaluated if name.split("_")[0] in learned]
+    names = [name for name in {**trained, **evaluated} if name.split("_")[0] in learned]
     if not names:
         return "Nothing was logged."
     rows = [(name.replace("_", " "), _number(trained.get(name)), _number(evaluated.get(name))) for name in names]
     at = f", step {trained['step']:,}" if "step" in trained else ""
     return _table(("", f"training{at}", "held out"), rows) + (
-        "\n\nA pair accuracy is to be read beside the majority: that of always giving the commoner label."
+        "\n\nCompare a pair accuracy with the majority: that of always giving the more frequent label."
         if any(name.endswith("_majority") for name in names)
         else ""
     )
 
 
-def _table(head: Sequence[str], rows) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
 
@@ -127,5 +131,5 @@ def _last(log_history: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, An
 
 
 def _folder_name(path: str) -> str:
-    """The last part: a card is published, and where the folder lay is nobody's business."""
+    """The last part of a path: a card is public, and must not tell where the folder lay."""
     return path.rstrip("/").rpartition("/")[2]

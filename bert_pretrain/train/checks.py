@@ -1,9 +1,10 @@
-"""What a run is given, refused before a model is built where it cannot be meant: folders, tokenizer, arguments."""
+"""What a run is given, checked before it builds a model: dataset, objective, tokenizer, arguments."""
 
 import inspect
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
 
 from bert_pretrain.objective import NO_PAIR, pair_columns
 from bert_pretrain.prepare.tokenizer import vocabulary_fingerprint
@@ -140,9 +142,8 @@ def _without_others(split: Dataset, objectives: set[str]) -> Dataset:
 def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError if the packs were made with another tokenizer.
 
-    Known for sure of datasets by `bert-pretrain prepare`, which keep their vocabulary's fingerprint. Of others a sample
-    is looked at: ids that the tokenizer does not have, and sequences none of which begins with its [CLS] or ends with
-    its [SEP].
+    A dataset of `bert-pretrain prepare` keeps its vocabulary's fingerprint, which decides. In others a sample does: ids
+    that the tokenizer does not have, or sequences none of which begins with its [CLS] or ends with its [SEP].
     """
     cure = (
         "give the tokenizer that the dataset was prepared with (PREPARED/tokenizer), or prepare the text with this one"
@@ -194,7 +195,7 @@ def _sample(split: Dataset, column: str) -> np.ndarray:
 
 def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: str) -> None:
     """Raise ValueError for TrainingArguments that would fail late: after the model is built, or at the first save."""
-    output = Path(training.output_dir)
+    output = Path(str(training.output_dir))
     for folder in (output, *output.parents):
         if folder.exists():
             if not folder.is_dir():
@@ -205,7 +206,7 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("fp16=True needs a GPU, and would be ignored on a CPU; choose bf16, or leave it out")
     _check_schedule(training)
-    for name in training.report_to:
+    for name in training.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
                 f"report_to={name!r} is unknown to transformers; choose from {sorted(INTEGRATION_TO_CALLBACK)}, or none"
@@ -232,9 +233,10 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
 
 
 def _check_schedule(training: TrainingArguments) -> None:
-    """lr_scheduler_kwargs and warm-up are what the schedule takes: transformers would raise late, or leave them out."""
-    kind, given = training.lr_scheduler_type, training.lr_scheduler_kwargs or {}
-    parameters = dict(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters)
+    """Raise ValueError for options that the schedule does not take: transformers raises late, or ignores them."""
+    kind, given = SchedulerType(training.lr_scheduler_type), training.lr_scheduler_kwargs or {}
+    schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
+    parameters = dict(inspect.signature(schedule).parameters)
     if "num_warmup_steps" not in parameters and training.warmup_steps:
         raise ValueError(
             f"lr_scheduler_type={kind.value!r} has no warm-up, warmup_steps={training.warmup_steps:g} would be ignored"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bert_pretrain.objective import OBJECTIVES
 from packing.files.errors import suggestion
@@ -22,7 +23,7 @@ CONFIG_FILE = "pretrain.json"
 """What a run was configured with, beside its checkpoints: a resumed run must be configured alike."""
 
 
-def _help(text: str, default):
+def _help(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
 
 

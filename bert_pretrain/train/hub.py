@@ -1,24 +1,26 @@
-"""What goes wrong on the way to the hub, said so that nobody fears for the model: it is on the disk in any case.
+"""What fails on the way to the hub, with words that say where the model is: it is on the disk in any case.
 
---push_to_hub uploads the model in the background at each save, and once more at the end. Trainer never asks what became
-of the former (transformers 5.23): an upload that failed was lost without a word. Here it is said, training goes on, and
-the next save uploads again; what is not on the hub at the very end, though it should be, is an error.
+--push_to_hub uploads the model in the background at each save, and once more at the end. Trainer (transformers 5.23)
+never asks how the former ended: a failed upload is lost silently. Here a warning reports it, training continues, and
+the next save uploads again. What is not on the hub at the very end, though it should be, is an error.
 """
 
 import logging
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of its client, whichever that is
 
+from collate import PackedTrainer
 from collate.training.hooks import overrides_trainer
 
 logger = logging.getLogger(__name__)
 
 
 class Upload(NamedTuple):
-    """One that was begun in the background."""
+    """One that runs in the background."""
 
     folder: str
     path_in_repo: str | None
@@ -33,25 +35,25 @@ class Secret(str):
     token that it was sent by. This one is pickled as None; otherwise it is a string like any other.
     """
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         return type(None), ()
 
 
 @overrides_trainer
-class SaysWhatFailed:
-    """Part of a Trainer: errors of the hub name what failed, where it lies on the disk, and how to upload it."""
+class SaysWhatFailed(PackedTrainer):
+    """Errors of the hub name what failed, where it lies on the disk, and how to upload it."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._uploads: list[Upload] = []
         self._not_on_the_hub: dict[str | None, str] = {}
         super().__init__(*args, **kwargs)
 
-    def init_hf_repo(self, *args, **kwargs) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         with _hub_errors("push_to_hub: make a token known (hf auth login), or leave the option out"):
             super().init_hf_repo(*args, **kwargs)
 
-    def push_to_hub(self, *args, **kwargs):
-        output_dir = self.args.output_dir
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        output_dir = str(self.args.output_dir)
         with _hub_errors(f"the model is saved in {output_dir}: {self._command(output_dir, None)}"):
             pushed = super().push_to_hub(*args, **kwargs)
         self._not_on_the_hub.pop(None, None)
@@ -63,9 +65,9 @@ class SaysWhatFailed:
         self._look_after_uploads()
         before = self._jobs()
         super()._push_from_checkpoint(checkpoint_folder)
-        begun = [job for job in self._jobs() if job not in before]  # the model, and by some hub_strategies a checkpoint
+        new = [job for job in self._jobs() if job not in before]  # the model, and by some hub_strategies a checkpoint
         places = (None, "last-checkpoint" if self.args.hub_strategy == "checkpoint" else _name(checkpoint_folder))
-        self._uploads += [Upload(checkpoint_folder, *of) for of in zip(places, begun, strict=False)]
+        self._uploads += [Upload(checkpoint_folder, *of) for of in zip(places, new, strict=False)]
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -76,7 +78,7 @@ class SaysWhatFailed:
         return [] if in_progress is None else list(in_progress.jobs)
 
     def _look_after_uploads(self) -> None:
-        """Those that have ended; what one could not send, a later one may have."""
+        """Warn of uploads that failed; forget a failure where a later upload sent the same."""
         ended = [upload for upload in self._uploads if upload.job.done()]
         self._uploads = [upload for upload in self._uploads if upload not in ended]
         for folder, path_in_repo, job in ended:
@@ -93,7 +95,7 @@ class SaysWhatFailed:
             logger.warning("%s; or wait: the next upload sends what is newer", message)
 
     def _command(self, folder: str, path_in_repo: str | None) -> str:
-        """The shell's, that uploads it."""
+        """What to type in a shell to upload it."""
         repository = getattr(self, "hub_model_id", None) or "OWNER/NAME"
         if path_in_repo is None:
             return f"hf upload {repository} {self.args.output_dir} . --exclude 'checkpoint-*' --exclude '_*'"
@@ -101,7 +103,7 @@ class SaysWhatFailed:
 
 
 @contextmanager
-def _hub_errors(cure: str):
+def _hub_errors(cure: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, HfHubHTTPError) as error:

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 import psutil  # accelerate brings it
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
+from transformers import BertForPreTraining
+
+from bert_pretrain.attention import attention_layers
 
 try:
     import resource
 except ImportError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 PEAK_FLOPS = {
     "A10": 125e12,
@@ -55,9 +57,7 @@ def peak_flops(device_name: str) -> float | None:
 
 def attends_fully(model: nn.Module) -> bool:
     """Whether every layer compares all tokens of a sequence, so that attention costs the square of its length."""
-    from bert_pretrain.attention import attention_layers
-
-    return all(getattr(layer.attention_head, "is_full", False) for layer in attention_layers(model))
+    return all(bool(getattr(layer.attention_head, "is_full", False)) for layer in attention_layers(model))
 
 
 class ModelFlops:
@@ -71,8 +71,8 @@ class ModelFlops:
     projection where it is computed. Pooler and pair classifier, one token in a sequence, are left out.
     """
 
-    def __init__(self, model: nn.Module):
-        config: BertConfig = model.config
+    def __init__(self, model: BertForPreTraining):
+        config = model.config
         self.attention = attends_fully(model)
         self.per_token = 6 * sum(
             weight.numel()
@@ -95,7 +95,7 @@ class Meter:
     model: gives the FLOPs; device: whose memory; peak: FLOP/s of one device, None if unknown: then there is no MFU.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, peak: float | None = None):
+    def __init__(self, model: BertForPreTraining, device: torch.device, peak: float | None = None):
         self.flops, self.device, self.peak = ModelFlops(model), device, peak
         self.reset()
 
@@ -114,12 +114,12 @@ class Meter:
         self._counts = self._counts + torch.cat([packs, predicted[None]])
 
     def run(self) -> None:
-        """A training step begins, or goes on."""
+        """A training step starts, or continues."""
         if self._running_since is None:
             self._running_since = time.perf_counter()
 
     def stop(self) -> None:
-        """Something else begins. The device finishes its steps first: they belong to training."""
+        """Something else starts. The device finishes its steps first: they belong to training."""
         if self._running_since is None:
             return
         if self.device.type == "cuda":
@@ -128,7 +128,7 @@ class Meter:
         self._running_since = None
 
     @contextmanager
-    def stopped(self):
+    def stopped(self) -> Iterator[None]:
         was_running = self._running_since is not None
         self.stop()
         try:
@@ -150,9 +150,9 @@ class Meter:
     # -- what the log gets ----------------------------------------------------------------------------------------
 
     def read(self, num_processes: int = 1, gather: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
-        """The metrics since the last log, and begin anew. Empty if there was no step. On several ranks: the time of the
-        slowest, the memory of the largest, and the mean share of waiting.
+        """The metrics since the last log; the next ones start from here. Empty if there was no step.
 
+        Over several ranks they are the time of the slowest, the memory of the largest, and the mean share of waiting.
         gather: (1, 3) of each rank -> (ranks, 3)
         """
         self.stop()

@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pyarrow.compute as pc
 import torch
@@ -13,7 +14,7 @@ from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.choice import choose_attention
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.places import find_pretrained
-from bert_pretrain.train.config import AUTO, NEW_MODEL, PretrainConfig
+from bert_pretrain.train.config import AUTO, NEW_MODEL, SHAPE, PretrainConfig
 from bert_pretrain.train.run_record import parameters_digest
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ READ_PACKS = 10_000  # at a time
 
 
 def longest_sequence(*splits: Dataset | None) -> int:
-    """sequence_lengths [[3, 5], [8]], [[2, 6]] -> 8; positions begin anew in each sequence, so no pack needs more."""
+    """sequence_lengths [[3, 5], [8]], [[2, 6]] -> 8; positions start again in each sequence, so no pack needs more."""
     longest = 0
     for split in splits:
         if split is not None:
@@ -35,7 +36,9 @@ def resolve_shape(config: PretrainConfig, max_sequence_length: int) -> PretrainC
     """The same configuration with the numbers of a new model in the place of None; a checkpoint has its own."""
     if config.model is not None:
         return config
-    config = replace(config, **{n: value for n, value in NEW_MODEL.items() if getattr(config, n) is None})
+    missing: dict[str, Any] = {name: value for name, value in NEW_MODEL.items() if getattr(config, name) is None}
+    config = replace(config, **missing)
+    assert config.hidden_size is not None
     return replace(
         config,
         intermediate_size=config.intermediate_size or 4 * config.hidden_size,
@@ -49,56 +52,67 @@ def build_model(
     """A new model with the dataset's vocabulary, or the checkpoint to continue from; checked against the data.
 
     config: of `resolve_shape`. longest: `longest_sequence` of the data.
+    Raises ValueError for a model that is too small for the data, or a checkpoint of something else.
     """
-    attention, options = _chosen_attention(config)
     if config.model is None:
-        if config.max_position_embeddings < longest:
-            raise ValueError(
-                f"max_position_embeddings={config.max_position_embeddings}, but the longest sequence of "
-                f"{config.dataset} has {longest} tokens; give at least as many, or leave it out"
-            )
-        bert = BertConfig(
-            vocab_size=vocabulary_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            hidden_dropout_prob=config.hidden_dropout_prob,
-            attention_probs_dropout_prob=_attention_dropout(config, 0.1),
-            max_position_embeddings=config.max_position_embeddings,
-            pad_token_id=pad_token_id,
-            mlm_loss=config.mlm_loss,
-            packed_attention=attention,
-            packed_attention_options=options,
+        return _new_model(config, vocabulary_size, pad_token_id, longest)
+    return _loaded_model(config, config.model, vocabulary_size, longest)
+
+
+def _new_model(
+    config: PretrainConfig, vocabulary_size: int, pad_token_id: int, longest: int
+) -> PackedBertForPreTraining:
+    shape: dict[str, Any] = {name: getattr(config, name) for name in (*SHAPE, "hidden_dropout_prob")}
+    if shape["max_position_embeddings"] < longest:
+        raise ValueError(
+            f"max_position_embeddings={config.max_position_embeddings}, but the longest sequence of "
+            f"{config.dataset} has {longest} tokens; give at least as many, or leave it out"
         )
-        model = PackedBertForPreTraining(bert)
-        logger.info(
-            "a new BERT of %.1f million parameters: %d layers of %d",
-            *(model.num_parameters() / 1e6, bert.num_hidden_layers, bert.hidden_size),
-        )
-        return model
-    place = find_pretrained("model", config.model)
-    bert = _checkpoint_config(config.model, place)
+    bert = BertConfig(
+        vocab_size=vocabulary_size,
+        attention_probs_dropout_prob=_attention_dropout(config, 0.1),
+        pad_token_id=pad_token_id,
+        **shape,
+        **_own_options(config),
+    )
+    model = PackedBertForPreTraining(bert)
+    logger.info(
+        "a new BERT of %.1f million parameters: %d layers of %d",
+        *(model.num_parameters() / 1e6, bert.num_hidden_layers, bert.hidden_size),
+    )
+    return model
+
+
+def _loaded_model(config: PretrainConfig, name: str, vocabulary_size: int, longest: int) -> PackedBertForPreTraining:
+    place = find_pretrained("model", name)
+    bert = _checkpoint_config(name, place)
     if not isinstance(bert, BertConfig):
-        raise ValueError(f"{config.model} is a {bert.model_type} model; only BERT checkpoints can be continued from")
-    bert.mlm_loss, bert.packed_attention, bert.packed_attention_options = config.mlm_loss, attention, options
+        raise ValueError(f"{name} is a {bert.model_type} model; only BERT checkpoints can be continued from")
+    bert.update(_own_options(config))
     if config.hidden_dropout_prob is not None:
         bert.hidden_dropout_prob = config.hidden_dropout_prob
     bert.attention_probs_dropout_prob = _attention_dropout(config, bert.attention_probs_dropout_prob)
     if bert.vocab_size < vocabulary_size:
         raise ValueError(
-            f"{config.model} has a vocabulary of {bert.vocab_size}, the tokenizer one of {vocabulary_size}; "
+            f"{name} has a vocabulary of {bert.vocab_size}, the tokenizer one of {vocabulary_size}; "
             "prepare the dataset with the checkpoint's own tokenizer"
         )
     if bert.max_position_embeddings < longest:
         raise ValueError(
-            f"{config.model} has {bert.max_position_embeddings} positions, but the longest sequence of "
+            f"{name} has {bert.max_position_embeddings} positions, but the longest sequence of "
             f"{config.dataset} has {longest} tokens; prepare it with a max_sequence_length the model can hold"
         )
-    model, found = PackedBertForPreTraining.from_pretrained(place, config=bert, output_loading_info=True)
-    # what the checkpoint lacks is drawn by the seed
+    loaded: Any = PackedBertForPreTraining.from_pretrained(place, config=bert, output_loading_info=True)
+    model, found = loaded
+    # the seed draws what the checkpoint lacks
     model.loaded_parameters = parameters_digest(model, without=set(found["missing_keys"]))
     return model
+
+
+def _own_options(config: PretrainConfig) -> dict[str, Any]:
+    """What our model's config has beside stock BERT's."""
+    attention, options = _chosen_attention(config)
+    return {"mlm_loss": config.mlm_loss, "packed_attention": attention, "packed_attention_options": options}
 
 
 def _checkpoint_config(name: str, place: str) -> PreTrainedConfig:
@@ -114,15 +128,15 @@ def _checkpoint_config(name: str, place: str) -> PreTrainedConfig:
 def resolve_attention(config: PretrainConfig, training: TrainingArguments) -> PretrainConfig:
     """The same configuration with a name in the place of each "auto", logged with the reason.
 
-    Attention dropout that nobody asked for is 0 with "auto", on any device: most fast kernels have none, and what is
-    learned must not depend on where it is learned.
+    Attention dropout that nobody asked for is 0 with "auto", on any device: most fast kernels have none, and what a run
+    learns must not depend on where it runs.
     """
     names = [name.strip() for name in config.attention.split(",")]
     if AUTO not in names:
         return config
     dropout = config.attention_probs_dropout_prob or 0.0
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    bert = config
+    bert: Any = config
     if config.model is not None:
         bert = _checkpoint_config(config.model, find_pretrained("model", config.model))
     head_width = bert.hidden_size // bert.num_attention_heads

@@ -12,17 +12,18 @@ from accelerate.utils import str_to_bool
 from datasets import Dataset
 from torch import nn
 from torch.optim import Optimizer
-from transformers import BertForPreTraining, Trainer, TrainingArguments
+from transformers import BertForPreTraining, PreTrainedModel, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from bert_pretrain.objective import OBJECTIVES
-from bert_pretrain.train.batch import counted_info
+from bert_pretrain.train.batch import packing_factor
 from bert_pretrain.train.config import PretrainConfig
 
 logger = logging.getLogger(__name__)
 
 
 def choose_optimizer(
-    config: PretrainConfig, training: TrainingArguments, model: nn.Module, train: Dataset
+    config: PretrainConfig, training: TrainingArguments, model: PreTrainedModel, train: Dataset
 ) -> tuple[type[Optimizer], dict[str, Any]] | None:
     """Trainer's `optimizer_cls_and_kwargs`; None: Trainer's own choice, `training.optim`.
 
@@ -39,19 +40,19 @@ def choose_optimizer(
     if not config.beta_power:
         return None
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
+    optim = OptimizerNames(training.optim).value
     if "betas" not in options:
-        raise ValueError(
-            f"beta_power adjusts Adam's betas, which optim={training.optim.value!r} does not have; choose AdamW or LAMB"
-        )
+        raise ValueError(f"beta_power adjusts Adam's betas, which optim={optim!r} does not have; choose AdamW or LAMB")
     return optimizer_class, options | {"betas": betas}
 
 
 def freeze_unlearned(model: BertForPreTraining, objective: str) -> None:
-    """Without labels of sentence pairs, keep the parts that only they train as they are.
+    """Without labels of sentence pairs, freeze the parts that only such labels train.
 
-    Their gradients are 0 and not None, so that an optimizer would decay them step by step, a checkpoint's to nothing.
+    Their gradients are 0 and not None: an optimizer would decay them step by step, those of a checkpoint to nothing.
     """
     if OBJECTIVES[objective].column is None:
+        assert model.bert.pooler is not None
         model.bert.pooler.requires_grad_(False)
         model.cls.seq_relationship.requires_grad_(False)
 
@@ -59,17 +60,16 @@ def freeze_unlearned(model: BertForPreTraining, objective: str) -> None:
 def power_betas(config: PretrainConfig, betas: tuple[float, float], train: Dataset) -> tuple[float, float]:
     """(0.9, 0.999) at a packing factor of 2 -> (0.81, 0.998001)
 
-    "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027), on adjusting hyperparameters: with p
-    times as many sequences in a step, a moving average over steps must forget p times as fast to reach back over as
-    many sequences.
+    "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027) says how to adjust hyperparameters: with
+    p times as many sequences in a step, a moving average over steps must forget p times as fast to reach back over
+    equally many sequences.
     """
     if config.batch_policy != "packs":
         raise ValueError(
             f"beta_power is for batch_policy='packs', whose steps hold more sequences than without packing; "
             f"batch_policy={config.batch_policy!r} keeps their number, so the betas must stay: leave out beta_power"
         )
-    info = counted_info(train)
-    factor = info.num_sequences / info.num_packs
+    factor = packing_factor(train)
     powered = betas[0] ** factor, betas[1] ** factor
     logger.info("beta_power: betas %s to the packing factor %.4f are (%.6g, %.6g)", betas, factor, *powered)
     return powered
@@ -77,9 +77,10 @@ def power_betas(config: PretrainConfig, betas: tuple[float, float], train: Datas
 
 def _refuse_for_lamb(training: TrainingArguments) -> None:
     if training.optim != TrainingArguments.default_optim or training.optim_args:
+        optim = OptimizerNames(training.optim).value
         raise ValueError(
-            f"optim={training.optim.value!r} and optim_args={training.optim_args!r} choose transformers' optimizers, "
-            "but optimizer='lamb' is none of these; leave out either"
+            f"optim={optim!r} and optim_args={training.optim_args!r} choose transformers' optimizers, but "
+            "optimizer='lamb' is ours; leave out either"
         )
     launched_with = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED")]  # by accelerate launch
     if training.fsdp or training.deepspeed or any(str_to_bool(os.environ.get(name, "0")) for name in launched_with):

@@ -44,10 +44,10 @@ def pretrain(
 
         trainer = pretrain(PretrainConfig("packed", "prepared/tokenizer"), TrainingArguments("bert"))
 
-    callbacks: of transformers, beside those of the run. `training` stays as it is; `trainer.args` is what was made of
-    it, with the number of passes in a step.
+    callbacks: of transformers, beside those of the run. `training` stays as it is; `trainer.args` is a copy of it, with
+        what follows from the data, such as the number of passes in a step.
 
-    Goes on from `training.resume_from_checkpoint`, or by itself from the last checkpoint in `training.output_dir`.
+    Resumes from `training.resume_from_checkpoint`, or by itself from the last checkpoint in `training.output_dir`.
     Raises BlockingIOError while another run writes there. SIGTERM and SIGUSR1 save a checkpoint and end with
     SystemExit: see collate.training.signals.
     """
@@ -56,7 +56,7 @@ def pretrain(
     set_seed(training.seed)
     train, test = for_objective(config, *load_splits(config.dataset))
     check_arguments(training, test, config.dataset)
-    with one_run(training, training.output_dir):
+    with one_run(training, str(training.output_dir)):
         return _pretrain(config, training, callbacks, train, test)
 
 
@@ -108,16 +108,16 @@ def _pretrain(
     if any(isinstance(module, RoutingAttention) for module in model.modules()):
         trainer.add_callback(RoutingCallback())
     if trainer.is_world_process_zero():
-        write_config_record(training.output_dir, record)
+        write_config_record(str(training.output_dir), record)
     trainer.run_record, trainer.checked_checkpoint = run, checkpoint
     with SaveOnSignal() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint)
-    model.requires_grad_(True)  # whoever goes on with it may learn all of it
+    model.requires_grad_(True)  # who continues with it may train all of it
     stop.end_if_received()
-    if trainer.is_world_process_zero():
-        write_run(training.output_dir, run)
-    trainer.save_model(_internal_call=True)  # not to the hub yet: the figures of its card are still to come
+    if run is not None and trainer.is_world_process_zero():
+        write_run(str(training.output_dir), run)
+    trainer.save_model(_internal_call=True)  # not to the hub yet: its card still lacks the figures of evaluation
     if test is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_state()

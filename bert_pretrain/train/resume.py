@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is one of the same run."""
+"""Which checkpoint a run resumes, and whether it is one of the same run."""
 
 import json
 import logging
@@ -15,14 +15,15 @@ from packing.files.metadata import read_json
 logger = logging.getLogger(__name__)
 
 CONTENTS = ("dataset", "tokenizer")
-"""Parts of which everything is compared, what has gone and what has come, too."""
-RESUME_OR_BEGIN = "give the old value to resume, or another output_dir to begin anew"
+"""Parts that are compared as a whole: a missing or a new value is a difference, too."""
+RESUME_OR_START = "give the old value to resume, or another output_dir to start again"
 
 
-def find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> str | None:
+def find_checkpoint(record: dict[str, dict] | None, training: TrainingArguments) -> str | None:
     """The checkpoint to resume from: the one asked for, or the last in output_dir; complete, and of such a run.
 
-    One rank looks for it and reads its files, see `agreed`: all resume from the same one, or raise the same error.
+    record: of `run_record`; None on the ranks that do not look. One rank looks for it and reads its files, see
+    `agreed`: all resume from the same checkpoint, or raise the same error.
     """
     checkpoint = agreed(training, lambda: _find_checkpoint(record, training))
     if checkpoint is not None:
@@ -30,10 +31,11 @@ def find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> str
     return checkpoint
 
 
-def _find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> str | None:
+def _find_checkpoint(record: dict[str, dict] | None, training: TrainingArguments) -> str | None:
+    assert record is not None
     asked_for = training.resume_from_checkpoint
     if asked_for is None:
-        checkpoint = last_checkpoint(training.output_dir)
+        checkpoint = last_checkpoint(str(training.output_dir))
         if checkpoint is None:
             return None
     else:
@@ -41,7 +43,7 @@ def _find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> st
         if not checkpoint.is_dir():
             raise ValueError(
                 f"resume_from_checkpoint={asked_for!r} is no folder; name a checkpoint-N folder, or leave it out: "
-                "a run goes on by itself from the last one in output_dir"
+                "a run resumes the last one in output_dir by itself"
             )
         try:
             check_checkpoint(checkpoint)
@@ -53,51 +55,50 @@ def _find_checkpoint(record: dict[str, dict], training: TrainingArguments) -> st
 
 
 def _check_parts(checkpoint: Path) -> None:
-    """Whatever Trainer would go on without, if it were not there."""
+    """Raise ValueError where a part is missing that Trainer would continue without."""
     names = {path.name for path in checkpoint.iterdir()}
     if RUN_FILE not in names:
         raise ValueError(
-            f"{checkpoint} has no {RUN_FILE}, so bert-pretrain train did not write it; give it as --model to begin "
+            f"{checkpoint} has no {RUN_FILE}, so bert-pretrain train did not write it; give it as --model to start "
             "a new run with its parameters"
         )
     has_optimizer = any(name.startswith(("optimizer", "global_step")) for name in names)  # deepspeed: global_step8
     if not has_optimizer:
         raise ValueError(
-            f"{checkpoint} has no optimizer state (save_only_model=True), so training cannot go on as it was; give it "
-            "as --model to begin a new run with its parameters"
+            f"{checkpoint} has no optimizer state (save_only_model=True), so training cannot continue as it was; give "
+            "it as --model to start a new run with its parameters"
         )
 
 
-def check_finished_run(record: dict[str, dict], training: TrainingArguments) -> None:
-    """A finished run of another configuration is not overwritten, though it may have left no checkpoint."""
-    folder, cure = (
-        Path(training.output_dir),
-        "its model would be overwritten: give another output_dir, or remove this one",
-    )
+def check_finished_run(record: dict[str, dict] | None, training: TrainingArguments) -> None:
+    """Raise ValueError rather than overwrite a finished run of another configuration, with or without checkpoints."""
+    folder = Path(str(training.output_dir))
+    cure = "its model would be overwritten: give another output_dir, or delete this one"
 
     def look() -> None:
         if (folder / RUN_FILE).exists():
+            assert record is not None
             _check_record(folder, record, cure)
 
     agreed(training, look)
 
 
 def write_run(folder: str | os.PathLike, record: dict[str, dict]) -> None:
-    """Beside a finished run's model, for `check_finished_run`."""
+    """Write the record beside a finished run's model, for `check_finished_run`."""
     (Path(folder) / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_BEGIN) -> None:
+def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_START) -> None:
     saved = _read_record(folder / RUN_FILE)
     for part, values in record.items():
         if part in CONTENTS and part not in saved:
             raise ValueError(
-                f"{folder}/{RUN_FILE} does not say what its {part} held: an earlier version wrote it; begin anew in "
-                "another output_dir, with --model to go on from its parameters"
+                f"{folder}/{RUN_FILE} does not say what its {part} held: an earlier version wrote it; start again in "
+                "another output_dir, with --model to continue from its parameters"
             )
         before = saved.get(part, {})
         names = {**values, **before} if part in CONTENTS else values
-        default = {} if part in CONTENTS else values  # options that came with a newer version
+        default = {} if part in CONTENTS else values  # an older version lacks newer options
         pairs = {name: (before.get(name, default.get(name)), values.get(name)) for name in names}
         _check_part(folder, part, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, record, cure)
 
@@ -110,7 +111,7 @@ def _read_record(file: Path) -> dict[str, dict]:
         found = "it is no record of a run"
     except ValueError as error:
         found = str(error)
-    raise ValueError(f"{file} is damaged ({found}); remove it if its folder may be overwritten, or choose another")
+    raise ValueError(f"{file} is damaged ({found}); delete it if its folder may be overwritten, or choose another")
 
 
 def _check_part(folder: Path, part: str, changed: dict[str, tuple], record: dict[str, dict], cure: str) -> None:
@@ -130,7 +131,7 @@ def _check_part(folder: Path, part: str, changed: dict[str, tuple], record: dict
 def _attend_alike(before: str, now: str, dropout: float | None) -> bool:
     """ "local, varlen", "local, flex" -> True: heads of full attention differ in rounding alone.
 
-    "auto" chooses among them by the device. Without a number for it, attention dropout depends on the head's name.
+    "auto" chooses among them by the device. Where no dropout is given, it depends on the head's name.
     """
     heads = [[name.strip() for name in names.split(",")] for names in (before, now)]
     full = {name for name, head in ATTENTION.items() if getattr(head, "is_full", False)}

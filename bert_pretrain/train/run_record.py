@@ -19,7 +19,7 @@ import torch
 import xxhash
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from bert_pretrain.train.config import CONFIG_FILE, PretrainConfig
@@ -30,7 +30,7 @@ VERSIONS_FILE = "versions.json"
 PACKAGES = ("dataset-packing", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "numba")
 
 OF_THIS_CALL = ("resume_from_checkpoint", "local_rank")
-"""Not of the run: whether it was interrupted, and which of its processes this is."""
+"""Options that say nothing about the run: whether it was interrupted, and which of its processes this is."""
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
@@ -49,16 +49,19 @@ MAY_CHANGE = {
     *("full_determinism", "use_liger_kernel", "liger_kernel_config", "use_cache", "remove_unused_columns"),
     *("length_column_name", "ignore_data_skip", "average_tokens_across_devices"),
 }
-"""TrainingArguments that a resumed run may be given otherwise; all others must be as they were."""
-MAY_CHANGE_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "fsdp", "torch_compile")
-MAY_CHANGE_PREFIXES += ("dataloader_",)
+"""TrainingArguments that may change when a run resumes; all others must stay."""
+MAY_CHANGE_PREFIXES = (
+    *("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "fsdp", "torch_compile", "dataloader_"),
+)
 MUST_STAY = {"dataloader_drop_last"}
 NOT_TRAINING = {"eval_mlm_probability", "peak_tflops"}
 PLACES = {"dataset", "tokenizer", "model"}
 """Folders may be moved: their contents are compared."""
-OF_THE_BEST = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay")
-OF_THE_BEST += ("save_strategy", "save_steps", "load_best_model_at_end")
-"""What decides which checkpoint is the best: it must stay where the best one is loaded at the end."""
+OF_THE_BEST = (
+    *("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay"),
+    *("save_strategy", "save_steps", "load_best_model_at_end"),
+)
+"""What decides which checkpoint is the best. It must stay if the run loads the best one at the end."""
 
 PACKING_FACTS = ("max_sequence_length", "max_sequences_per_pack", "max_depth", "token_columns", "balance")
 """What a packed dataset knows of its making and training goes by; the packs themselves say the rest."""
@@ -80,7 +83,7 @@ def config_record(config: PretrainConfig, training: TrainingArguments) -> dict[s
         if name not in values or name in OF_THIS_CALL or name.endswith("_token"):
             continue
         value, default = values[name], None if field.default is MISSING else field.default
-        # TrainingArguments makes something of what was not given: [], a filled-in dict, False
+        # TrainingArguments fills in what nobody gave: [], a dict, False
         is_made = value in (None, [], {}, default) or (name == "fsdp_config" and not training.fsdp)
         if is_made or (name in CHECKPOINTING and value is False):
             continue
@@ -91,7 +94,7 @@ def config_record(config: PretrainConfig, training: TrainingArguments) -> dict[s
 
 
 def versions() -> dict[str, str]:
-    """{package: version} of what decides a run's outcome; those that are not installed are left out."""
+    """{package: version} of what decides a run's outcome, as far as it is installed."""
     found = {}
     for package in PACKAGES:
         try:
@@ -115,7 +118,7 @@ def run_record(
     train: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     test: Dataset | None = None,
-    model: nn.Module | None = None,
+    model: PreTrainedModel | None = None,
 ) -> dict[str, dict]:
     """What decides the outcome of a run, as JSON; kept in each of its checkpoints, and beside its model at the end.
 
@@ -124,7 +127,7 @@ def run_record(
     packs = split_batches = None  # with sequences_per_step, packs of a step are the same on any number of devices
     if config.batch_policy == "packs":
         packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-        split_batches = training.accelerator_config.split_batches
+        split_batches = getattr(training.accelerator_config, "split_batches", None)
     arguments = training.to_dict()
     record = {
         "config": {name: value for name, value in asdict(config).items() if name not in PLACES | NOT_TRAINING},
@@ -166,8 +169,8 @@ def tokenizer_contents(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return contents | facts.pop("special_tokens_map") | facts
 
 
-def model_contents(model: nn.Module) -> dict[str, Any]:
-    """The model's config, but for where it came from and what `PretrainConfig` says already; and its weights then."""
+def model_contents(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's config, but for where it came from and what `PretrainConfig` says already; and its first weights."""
     said = ("packed_attention", "packed_attention_options", "mlm_loss")
     config = model.config.to_dict()
     contents = {name: value for name, value in config.items() if name not in (*PLACES_OF_A_MODEL, *said)}
@@ -185,6 +188,6 @@ def parameters_digest(model: nn.Module, without: set[str]) -> str:
 
 
 def _short(value: Any) -> Any:
-    """What is too long to be read is digested."""
+    """The value, or its digest where it is too long to read."""
     text = json.dumps(value, sort_keys=True)
     return value if len(text) <= 100 else xxhash.xxh3_128_hexdigest(text.encode())

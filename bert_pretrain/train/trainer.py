@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.train.batch import counted_info
@@ -19,7 +20,7 @@ from bert_pretrain.train.console import LinesAboveBar, LinesCallback
 from bert_pretrain.train.hub import SaysWhatFailed
 from bert_pretrain.train.metrics import Meter, attends_fully, known_peak
 from bert_pretrain.train.run_record import versions, write_config_record
-from collate import DataCollatorWithPacking, PackedTrainer
+from collate import DataCollatorWithPacking
 from collate.training.hooks import overrides_callback, overrides_trainer
 
 logger = logging.getLogger(__name__)
@@ -62,26 +63,29 @@ class _LogsLastStep(TrainerCallback):
 
 
 @overrides_trainer
-class PretrainTrainer(SaysWhatFailed, PackedTrainer):
+class PretrainTrainer(SaysWhatFailed):
     """A pretraining run's trainer.
 
     config: of the run. record: what is saved beside every model, `bert_pretrain.train.run_record`.
     objective: "nsp", "sop" or "none", for the card.
     eval_data_collator: of evaluation; its masks are the same every time.
 
-    Logs have, beside PackedTrainer's metrics, those of `metrics.Meter`. A loss that is no number ends the run,
-    and a model with such parameters is not saved.
+    Logs have, beside PackedTrainer's metrics, those of `metrics.Meter`. A loss that is no number ends the run, and
+    nothing saves a model with such parameters.
     """
+
+    objective: str
+    model: PackedBertForPreTraining
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         config: PretrainConfig,
         record: dict[str, Any],
         objective: str,
         eval_data_collator: DataCollatorWithPacking,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.config, self.record, self.objective = config, record, objective
         self.args.logging_nan_inf_filter = False  # it logs 0 for a loss of NaN, and waits for the device at every pass
@@ -96,7 +100,7 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
             self.add_callback(_TiedTogether(self.model))
         self.add_callback(_LogsLastStep())
         self.meter = Meter(self.model, self.args.device, known_peak(self.args.device, config.peak_tflops))
-        # not in a notebook, where Trainer shows a table of its own
+        # a notebook has neither callback: Trainer shows a table of its own there
         if self.pop_callback(PrinterCallback) is not None:
             self.add_callback(LinesCallback())
         elif self.pop_callback(ProgressCallback) is not None:
@@ -104,12 +108,14 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
-    def _bound_collator(self, collator, dataset, is_training: bool):
+    def _bound_collator(
+        self, collator: DataCollatorWithPacking, dataset: Any, is_training: bool
+    ) -> DataCollatorWithPacking:
         return super()._bound_collator(collator if is_training else self.eval_data_collator, dataset, is_training)
 
     # -- time: that of training steps only -----------------------------------------------------------------------
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self.meter.reset()
         output = super().train(*args, **kwargs)
         seen = self._progress.seen(self.state.global_step)
@@ -122,7 +128,9 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
             )
         return output
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
         self.meter.run()
         return super().get_batch_samples(self.meter.waiting(epoch_iterator), num_batches, device)
 
@@ -130,11 +138,11 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
         super()._step_counted(packs, denominators)
         self.meter.add_step(packs, denominators[0])
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.meter.stopped():
             return super().evaluate(*args, **kwargs)
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.meter.stopped():
             super()._save_checkpoint(*args, **kwargs)
 
@@ -146,19 +154,19 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise ValueError(self._diverged(f"the {name.replace('_', ' ')} is {logs[name]}"))
 
-    # -- a run that diverged: all ranks find it out together, for none may wait for another -----------------------
+    # -- a run that diverged: all ranks find it together, for none may wait for another ---------------------------
 
     def _refuse_diverged(self) -> None:
-        """Before anything is saved, lest it push a good checkpoint out."""
-        parameters = self.model_wrapped.parameters()
-        parameters = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in parameters)
-        values = [*parameters, *([self._tr_loss] if hasattr(self, "_tr_loss") else [])]
+        """Call it before anything is saved: a bad checkpoint would push a good one out."""
+        weights = self.model_wrapped.parameters()
+        values = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        values += [self._tr_loss] if hasattr(self, "_tr_loss") else []
         bad = sum((~torch.isfinite(value)).sum().to(self.args.device) for value in values)
         if self.accelerator.reduce(bad, "sum").item():
             raise ValueError(self._diverged("the loss or parameters of the model are not finite"))
 
     def _diverged(self, what: str) -> str:
-        output_dir = self.args.output_dir
+        output_dir = str(self.args.output_dir)
         last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         cure = "lower learning_rate, or set more warmup_steps or a lower max_grad_norm"
         if self.args.fp16:
@@ -166,7 +174,7 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
         there = "no checkpoint was saved" if last is None else f"the last checkpoint is {last}, complete and finite"
         return (
             f"training diverged: {what} at step {self.state.global_step}, which is not saved, and {there}; {cure}, "
-            "and begin anew in another output_dir"
+            "and start again in another output_dir"
         )
 
     # -- what is saved beside the model --------------------------------------------------------------------------
@@ -174,15 +182,15 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._refuse_diverged()
         if self.is_world_process_zero():
-            write_config_record(output_dir or self.args.output_dir, self.record)
+            write_config_record(output_dir or str(self.args.output_dir), self.record)
         super().save_model(output_dir, _internal_call)
 
-    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
         """README.md in output_dir; Trainer calls this before it pushes to the hub."""
         if not self.is_world_process_zero():
             return
         card = model_card(
-            name=self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
+            name=self.args.hub_model_id or model_name or Path(str(self.args.output_dir)).name,
             config=self.config,
             bert=self.model.config,
             data=counted_info(getattr(self.train_dataset, "packed", self.train_dataset)),
@@ -191,11 +199,11 @@ class PretrainTrainer(SaysWhatFailed, PackedTrainer):
             seen=self._progress.seen(self.state.global_step),
             log_history=self.state.log_history,
             versions=versions(),
-            mask_token=self.processing_class.mask_token,
+            mask_token=str(getattr(self.processing_class, "mask_token", None)),
             is_stock=self.is_stock,
             best_step=self._best_step(),
         )
-        card.save(Path(self.args.output_dir) / "README.md")
+        card.save(Path(str(self.args.output_dir)) / "README.md")
 
     def _best_step(self) -> int | None:
         is_best = self.args.load_best_model_at_end and not self.is_in_train

@@ -331,7 +331,7 @@ def test_betas_to_the_power_of_the_packing_factor(packs, tmp_path, caplog, optim
     [
         ({"policy": "sequences", "beta_power": True}, r"beta_power is for batch_policy='packs'.*must stay"),
         ({"beta_power": True, "training": {"optim": "sgd"}}, r"optim='sgd' does not have"),
-        ({"optimizer": "lamb", "training": {"optim": "sgd"}}, r"optim='sgd'.*but optimizer='lamb' is none of these"),
+        ({"optimizer": "lamb", "training": {"optim": "sgd"}}, r"optim='sgd'.*but optimizer='lamb' is ours"),
         ({"optimizer": "lamb", "training": {"optim_args": "a=1"}}, r"optim_args='a=1'.*leave out either"),
     ],
 )
