@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
@@ -139,7 +139,7 @@ def _without_others(split: Dataset, objectives: set[str]) -> Dataset:
     return split.remove_columns(others) if others else split
 
 
-def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise ValueError if the packs were made with another tokenizer.
 
     A dataset of `bert-pretrain prepare` keeps its vocabulary's fingerprint, which decides. In others a sample does: ids
