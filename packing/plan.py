@@ -62,12 +62,14 @@ class PackPlan:
         max_sequence_length: int,
         max_sequences_per_pack: int | None = None,
         packer: str = "custom",
+        proven_bound: int = 0,
     ) -> PackPlan:
         """A plan from tuples of lengths: from_strategies([(1, 2, 3), (5,)], [2, 1], 6)."""
         rows = [sorted(strategy) for strategy in strategies]
-        offsets = np.cumsum([0] + [len(row) for row in rows])
+        offsets = np.cumsum([0, *map(len, rows)])
         flat = np.array([length for row in rows for length in row])
-        return cls(max_sequence_length, max_sequences_per_pack, flat, offsets, np.array(list(repeats)), packer)
+        limits = max_sequence_length, max_sequences_per_pack
+        return cls(*limits, flat, offsets, np.array(list(repeats)), packer, proven_bound)
 
     # The numbers. Sums are Python integers: counts of 1e12 times lengths of 1e5 leave no room for error in float64.
 

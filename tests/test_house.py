@@ -67,11 +67,7 @@ FLOORS = {
 
 OPEN: dict[str, dict[str, str]] = {
     "lines": {"packing.dataset": "dataset"},
-    "name": {
-        "differences: packing.store.manifest packing.verify.source": "cli",
-    },
     "upward": {
-        "packing.packers.filling -> packing.packers.lpfhp": "cli",
         "packing.source.sequences -> packing.store.shards": "source",
     },
 }

@@ -1,80 +1,86 @@
-"""Sequences into slots, and best fit into whatever space the slots leave.
+"""Sequences into slots, and best fit into the space that packs have left: what `lpfhp` and `optimal` share.
 
-A slot takes the longest sequence that is left and no longer than the slot. Slots are nested (what fits the shorter fits
-the longer), so in whatever order they choose, they place as many sequences as any choice does.
+A slot takes the longest sequence that is left and fits it. Slots are nested (what fits the shorter one fits the longer
+one), so they place as many sequences as any choice does, in whatever order they choose.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 
 from packing.numba_tools import njit
-from packing.packers.lpfhp import fill_longest_first
 from packing.packers.open_packs import (
     COUNT,
+    DEPTH,
+    LAST,
     NONE,
+    SPACE,
     keep_open,
+    least_space,
     no_open_packs,
+    take_out,
     unroll,
     with_room,
     write_group,
     write_node,
 )
 
-Packs = dict[tuple[int, ...], int]  # ascending lengths in a pack -> packs
+Strategy = tuple[int, ...]  # ascending lengths
+Packs = Counter[Strategy]  # how many packs have this content
 
 
-def fill_slots(slots: Mapping[tuple[int, ...], int], left: np.ndarray) -> Packs:
-    """Fill packs of slots, {slots: packs}, from a histogram. In place on left; empty packs are dropped.
+def fill_slots(slots: Mapping[Strategy, int], left: np.ndarray) -> Packs:
+    """Fill packs of slots, {slots: packs}, from a histogram. In place on left; packs that stay empty are left out.
 
     {(3, 3): 2} with left = {3: 1, 2: 2} -> {(2, 3): 1, (2,): 1}
     """
     below = np.arange(len(left)) - 1  # where to look for a length when this one is used up; shortened on the way
-    most = len(slots) + 2 * np.count_nonzero(left)  # a content ends a strategy or all but ends a length
-    return _as_packs(*_fill_slots(*_as_arrays(slots), left, below, most))
+    most = len(slots) + 2 * np.count_nonzero(left)  # a content ends a strategy, or all but ends a length
+    return as_packs(*_fill_slots(*_as_arrays(slots), left, below, most))
 
 
-def best_fit(packs: Packs, left: np.ndarray, depth: int) -> Packs:
+def best_fit(packs: Mapping[Strategy, int], left: np.ndarray, depth: int) -> Packs:
     """Place what is left, longest first, into the fullest packs with room and into new ones; `packs` stays as it is."""
     if not left.any():
-        return dict(packs)
+        return Packs(packs)
     limit, shortest = len(left) - 1, int(np.argmax(left > 0))
     roomy = {pack: n for pack, n in packs.items() if len(pack) < depth and sum(pack) + shortest <= limit}
-    placed = {pack: n for pack, n in packs.items() if pack not in roomy}
-    nodes, groups, heads, bits, num_nodes = _open_packs(*_as_arrays(roomy), depth, limit)
-    nodes, groups = fill_longest_first(left, depth, nodes, groups, heads, bits, num_nodes, len(roomy))
-    groups = groups[groups[:, COUNT] > 0]
-    lengths, offsets = unroll(nodes, groups)
-    return add_packs(placed, _as_packs(lengths, offsets, groups[:, COUNT]))
+    placed = Packs({pack: n for pack, n in packs.items() if pack not in roomy})
+    placed.update(as_packs(*fill_longest_first(left, depth, roomy)))
+    return placed
 
 
-def add_packs(packs: Packs, more: Packs) -> Packs:
-    """Packs of equal content are counted together. In place on packs, which is returned."""
-    for pack, number in more.items():
-        packs[pack] = packs.get(pack, 0) + number
+def fill_longest_first(
+    histogram: np.ndarray, depth_limit: int, packs: Mapping[Strategy, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Best fit, longest lengths first, into packs that have room and into new ones: lengths, offsets, repeats."""
+    nodes, groups, heads, bits, num_nodes = _open_packs(*_as_arrays(packs), depth_limit, len(histogram) - 1)
+    nodes, groups = _fill_longest_first(histogram, depth_limit, nodes, groups, heads, bits, num_nodes, len(packs))
+    groups = groups[groups[:, COUNT] > 0]  # all packs of the others moved on
+    return *unroll(nodes, groups), groups[:, COUNT].copy()
+
+
+def as_packs(lengths: np.ndarray, offsets: np.ndarray, repeats: np.ndarray) -> Packs:
+    """Packs of equal content are counted together."""
+    flat, packs = lengths.tolist(), Packs()
+    for (first, end), number in zip(pairwise(offsets.tolist()), repeats.tolist(), strict=True):
+        packs[tuple(flat[first:end])] += number
     return packs
 
 
-def _as_arrays(packs: Mapping[tuple[int, ...], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _as_arrays(packs: Mapping[Strategy, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """lengths, offsets, repeats: int64, flat."""
     lengths = np.array([length for pack in packs for length in pack], np.int64)
     return lengths, np.cumsum([0, *map(len, packs)]), np.array(list(packs.values()), np.int64)
 
 
-def _as_packs(lengths: np.ndarray, offsets: np.ndarray, repeats: np.ndarray) -> Packs:
-    flat, packs = lengths.tolist(), Packs()
-    for (first, end), number in zip(pairwise(offsets.tolist()), repeats.tolist(), strict=False):
-        pack = tuple(flat[first:end])
-        packs[pack] = packs.get(pack, 0) + number
-    return packs
-
-
 @njit(cache=True)
 def _fill_slots(slots, offsets, repeats, left, below, most):
-    """One content is written at a time, for as many packs as there are sequences: lengths, offsets, repeats."""
+    """Write each content once, with the number of packs that can have it: lengths, offsets, repeats."""
     filled, ends, times = np.empty(1024, np.int64), np.zeros(most + 1, np.int64), np.empty(most, np.int64)
     count = 0
     for strategy in range(len(repeats)):
@@ -112,9 +118,9 @@ def _longest_left(slot, left, below):
 
 @njit(cache=True)
 def _repeat_content(filled, first, end, left, packs):
-    """How many of `packs` can have the content filled[first:end], which was taken from `left` once, longest first.
+    """How many of `packs` can have the content filled[first:end], which `left` has already lost once, longest first.
 
-    Takes the others too, and turns the content around. In place."""
+    Takes the sequences of the other packs too, and reverses the content. In place."""
     times, copies = packs, 0
     for slot in range(first, end):
         length = filled[slot]
@@ -129,7 +135,7 @@ def _repeat_content(filled, first, end, left, packs):
 
 @njit(cache=True)
 def _longer(values, size):
-    """The values, or a copy twice as long as asked for if they are fewer than `size`."""
+    """The values, or a copy twice as long as `size` if they are fewer than that."""
     if size <= len(values):
         return values
     longer = np.empty(2 * size, np.int64)
@@ -140,7 +146,7 @@ def _longer(values, size):
 
 @njit(cache=True)
 def _open_packs(lengths, offsets, repeats, depth, limit):
-    """The packs as groups: nodes, groups, heads, bits and the number of nodes, for fill_longest_first to go on with."""
+    """The packs as groups: nodes, groups, heads, bits and the number of nodes."""
     nodes, groups, heads, bits = no_open_packs(limit)
     num_nodes = 0
     for group in range(len(repeats)):
@@ -152,3 +158,50 @@ def _open_packs(lengths, offsets, repeats, depth, limit):
         write_group(groups, group, repeats[group], limit - tokens, sequences, last)
         keep_open(group, groups, heads, bits, depth)
     return nodes, groups, heads, bits, num_nodes
+
+
+@njit(cache=True)
+def _fill_longest_first(histogram, depth_limit, nodes, groups, heads, bits, num_nodes, num_groups):
+    """The steps of lpfhp, into packs that may be open already. Returns nodes (…, 3) and groups (…, 5) of all packs."""
+    max_sequence_length = len(heads) - 1
+    for length in range(max_sequence_length, 0, -1):
+        left = histogram[length]
+        while left > 0:
+            nodes, groups = with_room(nodes, num_nodes + 2), with_room(groups, num_groups + 3)
+            space = least_space(bits, length)
+            group = heads[space] if space > 0 else num_groups
+            if space == 0:  # open a pack for each sequence; those that get none are dropped below
+                write_group(groups, group, left, max_sequence_length, 0, NONE)
+                num_groups += 1
+            first = num_groups
+            copies = min(groups[group, SPACE] // length, depth_limit - groups[group, DEPTH])
+            left, num_nodes, num_groups = _give_copies(
+                length, copies, left, group, nodes, groups, num_nodes, num_groups
+            )
+            if space == 0:
+                groups[group, COUNT] = 0
+            elif groups[group, COUNT] == 0:
+                take_out(group, groups, heads, bits)
+            for group in range(first, num_groups):
+                keep_open(group, groups, heads, bits, depth_limit)
+    return nodes[:num_nodes], groups[:num_groups]
+
+
+@njit(cache=True)
+def _give_copies(length, copies, left, group, nodes, groups, num_nodes, num_groups):
+    """Give packs of a group `copies` sequences of a length each, as far as `left` sequences of it go. In place.
+
+    5 packs, copies=2, left=5 -> 2 packs get 2, one gets 1: two new groups at the end; 2 packs stay in the group.
+    Returns what is then left, num_nodes and num_groups; there must be room for two more of each."""
+    packs, space = groups[group, COUNT], groups[group, SPACE]
+    depth, before = groups[group, DEPTH], groups[group, LAST]
+    full = min(packs, left // copies)
+    fewer = left - full * copies if full < packs else 0
+    for packs, copies in ((full, copies), (1 if fewer > 0 else 0, fewer)):  # noqa: B020
+        if packs > 0:
+            write_node(nodes, num_nodes, length, copies, before)
+            write_group(groups, num_groups, packs, space - copies * length, depth + copies, num_nodes)
+            num_nodes, num_groups = num_nodes + 1, num_groups + 1
+            groups[group, COUNT] -= packs
+            left -= packs * copies
+    return left, num_nodes, num_groups

@@ -4,8 +4,8 @@
     such that  slots of each length, as many as sequences          one row a length
                x >= 0, and y[i] >= 0: slots of lengths[i] that hold a sequence of lengths[i - 1]
 
-The y make a longer slot stand in for a shorter one, so that a few hundred strategies do for thousands. The row duals
-are the prices of the lengths, and y keeps them from falling with the length.
+With y a longer slot stands in for a shorter one, so that a few hundred strategies replace thousands. The row duals are
+the prices of the lengths, and y keeps them from falling with the length.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PRIMAL, DUAL = 4, 1  # HiGHS's numbers of the simplex methods
 class LinearProgram:
     """Strategies are tuples of ascending indices into the lengths; counts[i] sequences of the i-th length are placed.
 
-    work: simplex steps * lengths so far, which is what time is proportional to.
+    work: simplex steps * lengths so far; time is proportional to it.
     """
 
     def __init__(self, counts: np.ndarray) -> None:
-        import highspy  # half a second: it waits for the first program
+        import highspy  # takes half a second
 
         self.strategies: list[tuple[int, ...]] = []
         self.work = 0
@@ -41,14 +41,14 @@ class LinearProgram:
         self.demand(counts)
 
     def demand(self, counts: np.ndarray) -> None:
-        """Place these counts from now on, with the same strategies. The old solution stays dual feasible."""
+        """Place these counts from now on, with the same strategies; the old solution stays dual feasible."""
         self._method = DUAL
         self._scale = max(1.0, float(counts.max()) / 1e5)  # HiGHS's tolerances are absolute
         free = np.full(len(counts), np.inf)
         self._highs.changeRowsBounds(len(counts), self._rows, counts / self._scale, free)
 
     def add(self, strategies: Iterable[tuple[int, ...]]) -> int:
-        """Add the strategies that are new; returns how many those are."""
+        """Add the strategies that are new; returns how many there are."""
         new = [strategy for strategy in dict.fromkeys(strategies) if strategy not in self._known]
         columns = [Counter(strategy) for strategy in new]
         if new:
@@ -63,7 +63,7 @@ class LinearProgram:
     def solve(self, method: int | None = None) -> tuple[float, np.ndarray, np.ndarray]:
         """Returns the packs needed, repeats (strategies,) and prices (lengths,): floats.
 
-        New strategies leave the old solution primal feasible, so that PRIMAL goes on from it; not so a new demand."""
+        New strategies leave the old solution primal feasible, so PRIMAL starts from it; after a new demand, DUAL."""
         self._highs.setOptionValue("simplex_strategy", method or self._method)
         self._highs.run()
         self._method = PRIMAL

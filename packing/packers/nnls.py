@@ -4,14 +4,14 @@ min |w (A x - b)|, x >= 0, where a column of A counts the slots of one strategy,
 the histogram. The method is Lawson and Hanson's (Solving Least Squares Problems, 1974, chapter 23):
 
 1. Some strategies are in use; their least squares solution z comes from R z = t, where R'R = A'WA and R't = A'Wb.
-2. If some z <= 0, go from x towards z until the first x is 0, drop its strategy, and solve again; else x = z.
-3. The gradient w w (b - A x) says what a slot of each length is worth, pricing the strategy that is worth most.
-4. Use it and go on at 1, unless it is worth nothing: then x is the optimum.
+2. If some z <= 0, move x towards z until the first x is 0, drop its strategy, and solve again; else x = z.
+3. The gradient w w (b - A x) is the worth of a slot of each length; pricing finds the strategy that is worth most.
+4. Use it and continue at 1, unless it is worth nothing: then x is the optimum.
 
-R and t are kept: a strategy more is a column more, a strategy less is rotated out. Inner loops run along rows of R,
-which are contiguous, and add in one order, so that every machine gets the same bits.
+R and t stay from round to round: a new strategy adds a column, a dropped one is rotated out. Inner loops run along
+rows of R, which are contiguous, and add in one order, so that every machine gets the same bits.
 
-Moving x can gain at most (greatest worth) * (packs): the search ends when that is TOLERANCE of the squared norm. A
+Moving x can gain at most (greatest worth) * (packs): the search stops when that is TOLERANCE of the squared norm. A
 round costs O(max_sequence_length**2), and there are one to two rounds a length: O(max_sequence_length**3) in all, and
 8 * max_sequence_length**2 bytes.
 """
@@ -24,15 +24,15 @@ from packing.numba_tools import njit
 from packing.packers.pricing import ENDLESS, fill_tables, find_parts, table_parts
 
 TOLERANCE = 1e-9
-NOISE = 1e-14  # in parts of |w b|: a worth that is less is rounding
-DEPENDENT = 1e-10  # of a column's square: if less lies beyond the span of those in use, it is one of them in disguise
-TINY = 1e-150  # numbers in R that are less are 0: below 1e-308 a processor takes a hundred times as long
+NOISE = 1e-14  # share of |w b| below which a worth is rounding
+DEPENDENT = 1e-10  # share of a column's square: with less outside the span of those in use, it depends on them
+TINY = 1e-150  # numbers in R below this become 0: below 1e-308 a processor takes a hundred times as long
 ROUNDS_PER_LENGTH = 20  # strategies tried at most; one to two are usual
-STUCK = 50  # rounds that gain nothing, one after the other
+STUCK = 50  # rounds in a row that gain nothing
 
 
 def fit_strategies(histogram, weights, depth_limit, lengths, offsets, repeats):
-    """How many packs of which strategies come closest to the histogram.
+    """Find how many packs of which strategies come closest to the histogram.
 
     histogram, weights: (max_sequence_length + 1,). depth_limit: lengths in a strategy.
     lengths, offsets, repeats: packs to start from, as in a PackPlan.
@@ -58,8 +58,8 @@ def fit_strategies(histogram, weights, depth_limit, lengths, offsets, repeats):
 def _nothing_in_use(longest):
     """columns: slot_lengths, slot_counts, entries, used; triangle: R, t; x.
 
-    used[:size] are the rows of the strategies in use, in the order of R and x; used[size:] are free. No more can be in
-    use than there are lengths, and a strategy has at most n different ones, where 1 + 2 + … + n fit into a pack.
+    used[:size] are the rows of the strategies in use, in the order of R and x; used[size:] are free. No more are in use
+    than there are lengths, and a strategy has at most n different ones, where 1 + 2 + … + n fit into a pack.
     """
     rows, width = longest + 1, int((np.sqrt(8 * longest + 1) - 1) / 2)
     slot_lengths, slot_counts = np.zeros((rows, width), np.int64), np.zeros((rows, width), np.int64)
@@ -68,9 +68,9 @@ def _nothing_in_use(longest):
 
 
 def _refined(goal, squares, columns, triangle, x):
-    """x after one correction by what it leaves over, for the digits that R'R = A'WA cost, and the norm.
+    """x after one correction by its residual, for the digits that R'R = A'WA cost, and the norm.
 
-    By the loops, not by `@`: NumPy's products differ in their last bits from processor to processor.
+    Loops and not `@`: NumPy's products differ in their last bits from processor to processor.
     """
     worth, change = np.empty(len(goal)), np.zeros(len(x))
     _write_worth(goal, squares, columns, x, len(x), worth)
@@ -95,7 +95,7 @@ def _write_change(columns, worth, change):
 def _fit(goal, squares, parts, tables, columns, triangle, x, start, limits):
     """Steps 1 to 4 in columns, triangle and x; returns how many strategies are then in use.
 
-    start: lengths, offsets, repeats. limits: packs and noise, which say when a worth is nothing."""
+    start: lengths, offsets, repeats. limits: packs and noise, which decide when a worth is nothing."""
     size, longest = np.int64(0), len(goal) - 1  # np.int64: Numba compiles all over again for a literal 0
     lengths, offsets, repeats = start
     for pack in range(len(repeats)):
@@ -155,9 +155,9 @@ def _write_worth(goal, squares, columns, x, size, worth):
 
 @njit(cache=True)
 def _use(strategy, goal, squares, columns, triangle, size):
-    """Let R and t grow by a strategy, with x still to be said. In place.
+    """Add a strategy to R and t, in place; the caller sets its x.
 
-    False, and nothing changed, if R is as large as it gets or the strategy depends on those in use."""
+    Returns False, and changes nothing, if R has no room or the strategy depends on those in use."""
     slot_lengths, slot_counts, entries, used = columns
     factor, targets = triangle
     if size == len(factor) - 1:
@@ -234,7 +234,7 @@ def _descend(columns, triangle, x, size):
 
 @njit(cache=True)
 def _drop(factor, targets, size, gone):
-    """Take a column out of R: what its row held is rotated into the rows below. In place; t likewise."""
+    """Take a column out of R and t, in place: rotate its row into the rows below."""
     spare, target = factor[gone, gone + 1 : size].copy(), targets[gone]
     for i in range(gone + 1, size):
         here, above, rest = factor[i][i:size], factor[i - 1][i - 1 : size - 1], spare[i - gone - 1 :]

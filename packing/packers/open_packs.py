@@ -1,11 +1,11 @@
-"""Open packs, grouped by content and filed by the space that they have left: the table that best and worst fit share.
+"""Open packs, grouped by content and filed by the space that they have left: the table of best and worst fit.
 
 A pack's content is a chain of nodes (length, copies, the node before), so that groups share their beginnings.
 A group is (number of packs, space left, depth, last node, next group with as much space). It stays in the table when
 its packs are closed: in the end, every pack is in exactly one group. A group whose packs all moved on has none left.
 
-The group with the most space, or the least that fits, is found by a bitmap over space: a 1 for each space that an open
-pack has, in 64-bit words; above them words that say which words hold a 1. Four levels reach 64**4 = 16,777,216.
+A bitmap over space finds the group with the most space, or with the least that fits. It has a 1 for each space that an
+open pack has, in 64-bit words; words above them tell which words hold a 1. Four levels reach 64**4 = 16,777,216.
 """
 
 from __future__ import annotations
@@ -63,26 +63,6 @@ def write_group(groups, group, packs, space, depth, last):
 
 
 @njit(cache=True)
-def give_copies(length, copies, left, group, nodes, groups, num_nodes, num_groups):
-    """Give packs of a group `copies` sequences of a length each, as far as `left` sequences of it go. In place.
-
-    5 packs, copies=2, left=5 -> 2 packs get 2, a pack gets 1: new groups at the end; 2 packs stay in the group.
-    Returns what is then left, num_nodes and num_groups; there must be room for two more of each."""
-    packs, space = groups[group, COUNT], groups[group, SPACE]
-    depth, before = groups[group, DEPTH], groups[group, LAST]
-    full = min(packs, left // copies)
-    fewer = left - full * copies if full < packs else 0
-    for packs, copies in ((full, copies), (1 if fewer > 0 else 0, fewer)):  # noqa: B020
-        if packs > 0:
-            write_node(nodes, num_nodes, length, copies, before)
-            write_group(groups, num_groups, packs, space - copies * length, depth + copies, num_nodes)
-            num_nodes, num_groups = num_nodes + 1, num_groups + 1
-            groups[group, COUNT] -= packs
-            left -= packs * copies
-    return left, num_nodes, num_groups
-
-
-@njit(cache=True)
 def keep_open(group, groups, heads, bits, depth_limit):
     """File the group under its space, unless its packs are full or deep enough. In place."""
     space = groups[group, SPACE]
@@ -98,7 +78,7 @@ def keep_open(group, groups, heads, bits, depth_limit):
 
 @njit(cache=True)
 def take_out(group, groups, heads, bits):
-    """Take the first group out of its space; levels above a word that is empty now hear of it. In place."""
+    """Take the first group out of its space, and clear the bits above a word that becomes empty. In place."""
     index = groups[group, SPACE]
     heads[index] = groups[group, NEXT]
     if heads[index] != NONE:
@@ -149,7 +129,7 @@ def _top_bit(word):
 
 @njit(cache=True)
 def with_room(table, rows):
-    """The table, or a copy twice as long as asked for if it has fewer rows."""
+    """The table, or a copy with twice so many rows if it has fewer."""
     if rows <= len(table):
         return table
     longer = np.empty((2 * rows, table.shape[1]), np.int64)

@@ -1,7 +1,7 @@
 """Pricing: the strategies that are worth most, when every length has a price (Gilmore & Gomory 1961).
 
 price: (lengths,) int64, what a slot for each distinct length is worth; it never falls with the length. A strategy is
-worth the sum of its slots' prices. The best one for each length is that length and the best completion by a slot less:
+worth the sum of its slots' prices. The best one for a length is that length and the best completion with a slot less:
 
     value[i] = price[i] + best of depth - 1 slots in max_sequence_length - lengths[i] tokens
 
@@ -10,9 +10,9 @@ holds for every sum the greatest worth of at most k slots with that sum; tables 
 
     best_i+j[sum] = max over part of best_i[part] + best_j[sum - part]        (best_1 = worth, best_k[0] = 0)
 
-So depth d takes log2(d) to 2 log2(d) combinations of O(max_sequence_length**2) steps each. The slots themselves are not
-kept: they are found again, for the few sums that need them, by looking for the parts that give the same number.
-Prices are integers, so the greatest value is exact: that makes a lower bound a proof.
+So depth d takes log2(d) to 2 log2(d) combinations of O(max_sequence_length**2) steps each. Tables do not keep the
+slots: the few sums that need them look for the parts that give the same number. Prices are integers, so the greatest
+value is exact, and a lower bound is a proof.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ENDLESS = -1
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """What a pack offers: lengths (n,) ascending and distinct, the slots that it can have, at most `depth` in one."""
+    """What a pack offers: lengths (n,) of its slots, ascending and distinct, and at most `depth` slots in one pack."""
 
     lengths: np.ndarray
     max_sequence_length: int
@@ -66,7 +66,7 @@ class Valuation:
         return int(self.values.max())
 
     def bound(self, counts: np.ndarray) -> int:
-        """Packs that no packing of (lengths,) counts can go under: ceil(sum of count * price / best).
+        """The packs that these counts (lengths,) need at least: ceil(sum of count * price / best).
 
         No pack is worth more than the best strategy. Any prices prove a bound; only good ones prove a good bound."""
         worth = sum(a * b for a, b in zip(counts.tolist(), self.price.tolist(), strict=True))
@@ -75,11 +75,11 @@ class Valuation:
     def strategies(self, above: int, at_most: int, per_length: int) -> list[tuple[int, ...]]:
         """Up to at_most different strategies of a value above `above`, best first, as tuples of indices into lengths.
 
-        A strategy is left out if one of its lengths lies in per_length of them already."""
+        A length lies in at most per_length of them."""
         order = np.argsort(-self.values, kind="stable")
         order = order[self.values[order] > above]
         most = min(at_most, len(order))
-        # one more: a slot that turns out to hold nothing is written before it is seen to be so
+        # one more, since a slot that holds nothing is written before it is dropped
         rows, offsets = np.empty(most * self.slots.depth + 1, np.int64), np.zeros(most + 1, np.int64)
         count = _complete(
             order, self.slots.lengths, self.row_of_slot, self.tables, self.parts, rows, offsets, per_length
@@ -144,7 +144,7 @@ def _complete(order, lengths, row_of_slot, tables, parts, rows, offsets, per_len
 
 
 def table_parts(depth: int, max_sequence_length: int) -> np.ndarray:
-    """(tables, 2) int64: from which two tables each comes, for strategies of at most `depth` lengths; row 0 is worth.
+    """(tables, 2) int64: the two tables that make each one, for strategies of at most `depth` lengths; row 0 is worth.
 
     6 -> 1, 2 = 1 + 1, 3 = 2 + 1, 6 = 3 + 3.    A depth that limits nothing needs one table, which extends itself.
     """
@@ -160,14 +160,14 @@ def table_parts(depth: int, max_sequence_length: int) -> np.ndarray:
 
 @njit(cache=True)
 def fill_tables(tables, parts):
-    """Every table from the first, which holds worth. In place; tables: (tables, max_sequence_length + 1)."""
+    """Fill every table from the first, which holds worth. In place; tables: (tables, max_sequence_length + 1)."""
     for table in range(1, len(parts)):
         left, right = parts[table, 0], parts[table, 1]
         best, first = tables[table], tables[max(left, 0)]
         for total in range(len(best)):  # best[:] = first takes Numba three seconds to compile
             best[total] = first[total]
         for part in range(1, len(best)):
-            if left == ENDLESS:  # whatever sums to `part` is known by now
+            if left == ENDLESS:  # best[part] is final by now
                 _raise(best[part + 1 :], best[part], tables[0][1:])
             elif left == right:  # the smaller part first, so that each pair comes once
                 _raise(best[2 * part :], tables[left, part], tables[right][part:])
@@ -190,7 +190,7 @@ def find_parts(tables, parts, total, lengths):
     stack = np.empty((len(lengths) + 2 * len(parts), 2), np.int64)
     table = len(parts) - 1
     while total > 0 or waiting > 0:
-        if total == 0:  # nothing is left of this part: take up one that waits
+        if total == 0:  # nothing is left of this part: take one that waits
             waiting -= 1
             table, total = stack[waiting, 0], stack[waiting, 1]
         elif table == 0:

@@ -1,20 +1,19 @@
 """Shortest-pack-first histogram packing (arXiv 2107.02027, section 3.1), compiled.
 
-1. Walk the lengths from the longest to the shortest; n sequences have the length at hand.
-2. Find the open packs with the most space left: a group of packs with equal content, and their number.
-3. If the length fits, give every pack of the group as many copies as it takes and as n allows; if n is smaller than the
-   group, only n packs of it get one, and the others stay a group of their own.
-4. If it fits nowhere, open as few new packs as hold all n, each with as many copies as the next, give or take one.
-5. A pack that is full or as deep as max_sequences_per_pack is closed. Stop when no length is left.
-6. Do it again, but open a pack per sequence in step 4. Keep what has fewer packs.
+1. Walk the lengths from the longest to the shortest; n sequences have the current length.
+2. Find the open packs with the most space left. They are a group: packs of equal content.
+3. If the length fits, give every pack of the group as many copies as it takes and as n allows. If n is smaller than the
+   group, n of its packs get one copy each, and the others stay in their group.
+4. If it fits nowhere, open as few new packs as hold all n, and spread the copies evenly over them.
+5. Close a pack that is full or as deep as max_sequences_per_pack. Stop when no length is left.
+6. Do it again, but open a pack per sequence in step 4. Keep the result with fewer packs.
 
-The published listing is variant 6 alone, with one copy a visit in step 3: there a corpus of equal short lengths is not
-packed at all. On both published histograms step 4 needs fewer packs at every depth; on a few dozen sequences variant 6
+The published listing is variant 6 alone, with one copy a visit in step 3: it does not pack a corpus of equal short
+lengths at all. On both published histograms step 4 needs fewer packs at every depth; on a few dozen sequences variant 6
 sometimes saves one.
 
-Cost: a visit leaves a pack less than half of its space (what remains is less than a copy), and a length starts at most
-three groups, so there are O(distinct lengths * log max_sequence_length) steps whatever the counts. The emptiest group
-is found by a bitmap over remaining space.
+Cost: a visit leaves a pack less than half of its space (less than a copy), and a length starts at most three groups:
+O(distinct lengths * log max_sequence_length) steps, whatever the counts. A bitmap over space finds the emptiest group.
 """
 
 from __future__ import annotations

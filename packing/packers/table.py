@@ -42,13 +42,12 @@ def plan_packs(
     max_sequence_length: token slots in a pack; None: len(histogram) - 1.
     max_sequences_per_pack: None = no limit.
     packer: a name in PACKERS, or a callable of the same form.
-    progress: show a bar on stderr once planning takes longer than two seconds. The packer shows it: True is passed on
-        to one that has a parameter `progress`, as optimal has, and to no other.
+    progress: let a packer that has a parameter `progress`, as optimal has, show a bar once it takes two seconds.
 
-    A packer is compiled when it is first used, and kept on disk: on two busy cores that took 21 to 28 seconds of CPU
-    time for optimal, 16 for nnlshp, 6 for spfhp or lpfhp.
+    The first use of a packer compiles it, and keeps that on disk: 21 to 28 seconds of CPU time for optimal on two busy
+    cores, 16 for nnlshp, 6 for spfhp or lpfhp.
 
-    Raises ValueError for a histogram that is none, and for a plan that does not place exactly its sequences.
+    Raises ValueError for what is no histogram, and for a plan that does not place exactly its sequences.
     """
     pack = find_packer(packer)
     given = _checked_histogram(histogram)
@@ -72,7 +71,7 @@ def find_packer(packer: str | Packer) -> Packer:
 
 
 def _shows_progress(pack: Packer) -> bool:
-    """Whether it has a parameter `progress`. What is not written in Python may not say."""
+    """Whether it has a parameter `progress`; a callable that is not written in Python may not tell."""
     try:
         return "progress" in inspect.signature(pack).parameters
     except (TypeError, ValueError):
@@ -80,7 +79,7 @@ def _shows_progress(pack: Packer) -> bool:
 
 
 def _checked_histogram(histogram: ArrayLike) -> np.ndarray:
-    """The histogram as int64, or the reason why it is none."""
+    """The histogram as int64. Raises ValueError for what is no histogram."""
     array = np.asarray(histogram)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"a histogram is one flat array of counts, indexed by length; got shape {array.shape}")
@@ -94,7 +93,7 @@ def _checked_histogram(histogram: ArrayLike) -> np.ndarray:
     if not array.any():
         raise ValueError("the histogram is empty: it counts no sequence of any length, so there is nothing to pack")
     tokens = int(array.astype(np.float64) @ np.arange(len(array)))
-    if tokens >= 2**62:  # near the limit floats will not do
+    if tokens >= 2**62:  # near the limit a float is not exact enough
         tokens = sum(length * count for length, count in enumerate(array.tolist()))
     if tokens >= 2**63:
         raise ValueError(f"the histogram counts {tokens} tokens, more than 2**63 - 1; pack it in several parts")
@@ -102,7 +101,7 @@ def _checked_histogram(histogram: ArrayLike) -> np.ndarray:
 
 
 def checked_length(max_sequence_length: int) -> int:
-    """The limit as an int. Raises ValueError for what no packer can handle."""
+    """The limit as an int. Raises ValueError for one that no packer can handle."""
     length = whole_number("max_sequence_length", max_sequence_length)
     if length > LONGEST_PACK:
         raise ValueError(
@@ -112,7 +111,7 @@ def checked_length(max_sequence_length: int) -> int:
 
 
 def checked_depth(max_sequences_per_pack: int | None) -> int | None:
-    """The limit as an int; None is no limit. Raises ValueError for what is neither."""
+    """The limit as an int; None is no limit. Raises ValueError for anything else."""
     if max_sequences_per_pack is None:
         return None
     depth = whole_number("max_sequences_per_pack", max_sequences_per_pack)
@@ -151,7 +150,7 @@ def _check_plan(
     if max_sequences_per_pack is not None and plan.max_depth > max_sequences_per_pack:
         raise ValueError(
             f"packer {name} put {plan.max_depth} sequences into a pack, more than "
-            f"max_sequences_per_pack={max_sequences_per_pack}; it must keep to the limit that it is given"
+            f"max_sequences_per_pack={max_sequences_per_pack}; it must keep to the given limit"
         )
     placed = plan.histogram()
     if not np.array_equal(placed, histogram):

@@ -165,7 +165,7 @@ class SourceCheck:
         else:
             found = packed.gather(places, lengths, places + lengths - 1)
             expected = _as(column.gather(starts + begins, lengths, starts + lasts), found.type)
-            where = differences(found, expected)
+            where = differing_places(found, expected)
             ends = np.cumsum(lengths)
             run = np.searchsorted(ends, where, side="right")
             np.add.at(differing, run, 1)
@@ -196,7 +196,7 @@ class SourceCheck:
             culprits = _differing_runs(of_packs, places, of_source, sequences.rows)
         else:
             found = packed.gather(places, ones, places)
-            culprits = differences(found, self._row_values(name, sequences.rows, found.type))
+            culprits = differing_places(found, self._row_values(name, sequences.rows, found.type))
 
         def describe(i: int) -> dict:
             found = packed.gather(places[i : i + 1], ones[:1], places[i : i + 1])
@@ -272,7 +272,7 @@ def _differing_runs(found: TokenColumn, places: np.ndarray, expected: TokenColum
     return np.flatnonzero(differing)
 
 
-def differences(found: pa.Array, expected: pa.Array) -> np.ndarray:
+def differing_places(found: pa.Array, expected: pa.Array) -> np.ndarray:
     """Where two arrays of one type and length differ. Floats by their bits: nan is nan, and 0 is not -0."""
     differing, parts = [], [(0, len(found))]
     while parts:
