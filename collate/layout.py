@@ -199,6 +199,11 @@ class PackLayout:
         return padded.index_copy(0, self.token_index, x_T).unflatten(0, self.sequence_ids_BL.shape)
 
 
+def holds_sequence(sequence_ids_BL: Tensor, slots: int) -> Tensor:
+    """(B, slots) bool, which of a pack's sequence slots hold one: [[1, 1, 2, 0]], slots 3 -> [[True, True, False]]."""
+    return torch.arange(slots, device=sequence_ids_BL.device) < sequence_ids_BL.amax(1)[:, None]
+
+
 def _check_ids(sequence_ids_BL: Tensor, is_start_BL: Tensor) -> None:
     """Refuse ids that do not count 1, 2, 3… over contiguous sequences."""
     expected_BL = torch.where(sequence_ids_BL != PADDING, is_start_BL.cumsum(1), PADDING)

@@ -1,7 +1,7 @@
 """What goes into a packed head: one batch, and where its sequences lie."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 from collate.heads.gather import has_gather, task_model
 from collate.isolation.hook import is_isolated
-from collate.layout import PackLayout
+from collate.layout import PackLayout, holds_sequence
 from collate.losses import has_label
 
 NOT_PASSED = ("attention_mask", "sequence_ids")
@@ -52,20 +52,19 @@ class PackedBatch:
         values_BS = self.batch.get(column)
         if values_BS is None:
             return self._labels_of_nothing
-        depth_B = self.layout.sequence_ids_BL.amax(1)
         packs, slots = values_BS.shape[0], values_BS.shape[1] if values_BS.dim() > 1 else 0
-        expected = self.batch["cls_positions"].shape if "cls_positions" in self.batch else (len(depth_B), slots)
+        sequence_ids_BL = self.layout.sequence_ids_BL
+        expected = self.batch["cls_positions"].shape if "cls_positions" in self.batch else (len(sequence_ids_BL), slots)
         if (packs, slots) != tuple(expected):
             raise ValueError(
                 f"{column!r} has shape {tuple(values_BS.shape)}, but this task needs one per sequence slot, "
                 f"{tuple(expected)}; if these are labels of tokens, choose a token task, or else pack the dataset "
                 "again with token_columns that do not name them"
             )
-        is_sequence_BS = torch.arange(slots, device=depth_B.device) < depth_B[:, None]
-        values_N = values_BS[is_sequence_BS]
+        values_N = values_BS[holds_sequence(sequence_ids_BL, slots)]
         if len(values_N) != self.layout.num_sequences:
             raise ValueError(
-                f"{column!r} has {slots} slots per pack, fewer than the {int(depth_B.max())} sequences of one; "
+                f"{column!r} has {slots} slots per pack, fewer than the {int(sequence_ids_BL.max())} sequences of one; "
                 "give the collator more slots"
             )
         return values_N
@@ -81,6 +80,11 @@ class PackedBatch:
                 f"{tuple(self.layout.sequence_ids_BL.shape)}; if these are labels of sequences, choose a sequence task"
             )
         return self.layout.unpad(values_BL)
+
+    def labels_by(self, read: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+        """{"labels": what `read` makes of them}, such as per_token; empty for a batch without labels."""
+        labels = read("labels") if "labels" in self.batch else None
+        return {} if labels is None else {"labels": labels}
 
     def predicted(self) -> tuple[Tensor, Tensor | None]:
         """(P,) the slots whose labels say that a token is predicted, and these labels; without labels all tokens."""

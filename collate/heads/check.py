@@ -4,12 +4,12 @@ They are looked for on the host, where the collator has just made the batch: a G
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from collate.columns import IGNORED
-from collate.layout import PADDING
+from collate.layout import PADDING, holds_sequence
 from collate.losses import has_label
 
 EMBEDDINGS = {
@@ -30,23 +30,23 @@ CURES = {
 def check_label_ids(batch: Mapping[str, Tensor], column: str, number: int | None, of: str = "num_labels") -> None:
     """Raise ValueError unless each label of a sequence or token is an id of 0 to number - 1, or -100.
 
-    number: None: unknown. of: what there are so many of, for the message.
+    number: None: unknown. of: what the number counts, a key of CURES.
     """
-    labels = _column(batch, column)
+    labels = _on_host(batch, column)
     if labels is None:
         return
     if labels.is_floating_point():
         raise ValueError(f"{column!r} holds floats, but labels are ids; cast the column to integers before packing")
     if number is None:
         return
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= number))
+    wrong = has_label(labels) & ((labels < 0) | (labels >= number))
     limit = f"the model has {of}={number}: ids are 0 to {number - 1}, and {IGNORED} where nothing is labelled"
     _refuse(batch, column, wrong, f"{limit}; {CURES[of]}")
 
 
 def check_shares(batch: Mapping[str, Tensor], column: str) -> None:
     """Raise ValueError unless all numbers are within 0 and 1, or NaN for a label that is missing."""
-    labels = _column(batch, column)
+    labels = _on_host(batch, column)
     if labels is not None and labels.dim() == 3 and labels.is_floating_point():
         wrong = has_label(labels) & ~((labels >= 0) & (labels <= 1))
         cure = "each of several labels is a number from 0 to 1, or NaN where it is not known"
@@ -55,7 +55,7 @@ def check_shares(batch: Mapping[str, Tensor], column: str) -> None:
 
 def embedding_sizes(model: nn.Module) -> dict[str, int]:
     """How many token ids, token types and positions a model has embeddings for, as far as it has any."""
-    base = getattr(model, "base_model", model)
+    base: Any = getattr(model, "base_model", model)
     embeddings = getattr(base, "embeddings", None)
     found = {column: getattr(embeddings, name, None) for column, name in EMBEDDINGS.items()}
     if hasattr(base, "get_input_embeddings"):
@@ -66,12 +66,12 @@ def embedding_sizes(model: nn.Module) -> dict[str, int]:
 def check_inputs(batch: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
     """Raise ValueError for an id that has no embedding. sizes: see embedding_sizes."""
     for column, size in sizes.items():
-        if (values := _column(batch, column)) is not None:
+        if (values := _on_host(batch, column)) is not None:
             wrong = (values < 0) | (values >= size)
             _refuse(batch, column, wrong, f"the model has embeddings for 0 to {size - 1}; {CURES[column]}")
 
 
-def refuse_text(dataset, names: Sequence[str], columns: Sequence[str] | None = None) -> None:
+def refuse_text(dataset: Any, names: Sequence[str], columns: Sequence[str] | None = None) -> None:
     """Raise ValueError if a label column holds text, which no tensor can be made of, and no other has the labels.
 
     names: columns of which one has the labels. columns: those that are passed on; None: all.
@@ -90,23 +90,23 @@ def refuse_text(dataset, names: Sequence[str], columns: Sequence[str] | None = N
     )
 
 
-def _is_text(feature) -> bool:
+def _is_text(feature: Any) -> bool:
     while isinstance(feature, list) or hasattr(feature, "feature"):
         feature = feature[0] if isinstance(feature, list) else feature.feature
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def _texts(values) -> list[str]:
+def _texts(values: Any) -> list[str]:
     return [values] if isinstance(values, str) else [text for value in values or () for text in _texts(value)]
 
 
 class CheckedCollator:
     """A collator of packs whose batches are checked; what is wrong is named by its row in the source."""
 
-    def __init__(self, collator, checks: Sequence[Callable[[Mapping[str, Tensor]], None]]):
+    def __init__(self, collator: Any, checks: Sequence[Callable[[Mapping[str, Tensor]], None]]):
         self.collator, self.checks = collator, checks
 
-    def __call__(self, rows):
+    def __call__(self, rows: Any) -> Any:
         batch = self.collator(rows)
         try:
             self._check(batch)
@@ -120,38 +120,37 @@ class CheckedCollator:
             check(batch)
 
 
-def _column(batch: Mapping[str, Tensor], column: str) -> Tensor | None:
-    """Values on the host, of tokens or of sequences; what has another shape is refused elsewhere."""
+def _on_host(batch: Mapping[str, Tensor], column: str) -> Tensor | None:
+    """The values of a column that lie on the host; None: they do not, or the batch has none."""
     values = batch.get(column)
-    if not isinstance(values, Tensor) or values.device.type != "cpu":
-        return None
-    return values if _is_real(batch, values) is not None else None
+    return values if isinstance(values, Tensor) and values.device.type == "cpu" else None
 
 
-def _is_real(batch: Mapping[str, Tensor], values: Tensor) -> Tensor | None:
-    """Bool, where values are of a token or of a sequence, and not of an empty slot."""
+def _is_real(batch: Mapping[str, Tensor], values: Tensor) -> Tensor | bool:
+    """Bool: the values that belong to a token or a sequence. Of other shapes none: they are refused elsewhere."""
     sequence_ids_BL = batch["sequence_ids"]
     if values.shape == sequence_ids_BL.shape:
         return sequence_ids_BL != PADDING
     slots = values.shape[1] if values.dim() > 1 else 0
     if len(values) != len(sequence_ids_BL) or not slots:
-        return None
-    is_sequence_BS = torch.arange(slots) < sequence_ids_BL.amax(1)[:, None]
+        return False
+    is_sequence_BS = holds_sequence(sequence_ids_BL, slots)
     return is_sequence_BS.view(*is_sequence_BS.shape, *[1] * (values.dim() - 2)).expand_as(values)
 
 
 def _refuse(batch: Mapping[str, Tensor], column: str, wrong: Tensor, cure: str) -> None:
-    values = batch[column]
+    """Raise ValueError that says where the first wrong value stands, if a token or a sequence has one."""
+    values, sequence_ids_BL = batch[column], batch["sequence_ids"]
     wrong = wrong & _is_real(batch, values)
     if not wrong.any():
         return
     pack, slot, *_ = place = tuple(wrong.nonzero()[0].tolist())
-    is_token = values.shape == batch["sequence_ids"].shape
-    number = int(batch["sequence_ids"][pack, slot]) - 1 if is_token else slot
+    is_token = values.shape == sequence_ids_BL.shape
+    number = int(sequence_ids_BL[pack, slot]) - 1 if is_token else slot
     where = f"sequence {number} of pack {pack} of the batch"
     if "sequence_indices" in batch:
         where = f"row {int(batch['sequence_indices'][pack, number])} of the source"
     if is_token:
-        begin = int((batch["sequence_ids"][pack] == number + 1).nonzero()[0])
+        begin = int((sequence_ids_BL[pack] == number + 1).nonzero()[0])
         where = f"token {slot - begin} of {where}"
     raise ValueError(f"{column!r} is {values[place].item():g} at {where}, but {cure}")

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids, check_shares
-from collate.heads.task import PackedOutput, Task, check_pooling
+from collate.heads.task import HeadRun, Task, check_pooling
 from collate.heads.values import PerSequence, mean_by_sequence
 from collate.layout import PADDING
 from collate.losses import NUMBER_LOSS, SEQUENCE_LABEL_LOSS, TOKEN_LABEL_LOSS, Loss, label_sums, number_sums
@@ -39,11 +40,11 @@ class SequenceClassification(Task):
         check_pooling(self.pooling, ("cls", "mean", "late"))
 
     @classmethod
-    def for_config(cls, config: PretrainedConfig, **options) -> "SequenceClassification":
+    def for_config(cls, config: PretrainedConfig, **options: Any) -> "SequenceClassification":
         pooling = getattr(config, "classifier_pooling", "cls")  # ModernBERT and EuroBERT have a choice
         pooling = "cls" if pooling == "bos" else pooling
-        stock = {"num_labels": config.num_labels, "problem_type": config.problem_type, "pooling": pooling}
-        return cls(**stock | options)
+        given: dict[str, Any] = {"num_labels": config.num_labels, "problem_type": config.problem_type}
+        return cls(**given | {"pooling": pooling} | options)
 
     @property
     def formula(self) -> Loss:
@@ -52,36 +53,27 @@ class SequenceClassification(Task):
         return NUMBER_LOSS if is_regression else SEQUENCE_LABEL_LOSS
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
-        return {"labels": packed.per_sequence("labels")} if "labels" in packed.batch else {}
+        return packed.labels_by(packed.per_sequence)
 
     def check(self, batch: Mapping[str, Tensor]) -> None:
-        shape = batch["labels"].shape[:2] if "labels" in batch else None
-        is_empty = not (batch["sequence_ids"] != PADDING).any()  # the type of no labels says nothing
-        if shape is None or is_empty or shape != batch.get("cls_positions", batch["labels"]).shape[:2]:
+        labels = batch.get("labels")
+        if labels is None or labels.device.type != "cpu":  # the check would wait for another device
             return
-        problem = self._problem(batch["labels"].flatten(0, 1))
+        is_empty = not (batch["sequence_ids"] != PADDING).any()  # the type of no labels says nothing
+        if is_empty or labels.shape[:2] != batch.get("cls_positions", labels).shape[:2]:
+            return
+        problem = self._problem(labels.flatten(0, 1))
         if problem == "single_label_classification":
             check_label_ids(batch, "labels", self.num_labels)
         elif problem == "multi_label_classification":
             check_shares(batch, "labels")
 
-    def __call__(
-        self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
-    ) -> PackedOutput:
-        packed = PackedBatch(batch)
+    def run(self, model: nn.Module, packed: PackedBatch) -> HeadRun:
         logits_NC = self._logits(model, packed)
         labels = packed.per_sequence("labels")
-        if labels is not None and labels.device.type == "cpu":
-            self.check(batch)
+        self.check(packed.batch)
         sums = None if labels is None else self._sums(at_least_float32(logits_NC), labels)
-        return self._output(
-            packed,
-            sums,
-            denominators,
-            logits=logits_NC,
-            predictions=PerSequence(logits_NC.detach()),
-            labels=None if labels is None else PerSequence(labels),
-        )
+        return HeadRun(sums, logits_NC, PerSequence(logits_NC.detach()), PerSequence.of(labels))
 
     def _logits(self, model: nn.Module, packed: PackedBatch) -> Tensor:
         if self.pooling == "cls":
@@ -95,7 +87,8 @@ class SequenceClassification(Task):
 
     def _sums(self, logits_NC: Tensor, labels: Tensor) -> dict[str, Tensor]:
         if not len(logits_NC):  # the type of no labels says nothing
-            return {"loss": logits_NC.sum(), "labels": 0, "correct": 0}
+            nothing = logits_NC.new_zeros(())
+            return {"loss": logits_NC.sum(), "labels": nothing, "correct": nothing}
         problem = self._problem(labels)
         if problem == "single_label_classification":
             return label_sums(logits_NC, labels)
@@ -137,28 +130,19 @@ class TokenClassification(Task):
     formula = TOKEN_LABEL_LOSS
 
     @classmethod
-    def for_config(cls, config: PretrainedConfig, **options) -> "TokenClassification":
+    def for_config(cls, config: PretrainedConfig, **options: Any) -> "TokenClassification":
         return cls(**{"num_labels": config.num_labels} | options)
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
-        return {"labels": packed.per_token("labels")} if "labels" in packed.batch else {}
+        return packed.labels_by(packed.per_token)
 
     def check(self, batch: Mapping[str, Tensor]) -> None:
         check_label_ids(batch, "labels", self.num_labels)
 
-    def __call__(
-        self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
-    ) -> PackedOutput:
-        packed = PackedBatch(batch)
+    def run(self, model: nn.Module, packed: PackedBatch) -> HeadRun:
         logits_TC = packed.run(model, packed.layout.token_index)["logits"].squeeze(1)
         labels_T = packed.per_token("labels")
-        check_label_ids(batch, "labels", logits_TC.shape[1])
+        check_label_ids(packed.batch, "labels", logits_TC.shape[1])
         sums = None if labels_T is None else label_sums(at_least_float32(logits_TC), labels_T)
-        return self._output(
-            packed,
-            sums,
-            denominators,
-            logits=logits_TC,
-            predictions=PerSequence(logits_TC.detach(), packed.layout.lengths),
-            labels=None if labels_T is None else PerSequence(labels_T, packed.layout.lengths),
-        )
+        lengths = packed.layout.lengths
+        return HeadRun(sums, logits_TC, PerSequence(logits_TC.detach(), lengths), PerSequence.of(labels_T, lengths))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from collate.heads.batch import PackedBatch
-from collate.heads.task import PackedOutput, Task, check_pooling
+from collate.heads.task import HeadRun, Task, check_pooling
 from collate.heads.values import PerSequence
 from collate.losses import NO_LOSS
 
@@ -26,19 +26,15 @@ class SequenceEmbedding(Task):
         check_pooling(self.pooling, ("cls", "mean"))
 
     def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return (batch["sequence_ids"].amax(1)).sum()  # its sequences
+        return batch["sequence_ids"].amax(1).sum()  # its sequences
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
-        return {"labels": packed.per_sequence("labels")} if "labels" in packed.batch else {}
+        return packed.labels_by(packed.per_sequence)
 
-    def __call__(
-        self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
-    ) -> PackedOutput:
-        packed = PackedBatch(batch)
+    def run(self, model: nn.Module, packed: PackedBatch) -> HeadRun:
         if self.pooling == "cls":
             slots, lengths = packed.cls_slots, None
         else:
             slots, lengths = packed.layout.token_index, packed.layout.lengths
-        vectors_ND = packed.run(model, slots, head_lengths=lengths)["last_hidden_state"]
-        vectors_ND = vectors_ND.squeeze(1)
-        return self._output(packed, None, denominators, logits=vectors_ND, predictions=PerSequence(vectors_ND.detach()))
+        vectors_ND = packed.run(model, slots, head_lengths=lengths)["last_hidden_state"].squeeze(1)
+        return HeadRun(None, vectors_ND, PerSequence(vectors_ND.detach()))

@@ -1,5 +1,7 @@
 """The hook on the encoder: it gathers what a stock head reads."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -21,7 +23,7 @@ class GatherForHead:
     It holds no tensor and no module, so that copies and pickles of the model just work.
     """
 
-    def __call__(self, encoder: nn.Module, args: tuple, kwargs: dict, output):
+    def __call__(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> ModelOutput | None:
         head_slots = kwargs.get("head_slots")
         if head_slots is None:
             return None
@@ -29,7 +31,7 @@ class GatherForHead:
             raise ValueError(
                 f"{type(encoder).__name__} returned a {type(output).__name__}; set model.config.return_dict=True"
             )
-        hidden = output.last_hidden_state.flatten(0, 1)
+        hidden = output["last_hidden_state"].flatten(0, 1)
         gathered = hidden.index_select(0, head_slots)
         if kwargs.get("head_lengths") is not None:
             gathered = mean_by_sequence(gathered, kwargs["head_lengths"])
@@ -43,9 +45,10 @@ class GatherForHead:
 
 def _pool(encoder: nn.Module, hidden_N1D: Tensor) -> Tensor:
     """The encoder's own pooler, as its forward applies it."""
+    pooler = encoder.get_submodule("pooler")
     if hasattr(encoder, "pooler_activation"):  # ALBERT
-        return encoder.pooler_activation(encoder.pooler(hidden_N1D[:, 0]))
-    return encoder.pooler(hidden_N1D)
+        return encoder.get_submodule("pooler_activation")(pooler(hidden_N1D[:, 0]))
+    return pooler(hidden_N1D)
 
 
 def prepare_head(model: nn.Module) -> nn.Module:

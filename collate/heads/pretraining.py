@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from transformers import PretrainedConfig
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids
-from collate.heads.task import PackedOutput, Task
+from collate.heads.task import HeadRun, Task
 from collate.heads.values import PerSequence
 from collate.losses import Loss, check_mlm_loss, mlm_loss_of, mlm_sums, pair_sums, pretraining_loss
 from collate.views import at_least_float32
@@ -39,7 +40,7 @@ class MaskedLM(Task):
     """Token ids that may be labels; None: unknown until there are logits."""
 
     @classmethod
-    def for_config(cls, config: PretrainedConfig, **options) -> "MaskedLM":
+    def for_config(cls, config: PretrainedConfig, **options: Any) -> "MaskedLM":
         return cls(**{"vocab_size": config.vocab_size} | options)
 
     def __post_init__(self) -> None:
@@ -53,25 +54,16 @@ class MaskedLM(Task):
         check_label_ids(batch, "labels", self.vocab_size, "vocab_size")
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor] | None:
-        return {"labels": packed.predicted()[1]} if "labels" in packed.batch else {}
+        return packed.labels_by(lambda _: packed.predicted()[1])
 
-    def __call__(
-        self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
-    ) -> PackedOutput:
-        packed = PackedBatch(batch)
+    def run(self, model: nn.Module, packed: PackedBatch) -> HeadRun:
         slots, labels = packed.predicted()
-        self.check(batch)
+        self.check(packed.batch)
         logits_PV = packed.run(model, slots)["logits"].squeeze(1)
         sequence_P, lengths = packed.sequences_of(slots)
         sums = None if labels is None else mlm_sums(at_least_float32(logits_PV), labels, sequence_P, lengths)
-        return self._output(
-            packed,
-            sums,
-            denominators,
-            logits=logits_PV,
-            predictions=PerSequence(logits_PV.detach().argmax(-1), lengths),
-            labels=None if labels is None else PerSequence(labels, lengths),
-        )
+        predictions = PerSequence(logits_PV.detach().argmax(-1), lengths)
+        return HeadRun(sums, logits_PV, predictions, PerSequence.of(labels, lengths))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +79,7 @@ class PreTraining(MaskedLM):
     pair_label: str = "next_sentence_label"
 
     @classmethod
-    def for_config(cls, config: PretrainedConfig, **options) -> "PreTraining":
+    def for_config(cls, config: PretrainedConfig, **options: Any) -> "PreTraining":
         if config.model_type not in PAIR_OUTPUTS:
             raise ValueError(
                 f"{config.model_type} is not pretrained by masked language modelling and sentence pairs; "
@@ -122,12 +114,9 @@ class PreTraining(MaskedLM):
     def targets(self, packed: PackedBatch) -> None:
         return None  # logits of tokens and of pairs
 
-    def __call__(
-        self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
-    ) -> PackedOutput:
-        packed = PackedBatch(batch)
+    def run(self, model: nn.Module, packed: PackedBatch) -> HeadRun:
         slots, labels = packed.predicted()
-        self.check(batch)
+        self.check(packed.batch)
         output = packed.run(model, slots, pooler_slots=packed.cls_slots)
         logits_PV, pair_logits_N2 = output["prediction_logits"].squeeze(1), output[self.pair_logits]
         pair_labels = packed.per_sequence(self.pair_label)
@@ -136,11 +125,4 @@ class PreTraining(MaskedLM):
             sums = mlm_sums(at_least_float32(logits_PV), labels, *packed.sequences_of(slots))
             targets = torch.full_like(packed.cls_slots, IGNORED) if pair_labels is None else pair_labels
             sums |= pair_sums(at_least_float32(pair_logits_N2), targets)
-        return self._output(
-            packed,
-            sums,
-            denominators,
-            logits=logits_PV,
-            predictions=PerSequence(pair_logits_N2.detach()),
-            labels=None if pair_labels is None else PerSequence(pair_labels),
-        )
+        return HeadRun(sums, logits_PV, PerSequence(pair_logits_N2.detach()), PerSequence.of(pair_labels))

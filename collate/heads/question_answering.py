@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from collate.columns import ANSWERS
 from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids
-from collate.heads.task import PackedOutput, Task
+from collate.heads.task import HeadRun, Task
 from collate.heads.values import PerSequence
 from collate.losses import SPAN_LOSS, span_sums
 from collate.views import at_least_float32
@@ -30,27 +31,18 @@ class QuestionAnswering(Task):
     formula = SPAN_LOSS
 
     def check(self, batch: Mapping[str, Tensor]) -> None:
-        for name in ("start_positions", "end_positions"):
+        for name in ANSWERS:
             check_label_ids(batch, name, None)
 
-    def __call__(
-        self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
-    ) -> PackedOutput:
-        packed = PackedBatch(batch)
-        self.check(batch)
+    def run(self, model: nn.Module, packed: PackedBatch) -> HeadRun:
+        self.check(packed.batch)
         output = packed.run(model, packed.layout.token_index)
         logits_T2 = torch.cat([output["start_logits"], output["end_logits"]], dim=1)
-        targets = [packed.per_sequence(name) for name in ("start_positions", "end_positions")]
-        labels_N2 = None if targets[0] is None or targets[1] is None else torch.stack(targets, dim=1)
-        sums = None
-        if labels_N2 is not None:
-            logits = PerSequence(at_least_float32(logits_T2), packed.layout.lengths)
-            sums = span_sums(logits.padded(), labels_N2, packed.layout.lengths)
-        return self._output(
-            packed,
-            sums,
-            denominators,
-            logits=logits_T2,
-            predictions=PerSequence(logits_T2.detach(), packed.layout.lengths),
-            labels=None if labels_N2 is None else PerSequence(labels_N2),
-        )
+        lengths = packed.layout.lengths
+        predictions = PerSequence(logits_T2.detach(), lengths)
+        starts, ends = (packed.per_sequence(name) for name in ANSWERS)
+        if starts is None or ends is None:
+            return HeadRun(None, logits_T2, predictions)
+        labels_N2 = torch.stack([starts, ends], dim=1)
+        logits_NM2 = PerSequence(at_least_float32(logits_T2), lengths).padded()
+        return HeadRun(span_sums(logits_NM2, labels_N2, lengths), logits_T2, predictions, PerSequence(labels_N2))

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ TASKS: dict[str, type[Task]] = {
 """How the name of a stock class ends -> its task."""
 
 
-def task_for(model: nn.Module, **options) -> Task:
+def task_for(model: nn.Module, **options: Any) -> Task:
     """The task of a stock model, by its class and config; it also prepares the model, see `prepare_head`.
 
         BertForSequenceClassification, config.num_labels=3  ->  SequenceClassification(num_labels=3)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -29,9 +30,23 @@ class PackedOutput:
     labels: PerSequence | None = None
 
 
+class HeadRun(NamedTuple):
+    """What a task makes of one batch before its loss: the sums of the loss by name, None without labels, and outputs.
+
+    logits, predictions and labels: see PackedOutput.
+    """
+
+    sums: Mapping[str, Tensor] | None
+    logits: Tensor
+    predictions: PerSequence
+    labels: PerSequence | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What a head is trained for: how its loss is counted, and what its outputs mean.
+
+    A subclass gives `formula` and `run`.
 
         task.count(batch)                    (k,) int64: what the loss is divided by; adds up over batches and ranks
         task(model, batch, denominators)     a PackedOutput, its loss over these; None: over this batch alone
@@ -41,7 +56,7 @@ class Task:
     """
 
     @classmethod
-    def for_config(cls, config: PretrainedConfig, **options) -> "Task":
+    def for_config(cls, config: PretrainedConfig, **options: Any) -> "Task":
         """The task of a stock model with this config."""
         return cls(**options)
 
@@ -57,11 +72,28 @@ class Task:
         """The batch's label columns with a row for each row of PackedOutput.logits; None: they have no such form."""
         return None
 
+    def run(self, model: nn.Module, packed: PackedBatch) -> HeadRun:
+        """Let the head read its slots of one batch, check the labels, and add up the loss."""
+        raise NotImplementedError
+
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
     ) -> PackedOutput:
-        """The model on one batch."""
-        raise NotImplementedError
+        """The model on one batch. denominators: what divides the loss; None: `count` of this batch.
+
+        Raises ValueError for a batch without labels that is to be trained on, one with `denominators`.
+        """
+        packed = PackedBatch(batch)
+        sums, logits, predictions, labels = self.run(model, packed)
+        loss = None
+        if sums is not None:
+            loss = self.loss(sums, self.count(batch) if denominators is None else denominators)
+        elif denominators is not None:
+            raise ValueError(
+                f"{type(self).__name__} cannot train on a batch without labels, only {sorted(batch)}; "
+                "keep the label columns when you pack the dataset, and as numbers: text is left out"
+            )
+        return PackedOutput(loss, self.formula.stacked(sums, packed.layout), logits, predictions, labels)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,20 +115,6 @@ class Task:
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """What added-up sums mean; a metric without anything to count is left out."""
         return self.formula.metrics(sums)
-
-    def _output(
-        self, packed: PackedBatch, sums: dict[str, Tensor] | None, denominators: Tensor | None, **fields
-    ) -> PackedOutput:
-        """sums: by name; None: the batch has no labels."""
-        loss = None
-        if sums is not None:
-            loss = self.loss(sums, self.count(packed.batch) if denominators is None else denominators)
-        elif denominators is not None:
-            raise ValueError(
-                f"{type(self).__name__} cannot train on a batch without labels, only {sorted(packed.batch)}; "
-                "keep the label columns when you pack the dataset, and as numbers: text is left out"
-            )
-        return PackedOutput(loss=loss, sums=self.formula.stacked(sums, packed.layout), **fields)
 
 
 def check_pooling(pooling: str, choices: Sequence[str]) -> None:

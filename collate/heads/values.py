@@ -19,6 +19,11 @@ class PerSequence(NamedTuple):
     values: Tensor
     lengths: Tensor | None = None
 
+    @classmethod
+    def of(cls, values: Tensor | None, lengths: Tensor | None = None) -> "PerSequence | None":
+        """None where there are no values."""
+        return None if values is None else cls(values, lengths)
+
     def split(self) -> tuple[Tensor, ...]:
         """N tensors, one per sequence."""
         return self.values.unbind() if self.lengths is None else self.values.split(self.lengths.tolist())
@@ -44,8 +49,8 @@ class PerSequence(NamedTuple):
     @staticmethod
     def concatenate(parts: Sequence["PerSequence"]) -> "PerSequence":
         """Those of several batches as one."""
-        lengths = None if parts[0].lengths is None else torch.cat([part.lengths for part in parts])
-        return PerSequence(torch.cat([part.values for part in parts]), lengths)
+        lengths = [part.lengths for part in parts if part.lengths is not None]
+        return PerSequence(torch.cat([part.values for part in parts]), torch.cat(lengths) if lengths else None)
 
 
 def places(lengths: Tensor) -> tuple[Tensor, Tensor]:
