@@ -1,11 +1,13 @@
 """PackedBertForPreTraining: stock BERT's parts and weights, run on packed rows without their padding.
 
-The padding is taken out once, before the embeddings; the encoder sees (1, T, D), one long row of real tokens, and its
-attention heads keep the sequences apart by the layout. Nothing is padded back: the losses gather what they need, so the
+The padding is taken out once, before the embeddings. The encoder sees (1, T, D), one long row of real tokens; its
+attention heads keep the sequences apart by the layout. Nothing is padded back: the losses gather what they need. So the
 vocabulary projection, the largest product of a small BERT, runs on predicted positions only.
 """
 
 from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +27,10 @@ DEFAULT_ATTENTION = "sdpa"
 @dataclass
 class PackedBertOutput(ModelOutput):
     """
-    loss: scalar, where labels, or labels of sentence pairs, were given.
+    loss: scalar, where labels of tokens or of sentence pairs are given.
     sums: 1-D, additive over batches and ranks; `model.metrics(sums)` says what they mean.
     prediction_logits: (P, V) at the P predicted positions in order; without labels (B, L, V), as stock BERT has it.
-    seq_relationship_logits: (N, 2), one row per [CLS] in order; sequences whose label is -100 included.
+    seq_relationship_logits: (N, 2), one row per [CLS] in order, those with the label -100 included.
     last_hidden_state: (B, L, D) without labels, else None: training never pads back.
     """
 
@@ -81,7 +83,7 @@ class PackedBertForPreTraining(BertForPreTraining):
             in each sequence, token_type_ids to 0.
         cls_positions: (B, S), -1 in empty slots; defaults to each sequence's first token.
         denominators: (3,) what the loss is divided by, counted over an optimizer step; None: over this batch.
-        attention_mask: refused; sequence_ids says more.
+        attention_mask: refused, as sequence_ids says more.
         pair_labels: one of next_sentence_label (0: B is the next sentence, 1: a random one) and sentence_order_label
             (0: A and B in order, 1: switched, as AlbertForPreTraining has it), (B, S), -100 in empty slots. One head
             learns either; the metrics are called nsp_… or sop_… accordingly.
@@ -93,6 +95,7 @@ class PackedBertForPreTraining(BertForPreTraining):
             )
         objective, pair_label = _pair_label(pair_labels)
         layout = PackLayout(sequence_ids)
+        assert self.bert.pooler is not None
         hidden_TD = self.encode(layout, input_ids, position_ids, token_type_ids)
         cls_token = self._cls_tokens(layout, cls_positions)
         pair_logits_N2 = self.cls.seq_relationship(self.bert.pooler(hidden_TD[cls_token][:, None]))
@@ -120,11 +123,17 @@ class PackedBertForPreTraining(BertForPreTraining):
             seq_relationship_logits=pair_logits_N2,
         )
 
-    def encode(self, layout: PackLayout, input_ids, position_ids=None, token_type_ids=None) -> Tensor:
+    def encode(
+        self,
+        layout: PackLayout,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
         """(T, D): the last hidden state of every real token."""
         if layout.num_tokens == 0:
-            # A rank that ran out of packs must still take part in the step, with a gradient of 0 for every parameter,
-            # but BERT's layers cannot run on no token: so run on one and keep none of it.
+            # A rank that ran out of packs must still take part in the step, with a gradient of 0 for every parameter.
+            # BERT's layers cannot run on no token: run on one, and keep nothing of it.
             one = torch.zeros_like(input_ids[:1, :1])
             return self.encode(PackLayout(one + 1), one)[:0]
         position_ids = layout.positions if position_ids is None else position_ids
@@ -139,7 +148,7 @@ class PackedBertForPreTraining(BertForPreTraining):
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """Losses and accuracies from summed `PackedBertOutput.sums`.
 
-        Raises ValueError for sums over several kinds of pairs, whose accuracies cannot be told apart any more.
+        Raises ValueError for sums over several kinds of pairs: no accuracy among them has a meaning.
         """
         names = self._loss().names
         counts = {name: int(sums[names.index(_labelled(name))]) for name in PAIR_LABELS}
@@ -163,7 +172,9 @@ class PackedBertForPreTraining(BertForPreTraining):
         return layout.token_of_slot[pack * layout.sequence_ids_BL.shape[1] + cls_positions[pack, slot]]
 
     @staticmethod
-    def _pair_targets(cls_positions, pair_label, cls_token) -> tuple[Tensor, Tensor]:
+    def _pair_targets(
+        cls_positions: Tensor | None, pair_label: Tensor | None, cls_token: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Which of the N [CLS] have a label, and the labels."""
         if pair_label is None:
             nothing = cls_token[:0]
@@ -175,15 +186,17 @@ class PackedBertForPreTraining(BertForPreTraining):
         return labelled, labels_N[labelled]
 
     def initialize_weights(self) -> None:
-        """Draw the weights of a new model, or those that a checkpoint lacks; an attention head knows how it begins."""
+        """Draw the weights of a new model, or those that a checkpoint lacks; attention heads draw their own."""
         super().initialize_weights()
         for module in self.modules():
             if isinstance(module, AttentionHead):
                 initialize_head(module)
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """As in transformers, but the config names the stock class, which reads the same tensors."""
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         self.config.architectures = [BertForPreTraining.__name__]
         if is_main_process:
             self.config.save_pretrained(save_directory)

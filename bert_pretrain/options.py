@@ -11,14 +11,17 @@ wins. (HfArgumentParser.parse_yaml_file takes no flags beside the file, and chec
 """
 
 import json
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError
-from collections.abc import Callable, Iterable, Sequence
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from packing.command.parser import Version, with_hyphens
 from packing.files.errors import suggestion
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
 FORMATS = (".yaml", ".yml", ".json")
 SEE_HELP = "; --help lists the options"
@@ -109,12 +112,12 @@ def _option(name: str) -> str:
 
 
 def parse(
-    dataclasses: Sequence[type],
+    dataclasses: Sequence[Any],
     prog: str,
     config_file: str | None,
     values: dict[str, Any],
     flags: Sequence[str],
-    groups: dict[str, Sequence[str]] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple:
     """The dataclasses, filled from the file's values and the flags.
 
@@ -140,11 +143,11 @@ def parse(
         raise ValueError(str(error)) from error
 
 
-def _make_parser(dataclasses: Sequence[type], prog: str):
+def _make_parser(dataclasses: Sequence[Any], prog: str) -> "HfArgumentParser":
     from transformers import HfArgumentParser
 
     class OptionsParser(HfArgumentParser):
-        def error(self, message: str):
+        def error(self, message: str) -> NoReturn:
             raise ValueError(message)  # one line, as for any other bad input, instead of two hundred lines of usage
 
     parser = OptionsParser(
@@ -166,7 +169,7 @@ def _mend(action: Action) -> None:
     from transformers.hf_argparser import string_to_bool
 
     action.option_strings = [option for option in action.option_strings if "_" not in option]
-    if action.choices and action.type is not None:
+    if action.choices and callable(action.type):
         action.type = _named_choice(action.type, tuple(action.choices))
     if action.type is string_to_bool:  # `--bf16` alone means yes, for optional booleans, too
         action.nargs, action.const = "?", True
@@ -199,15 +202,15 @@ def _counted_tokens(text: str) -> str:
     return words[text.lower()]
 
 
-def _options(parser) -> dict[str, Any]:
+def _options(parser: ArgumentParser) -> dict[str, Action]:
     """{name: argparse's action}, without the --no_name that HfArgumentParser adds to booleans that default to True."""
-    options: dict[str, Any] = {}
+    options: dict[str, Action] = {}
     for action in parser._actions:
         options.setdefault(action.dest, action)
     return options
 
 
-def _as_flags(action, value: Any) -> list[str]:
+def _as_flags(action: Action, value: Any) -> list[str]:
     """A value of the file as the flag that means it: 0.1 -> ["--x=0.1"], ["a", "b"] -> ["--x", "a", "b"]"""
     flag = action.option_strings[0]
     if value is None:
@@ -247,7 +250,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if has_default else action.help or ""
 
 
-def _arrange(parser, groups: dict[str, Sequence[str]]) -> None:
+def _arrange(parser: ArgumentParser, groups: Mapping[str, Sequence[str]]) -> None:
     """Sort the options into groups for --help; what no group names stays under the last title.
 
     Changes what is shown, not what is parsed: argparse keeps groups as lists beside the options themselves.

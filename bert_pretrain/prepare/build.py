@@ -12,17 +12,17 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from bert_pretrain.objective import NO_PAIR, OBJECTIVES
-from bert_pretrain.prepare.sequences import BuiltSequence, builder_of
-from bert_pretrain.prepare.tokens import TokenDocuments, TokenFolder, offsets_of
+from bert_pretrain.prepare.sequences import BuiltSequence, sequences_of
+from bert_pretrain.prepare.tokens import TokenDocuments, offsets_of, open_tokens
 from packing.files.processes import Workers
 from packing.store.dataset_files import write_dataset
 
 TOKENS_PER_TASK = 1 << 18
-"""Documents are built together up to so many tokens, whoever builds them."""
+"""A task is documents of so many tokens, for any number of processes."""
 
 
 class BuildOptions(NamedTuple):
-    """What sequences are built with; see `nsp_pairs`."""
+    """What sequences are built with; see `sequences_of`."""
 
     objective: str
     cls_token_id: int
@@ -30,17 +30,13 @@ class BuildOptions(NamedTuple):
     max_sequence_length: int
     short_sequence_probability: float
     seed: int
-    vocabulary: str | None = None
-    """Fingerprint of the tokenizer's, kept in the dataset's info: training compares it."""
 
     def sequences(self, documents: TokenDocuments, numbers: range) -> Iterator[BuiltSequence]:
-        options = self._asdict()
-        del options["vocabulary"]
-        return builder_of(options.pop("objective"))(documents, numbers=numbers, **options)
+        return sequences_of(documents=documents, numbers=numbers, **self._asdict())
 
 
 class Counts(NamedTuple):
-    """Of the sequences built."""
+    """What is counted while sequences are built; see `SplitSummary`."""
 
     sequences: int = 0
     tokens: int = 0
@@ -50,17 +46,18 @@ class Counts(NamedTuple):
 
 
 def build_sequences(
-    tokens: Path, options: BuildOptions, output: Path, split: str, workers: Workers, progress: bool = False
+    tokens: Path, options: BuildOptions, vocabulary: str, output: Path, split: str, workers: Workers, progress: bool
 ) -> Counts:
-    """Write the sequences of a TokenFolder to a folder that `load_from_disk` reads.
+    """Write the sequences of `write_tokens`' documents to a folder that `load_from_disk` reads.
 
+    vocabulary: the tokenizer's fingerprint, kept in the dataset's info; training compares it.
     progress: show a bar on stderr.
     Raises ValueError for options that don't fit the documents, and where SOP finds no pair.
     """
     from datasets import DatasetInfo, Features
 
-    documents = TokenFolder.open(tokens)
-    options.sequences(documents, range(0))  # refuses before a folder is made
+    documents = open_tokens(tokens)
+    options.sequences(documents, range(0))  # refuses wrong options before a folder is made
     counts, digest = Counts(), hashlib.blake2b(digest_size=8)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -77,8 +74,8 @@ def build_sequences(
                 yield batch
 
     output.mkdir()
-    info = DatasetInfo(features=Features.from_arrow_schema(_schema(options.objective)), config_name=options.vocabulary)
-    # by its content, as datasets keeps the results of map() under it
+    info = DatasetInfo(features=Features.from_arrow_schema(_schema(options.objective)), config_name=vocabulary)
+    # The fingerprint comes from the content: datasets keeps the results of map() under it.
     write_dataset(output, batches(), info, digest.hexdigest, split)
     if options.objective == "sop" and not counts.pairs:
         raise ValueError(
@@ -89,7 +86,7 @@ def build_sequences(
 
 
 def _tasks(documents: TokenDocuments) -> list[range]:
-    """Runs of documents that have TOKENS_PER_TASK tokens, or a few more."""
+    """Runs of documents of TOKENS_PER_TASK tokens, or a few more."""
     ends = documents.sentence_offsets[documents.document_offsets[1:]]
     marks = np.arange(TOKENS_PER_TASK, documents.num_tokens, TOKENS_PER_TASK)
     bounds = np.unique([0, *(np.searchsorted(ends, marks) + 1).tolist(), len(documents)]).tolist()
@@ -97,7 +94,7 @@ def _tasks(documents: TokenDocuments) -> list[range]:
 
 
 def _build(tokens: Path, options: BuildOptions, numbers: range) -> tuple[pa.RecordBatch, Counts]:
-    built = list(options.sequences(TokenFolder.open(tokens), numbers))
+    built = list(options.sequences(open_tokens(tokens), numbers))
     labels = [sequence.label for sequence in built if sequence.label not in (None, NO_PAIR)]
     counts = Counts(
         sequences=len(built),
@@ -117,7 +114,7 @@ def _schema(objective: str) -> pa.Schema:
 
 
 def _record_batch(sequences: list[BuiltSequence], objective: str) -> pa.RecordBatch:
-    """One list array per token column, made of whole buffers: no Python object per token."""
+    """One list array per token column, of whole buffers: no Python object per token."""
     offsets = pa.array(offsets_of([len(sequence.input_ids) for sequence in sequences]).astype(np.int32))
 
     def lists(column: Callable[[BuiltSequence], np.ndarray]) -> pa.ListArray:

@@ -11,14 +11,14 @@ A document is what next-sentence prediction may not cross: a list of sentences.
     documents="line"            -> [["First one.", "Second,"], ["wrapped over a line."], ["Third one."]]
 """
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import sentencex
 
 from packing.files.names import NamedFile
 from packing.source.open import find_texts
-from packing.source.text_files import TextBlock, TextRows, check_documents, find_blocks, paragraphs, read_lines
+from packing.source.text_files import TextBlock, TextRows, paragraphs, read_lines
 
 SENTENCES = ("split", "lines")
 
@@ -29,46 +29,29 @@ TextSources = dict[str, list[NamedFile | TextRows]]
 """{split: its text, in order}; "" is text without splits."""
 
 
-def read_documents(
-    text: str | Path | Iterable[str | Path],
-    documents: str = "paragraph",
-    sentences: str = "split",
-    language: str = "en",
-    text_column: str | None = None,
-) -> Iterator[Document]:
-    """The documents of the given sources, one after the other; nothing is kept in memory.
+class DocumentOptions(NamedTuple):
+    """Which documents and sentences a text has.
 
-    text: sources as `packing.source.open` reads them: files, folders (subfolders too, in sorted order), globs, names of
-        the hub, URLs. A row of a column of texts counts as a file.
     documents: "paragraph": a blank line parts documents (BERT's own input format); "line": each line that is not blank
-        is one; "file": each file is one, and blank lines only part its paragraphs.
+        is one; "file": each file, or row, is one, and blank lines only part its paragraphs.
     sentences: "split": the lines of a paragraph are joined, then split into sentences; "lines": each line is one
-        sentence already (BERT's own input format, https://github.com/google-research/bert#pre-training-with-bert).
+        sentence (BERT's own input format, https://github.com/google-research/bert#pre-training-with-bert).
     language: ISO 639 code for the splitter's abbreviations ("Mr." ends no sentence in English).
+    """
+
+    documents: str
+    sentences: str
+    language: str
+
+
+def find_sources(names: list[str], text_column: str | None = None) -> TextSources:
+    """The text of all sources. They have splits only if one of them has several, and then all must have splits.
+
+    names: files, folders, globs, names of the hub, URLs.
     text_column: of rows; None: the column `text`, or else the only one of strings.
 
     Raises FileNotFoundError for a source that does not exist, and ValueError for one that holds no text.
     """
-    check_documents(documents)
-    if sentences not in SENTENCES:
-        raise ValueError(f"sentences={sentences!r} is unknown; choose from {list(SENTENCES)}")
-    return _read(find_sources(text, text_column), documents, sentences, language)
-
-
-def _read(sources: TextSources, documents: str, sentences: str, language: str) -> Iterator[Document]:
-    found = False
-    for texts in sources.values():
-        for block in find_blocks(texts, documents):
-            for document in documents_of(block, documents, sentences, language):
-                found = True
-                yield document
-    if not found:
-        raise no_text(sources)
-
-
-def find_sources(text: str | Path | Iterable[str | Path], text_column: str | None = None) -> TextSources:
-    """The text of all sources. They have splits only if one of them has several, and then all must have splits."""
-    names = [str(text)] if isinstance(text, str | Path) else [str(path) for path in text]
     if not names:
         raise ValueError("no text was named; give files, folders, globs, names of the hub, or URLs")
     found = [(name, find_texts(name, text_column)) for name in names]
@@ -88,17 +71,17 @@ def find_sources(text: str | Path | Iterable[str | Path], text_column: str | Non
 
 
 def no_text(sources: TextSources) -> ValueError:
-    """What to raise where nothing but blank lines was found."""
+    """What to raise where sources hold nothing but blank lines."""
     names = [str(source) for texts in sources.values() for source in texts]
     return ValueError(f"no text in {', '.join(names[:3])}{', …' * (len(names) > 3)}: only blank lines")
 
 
-def documents_of(block: TextBlock, documents: str, sentences: str, language: str) -> Iterator[Document]:
-    """The documents of one block; options as in `read_documents`."""
+def documents_of(block: TextBlock, options: DocumentOptions) -> Iterator[Document]:
+    """The documents of one block."""
     for lines in read_lines(block):
-        parts = (_sentences(part, sentences, language) for part in paragraphs(lines, documents))
-        if documents == "file":
-            parts = iter([[sentence for part in parts for sentence in part]])
+        parts = [_sentences(part, options) for part in paragraphs(lines, options.documents)]
+        if options.documents == "file":
+            parts = [[sentence for part in parts for sentence in part]]
         yield from filter(None, parts)
 
 
@@ -112,5 +95,5 @@ def split_sentences(paragraph: str, language: str = "en") -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
-def _sentences(paragraph: list[str], sentences: str, language: str) -> Document:
-    return paragraph if sentences == "lines" else split_sentences(" ".join(paragraph), language)
+def _sentences(paragraph: list[str], options: DocumentOptions) -> Document:
+    return paragraph if options.sentences == "lines" else split_sentences(" ".join(paragraph), options.language)

@@ -5,14 +5,14 @@
         tokenizer/                         `AutoTokenizer.from_pretrained(OUTPUT/tokenizer)`
         prepare.json                       the configuration, and the numbers of each split
 
-The text is read up to four times (to count documents, then characters, to train the vocabulary, to tokenize); neither
-it nor its tokens stay in memory, but for some megabytes that each process works on. Sequences lie in the order of the
-documents: packing or training shuffles them.
+The text is read up to four times: to count documents, to count characters, to train the vocabulary, to tokenize. Each
+process holds some megabytes of it in memory. Sequences have the order of the documents; packing and training shuffle.
 """
 
 import json
 import logging
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,11 +22,12 @@ import numpy as np
 
 from bert_pretrain.objective import OBJECTIVES
 from bert_pretrain.prepare.build import BuildOptions, build_sequences
-from bert_pretrain.prepare.documents import SENTENCES
-from bert_pretrain.prepare.sequences import longest_sentence
+from bert_pretrain.prepare.documents import SENTENCES, DocumentOptions
+from bert_pretrain.prepare.sequences import check_draws, longest_sentence
 from bert_pretrain.prepare.summary import SplitSummary
-from bert_pretrain.prepare.text import DocumentOptions, Text
+from bert_pretrain.prepare.text import Text
 from bert_pretrain.prepare.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
+from packing.files.errors import suggestion
 from packing.files.folder import new_folder
 from packing.files.processes import Workers
 from packing.source.formats import endings
@@ -35,6 +36,7 @@ from packing.source.text_files import DOCUMENTS
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +63,19 @@ class PrepareConfig:
         default="paragraph",
         metadata={
             "help": "What next-sentence prediction may not cross: `paragraph` (a blank line parts documents, BERT's "
-            "own format), `line` (each line is a document) or `file`. Longer documents give longer sequences and so "
-            "less to gain by packing."
+            "own format), `line` (each line is a document) or `file` (each file or row is). Longer documents give "
+            "longer sequences, and packing gains less."
         },
     )
     sentences: Literal["split", "lines"] = field(
         default="split",
         metadata={
-            "help": "`split` joins the lines of a paragraph and finds its sentences; `lines` takes each line for one."
+            "help": "`split` joins the lines of a paragraph and finds its sentences; `lines`: each line is a sentence."
         },
     )
     language: str = field(
-        default="en", metadata={"help": "ISO 639 code of the text, for the abbreviations that end no sentence."}
+        default="en",
+        metadata={"help": "ISO 639 code of the text (en, de, zh), for the abbreviations that end no sentence."},
     )
     objective: str = field(
         default="nsp",
@@ -84,8 +87,8 @@ class PrepareConfig:
     vocab_size: int = field(
         default=8192,
         metadata={
-            "help": "Tokens of a trained tokenizer. 8192 suits up to some 100 MB of text, where the rarer pieces of a "
-            "larger vocabulary would hardly be seen; BERT had 30522 for 16 GB."
+            "help": "Tokens of a trained tokenizer. 8192 suits up to some 100 MB of text, which hardly shows the rarer "
+            "pieces of a larger vocabulary; BERT had 30522 for 16 GB."
         },
     )
     lowercase: bool = field(default=True, metadata={"help": "Lowercase and strip accents in a trained tokenizer."})
@@ -107,18 +110,20 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if isinstance(self.text, str):
             raise TypeError(f"text={self.text!r} must be a list of files and folders: [{self.text!r}]")
-        # Checked again where they are used; here, so that a wrong one does not cost the minutes until then.
         for name, choices in (("documents", DOCUMENTS), ("sentences", SENTENCES), ("objective", tuple(OBJECTIVES))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {list(choices)}")
+            value = getattr(self, name)
+            if value not in choices:
+                near = suggestion(str(value), choices)
+                raise ValueError(f"{name}={value!r} is unknown{near}; choose from {list(choices)}")
+        if not re.fullmatch("[a-z]{2,3}(-[A-Za-z0-9]+)*", self.language):  # the splitter takes others for English
+            raise ValueError(
+                f"language={self.language!r} must be an ISO 639 code, two or three small letters, as en, de or zh"
+            )
         if self.max_sequence_length < 8:
             raise ValueError(f"max_sequence_length={self.max_sequence_length} must be at least 8")
-        if not 0 <= self.short_sequence_probability <= 1:
-            raise ValueError(f"short_sequence_probability={self.short_sequence_probability} must lie in 0..1")
+        check_draws(self.short_sequence_probability, self.seed)
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"test_fraction={self.test_fraction} must be at least 0 (no test split) and less than 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
         if self.num_proc < 1:
             raise ValueError(f"num_proc={self.num_proc} must be at least 1")
 
@@ -135,24 +140,16 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
 
     progress: show bars on stderr.
 
-    The folder appears when it is complete: whatever fails on the way leaves nothing behind. An existing one is refused.
-    What is in it is the same for any `num_proc`, byte for byte.
+    The folder appears when it is complete; what fails on the way leaves nothing behind. An existing folder is refused.
+    Any `num_proc` makes the same bytes.
     """
     from datasets import load_from_disk
 
     with new_folder(config.output) as folder, Workers(config.num_proc) as workers:
-        reading = DocumentOptions(config.documents, config.sentences, config.language)
-        text = Text(config.text, reading, workers, progress, config.text_column)
+        options = DocumentOptions(config.documents, config.sentences, config.language)
+        text = Text(config.text, config.text_column, options, workers, progress)
         splits = _splits(text, config)
-
-        if config.tokenizer is None:
-            train = splits["train"]
-            tokenizer = train_tokenizer(
-                text.sentences(train), config.vocab_size, config.lowercase, text.characters(train)
-            )
-        else:
-            tokenizer = load_tokenizer(config.tokenizer)
-
+        tokenizer = _tokenizer(text, splits, config)
         with TemporaryDirectory(prefix="tokens-", dir=folder) as temporary:
             summary = {
                 split: _prepare_split(split, members, text, tokenizer, config, folder / split, Path(temporary), workers)
@@ -160,20 +157,28 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
             }
         tokenizer.save_pretrained(folder / "tokenizer")
         (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
-        options = asdict(config)
-        del options["num_proc"]  # which changes nothing
+        configured = asdict(config)
+        del configured["num_proc"]  # which changes nothing
         if config.text_column is None:
-            del options["text_column"]
-        record = {"config": options, "splits": {split: numbers.as_json() for split, numbers in summary.items()}}
+            del configured["text_column"]
+        record = {"config": configured, "splits": {split: numbers.as_json() for split, numbers in summary.items()}}
         (folder / "prepare.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Prepared(load_from_disk(config.output), summary)
+
+
+def _tokenizer(text: Text, splits: dict[str, np.ndarray], config: PrepareConfig) -> "PreTrainedTokenizerFast":
+    """The given one, or one that is trained on the training split."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    train = splits["train"]
+    return train_tokenizer(text.sentences(train), config.vocab_size, config.lowercase, text.characters(train))
 
 
 def _prepare_split(
     split: str,
     members: np.ndarray,
     text: Text,
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerFast",
     config: PrepareConfig,
     output: Path,
     temporary: Path,
@@ -193,10 +198,10 @@ def _prepare_split(
         max_sequence_length=config.max_sequence_length,
         short_sequence_probability=config.short_sequence_probability,
         seed=config.seed,
-        vocabulary=vocabulary_fingerprint(tokenizer),
     )
+    vocabulary = vocabulary_fingerprint(tokenizer)
     try:
-        counts = build_sequences(tokens, options, output, split, workers, text.progress)
+        counts = build_sequences(tokens, options, vocabulary, output, split, workers, text.progress)
     except ValueError as error:
         hint = "; test_fraction=0 makes no test split" if split == "test" else ""
         raise ValueError(f"{split} split: {error}{hint}") from None
@@ -220,7 +225,7 @@ def _prepare_split(
 
 
 def _splits(text: Text, config: PrepareConfig) -> dict[str, np.ndarray]:
-    """Which documents are in which split: those that the sources have, or else drawn by test_fraction."""
+    """Which documents are in which split: the splits that the sources have, or else drawn by test_fraction."""
     num_documents, splits = text.num_documents, text.own_splits
     if not splits:
         _check_documents(num_documents, config)
@@ -228,10 +233,14 @@ def _splits(text: Text, config: PrepareConfig) -> dict[str, np.ndarray]:
     least = OBJECTIVES[config.objective].documents
     for split, members in splits.items():
         if members.sum() < least:
-            raise ValueError(f"objective={config.objective!r} needs {least} documents in each split, {split} has fewer")
+            raise ValueError(
+                f"objective={config.objective!r} needs {least} documents in each split, {split} has {members.sum()}; "
+                "give text of more documents, or leave the split out"
+            )
     if "train" not in splits and config.tokenizer is None:
         raise ValueError(
-            f"the text has the splits {', '.join(splits)}, and none named train for a tokenizer; give one: tokenizer="
+            f"the text has the splits {', '.join(splits)}, and no split train that a vocabulary could be trained on; "
+            "give a tokenizer: tokenizer=FOLDER_OR_NAME"
         )
     logger.warning("the text has the splits %s: test_fraction is not used", ", ".join(splits))
     return splits
@@ -240,8 +249,7 @@ def _splits(text: Text, config: PrepareConfig) -> dict[str, np.ndarray]:
 def split_documents(num_documents: int, test_fraction: float, seed: int) -> dict[str, np.ndarray]:
     """Which documents are in which split: {"train": (num_documents,) bool, "test": ...}; no test split for 0.
 
-    By document, so that no test sequence has its neighbours in the training split. The same count and seed give the
-    same split.
+    By document, so that no test sequence has neighbours in the training split. The same count and seed give the same.
     """
     num_test = math.ceil(test_fraction * num_documents)
     if num_test >= num_documents:
@@ -254,8 +262,8 @@ def split_documents(num_documents: int, test_fraction: float, seed: int) -> dict
     return {"train": ~test, "test": test} if num_test else {"train": ~test}
 
 
-TAKES = {"paragraph": "what blank lines part", "line": "each line", "file": "each file"}
-"""For a document, by the option documents."""
+A_DOCUMENT_IS = {"paragraph": "what blank lines part", "line": "each line", "file": "each file"}
+"""By the option `documents`."""
 
 
 def _check_documents(num_documents: int, config: PrepareConfig) -> None:
@@ -272,8 +280,8 @@ def _check_documents(num_documents: int, config: PrepareConfig) -> None:
             cures.append(f"test_fraction=0 for no test split (now {config.test_fraction})")
         if least > 1 and (num_documents > 1 or not num_test):
             cures.append("objective='none'")
-        others = " or ".join(f"{name!r} ({TAKES[name]})" for name in DOCUMENTS if name != config.documents)
+        others = " or ".join(f"{name!r} ({A_DOCUMENT_IS[name]})" for name in DOCUMENTS if name != config.documents)
         raise ValueError(
             f"{why}, {split} has {count} of {num_documents}: documents={config.documents!r} takes "
-            f"{TAKES[config.documents]} for one; choose documents={others}, or {', or '.join(cures)}"
+            f"{A_DOCUMENT_IS[config.documents]} for one; choose documents={others}, or {', or '.join(cures)}"
         )

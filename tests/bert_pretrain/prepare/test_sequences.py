@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from documents import token_documents
 from hypothesis import given
 from hypothesis import strategies as st
 from slow_sentences import nsp_one_by_one, sop_one_by_one
@@ -12,16 +13,12 @@ from bert_pretrain.prepare.sequences import (
     IS_NEXT,
     IS_RANDOM,
     SWITCHED,
-    builder_of,
     document_draws,
     draw_target,
     nsp_pairs,
-    ordered_pairs_of_document,
-    pairs_of_document,
-    single_sequences,
+    sequences_of,
     sop_pairs,
 )
-from bert_pretrain.prepare.tokens import TokenDocuments
 
 CLS, SEP = 1, 2
 IDS = {"cls_token_id": CLS, "sep_token_id": SEP}
@@ -50,14 +47,12 @@ class FixedDraws:
 def numbered(sentence_lengths):
     """Documents whose tokens are all different: [[2, 1], [1]] -> [[[10, 11], [12]], [[13]]]."""
     ids = iter(range(10, 10_000_000))
-    return TokenDocuments.from_lists(
-        [[[next(ids) for _ in range(n)] for n in document] for document in sentence_lengths]
-    )
+    return token_documents([[[next(ids) for _ in range(n)] for n in document] for document in sentence_lengths])
 
 
 def pairs(documents, target, room, *draws):
     draws = FixedDraws(*draws)
-    built = list(pairs_of_document(documents, 0, target, room, CLS, SEP, draws))
+    built = list(nsp_pairs(documents, 0, target, room, CLS, SEP, draws))
     assert draws.draws == []
     return [(pair.input_ids.tolist(), pair.label) for pair in built]
 
@@ -74,7 +69,7 @@ def test_token_documents_are_flat():
     assert documents.tokens.tolist() == [10, 11, 12, 13, 14, 15]
     assert documents.sentence_offsets.tolist() == [0, 2, 3, 6]
     assert documents.document_offsets.tolist() == [0, 2, 3]
-    assert TokenDocuments.from_lists([[[]], [[], [5]]]).document_offsets.tolist() == [0, 1]
+    assert token_documents([[[]], [[], [5]]]).document_offsets.tolist() == [0, 1]
 
 
 def test_actual_next():
@@ -113,7 +108,7 @@ def test_random_next_has_a_sentence_even_if_the_target_is_reached():
 def test_truncation_takes_from_the_longer_side():
     # Room for 6: A keeps 6 - 2 = 4 of its 8 tokens; 1 of the 4 lost ones came off the front.
     documents = numbered([[8, 2], [1]])
-    (pair,) = pairs_of_document(documents, 0, 10, 6, CLS, SEP, FixedDraws(1, NEXT, 1))
+    (pair,) = nsp_pairs(documents, 0, 10, 6, CLS, SEP, FixedDraws(1, NEXT, 1))
     assert pair.input_ids.tolist() == [CLS, 11, 12, 13, 14, SEP, 18, 19, SEP]
     assert pair.token_type_ids.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1]
     assert pair.tokens_dropped == 4
@@ -121,7 +116,7 @@ def test_truncation_takes_from_the_longer_side():
 
 def test_truncation_of_a_random_next_is_no_loss():
     documents = numbered([[4], [9]])
-    (pair,) = pairs_of_document(documents, 0, 8, 6, CLS, SEP, FixedDraws(0, 1, 0, 5))
+    (pair,) = nsp_pairs(documents, 0, 8, 6, CLS, SEP, FixedDraws(0, 1, 0, 5))
     # Both are cut to 3: 1 token of A, 6 of B. B's document shows those itself.
     assert pair.input_ids.tolist() == [CLS, 10, 11, 12, SEP, 19, 20, 21, SEP]
     assert pair.tokens_dropped == 1
@@ -129,7 +124,7 @@ def test_truncation_of_a_random_next_is_no_loss():
 
 def ordered_pairs(documents, target, room, *draws):
     draws = FixedDraws(*draws)
-    built = list(ordered_pairs_of_document(documents, 0, target, room, CLS, SEP, draws))
+    built = list(sop_pairs(documents, 0, target, room, CLS, SEP, draws))
     assert draws.draws == []
     return [(pair.input_ids.tolist(), pair.label) for pair in built]
 
@@ -152,7 +147,7 @@ def test_a_last_sentence_alone_is_no_pair():
         ([CLS, *range(13, 22), SEP], NO_PAIR),
     ]
     # Without B it has room for one token more; here 2 of its 9 are lost, 1 of them off the front.
-    *_, last = ordered_pairs_of_document(documents, 0, 3, 6, CLS, SEP, FixedDraws(1, 0.9, 1))
+    *_, last = sop_pairs(documents, 0, 3, 6, CLS, SEP, FixedDraws(1, 0.9, 1))
     assert last.input_ids.tolist() == [CLS, *range(14, 21), SEP]
     assert last.tokens_dropped == 2 and not last.token_type_ids.any()
 
@@ -161,13 +156,13 @@ def test_the_cut_does_not_tell_the_order():
     """Of two equally long segments in a room for an odd number, A keeps one token more, whichever it is."""
     documents = numbered([[5, 5]])
     for order in (0.1, 0.9):
-        (pair,) = ordered_pairs_of_document(documents, 0, 9, 7, CLS, SEP, FixedDraws(1, order, 0, 0))
+        (pair,) = sop_pairs(documents, 0, 9, 7, CLS, SEP, FixedDraws(1, order, 0, 0))
         assert pair.token_type_ids.tolist() == [0] * 6 + [1] * 4 and pair.tokens_dropped == 3
 
 
 def test_single_sequences():
     documents = numbered([[3, 2, 7], [1]])
-    built = single_sequences(documents, **IDS, max_sequence_length=7, short_sequence_probability=0)
+    built = sequences_of("none", documents, **IDS, max_sequence_length=7, short_sequence_probability=0)
     assert [sequence.input_ids.tolist() for sequence in built] == [
         [CLS, 10, 11, 12, 13, 14, SEP],  # 3 + 2 = 5 fill the room
         [CLS, 15, 16, 17, 18, 19, SEP],  # a sentence of 7: 5
@@ -179,7 +174,7 @@ def test_single_sequences():
 def test_single_sequences_stop_at_a_short_target():
     # With every document short and a target of 2 (the only one in a room of 2), each sentence reaches it.
     documents = numbered([[2, 1, 1, 2]])
-    built = single_sequences(documents, **IDS, max_sequence_length=4, short_sequence_probability=1)
+    built = sequences_of("none", documents, **IDS, max_sequence_length=4, short_sequence_probability=1)
     assert [sequence.input_ids.tolist()[1:-1] for sequence in built] == [[10, 11], [12, 13], [14, 15]]
 
 
@@ -198,7 +193,7 @@ def truncate_one_by_one(a, b, room, from_front):
 @given(a=st.integers(1, 60), b=st.integers(1, 60), room=st.integers(2, 40), seed=st.integers(0, 5))
 def test_truncation_leaves_what_it_leaves_token_by_token(a, b, room, seed):
     documents = numbered([[a, b], [1]])
-    (pair,) = pairs_of_document(documents, 0, a + b, room, CLS, SEP, FixedDraws(1, NEXT, *[0] * ((a + b > room) * 2)))
+    (pair,) = nsp_pairs(documents, 0, a + b, room, CLS, SEP, FixedDraws(1, NEXT, *[0] * ((a + b > room) * 2)))
     slow_a, slow_b = truncate_one_by_one(range(10, 10 + a), range(10 + a, 10 + a + b), room, iter([False] * 200))
     # No loss from the front in either: the same tokens, not just as many.
     assert pair.input_ids.tolist() == [CLS, *slow_a, SEP, *slow_b, SEP]
@@ -209,7 +204,7 @@ def test_truncation_is_random_at_both_ends():
     front = []
     for seed in range(2000):
         draws = document_draws(seed, 0)
-        for pair in pairs_of_document(documents, 0, 11, 7, CLS, SEP, draws):
+        for pair in nsp_pairs(documents, 0, 11, 7, CLS, SEP, draws):
             if pair.label == IS_NEXT:
                 front.append(pair.input_ids[1] - 10)
     # 4 of 10 tokens are lost, each at the front with probability 1/2: mean 2, variance 1.
@@ -253,16 +248,16 @@ def test_pairs_are_those_built_sentence_by_sentence(draws, lengths, target, more
     lists = [[[next(ids) for _ in range(n)] for n in document] for document in lengths]
     for number in range(len(lists)):
         options = {"target": target, "room": room, "cls_token_id": CLS, "sep_token_id": SEP}
-        built = pairs_of_document(documents, number, **options, draw=draws(start))
+        built = nsp_pairs(documents, number, **options, draw=draws(start))
         assert [sides(pair) for pair in built] == nsp_one_by_one(lists, number, target, room, draws(start))
-        built = ordered_pairs_of_document(documents, number, **options, draw=draws(start))
+        built = sop_pairs(documents, number, **options, draw=draws(start))
         assert [sides(pair) for pair in built] == sop_one_by_one(lists[number], target, room, draws(start))
 
 
 def test_golden_pairs():
     """Written down once: what a seed gives must not change from one version to the next."""
     documents = numbered([[3, 4, 2, 5, 1], [2, 2], [6, 1, 1]])
-    assert [sides(pair) for pair in nsp_pairs(documents, **IDS, max_sequence_length=12, seed=7)] == [
+    assert [sides(pair) for pair in sequences_of("nsp", documents, **IDS, max_sequence_length=12, seed=7)] == [
         ([10, 11, 12, 13, 14, 15, 16], [17, 18], IS_NEXT),
         ([19, 20, 21, 22, 23], [31, 32, 33, 34], IS_RANDOM),
         ([24], [27, 28], IS_RANDOM),
@@ -271,7 +266,7 @@ def test_golden_pairs():
         ([29, 30, 31, 32, 33], [13, 14, 15, 16], IS_RANDOM),
         ([35], [36], IS_NEXT),
     ]
-    assert [sides(pair) for pair in sop_pairs(documents, **IDS, max_sequence_length=12, seed=7)] == [
+    assert [sides(pair) for pair in sequences_of("sop", documents, **IDS, max_sequence_length=12, seed=7)] == [
         ([10, 11, 12, 13, 14, 15, 16], [17, 18], IN_ORDER),
         ([24], [19, 20, 21, 22, 23], SWITCHED),
         ([27, 28], [25, 26], SWITCHED),
@@ -305,7 +300,7 @@ def split_pair(sequence):
 def test_every_pair_is_well_formed(lengths, options):
     documents = numbered(lengths)
     of_token = np.repeat(np.arange(len(documents)), [sum(document) for document in lengths])
-    for pair in nsp_pairs(documents, **IDS, **options):
+    for pair in sequences_of("nsp", documents, **IDS, **options):
         a, b = split_pair(pair)
         assert pair.input_ids.dtype == np.int32 and pair.token_type_ids.dtype == np.int8
         assert len(pair.input_ids) <= options["max_sequence_length"]
@@ -322,7 +317,7 @@ def test_every_pair_is_well_formed(lengths, options):
 @given(corpora, options)
 def test_every_token_is_in_one_pair_or_counted_as_dropped(lengths, options):
     documents = numbered(lengths)
-    built = list(nsp_pairs(documents, **IDS, **options))
+    built = list(sequences_of("nsp", documents, **IDS, **options))
     own = []
     for pair in built:
         a, b = split_pair(pair)
@@ -341,7 +336,7 @@ def test_every_ordered_pair_holds_neighbours(lengths, options):
     of_token = np.repeat(np.arange(len(documents)), [sum(document) for document in lengths])
     ends = set((documents.sentence_offsets[1:] + 9).tolist())
     own, dropped = [], 0
-    for pair in sop_pairs(documents, **IDS, **options):
+    for pair in sequences_of("sop", documents, **IDS, **options):
         assert len(pair.input_ids) <= options["max_sequence_length"]
         dropped += pair.tokens_dropped
         if pair.label == NO_PAIR:
@@ -359,7 +354,7 @@ def test_every_ordered_pair_holds_neighbours(lengths, options):
 
 def test_half_of_the_ordered_pairs_are_switched():
     documents = numbered([[3, 4, 2, 5, 1, 3]] * 600)
-    labels = np.array([pair.label for pair in sop_pairs(documents, **IDS, max_sequence_length=12)])
+    labels = np.array([pair.label for pair in sequences_of("sop", documents, **IDS, max_sequence_length=12)])
     labels = labels[labels != NO_PAIR]
     assert len(labels) > 1000 and abs(labels.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(labels))
 
@@ -369,7 +364,7 @@ def test_single_sequences_lose_nothing_and_cross_no_document(lengths, options):
     documents = numbered(lengths)
     of_token = np.repeat(np.arange(len(documents)), [sum(document) for document in lengths])
     seen = []
-    for sequence in single_sequences(documents, **IDS, **options):
+    for sequence in sequences_of("none", documents, **IDS, **options):
         ids = sequence.input_ids
         assert ids[0] == CLS and ids[-1] == SEP and 3 <= len(ids) <= options["max_sequence_length"]
         assert not sequence.token_type_ids.any() and len(sequence.token_type_ids) == len(ids)
@@ -383,7 +378,7 @@ def test_single_sequences_lose_nothing_and_cross_no_document(lengths, options):
 def test_single_sequences_cut_only_sentences_that_are_too_long(lengths):
     documents = numbered(lengths)
     ends = set((documents.sentence_offsets[1:] + 9).tolist())
-    for sequence in single_sequences(documents, **IDS, max_sequence_length=17):
+    for sequence in sequences_of("none", documents, **IDS, max_sequence_length=17):
         # Sentences have at most 15 tokens, as many as there is room for.
         assert sequence.input_ids[-2] in ends
 
@@ -398,7 +393,7 @@ def as_lists(sequences):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_same_seed_same_sequences(objective):
     documents = numbered([[3, 4, 2, 5, 1]] * 20)
-    build = lambda **key: as_lists(builder_of(objective)(documents, **IDS, max_sequence_length=12, **key))  # noqa: E731
+    build = lambda **key: as_lists(sequences_of(objective, documents, **IDS, max_sequence_length=12, **key))  # noqa: E731
     assert build(seed=3) == build(seed=3)
     assert build(seed=3) != build(seed=4)
     assert build(seed=3, numbers=[5, 2]) == build(seed=3, numbers=[5]) + build(seed=3, numbers=[2])
@@ -406,12 +401,12 @@ def test_same_seed_same_sequences(objective):
 
 def test_documents_may_be_built_in_any_order():
     documents = numbered([[3, 4, 2, 5, 1], [2, 2], [6, 1, 1]] * 5)
-    serial = as_lists(nsp_pairs(documents, **IDS, max_sequence_length=12, seed=7))
+    serial = as_lists(sequences_of("nsp", documents, **IDS, max_sequence_length=12, seed=7))
     by_document = {}
     for document in reversed(range(len(documents))):
         draw = document_draws(7, document)
         target = draw_target(9, 0.1, draw)
-        by_document[document] = as_lists(pairs_of_document(documents, document, target, 9, CLS, SEP, draw))
+        by_document[document] = as_lists(nsp_pairs(documents, document, target, 9, CLS, SEP, draw))
     assert [pair for document in range(len(documents)) for pair in by_document[document]] == serial
 
 
@@ -427,7 +422,7 @@ def test_random_documents_are_uniform_and_never_the_own_one():
     documents = numbered([[1]] * 6)
     counts = np.zeros(6)
     for seed in range(1200):
-        (pair,) = pairs_of_document(documents, 2, 9, 9, CLS, SEP, document_draws(seed, 2))
+        (pair,) = nsp_pairs(documents, 2, 9, 9, CLS, SEP, document_draws(seed, 2))
         counts[split_pair(pair)[1][0] - 10] += 1
     assert counts[2] == 0
     others = counts[counts > 0]
@@ -441,9 +436,9 @@ def test_share_of_random_pairs():
     sentences = lambda n: draw.integers(10, 40, n).tolist()  # noqa: E731
     # Sections of an encyclopedia: each ends in a chunk that often has one sentence, so more than half are random.
     sections = numbered([sentences(draw.integers(8, 40)) for _ in range(1500)])
-    assert 0.54 < share(nsp_pairs(sections, **IDS, max_sequence_length=256)) < 0.60
+    assert 0.54 < share(sequences_of("nsp", sections, **IDS, max_sequence_length=256)) < 0.60
     alone = numbered([[20]] * 50)
-    assert share(nsp_pairs(alone, **IDS, max_sequence_length=256)) == 1
+    assert share(sequences_of("nsp", alone, **IDS, max_sequence_length=256)) == 1
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -451,7 +446,7 @@ def test_share_of_random_pairs():
 
 def test_one_document_has_no_random_next():
     with pytest.raises(ValueError, match=r"there are 1 documents.*objective='sop' or 'none'"):
-        nsp_pairs(numbered([[3, 4]]), **IDS, max_sequence_length=16)
+        sequences_of("nsp", numbered([[3, 4]]), **IDS, max_sequence_length=16)
 
 
 @pytest.mark.parametrize(
@@ -464,4 +459,4 @@ def test_one_document_has_no_random_next():
 )
 def test_wrong_options(wrong, message):
     with pytest.raises(ValueError, match=message):
-        nsp_pairs(numbered([[3], [4]]), **IDS, **wrong)
+        sequences_of("nsp", numbered([[3], [4]]), **IDS, **wrong)

@@ -8,12 +8,12 @@ import re
 
 import datasets
 import pytest
+from documents import read_documents, sources_of
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.prepare.documents import find_sources, read_documents
 from packing.source.text_files import find_blocks
 
 NO_BOM = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "utf-32-le": "UTF-32LE", "utf-32-be": "UTF-32BE"}
@@ -26,12 +26,12 @@ def documents_of(path, **options):
 
 
 def blocks_of(path, documents="paragraph"):
-    return list(find_blocks(find_sources(path)[""], documents))
+    return list(find_blocks(sources_of(path)[""], documents))
 
 
 def files_of(path):
     """The text files of a source, as paths from it on."""
-    return [str(file) for file in find_sources(path)[""]]
+    return [str(file) for file in sources_of(path)[""]]
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["english", "chinese"])
@@ -125,10 +125,10 @@ def test_what_is_no_text_is_refused_by_name_or_content(tmp_path, name):
     content, message = OTHER_FORMATS[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=rf"{re.escape(name)} holds {message}"):
-        find_sources(tmp_path / name)
+        sources_of(tmp_path / name)
     if name.endswith(".txt"):
         with pytest.raises(ValueError, match=f"{name} holds "):
-            find_sources(tmp_path)
+            sources_of(tmp_path)
 
 
 TEXTS = [
@@ -158,7 +158,7 @@ def test_files_of_a_folder_that_are_left_out_are_said(tmp_path, caplog):
     assert files_of(tmp_path) == [str(tmp_path / "B.TXT"), str(tmp_path / "a.txt")]
     assert f"{tmp_path}: only .txt files are read; left out are 2 .jsonl, 1 LICENSE" in caplog.text
     with pytest.raises(FileNotFoundError, match=r"holds no file .*; there are 1 LICENSE; name files one by one"):
-        find_sources(tmp_path / "sub")
+        sources_of(tmp_path / "sub")
 
 
 TABLE = {"text": ["One is here.\nTwo is there.", 'Three, and "four".\n\nFive.'], "label": [1, 0]}

@@ -5,10 +5,10 @@ import json
 import datasets
 import numpy as np
 import pytest
+from documents import tokenize_documents
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bert_pretrain.prepare.tokenizer import tokenize_documents
 from collate import DataCollatorWithPacking
 from packing import cli
 from packing.source.text import describe, text_tokenizer
