@@ -2,7 +2,7 @@
 
 verify      verify_packed
 findings    what is wrong, counted and listed
-files       files against the manifest
-packs       packs by themselves, and every source row once
+files       the files against the manifest
+packs       the packs by themselves, and every source row once
 source      every value against the source
 """

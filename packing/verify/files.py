@@ -1,11 +1,11 @@
-"""The files of a packed folder against its manifest, and what is in them, however damaged they are.
+"""The files of a packed folder against its manifest, and the packs in them, however damaged they are.
 
-    manifest.json       says bytes and XXH3 of every other file
-    data-…arrow         or .parquet: read batch by batch; one that breaks off is named, and the next one is read then
-    dataset_info.json   the packing's facts: where these are not what was written, the packs cannot be judged
+    manifest.json       has the size and XXH3 of every other file
+    data-…arrow         or .parquet: read batch by batch; after a damaged file comes the next one
+    dataset_info.json   the packing's facts; without them nothing can judge the packs
 
-Arrow's reader checks a file's frame but not what offsets point to: every batch is validated in full before it is used,
-since a wrong offset would lead out of the file's memory.
+Arrow's reader checks a file's frame but not its offsets, and a wrong one leads out of the file's memory. So every batch
+is validated in full before it is used.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from packing.store.info import PackedInfo, packed_info
 from packing.store.manifest import FILE, Manifest, read_manifest
 from packing.verify.findings import Findings
 
-BLOCK_TOKENS = 1 << 20  # token slots looked at together: memory follows this and not the dataset
-PARQUET_PACKS = 1 << 10  # read together
-ROWS_AT_LEAST, ROWS_PER_BYTE = 1 << 24, 8  # rows that so few bytes may be said to hold: the work follows them
-CACHES = "cache-*.arrow"  # what datasets puts into a folder after map or shuffle; nobody reads it as packs
+BLOCK_TOKENS = 1 << 20  # token slots in a block, which bounds memory
+PARQUET_PACKS = 1 << 10  # packs read together
+ROWS_AT_LEAST, ROWS_PER_BYTE = 1 << 24, 8  # more rows than these are not believed: they cost work and memory
+CACHES = "cache-*.arrow"  # datasets adds them to a folder after map or shuffle; nobody reads them as packs
 
 
 @dataclass(frozen=True, eq=False)
 class PackedFolder:
     """A folder as it was found. shards: the files of packs in order. info: None where it is damaged.
 
-    packs: of each shard by the manifest; empty without one."""
+    packs: number of packs in each shard by the manifest; empty without one. looked_at: the files, in words.
+    """
 
     path: Path | RemotePath
     manifest: Manifest | None
@@ -50,7 +51,7 @@ class PackedFolder:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some packs. first: the number of the first one. file: where they lie, or None."""
+    """Some packs. first: the number of the first one. file: the name of their file, or None."""
 
     first: int
     batch: pa.RecordBatch
@@ -58,55 +59,46 @@ class Block:
 
 
 def open_folder(path: Path | RemotePath, findings: Findings) -> PackedFolder:
-    """Check the files of a packed folder, and read what says how to read the rest."""
+    """Check the files of a packed folder, and read those that tell how to read the packs."""
     manifest = _read_manifest(path, findings)
     records = () if manifest is None else manifest.shards
-    wanted = {record.file: record.xxh3 for record in records}
-    wanted |= {} if manifest is None else manifest.files
-    sizes = {record.file: record.bytes for record in records}
-    changed, num_bytes = set(), 0
-    for name in sorted(wanted):
-        if fault := _fault(path, name, sizes.get(name), wanted[name]):
-            findings.add("files", **fault, file=name)
-            changed.add(name)
-        else:
-            num_bytes += (path / name).stat().st_size
+    wanted: dict[str, tuple[int | None, str]] = {record.file: (record.bytes, record.xxh3) for record in records}
+    wanted |= {name: (None, xxh3) for name, xxh3 in manifest.files.items()} if manifest is not None else {}
+    sizes = {name: _checked_size(path, name, *wanted[name], findings) for name in sorted(wanted)}
+    as_written = {name: size for name, size in sizes.items() if size is not None}
     if manifest is not None and manifest.is_complete:
         caches = {file.name for file in path.glob(CACHES)}
-        for name in sorted(_present(path) - set(wanted) - {FILE} - caches):
+        for name in sorted(_present(path) - wanted.keys() - {FILE} - caches):
             findings.add("files", "does not belong here: the manifest has no such file; remove it", file=name)
-    looked_at = f"{len(wanted) - len(changed):,} of {len(wanted):,} files as written, {num_bytes:,} bytes"
+    looked_at = f"{len(as_written):,} of {len(wanted):,} files as written, {sum(as_written.values()):,} bytes"
     if manifest is None:
         looked_at = "no manifest to check them against"
     shards = [record.file for record in records] or _listed_shards(path, findings)
-    info = None if INFO in changed else _read_info(path, findings)
-    if manifest is not None and STATE in wanted and STATE not in changed and info is not None:
-        _check_state(path, shards, packed_fingerprint(manifest.source_columns, info.description), findings)
+    info = None
+    if INFO in as_written or INFO not in wanted:
+        with findings.reading(INFO):
+            info = read_info(path)
+    if manifest is not None and STATE in as_written and info is not None:
+        fingerprint = packed_fingerprint(manifest.source_columns, info.description)
+        with findings.reading(STATE):  # load_from_disk follows it, and not the manifest
+            for fault in state_faults(read_state(path), shards, fingerprint, path / STATE):
+                findings.add("files", **fault, file=STATE)
     return PackedFolder(path, manifest, shards, [record.packs for record in records], info, looked_at)
 
 
 def _present(path: Path | RemotePath) -> set[str]:
-    """Names of all that is in the folder, but for folders."""
+    """Names of everything in the folder except folders."""
     if isinstance(path, RemotePath):
         return {file.relative_to(path) for file in path.rglob("*")}
     return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
 
 
-def _check_state(path: Path | RemotePath, shards: list[str], fingerprint: str, findings: Findings) -> None:
-    """load_from_disk follows state.json, and not the manifest."""
-    try:
-        for fault in state_faults(read_state(path), shards, fingerprint, path / STATE):
-            findings.add("files", **fault, file=STATE)
-    except (ValueError, OSError) as error:
-        findings.add("files", f"cannot be read: {error}", file=STATE)
-
-
 def checked_facts(info: datasets.DatasetInfo, num_bytes: int, findings: Findings) -> PackedInfo | None:
-    """The packing's facts, where they can be read and can be true of so many bytes."""
+    """The packing's facts, where they can be read and this many bytes can hold the rows."""
     try:
         facts = packed_info(SimpleNamespace(info=info))
         if facts.buffer_size is not None or facts.source_rows is None:
-            raise ValueError("they are a stream's, whose rows nobody has counted")
+            raise ValueError("they describe a stream, whose rows nobody has counted")
         if facts.source_rows > max(ROWS_AT_LEAST, ROWS_PER_BYTE * num_bytes):
             raise ValueError(f"source_rows={facts.source_rows:,} are more than {num_bytes:,} bytes can hold")
     except ValueError as error:
@@ -116,12 +108,12 @@ def checked_facts(info: datasets.DatasetInfo, num_bytes: int, findings: Findings
 
 
 def num_bytes_of(folder: PackedFolder) -> int:
-    """Of the shards that are there."""
+    """Bytes of the shards that are there."""
     return sum((folder.path / name).stat().st_size for name in folder.shards if _is_readable(folder.path, name))
 
 
 def _is_readable(path: Path | RemotePath, name: str) -> bool:
-    """Whether it can be opened; where not, that has been said."""
+    """Whether the file is there, and in the folder; open_folder has added a problem where it is not."""
     try:
         return file_in(path, name, FILE).exists()
     except (ValueError, OSError):
@@ -129,7 +121,7 @@ def _is_readable(path: Path | RemotePath, name: str) -> bool:
 
 
 def folder_blocks(folder: PackedFolder, facts: PackedInfo, findings: Findings) -> Iterator[Block]:
-    """All packs that can be read. Packs after a damaged file keep their numbers, where the manifest knows them."""
+    """All packs that can be read. The manifest's counts keep the numbers of packs after a damaged file right."""
     first = 0
     for number, name in enumerate(folder.shards):
         read = 0
@@ -144,7 +136,7 @@ def folder_blocks(folder: PackedFolder, facts: PackedInfo, findings: Findings) -
 
 
 def dataset_blocks(dataset: datasets.Dataset, facts: PackedInfo, findings: Findings) -> Iterator[Block]:
-    """The packs of a dataset that is open, in its order."""
+    """The packs of an open dataset, in its order."""
     is_chosen = dataset._indices is not None
     if is_chosen and not _is_sound(dataset.data.table, 0, findings):  # Arrow would follow any offset to pick rows
         return
@@ -172,7 +164,7 @@ def _read_manifest(path: Path | RemotePath, findings: Findings) -> Manifest | No
     try:
         manifest = read_manifest(path)
     except FileNotFoundError:
-        what = "is missing, so that no file can be held against its checksum; pack the source again"
+        what = "is missing, so no file can be compared with its checksum; pack the source again"
         findings.add("files", what, file=FILE)
         return None
     except (ValueError, OSError) as error:
@@ -183,56 +175,43 @@ def _read_manifest(path: Path | RemotePath, findings: Findings) -> Manifest | No
     return manifest
 
 
-def _fault(folder: Path | RemotePath, name: str, size: int | None, xxh3: str) -> dict | None:
-    try:
+def _checked_size(folder: Path | RemotePath, name: str, size: int | None, xxh3: str, findings: Findings) -> int | None:
+    """The bytes of a file, or None and a finding where it is not what was written. size: None is any size."""
+    what = "is not what was written"
+    with findings.reading(name):
         file = file_in(folder, name, FILE)
         found = file.stat().st_size
         if size is not None and found != size:
-            what = "is not what was written"
-            return {"what": what, "found": f"{found:,} bytes", "expected": f"{size:,} bytes"}
-        if (found := checksum(file)) != xxh3:
-            return {"what": "is not what was written: its XXH3", "found": found, "expected": xxh3}
-    except FileNotFoundError:
-        return {"what": "is missing; pack the source again"}
-    except (ValueError, OSError) as error:
-        return {"what": f"cannot be read: {error}"}
+            findings.add("files", what, file=name, found=f"{found:,} bytes", expected=f"{size:,} bytes")
+        elif (digest := checksum(file)) != xxh3:
+            findings.add("files", f"{what}: its XXH3", file=name, found=digest, expected=xxh3)
+        else:
+            return found
     return None
 
 
 def _listed_shards(path: Path | RemotePath, findings: Findings) -> list[str]:
-    """The files that state.json names, where there is no manifest; Parquet has no state.json."""
+    """Without a manifest: the Parquet files, or the files that state.json names."""
     if parquet := sorted(file.name for file in path.glob("data-*.parquet")):
         return parquet
-    try:
+    shards = None
+    with findings.reading(STATE):
         shards = state_shards(read_state(path), path / STATE)
-    except (OSError, ValueError) as error:
-        findings.add("files", f"cannot be read: {error}", file=STATE)
+    if shards is None:
         return sorted(file.name for file in path.glob("data-*.arrow"))
     for name in shards:
-        try:
+        with findings.reading(name):
             if not file_in(path, name, STATE).exists():  # at a URL
                 raise FileNotFoundError
-        except FileNotFoundError:
-            findings.add("files", "is missing; pack the source again", file=name)
-        except ValueError as error:
-            findings.add("files", f"cannot be read: {error}", file=name)
     return shards
 
 
-def _read_info(path: Path | RemotePath, findings: Findings) -> datasets.DatasetInfo | None:
-    try:
-        return read_info(path)
-    except (ValueError, OSError) as error:
-        findings.add("files", f"cannot be read: {error}", file=INFO)
-        return None
-
-
 def _readable_batches(file: Path | RemotePath, findings: Findings) -> Iterator[pa.RecordBatch]:
-    """Up to the first one that is damaged."""
+    """The batches before the first damaged one."""
     try:
         with _batches(file) as batches:
             for batch in batches:
-                _ = batch.schema.names  # raises where one is no text
+                _ = batch.schema.names  # raises where a name is no text
                 batch.validate(full=True)
                 yield batch
     except Exception as error:  # whatever a damaged file leads its reader to

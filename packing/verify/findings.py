@@ -1,8 +1,9 @@
-"""What a verification finds: problems with a name and a place, counted in full and listed up to a limit."""
+"""What a verification finds: problems with their places, all of them counted and the first ones listed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ SHOWN = 60  # characters of a value
 class Problem:
     """One thing that is wrong, and where.
 
-    check: a name in CHECKS. pack: row of the packed dataset. sequence: slot in the pack, from 0. position: token in the
-    pack, from 0. row: of the source. None: does not apply.
+    check: a name in CHECKS. pack: number of the pack. sequence, position: the slot and the token in it, from 0.
+    row: row of the source. None: does not apply.
     """
 
     check: str
@@ -48,7 +49,7 @@ class Problem:
 
 
 class Findings:
-    """Collects problems: all are counted, the first `limit` of each check are kept."""
+    """Counts all problems, and keeps the first `limit` of each check."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -60,19 +61,35 @@ class Findings:
         if self.counts[check] <= self.limit:
             self.problems.append(Problem(check=check, what=what, **where))
 
-    def add_all(self, check: str, what: str, places: np.ndarray, describe: Callable[[int], dict]) -> None:
-        """One for each place; describe(place) says where it is, and is asked only for those that are kept."""
+    def add_all(self, check: str, what: str, wrong: np.ndarray, where: Callable[[int], dict], **fields: object) -> None:
+        """Add a problem for each i with wrong[i]; where(i) is called only for those that are kept.
+
+        fields: more fields of a Problem, each an array with its values for all i, or one value.
+        """
+        places = np.flatnonzero(wrong)
         room = max(0, self.limit - self.counts[check])
         self.counts[check] += len(places)
-        for place in places[:room].tolist():
-            self.problems.append(Problem(check=check, what=what, **describe(place)))
+        for i in places[:room].tolist():
+            own = {name: value[i].item() if isinstance(value, np.ndarray) else value for name, value in fields.items()}
+            self.problems.append(Problem(check=check, what=what, **where(i) | own))
+
+    @contextmanager
+    def reading(self, file: str) -> Iterator[None]:
+        """Add a problem of this file where it cannot be read."""
+        try:
+            yield
+        except FileNotFoundError:
+            self.add("files", "is missing; pack the source again", file=file)
+        except (ValueError, OSError) as error:
+            self.add("files", f"cannot be read: {error}", file=file)
 
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """The outcome. looked_at: for each check, what was looked at, or why nothing was.
+    """The outcome; str() is a table with the problems under it.
 
-    counts: problems of each check, all of them. problems: the first of each check.
+    looked_at: for each check, what it looked at, or why at nothing.
+    counts: all problems of each check. problems: the first ones of each check.
     """
 
     looked_at: dict[str, str]
@@ -88,10 +105,6 @@ class Verification:
         return not self.num_problems
 
     def __str__(self) -> str:
-        """
-        check      looked at                     problems
-        files      3 files, 1,024 bytes                 0
-        """
         width = max(map(len, [*self.looked_at.values(), "looked at"]))
         lines = [f"{'check':9}  {'looked at':{width}}  problems"]
         lines += [f"{check:9}  {self.looked_at[check]:{width}}  {self.counts[check]:8,}" for check in CHECKS]

@@ -5,15 +5,14 @@
     1      [5]                [2]                4 tokens        1 value         one token is missing
     2      [3]                [1]                3 tokens        1 value         row 1 is there a second time
 
-Which rows have been seen is a bit for each row of the source: nothing is kept for each sequence, but for the pieces of
-rows that were split.
+Memory: a bit for each row of the source that has been seen, and 40 bytes for each piece of a row that was split.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import datasets
 import numpy as np
@@ -29,7 +28,8 @@ from packing.verify.findings import Findings
 
 LENGTHS, INDICES, STARTS = "sequence_lengths", "sequence_indices", "sequence_starts"
 PER_SEQUENCE = ("local_packs", "packs", "slots", "positions", "lengths", "rows", "begins")
-SEEN_BYTES = 1 << 17  # of the rows that have been seen, looked at together
+PIECE = ("rows", "begins", "lengths", "packs", "slots")  # what is kept of each piece of a row that was split
+SEEN_BYTES = 1 << 17  # bytes of the rows that have been seen, looked at together
 ADDED = {LENGTHS: pa.int32(), INDICES: pa.int64(), STARTS: pa.int32()}
 
 
@@ -37,9 +37,9 @@ ADDED = {LENGTHS: pa.int32(), INDICES: pa.int64(), STARTS: pa.int32()}
 class PackedSequences:
     """The sequences of sound packs of one block, in order: (n,) int64 each.
 
-    packs: number of the pack. slots: of the sequence in it. positions: of its first token in it.
+    packs: number of the pack. slots: the sequence's place in it. positions: the place of its first token in it.
     rows: source row. begins: the row's token that it begins with, by sequence_starts; None without such a column.
-    local_packs: number of the pack in the block. pack_starts: of each column, where each pack of the block begins.
+    local_packs: number of the pack in the block. pack_starts: for each column, where each pack of the block begins.
     """
 
     columns: dict[str, TokenColumn]
@@ -57,7 +57,7 @@ class PackedSequences:
         return replace(self, **{name: array[chosen] for name, array in arrays.items() if array is not None})
 
     def places(self, column: str, within: np.ndarray) -> np.ndarray:
-        """Where values lie in a column; within: their number in their pack, slots or positions."""
+        """Where values lie in a column; within: their places in their packs (slots or positions)."""
         return self.pack_starts[column][self.local_packs] + within
 
     def where(self, i: int) -> dict:
@@ -65,7 +65,7 @@ class PackedSequences:
 
 
 class PackCheck:
-    """Judges the packs of one packed dataset, block by block, and at the end what only all of them can show."""
+    """Checks the packs of one packed dataset, block by block, and at the end what only all of them can show."""
 
     def __init__(self, facts: PackedInfo, features: datasets.Features, findings: Findings):
         assert facts.source_rows is not None  # checked_facts refuses a stream's
@@ -74,15 +74,15 @@ class PackCheck:
         self.packs = self.sequences = self.tokens = self.deepest = 0
         self.overlong_rows = np.array(facts.overlong_rows, np.int64)
         self._seen = np.zeros(-(-self.source_rows // 8), np.uint8)  # a bit for each row
-        self._pieces: list[PackedSequences] = []
+        self._pieces: list[np.ndarray] = []  # (5, n), as in PIECE
         self._schemas: set = set()
         self._check_features(features)
 
     def _check_features(self, features: datasets.Features) -> None:
-        """The columns that the dataset says it has are those of a packing."""
+        """Check that the dataset's columns are those of a packing."""
         for name in self.schema.names:
             if not is_list(self.schema.field(name).type):
-                what = f"holds {self.schema.field(name).type} and no list for each pack"
+                what = f"holds {self.schema.field(name).type}, not a list for each pack"
                 self.findings.add("columns", what, column=name)
         added = {name: type_ for name, type_ in ADDED.items() if name != STARTS or self.facts.overlong == "split"}
         for name, type_ in added.items():
@@ -120,44 +120,33 @@ class PackCheck:
         self.packs, self.sequences = self.packs + len(depths), self.sequences + len(lengths)
         self.tokens, self.deepest = self.tokens + int(tokens.sum()), max(self.deepest, int(depths.max()))
 
-        wrong = np.flatnonzero((lengths < 1) | (lengths > self.facts.max_sequence_length))
+        longest, at = self.facts.max_sequence_length, partial(_at, block)
+        wrong = (lengths < 1) | (lengths > longest)
         sound[local_packs[wrong]] = False
-        self.findings.add_all(
-            "packs",
-            f"a length that is not from 1 to max_sequence_length={self.facts.max_sequence_length}",
-            wrong,
-            lambda i: self._at(block, local_packs[i], sequence=int(slots[i]), column=LENGTHS, found=int(lengths[i])),
-        )
-        self._check_limits(block, depths, tokens)
+        what = f"a length that is not from 1 to max_sequence_length={longest}"
+        in_slot = {"sequence": slots, "column": LENGTHS, "found": lengths}
+        self.findings.add_all("packs", what, wrong, lambda i: at(local_packs[i]), **in_slot)
+        self._check_limits(at, depths, tokens)
         for name, (_, counts) in found.items():
-            expected = tokens if name in self.facts.token_columns else depths
+            kind, expected = ("tokens", tokens) if name in self.facts.token_columns else ("sequences", depths)
             sound &= counts == expected
-            self._check_counts(block, name, counts, expected)
+            what = f"number of values, where sequence_lengths says how many {kind} there are"
+            self.findings.add_all("packs", what, counts != expected, at, column=name, found=counts, expected=expected)
         chosen = sound[local_packs]
         starts = {name: begin for name, (begin, _) in found.items()}
+        positions = (ends[:-1] - ends[per_pack[:-1]][local_packs])[chosen]
         local_packs, slots = local_packs[chosen], slots[chosen]
-        positions = (ends[:-1] - ends[per_pack[:-1]][np.repeat(local, depths)])[chosen]
-        rows = _values(columns[INDICES], starts[INDICES][local_packs] + slots)
-        begins = None
-        if STARTS in columns:
-            begins = _values(columns[STARTS], starts[STARTS][local_packs] + slots)
-        packs = local_packs + block.first
-        sequences = PackedSequences(
-            columns, starts, local_packs, packs, slots, positions, lengths[chosen], rows, begins
+        rows, begins = (
+            columns[name].numbers()[starts[name][local_packs] + slots].astype(np.int64) if name in columns else None
+            for name in (INDICES, STARTS)
         )
-        return self._check_rows(sequences)
-
-    def _check_counts(self, block: Block, name: str, counts: np.ndarray, expected: np.ndarray) -> None:
-        kind = "tokens" if name in self.facts.token_columns else "sequences"
-        self.findings.add_all(
-            "packs",
-            f"number of values, where sequence_lengths says how many {kind} there are",
-            np.flatnonzero(counts != expected),
-            lambda i: self._at(block, i, column=name, found=int(counts[i]), expected=int(expected[i])),
+        packs = local_packs + block.first
+        return self._check_rows(
+            PackedSequences(columns, starts, local_packs, packs, slots, positions, lengths[chosen], rows, begins)
         )
 
     def _check_schema(self, block: Block) -> bool:
-        """Said once for each file."""
+        """Whether the columns are those of dataset_info.json; adds problems once for each file."""
         schema = block.batch.schema
         faults = {}
         for name in {*schema.names, *self.schema.names}:
@@ -170,12 +159,12 @@ class PackCheck:
             self._check_notes(block)
             for name, found in sorted(faults.items()):
                 expected = self.schema.field(name).type if name in self.schema.names else None
-                what = "a column or a type that dataset_info.json does not say"
+                what = "a column or a type that is not in dataset_info.json"
                 self.findings.add("columns", what, file=block.file, column=name, found=found, expected=expected)
         return not faults
 
     def _check_notes(self, block: Block) -> None:
-        """datasets notes columns in a file's head: names of classes, and in Parquet the packing facts."""
+        """Compare the columns that datasets notes in a file's head, with names of classes, too."""
         if block.file is None:
             return
         try:
@@ -185,7 +174,7 @@ class PackCheck:
             return
         for name in self.features:
             if name in found and found[name] != self.features[name]:
-                what = "the file's head says something else of it than dataset_info.json"
+                what = "is another in the file's head than in dataset_info.json"
                 values = {"found": found[name], "expected": self.features[name]}
                 self.findings.add("columns", what, file=block.file, column=name, **values)
 
@@ -197,7 +186,7 @@ class PackCheck:
         return opened
 
     def _without_nulls(self, block: Block, columns: dict[str, TokenColumn], found: dict) -> np.ndarray:
-        """(packs,) whether every list is there, and every value of a column that has none missing."""
+        """(packs,) whether every list is there, and every value that may not be null."""
         sound = np.ones(block.batch.num_rows, np.bool_)
         for name in columns:
             lists = block.batch.column(name)
@@ -205,87 +194,56 @@ class PackCheck:
             if name in self._needed and name not in NULLABLE and lists.values.null_count:
                 begins, counts = found[name]
                 before = np.concatenate([[0], np.cumsum(np.asarray(lists.values.is_null()))])
-                # offsets count in lists.values, which begins where the column's own view does
+                # begins count in lists.values, which begins where the column's own view does
                 missing |= before[begins + counts] > before[begins]
             sound &= ~missing
-            describe = partial(self._at, block, column=name)
-            self.findings.add_all("packs", "no value (null)", np.flatnonzero(missing), describe)
+            self.findings.add_all("packs", "no value (null)", missing, partial(_at, block), column=name)
         return sound
 
-    def _check_limits(self, block: Block, depths: np.ndarray, tokens: np.ndarray) -> None:
-        longest, deepest = self.facts.max_sequence_length, self.facts.max_sequences_per_pack
-        self.findings.add_all(
-            "packs",
-            f"tokens, more than max_sequence_length={longest}",
-            np.flatnonzero(tokens > longest),
-            lambda i: self._at(block, i, column=LENGTHS, found=int(tokens[i]), expected=f"at most {longest}"),
-        )
-        self.findings.add_all(
-            "packs", "holds no sequence", np.flatnonzero(depths == 0), lambda i: self._at(block, i, column=LENGTHS)
-        )
-        if deepest is not None:
-            self.findings.add_all(
-                "packs",
-                f"sequences, more than max_sequences_per_pack={deepest}",
-                np.flatnonzero(depths > deepest),
-                lambda i: self._at(block, i, column=LENGTHS, found=int(depths[i]), expected=f"at most {deepest}"),
-            )
-
-    def _at(self, block: Block, local_pack: int, **where: Any) -> dict:
-        return {"file": block.file, "pack": block.first + int(local_pack), **where}
+    def _check_limits(self, at: Callable[[int], dict], depths: np.ndarray, tokens: np.ndarray) -> None:
+        self.findings.add_all("packs", "holds no sequence", depths == 0, at, column=LENGTHS)
+        for unit, counts, name in (
+            ("tokens", tokens, "max_sequence_length"),
+            ("sequences", depths, "max_sequences_per_pack"),
+        ):
+            limit = getattr(self.facts, name)
+            if limit is not None:
+                what, values = f"{unit}, more than {name}={limit}", {"found": counts, "expected": f"at most {limit}"}
+                self.findings.add_all("packs", what, counts > limit, at, column=LENGTHS, **values)
 
     def _check_rows(self, sequences: PackedSequences) -> PackedSequences:
         """Mark the rows as seen; returns the sequences whose rows exist."""
-        outside = (sequences.rows < 0) | (sequences.rows >= self.source_rows)
+        rows = sequences.rows
+        outside = (rows < 0) | (rows >= self.source_rows)
+        what, values = f"the source has rows 0 to {self.source_rows - 1}", {"found": rows, "row": None}
+        self.findings.add_all("sequences", what, outside, sequences.where, column=INDICES, **values)
         if outside.any():
-            self.findings.add_all(
-                "sequences",
-                f"the source has rows 0 to {self.source_rows - 1}",
-                np.flatnonzero(outside),
-                lambda i: sequences.where(i) | {"column": INDICES, "found": int(sequences.rows[i]), "row": None},
-            )
             sequences = sequences.take(~outside)
-        once = sequences
-        if len(self.overlong_rows):
-            cut = np.isin(sequences.rows, self.overlong_rows)
-            once = self._check_overlong(sequences, cut)
+        once = self._check_overlong(sequences) if len(self.overlong_rows) else sequences
         again = np.empty(len(once.rows), np.bool_)
         _mark(self._seen, once.rows, again)
-        self.findings.add_all(
-            "sequences",
-            "this row is there a second time",
-            np.flatnonzero(again),
-            lambda i: once.where(i) | {"column": INDICES},
-        )
+        self.findings.add_all("sequences", "this row is there a second time", again, once.where, column=INDICES)
         begins = once.begins
         if begins is not None and not self.facts.trimmed_rows:
-            self.findings.add_all(
-                "sequences",
-                "a row that was not split begins with its first token",
-                np.flatnonzero(begins),
-                lambda i: once.where(i) | {"column": STARTS, "found": int(begins[i]), "expected": 0},
-            )
+            what, values = "a row that was not split begins with its first token", {"found": begins, "expected": 0}
+            self.findings.add_all("sequences", what, begins != 0, once.where, column=STARTS, **values)
         return sequences
 
-    def _check_overlong(self, sequences: PackedSequences, cut: np.ndarray) -> PackedSequences:
-        """By what was done to rows with too many tokens; returns the sequences that must be there once."""
-        longest = self.facts.max_sequence_length
+    def _check_overlong(self, sequences: PackedSequences) -> PackedSequences:
+        """Check rows that were too long by what packing did to them; returns the sequences that must be there once."""
+        longest, lengths = self.facts.max_sequence_length, sequences.lengths
+        cut = np.isin(sequences.rows, self.overlong_rows)
         if self.facts.overlong == "split":
-            self._pieces.append(sequences.take(cut))
+            pieces = sequences.take(cut)
+            self._pieces.append(np.stack([getattr(pieces, name) for name in PIECE]))
             return sequences.take(~cut)
         if self.facts.overlong == "drop":
             what = "this row is listed as dropped and is there"
-            at = np.flatnonzero(cut)
-            self.findings.add_all("sequences", what, at, lambda i: sequences.where(i) | {"column": INDICES})
+            self.findings.add_all("sequences", what, cut, sequences.where, column=INDICES)
         else:
-            self.findings.add_all(
-                "sequences",
-                "this row is listed as truncated, and is not as long as a pack",
-                np.flatnonzero(cut & (sequences.lengths != longest)),
-                lambda i: (
-                    sequences.where(i) | {"column": LENGTHS, "found": int(sequences.lengths[i]), "expected": longest}
-                ),
-            )
+            what = "this row is listed as truncated, and is not as long as a pack"
+            wrong, values = cut & (lengths != longest), {"found": lengths, "expected": longest}
+            self.findings.add_all("sequences", what, wrong, sequences.where, column=LENGTHS, **values)
         return sequences
 
     def finish(self, source: Source | None) -> None:
@@ -299,62 +257,47 @@ class PackCheck:
             self.findings.add("packs", what, found=self.deepest, expected=self.facts.max_depth)
         if self.facts.overlong == "split" and len(self.overlong_rows):
             self._check_pieces(source)
+        if self.facts.overlong == "drop":
+            self._mark_known(self.overlong_rows)
         for first in range(0, len(self._seen), SEEN_BYTES):
             bits = np.unpackbits(~self._seen[first : first + SEEN_BYTES], bitorder="little")
-            absent = np.flatnonzero(bits) + 8 * first
-            absent = absent[absent < self.source_rows]
-            if self.facts.overlong == "drop":
-                absent = np.setdiff1d(absent, self.overlong_rows)
+            absent = bits[: self.source_rows - 8 * first]
             what = "this row is in no pack that can be read"
-            self.findings.add_all("sequences", what, absent, lambda row: {"row": row})
+            self.findings.add_all("sequences", what, absent, lambda i, first=first: {"row": 8 * first + i})
 
     def _check_pieces(self, source: Source | None) -> None:
         """The pieces of each row lie end to end; all but a row's last one are full."""
-        names = "rows", "begins", "lengths", "packs", "slots"
-        parts = self._pieces
-        rows, begins, lengths, packs, slots = (
-            np.concatenate([getattr(p, name) for p in parts] or [np.empty(0, np.int64)]) for name in names
-        )
-        order = np.lexsort((begins, rows))
-        rows, begins, lengths, packs, slots = (a[order] for a in (rows, begins, lengths, packs, slots))
-        known = rows[rows < self.source_rows]
-        _mark(self._seen, known, np.empty(len(known), np.bool_))
+        pieces = np.concatenate([np.empty((len(PIECE), 0), np.int64), *self._pieces], axis=1)
+        rows, begins, lengths, packs, slots = pieces[:, np.lexsort((pieces[1], pieces[0]))]
+        self._mark_known(rows)
         longest = self.facts.max_sequence_length
-
-        def where(i: int) -> dict:
-            return {"pack": int(packs[i]), "sequence": int(slots[i]), "row": int(rows[i]), "column": STARTS}
-
-        is_first = np.append(True, rows[1:] != rows[:-1])[: len(rows)]
-        is_last = np.append(rows[1:] != rows[:-1], True)[: len(rows)]
-        expected = np.append(0, (begins + longest)[:-1])[: len(rows)]
-        skipped = None if source is None else source.skipped
+        is_first, is_last = np.diff(rows, prepend=-1) != 0, np.diff(rows, append=-1) != 0
+        skipped = 0 if source is None or source.skipped is None else source.skipped[rows]
+        expected = np.where(is_first, skipped, np.roll(begins + longest, 1))
         if self.facts.trimmed_rows and source is None:  # a row can begin after any number of padding tokens
             expected[is_first] = begins[is_first]
-        else:
-            expected[is_first] = 0 if skipped is None else skipped[rows[is_first]]
         wrong = begins != expected
-        twice = wrong & ~is_first & (begins == np.append(0, begins[:-1])[: len(rows)])
-        self.findings.add_all("sequences", "this piece of the row is there a second time", np.flatnonzero(twice), where)
-        self.findings.add_all(
-            "sequences",
-            "the row's pieces do not lie end to end",
-            np.flatnonzero(wrong & ~twice),
-            lambda i: where(i) | {"found": int(begins[i]), "expected": int(expected[i])},
-        )
-        short = ~is_last & (lengths != longest) & ~np.append(twice[1:], False)[: len(rows)]
-        self.findings.add_all(
-            "sequences", "a piece that is not the row's last one is not full", np.flatnonzero(short), where
-        )
-        if source is None:
-            lost = is_first & is_last
-        else:
-            row_ends = source.kept[rows] + (0 if skipped is None else skipped[rows])
-            lost = is_last & (begins + lengths != row_ends)
-        self.findings.add_all("sequences", "the row's last piece is missing", np.flatnonzero(lost), where)
+        twice = wrong & ~is_first & (begins == np.roll(begins, 1))
+        short = ~is_last & (lengths != longest) & ~np.roll(twice, -1)
+        lost = is_last & (is_first if source is None else begins + lengths != source.kept[rows] + skipped)
+
+        def add(what: str, at: np.ndarray, **values: object) -> None:
+            place = {"pack": packs, "sequence": slots, "row": rows, "column": STARTS}
+            self.findings.add_all("sequences", what, at, lambda i: {}, **place, **values)
+
+        add("this piece of the row is there a second time", twice)
+        add("the row's pieces do not lie end to end", wrong & ~twice, found=begins, expected=expected)
+        add("a piece that is not the row's last one is not full", short)
+        add("the row's last piece is missing", lost)
+
+    def _mark_known(self, rows: np.ndarray) -> None:
+        """Mark rows as seen that may be there several times, or not at all."""
+        known = rows[(rows >= 0) & (rows < self.source_rows)]  # damaged facts may list any
+        _mark(self._seen, known, np.empty(len(known), np.bool_))
 
 
-def _values(column: TokenColumn, places: np.ndarray) -> np.ndarray:
-    return column.numbers()[places].astype(np.int64)
+def _at(block: Block, local_pack: int) -> dict:
+    return {"file": block.file, "pack": block.first + int(local_pack)}
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
@@ -364,7 +307,7 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _mark(seen, rows, again):
-    """Set the bit of each row; fills again: whether it was set."""
+    """Set the bit of each row; fills again: whether it was set already."""
     for i in range(len(rows)):
         byte, bit = rows[i] >> 3, np.uint8(1 << (rows[i] & 7))
         again[i] = (seen[byte] & bit) != 0

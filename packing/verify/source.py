@@ -1,14 +1,16 @@
-"""Every value of the packs against the source's, by the rule for rows that are too long and without padding.
+"""Every value of the packs against the source, by the rule for rows that are too long, and without padding.
 
     source row 4   [0 c 1 2 3 4 s]   padding in front: 1 token skipped, 6 kept
     max_sequence_length=4            truncate [c 1 2 s]     split [c 1 2 3] [4 s]     drop: not there
 
-What a sequence must be is worked out here for each one, from its row's tokens alone. A kernel compares numbers, text
-and lists of numbers where they lie, in both memory maps; other values are fetched and compared by their digests,
-halving where these differ.
+A row's tokens alone decide what each of its sequences must be. A kernel compares numbers, text and lists of numbers
+where they lie, in both memory maps. Other values are copied out and compared by their digests, by halves where these
+differ.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,7 +23,9 @@ from packing.source.sequences import Sequences, cut_sequences
 from packing.source.token_column import TokenColumn, Values, is_list, open_token_column
 from packing.store.info import PackedInfo
 from packing.verify.findings import Findings
-from packing.verify.packs import LENGTHS, STARTS, PackedSequences
+from packing.verify.packs import INDICES, LENGTHS, STARTS, PackedSequences
+
+TEXTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
 
 
 def source_check(
@@ -31,7 +35,7 @@ def source_check(
     pad_token_id: int | None,
     findings: Findings,
 ) -> SourceCheck | None:
-    """What holds packs against their source; None, and a finding, where these cannot be its packs."""
+    """What compares packs with their source; None, and a finding, where the packs cannot come from it."""
     try:
         source = read_source(dataset, facts.token_columns, pad_token_id)
         sequences = cut_sequences(source, facts.max_sequence_length, facts.overlong)
@@ -39,12 +43,12 @@ def source_check(
         findings.add("source", f"this source cannot have been packed so: {error}")
         return None
     check = SourceCheck(source, facts, findings, sequences)
-    check._check_columns(dataset.features, packed_features)
+    check.choose_columns(dataset.features, packed_features)
     return check
 
 
 class SourceCheck:
-    """The source that a packed dataset is said to be made from, opened once; then block by block.
+    """Compares packs with the source that they are said to be made from, block by block.
 
     Memory: 4 bytes a source row for its length, and 4 each where there is padding, or rows are cut.
     """
@@ -54,46 +58,37 @@ class SourceCheck:
         self._names: list[str] = []  # of the columns that can be compared
         self._row_columns: dict[str, TokenColumn | None] = {}  # None: they are no runs of numbers
         self._keeps_closing = facts.overlong == "truncate" and sequences.ends is not None
-        self._check_facts(sequences)
-
-    def _check_facts(self, sequences: Sequences) -> None:
-        """The packs' facts are those of this source."""
-        source, facts = self.source, self.facts
         overlong = tuple(sequences.overlong_rows.tolist())
         if overlong != facts.overlong_rows:
             other = sorted({*overlong} ^ {*facts.overlong_rows})
             what = f"rows with more than {facts.max_sequence_length} tokens are others than the packs' facts list"
-            self.findings.add("source", what, row=other[0], found=len(overlong), expected=len(facts.overlong_rows))
+            findings.add("source", what, row=other[0], found=len(overlong), expected=len(facts.overlong_rows))
         for name, found in (
             ("source_rows", source.num_rows),
             ("overlong_tokens", sequences.overlong_tokens),
             ("trimmed_rows", source.trimmed_rows),
             ("trimmed_tokens", source.trimmed_tokens),
         ):
-            expected = getattr(facts, name)
-            if found != expected:
-                what = f"{name.replace('_', ' ')}: the source's, and what the packs' facts say"
-                self.findings.add("source", what, found=found, expected=expected)
+            if found != (expected := getattr(facts, name)):
+                what = f"{name.replace('_', ' ')} of the source differ from the packs' facts"
+                findings.add("source", what, found=found, expected=expected)
 
-    def _check_columns(self, features: datasets.Features, packed: datasets.Features) -> None:
-        """Find the columns that can be compared: those of both, with one type of value."""
+    def choose_columns(self, features: datasets.Features, packed: datasets.Features) -> None:
+        """Find the columns to compare: those of both, with one type of value."""
         columns = self.source.columns
         token_names = [column.name for column in columns.token_columns]
         for name in (*token_names, *columns.row_columns):
+            expected = _inner(features[name]) if name in token_names else features[name]
             if name not in packed:
                 self.findings.add("source", "the packs have no such column", column=name)
-                continue
-            of_source = _inner(features[name]) if name in token_names else features[name]
-            if _inner(packed[name]) != of_source:
-                what = "type of a value"
-                self.findings.add("source", what, column=name, found=_inner(packed[name]), expected=of_source)
-                continue
-            self._names.append(name)
-            if name in columns.row_columns:
-                self._row_columns[name] = as_runs(columns.row_columns[name], columns.rows)
-        added = (LENGTHS, "sequence_indices", STARTS)
+            elif (found := _inner(packed[name])) != expected:
+                self.findings.add("source", "type of a value", column=name, found=found, expected=expected)
+            else:
+                self._names.append(name)
+                if name in columns.row_columns:
+                    self._row_columns[name] = as_runs(columns.row_columns[name], columns.rows)
         for name in packed:
-            if name not in (*token_names, *columns.row_columns, *added):
+            if name not in (*token_names, *columns.row_columns, LENGTHS, INDICES, STARTS):
                 self.findings.add("source", "the source has no such column", column=name)
 
     @property
@@ -107,7 +102,7 @@ class SourceCheck:
     def check(self, sequences: PackedSequences) -> None:
         """Compare the sequences of one block."""
         source, longest = self.source, self.facts.max_sequence_length
-        sequences = sequences.take(sequences.rows < source.num_rows)  # that there are fewer has been said
+        sequences = sequences.take(sequences.rows < source.num_rows)  # the facts' source_rows has shown the others
         kept = source.kept[sequences.rows].astype(np.int64)
         skipped = np.zeros_like(kept) if source.skipped is None else source.skipped[sequences.rows].astype(np.int64)
         begins, lengths = skipped, kept
@@ -115,33 +110,18 @@ class SourceCheck:
             begins = sequences.begins
             first = begins - skipped
             exists = (first >= 0) & (first < kept) & (first % longest == 0)
-            self.findings.add_all(
-                "source",
-                f"no piece of the row begins there: they begin every {longest} tokens",
-                np.flatnonzero(~exists),
-                lambda i: sequences.where(i) | {"column": STARTS, "found": int(begins[i])},
-            )
+            what = f"no piece of the row begins there: they begin every {longest} tokens"
+            self.findings.add_all("source", what, ~exists, sequences.where, column=STARTS, found=begins)
             lengths = np.where(exists, np.minimum(kept - first, longest), -1)
         elif self.facts.overlong == "truncate":
             lengths = np.minimum(kept, longest)
-        wrong = (lengths >= 0) & (sequences.lengths != lengths)
-        self.findings.add_all(
-            "source",
-            "length",
-            np.flatnonzero(wrong),
-            lambda i: (
-                sequences.where(i)
-                | {"column": LENGTHS, "found": int(sequences.lengths[i]), "expected": int(lengths[i])}
-            ),
-        )
-        same = sequences.lengths == lengths
+        same, values = sequences.lengths == lengths, {"found": sequences.lengths, "expected": lengths}
+        self.findings.add_all("source", "length", (lengths >= 0) & ~same, sequences.where, column=LENGTHS, **values)
+        for name, of_source in self._row_columns.items():
+            self._check_values(name, of_source, sequences)
         lasts = (skipped + kept if self._keeps_closing else begins + lengths) - 1
         if not same.all():
-            whole, sequences = sequences, sequences.take(same)
-            begins, lengths, lasts = begins[same], lengths[same], lasts[same]
-            self._check_rows(whole)
-        else:
-            self._check_rows(sequences)
+            sequences, begins, lengths, lasts = sequences.take(same), begins[same], lengths[same], lasts[same]
         for column in self.source.columns.token_columns:
             if column.name in self._names:
                 self._check_tokens(column, sequences, begins, lengths, lasts)
@@ -157,15 +137,14 @@ class SourceCheck:
         name, packed = column.name, sequences.columns[column.name]
         starts, _ = column.find(sequences.rows)
         places = sequences.places(name, sequences.positions)
-        firsts = np.full(len(places), -1)
-        differing = np.zeros(len(places), np.int64)
+        firsts, differing = np.full(len(places), -1), np.zeros(len(places), np.int64)
         if packed.is_numbers and column.is_numbers:
             both = packed.tokens, places, column.tokens, starts + begins, lengths, starts + lasts
             _compare(*both, firsts, differing)
         else:
             found = packed.gather(places, lengths, places + lengths - 1)
             expected = _as(column.gather(starts + begins, lengths, starts + lasts), found.type)
-            where = differing_places(found, expected)
+            where = _differing_places(found, expected)
             ends = np.cumsum(lengths)
             run = np.searchsorted(ends, where, side="right")
             np.add.at(differing, run, 1)
@@ -173,38 +152,28 @@ class SourceCheck:
 
         def describe(i: int) -> dict:
             source_place = (lasts if firsts[i] == lengths[i] - 1 else begins + firsts)[i]
-            token = np.array([starts[i] + source_place]), np.ones(1, np.int64), np.array([starts[i] + source_place])
-            place = np.array([places[i] + firsts[i]])
-            expected = _as(column.gather(*token), packed.value_type)[0].as_py()
-            found = packed.gather(place, np.ones(1, np.int64), place)[0].as_py()
-            where = sequences.where(i) | {"position": int(sequences.positions[i] + firsts[i]), "column": name}
-            return where | {"found": found, "expected": expected}
+            found, expected = _value(packed, places[i] + firsts[i]), _value(column, starts[i] + source_place)
+            return sequences.where(i) | {"found": found, "expected": expected}
 
-        culprits = np.flatnonzero(differing)
-        self.findings.add_all("source", "first of the sequence's values that differ", culprits, describe)
-
-    def _check_rows(self, sequences: PackedSequences) -> None:
-        """Columns with one value per sequence."""
-        for name, of_source in self._row_columns.items():
-            self._check_values(name, of_source, sequences)
+        what, positions = "first of the sequence's values that differ", sequences.positions + firsts
+        self.findings.add_all("source", what, differing > 0, describe, position=positions, column=name)
 
     def _check_values(self, name: str, of_source: TokenColumn | None, sequences: PackedSequences) -> None:
-        ones = np.ones_like(sequences.rows)
+        """Compare a column with one value per sequence."""
         packed, places = sequences.columns[name], sequences.places(name, sequences.slots)
         of_packs = _packed_runs(packed)
         if of_source is not None and of_packs is not None:
-            culprits = _differing_runs(of_packs, places, of_source, sequences.rows)
+            differing = _differing_runs(of_packs, places, of_source, sequences.rows)
         else:
-            found = packed.gather(places, ones, places)
-            culprits = differing_places(found, self._row_values(name, sequences.rows, found.type))
+            found = packed.gather(places, np.ones_like(places), places)
+            differing = np.zeros(len(places), np.bool_)
+            differing[_differing_places(found, self._row_values(name, sequences.rows, found.type))] = True
 
         def describe(i: int) -> dict:
-            found = packed.gather(places[i : i + 1], ones[:1], places[i : i + 1])
-            expected = self._row_values(name, sequences.rows[i : i + 1], found.type)
-            values = {"found": found[0].as_py(), "expected": expected[0].as_py()}
-            return sequences.where(i) | {"column": name} | values
+            expected = self._row_values(name, sequences.rows[i : i + 1], packed.value_type)[0].as_py()
+            return sequences.where(i) | {"found": _value(packed, places[i]), "expected": expected}
 
-        self.findings.add_all("source", "value", culprits, describe)
+        self.findings.add_all("source", "value", differing, describe, column=name)
 
     def _row_values(self, name: str, rows: np.ndarray, type_: pa.DataType) -> pa.Array:
         columns = self.source.columns
@@ -213,7 +182,7 @@ class SourceCheck:
 
 
 def as_runs(column: Values, rows: np.ndarray | None = None) -> TokenColumn | None:
-    """Values as runs of numbers, each a row, where they lie; None: they cannot be seen so.
+    """Values as runs of numbers, each a row, where they lie in memory; None: they are no such values.
 
     a number          a run of one
     text or bytes     its bytes
@@ -225,11 +194,9 @@ def as_runs(column: Values, rows: np.ndarray | None = None) -> TokenColumn | Non
     if _is_number(type_):
         chunks = [pa.FixedSizeListArray.from_arrays(chunk, 1) for chunk in column.chunks]
         type_ = pa.list_(type_, 1)
-    elif pa.types.is_string(type_) or pa.types.is_binary(type_):
-        type_ = pa.list_(pa.uint8())
-        chunks = [_bytes(chunk, type_) for chunk in column.chunks]
-    elif pa.types.is_large_string(type_) or pa.types.is_large_binary(type_):
-        type_ = pa.large_list(pa.uint8())
+    elif type_ in TEXTS:
+        is_large = type_ in (pa.large_string(), pa.large_binary())
+        type_ = pa.large_list(pa.uint8()) if is_large else pa.list_(pa.uint8())
         chunks = [_bytes(chunk, type_) for chunk in column.chunks]
     elif is_list(type_) and _is_number(type_.value_type):
         chunks = column.chunks
@@ -245,7 +212,7 @@ def _is_number(type_: pa.DataType) -> bool:
 
 
 def _bytes(chunk: pa.Array, type_: pa.DataType) -> pa.Array:
-    """Text as lists of bytes, of the same memory."""
+    """Text as lists of bytes, in the same memory."""
     _, offsets, data = chunk.buffers()
     count = 0 if data is None else data.size
     values = pa.Array.from_buffers(pa.uint8(), count, [None, data])
@@ -261,7 +228,7 @@ def _packed_runs(packed: TokenColumn) -> TokenColumn | None:
 
 
 def _differing_runs(found: TokenColumn, places: np.ndarray, expected: TokenColumn, rows: np.ndarray) -> np.ndarray:
-    """Which of the values differ, in their lengths or in a number."""
+    """(values,) bool: which ones differ, in their lengths or in a number."""
     (places, lengths), (starts, others) = found.find(places), expected.find(rows)
     differing = (lengths != others) | (found.value_type != expected.value_type)
     there = np.flatnonzero(~differing & (lengths > 0))
@@ -269,11 +236,11 @@ def _differing_runs(found: TokenColumn, places: np.ndarray, expected: TokenColum
     places, starts, lengths = places[there], starts[there], lengths[there]
     _compare(found.tokens, places, expected.tokens, starts, lengths, starts + lengths - 1, firsts, counts)
     differing[there] = counts > 0
-    return np.flatnonzero(differing)
+    return differing
 
 
-def differing_places(found: pa.Array, expected: pa.Array) -> np.ndarray:
-    """Where two arrays of one type and length differ. Floats by their bits: nan is nan, and 0 is not -0."""
+def _differing_places(found: pa.Array, expected: pa.Array) -> np.ndarray:
+    """Where two arrays of one type and length differ. Floats compare by bits: nan equals nan, 0 differs from -0."""
     differing, parts = [], [(0, len(found))]
     while parts:
         first, count = parts.pop()
@@ -287,22 +254,27 @@ def differing_places(found: pa.Array, expected: pa.Array) -> np.ndarray:
     return np.array(differing, np.int64)
 
 
+def _value(column: TokenColumn, place: int) -> object:
+    """One value of a column, as Python has it."""
+    at = np.array([place])
+    return column.gather(at, np.ones(1, np.int64), at)[0].as_py()
+
+
 def _as(array: pa.Array, type_: pa.DataType) -> pa.Array:
     return array if array.type == type_ else array.cast(type_)
 
 
-def _inner(feature):
-    """The values of a list, which may be a Python list."""
+def _inner(feature: Any) -> Any:
+    """The feature of a list's values; datasets may write a list feature as a Python list."""
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
 
 
 @njit(cache=True, nogil=True)
 def _compare(found, places, expected, starts, lengths, lasts, firsts, differing):
-    """Runs of tokens: lengths[i] - 1 from starts[i] on, then the one at lasts[i]; fills where each first differs, and
-    in how many tokens.
+    """Compare runs of tokens: lengths[i] - 1 from starts[i] on, then the one at lasts[i].
 
-    Indices are unsigned, so that many tokens are compared at once; the first one is looked for where there is one. The
-    beginning of the run after next is asked for ahead, as when tokens are gathered.
+    Fills firsts: where each run first differs, and differing: in how many tokens. Unsigned indices let the processor
+    compare many tokens at once; only a run that differs is searched. The run after next is loaded ahead.
     """
     one = np.uint64(1)
     for run in range(len(places)):

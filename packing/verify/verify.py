@@ -25,32 +25,30 @@ def verify_packed(
     limit: int = 20,
     storage_options: dict | None = None,
 ) -> Verification:
-    """Look for whatever is wrong with a packed dataset. print(verification) lists it; verification.ok says if nothing.
+    """Look for everything that is wrong with a packed dataset. print() of the result lists it; .ok means nothing is.
 
     packed    sequence_indices [0 1]    input_ids [7 8 5 6 9]    source    row 0 [7 8]    row 1 [5 6 4]
     ->        pack 0, sequence 1, position 4, source row 1, column input_ids: … 9 found, 4 expected
 
-    packed: a folder of pack_dataset, of Arrow or Parquet files, a path or a URL: its files are held against their
-        checksums, and read on where one is damaged; at a URL each is read twice, and nothing is kept. Or an open
-        dataset, whose files are not looked at.
-    source: the dataset that was packed: every value is compared. None: packs are checked for themselves: limits hold,
-        lengths add up in every column, and every source row is there once (of a row that was split, every piece; for
-        its last one the source is needed).
-    pad_token_id: what pack_dataset was given; a folder's manifest says so itself.
+    packed: a folder of pack_dataset, Arrow or Parquet, a path or a URL: files are compared with their checksums, and
+        the others are still read where one is damaged. Or an open dataset, whose files are not looked at.
+    source: the dataset that was packed, to compare every value. None: check that limits hold, that lengths add up in
+        every column, and that every source row is there once (for the last piece of a split row, source is needed).
+    pad_token_id: as given to pack_dataset; a folder's manifest has its own.
     limit: problems listed of each check; all are counted.
-    storage_options: of the file system of a URL.
+    storage_options: for the file system of a URL.
 
-    Memory: a bit for each source row, with `source` 4 bytes for its length and 4 each where there is padding or rows
-    are cut, 40 for each piece of a row that was split, and some buffers, however many tokens there are.
+    Memory: a bit for each source row and 40 bytes for each piece of a row that was split; with `source`, 4 bytes a row
+    for its length and 4 each where there is padding or rows are cut.
 
-    Raises only for arguments that are no packed dataset: FileNotFoundError, TypeError, ValueError.
+    Raises FileNotFoundError, TypeError or ValueError only for arguments that are no packed dataset.
     """
     findings = Findings(limit)
     looked_at = dict.fromkeys(CHECKS, "nothing")
     looked_at["source"] = "not given" if source is None else "nothing"
     if isinstance(packed, datasets.Dataset):
         looked_at["files"] = "not looked at: give the folder"
-        # nbytes would follow offsets that nobody has looked at yet
+        # nbytes would follow offsets that nobody has checked yet
         facts = checked_facts(packed.info, packed.data.table.get_total_buffer_size(), findings)
         if facts is None:
             raise ValueError(f"{findings.problems[0].what}; give a dataset of pack_dataset")
@@ -68,13 +66,12 @@ def verify_packed(
 
     packs = PackCheck(facts, features, findings)
     looked_at["columns"] = f"{len(features)} columns"
-    against = None
     if packs.can_be_read:
-        if source is not None:
-            against = source_check(source, facts, features, pad_token_id, findings)
-            looked_at["source"] = "nothing: it cannot be read as the packs' source"
+        against = None if source is None else source_check(source, facts, features, pad_token_id, findings)
         if against is not None:
             looked_at["source"] = against.looked_at
+        elif source is not None:
+            looked_at["source"] = "nothing: it cannot be read as the packs' source"
         for block in blocks:
             sequences = packs.check(block)
             if sequences is not None and against is not None:
@@ -93,7 +90,7 @@ def _checked_folder(packed: object, storage_options: dict | None) -> Path | Remo
         raise FileNotFoundError(f"{str(path)!r} is not a folder; give one that pack_dataset wrote")
     if (path / DICT).exists():
         raise ValueError(
-            f"{str(path)!r} holds several splits; verify one of its folders (the command pack-dataset verify takes all)"
+            f"{str(path)!r} holds several splits; verify one of their folders, or all by pack-dataset verify"
         )
     if not any((path / name).exists() for name in ("manifest.json", "dataset_info.json", "state.json")):
         raise FileNotFoundError(f"{str(path)!r} holds no dataset; give a folder that pack_dataset wrote")
@@ -101,11 +98,11 @@ def _checked_folder(packed: object, storage_options: dict | None) -> Path | Remo
 
 
 def _check_manifest(manifest: Manifest, facts: PackedInfo, findings: Findings) -> None:
-    """Both say how it was packed."""
-    said = {f"num_{name}": getattr(manifest, name) for name in ("packs", "sequences", "tokens")}
-    said["source_rows"] = manifest.source_rows
-    said |= {name: value for name, value in manifest.parameters.items() if hasattr(facts, name)}
-    for name, expected in said.items():
+    """Check that the packing's facts agree with the manifest."""
+    wanted = {f"num_{name}": getattr(manifest, name) for name in ("packs", "sequences", "tokens")}
+    wanted["source_rows"] = manifest.source_rows
+    wanted |= {name: value for name, value in manifest.parameters.items() if hasattr(facts, name)}
+    for name, expected in wanted.items():
         found = getattr(facts, name)
         if (list(found) if isinstance(found, tuple) else found) != expected:
             what = f"{name} in dataset_info.json, and in the manifest"
