@@ -23,8 +23,7 @@ from collate.columns import (
     WORD_IDS,
 )
 from packing import assign, length_histogram, plan_packs
-from packing.source.rows import chosen_rows
-from packing.source.token_column import is_list, list_lengths
+from packing.source.token_column import chosen_rows, is_list, list_lengths
 
 ADVICE = (
     "pack the dataset with pack_dataset, and with plain Trainer set remove_unused_columns=False (PackedTrainer keeps "

@@ -14,8 +14,14 @@ from packing.assignment import Assignment, assign, checked_seed
 from packing.balance import balance_packs
 from packing.draws import make_key
 from packing.plan import PackPlan
-from packing.source.rows import chosen_rows, refuse_broken
-from packing.source.token_column import TokenColumn, list_array, list_lengths, read_token_column
+from packing.source.token_column import (
+    TokenColumn,
+    chosen_rows,
+    list_array,
+    list_lengths,
+    read_token_column,
+    refuse_broken,
+)
 from packing.store.info import packed_info
 
 LENGTHS = "sequence_lengths"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,13 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.features.features import encode_nested_example
 
-from packing.dataset import ANSWERS, prepare_packing
-from packing.files.errors import whole_number
+from packing.files.errors import SourceError, whole_number
 from packing.options import PackOptions
-from packing.source import rows as source_module
-from packing.source import sequences as overlong_module
 from packing.source.exact import REFUSALS, NotHeldError, exact_array
 from packing.source.rows import ATTENTION_MASK, INPUT_IDS, read_source
+from packing.source.sequences import ANSWERS, DONE
+from packing.source.source_files import SourceFiles
+from packing.source.token_ids import refuse_foreign_ids
+from packing.store.contents import Packing, gather_all, plan_packing
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ def pack_stream(
     # Without features each table may have types of its own, and a cast would make text of numbers.
     is_arrow = dataset.features is not None and getattr(dataset._ex_iterable, "iter_arrow", None) is not None
     first, features = _first_rows(dataset, is_arrow)
-    with _hint(first), _quiet():
-        packing = prepare_packing(_as_dataset(first, features), options)
+    with _hint(first):
+        packing = _plan(_as_dataset(first, features), options)
     names = packing.facts.token_columns
     packed_features = datasets.Features({name: f for name, f in packing.features.items() if name != INDICES})
     pack = _PackBuffer(
@@ -154,7 +154,7 @@ class _PackBuffer:
             )
         self.coming = self.coming - Counter(numbers[:1]) + Counter([numbers[-1] + 1])
         table = rows if isinstance(rows, pa.Table) else _as_table(rows, self.features, self.is_declared)
-        with _hint(table), _quiet():
+        with _hint(table):
             packs = self._packs(table)
         if isinstance(rows, pa.Table):
             return packs
@@ -171,12 +171,12 @@ class _PackBuffer:
         options = self.options
         if ATTENTION_MASK in table.column_names and ATTENTION_MASK not in self.features:
             options = replace(options, pad_token_id=None)  # it is trimmed by now
-        packing = prepare_packing(rows, replace(options, seed=seed))
+        packing = _plan(rows, replace(options, seed=seed))
         facts = packing.facts
         self._say("have padding trimmed", "tokens of it", facts.trimmed_rows, facts.trimmed_tokens)
         if facts.overlong_rows:
             self._say_overlong(len(facts.overlong_rows), facts.overlong_tokens)
-        return pa.Table.from_batches(packing.batches()).select(list(self.packed_features))
+        return pa.Table.from_batches(gather_all(packing)).select(list(self.packed_features))
 
     def _fitting(self, table: pa.Table) -> pa.Table:
         """The buffer, after what must not depend on what else is in it: truncation, and dropping all rows."""
@@ -201,9 +201,8 @@ class _PackBuffer:
         return _truncated(table, source, longest, [INPUT_IDS, *self.options.token_columns], self.closing)
 
     def _say_overlong(self, rows: int, tokens: int) -> None:
-        overlong = self.options.overlong
-        done = {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong]
-        self._say(f"have more than {self.options.max_sequence_length} tokens: {done}", "tokens lost", rows, tokens)
+        what = f"have more than {self.options.max_sequence_length} tokens: {DONE[self.options.overlong]}"
+        self._say(what, "tokens lost", rows, tokens)
 
     def _say(self, what: str, tokens_are: str, rows: int, tokens: int) -> None:
         """Count; say so for the first rows and whenever there are ten times as many."""
@@ -371,8 +370,7 @@ def _real_tokens(source, lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 def _closing_token(rows: datasets.Dataset, pad_token_id: int | None) -> int | None:
     """The token that every row ends in, where there is one."""
-    with _quiet():
-        source = read_source(rows, [], pad_token_id)
+    source = read_source(rows, [], pad_token_id)
     lists = rows.data.column(INPUT_IDS).combine_chunks()
     begins, kept = _real_tokens(source, lists)
     found = pc.unique(lists.flatten().take(pa.array(begins + kept - 1))).to_pylist()
@@ -406,33 +404,20 @@ def _lists(counts: np.ndarray, values: pa.Array) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)), values)
 
 
+def _plan(rows: datasets.Dataset, options: PackOptions) -> Packing:
+    source = read_source(rows, options.token_columns, options.pad_token_id)
+    refuse_foreign_ids(source)
+    return plan_packing(rows, source, options, SourceFiles.of(rows))
+
+
 @contextmanager
 def _hint(table: pa.Table) -> Iterator[None]:
-    """Errors speak of a row by its number; here that is one in a buffer, so they also say how it begins."""
+    """Errors name a row by its number in a buffer, so they also say how it starts."""
     try:
         yield
-    except ValueError as error:
-        row = re.search(r"\brow (\d+)\b", str(error))
-        if row is None or INPUT_IDS not in table.column_names:
-            raise
-        tokens = (table.column(INPUT_IDS)[int(row[1])].as_py() or [])[:8]
-        raise ValueError(
-            f"{error} (rows are counted in a buffer of {len(table)}: row {row[1]} begins with input_ids {tokens})"
-        ) from None
-
-
-def _say_nothing(record: logging.LogRecord) -> bool:
-    return False
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What is logged of a dataset would be logged of every buffer."""
-    loggers = [source_module.logger, overlong_module.logger]
-    for each in loggers:
-        each.addFilter(_say_nothing)
-    try:
-        yield
-    finally:
-        for each in loggers:
-            each.removeFilter(_say_nothing)
+    except SourceError as error:
+        if error.row is not None and INPUT_IDS in table.column_names:
+            tokens = (table.column(INPUT_IDS)[error.row].as_py() or [])[:8]
+            where = f"rows are counted in a buffer of {len(table)}: row {error.row} begins with input_ids {tokens}"
+            error.cure = f"{error.cure} ({where})"
+        raise

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from packing.epochs import EpochPacks
 from packing.files.folder import check_target, new_folder
-from packing.source.rows import RESERVED, chosen_rows
-from packing.source.token_column import read_token_column
+from packing.source.rows import RESERVED
+from packing.source.token_column import chosen_rows, read_token_column
 from packing.store.dataset_files import write_dataset
 from packing.store.info import PackedInfo, packed_info
 

@@ -87,8 +87,8 @@ def test_the_same_packing_makes_the_same_packs(earlier):
 
 def test_a_killed_packing_is_resumed(earlier, monkeypatch, capsys):
     """Or refused, where the libraries that shape its bytes are others: with the versions and the cure."""
-    monkeypatch.setattr("packing.dataset.SHARD_BYTES", 4000)
-    monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 256)
+    monkeypatch.setattr("packing.store.contents.SHARD_BYTES", 4000)
+    monkeypatch.setattr("packing.store.contents.BATCH_TOKENS", 256)
     options = [*LONGEST, "--overlong", "split"]
     changed = changed_versions(".half.partial/train/manifest.json")
     finished = contents(".half.partial")

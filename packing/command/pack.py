@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
@@ -12,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from packing.command import sources
 from packing.command.parser import Parser, Subcommand, add_pack_options
-from packing.files.errors import whole_number
+from packing.files.errors import in_split, whole_number
 from packing.options import PackOptions
 from packing.source.formats import endings
 
 if TYPE_CHECKING:
     import datasets
 
-    from packing.dataset import Packing
     from packing.source.open import OpenedSource
+    from packing.store.contents import Packing
 
 EXAMPLES = f"""\
 examples:
@@ -52,7 +51,7 @@ def _run(arguments: Namespace) -> int:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
     # heavy imports wait until the arguments are known to be good
     from packing.store.engines import check_engine, opened_engine
-    from packing.store.writing import check_output
+    from packing.store.writing import check_output, write_packings
 
     sources.check_text_options(arguments)
     if sources.is_lengths(arguments):
@@ -66,50 +65,27 @@ def _run(arguments: Namespace) -> int:
     check_output(arguments.target, one_process=one_process)
     source = sources.load_sequences(arguments)
     with opened_engine(arguments.engine):
-        packings = prepare_splits(source, arguments, to_write=True)
-        _write(packings, arguments)
+        write_packings(prepare_splits(source, arguments, to_write=True), arguments.target, progress=True)
     print(f"written to {arguments.target}")
     return 0
 
 
-def prepare_splits(source: OpenedSource, arguments: Namespace, to_write: bool = False) -> dict:
+def prepare_splits(source: OpenedSource, arguments: Namespace, to_write: bool = False) -> dict[str, Packing]:
     """{split: its Packing}; prints each plan as soon as it is made."""
-    packings = {}
+    from packing.dataset import prepare_packing
+
+    given: dict[str, Any] = {each.name: getattr(arguments, each.name, each.default) for each in fields(PackOptions)}
+    packings, options = {}, PackOptions(**given)
     for name, dataset in source.splits.items():
         other_machines = None if source.are_tokenized else opener(name, arguments)  # they must see the cache of tokens
-        packings[name] = _prepare(name, dataset, arguments, to_write, other_machines)
+        with in_split(name):
+            packings[name] = prepare_packing(dataset, options, to_write=to_write, opener=other_machines, progress=True)
         print(f"{sources.title(name)}{len(dataset):,} rows\n{packings[name].plan}\n", flush=True)
         facts = packings[name].facts
         if facts.step_costs_after is not None:
             print(f"attention cost of {facts.step_costs_after.num_steps:,} batches of {facts.balance:,} packs")
             print(f"before   {facts.step_costs_before}\nafter    {facts.step_costs_after}\n", flush=True)
     return packings
-
-
-def _prepare(
-    name: str, dataset: datasets.Dataset, arguments: Namespace, to_write: bool, opener: Callable | None
-) -> Packing:
-    from packing.dataset import prepare_packing
-
-    given: dict[str, Any] = {each.name: getattr(arguments, each.name, each.default) for each in fields(PackOptions)}
-    with sources.naming_split(name):
-        options = PackOptions(**given)
-        return prepare_packing(dataset, options, to_write=to_write, opener=opener, progress=True)
-
-
-def _write(packings: dict, arguments: Namespace) -> None:
-    from packing.files.hashed import write_file
-    from packing.store.writing import check_room, output_folder, refuse_other_splits
-
-    with output_folder(arguments.target) as folder:
-        refuse_other_splits(folder, list(packings))
-        for name, packing in packings.items():
-            packing.begin(folder / name)
-        check_room(folder, sum(packing.bytes_missing(folder / name) for name, packing in packings.items()))
-        for name, packing in packings.items():
-            packing.write(folder / name, progress=True)
-        if "" not in packings:
-            write_file(folder / "dataset_dict.json", json.dumps({"splits": list(packings)}).encode())
 
 
 def opener(split: str, arguments: Namespace) -> Callable[[], datasets.Dataset]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packing.command.parser import Parser, add_pack_options, one_of
-from packing.files.errors import SourceError, whole_number
+from packing.files.errors import in_split, whole_number
 from packing.source.formats import endings, packed_endings
 from packing.source.text_files import DOCUMENTS
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from packing.source.open import OpenedSource
+
+logger = logging.getLogger(__name__)
 
 READING = ("overlong", "token_columns", "pad_token_id", "num_proc")
 TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer", "documents")
@@ -103,17 +105,20 @@ def load_histograms(arguments: Namespace) -> Iterator[tuple[str, np.ndarray]]:
     from packing.packers.table import checked_length
     from packing.source.lengths import cut_histogram, dataset_histogram, read_histogram
 
-    limit = checked_length(arguments.max_sequence_length)
+    longest, overlong = checked_length(arguments.max_sequence_length), arguments.overlong
     if is_lengths(arguments):
         unused = (*(name for name in READING if name != "overlong"), *TEXT_OPTIONS, "seed", "balance")
         refuse_ignored(arguments, unused, "a file of lengths holds no rows")
-        yield "", cut_histogram(read_histogram(arguments.source), limit, arguments.overlong)
+        histogram = read_histogram(arguments.source)
+        if count := int(histogram[longest + 1 :].sum()):
+            logger.warning("%d sequences have more than %d tokens: overlong=%r", count, longest, overlong)
+        yield "", cut_histogram(histogram, longest, overlong)
         return
     check_text_options(arguments)
+    read = {name: getattr(arguments, name) for name in READING}
     for name, dataset in load_sequences(arguments).splits.items():
-        with naming_split(name):
-            read = arguments.overlong, arguments.token_columns, arguments.pad_token_id
-            histogram = dataset_histogram(dataset, limit, *read)
+        with in_split(name):
+            histogram = dataset_histogram(dataset, longest, logger.warning, **read)
         yield name, histogram
 
 
@@ -135,18 +140,6 @@ def load_sequences(arguments: Namespace, cache: Path | None = None) -> OpenedSou
         cache=cache,
         say=lambda words: print(f"pack-dataset: {words}", file=sys.stderr),
     )
-
-
-@contextmanager
-def naming_split(name: str) -> Iterator[None]:
-    """Errors name the split that they come from."""
-    try:
-        yield
-    except SourceError as error:
-        error.split = name
-        raise
-    except ValueError as error:
-        raise ValueError(f"split {name!r}: {error}" if name else str(error)) from None
 
 
 def title(split: str) -> str:

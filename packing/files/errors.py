@@ -62,11 +62,15 @@ def _remake(kind: type[SourceError], what: str, known: dict) -> SourceError:
 
 @contextmanager
 def in_split(name: str) -> Iterator[None]:
-    """A SourceError that comes from here names this split; "" is a source without splits."""
+    """An error that comes from here names this split; "" is a source without splits."""
     try:
         yield
     except SourceError as error:
         error.split = name
+        raise
+    except ValueError as error:
+        if name:
+            error.add_note(f"this was split {name!r}")
         raise
 
 

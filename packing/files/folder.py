@@ -153,7 +153,7 @@ def refuse_others(folder: Path, names: Iterable[str] | None = None) -> None:
         if path.is_symlink() or not is_ours or not (path.is_dir() or path.is_file()):
             raise NotOurs(
                 f"{str(path)!r} was not put there by this packing, and would be part of the output; move it away, or "
-                f"remove {str(folder)!r} to begin anew"
+                f"remove {str(folder)!r} to start anew"
             )
 
 

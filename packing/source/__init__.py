@@ -6,9 +6,9 @@ text_files        documents of .txt files, in blocks
 json_rows         JSON -> Arrow, every value as it is written
 text              texts -> tokens
 lengths           source -> histogram
-rows              which columns hold a value per token, and where each row's tokens lie
-padding           padding, trimmed or refused
+rows              which columns hold a value per token, where each row's tokens lie, and what is padding
 token_column      token columns in Arrow memory
+token_ids         ids that no model has, refused
 sequences         rows that are too long: refused, truncated, split or dropped
 ranges            a source read by ranges of rows, in any process
 fingerprint       what a dataset holds, as a number

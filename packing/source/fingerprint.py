@@ -22,9 +22,8 @@ import pyarrow.compute as pc
 import xxhash
 from numba import config
 
-from packing.source.rows import chosen_rows
 from packing.source.source_files import SourceFiles
-from packing.source.token_column import TokenColumn, Values, is_list, open_token_column
+from packing.source.token_column import TokenColumn, Values, chosen_rows, is_list, open_token_column
 
 BLOCK_ROWS = 1 << 12  # hashed by themselves, so that several threads may; part of what a fingerprint is
 DIGEST_BYTES = 16

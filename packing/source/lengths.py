@@ -12,27 +12,24 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from packing.histogram import length_histogram
-from packing.options import OVERLONG
+from packing.options import OVERLONG, PackOptions
 from packing.source.json_rows import check_depth
 from packing.source.sequences import CHOICES
 
 if TYPE_CHECKING:
     import datasets
-
-logger = logging.getLogger(__name__)
 
 # The data of arXiv 2107.02027; packing/data/README.md says where it comes from.
 PUBLISHED = {"wikipedia": "wikipedia_bert_512.csv", "squad": "squad_1_1_384.csv"}
@@ -92,20 +89,25 @@ def holds_lengths(file: str | PathLike, may_hold_text: bool = False) -> bool:
 def dataset_histogram(
     dataset: datasets.Dataset,
     max_sequence_length: int,
-    overlong: str = "error",
-    token_columns: Iterable[str] | None = None,
-    pad_token_id: int | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+    **options: Any,
 ) -> np.ndarray:
-    """What pack_dataset would plan on: (max_sequence_length + 1,) int64, read from list offsets, not from tokens."""
-    from packing.source.rows import read_source
-    from packing.source.sequences import cut_sequences
+    """What pack_dataset would plan on: (max_sequence_length + 1,) int64, read from list offsets, not from tokens.
 
-    source = read_source(dataset, token_columns, pad_token_id)
-    return length_histogram(cut_sequences(source, max_sequence_length, overlong).lengths, max_sequence_length)
+    say: called with each sentence about what is lost. options: of PackOptions, such as overlong."""
+    from packing.source.rows import read_source
+    from packing.source.sequences import cut_sequences, losses
+
+    asked = PackOptions(max_sequence_length=max_sequence_length, **options)
+    source = read_source(dataset, asked.token_columns, asked.pad_token_id)
+    sequences = cut_sequences(source, asked.max_sequence_length, asked.overlong)
+    for sentence in losses(source, sequences, asked):
+        say(sentence)
+    return length_histogram(sequences.lengths, asked.max_sequence_length)
 
 
 def cut_histogram(histogram: np.ndarray, max_sequence_length: int, overlong: str = "error") -> np.ndarray:
-    """What pack_dataset's `overlong` makes of longer lengths: (max_sequence_length + 1,) int64. What is lost is said.
+    """What pack_dataset's `overlong` makes of longer lengths: (max_sequence_length + 1,) int64.
 
     [0, 0, 1, 0, 0, 3] with max_sequence_length=3, three sequences of length 5:
     truncate [0, 0, 1, 3]    split [0, 0, 4, 3]    drop [0, 0, 1, 0]    error: ValueError
@@ -131,7 +133,6 @@ def cut_histogram(histogram: np.ndarray, max_sequence_length: int, overlong: str
         raise ValueError(f"unknown overlong={overlong!r}; choose from {', '.join(OVERLONG)}")
     if not kept.any():
         raise ValueError(f"every sequence is longer than max_sequence_length={max_sequence_length}; nothing is left")
-    logger.warning("%d sequences have more than %d tokens: overlong=%r", counts.sum(), max_sequence_length, overlong)
     return kept
 
 

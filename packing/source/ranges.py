@@ -21,18 +21,16 @@ import numpy as np
 import pyarrow as pa
 
 from packing.source.fingerprint import BLOCK_ROWS, ColumnPrint, RowDigests, column_prints, digest_rows, join_digests
-from packing.source.padding import refuse_padding
 from packing.source.rows import (
     ATTENTION_MASK,
     Source,
     check_source,
     closing_token,
-    look_at_rows,
     open_columns,
     read_source,
-    refuse_foreign_ids,
-    say_trimmed,
+    refuse_padding,
 )
+from packing.source.token_ids import refuse_foreign_ids
 
 RANGE_BYTES = 500_000_000  # of the source in a range, more or less
 
@@ -76,7 +74,7 @@ class RangeRead:
 
 @dataclass(frozen=True)
 class RangeWrong:
-    """Rows that look_at_rows refuses; error says why, of these rows alone."""
+    """Rows that read_source refuses; error says why, of these rows alone."""
 
     first: int
     rows: int
@@ -155,7 +153,7 @@ def read_range(dataset, reading: Reading, first: int, end: int) -> RangeRead | R
     """Rows first..end of a datasets.Dataset. Raises OSError where its files cannot be read."""
     rows = dataset.select(range(first, end))  # a view
     try:
-        source = look_at_rows(rows, reading.token_columns, reading.pad_token_id)
+        source = read_source(rows, reading.token_columns, reading.pad_token_id)
         refuse_foreign_ids(source)
     except ValueError as error:
         return RangeWrong(first, end - first, str(error))
@@ -204,7 +202,6 @@ def join_ranges(
     )
     if reading.pad_token_id is None and ATTENTION_MASK not in dataset.column_names:
         refuse_padding(source.input_ids, kept)  # looks at tokens only where all rows have one length
-    say_trimmed(source, reading.pad_token_id)
     return source, join_digests(dataset, [part.digests for part in seen]) if reading.to_hash else None
 
 

@@ -1,32 +1,36 @@
-"""Reading a tokenized dataset: which columns hold one value per token, and where each row's tokens lie."""
+"""Reading a tokenized dataset: which columns hold one value per token, and where each row's tokens lie.
+
+Padding is trimmed where the source says what it is, and refused where it looks like padding that nobody mentions:
+
+attention_mask [0 1 1 1 0 0] -> 1 token skipped at the front, 3 kept        [1 1 0 1] -> refused: a hole
+pad_token_id=0 [5 6 7 0 0 0] -> 0 skipped, 3 kept
+neither        [[5 6 0 0] [5 0 0 0]] -> refused: every row has one length, and 0 occurs only in runs at the end
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-from numba import config
 
+from packing.files.errors import SourceError, suggestion
 from packing.numba_tools import njit
-from packing.source.padding import refuse_padding, trim_by_mask, trim_by_token
+from packing.options import checked_pad_token_id
 from packing.source.source_files import SourceFiles
 from packing.source.token_column import (
     TokenColumn,
     TokenRows,
     Values,
+    chosen_rows,
     is_list,
     list_lengths,
     null_rows,
     open_token_column,
     read_token_column,
+    refuse_broken,
 )
-
-logger = logging.getLogger(__name__)
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"  # says where padding is; never stored
@@ -34,9 +38,7 @@ ATTENTION_MASK = "attention_mask"  # says where padding is; never stored
 # Columns that packing adds, and those that the collator makes for each batch.
 RESERVED = ("sequence_lengths", "sequence_indices", "sequence_starts", "sequence_ids", "position_ids", "cls_positions")
 
-ROWS_PER_THREAD = 1 << 14  # of ids that are looked at: for fewer a thread is not worth its start
-
-AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+NONE = -1  # no row
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +100,8 @@ def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_i
 
     token_columns: None takes the columns whose rows are as long as those of input_ids, in every row.
     pad_token_id: trim this token at the ends of rows; only for a source without attention_mask.
+    Raises SourceError, naming the row and the column, for what cannot be packed.
     """
-    source = look_at_rows(dataset, token_columns, pad_token_id)
-    say_trimmed(source, pad_token_id)
-    return source
-
-
-def look_at_rows(dataset, token_columns: Sequence[str] | None, pad_token_id: int | None) -> Source:
-    """read_source, which says nothing."""
     check_source(dataset)
     table, rows, files = dataset.data, chosen_rows(dataset), SourceFiles.of(dataset)
     for name in table.column_names:
@@ -127,66 +123,6 @@ def look_at_rows(dataset, token_columns: Sequence[str] | None, pad_token_id: int
     return Source(columns, skipped, kept, trimmed_rows, trimmed_tokens)
 
 
-def refuse_foreign_ids(source: Source) -> None:
-    """Raise ValueError for a token id that is no int32 from 0 on; padding is not looked at."""
-    input_ids = source.input_ids
-    type_ = input_ids.value_type
-    least = 1 << (31 if type_.bit_width >= 32 else type_.bit_width - 1)  # the lowest id to refuse, without its sign
-    if pa.types.is_unsigned_integer(type_) and type_.bit_width < 32:
-        return
-    for block in input_ids.blocks():
-        source.columns.files.check()
-        part = slice(block.first, block.first + len(block.starts))
-        begins = block.starts if source.skipped is None else block.starts + source.skipped[part]
-        row = _first_foreign_of_all(input_ids.tokens, begins, source.kept[part], least)
-        if row >= 0:
-            tokens = input_ids.numbers()[begins[row] : begins[row] + source.kept[part][row]]
-            place = int(np.argmax((tokens < 0) | (tokens >= least)))
-            raise ValueError(
-                f"row {block.first + row} has the token id {tokens[place]} (its token {place}); ids are from 0 to "
-                "2**31 - 1: tokenize anew, or leave the row out (if it marks padding, give it as pad_token_id)"
-            )
-
-
-def _first_foreign_of_all(tokens: np.ndarray, begins: np.ndarray, counts: np.ndarray, least: int) -> int:
-    """_first_foreign, by several threads: one alone does not read as fast as memory gives."""
-    threads = max(1, min(config.NUMBA_NUM_THREADS, len(begins) // ROWS_PER_THREAD))
-    bounds = [len(begins) * i // threads for i in range(threads + 1)]
-
-    def first(part: tuple[int, int]) -> int:
-        row = _first_foreign(tokens, begins[slice(*part)], counts[slice(*part)], least)
-        return -1 if row < 0 else part[0] + row
-
-    if threads == 1:
-        return first((0, len(begins)))
-    with ThreadPoolExecutor(threads) as pool:
-        return next((row for row in pool.map(first, pairwise(bounds)) if row >= 0), -1)
-
-
-@njit(cache=True, nogil=True)
-def _first_foreign(tokens, begins, counts, least):
-    """The first row with a token that is `least` or more without its sign, or -1."""
-    for row in range(len(begins)):
-        first, bits = np.uint64(begins[row]), np.uint64(0)
-        for i in range(np.uint64(counts[row])):
-            bits |= np.uint64(tokens[first + i])
-        if bits >= np.uint64(least):
-            return row
-    return -1
-
-
-def say_trimmed(source: Source, pad_token_id: int | None) -> None:
-    """Log how much padding was trimmed, if any, and by what it was known."""
-    if source.trimmed_rows:
-        logger.warning(
-            "%d padding tokens trimmed from %d of %d rows (%s)",
-            source.trimmed_tokens,
-            source.trimmed_rows,
-            source.num_rows,
-            f"pad_token_id={pad_token_id}" if pad_token_id is not None else "attention_mask 0",
-        )
-
-
 def closing_token(source: Source) -> int | None:
     """The token that all rows, without padding, end in; None: they differ."""
     tokens, closing = source.input_ids.numbers(), None
@@ -200,47 +136,29 @@ def closing_token(source: Source) -> int | None:
     return int(closing)
 
 
-def refuse_broken(name: str, column: pa.ChunkedArray) -> None:
-    """Raise ValueError where a damaged file's offsets of texts or lists lead out of its memory: Arrow would follow.
-
-    Also for a type whose values Arrow cannot pick out, such as string_view.
-    """
-    try:
-        pa.array([], column.type).take(pa.array([], pa.int64()))
-    except pa.ArrowNotImplementedError:
-        raise ValueError(
-            f"column {name!r} holds {column.type}, of which Arrow takes no single values; cast it (a view of texts: "
-            f"dataset.cast_column({name!r}, Value('string'))), or remove it"
-        ) from None
-    first = 0
-    for chunk in column.chunks:
-        # As bytes: whether they are text need not be known, and would have all of them read.
-        plain = _as_bytes(chunk.type)
-        try:
-            (chunk.view(plain) if plain != chunk.type else chunk).validate(full=True)
-        except pa.ArrowException as error:
-            rows = f"rows {first} to {first + len(chunk) - 1} of its files"
-            raise ValueError(f"column {name!r} is damaged in {rows}: {error}; make the file anew") from None
-        first += len(chunk)
-
-
-def _as_bytes(type_: pa.DataType) -> pa.DataType:
-    if pa.types.is_list(type_):
-        return pa.list_(_as_bytes(type_.value_type))
-    if pa.types.is_large_list(type_):
-        return pa.large_list(_as_bytes(type_.value_type))
-    return AS_BYTES.get(type_, type_)
-
-
-def chosen_rows(dataset) -> np.ndarray | None:
-    """(rows,) where each row of the dataset lies in its table, after select, shuffle or filter; None: in order.
-
-    A view of the dataset's own numbers, in memory or in a file, where they lie in one piece.
-    """
-    if dataset._indices is None:
-        return None
-    chunks = [chunk.to_numpy() for chunk in dataset._indices.column(0).chunks]
-    return chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, np.uint64), *chunks])
+def check_source(dataset) -> None:
+    """What can be checked without a look at rows: there are some, and input_ids, and no name that packing needs."""
+    if not len(dataset):
+        raise SourceError("the dataset is empty: it has no rows to pack")
+    table = dataset.data
+    columns = table.column_names
+    if {"sequence_lengths", "sequence_indices"} <= set(columns):
+        raise SourceError(
+            "the dataset is packed already: it has the columns sequence_lengths and sequence_indices",
+            cure="pack its source instead",
+        )
+    taken = [name for name in RESERVED if name in columns]
+    if taken:
+        raise SourceError("has a reserved name: packing makes it anew", column=taken[0], cure="remove or rename it")
+    if INPUT_IDS not in columns:
+        raise SourceError(
+            f"no column 'input_ids' among {', '.join(columns) or 'no columns'}", cure="tokenize before packing"
+        )
+    type_ = table.column(INPUT_IDS).type
+    if not is_list(type_) or not pa.types.is_integer(type_.value_type):
+        raise SourceError(
+            f"holds {type_}", column=INPUT_IDS, cure="it must be a list of integers: tokenize before packing"
+        )
 
 
 def _read_lengths(input_ids: TokenColumn) -> np.ndarray:
@@ -250,38 +168,18 @@ def _read_lengths(input_ids: TokenColumn) -> np.ndarray:
         _refuse_damage(input_ids, block)
         if not block.lengths.all():
             culprit = block.first + int(np.argmin(block.lengths != 0))
-            raise ValueError(
-                f"row {culprit} has length 0: its input_ids are empty; filter such rows out before packing"
+            raise SourceError(
+                "has length 0: its input_ids are empty", row=culprit, cure="filter such rows out before packing"
             )
         if block.lengths.max() >= 2**31:
             culprit = int(np.argmax(block.lengths))
-            raise ValueError(
-                f"row {block.first + culprit} has {block.lengths[culprit]:,} tokens; a row has at most 2**31 - 1: "
-                "cut it into several before packing"
+            raise SourceError(
+                f"has {block.lengths[culprit]:,} tokens, more than 2**31 - 1",
+                row=block.first + culprit,
+                cure="cut it into several before packing",
             )
         lengths[block.first : block.first + len(block.lengths)] = block.lengths
     return lengths
-
-
-def check_source(dataset) -> None:
-    """What can be checked without a look at rows: there are some, and input_ids, and no name that packing needs."""
-    if not len(dataset):
-        raise ValueError("the dataset is empty: it has no rows to pack")
-    table = dataset.data
-    columns = table.column_names
-    if {"sequence_lengths", "sequence_indices"} <= set(columns):
-        raise ValueError(
-            "the dataset is packed already: it has the columns sequence_lengths and sequence_indices; "
-            "pack its source instead"
-        )
-    taken = [name for name in RESERVED if name in columns]
-    if taken:
-        raise ValueError(f"column {taken[0]!r} has a reserved name: packing makes it anew; remove or rename the column")
-    if INPUT_IDS not in columns:
-        raise ValueError(f"no column 'input_ids' among {', '.join(columns) or 'no columns'}; tokenize before packing")
-    type_ = table.column(INPUT_IDS).type
-    if not is_list(type_) or not pa.types.is_integer(type_.value_type):
-        raise ValueError(f"column 'input_ids' holds {type_}; it must be a list of integers: tokenize before packing")
 
 
 def _token_names(table, rows, lengths: np.ndarray, wanted: Sequence[str] | None) -> list[str]:
@@ -291,10 +189,13 @@ def _token_names(table, rows, lengths: np.ndarray, wanted: Sequence[str] | None)
         return [c for c in candidates if _is_token_level(c, table.column(c), rows, lengths)]
     for name in wanted:
         if name not in table.column_names:
-            raise ValueError(f"token_columns names {name!r}, which is not among {', '.join(table.column_names)}")
+            raise SourceError(
+                f"token_columns names {name!r}, which is not among {', '.join(table.column_names)}",
+                cure=suggestion(name, table.column_names).removeprefix("; "),
+            )
         column = table.column(name)
         if not is_list(column.type):
-            raise ValueError(
+            raise SourceError(
                 f"token_columns names {name!r}, which holds {column.type} and no list of one value per token"
             )
         _refuse_other_lengths(open_token_column(name, column, rows), lengths)
@@ -314,26 +215,32 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows, lengths: np.ndarra
         found = _first_other_length(opened, lengths)
         if found is not None and 2 * _count_as_long(opened, lengths) > len(lengths):
             row, length = found
-            raise ValueError(
-                f"column {name!r} has {length} values in row {row}, where input_ids has {lengths[row]}, but as many as "
-                "input_ids in most rows; give token_columns= without it if it is a list for each sequence, or else "
-                "make it one value per token, or leave the row out"
+            raise SourceError(
+                f"has {length} values, where input_ids has {lengths[row]}, but as many as input_ids in most rows",
+                column=name,
+                row=row,
+                cure="give token_columns= without it if it is a list for each sequence, or else make it one value per "
+                "token, or leave the row out",
             )
         return found is None
     same, missing = list_lengths(column, rows) == lengths, null_rows(column, rows)
     if missing.any() and not missing.all() and (same | missing).all():
-        raise ValueError(
-            f"column {name!r} has one value per token, but no value (null) in row {int(np.argmax(missing))}; "
-            "fill it in, leave the row out, or give token_columns= without it to keep it as a list per pack"
+        raise SourceError(
+            "has no value (null), and one value per token in other rows",
+            column=name,
+            row=int(np.argmax(missing)),
+            cure="fill it in, leave the row out, or give token_columns= without it to keep it as a list per pack",
         )
     return bool(same.all())
 
 
 def _refuse_damage(column: TokenColumn, block: TokenRows) -> None:
     if block.lengths.min() < 0:
-        raise ValueError(
-            f"column {column.name!r} is damaged in row {block.first + int(np.argmin(block.lengths))}: its offsets lead "
-            "out of its tokens; make the file anew"
+        raise SourceError(
+            "is damaged: its offsets lead out of its tokens",
+            column=column.name,
+            row=block.first + int(np.argmin(block.lengths)),
+            cure="make the file anew",
         )
 
 
@@ -360,9 +267,11 @@ def _refuse_other_lengths(column: TokenColumn, lengths: np.ndarray) -> None:
     found = _first_other_length(column, lengths)
     if found is not None:
         row, length = found
-        raise ValueError(
-            f"column {column.name!r} has {length} values in row {row}, where input_ids has {lengths[row]}; "
-            "a token-level column has one value per token"
+        raise SourceError(
+            f"has {length} values, where input_ids has {lengths[row]}",
+            column=column.name,
+            row=row,
+            cure="a token-level column has one value per token",
         )
 
 
@@ -372,13 +281,13 @@ def _trim(
     """skipped and kept of every row, by what the source says about padding; `lengths` itself where there is none."""
     if ATTENTION_MASK in table.column_names:
         if pad_token_id is not None:
-            raise ValueError(
-                f"pad_token_id={pad_token_id} was given, but the column attention_mask says already where padding is; "
-                "leave pad_token_id out, or remove the column"
+            raise SourceError(
+                f"pad_token_id={pad_token_id} was given, but the column attention_mask says already where padding is",
+                cure="leave pad_token_id out, or remove the column",
             )
-        skipped, kept = trim_by_mask(_read_mask(table.column(ATTENTION_MASK), rows, lengths))
+        skipped, kept = _trim_by_mask(_read_mask(table.column(ATTENTION_MASK), rows, lengths))
     elif pad_token_id is not None:
-        skipped, kept = trim_by_token(input_ids, pad_token_id)
+        skipped, kept = _trim_by_token(input_ids, pad_token_id)
     else:
         refuse_padding(input_ids, lengths)
         return None, lengths
@@ -388,9 +297,144 @@ def _trim(
 def _read_mask(column: pa.ChunkedArray, rows, lengths: np.ndarray) -> TokenColumn:
     type_ = column.type
     if not is_list(type_) or not (pa.types.is_integer(type_.value_type) or pa.types.is_boolean(type_.value_type)):
-        raise ValueError(f"column 'attention_mask' holds {type_}; it must be a list of 0 and 1 for each token")
+        raise SourceError(f"holds {type_}", column=ATTENTION_MASK, cure="it must be a list of 0 and 1 for each token")
     if pa.types.is_boolean(type_.value_type):
         column = column.cast(pa.large_list(pa.uint8()))  # bits have no address of their own
     mask = read_token_column(ATTENTION_MASK, column, rows)
     _refuse_other_lengths(mask, lengths)
     return mask
+
+
+def _trim_by_mask(mask: TokenColumn) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens to skip at the front of each row, and tokens kept: (rows,) int32 each. Raises for a hole in the mask."""
+    skipped, kept = np.zeros(mask.num_rows, np.int32), np.zeros(mask.num_rows, np.int32)
+    for block in mask.blocks():
+        part = slice(block.first, block.first + len(block.starts))
+        culprit = _first_not_binary(mask.numbers(), block.starts, block.lengths)
+        if culprit != NONE:
+            raise SourceError(
+                "has values other than 0 and 1",
+                column=ATTENTION_MASK,
+                row=block.first + culprit,
+                cure="if they number several sequences in one row, split the row into its sequences before packing",
+            )
+        culprit = _trim_zeros(mask.numbers(), block.starts, block.lengths, skipped[part], kept[part])
+        if culprit != NONE:
+            raise SourceError(
+                "has zeros between ones, and padding can only be at the ends of a row",
+                column=ATTENTION_MASK,
+                row=block.first + culprit,
+                cure="remove the masked tokens, or the column attention_mask if they are to be attended to",
+            )
+    _refuse_all_padding(kept, "attention_mask is 0 everywhere")
+    return skipped, kept
+
+
+def _trim_by_token(input_ids: TokenColumn, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """As _trim_by_mask, but whatever equals pad_token_id at the ends of a row is padding."""
+    pad_token_id = checked_pad_token_id(pad_token_id)
+    skipped, kept = np.zeros(input_ids.num_rows, np.int32), np.zeros(input_ids.num_rows, np.int32)
+    for block in input_ids.blocks():
+        part = slice(block.first, block.first + len(block.starts))
+        places = block.starts, block.lengths, pad_token_id
+        _trim_token(input_ids.numbers(), *places, skipped[part], kept[part])
+    _refuse_all_padding(kept, f"input_ids is pad_token_id={pad_token_id} everywhere")
+    return skipped, kept
+
+
+def refuse_padding(input_ids: TokenColumn, lengths: np.ndarray) -> None:
+    """Raise ValueError if the rows look padded: packed as they are they would fill a pack each, and nobody would know.
+
+    1. There are several rows, and all have one length.
+    2. The token that most rows end in twice or more is the suspect (then the same for the rows' beginnings).
+    3. It occurs nowhere else, and no row consists of it alone.
+    4. Every row ends in it twice or more, or two rows end in different numbers of it.
+
+    lengths: of the rows. Memory, where all are alike: some 40 bytes a row for the moment.
+    """
+    if len(lengths) < 2 or lengths[0] < 2 or lengths.min() != lengths.max():
+        return
+    tokens, starts, length = input_ids.numbers(), input_ids.starts, int(lengths[0])
+    for side, first, step in (("end", starts + length - 1, -1), ("begin", starts, 1)):
+        suspect = _most_repeated(tokens[first], tokens[first + step])
+        if suspect is None:
+            continue
+        runs = np.zeros(len(starts), np.int64)
+        if not _count_runs(tokens, first, step, length, suspect, runs):
+            continue
+        if runs.min() >= 2 or len(np.unique(runs[runs > 0])) > 1:
+            culprit = int(np.argmax(runs))
+            raise SourceError(
+                f"the source looks padded: all {len(lengths)} rows have {length} tokens, and "
+                f"{np.count_nonzero(runs)} of them {side} with token {suspect} "
+                f"(row {culprit} with {runs[culprit]} of it), which occurs nowhere else",
+                cure="tokenize without padding, keep the column attention_mask, or give pad_token_id=, the token to "
+                f"trim (if {suspect} is not padding, give the true id)",
+            )
+
+
+def _refuse_all_padding(kept: np.ndarray, reason: str) -> None:
+    if not kept.all():
+        raise SourceError(f"is nothing but padding: {reason}", row=int(np.argmin(kept != 0)), cure="leave the row out")
+
+
+def _most_repeated(outer: np.ndarray, inner: np.ndarray) -> int | None:
+    """The token that is most often the last of a row and the one before it, too."""
+    values, counts = np.unique(outer[outer == inner], return_counts=True)
+    return int(values[np.argmax(counts)]) if len(values) else None
+
+
+@njit(cache=True, nogil=True)
+def _first_not_binary(mask, starts, lengths):
+    """The first row with a value other than 0 and 1, or NONE."""
+    for row in range(len(starts)):
+        for i in range(starts[row], starts[row] + lengths[row]):
+            if mask[i] != 0 and mask[i] != 1:
+                return row
+    return NONE
+
+
+@njit(cache=True, nogil=True)
+def _trim_zeros(mask, starts, lengths, skipped, kept):
+    """Fill skipped and kept; returns the first row with a zero between ones, or NONE."""
+    for row in range(len(starts)):
+        first, end = starts[row], starts[row] + lengths[row]
+        while first < end and mask[first] == 0:
+            first += 1
+        while end > first and mask[end - 1] == 0:
+            end -= 1
+        for i in range(first, end):
+            if mask[i] == 0:
+                return row
+        skipped[row], kept[row] = first - starts[row], end - first
+    return NONE
+
+
+@njit(cache=True, nogil=True)
+def _trim_token(tokens, starts, lengths, token, skipped, kept):
+    """Fill skipped and kept: the token is padding at both ends of a row, and a token in between."""
+    for row in range(len(starts)):
+        first, end = starts[row], starts[row] + lengths[row]
+        while first < end and tokens[first] == token:
+            first += 1
+        while end > first and tokens[end - 1] == token:
+            end -= 1
+        skipped[row], kept[row] = first - starts[row], end - first
+
+
+@njit(cache=True, nogil=True)
+def _count_runs(tokens, first, step, length, suspect, runs):
+    """Fill runs: how often the suspect repeats from `first` on, going by `step`.
+
+    False if it occurs after its run, or fills a row."""
+    for row in range(len(first)):
+        run = 0
+        while run < length and tokens[first[row] + step * run] == suspect:
+            run += 1
+        if run == length:
+            return False
+        for i in range(run, length):
+            if tokens[first[row] + step * i] == suspect:
+                return False
+        runs[row] = run
+    return True

@@ -7,35 +7,65 @@ drop      nothing               split     [c 1 2 3] [4 s], which remember that t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from packing.files.errors import SourceError
 from packing.numba_tools import njit
+from packing.options import PackOptions
 from packing.source.rows import Source, closing_token
-from packing.store.shards import PackSlice
 
-logger = logging.getLogger(__name__)
+ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
 
+DONE = {"truncate": "truncated", "split": "split", "drop": "dropped"}  # to rows that do not fit
 
 CHOICES = 'overlong="truncate", overlong="split" or overlong="drop"'
 
 
-class OverlongError(ValueError):
+class OverlongError(SourceError):
     """A row has more tokens than a pack has slots. others: how many more rows have; None: nobody has counted."""
 
     def __init__(self, row: int, tokens: int, max_sequence_length: int, others: int | None = None):
-        super().__init__(row, tokens, max_sequence_length, others)
-        self.row, self.tokens, self.max_sequence_length, self.others = row, tokens, max_sequence_length, others
-
-    def __str__(self) -> str:
-        others = f" (and {self.others} more rows are too long)" if self.others else ""
-        return (
-            f"row {self.row} has {self.tokens} tokens, more than max_sequence_length={self.max_sequence_length}"
-            f"{others}; choose {CHOICES}, or raise max_sequence_length"
+        also = f" (and {others} more rows are too long)" if others else ""
+        super().__init__(
+            f"has {tokens} tokens, more than max_sequence_length={max_sequence_length}{also}",
+            row=row,
+            cure=f"choose {CHOICES}, or raise max_sequence_length",
         )
+
+
+@dataclass(frozen=True, eq=False)
+class PackSlice:
+    """Some packs, as the sequences in them, end to end; all that a worker must be told. Picklable.
+
+    pack 0 holds row 4 and row 1, pack 1 holds tokens 2 to 6 of row 0:
+    rows = [4, 1, 0]   lengths = [3, 2, 5]   begins = [0, 0, 2]   ends = [3, 2, 7]   pack_offsets = [0, 2, 3]
+
+    rows: (sequences,) the dataset's row of each. lengths: (sequences,) its tokens.
+    begins: (sequences,) the row's token that comes first; None: the row's first.
+    ends: (sequences,) one after the row's token that comes last; None: begins + lengths. Only a truncated sequence that
+        keeps its row's last token has another.
+    pack_offsets: (packs + 1,) where each pack begins among the sequences.
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    begins: np.ndarray | None
+    ends: np.ndarray | None
+    pack_offsets: np.ndarray
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.pack_offsets) - 1
+
+    def part(self, first: int, end: int) -> PackSlice:
+        """Packs first..end."""
+        bounds = self.pack_offsets[first : end + 1].astype(np.int64)
+        chosen = slice(bounds[0], bounds[-1])
+        begins, ends = (None if array is None else array[chosen] for array in (self.begins, self.ends))
+        return PackSlice(self.rows[chosen], self.lengths[chosen], begins, ends, bounds - bounds[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,22 +96,54 @@ class Sequences:
 
 
 def cut_sequences(source: Source, max_sequence_length: int, overlong: str) -> Sequences:
-    """One sequence per row, and what `overlong` says for rows that do not fit. Whatever is cut or dropped is said."""
+    """One sequence per row, and what `overlong` says for rows that do not fit. `losses` tells what was cut or dropped.
+
+    Raises OverlongError for overlong="error", and ValueError where nothing is left.
+    """
     rows = np.flatnonzero(source.kept > max_sequence_length)
     if not len(rows):
         return _whole_rows(source)
-    sequences = CUTS[overlong](source, rows, max_sequence_length)
-    logger.warning(
-        "%d of %d rows have more than %d tokens: %s, %d tokens lost; rows %s%s",
-        len(rows),
-        source.num_rows,
-        max_sequence_length,
-        {"truncate": "truncated", "split": "split", "drop": "dropped"}[overlong],
-        sequences.overlong_tokens,
-        ", ".join(map(str, rows[:10].tolist())),
-        ", …" if len(rows) > 10 else "",
-    )
-    return sequences
+    return CUTS[overlong](source, rows, max_sequence_length)
+
+
+def losses(source: Source, sequences: Sequences, options: PackOptions) -> list[str]:
+    """What of the source's tokens is not in the sequences, a sentence each; none where all of them are."""
+    found = []
+    if source.trimmed_rows:
+        padding = "attention_mask 0" if options.pad_token_id is None else f"pad_token_id={options.pad_token_id}"
+        found.append(
+            f"{source.trimmed_tokens} padding tokens trimmed from {source.trimmed_rows} of {source.num_rows} rows "
+            f"({padding})"
+        )
+    rows = sequences.overlong_rows
+    if len(rows):
+        found.append(
+            f"{len(rows)} of {source.num_rows} rows have more than {options.max_sequence_length} tokens: "
+            f"{DONE[options.overlong]}, {sequences.overlong_tokens} tokens lost; rows "
+            f"{', '.join(map(str, rows[:10].tolist()))}{', …' if len(rows) > 10 else ''}"
+        )
+    return found
+
+
+def refuse_moved_answers(source: Source, sequences: Sequences, overlong: str) -> None:
+    """Answers of question answering are token numbers of their row: they would point elsewhere once it is cut."""
+    answers = [name for name in ANSWERS if name in source.columns.row_columns]
+    if not answers:
+        return
+    if source.skipped is not None:
+        row = int(np.argmax(source.skipped > 0))
+        raise SourceError(
+            f"counts tokens of its row, but row {row} begins with {source.skipped[row]} tokens of padding, which "
+            "packing trims",
+            column=answers[0],
+            cure="tokenize without padding, or with padding_side='right'",
+        )
+    if len(sequences.overlong_rows) and overlong in ("truncate", "split"):
+        raise SourceError(
+            f"counts tokens of its row, but row {sequences.overlong_rows[0]} would be cut by overlong={overlong!r}",
+            column=answers[0],
+            cure="let the tokenizer cut it (truncation, stride), or say overlong='drop'",
+        )
 
 
 def _whole_rows(source: Source) -> Sequences:
@@ -117,9 +179,10 @@ def _drop(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequenc
     """Leave the rows out."""
     kept = np.flatnonzero(source.kept <= max_sequence_length).astype(row_type(source.num_rows))
     if not len(kept):
-        raise ValueError(
+        raise SourceError(
             f"every row has more than max_sequence_length={max_sequence_length} tokens, so that overlong='drop' leaves "
-            "nothing to pack; raise max_sequence_length, or truncate or split"
+            "nothing to pack",
+            cure="raise max_sequence_length, or truncate or split",
         )
     begins = None if source.skipped is None else source.skipped[kept]
     lost = int(source.kept[rows].sum(dtype=np.int64))

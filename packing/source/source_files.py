@@ -11,10 +11,12 @@ import os
 import time
 from dataclasses import dataclass, field
 
+from packing.files.errors import SourceError
+
 PAUSE_S = 0.02  # many files on a slow file system are not asked for each batch
 
 
-class SourceChangedError(ValueError):
+class SourceChangedError(SourceError):
     """A file of the source is no longer what it was."""
 
 
@@ -41,13 +43,11 @@ class SourceFiles:
             self._asked = now
             self.refuse_changed()
 
-    def refuse_changed(self) -> None:
-        """Raise ValueError where a file has changed."""
+    def refuse_changed(self, cure: str = "start again once nobody writes to it") -> None:
+        """Raise SourceChangedError where a file has changed."""
         name = self.changed()
         if name is not None:
-            raise SourceChangedError(
-                f"{name!r} of the source was changed while it was packed; start again once nobody writes to it"
-            )
+            raise SourceChangedError("of the source was changed while it was packed", file=name, cure=cure)
 
 
 def _stamp(name: str) -> tuple | None:

@@ -159,8 +159,7 @@ def check_texts(dataset: datasets.Dataset, text_columns: Sequence[str]) -> None:
     """Raise ValueError for what can be seen to be no texts without a tokenizer."""
     import numpy as np
 
-    from packing.source.rows import chosen_rows, refuse_broken
-    from packing.source.token_column import null_rows
+    from packing.source.token_column import chosen_rows, null_rows, refuse_broken
 
     if not len(dataset):
         raise SourceError("the dataset is empty: it has no texts to tokenize")

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from packing.files.errors import SourceError
 from packing.numba_tools import njit, prefetch
 
 BLOCK_ROWS = 1 << 18  # rows looked at together, where all are; memory follows this and not their number
 
 
+AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 NULLABLE = ("word_ids",)  # a tokenizer's word ids are None for special tokens, which are in no word
 
 
@@ -134,6 +136,50 @@ class TokenRows:
     lengths: np.ndarray
 
 
+def chosen_rows(dataset) -> np.ndarray | None:
+    """(rows,) where each row of the dataset lies in its table, after select, shuffle or filter; None: in order.
+
+    A view of the dataset's own numbers, in memory or in a file, where they lie in one piece.
+    """
+    if dataset._indices is None:
+        return None
+    chunks = [chunk.to_numpy() for chunk in dataset._indices.column(0).chunks]
+    return chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, np.uint64), *chunks])
+
+
+def refuse_broken(name: str, column: pa.ChunkedArray) -> None:
+    """Raise ValueError where a damaged file's offsets of texts or lists lead out of its memory: Arrow would follow.
+
+    Also for a type whose values Arrow cannot pick out, such as string_view.
+    """
+    try:
+        pa.array([], column.type).take(pa.array([], pa.int64()))
+    except pa.ArrowNotImplementedError:
+        raise SourceError(
+            f"holds {column.type}, of which Arrow takes no single values",
+            column=name,
+            cure=f"cast it (a view of texts: dataset.cast_column({name!r}, Value('string'))), or remove it",
+        ) from None
+    first = 0
+    for chunk in column.chunks:
+        # As bytes: whether they are text need not be known, and would have all of them read.
+        plain = _as_bytes(chunk.type)
+        try:
+            (chunk.view(plain) if plain != chunk.type else chunk).validate(full=True)
+        except pa.ArrowException as error:
+            rows = f"rows {first} to {first + len(chunk) - 1} of its files"
+            raise SourceError(f"is damaged in {rows}: {error}", column=name, cure="make the file anew") from None
+        first += len(chunk)
+
+
+def _as_bytes(type_: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(type_):
+        return pa.list_(_as_bytes(type_.value_type))
+    if pa.types.is_large_list(type_):
+        return pa.large_list(_as_bytes(type_.value_type))
+    return AS_BYTES.get(type_, type_)
+
+
 def is_list(type_: pa.DataType) -> bool:
     """Whether rows of this type have a length and tokens in one flat array."""
     return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
@@ -160,7 +206,7 @@ def read_token_column(
     """
     if column.null_count and null_rows(column, rows).any():
         culprit = int(np.argmax(null_rows(column, rows)))
-        raise ValueError(f"column {name!r} has no value (null) in row {culprit}; fill it in or leave the row out")
+        raise SourceError("has no value (null)", column=name, row=culprit, cure="fill it in or leave the row out")
     nulls = nulls or name in NULLABLE
     opened = open_token_column(name, column, rows, nulls=nulls)
     children = [chunk.values for chunk in column.chunks if len(chunk)]
@@ -295,8 +341,8 @@ def _refuse_nulls(column: TokenColumn, nulls: np.ndarray) -> None:
         hit = np.searchsorted(nulls, block.starts, side="left") < np.searchsorted(nulls, ends, side="left")
         if hit.any():
             culprit = block.first + int(np.argmax(hit))
-            raise ValueError(
-                f"column {column.name!r} has a null token in row {culprit}; fill it in or leave the row out"
+            raise SourceError(
+                "has a null token", column=column.name, row=culprit, cure="fill it in or leave the row out"
             )
 
 

@@ -43,8 +43,8 @@ import pyarrow as pa
 import xxhash
 
 from packing.source.ranges import RangeLost, RangeRead, RangeWrong, Reading, from_arrow, read_range
-from packing.source.rows import INPUT_IDS, chosen_rows, open_columns
-from packing.source.token_column import open_token_column
+from packing.source.rows import INPUT_IDS, open_columns
+from packing.source.token_column import chosen_rows, open_token_column
 from packing.store.shards import ShardRecord, ShardTask, write_shard
 
 RETRIES = 3  # of one task, after its worker has died or the file system has failed

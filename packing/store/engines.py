@@ -1,20 +1,28 @@
-"""Who writes the shards: this process, several, or a cluster (cluster.py). All write the same bytes; see shards.py.
+"""Who reads the source and writes the shards: this process, several of this machine, or a cluster (cluster.py).
 
-An engine takes tasks and gives records, in any order. It opens the source where it writes, once for each worker.
+All read the same and write the same bytes; see ranges.py and shards.py. An engine opens the source where it works, once
+for each worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 
-from packing.files.processes import Workers, is_stopped, prepared
-from packing.source.rows import SourceColumns, open_columns
-from packing.store.cluster import check_ray, connection
-from packing.store.shards import ShardRecord, ShardTask, write_shard
+import datasets
+from tqdm.auto import tqdm
 
-Advance = Callable[[int], None]
+from packing.files.processes import Workers, is_stopped, prepared
+from packing.options import PackOptions
+from packing.source.fingerprint import ColumnPrint, column_prints, in_background
+from packing.source.ranges import Reading, join_ranges, row_ranges
+from packing.source.rows import Source, check_source, open_columns, read_source
+from packing.source.token_ids import refuse_foreign_ids
+from packing.store.cluster import Advance, SharedSource, check_ray, connection, read_on_ray, write_on_ray
+from packing.store.contents import Packing
+from packing.store.shards import ShardRecord, ShardTask, write_shard
 
 
 def check_engine(engine: str) -> None:
@@ -23,25 +31,68 @@ def check_engine(engine: str) -> None:
         check_ray()
 
 
-def opened_engine(engine: str):
+def opened_engine(engine: str) -> AbstractContextManager[None]:
     """A context in which an engine is started once, for all that is read and written."""
+    check_engine(engine)
     return connection() if engine == "ray" else nullcontext()
 
 
-def write_here(columns: SourceColumns, tasks: Iterable[ShardTask], advance: Advance) -> Iterator[ShardRecord]:
-    """One shard after the other, in this process. advance(packs) is called as they are written."""
-    for task in tasks:
-        yield write_shard(columns, task, advance)
+def read(
+    dataset: datasets.Dataset,
+    options: PackOptions,
+    *,
+    to_hash: bool = False,
+    opener: Callable[[], datasets.Dataset] | None = None,
+    progress: bool = False,
+) -> tuple[Source, Future[tuple[ColumnPrint, ...]] | None]:
+    """The source, and what comes to be its fingerprint; None without to_hash.
+
+    opener: opens the same dataset on another machine. Raises ValueError for what cannot be packed.
+    """
+    reading = Reading(options.token_columns, options.pad_token_id, to_hash)
+    if options.engine == "ray":
+        return _read_on_ray(dataset, opener, reading, progress)
+    source = read_source(dataset, reading.token_columns, reading.pad_token_id)
+    refuse_foreign_ids(source)
+    return source, in_background(column_prints, dataset) if to_hash else None
 
 
-def write_in_pool(
-    dataset, token_columns: Sequence[str], tasks: Iterable[ShardTask], num_proc: int, advance: Advance
-) -> Iterator[ShardRecord]:
-    """By num_proc processes, each of which opens the dataset: its files, or, if it is in memory, a copy.
+def _read_on_ray(
+    dataset: datasets.Dataset, opener: Callable[[], datasets.Dataset] | None, reading: Reading, progress: bool
+) -> tuple[Source, Future[tuple[ColumnPrint, ...]] | None]:
+    check_source(dataset)
+    with (
+        tqdm(total=len(dataset), desc="reading", unit="row", disable=not progress) as bar,
+        closing(read_on_ray(SharedSource.of(dataset, opener), reading, row_ranges(dataset), bar.update)) as read,
+    ):
+        source, prints = join_ranges(dataset, reading, read)
+    if prints is None:
+        return source, None
+    hashing: Future[tuple[ColumnPrint, ...]] = Future()
+    hashing.set_result(prints)
+    return source, hashing
+
+
+def write_shards(packing: Packing, tasks: Iterable[ShardTask], advance: Advance) -> Iterator[ShardRecord]:
+    """Write all shards, and give their records in any order. advance(packs) is called as packs are written.
 
     Nobody writes after this has ended. Raises what write_shard raises, and ChildProcessError where a process has died.
     """
-    with Workers(num_proc, partial(open_columns, dataset, tuple(token_columns))) as workers:
+    columns, num_proc = packing.facts.token_columns, min(packing.options.num_proc, len(packing.shard_files))
+    if packing.options.engine == "ray":
+        yield from write_on_ray(SharedSource.of(packing.dataset, packing.opener), columns, tasks, advance)
+    elif num_proc == 1:
+        for task in tasks:
+            yield write_shard(packing.source.columns, task, advance)
+    else:
+        yield from _write_in_pool(packing.dataset, columns, tasks, num_proc, advance)
+
+
+def _write_in_pool(
+    dataset: datasets.Dataset, columns: tuple[str, ...], tasks: Iterable[ShardTask], num_proc: int, advance: Advance
+) -> Iterator[ShardRecord]:
+    """By num_proc processes, each of which opens the dataset: its files, or, if it is in memory, a copy."""
+    with Workers(num_proc, partial(open_columns, dataset, columns)) as workers:
         for record in workers.map(_write, tasks, in_order=False, most=num_proc + 1):
             advance(record.packs)
             yield record

@@ -27,7 +27,7 @@ from packing.files.saved import (
     stream_schema,
 )
 from packing.source.fingerprint import packed_fingerprint
-from packing.source.rows import refuse_broken
+from packing.source.token_column import refuse_broken
 from packing.store.dataset_files import ARROW
 from packing.store.info import packed_info
 from packing.store.manifest import FILE, is_finished, read_manifest

@@ -16,8 +16,9 @@ There are no times and no paths in it, so that the same packing makes the same m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path, PurePath
 
 import xxhash
@@ -28,6 +29,7 @@ from packing.files.names import checked_name, file_in
 from packing.files.paths import RemotePath, place
 from packing.files.saved import INFO, STATE
 from packing.source.fingerprint import ColumnPrint
+from packing.store.contents import Packing
 from packing.store.dataset_files import ARROW, PARQUET
 from packing.store.shards import ShardRecord
 
@@ -55,18 +57,39 @@ class Manifest:
     shards: tuple[ShardRecord, ...] = ()
     files: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, packing: Packing) -> Manifest:
+        """That of a packing, before anything is written."""
+        facts, plan, assignment = packing.facts, packing.plan, packing.assignment
+        resolved = {"packer": facts.packer, "token_columns": list(facts.token_columns)}
+        return cls(
+            versions={name: metadata.version(name) for name in ("dataset-packing", "datasets", "pyarrow")},
+            source_rows=packing.source.num_rows,
+            source_columns=packing.source_prints,
+            parameters=packing.options.parameters() | resolved,
+            plan=_digest(plan.strategy_lengths, plan.strategy_offsets, plan.repeats),
+            assignment=_digest(assignment.sequence_indices, assignment.pack_offsets),
+            schema=_digest(packing.features.arrow_schema.serialize()),
+            packs=plan.num_packs,
+            sequences=plan.num_sequences,
+            tokens=plan.num_tokens,
+            batch_packs=packing.batch_packs,
+            num_shards=len(packing.shard_files),
+        )
+
     @property
     def is_complete(self) -> bool:
         """Whether all shards are written."""
         return len(self.shards) == self.num_shards
 
-    def finished(self, shards, files: dict[str, str]) -> Manifest:
+    def finished(self, shards: Iterable[ShardRecord], files: dict[str, str]) -> Manifest:
+        """The manifest of the whole folder. files: XXH3 of each other file."""
         return replace(self, shards=tuple(shards), files=files)
 
     def write(self, folder: Path | RemotePath) -> None:
         """All at once: there is never half a manifest."""
         content = {"format": FORMAT, **asdict(self)}
-        content["checksum"] = _digest(content)
+        content["checksum"] = _checksum(content)
         write_file(folder / FILE, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -79,7 +102,7 @@ def read_manifest(folder: str | Path | RemotePath) -> Manifest:
     found, checksum = content.pop("format"), content.pop("checksum")
     if found != FORMAT:
         raise ValueError(f"{str(path)!r} has format {found!r}, this version reads {FORMAT!r}; pack the source again")
-    if checksum != _digest({"format": found, **content}):
+    if checksum != _checksum({"format": found, **content}):
         raise ValueError(f"{str(path)!r} is damaged: its content is not what its checksum says")
     manifest = build(Manifest, content, f"{str(path)!r} is damaged: it")
     _check_content(manifest, path)
@@ -119,13 +142,13 @@ def _faults(manifest: Manifest, path: Path | RemotePath) -> Iterator[str]:
 
 
 def is_finished(folder: Path | RemotePath) -> bool:
-    """Whether a packing that was begun in this folder has put its last file."""
+    """Whether a packing has put its last file into this folder."""
     manifest = read_manifest(folder)
     return manifest.is_complete and all((folder / name).exists() for name in manifest.files)
 
 
 def differences(found: Manifest, wanted: Manifest) -> list[str]:
-    """Why a packing begun under `found` cannot be continued under `wanted`; empty: it can."""
+    """Why `wanted` cannot resume a packing that `found` started; empty: it can."""
     said = []
     for kind in ("versions", "parameters"):
         before, now = getattr(found, kind), getattr(wanted, kind)
@@ -149,5 +172,13 @@ def _source_differences(found: Manifest, wanted: Manifest) -> list[str]:
     return [f"the source's column {name!r} has changed" for name in now if before[name] != now[name]]
 
 
-def _digest(content: dict) -> str:
+def _checksum(content: dict) -> str:
     return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(*parts) -> str:
+    """XXH3 of arrays or bytes."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(memoryview(part).cast("B"))
+    return digest.hexdigest()

@@ -30,6 +30,7 @@ from packing.files.hashed import checksum, write_file
 from packing.files.metadata import build, read_json
 from packing.files.paths import RemotePath, place
 from packing.source.rows import SourceColumns
+from packing.source.sequences import PackSlice
 from packing.source.token_column import list_array
 from packing.store.dataset_files import write_batches
 
@@ -53,38 +54,6 @@ def check_parquet(schema: pa.Schema) -> None:
                 f"column {column.name!r} holds {column.type}, no type of Parquet: {fault}; take format='arrow', "
                 "or leave the column out"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class PackSlice:
-    """Some packs, as the sequences in them, end to end; all that a worker must be told. Picklable.
-
-    pack 0 holds row 4 and row 1, pack 1 holds tokens 2 to 6 of row 0:
-    rows = [4, 1, 0]   lengths = [3, 2, 5]   begins = [0, 0, 2]   ends = [3, 2, 7]   pack_offsets = [0, 2, 3]
-
-    rows: (sequences,) the dataset's row of each. lengths: (sequences,) its tokens.
-    begins: (sequences,) the row's token that comes first; None: the row's first.
-    ends: (sequences,) one after the row's token that comes last; None: begins + lengths. Only a truncated sequence that
-        keeps its row's last token has another.
-    pack_offsets: (packs + 1,) where each pack begins among the sequences.
-    """
-
-    rows: np.ndarray
-    lengths: np.ndarray
-    begins: np.ndarray | None
-    ends: np.ndarray | None
-    pack_offsets: np.ndarray
-
-    @property
-    def num_packs(self) -> int:
-        return len(self.pack_offsets) - 1
-
-    def part(self, first: int, end: int) -> PackSlice:
-        """Packs first..end."""
-        bounds = self.pack_offsets[first : end + 1].astype(np.int64)
-        chosen = slice(bounds[0], bounds[-1])
-        begins, ends = (None if array is None else array[chosen] for array in (self.begins, self.ends))
-        return PackSlice(self.rows[chosen], self.lengths[chosen], begins, ends, bounds - bounds[0])
 
 
 @dataclass(frozen=True)

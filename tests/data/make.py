@@ -62,8 +62,8 @@ def pack_until(renames: int, *arguments: str) -> None:
         return
     import packing.dataset
 
-    packing.dataset.SHARD_BYTES = 4000
-    packing.dataset.BATCH_TOKENS = 256
+    packing.store.contents.SHARD_BYTES = 4000
+    packing.store.contents.BATCH_TOKENS = 256
     rename, left = os.rename, [renames]
 
     def dies(*paths) -> None:

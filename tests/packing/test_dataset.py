@@ -320,8 +320,8 @@ def test_the_folder_is_a_dataset(tmp_path):
 
 
 def test_shards_and_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("packing.dataset.SHARD_BYTES", 2000)
-    monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 256)
+    monkeypatch.setattr("packing.store.contents.SHARD_BYTES", 2000)
+    monkeypatch.setattr("packing.store.contents.BATCH_TOKENS", 256)
     source = make_dataset(slow_rows.random_rows(3, 300, 40))
     packed = pack_dataset(source, 64, output=tmp_path / "packed")
     assert len(packed.cache_files) > 3
@@ -377,15 +377,15 @@ REFUSED = {
     "input_ids of text": (of(input_ids=["a"]), {}, "'input_ids' holds string; it must be a list of integers"),
     "input_ids of floats": (of(input_ids=[[0.5]]), {}, "'input_ids' holds .*double.*; it must be a list of integers"),
     "padded, no mask": (of(input_ids=[[1, 2, 0, 0], [1, 0, 0, 0]]), {}, "looks padded.*attention_mask.*pad_token_id="),
-    "hole": (of(input_ids=[[1], [1, 2, 3]], attention_mask=[[1], [1, 0, 1]]), {}, "zeros between ones in row 1"),
+    "hole": (of(input_ids=[[1], [1, 2, 3]], attention_mask=[[1], [1, 0, 1]]), {}, "row 1 has zeros between ones"),
     "all masked": (of(input_ids=[[1], [1, 2]], attention_mask=[[1], [0, 0]]), {}, "row 1 is nothing but padding"),
     "all padding": (of(input_ids=[[1], [0, 0]]), {"pad_token_id": 0}, "row 1 is nothing but padding"),
-    "mask of other length": (of(input_ids=[[1, 2]], attention_mask=[[1]]), {}, "_mask' has 1 values in row 0"),
+    "mask of other length": (of(input_ids=[[1, 2]], attention_mask=[[1]]), {}, "_mask' in row 0 has 1 values"),
     "mask of text": (of(input_ids=[[1]], attention_mask=["x"]), {}, "'attention_mask' holds string"),
     "mask and pad_token_id": (of(input_ids=[[1]], attention_mask=[[1]]), {"pad_token_id": 0}, "leave pad_token_id out"),
-    "null row": (of(input_ids=[[1], None]), {}, r"'input_ids' has no value \(null\) in row 1"),
-    "null token": (of(input_ids=[[1], [2, None]]), {}, "'input_ids' has a null token in row 1"),
-    "null in a token column": (of(input_ids=[[1], [2]], tags=[[1], None]), {}, r"'tags' .* no value \(null\) in row 1"),
+    "null row": (of(input_ids=[[1], None]), {}, r"'input_ids' in row 1 has no value \(null\)"),
+    "null token": (of(input_ids=[[1], [2, None]]), {}, "'input_ids' in row 1 has a null token"),
+    "null in a token column": (of(input_ids=[[1], [2]], tags=[[1], None]), {}, r"'tags' in row 1 has no value"),
     "reserved name": (of(input_ids=[[1]], position_ids=[[0]]), {}, "'position_ids' has a reserved name"),
     "packed already": (pack_dataset(of(input_ids=[[1]]), 8), {}, "is packed already"),
     "unknown packer": (of(input_ids=[[1]]), {"packer": "nope"}, "unknown packer 'nope'; choose from .*spfhp"),
@@ -393,9 +393,9 @@ REFUSED = {
     "bad seed": (of(input_ids=[[1]]), {"seed": -1}, "seed=-1 must be a whole number"),
     "bad depth": (of(input_ids=[[1]]), {"max_sequences_per_pack": 0}, "max_sequences_per_pack=0 must be"),
     "unknown token column": (of(input_ids=[[1]]), {"token_columns": ["b"]}, "'b', which is not among input_ids"),
-    "other length": (of(input_ids=[[1, 2]], a=[[1]]), {"token_columns": ["a"]}, "1 values in row 0, where .* has 2"),
+    "other length": (of(input_ids=[[1, 2]], a=[[1]]), {"token_columns": ["a"]}, "row 0 has 1 values, where .* has 2"),
     "no list": (of(input_ids=[[1, 2]], a=[1]), {"token_columns": ["a"]}, "'a', which holds int64"),
-    "ragged": (of(input_ids=[[1, 2], [3], [4]], a=[[1, 2], [3], [4, 5]]), {}, "'a' has 2 values in row 2, where .* 1"),
+    "ragged": (of(input_ids=[[1, 2], [3], [4]], a=[[1, 2], [3], [4, 5]]), {}, "'a' in row 2 has 2 values, where .* 1"),
     "weights as input_ids": (of(input_ids=[[1.0, 2.0]]), {}, "must be a list of integers"),
     "token_columns is text": (of(input_ids=[[1]]), {"token_columns": "input_ids"}, "must be a list of column names"),
 }  # fmt: skip
@@ -417,10 +417,10 @@ def test_an_existing_target_is_left_alone(tmp_path):
 
 
 def test_what_is_no_dataset():
-    with pytest.raises(TypeError, match="DatasetDict with splits train, test was given; pack split by split"):
-        pack_dataset(datasets.DatasetDict(train=of(input_ids=[[1]]), test=of(input_ids=[[1]])))
     with pytest.raises(TypeError, match=r"needs a datasets\.Dataset, got list"):
         pack_dataset([[1, 2]])
+    with pytest.raises(ValueError, match="has no splits"):
+        pack_dataset(datasets.DatasetDict())
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
@@ -444,7 +444,7 @@ def test_planning_copies_no_token(caplog):
 def test_a_mask_that_numbers_sequences_is_refused(mask):
     """Taken for ones it would make one sequence of several."""
     rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 2, "attention_mask": [[1, 1, 1, 1], mask]})
-    with pytest.raises(ValueError, match="values other than 0 and 1 in row 1"):
+    with pytest.raises(ValueError, match="row 1 has values other than 0 and 1"):
         pack_dataset(rows, max_sequence_length=8)
 
 
@@ -471,3 +471,13 @@ def test_answers_that_packing_would_move_are_refused():
         with pytest.raises(ValueError, match=f"row 0 would be cut by overlong='{overlong}'"):
             pack_dataset(whole, max_sequence_length=3, overlong=overlong)
     assert pack_dataset(whole, max_sequence_length=4)["start_positions"][:] == [[2], [1]]
+
+
+def test_a_dataset_dict_packs_each_split_by_itself(tmp_path):
+    source = datasets.DatasetDict(train=of(input_ids=[[1, 2], [3]]), test=of(input_ids=[[4]]))
+    packed = pack_dataset(source, max_sequence_length=3)
+    assert {name: rows["input_ids"][:] for name, rows in packed.items()} == {"train": [[3, 1, 2]], "test": [[4]]}
+    written = pack_dataset(source, max_sequence_length=3, output=tmp_path / "packed")
+    assert [written[name][:] for name in source] == [packed[name][:] for name in source]
+    with pytest.raises(ValueError, match=r"^split 'test': row 0 has 4 tokens, more than max_sequence_length=3"):
+        pack_dataset(datasets.DatasetDict(test=of(input_ids=[[1, 2, 3, 4]])), max_sequence_length=3)

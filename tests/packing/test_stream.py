@@ -365,14 +365,14 @@ def test_a_later_row_that_is_otherwise_is_named():
     long = [*later[:1_003], later[1_003] | {"input_ids": [2, 7] * 300}, later[1_004]]
     refused(long, r"600 tokens.*row 3 begins with input_ids \[2, 7, 2, 7", token_columns=[], buffer_size=1_000)
     ragged = [*later[:1_003], later[1_003] | {"weights": [1.0]}, later[1_004]]
-    refused(ragged, r"'weights' has 1 values in row 3, where input_ids has 3.*row 3 begins", buffer_size=1_000)
+    refused(ragged, r"'weights' in row 3 has 1 values, where input_ids has 3.*row 3 begins", buffer_size=1_000)
     assert len(list(pack_stream(from_arrow(ragged), token_columns=[]).take(2))) == 2
     empty = [*later[:1_003], later[1_003] | {"input_ids": [], "weights": []}, later[1_004]]
     refused(empty, "row 3 has length 0", buffer_size=1_000)
     null = [*later[:1_003], later[1_003] | {"input_ids": [2, None, 3]}, later[1_004]]
-    refused(null, r"null token in row 3.*begins with input_ids \[2, None, 3\]", buffer_size=1_000)
+    refused(null, r"row 3 has a null token.*begins with input_ids \[2, None, 3\]", buffer_size=1_000)
     missing = [*later[:1_003], later[1_003] | {"input_ids": None}, later[1_004]]
-    refused(missing, "'input_ids' has no value .null. in row 3", buffer_size=1_000)
+    refused(missing, "'input_ids' in row 3 has no value .null.", buffer_size=1_000)
 
 
 def test_types_and_columns_of_a_generator_are_those_of_its_first_rows():

@@ -28,5 +28,6 @@ def test_a_split_is_added_where_it_is_known():
         raise SourceError("is empty", row=3)
     with pytest.raises(SourceError, match=r"^row 3 is empty$"), in_split(""):
         raise SourceError("is empty", row=3)
-    with pytest.raises(ValueError, match=r"^seed=-1$"), in_split("test"):  # not of the source
-        raise ValueError("seed=-1")
+    with pytest.raises(ValueError, match=r"^balance=9 is too many") as error, in_split("test"):
+        raise ValueError("balance=9 is too many")
+    assert error.value.__notes__ == ["this was split 'test'"]

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-import packing.dataset as dataset_module
 from packing import cli, pack_dataset, unpack_dataset, verify_packed
+from packing.store import contents, writing
 
 IDS = [[1, 2, 3], [4, 5], [6]]
 COLUMNS = {
@@ -100,8 +100,8 @@ def test_a_source_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypat
     datasets.Dataset.from_dict({"input_ids": ids}).save_to_disk(tmp_path / "source")
     (path,) = (tmp_path / "source").glob("*.arrow")
     source = datasets.load_from_disk(tmp_path / "source")
-    monkeypatch.setattr(dataset_module, "SHARD_BYTES", 30_000)
-    write = dataset_module.Packing.write
+    monkeypatch.setattr(contents, "SHARD_BYTES", 30_000)
+    write = writing.write_packs
 
     def change_and_write(packing, *arguments):
         with path.open("r+b") as file:
@@ -109,7 +109,7 @@ def test_a_source_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypat
             file.write(b"\x01")
         return write(packing, *arguments)
 
-    monkeypatch.setattr(dataset_module.Packing, "write", change_and_write)
+    monkeypatch.setattr(writing, "write_packs", change_and_write)
     with pytest.raises(ValueError, match=r"of the source was changed while it was packed; remove .*\.packed\.partial"):
         pack_dataset(source, 64, output=tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
@@ -135,13 +135,13 @@ CUT_SHORT = """
 import os, sys, time
 from pathlib import Path
 import datasets
-import packing.dataset as module
 from packing import pack_dataset
+from packing.store import contents, writing
 datasets.disable_progress_bars()
-module.SHARD_BYTES = 30_000
+contents.SHARD_BYTES = 30_000
 source, target, num_proc = sys.argv[1:]
 (path,) = Path(source).glob("*.arrow")
-write = module.Packing.write
+write = writing.write_packs
 
 def cut_and_write(packing, *arguments):
     time.sleep(0.05)
@@ -149,7 +149,7 @@ def cut_and_write(packing, *arguments):
     return write(packing, *arguments)
 
 if __name__ == "__main__":
-    module.Packing.write = cut_and_write
+    writing.write_packs = cut_and_write
     try:
         pack_dataset(datasets.load_from_disk(source), 64, output=target, num_proc=int(num_proc))
     except ValueError as error:
@@ -159,7 +159,7 @@ if __name__ == "__main__":
 
 def test_wide_columns_make_small_batches(tmp_path, monkeypatch):
     """An image a sequence would otherwise be gathered for half a million tokens at a time, more than Arrow can hold."""
-    monkeypatch.setattr(dataset_module, "BATCH_BYTES", 100_000)
+    monkeypatch.setattr(contents, "BATCH_BYTES", 100_000)
     images = [bytes([i]) * 5_000 for i in range(200)]
     source = datasets.Dataset.from_dict({"input_ids": [[i, i] for i in range(200)], "image": images})
     packed = pack_dataset(source, 8, output=tmp_path / "packed")

@@ -86,7 +86,7 @@ def test_what_is_padding_need_be_no_id():
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_first_foreign_id_is_named_whatever_thread_finds_one(monkeypatch, threads):
     monkeypatch.setattr("numba.config.NUMBA_NUM_THREADS", threads)
-    monkeypatch.setattr("packing.source.rows.ROWS_PER_THREAD", 4)
+    monkeypatch.setattr("packing.source.token_ids.ROWS_PER_THREAD", 4)
     tokens = np.ones(40, np.int64)
     for foreign, row in (([39], 13), ([38, 7], 2), ([0, 39], 0)):
         ids = tokens.copy()

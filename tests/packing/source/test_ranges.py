@@ -152,18 +152,18 @@ def with_hole() -> datasets.Dataset:
 
 
 WRONG = {
-    "null": (with_null_row, {}, r"column 'input_ids' has no value \(null\) in row 217", True),
+    "null": (with_null_row, {}, r"column 'input_ids' in row 217 has no value \(null\)", True),
     "empty": (lambda: rows_of([3] * 300).map(lambda r, i: {"input_ids": [] if i == 99 else [1]}, with_indices=True),
               {}, "row 99 has length 0", True),
-    "hole": (with_hole, {}, "zeros between ones in row 123", True),
+    "hole": (with_hole, {}, "row 123 has zeros between ones", True),
     "padded": (looks_padded_as_a_whole, {}, "the source looks padded: all 300 rows have 4 tokens, and 2 of", False),
     "ragged": (lambda: rows_of([3] * 300, tags=[[1] * (2 if i == 201 else 3) for i in range(300)]),
-               {}, "column 'tags' has 2 values in row 201, where input_ids has 3", True),
+               {}, "column 'tags' in row 201 has 2 values, where input_ids has 3", True),
     "ragged by name": (lambda: rows_of([3] * 300, tags=[[1] * (2 if i == 201 else 3) for i in range(300)]),
-                       {"token_columns": ["tags"]}, "column 'tags' has 2 values in row 201", True),
+                       {"token_columns": ["tags"]}, "column 'tags' in row 201 has 2 values", True),
     "missing in one range": (
         lambda: rows_of([3] * 300, tags=[None if i < 64 else [1] * 3 for i in range(300)]),
-        {}, r"column 'tags' has one value per token, but no value \(null\) in row 0", False),
+        {}, r"column 'tags' in row 0 has no value \(null\), and one value per token in other rows", False),
 }  # fmt: skip
 
 

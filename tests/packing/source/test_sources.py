@@ -440,8 +440,8 @@ def test_labels_in_another_order_are_other_labels(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"input_ids": [[1], None]}, [], "column 'input_ids' has no value (null) in row 1"),
-        ({"input_ids": [[1], [2, None]]}, [], "column 'input_ids' has a null token in row 1"),
+        ({"input_ids": [[1], None]}, [], "column 'input_ids' in row 1 has no value (null)"),
+        ({"input_ids": [[1], [2, None]]}, [], "column 'input_ids' in row 1 has a null token"),
         (
             {"input_ids": [[1.0], [2.5]]},
             [],
@@ -451,7 +451,7 @@ def test_labels_in_another_order_are_other_labels(tmp_path, capsys):
         (
             {"input_ids": [[1, 2], [3]], "tags": [[1, 2], [3, 4]]},
             ["--token-columns", "tags"],
-            "column 'tags' has 2 values in row 1, where input_ids has 1",
+            "column 'tags' in row 1 has 2 values, where input_ids has 1",
         ),
         ({"inputs_ids": [[1], [2]]}, [], "no column 'input_ids' among inputs_ids; did you mean 'inputs_ids'?"),
         ({"text": ["a", "b"]}, [], "no column 'input_ids' among text; tokenize before packing, or let it be done here"),

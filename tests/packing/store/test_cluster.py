@@ -57,8 +57,8 @@ def source(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def many_shards_and_ranges(monkeypatch):
-    monkeypatch.setattr("packing.dataset.SHARD_BYTES", 200_000)
-    monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 4096)
+    monkeypatch.setattr("packing.store.contents.SHARD_BYTES", 200_000)
+    monkeypatch.setattr("packing.store.contents.BATCH_TOKENS", 4096)
     monkeypatch.setattr("packing.source.ranges.RANGE_BYTES", 1)
 
 
@@ -125,7 +125,11 @@ def test_the_same_bytes_as_one_process(cluster_here, source, whole, tmp_path, mo
     """The driver reads no range and writes no shard."""
     monkeypatch.setattr(cluster, "_read", partial(note_reader, str(tmp_path)))
     monkeypatch.setattr(cluster, "_write", note_writer)
-    for alone in ("packing.dataset.column_prints", "packing.dataset.read_source", "packing.source.ranges.read_source"):
+    for alone in (
+        "packing.store.engines.column_prints",
+        "packing.store.engines.read_source",
+        "packing.source.ranges.read_source",
+    ):
         monkeypatch.setattr(alone, None)
     pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
     assert contents(tmp_path / "packed") == whole
@@ -284,7 +288,7 @@ def test_a_machine_that_does_not_see_the_source(cluster_here, tmp_path, monkeypa
     if when == "before it is read":
         shutil.rmtree(tmp_path / "tokens")
     else:
-        monkeypatch.setattr("packing.dataset.join_ranges", removed_after_reading(tmp_path / "tokens"))
+        monkeypatch.setattr("packing.store.engines.join_ranges", removed_after_reading(tmp_path / "tokens"))
     with pytest.raises(OSError, match=r"the source cannot be opened: .*data-00000-of-00001\.arrow") as error:
         pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
     assert any("every machine of the cluster must see the source" in note for note in error.value.__notes__)
@@ -307,7 +311,7 @@ def test_machines_convert_files_into_a_cache_of_their_own(cluster_here, source, 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     options = ["--max-sequence-length", "128", "--overlong", "split"]
     assert cli.main(["rows.parquet", "one", *options]) == 0
-    monkeypatch.setattr("packing.dataset.row_ranges", removed_before(tmp_path / "cache"))
+    monkeypatch.setattr("packing.store.engines.row_ranges", removed_before(tmp_path / "cache"))
     assert cli.main(["rows.parquet", "packed", *options, "--engine", "ray"]) == 0
     assert contents(tmp_path / "packed") == contents(tmp_path / "one")
 
@@ -422,9 +426,10 @@ def test_the_command(cluster_here, source, tmp_path, capsys):
 ALONE = """
 import sys, warnings
 warnings.simplefilter("ignore")
-from packing import cli, dataset
-dataset.SHARD_BYTES = 200_000
-dataset.BATCH_TOKENS = 4096
+from packing import cli
+from packing.store import contents
+contents.SHARD_BYTES = 200_000
+contents.BATCH_TOKENS = 4096
 sys.exit(cli.main(sys.argv[1:]))
 """
 

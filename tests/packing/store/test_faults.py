@@ -18,9 +18,9 @@ import pyarrow as pa
 import pytest
 
 from packing import cli, pack_dataset
-from packing import dataset as packing_dataset
 from packing.files.folder import partial_folder
 from packing.files.hashed import write_bytes
+from packing.store import writing
 from packing.store.manifest import read_manifest
 
 datasets.disable_progress_bars()
@@ -48,8 +48,8 @@ def source(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def many_shards(monkeypatch):
-    monkeypatch.setattr("packing.dataset.SHARD_BYTES", SHARD_BYTES)
-    monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 4096)
+    monkeypatch.setattr("packing.store.contents.SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr("packing.store.contents.BATCH_TOKENS", 4096)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def whole(source, tmp_path_factory):
     """The bytes of every file of a packing that nothing disturbed."""
     output = tmp_path_factory.mktemp("whole") / "packed"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("packing.dataset.SHARD_BYTES", SHARD_BYTES)
-        patch.setattr("packing.dataset.BATCH_TOKENS", 4096)
+        patch.setattr("packing.store.contents.SHARD_BYTES", SHARD_BYTES)
+        patch.setattr("packing.store.contents.BATCH_TOKENS", 4096)
         pack_dataset(source, **PACK, output=output)
     return contents(output)
 
@@ -238,7 +238,7 @@ def test_other_options_are_refused(source, whole, tmp_path):
     killed_half_way(source, output)
     kept = contents(partial_of(output))
     for name, (value, message) in OTHERWISE.items():
-        with pytest.raises(ValueError, match=f"cannot be gone on with: {message}.*remove .*partial' to begin anew"):
+        with pytest.raises(ValueError, match=f"cannot resume .*: {message}.*remove .*partial' to start anew"):
             pack(source, output, **{name: value})
         assert {**contents(partial_of(output)), "lock": b""} == {**kept, "lock": b""}
     pack(source, output)
@@ -448,7 +448,8 @@ def test_a_command_with_other_options_or_splits_is_refused(two_splits, source, t
         patch.setattr("packing.files.folder.os.rename", interrupt_at(7))
         assert cli.main(two_splits) == 130
     assert cli.main([*two_splits, "--seed", "5"]) == 2
-    assert "cannot be gone on with: seed was 0 and is 5; give the options" in capsys.readouterr().err
+    assert "cannot resume the packing in " in (error := capsys.readouterr().err)
+    assert ": seed was 0 and is 5; give the options" in error
     source.save_to_disk(tmp_path / "single")
     assert cli.main([str(tmp_path / "single"), *two_splits[1:]]) == 2
     assert "it had split 'test', split 'train', and now there is a dataset without splits" in capsys.readouterr().err
@@ -520,12 +521,12 @@ def test_workers_end_with_a_run_that_is_killed(source, whole, tmp_path):
 
 def _pack_slowly_by_two(source, output: Path) -> None:
     """The one that takes the records is slow, so that the workers wait for more to do when it is killed."""
-    real = packing_dataset.Packing.tasks
+    real = writing.shard_tasks
 
     def tasks(packing, folder):
         for number, task in enumerate(real(packing, folder)):
             time.sleep(0 if number < 4 else 600)
             yield task
 
-    packing_dataset.Packing.tasks = tasks  # type: ignore[method-assign]
+    writing.shard_tasks = tasks
     pack(source, output, num_proc=2)

@@ -48,8 +48,8 @@ def make_source(count=40):
 def sound(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound") / "packed"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("packing.dataset.SHARD_BYTES", 1500)
-        patch.setattr("packing.dataset.BATCH_TOKENS", 32)
+        patch.setattr("packing.store.contents.SHARD_BYTES", 1500)
+        patch.setattr("packing.store.contents.BATCH_TOKENS", 32)
         pack_dataset(make_source(), 16, output=folder, format=request.param)
     assert len(list(folder.glob("data-*"))) >= 2
     return folder

@@ -94,7 +94,7 @@ def make_source(folder: Path) -> datasets.Dataset:
 
 
 def test_workers_on_several_nodes_of_which_two_die(nodes, tmp_path, monkeypatch):
-    monkeypatch.setattr("packing.dataset.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("packing.store.contents.SHARD_BYTES", 100_000)
     monkeypatch.setattr("packing.source.ranges.RANGE_BYTES", 1)
     source = make_source(tmp_path / "tokens")
     pack_dataset(source, **PACK, output=tmp_path / "one")
@@ -112,7 +112,7 @@ def test_workers_on_several_nodes_of_which_two_die(nodes, tmp_path, monkeypatch)
 
 def test_a_node_that_is_lost_is_done_without(nodes, tmp_path, monkeypatch):
     """A machine is switched off while it writes: its raylet and all its workers end at once."""
-    monkeypatch.setattr("packing.dataset.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("packing.store.contents.SHARD_BYTES", 100_000)
     source = make_source(tmp_path / "tokens")
     pack_dataset(source, **PACK, output=tmp_path / "one")
     monkeypatch.setattr(cluster, "_write", write_slowly)
@@ -134,7 +134,7 @@ def test_a_node_that_is_lost_is_done_without(nodes, tmp_path, monkeypatch):
                 if len(written) == 1:
                     nodes.remove_node(lost, allow_graceful=False)
 
-    monkeypatch.setattr("packing.dataset.tqdm", Bar)
+    monkeypatch.setattr("packing.store.writing.tqdm", Bar)
     nodes.wait_for_nodes()
     pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
     assert len(nodes_of(tmp_path, "writes")) == 4

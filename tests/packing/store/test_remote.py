@@ -42,9 +42,9 @@ def make_table(rows: int = 900, seed: int = 0) -> pa.Table:
 
 
 def patch_sizes(patch) -> None:
-    patch.setattr("packing.dataset.SHARD_BYTES", 60_000)
-    patch.setattr("packing.dataset.BATCH_TOKENS", 4096)
-    patch.setattr("packing.dataset.ROW_GROUPS", 2)
+    patch.setattr("packing.store.contents.SHARD_BYTES", 60_000)
+    patch.setattr("packing.store.contents.BATCH_TOKENS", 4096)
+    patch.setattr("packing.store.contents.ROW_GROUPS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +422,7 @@ def test_other_options_sources_and_formats_are_refused(source, whole):
         (changed, {}, "source's column 'input_ids' has changed"),
         (shorter, {}, "the source had 900 rows and has 800"),
     ):
-        with pytest.raises(ValueError, match=f"{message}.*or remove '{URL}' to begin anew"):
+        with pytest.raises(ValueError, match=f"{message}.*or remove '{URL}' to start anew"):
             pack(other, URL, **options)
         assert url_contents(URL) == kept
     pack(source, URL)
@@ -558,7 +558,7 @@ def test_a_run_that_fails_before_its_first_shard_says_what_is_left(source, tmp_p
     source.save_to_disk(tmp_path / "tokens")
     Shelf.at = {"putting": (2, fail)}
     assert cli.main([str(tmp_path / "tokens"), URL, "--overlong", "split"]) == 2
-    assert f"begun in '{URL}': run the same again, or remove that folder" in capsys.readouterr().err
+    assert f"started in '{URL}': run the same again, or remove that folder" in capsys.readouterr().err
     assert list(url_contents(URL)) == [FILE]
 
 
@@ -799,15 +799,16 @@ def write_elsewhere(root: str, cache: str, url: str, tasks: list) -> tuple:
 def test_another_process_opens_and_writes_the_same(source, whole, shelf, tmp_path):
     from packing.dataset import prepare_packing
     from packing.options import PackOptions
-    from packing.store.writing import output_folder
+    from packing.store.writing import finish, output_folder, shard_tasks, start
 
     source.save_to_disk(shelf / "tokens")
     packing = prepare_packing(open_split("shelf://bucket/tokens"), PackOptions(**PACK), to_write=True)
     with output_folder(URL) as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        packing.begin(folder)
-        arguments = str(shelf.parent), str(tmp_path / "cache"), "shelf://bucket/tokens", list(packing.tasks(folder))
+        start(packing, folder)
+        tasks = list(shard_tasks(packing, folder))
+        arguments = str(shelf.parent), str(tmp_path / "cache"), "shelf://bucket/tokens", tasks
         prints, records = pool.submit(write_elsewhere, *arguments).result()
-        packing.finish(folder, records)
+        finish(packing, folder, records)
     assert prints == column_prints(source)
     assert url_contents(URL) == contents(whole["arrow"])
 

@@ -25,6 +25,7 @@ from packing.source.rows import open_columns
 from packing.source.token_column import open_token_column, read_token_column
 from packing.store.manifest import read_manifest
 from packing.store.shards import write_shard
+from packing.store.writing import finish, shard_tasks, start
 
 datasets.disable_progress_bars()
 
@@ -66,14 +67,14 @@ def test_damaged_offsets_are_refused(offsets):
     damaged = pa.Array.from_buffers(pa.list_(pa.int64()), 3, buffers, children=[pa.array([1, 2, 3, 4])])
     column = open_token_column("input_ids", pa.chunked_array([damaged]), None)
     assert (column.find(np.arange(3))[1] < 0).any()
-    with pytest.raises(ValueError, match=r"column 'input_ids' is damaged in row [012]: its offsets lead out"):
+    with pytest.raises(ValueError, match=r"column 'input_ids' in row [012] is damaged: its offsets lead out"):
         pack_dataset(datasets.Dataset(pa.table({"input_ids": damaged}), fingerprint="damaged"), 8)
 
 
 def test_a_source_that_shrinks_while_it_is_packed_is_refused(tmp_path):
     long, short = (datasets.Dataset.from_dict({"input_ids": [[1] * n, [2, 3]]}) for n in (5, 4))
     packing = prepare_packing(long, PackOptions(max_sequence_length=8))
-    (task,) = packing.tasks(tmp_path)
+    (task,) = shard_tasks(packing, tmp_path)
     with pytest.raises(ValueError, match="row 0 of the source has fewer tokens than when packing began"):
         write_shard(open_columns(short, ("input_ids",)), task)
     assert list(tmp_path.iterdir()) == []
@@ -173,8 +174,8 @@ def test_a_fingerprint_of_chosen_rows_of_which_some_are_empty(empty):
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    monkeypatch.setattr("packing.dataset.SHARD_BYTES", 20_000)
-    monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 1024)
+    monkeypatch.setattr("packing.store.contents.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("packing.store.contents.BATCH_TOKENS", 1024)
     datasets.Dataset.from_list(slow_rows.random_rows(3, 900, 60)).save_to_disk(tmp_path / "source", num_shards=2)
     return datasets.load_from_disk(tmp_path / "source")
 
@@ -189,20 +190,20 @@ def test_any_engine_writes_the_same_bytes(source, tmp_path):
     assert len(whole.cache_files) > 5
     packing = prepare_packing(source, PackOptions(max_sequence_length=64, overlong="truncate"))
     with partial_folder(tmp_path / "packed") as folder:
-        packing.begin(folder)
+        start(packing, folder)
         records = []
-        for task in reversed(list(packing.tasks(folder))):
+        for task in reversed(list(shard_tasks(packing, folder))):
             dataset, task = pickle.loads(pickle.dumps((source, task)))
             columns = open_columns(dataset, packing.facts.token_columns)
             records.insert(0, write_shard(columns, task))
             assert write_shard(columns, task) == records[0]  # again: nothing changes
-        packing.finish(folder, records)
+        finish(packing, folder, records)
     assert files(tmp_path / "packed") == files(tmp_path / "whole")
 
 
 def test_tasks_hold_indices_and_no_tokens(source, tmp_path):
     packing = prepare_packing(source, PackOptions(max_sequence_length=64))
-    sizes = [len(pickle.dumps(task)) for task in packing.tasks(tmp_path)]
+    sizes = [len(pickle.dumps(task)) for task in shard_tasks(packing, tmp_path)]
     assert sum(sizes) < 2500 * len(sizes) + 20 * packing.facts.num_sequences  # a schema each, and indices
 
 
@@ -281,7 +282,7 @@ def peak_bytes(folder: Path, sequences: int, longest: int) -> int:
 
 
 def test_memory_follows_sequences_and_not_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 1 << 14)
+    monkeypatch.setattr("packing.store.contents.BATCH_TOKENS", 1 << 14)
     monkeypatch.setattr("packing.source.token_column.BLOCK_ROWS", 1 << 10)
     monkeypatch.setattr("packing.histogram.BLOCK", 1 << 10)
     peak_bytes(tmp_path / "warm", 1000, 20)

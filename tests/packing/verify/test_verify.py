@@ -388,8 +388,8 @@ def test_what_is_no_packed_dataset(tmp_path):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Several shards of several batches each."""
-    monkeypatch.setattr("packing.dataset.SHARD_BYTES", 6000)
-    monkeypatch.setattr("packing.dataset.BATCH_TOKENS", 3 * LONGEST)
+    monkeypatch.setattr("packing.store.contents.SHARD_BYTES", 6000)
+    monkeypatch.setattr("packing.store.contents.BATCH_TOKENS", 3 * LONGEST)
     pack(make_source(), output=tmp_path / "packed")
     shards = sorted((tmp_path / "packed").glob("data-*.arrow"))
     assert len(shards) >= 3

@@ -1,0 +1,65 @@
+"""Ids of tokens that no model has, refused: all tokens are read once, as fast as memory gives them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+from numba import config
+
+from packing.files.errors import SourceError
+from packing.numba_tools import njit
+from packing.source.rows import Source
+
+ROWS_PER_THREAD = 1 << 14  # of ids that are looked at: for fewer a thread is not worth its start
+
+
+def refuse_foreign_ids(source: Source) -> None:
+    """Raise ValueError for a token id that is no int32 from 0 on; padding is not looked at."""
+    input_ids = source.input_ids
+    type_ = input_ids.value_type
+    least = 1 << (31 if type_.bit_width >= 32 else type_.bit_width - 1)  # the lowest id to refuse, without its sign
+    if pa.types.is_unsigned_integer(type_) and type_.bit_width < 32:
+        return
+    for block in input_ids.blocks():
+        source.columns.files.check()
+        part = slice(block.first, block.first + len(block.starts))
+        begins = block.starts if source.skipped is None else block.starts + source.skipped[part]
+        row = _first_foreign_of_all(input_ids.tokens, begins, source.kept[part], least)
+        if row >= 0:
+            tokens = input_ids.numbers()[begins[row] : begins[row] + source.kept[part][row]]
+            place = int(np.argmax((tokens < 0) | (tokens >= least)))
+            raise SourceError(
+                f"has the token id {tokens[place]} (its token {place}); ids are from 0 to 2**31 - 1",
+                row=block.first + row,
+                cure="tokenize anew, or leave the row out (if it marks padding, give it as pad_token_id)",
+            )
+
+
+def _first_foreign_of_all(tokens: np.ndarray, begins: np.ndarray, counts: np.ndarray, least: int) -> int:
+    """_first_foreign, by several threads: one alone does not read as fast as memory gives."""
+    threads = max(1, min(config.NUMBA_NUM_THREADS, len(begins) // ROWS_PER_THREAD))
+    bounds = [len(begins) * i // threads for i in range(threads + 1)]
+
+    def first(part: tuple[int, int]) -> int:
+        row = _first_foreign(tokens, begins[slice(*part)], counts[slice(*part)], least)
+        return -1 if row < 0 else part[0] + row
+
+    if threads == 1:
+        return first((0, len(begins)))
+    with ThreadPoolExecutor(threads) as pool:
+        return next((row for row in pool.map(first, pairwise(bounds)) if row >= 0), -1)
+
+
+@njit(cache=True, nogil=True)
+def _first_foreign(tokens, begins, counts, least):
+    """The first row with a token that is `least` or more without its sign, or -1."""
+    for row in range(len(begins)):
+        first, bits = np.uint64(begins[row]), np.uint64(0)
+        for i in range(np.uint64(counts[row])):
+            bits |= np.uint64(tokens[first + i])
+        if bits >= np.uint64(least):
+            return row
+    return -1
