@@ -100,7 +100,7 @@ def _prepare(arguments: list[str]) -> None:
 
     everything = {"options": [field.name for field in fields(PrepareConfig)]}
     (config,) = parse((PrepareConfig,), "bert-pretrain prepare", *given, groups=everything)
-    _, summary = prepare(config, progress=True)
+    _, summary = prepare(config, progress=sys.stderr.isatty())
     print(summary_table(summary))
 
 
@@ -127,7 +127,7 @@ def _train(arguments: list[str]) -> None:
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
     hub_logging.disable_propagation()  # it has a handler of its own, and would say everything twice
     config, training = _parse_training((PretrainConfig, TrainingArguments), given)
-    if training.disable_tqdm:
+    if training.disable_tqdm or not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own bars, of saving, too
     try:
         pretrain(config, training)

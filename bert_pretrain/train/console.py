@@ -6,7 +6,7 @@ train     80 7.1203   6.4310   6.4281      0.6900 (0.7100)     17,442
 eval      80 7.0020   6.3120   6.3300      0.7100 (0.7152)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,9 @@ COLUMNS = (
 
 
 class Lines:
-    """Logs -> lines. A heading comes first, and again when there are other columns."""
+    """Logs -> lines. A heading comes first, and again when a log has other columns."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.columns: tuple[Measure, ...] = ()
 
     def of(self, logs: Mapping[str, Any], step: int) -> list[str]:
@@ -98,28 +98,24 @@ def _duration(seconds: float) -> str:
 class LinesCallback(TrainerCallback):
     """Prints the lines, on the first rank alone."""
 
-    def __init__(self, write: Callable[[str], None] | None = None):
+    def __init__(self) -> None:
+        super().__init__()
         self.lines = Lines()
-        self.write = write or (lambda line: print(line, flush=True))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             for line in self.lines.of(logs, state.global_step):
                 self.write(line)
 
+    def write(self, line: str) -> None:
+        print(line, flush=True)
 
-class LinesAboveBar(ProgressCallback):
+
+class LinesAboveBar(LinesCallback, ProgressCallback):
     """Trainer's progress bar, with the lines above it instead of dictionaries."""
 
-    def __init__(self):
-        super().__init__()
-        self.printer = LinesCallback(self._write)
-
-    def _write(self, line: str) -> None:
-        if self.training_bar is not None:
-            self.training_bar.write(line)
+    def write(self, line: str) -> None:
+        if self.training_bar is None:
+            super().write(line)
         else:
-            print(line, flush=True)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.printer.on_log(args, state, control, logs=logs)
+            self.training_bar.write(line)

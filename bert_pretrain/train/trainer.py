@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,10 @@ class PretrainTrainer(SaysWhatFailed):
         self.add_callback(_LogsLastStep())
         self.meter = Meter(self.model, self.args.device, known_peak(self.args.device, config.peak_tflops))
         # a notebook has neither callback: Trainer shows a table of its own there
-        if self.pop_callback(PrinterCallback) is not None:
-            self.add_callback(LinesCallback())
-        elif self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LinesAboveBar())
+        bar, printer = self.pop_callback(ProgressCallback), self.pop_callback(PrinterCallback)
+        if bar is not None or printer is not None:
+            has_bar = bar is not None and sys.stderr.isatty()  # in a file a bar is debris
+            self.add_callback(LinesAboveBar() if has_bar else LinesCallback())
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 

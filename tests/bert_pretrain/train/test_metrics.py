@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_runs import history, make_folders, train, train_options
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.utils.logging import enable_progress_bar
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.train import metrics
@@ -279,12 +281,24 @@ def test_lines_are_aligned_and_say_their_units_once():
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])
-def test_a_run_prints_lines_and_no_dictionaries(folders, tmp_path, capsys, disable_tqdm):
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_run_prints_lines_and_no_dictionaries(folders, tmp_path, capsys, monkeypatch, disable_tqdm, is_terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     assert train(folders, tmp_path / "bert", disable_tqdm=disable_tqdm, max_steps=2) == 0
     shown = capsys.readouterr()
     lines = [line for line in shown.out.splitlines() if line.strip()]
     assert [re.split(r"\s+", line.strip())[0] for line in lines] == ["MLM", "step", "train", "train", "trained", "eval"]
-    assert "{" not in shown.out and ("2/2" in shown.err) == (not disable_tqdm)
+    assert "{" not in shown.out and ("2/2" in shown.err) == (is_terminal and not disable_tqdm)
+
+
+def test_a_redirected_log_holds_lines_alone(folders, tmp_path, capsys):
+    """No bar of Trainer's, of an evaluation or of a save leaves carriage returns or blank lines in a file."""
+    enable_progress_bar()  # as in a process where nothing has disabled it
+    saves = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    assert train(folders, tmp_path / "bert", disable_tqdm=False, max_steps=2, **saves) == 0
+    for shown in capsys.readouterr():
+        assert not set(shown) & {"\r", "\x1b", "█"} and "it/s" not in shown
+        assert all(line.strip() for line in shown.splitlines())
 
 
 def test_a_run_that_diverges_ends_and_spoils_no_checkpoint(folders, tmp_path, capsys):
