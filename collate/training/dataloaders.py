@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import TrainingArguments, default_data_collator
 from collate.collator import DataCollatorWithPacking
 from collate.columns import LABELS
 from collate.heads.check import CheckedCollator, check_inputs, embedding_sizes, refuse_text
+from collate.training.checkpoints import what_is_saved
 from collate.training.hooks import overrides_trainer
 from collate.training.order import (
     EMPTY_PACK,
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 USUAL_WIDTH = 768
 """The width of a model that does not say it; packs are dealt by cost."""
 
+KILLED = "DataLoader worker (pid"
+"""How torch's message of a killed worker begins."""
+
 
 @overrides_trainer
 class LoadsPacks(ResumesExactly):
@@ -43,6 +48,10 @@ class LoadsPacks(ResumesExactly):
     _train_order: Sampler | None = None
     _packed_info: PackedInfo | None = None
     _source: Any = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with names_killed_workers(self.args):
+            return super().train(*args, **kwargs)
 
     def _get_dataloader(
         self,
@@ -176,6 +185,21 @@ class LoadsPacks(ResumesExactly):
         if batches and len(batches) < num_batches:
             batches += [self._empty_batch] * (num_batches - len(batches))
         return batches, denominators
+
+
+@contextmanager
+def names_killed_workers(args: TrainingArguments) -> Iterator[None]:
+    """OSError in place of torch's RuntimeError: why a worker was killed, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(KILLED):
+            raise
+        raise OSError(
+            f"{' '.join(str(error).split()).rstrip('.')}: something outside ended it, most often because memory ran "
+            f"out; lower dataloader_num_workers={args.dataloader_num_workers} (with 0 this process makes the batches) "
+            f"or dataloader_prefetch_factor, and resume; {what_is_saved(args.output_dir)}"
+        ) from error
 
 
 def refuse_torn_steps(args: TrainingArguments, sequences_per_step: int) -> None:

@@ -24,6 +24,8 @@ from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids
 from collate.layout import PADDING
 from collate.losses import count_denominators
+from collate.training.dataloaders import LoadsPacks
+from collate.training.hooks import overrides_trainer
 from collate.training.progress import count_packs
 
 
@@ -160,3 +162,58 @@ class OwnLoss:
 def has_own_loss(model: nn.Module) -> bool:
     """Whether the model itself divides its loss by counts over the step, as PackedBertForPreTraining does."""
     return "denominators" in inspect.signature(model.forward).parameters and hasattr(model, "metrics")
+
+
+@overrides_trainer
+class TakesOwnLoss(LoadsPacks):
+    """Part of a Trainer that has a task: it computes the task's loss, or what an override makes of it."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """The task's loss, divided by the step's counts. Training and evaluation use an override, too."""
+        if isinstance(model, SeenModel):
+            denominators = None if num_items_in_batch is None else model.denominators
+            outputs, ranks = self.task(model.model, model.restored(inputs), denominators), model.ranks
+            model.output, model.is_counted = outputs, denominators is not None
+        else:
+            outputs, ranks = self.task(model, inputs, num_items_in_batch), self.accelerator.num_processes
+            self._train_sums.add(outputs.sums)
+        # DDP and FSDP average gradients over ranks, but the loss is already divided by all ranks' counts
+        loss = outputs.loss * ranks
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _override(self) -> Callable | None:
+        """A compute_loss other than this class's: a subclass's, or one that was set on this object; None: ours."""
+        is_own = getattr(self.compute_loss, "__func__", None) is TakesOwnLoss.compute_loss
+        return None if is_own else self.compute_loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        override = self._override
+        if override is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+            # the mean of nothing is no number; a model with a loss of its own knows what to do
+            if not isinstance(self.task, OwnLoss) and not has_sequences(inputs):
+                return TakesOwnLoss.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            seen = SeenModel(self.task, model, inputs, num_items_in_batch, self.accelerator.num_processes)
+            loss = loss_by(override, seen, type(self).__name__, self._passes_must_be_counted)
+            if seen.output is not None:
+                self._train_sums.add(seen.output.sums)
+            return loss
+
+        replaced = self.__dict__.get("compute_loss")
+        self.__dict__["compute_loss"] = compute_loss
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            del self.__dict__["compute_loss"]
+            if replaced is not None:
+                self.__dict__["compute_loss"] = replaced
+
+    @property
+    def _passes_must_be_counted(self) -> bool:
+        is_said = getattr(type(self), "loss_is_scaled_for_ga", None) is not None or not self.loss_is_scaled_for_ga
+        return self.args.gradient_accumulation_steps * self.args.world_size > 1 and not is_said

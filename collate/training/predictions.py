@@ -18,11 +18,10 @@ from transformers.trainer_utils import (
 
 from collate.columns import IGNORED
 from collate.heads import PerSequence
-from collate.training.dataloaders import LoadsPacks
+from collate.training.dataloaders import names_killed_workers
 from collate.training.hooks import overrides_trainer
-from collate.training.own_loss import SeenModel, has_sequences, loss_by
+from collate.training.own_loss import SeenModel, TakesOwnLoss, has_sequences, loss_by
 from collate.training.progress import RunningSums, count_sequences, drop_figures_of_rows
-from collate.training.workers import names_killed_workers
 
 
 class Predictions:
@@ -75,16 +74,11 @@ def _on_cpu(values: PerSequence) -> PerSequence:
 
 
 @overrides_trainer
-class EvaluatesSequences(LoadsPacks):
+class EvaluatesSequences(TakesOwnLoss):
     """Part of a Trainer that has a task: evaluation counts sequences, and predictions have one row per sequence."""
 
     _no_objective: set[str]
     """Metrics that hyperparameter search does not minimise."""
-
-    @property
-    def _override(self) -> Callable | None:
-        """A compute_loss of the user's own."""
-        raise NotImplementedError
 
     def evaluate(self, *args, **kwargs):
         with names_killed_workers(self.args):

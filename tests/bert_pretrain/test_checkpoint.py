@@ -232,7 +232,7 @@ def test_a_manifest_without_a_hash_of_its_own_was_written_before_there_was_one(t
     check_checkpoint(manifest.parent)
 
 
-@pytest.mark.parametrize("moment", ["sync", "_hash", "write_text", "rename"])
+@pytest.mark.parametrize("moment", ["sync", "checksum", "write_text", "rename"])
 def test_whenever_a_save_ends_early_the_last_checkpoint_stays(tmp_path, monkeypatch, moment):
     whole = write_checkpoint(tmp_path, 8)
 

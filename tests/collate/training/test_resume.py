@@ -333,8 +333,8 @@ def test_a_damaged_checkpoint_is_refused(options, copy_of_whole, tmp_path, capsy
 
 
 def test_each_file_of_a_checkpoint_is_read_once_to_check_it(options, copy_of_whole, monkeypatch):
-    read, check = [], checkpoints._hash
-    monkeypatch.setattr(checkpoints, "_hash", lambda path: read.append(path) or check(path))
+    read, check = [], checkpoints.checksum
+    monkeypatch.setattr(checkpoints, "checksum", lambda path: read.append(path) or check(path))
     assert train(options, copy_of_whole, max_steps=7) == 0  # no step is trained, and so none is saved
     newest = copy_of_whole / "checkpoint-7"
     assert sorted(read) == sorted(path for path in newest.iterdir() if path.name != "manifest.json")
@@ -388,7 +388,7 @@ def rewrite(checkpoint, change):
     file = checkpoint / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"][file.name] = {"bytes": file.stat().st_size, "xxh3_128": checkpoints._hash(file)}
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "xxh3_128": checkpoints.checksum(file)}
     checkpoints.write_manifest(checkpoint, manifest["files"])
 
 
@@ -622,7 +622,7 @@ def test_other_versions_are_said_and_a_record_without_contents_is_refused(tmp_pa
 @pytest.mark.parametrize("content", [b"", b'{"config": {', b"[]", b'{"config": 1}', b"\xff", b"[" * 100_000])
 def test_a_damaged_record_is_refused_by_name(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'run.json'))} is damaged \(.+\); remove it"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'run.json'))} is damaged \(.+\); delete it"):
         _check_record(tmp_path, {"config": {}})
 
 
