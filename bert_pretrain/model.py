@@ -94,7 +94,7 @@ class PackedBertForPreTraining(BertForPreTraining):
                 "attention_mask, which cannot tell sequences apart; with one per row pass the mask as sequence_ids"
             )
         objective, pair_label = _pair_label(pair_labels)
-        layout = PackLayout(sequence_ids)
+        layout = PackLayout.of(sequence_ids)
         assert self.bert.pooler is not None
         hidden_TD = self.encode(layout, input_ids, position_ids, token_type_ids)
         cls_token = self._cls_tokens(layout, cls_positions)
@@ -135,7 +135,7 @@ class PackedBertForPreTraining(BertForPreTraining):
             # A rank that ran out of packs must still take part in the step, with a gradient of 0 for every parameter.
             # BERT's layers cannot run on no token: run on one, and keep nothing of it.
             one = torch.zeros_like(input_ids[:1, :1])
-            return self.encode(PackLayout(one + 1), one)[:0]
+            return self.encode(PackLayout.of(one + 1), one)[:0]
         position_ids = layout.positions if position_ids is None else position_ids
         token_type_ids = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         embedded_1TD = self.bert.embeddings(

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from collate.columns import ANSWERS, HEADS_OF_SEQUENCES, HEADS_OF_TOKENS, IGNORED, LABELS, MADE_HERE
+from collate.columns import ANSWERS, BOOKKEEPING, HEADS_OF_SEQUENCES, HEADS_OF_TOKENS, IGNORED, LABELS, MADE_HERE
 from collate.isolation.arguments import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
 from collate.mask_rows import count_words, mask_rows, masking_rule
 from collate.masking import MaskingRule
-from collate.rows import FlatRows, Levels, pack_sequences, read_packed_rows, read_sequences
+from collate.rows import FlatRows, Levels, offsets_of, pack_sequences, read_packed_rows, read_sequences
 from packing import packed_info
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,6 @@ EVALUATION_EPOCH = -1
 
 CUT_SHARE = 0.05
 """Whole words that are cut hold at most this share of the tokens of a batch, or a warning says how many."""
-
-BOOKKEEPING = ("sequence_indices", "sequence_starts", "special_tokens_mask", "word_ids")
-"""Columns that the collator reads for itself; a model gets them only when `columns` names them."""
 
 
 class DataCollatorWithPacking:
@@ -228,7 +225,7 @@ class DataCollatorWithPacking:
         _check_choice("return_tensors", return_tensors)
         batch = self._arrays(self._read(rows))
         if self.emit in ("attention_mask", "attention_bias"):
-            layout = PackLayout(torch.from_numpy(batch["sequence_ids"]))
+            layout = PackLayout.of(torch.from_numpy(batch["sequence_ids"]))
             mask = layout.attention_mask if self.emit == "attention_mask" else layout.attention_bias()
             batch["attention_mask"] = mask.numpy()
         if return_tensors == "np":
@@ -236,13 +233,10 @@ class DataCollatorWithPacking:
         return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
 
     def _read(self, rows: Any) -> FlatRows:
-        columns = None if self.columns is None else list(self.columns)
-        if columns is not None:  # what the collator needs for itself it reads where it is
-            columns = list(dict.fromkeys([*columns, *(name for name in BOOKKEEPING if _has_column(rows, name))]))
         levels = replace(self._levels, named=None if self.token_columns is None else tuple(self.token_columns))
         if self.masking_rule is not None:  # which makes the labels that the model's task is about
             levels = replace(levels, labels=None)
-        flat = (read_packed_rows if self.unpacked_rows is None else read_sequences)(rows, levels, columns)
+        flat = (read_packed_rows if self.unpacked_rows is None else read_sequences)(rows, levels, self.columns)
         if not flat.num_rows:
             raise ValueError("the batch has no rows, so there is nothing to collate; give at least one")
         if self.unpacked_rows == "pack" and self.pad_to is not None:
@@ -284,12 +278,13 @@ class DataCollatorWithPacking:
 
     def _places(self, flat: FlatRows, tokens: "_Table", sequences: "_Table") -> dict[str, np.ndarray]:
         """Which sequence each token belongs to, its position there, and where each sequence begins."""
-        numbers = np.arange(flat.num_sequences) - np.repeat(_starts(flat.sequences_per_row), flat.sequences_per_row)
+        per_row = flat.sequences_per_row
+        numbers = np.arange(flat.num_sequences) - np.repeat(offsets_of(per_row)[:-1], per_row)
         sequence_of_token = np.repeat(np.arange(flat.num_sequences), flat.lengths)
         positions = np.arange(flat.num_tokens) - flat.offsets[sequence_of_token]
         start = self.position_ids_start or 0
         # a pack's first [CLS] stands at 0, the next where the first sequence ends
-        first_tokens = flat.offsets[:-1] - np.repeat(_starts(flat.tokens_per_row), flat.sequences_per_row)
+        first_tokens = flat.offsets[:-1] - np.repeat(offsets_of(flat.tokens_per_row)[:-1], per_row)
         return {
             "sequence_ids": tokens.place((numbers + 1).astype(np.int32)[sequence_of_token], PADDING),
             "position_ids": tokens.place(positions + start, start),
@@ -368,7 +363,7 @@ class _Table:
     """Where the values of each row go in a flattened (rows, width) table: counts [2, 1], width 3 -> slots [0, 1, 3]."""
 
     def __init__(self, counts: np.ndarray, width: int):
-        padding_before = np.arange(len(counts)) * width - _starts(counts)
+        padding_before = np.arange(len(counts)) * width - offsets_of(counts)[:-1]
         self.slots = np.arange(counts.sum()) + np.repeat(padding_before, counts)
         self.shape = (len(counts), width)
 
@@ -423,19 +418,5 @@ def _refuse_split_answers(flat: FlatRows) -> None:
         )
 
 
-def _has_column(rows: Any, name: str) -> bool:
-    if isinstance(rows, pa.Table):
-        return name in rows.column_names
-    if isinstance(rows, Mapping):
-        return name in rows
-    first: Any = next(iter(rows), {})
-    return name in (first.column_names if isinstance(first, pa.Table) else first)
-
-
 def _as_tensor_type(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
-
-
-def _starts(counts: np.ndarray) -> np.ndarray:
-    """[3, 2, 4] -> [0, 3, 5]"""
-    return counts.cumsum() - counts

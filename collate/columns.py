@@ -27,6 +27,8 @@ NO_WORD_ID = -1
 """The word id of [CLS] and its like, where a tokenizer has None."""
 MADE_HERE = ("sequence_ids", "position_ids", "cls_positions")
 """A column with one of these names would replace what the collator makes, and sequences would read each other."""
+BOOKKEEPING = ("sequence_indices", "sequence_starts", "special_tokens_mask", WORD_IDS)
+"""Columns that the collator reads for itself; a model gets them only when `columns` names them."""
 LABELS = ("labels", "label", "label_ids")
 ANSWERS = ("start_positions", "end_positions")
 """Columns that hold places in a sequence."""

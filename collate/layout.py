@@ -83,8 +83,7 @@ class PackLayout:
     @view
     def _is_start_BL(self) -> Tensor:
         """(B, L) bool: True on the first token of each sequence."""
-        previous_BL = torch.nn.functional.pad(self.sequence_ids_BL, (1, 0))[:, :-1]
-        return self.is_real_BL & (self.sequence_ids_BL != previous_BL)
+        return self.is_real_BL & is_start(self.sequence_ids_BL)
 
     @view
     def token_index(self) -> Tensor:
@@ -144,15 +143,8 @@ class PackLayout:
         """
         if size < 1:
             raise ValueError(f"chunks of {size} tokens; give a size of at least 1")
-        if size not in self._chunks:
-            self._chunks[size] = in_ordinary_mode(
-                lambda: cut_into_chunks(size, self.lengths, self.sequence_of_token, self.positions_T)
-            )
-        return self._chunks[size]
-
-    @view
-    def _chunks(self) -> dict[int, Chunks]:
-        return {}
+        token_views = self.lengths, self.sequence_of_token, self.positions_T
+        return self.derived(("chunks", size), lambda: cut_into_chunks(size, *token_views))
 
     def derived(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` returns, made once per key: for views of this layout that an attention head needs in each layer.
@@ -197,6 +189,12 @@ class PackLayout:
         """(T, …) -> (B, L, …): the inverse of `unpad`, zero on padding."""
         padded = x_T.new_zeros(self.sequence_ids_BL.numel(), *x_T.shape[1:])
         return padded.index_copy(0, self.token_index, x_T).unflatten(0, self.sequence_ids_BL.shape)
+
+
+def is_start(sequence_ids_BL: Tensor) -> Tensor:
+    """(B, L) bool: True where a sequence, or a stretch of padding, begins."""
+    changes = sequence_ids_BL[:, 1:] != sequence_ids_BL[:, :-1]
+    return torch.nn.functional.pad(changes, (1, 0), value=True)
 
 
 def holds_sequence(sequence_ids_BL: Tensor, slots: int) -> Tensor:

@@ -55,17 +55,11 @@ def mask_rows(rule: MaskingRule, flat: FlatRows, seed: int, epoch: int) -> tuple
     """(T,) input ids and (T,) labels, a function of (seed, epoch, sequence) alone.
 
     Rows without sequence_indices get masks by a hash of each sequence's tokens.
-    Raises ValueError for rows that have labels, and for ids outside the vocabulary.
+    Raises ValueError for rows that have labels; see also MaskingRule.
     """
     input_ids = flat.token_columns["input_ids"].astype(np.int64)
     if "labels" in flat.token_columns or "labels" in flat.sequence_columns:
         raise ValueError("the rows have labels, which masking would replace; set mlm_probability=None to keep them")
-    vocabulary = len(rule.is_special_V)
-    if len(input_ids) and not 0 <= input_ids.min() <= input_ids.max() < vocabulary:
-        raise ValueError(
-            f"token ids {input_ids.min()}..{input_ids.max()} exceed the tokenizer's vocabulary of {vocabulary}; "
-            "use the tokenizer that the dataset was made with"
-        )
     indices = flat.sequence_columns.get("sequence_indices")
     if indices is not None:
         keys = sequence_keys(seed, epoch, indices.astype(np.int64), flat.sequence_columns.get("sequence_starts"))

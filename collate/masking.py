@@ -204,8 +204,8 @@ class MaskingRule:
         vocabulary = len(self.is_special_V)
         if len(input_ids_T) and not 0 <= input_ids_T.min() <= input_ids_T.max() < vocabulary:
             raise ValueError(
-                f"token ids {input_ids_T.min()}..{input_ids_T.max()} exceed the vocabulary of {vocabulary}; "
-                "use the tokenizer that the sequences were made with"
+                f"token ids {input_ids_T.min()}..{input_ids_T.max()} exceed the tokenizer's vocabulary of "
+                f"{vocabulary}; use the tokenizer that the sequences were made with"
             )
         if self.has_token_V is not None and not self.has_token_V[input_ids_T].all():
             foreign = input_ids_T[~self.has_token_V[input_ids_T]][0]

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from collate.isolation.arguments import own_positions, position_ids_start
 from collate.isolation.encoders import SUPPORTED, is_a_decoder, obstacles, refuse_unfit
-from collate.isolation.handover import outermost
+from collate.isolation.handover import named_parameters, outermost
 from collate.isolation.hook import is_isolated
 from collate.isolation.masks import TAKES_SEQUENCE_IDS
 from collate.layout import PADDING
@@ -163,9 +161,8 @@ class _Probe:
         pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
         self.name = type(model if pretrained is None else pretrained).__name__
         self.config: Any = getattr(model if pretrained is None else pretrained, "config", None)
-        self.arguments = _arguments(model)
-        if pretrained is not None:  # task models hand keywords down
-            self.arguments |= _arguments(pretrained) | _arguments(pretrained.base_model)
+        inside = [] if pretrained is None else [pretrained, pretrained.base_model]  # task models hand keywords down
+        self.arguments = {name for module in (model, *inside) for name in named_parameters(module)}
         if "input_ids" not in self.arguments:
             raise ValueError(
                 f"{self.name} takes no input_ids, only {sorted(self.arguments)}; check_isolation needs tokens"
@@ -227,10 +224,10 @@ class _Probe:
         tap, of_encoder = _Tap(sequence_ids, hold), {}
         with contextlib.ExitStack() as hooks:
             if self.first_layer is not None:
-                hooks.enter_context(_removed(self.first_layer.register_forward_pre_hook(tap, with_kwargs=True)))
+                hooks.enter_context(self.first_layer.register_forward_pre_hook(tap, with_kwargs=True))
             if self.encoder is not None:  # a classifier's own output has nothing per token
                 keep = lambda _module, _args, result: of_encoder.update(_named(result, "encoder."))  # noqa: E731
-                hooks.enter_context(_removed(self.encoder.register_forward_hook(keep)))
+                hooks.enter_context(self.encoder.register_forward_hook(keep))
             result = self._call(arguments)
         run = _Run(sequence_ids, of_encoder | _named(result), tap.embedded)
         if not run.hidden:
@@ -295,8 +292,7 @@ class _Probe:
 
     @property
     def _device(self) -> torch.device:
-        source = getattr(self, "model", None)
-        return next((p.device for p in source.parameters()), torch.device("cpu")) if source else torch.device("cpu")
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     @property
     def start(self) -> int:
@@ -403,15 +399,6 @@ def _named(result: Any, prefix: str = "") -> dict[str, Tensor]:
     return {f"{prefix}{name}": value for name, value in floats.items()}
 
 
-@contextlib.contextmanager
-def _removed(hook: RemovableHandle) -> Iterator[None]:
-    """Take a hook away at the end."""
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def _slots_of(hidden: Tensor, mine: Tensor, sequence_ids: Tensor) -> Tensor:
     """(1, L) or, for a model that runs on real tokens only, (1, T)."""
     return mine if hidden.shape[1] == mine.shape[1] else mine[sequence_ids != PADDING][None]
@@ -425,11 +412,6 @@ def _relative(value: Tensor, reference: Tensor) -> float:
 
 def _worst(changes: Sequence[float | None]) -> float | None:
     return max((change for change in changes if change is not None), default=None)
-
-
-def _arguments(module: nn.Module) -> set[str]:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def _windows(config: Any) -> Iterator[int]:

@@ -6,13 +6,15 @@ Arrow tables. Arrow needs no copy row by row, and is five times as fast as lists
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from collate.columns import (
     ANSWERS,
+    BOOKKEEPING,
     INPUT_IDS,
     LABELS,
     LENGTHS,
@@ -56,19 +58,22 @@ class FlatRows:
     def num_sequences(self) -> int:
         return len(self.lengths)
 
-    @property
+    @cached_property
     def offsets(self) -> np.ndarray:
         """(N + 1,) where each sequence begins among the T tokens, and T."""
-        return np.concatenate([[0], self.lengths.cumsum()])
+        return offsets_of(self.lengths)
 
     @property
     def tokens_per_row(self) -> np.ndarray:
-        ends = np.concatenate([[0], self.lengths.cumsum()])[np.concatenate([[0], self.sequences_per_row.cumsum()])]
-        return np.diff(ends)
+        return np.diff(self.offsets[offsets_of(self.sequences_per_row)])
 
 
-@dataclass(frozen=True, eq=False)
-class Column:
+def offsets_of(counts: np.ndarray) -> np.ndarray:
+    """[3, 2, 4] -> [0, 3, 5, 9]"""
+    return np.concatenate([[0], counts.cumsum()])
+
+
+class Column(NamedTuple):
     """values: (values, …) of all rows; counts: (rows,) how many each row has; None: each row is one value, no list."""
 
     values: np.ndarray
@@ -117,13 +122,12 @@ class Levels:
 def read_packed_rows(rows: Any, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
     """Rows of pack_dataset.
 
-    columns: which to read beside the lengths; None: all that hold numbers.
+    columns: which to read beside the lengths, and BOOKKEEPING; None: all that hold numbers.
     """
     read = _Reader(rows, columns)
     lengths, per_row = read.lists(LENGTHS)
     token_ids, counts = read.lists(INPUT_IDS)
-    row_of_sequence = np.repeat(np.arange(len(per_row)), per_row)
-    tokens_per_row = np.bincount(row_of_sequence, lengths, len(per_row)).astype(np.int64)
+    tokens_per_row = np.diff(offsets_of(lengths)[offsets_of(per_row)])
     if len(lengths) and lengths.min() < 1:
         raise ValueError("a sequence of the batch has length 0; every sequence needs at least one token")
     _check_counts(INPUT_IDS, counts, tokens_per_row, "tokens")
@@ -153,8 +157,10 @@ def read_sequences(rows: Any, levels: Levels, columns: Sequence[str] | None) -> 
     Raises ValueError for lists as long as the tokens in rows of one length, if neither `levels` nor an earlier batch
     tells what they belong to.
     """
-    if isinstance(rows, Sequence) and any(_is_empty_pack(row) for row in rows):
-        return _with_empty_rows(rows, levels, columns)
+    is_empty = [_is_empty_pack(row) for row in rows] if isinstance(rows, Sequence) else []
+    if any(is_empty):
+        real = [row for row, empty in zip(rows, is_empty, strict=True) if not empty]
+        return replace(read_sequences(real, levels, columns), sequences_per_row=(~np.array(is_empty)).astype(np.int64))
     read = _Reader(rows, columns, needed=(INPUT_IDS,))
     if LENGTHS in read.names:
         raise ValueError("the rows are packed: they have sequence_lengths; leave unpacked_rows out")
@@ -211,15 +217,6 @@ def _is_empty_pack(row: Any) -> bool:
     return isinstance(row, Mapping) and LENGTHS in row and not len(row[LENGTHS])
 
 
-def _with_empty_rows(rows: Any, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
-    """Unpacked rows, some of them empty packs."""
-    is_empty = np.array([_is_empty_pack(row) for row in rows])
-    if is_empty.all():
-        return FlatRows(np.zeros(len(rows), np.int64), np.zeros(0, np.int64), {INPUT_IDS: np.zeros(0, np.int64)}, {})
-    real = [row for row, empty in zip(rows, is_empty, strict=True) if not empty]
-    return replace(read_sequences(real, levels, columns), sequences_per_row=(~is_empty).astype(np.int64))
-
-
 def pack_sequences(flat: FlatRows, max_sequence_length: int, max_sequences_per_pack: int | None) -> FlatRows:
     """The sequences of a batch in as few rows as longest-pack-first needs.
 
@@ -238,8 +235,7 @@ def pack_sequences(flat: FlatRows, max_sequence_length: int, max_sequences_per_p
     assignment = assign(plan, flat.lengths, num_threads=1)
     order = assignment.sequence_indices.astype(np.int64)
     lengths = flat.lengths[order]
-    first = np.repeat(flat.offsets[:-1][order] - (lengths.cumsum() - lengths), lengths)
-    token = first + np.arange(len(first))
+    token = np.repeat(flat.offsets[order] - offsets_of(lengths)[:-1], lengths) + np.arange(flat.num_tokens)
     return FlatRows(
         np.diff(assignment.pack_offsets).astype(np.int64),
         lengths,
@@ -267,9 +263,9 @@ class _Reader:
                 raise ValueError(f"columns names {name!r}, which is not among {sorted(self.names)}")
 
     def others(self) -> list[str]:
-        """The names of the columns to pass on."""
-        names = self.names if self.wanted is None else self.wanted
-        return [name for name in names if name not in (INPUT_IDS, LENGTHS, MASK)]
+        """The names of the columns to read besides; of BOOKKEEPING those that there are."""
+        names = self.names if self.wanted is None else dict.fromkeys([*self.wanted, *BOOKKEEPING])
+        return [name for name in names if name in self.names and name not in (INPUT_IDS, LENGTHS, MASK)]
 
     def column(self, name: str) -> Column | None:
         """None: it holds no numbers, such as text."""
@@ -387,12 +383,11 @@ def _is_token_level(
     return per_token
 
 
-def _check_counts(name: str, counts: np.ndarray | None, expected: np.ndarray, what: str) -> None:
-    if counts is None or not np.array_equal(counts, expected):
-        row = 0 if counts is None else int(np.argmax(counts != expected))
-        found = "one value" if counts is None else f"{counts[row]} values"
+def _check_counts(name: str, counts: np.ndarray, expected: np.ndarray, what: str) -> None:
+    if not np.array_equal(counts, expected):
+        row = int(np.argmax(counts != expected))
         raise ValueError(
-            f"row {row} of the batch has {found} in {name!r} but {expected[row]} {what} by its "
+            f"row {row} of the batch has {counts[row]} values in {name!r} but {expected[row]} {what} by its "
             f"{'sequence_lengths' if what == 'sequences' else 'lengths'}; leave the column out with columns=[…]"
             + (", or remove it from the dataset" if name in TOKEN_LEVEL else "")
         )

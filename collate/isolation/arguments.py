@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from collate.layout import PADDING
+from collate.layout import PADDING, is_start
 
 STARTS_AFTER_PADDING_IDX = (
     *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"),
@@ -29,12 +29,6 @@ def own_positions(sequence_ids_BL: Tensor) -> Tensor:
     slots = torch.arange(sequence_ids_BL.shape[1], device=sequence_ids_BL.device).expand(sequence_ids_BL.shape)
     first = torch.where(is_start(sequence_ids_BL), slots, 0).cummax(dim=1).values
     return torch.where(sequence_ids_BL == PADDING, 0, slots - first)
-
-
-def is_start(sequence_ids_BL: Tensor) -> Tensor:
-    """(B, L) bool: True where a sequence, or a stretch of padding, begins."""
-    changes = sequence_ids_BL[:, 1:] != sequence_ids_BL[:, :-1]
-    return torch.nn.functional.pad(changes, (1, 0), value=True)
 
 
 def refuse_contradictions(encoder_name: str, arguments: dict) -> None:

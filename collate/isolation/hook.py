@@ -57,7 +57,7 @@ class IsolateSequences:
         if sequence_ids.device.type == "cpu":
             refuse_early_positions(sequence_ids, position_ids, start)
         elif not self.has_checked:
-            PackLayout(sequence_ids.cpu())
+            PackLayout.of(sequence_ids.cpu())  # checks the ids
             refuse_early_positions(sequence_ids, position_ids, start)
         self.has_checked = True
         return layout

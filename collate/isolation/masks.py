@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from collate.isolation.arguments import is_start
 from collate.isolation.lazy_mask import LazyMask
-from collate.layout import PackLayout
+from collate.layout import PackLayout, is_start
 
 TAKES_SEQUENCE_IDS = frozenset({"packed_attention"})
 """Attention implementations that get `sequence_ids` instead of a mask: see bert_pretrain.attention."""

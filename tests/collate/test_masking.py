@@ -564,7 +564,7 @@ def test_bad_options_are_refused(options, message):
 @pytest.mark.parametrize(
     ("batch", "options", "message"),
     [
-        ({"input_ids_T": [2, 60, 3]}, {}, "token ids 2..60 exceed the vocabulary of 60"),
+        ({"input_ids_T": [2, 60, 3]}, {}, "token ids 2..60 exceed the tokenizer's vocabulary of 60"),
         ({"input_ids_T": [2, -1, 3]}, {}, "token ids -1..3"),
         ({"offsets": [0, 2]}, {}, "offsets must ascend from 0 to the 3 tokens"),
         ({"offsets": [0, 4, 3]}, {}, "offsets must ascend"),

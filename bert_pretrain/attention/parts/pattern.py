@@ -258,7 +258,8 @@ def _split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
 
 def in_one_row(lengths: Tensor) -> PackLayout:
     """Sequences of these lengths (N,), one after the other."""
-    return PackLayout(torch.repeat_interleave(torch.arange(1, len(lengths) + 1, device=lengths.device), lengths)[None])
+    numbers = torch.arange(1, len(lengths) + 1, device=lengths.device)
+    return PackLayout.of(torch.repeat_interleave(numbers, lengths)[None])
 
 
 # Softmax over a part of what a query sees, to be joined with other parts
