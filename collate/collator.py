@@ -17,8 +17,9 @@ from collate.isolation.arguments import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
 from collate.mask_rows import count_words, mask_rows, masking_rule
 from collate.masking import MaskingRule
-from collate.rows import FlatRows, Levels, offsets_of, pack_sequences, read_packed_rows, read_sequences
+from collate.rows import FlatRows, Levels, pack_sequences, read_packed_rows, read_sequences
 from packing import packed_info
+from packing.histogram import offsets_of
 
 logger = logging.getLogger(__name__)
 

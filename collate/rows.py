@@ -25,6 +25,7 @@ from collate.columns import (
     WORD_IDS,
 )
 from packing import assign, length_histogram, plan_packs
+from packing.histogram import offsets_of
 from packing.source.token_column import chosen_rows, is_list, list_lengths
 
 ADVICE = (
@@ -66,11 +67,6 @@ class FlatRows:
     @property
     def tokens_per_row(self) -> np.ndarray:
         return np.diff(self.offsets[offsets_of(self.sequences_per_row)])
-
-
-def offsets_of(counts: np.ndarray) -> np.ndarray:
-    """[3, 2, 4] -> [0, 3, 5, 9]"""
-    return np.concatenate([[0], counts.cumsum()])
 
 
 class Column(NamedTuple):

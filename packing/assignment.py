@@ -26,7 +26,7 @@ from packing.draws import (
     shuffle_buckets,
 )
 from packing.files.errors import whole_number
-from packing.histogram import as_lengths, check_lengths
+from packing.histogram import as_lengths, check_lengths, offsets_of
 from packing.numba_tools import njit, prefetch
 from packing.plan import PackPlan
 
@@ -106,8 +106,8 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
         # What counts sequences is uint32 while that suffices: tables that are looked up at random stay in the cache.
         index_type = _index_type(len(lengths) + len(plan.repeats))
         num_packs = plan.num_packs
-        shared_starts = _starts(np.where(is_lone, 0, counts.sum(0)))
-        lone_starts = _starts(np.where(is_lone, counts.sum(0), 0))
+        shared_starts = offsets_of(np.where(is_lone, 0, counts.sum(0)))
+        lone_starts = offsets_of(np.where(is_lone, counts.sum(0), 0))
         # [ | packs: sequences of lone lengths, then the other strategies | sequences of shared lengths]
         # The first two parts become pack_offsets, while the last is read.
         work = np.empty(1 + num_packs + shared_starts[-1], index_type)
@@ -117,7 +117,7 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
         starts = np.where(is_lone, 1 + lone_starts[:-1], 1 + num_packs + shared_starts[:-1])
         _sort_by_length(lengths, (starts + _before(counts)).astype(_index_type(len(work))), work, team)
         _shuffle_lengths(by_length, shared_starts, sequence_indices, key, team)
-        strategy_starts = lone_starts[-1] + _starts(_shared_repeats(plan, is_lone))
+        strategy_starts = lone_starts[-1] + offsets_of(_shared_repeats(plan, is_lone))
         _shuffle_packs(packs, strategy_starts, sequence_indices, np.uint64(make_key(key, NO_LENGTH)), team)
         _fill_packs(plan, is_lone, work[: 1 + num_packs], by_length, sequence_indices, team)
         del packs, by_length  # views of what is cut off now
@@ -194,11 +194,6 @@ def _shared_repeats(plan: PackPlan, is_lone: np.ndarray) -> np.ndarray:
     return np.where(is_lone[plan.strategy_lengths[plan.strategy_offsets[:-1]]], 0, plan.repeats)
 
 
-def _starts(counts: np.ndarray) -> np.ndarray:
-    """[2, 0, 3] -> [0, 2, 2, 5]"""
-    return np.concatenate([[0], np.cumsum(counts)])
-
-
 def _before(counts: np.ndarray) -> np.ndarray:
     """(threads, n) how many the parts before each part have: [[1, 2], [5, 5]] -> [[0, 0], [1, 2]]"""
     return np.cumsum(counts, axis=0) - counts
@@ -228,7 +223,7 @@ def _shuffle_packs(
     parts = team.parts(len(packs))
     counts = np.zeros((team.size, BUCKETS), np.int64)
     team.run(count_buckets, [(a, b, key, counts[i]) for i, (a, b) in enumerate(parts)])
-    starts = _starts(counts.sum(0))
+    starts = offsets_of(counts.sum(0))
     free = starts[:-1] + _before(counts)
     dealt = [(packs[a:b], a, strategy_starts, key, free[i], scratch) for i, (a, b) in enumerate(parts)]
     team.run(_deal_packs, dealt)
@@ -274,7 +269,7 @@ def _slot_starts(plan: PackPlan, repeats: np.ndarray) -> np.ndarray:
     """
     by_length = np.argsort(plan.strategy_lengths, kind="stable")
     starts = np.empty(len(by_length), np.int64)
-    starts[by_length] = _starts(np.repeat(repeats, plan.depths)[by_length])[:-1]
+    starts[by_length] = offsets_of(np.repeat(repeats, plan.depths)[by_length])[:-1]
     return starts
 
 

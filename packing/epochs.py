@@ -13,6 +13,7 @@ import pyarrow as pa
 from packing.assignment import Assignment, assign, checked_seed
 from packing.balance import balance_packs
 from packing.draws import make_key
+from packing.histogram import offsets_of
 from packing.plan import PackPlan
 from packing.source.token_column import (
     TokenColumn,
@@ -73,7 +74,7 @@ class EpochPacks:
             raise ValueError("the packed dataset has no rows, so there is nothing to re-assign")
         table, rows = packed.data, chosen_rows(packed)
         depths = list_lengths(table.column(LENGTHS), rows)
-        self._pack_offsets = _offsets(depths)  # (packs + 1,) among the sequences, in their stored order
+        self._pack_offsets = offsets_of(depths)  # (packs + 1,) among the sequences, in their stored order
         if not depths.all():
             raise ValueError(f"row {int(np.argmin(depths))} of the packed dataset holds no sequence; leave it out")
         stored = read_token_column(LENGTHS, table.column(LENGTHS), rows)
@@ -83,7 +84,7 @@ class EpochPacks:
             raise ValueError(
                 f"the packed dataset has a sequence of length {self.lengths.min()}; lengths are at least 1"
             )
-        self._token_offsets = _offsets(self.lengths)
+        self._token_offsets = offsets_of(self.lengths)
         tokens = np.diff(self._token_offsets[self._pack_offsets])
         self._columns: dict[str, tuple[TokenColumn, pa.DataType]] = {}
         for name in table.column_names:
@@ -167,7 +168,7 @@ class EpochPacks:
         packs = packs % len(self)
         assignment = self.assignment
         begins = assignment.pack_offsets[packs].astype(np.int64)
-        per_pack = _offsets(assignment.pack_offsets[packs + 1].astype(np.int64) - begins)
+        per_pack = offsets_of(assignment.pack_offsets[packs + 1].astype(np.int64) - begins)
         places = np.repeat(begins - per_pack[:-1], np.diff(per_pack)) + np.arange(per_pack[-1])
         return self.table(assignment.sequence_indices[places].astype(np.int64), per_pack)
 
@@ -176,7 +177,7 @@ class EpochPacks:
         rows = np.searchsorted(self._pack_offsets, sequences, side="right") - 1
         first = self._pack_offsets[rows]
         lengths = self.lengths[sequences].astype(np.int64)
-        of_tokens = lengths, self._token_offsets[sequences] - self._token_offsets[first], _offsets(lengths)[per_pack]
+        of_tokens = lengths, self._token_offsets[sequences] - self._token_offsets[first], offsets_of(lengths)[per_pack]
         of_sequences = np.ones_like(sequences), sequences - first, per_pack
         arrays = {}
         for name, (column, type_) in self._columns.items():
@@ -208,11 +209,6 @@ class _SharedNumber:
         return _SharedNumber, (0, self._memory) if is_starting else (self.value,)
 
 
-def _offsets(counts: np.ndarray) -> np.ndarray:
-    """[3, 2] -> [0, 3, 5]"""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
 def _check_counts(name: str, found: np.ndarray, expected: np.ndarray, is_token_level: bool) -> None:
     if not np.array_equal(found, expected):
         row = int(np.argmax(found != expected))
@@ -239,6 +235,6 @@ def _strategies(lengths: np.ndarray, pack_offsets: np.ndarray) -> tuple[np.ndarr
         group[longer] = groups + number
         groups += len(alike)
     _, example, repeats = np.unique(group, return_index=True, return_counts=True)
-    offsets = _offsets(depths[example])
+    offsets = offsets_of(depths[example])
     slots = np.repeat(pack_offsets[example] - offsets[:-1], depths[example]) + np.arange(offsets[-1])
     return ascending[slots], offsets, repeats

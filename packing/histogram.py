@@ -1,4 +1,4 @@
-"""Lengths -> histogram: how many sequences have each length."""
+"""Lengths -> histogram, how many sequences have each length; and lengths -> offsets, where each one begins."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def length_histogram(lengths: ArrayLike, max_sequence_length: int | None = None)
     for first in range(0, len(lengths), BLOCK):  # bincount makes int64 of all that it is given
         histogram += np.bincount(lengths[first : first + BLOCK], minlength=max_sequence_length + 1)
     return histogram
+
+
+def offsets_of(counts: ArrayLike) -> np.ndarray:
+    """(n + 1,) int64, where each part begins and the last one ends: [2, 0, 3] -> [0, 2, 2, 5]"""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
 def as_lengths(lengths: ArrayLike) -> np.ndarray:

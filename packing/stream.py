@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from datasets.features.features import encode_nested_example
 
 from packing.files.errors import SourceError, whole_number
+from packing.histogram import offsets_of
 from packing.options import PackOptions
 from packing.source.exact import REFUSALS, NotHeldError, exact_array
 from packing.source.rows import ATTENTION_MASK, INPUT_IDS, read_source
@@ -401,7 +402,7 @@ def _truncated(table: pa.Table, source, longest: int, names: Sequence[str], clos
 
 
 def _lists(counts: np.ndarray, values: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)), values)
+    return pa.ListArray.from_arrays(pa.array(offsets_of(counts).astype(np.int32)), values)
 
 
 def _plan(rows: datasets.Dataset, options: PackOptions) -> Packing:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from bert_pretrain.objective import NO_PAIR, OBJECTIVES
 from bert_pretrain.prepare.sequences import BuiltSequence, sequences_of
-from bert_pretrain.prepare.tokens import TokenDocuments, offsets_of, open_tokens
+from bert_pretrain.prepare.tokens import TokenDocuments, open_tokens
 from packing.files.processes import Workers
+from packing.histogram import offsets_of
 from packing.store.dataset_files import write_dataset
 
 TOKENS_PER_TASK = 1 << 18

@@ -17,7 +17,8 @@ import numpy as np
 
 from bert_pretrain.places import find_pretrained
 from bert_pretrain.prepare.documents import Document
-from bert_pretrain.prepare.tokens import TokenDocuments, offsets_of
+from bert_pretrain.prepare.tokens import TokenDocuments
+from packing.histogram import offsets_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from packing.histogram import offsets_of
+
 
 @dataclass(frozen=True, eq=False)
 class TokenDocuments:
@@ -70,8 +72,3 @@ def open_tokens(folder: Path) -> TokenDocuments:
         *(mapped("tokens", np.int32), mapped("sentence_offsets", np.int64), mapped("document_offsets", np.int64)),
         *np.fromfile(folder / "counts", np.int64).tolist(),
     )
-
-
-def offsets_of(lengths: np.ndarray | list[int]) -> np.ndarray:
-    """[2, 1, 3] -> [0, 2, 3, 6], int64."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import xxhash
 from numba import config
 
+from packing.histogram import offsets_of
 from packing.source.source_files import SourceFiles
 from packing.source.token_column import TokenColumn, Values, chosen_rows, is_list, open_token_column
 
@@ -170,7 +171,7 @@ def _add_tokens(hasher: _Hasher, column: TokenColumn, rows: np.ndarray) -> None:
 
 def _token_batches(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
     """Rows first..end with GATHERED_TOKENS together, or one row with more."""
-    before, first = np.concatenate([[0], np.cumsum(lengths)]), 0
+    before, first = offsets_of(lengths), 0
     while first < len(lengths):
         end = int(np.searchsorted(before, before[first] + GATHERED_TOKENS, side="right")) - 1
         end = max(end, first + 1)

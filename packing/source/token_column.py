@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from packing.files.errors import SourceError
+from packing.histogram import offsets_of
 from packing.numba_tools import njit, prefetch
 
 BLOCK_ROWS = 1 << 18  # rows looked at together, where all are; memory follows this and not their number
@@ -241,16 +242,11 @@ def open_token_column(
     else:
         list_size, width = 0, pa.int64() if pa.types.is_large_list(column.type) else pa.int32()
         offsets, offset_shifts = _flat_view([chunk.offsets for chunk in chunks], width)
-    chunk_rows = _starts([len(chunk) for chunk in chunks])
+    chunk_rows = offsets_of([len(chunk) for chunk in chunks])
     counts = np.array([len(child) for child in children], np.int64)
     return TokenColumn(
         name, tokens, value_type, rows, chunk_rows, token_shifts, counts, offsets, offset_shifts, list_size
     )
-
-
-def _starts(counts: list[int]) -> np.ndarray:
-    """[3, 2] -> [0, 3, 5]"""
-    return np.concatenate([[0], np.cumsum(np.array(counts, np.int64))]).astype(np.int64)
 
 
 def list_array(offsets: np.ndarray, values: pa.Array, type_: pa.DataType) -> pa.Array:
@@ -277,7 +273,7 @@ class Values:
 
     @classmethod
     def of(cls, chunks: list[pa.Array], type_: pa.DataType) -> Values:
-        return cls(chunks, _starts([len(chunk) for chunk in chunks]), type_)
+        return cls(chunks, offsets_of([len(chunk) for chunk in chunks]), type_)
 
     def take(self, indices: np.ndarray) -> pa.Array:
         """The values at these indices as one array, at a cost that follows the indices and not the column.

@@ -29,6 +29,7 @@ import pyarrow as pa
 from packing.files.hashed import checksum, write_file
 from packing.files.metadata import build, read_json
 from packing.files.paths import RemotePath, place
+from packing.histogram import offsets_of
 from packing.source.rows import SourceColumns
 from packing.source.sequences import PackSlice
 from packing.source.token_column import list_array
@@ -95,7 +96,7 @@ def gather_packs(
     rows, lengths = packs.rows.astype(np.int64, copy=False), packs.lengths.astype(np.int64)
     begins = 0 if packs.begins is None else packs.begins.astype(np.int64)
     lasts = (begins + lengths if packs.ends is None else packs.ends) - 1
-    token_offsets = np.concatenate([[0], np.cumsum(lengths)])[packs.pack_offsets].astype(np.int64)
+    token_offsets = offsets_of(lengths)[packs.pack_offsets]
     per_pack = packs.pack_offsets.astype(np.int32)
     packed = {
         "sequence_lengths": (per_pack, pa.array(packs.lengths.astype(np.int32, copy=False))),

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from packing.files.saved import schema_features
+from packing.histogram import offsets_of
 from packing.numba_tools import njit
 from packing.source.rows import INPUT_IDS, Source
 from packing.source.token_column import NULLABLE, TokenColumn, is_list, open_token_column
@@ -113,9 +114,9 @@ class PackCheck:
         sound = self._without_nulls(block, columns, found)
         depths, first = found[LENGTHS][1], found[LENGTHS][0][0]
         lengths = columns[LENGTHS].numbers()[first : first + depths.sum()].astype(np.int64)
-        per_pack, local_packs = _offsets(depths), np.repeat(local, depths)
+        per_pack, local_packs = offsets_of(depths), np.repeat(local, depths)
         slots = np.arange(len(lengths)) - per_pack[local_packs]
-        ends = _offsets(lengths)
+        ends = offsets_of(lengths)
         tokens = ends[per_pack[1:]] - ends[per_pack[:-1]]
         self.packs, self.sequences = self.packs + len(depths), self.sequences + len(lengths)
         self.tokens, self.deepest = self.tokens + int(tokens.sum()), max(self.deepest, int(depths.max()))
@@ -298,11 +299,6 @@ class PackCheck:
 
 def _at(block: Block, local_pack: int) -> dict:
     return {"file": block.file, "pack": block.first + int(local_pack)}
-
-
-def _offsets(counts: np.ndarray) -> np.ndarray:
-    """[3, 2] -> [0, 3, 5]"""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 @njit(cache=True, nogil=True)

@@ -14,7 +14,8 @@ from bert_pretrain.prepare.documents import (
     no_text,
 )
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
-from bert_pretrain.prepare.tokens import TokenDocuments, offsets_of
+from bert_pretrain.prepare.tokens import TokenDocuments
+from packing.histogram import offsets_of
 from packing.source.text import describe, text_tokenizer
 from packing.source.text_files import check_documents, find_blocks
 
