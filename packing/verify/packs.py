@@ -194,7 +194,7 @@ class PackCheck:
             missing = np.asarray(lists.is_null())
             if name in self._needed and name not in NULLABLE and lists.values.null_count:
                 begins, counts = found[name]
-                before = np.concatenate([[0], np.cumsum(np.asarray(lists.values.is_null()))])
+                before = offsets_of(np.asarray(lists.values.is_null()))
                 # begins count in lists.values, which begins where the column's own view does
                 missing |= before[begins + counts] > before[begins]
             sound &= ~missing
