@@ -19,6 +19,7 @@ from collate.mask_rows import count_words, mask_rows, masking_rule
 from collate.masking import MaskingRule
 from collate.rows import FlatRows, Levels, pack_sequences, read_packed_rows, read_sequences
 from packing import packed_info
+from packing.files.errors import whole_number
 from packing.histogram import offsets_of
 
 logger = logging.getLogger(__name__)
@@ -51,44 +52,36 @@ class DataCollatorWithPacking:
         mlm_probability: share of each sequence's tokens to predict. None: no masking; the rows' own `labels` pass.
         masking: "exact" (BERT's count per sequence), "independent" or "span"; see `collate.masking`.
         pad_to: L, the token slots per pack. None: the longest pack of the batch, until `for_dataset` sets it.
-        emit: how a batch says which tokens belong together. Each has `sequence_ids` (B, L) int32, 65 KB at 32 x 512:
-            for PackedBertForPreTraining and for models that `isolate_sequences` has prepared. For others there is more:
+        emit: how a batch says which tokens belong together. `sequence_ids` (B, L) is always there; it is enough for
+            PackedBertForPreTraining, and for models that `isolate_sequences` has prepared. For other models, besides:
             "attention_mask"    (B, 1, L, L) bool, True = attend; right for sdpa only
-            "attention_bias"    the same as floats that are added, under the key `attention_mask`; right for eager, too
+            "attention_bias"    the same as floats to add, under the key `attention_mask`; right for eager, too
             "flash"             no padding, one row (1, T), with transformers' cu_seq_lens_q/k and max_length_q/k
             Neither mask is right for sliding windows.
-        position_ids_start: the first position of each sequence. None: that of `model`, or else 0. RoBERTa and its
-            relatives start at padding_idx + 1.
+        position_ids_start: the first position of each sequence; None: that of `model`, or else 0.
         seed: of the masks.
         max_sequences_per_pack: S, the sequence slots per pack. None: the deepest pack of the batch, or `for_dataset`.
-        model: gives its position_ids_start, and the kind of its labels. PackedTrainer gives its own model.
+        model: gives its first position, and the kind of its labels. PackedTrainer gives its own model.
         unpacked_rows: for rows that hold one sequence each, as a tokenizer makes them. "keep" gives each a row of its
-            own; "pack" packs each batch into rows of pad_to tokens. None: rows are packed, and others are refused.
-        columns: which columns to pass on. None: all that hold numbers, except BOOKKEEPING. A column with a value per
-            token becomes (B, L), one with a value per sequence (B, S). Without masking, `label` and `label_ids` become
-            `labels`, as in transformers' collators.
-        token_columns: those with a value per token. None: `for_dataset` knows them, and the model's task the labels'
-            kind. Otherwise the number of values tells. Rows of one length do not tell: they are refused until a batch
-            of several lengths has told.
-        mask_replace_prob, random_replace_prob, whole_word_mask: as in DataCollatorForLanguageModeling. The rows'
-            `word_ids` tell whole words (None or negative: in no word), or else the vocabulary's pieces (##, ▁ or Ġ).
-            A word longer than its sequence's budget is masked token by token; `count_words` counts them.
+            own; "pack" packs each batch into rows of pad_to tokens. None: the rows are packed.
+        columns: which columns to pass on. None: all that hold numbers, except BOOKKEEPING. Without masking, `label`
+            and `label_ids` become `labels`, as in transformers' collators.
+        token_columns: those with a value per token. None: the dataset tells, the model's task, or the number of values.
+        mask_replace_prob, random_replace_prob: as in DataCollatorForLanguageModeling.
+        whole_word_mask: choose whole words. The rows' `word_ids` tell them (None or negative: in no word), or else the
+            vocabulary's pieces. A word longer than its sequence's budget is masked token by token; see `count_words`.
         max_predictions_per_sequence: predict at most so many tokens of a sequence; None: no limit.
         pad_to_multiple_of: rounds L up.
         return_tensors: "pt" or "np".
 
     Returns: input_ids, sequence_ids (int32) and position_ids (B, L); cls_positions (B, S), -1 in empty slots; with
-    masking labels (B, L), -100 where nothing is predicted. Other columns of tokens have 0 on padding (`labels`: -100),
-    those of sequences -100 in empty slots, or NaN if they are floats. Floats are float32, all else int64.
+    masking labels (B, L), -100 where nothing is predicted. Other columns of tokens are (B, L), 0 on padding (`labels`:
+    -100); those of sequences (B, S), -100 in empty slots, or NaN if they are floats. Floats are float32, others int64.
 
     A row's `special_tokens_mask` says which tokens are never predicted, beside the tokenizer's special ones.
 
     Masks are a function of (seed, epoch, sequence index). The epoch lives in shared memory, where dataloader workers
-    read it; PackedTrainer sets it. Under plain `Trainer` add `callbacks=[collator.callback()]`: it sets the epoch, and
-    refuses what plain Trainer would get wrong.
-
-    Options have the names of DataCollatorForLanguageModeling, except that mlm=False is mlm_probability=None. Of
-    DataCollatorWithFlattening, return_flash_attn_kwargs is emit="flash", and return_seq_idx is sequence_ids.
+    read it. PackedTrainer sets it; for a plain `Trainer` add `callbacks=[collator.callback()]`.
 
     Raises ValueError for a batch without rows, rows without `sequence_lengths`, lengths that do not add up, missing
     values, and packs that exceed pad_to or the sequence slots: it cuts nothing. It also refuses columns that would
@@ -119,7 +112,8 @@ class DataCollatorWithPacking:
     ):
         for name, choice in (("emit", emit), ("unpacked_rows", unpacked_rows), ("return_tensors", return_tensors)):
             _check_choice(name, choice)
-        _check_widths(pad_to, max_sequences_per_pack, pad_to_multiple_of, emit, unpacked_rows)
+        widths = {"pad_to": pad_to, "max_sequences_per_pack": max_sequences_per_pack}
+        _check_widths(widths | {"pad_to_multiple_of": pad_to_multiple_of}, emit, unpacked_rows)
         for name, names in (("columns", columns), ("token_columns", token_columns)):
             if isinstance(names, str):
                 raise ValueError(f"{name}={names!r} must be a list of column names: [{names!r}]")
@@ -152,8 +146,7 @@ class DataCollatorWithPacking:
     def for_dataset(self, packed: Any) -> "DataCollatorWithPacking":
         """A copy whose L and S are those of this packed dataset, so that all batches have one shape; same epoch.
 
-        With unpacked_rows: a copy that knows from all rows of the dataset which lists have a value per token, where a
-        single batch may mislead.
+        With unpacked_rows: a copy that knows from all rows of the dataset which lists have a value per token.
         """
         bound = copy.copy(self)
         if self.unpacked_rows is not None:
@@ -206,16 +199,10 @@ class DataCollatorWithPacking:
         self._epoch.fill_(epoch)
 
     def callback(self) -> TrainerCallback:
-        """For a plain `Trainer`: tells this collator each new epoch, and refuses settings that would go wrong."""
-        from collate.training.plain_trainer import PlainTrainerCallback  # which a batch has no need of
+        """For a plain `Trainer`: tells this collator each new epoch, and refuses what plain Trainer gets wrong."""
+        from collate.training.plain_trainer import PlainTrainerCallback  # no batch needs it
 
         return PlainTrainerCallback(self)
-
-    def epoch_callback(self) -> TrainerCallback:
-        """Only tells this collator each new epoch."""
-        from collate.training.plain_trainer import SetEpoch
-
-        return SetEpoch(self)
 
     # -- batches -------------------------------------------------------------------------------------------------
 
@@ -235,7 +222,7 @@ class DataCollatorWithPacking:
 
     def _read(self, rows: Any) -> FlatRows:
         levels = replace(self._levels, named=None if self.token_columns is None else tuple(self.token_columns))
-        if self.masking_rule is not None:  # which makes the labels that the model's task is about
+        if self.masking_rule is not None:  # it makes the labels that the model's task is about
             levels = replace(levels, labels=None)
         flat = (read_packed_rows if self.unpacked_rows is None else read_sequences)(rows, levels, self.columns)
         if not flat.num_rows:
@@ -268,10 +255,8 @@ class DataCollatorWithPacking:
 
     def _tables(self, flat: FlatRows) -> tuple[FlatRows, "_Table", "_Table"]:
         """The rows of the batch, and where their tokens and their sequences go; flash has one row without padding."""
-        width = self._width("pad_to", self.pad_to, flat.tokens_per_row, "tokens", "a longer pad_to")
-        depth = self._width(
-            "max_sequences_per_pack", self.max_sequences_per_pack, flat.sequences_per_row, "sequences", "more slots"
-        )
+        width = self._width("pad_to", flat.tokens_per_row, "tokens", "a longer pad_to")
+        depth = self._width("max_sequences_per_pack", flat.sequences_per_row, "sequences", "more slots")
         if self.emit == "flash":
             flat = replace(flat, sequences_per_row=np.array([flat.num_sequences]))
             width, depth = flat.num_tokens, flat.num_sequences
@@ -304,7 +289,9 @@ class DataCollatorWithPacking:
         has_labels = self.masking_rule is not None or "labels" in names
         return [("labels" if name in LABELS and not has_labels else name, columns[name]) for name in names]
 
-    def _width(self, option: str, limit: int | None, counts: np.ndarray, what: str, cure: str) -> int:
+    def _width(self, option: str, counts: np.ndarray, what: str, cure: str) -> int:
+        """Slots of a row: by the option, or by the fullest row of the batch. Raises ValueError for a row with more."""
+        limit: int | None = getattr(self, option)
         if limit is None:
             longest = int(counts.max(initial=1))
             return self._rounded(longest) if option == "pad_to" else longest
@@ -338,7 +325,7 @@ class DataCollatorWithPacking:
         return masked
 
     def _say_cut_words(self, rule: MaskingRule, flat: FlatRows) -> None:
-        """For the first batch, and once only: in whatever copy of the collator, in whatever process."""
+        """Once only, for the first batch of all copies of the collator in all processes."""
         self._has_said.fill_(True)
         counts = count_words(rule, flat)
         if counts["cut_tokens"] > CUT_SHARE * counts["tokens"]:
@@ -380,17 +367,12 @@ def _check_choice(name: str, value: object) -> None:
         raise ValueError(f"unknown {name}={value!r}; choose from {', '.join(map(repr, CHOICES[name]))}")
 
 
-def _check_widths(
-    pad_to: int | None, max_sequences_per_pack: int | None, multiple: int | None, emit: str, unpacked_rows: str | None
-) -> None:
+def _check_widths(limits: Mapping[str, int | None], emit: str, unpacked_rows: str | None) -> None:
     """Raise ValueError for widths below 1, and for widths that contradict each other or what they are for."""
-    for name, limit in (
-        ("pad_to", pad_to),
-        ("max_sequences_per_pack", max_sequences_per_pack),
-        ("pad_to_multiple_of", multiple),
-    ):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name}={limit} must be at least 1, or None")
+    for name, limit in limits.items():
+        if limit is not None:
+            whole_number(name, limit, cure=", or None")
+    pad_to, multiple = limits["pad_to"], limits["pad_to_multiple_of"]
     if multiple is not None and (emit == "flash" or (pad_to or 0) % multiple):
         what = "emit='flash', which has no padding" if emit == "flash" else f"pad_to={pad_to}, which is no multiple"
         raise ValueError(f"pad_to_multiple_of={multiple} contradicts {what}; leave one of them out")

@@ -1,8 +1,8 @@
 """BERT's masked-language-model corruption, a function of (seed, epoch, sequence index) and of nothing else.
 
-The same sequence gets the same masks in whatever pack, batch, worker or rank it lies, and after a resume: so packing
-changes nothing, and packed and unpacked training can be compared number by number. The draws come from a counter-based
-generator (`packing.draws`): draw k of a sequence is mix(key + k * STEP), its key is mixed from (seed, epoch, index).
+A sequence gets the same masks in any pack, batch, worker or rank, and after a resume. So packed and unpacked training
+can be compared number by number. The draws come from a counter-based generator (`packing.draws`): draw k of a sequence
+is mix(key + k * STEP), its key is mixed from (seed, epoch, index).
 
 1. Words: each token starts a word, continues one, or is in none; see `collate.words`. Unless whole words are asked for,
    each is a word.
@@ -10,7 +10,7 @@ generator (`packing.draws`): draw k of a sequence is mix(key + k * STEP), its ke
 3. Corrupt what was chosen: 80 % [MASK], 10 % a random ordinary token, 10 % as they were.
 
 Sources: Devlin et al. 2019 (arXiv 1810.04805), section 3.1 and appendix A.1, and its published data pipeline
-(create_masked_lm_predictions), whence the count and whole words; Joshi et al. 2020 (arXiv 1907.10529), section 3.1.
+(create_masked_lm_predictions) for the count and whole words; Joshi et al. 2020 (arXiv 1907.10529), section 3.1.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -33,6 +33,7 @@ from collate.words import (
 )
 from collate.words import word_continuations as word_continuations
 from packing.draws import STEP, make_key, mix
+from packing.files.errors import whole_number
 from packing.numba_tools import njit
 
 MASKING = ("exact", "independent", "span")
@@ -62,24 +63,19 @@ class MaskingRule:
     is_special_V: (V,) bool, V the highest id + 1; special tokens are never predicted and never drawn as random words.
     has_token_V: (V,) bool, ids that a token has; None: all. Others are refused in sequences, and never drawn.
     mask_replace_prob, random_replace_prob: shares of the predicted tokens that become mask_token_id, and a random
-        ordinary token; the others stay. Decided per token, but per span with "span", as in SpanBERT: all its tokens
-        are masked, or replaced by a random token each, or stay.
+        ordinary token; the others stay. Decided per token, but per span with "span", as in SpanBERT.
     whole_word_mask: choose words, all tokens of each. "independent": a draw per word. "exact": words in random order,
-        those left out that exceed the rest of the budget, so now and then it is not spent to the end. A word with more
-        tokens than max(1, round(mlm_probability * length)), the budget, is cut: each of its tokens counts as a word. So
-        no sequence exceeds its budget, and a sentence in a script without spaces, which has one mark of a word, is
-        masked token by token. `count_words` tells how many are cut.
+        those left out that exceed the rest of the budget, so sometimes a rest of it stays. A word with more tokens
+        than the budget is cut: each of its tokens counts as a word. `count_words` tells how many are cut.
     continues_word_V: (V,) bool, tokens that continue the word before them; see `collate.words`. Whole words need it, or
         word_ids_T in every call.
     boundaries: where words end by their characters, beside continues_word_V; None: nowhere.
     max_predictions_per_sequence: an upper limit of the budget (BERT: 20 at 128 tokens, 76 at 512).
     geometric_p, max_span_length: P(span has n words) is proportional to (1 - geometric_p)^n for n = 1 to
-        max_span_length. SpanBERT's mean of 3.8 words is this truncated distribution's, and its code draws from it; a
-        clipped one (all longer spans become 10) would have 4.5.
+        max_span_length. SpanBERT's mean of 3.8 words is this distribution's; a clipped one would have 4.5.
 
-    mlm_probability to random_replace_prob are named as in transformers' DataCollatorForLanguageModeling, which however
-    draws random words from the whole vocabulary, special tokens included, masks whole words with [MASK] only, and may
-    leave a sequence without any prediction.
+    transformers' DataCollatorForLanguageModeling has options of the same names. It draws random words from the whole
+    vocabulary, special tokens included, and may leave a sequence without any prediction.
     """
 
     mlm_probability: float
@@ -112,20 +108,15 @@ class MaskingRule:
             )
         if not 0 < self.geometric_p <= 1:
             raise ValueError(f"geometric_p={self.geometric_p} must lie in (0, 1]")
-        if self.max_span_length < 1:
-            raise ValueError(f"max_span_length={self.max_span_length} must be at least 1")
-        self._check_limit()
+        whole_number("max_span_length", self.max_span_length)
+        if (limit := self.max_predictions_per_sequence) is not None:
+            whole_number("max_predictions_per_sequence", limit, cure=", or None")
+            if self.masking == "independent":
+                raise ValueError(
+                    f"max_predictions_per_sequence={limit} limits a budget, and masking 'independent' has none; "
+                    "choose masking 'exact' or 'span'"
+                )
         self._check_vocabulary()
-
-    def _check_limit(self) -> None:
-        limit = self.max_predictions_per_sequence
-        if limit is not None and limit < 1:
-            raise ValueError(f"max_predictions_per_sequence={limit} must be at least 1, or None")
-        if limit is not None and self.masking == "independent":
-            raise ValueError(
-                f"max_predictions_per_sequence={limit} limits a budget, and masking 'independent' has none; "
-                "choose masking 'exact' or 'span'"
-            )
 
     def _check_vocabulary(self) -> None:
         if self.is_special_V.dtype != bool or self.is_special_V.ndim != 1:
@@ -234,8 +225,7 @@ class MaskingRule:
                     "whole_word_mask=True needs to know what a word is; give word_ids_T (a token-level column of word "
                     "ids) or continues_word_V=word_continuations(tokenizer)"
                 )
-            marks = self._continues, self._boundaries.kinds_V2, self._boundaries.parted_KK
-            return parts_by_vocabulary(input_ids_T, is_special_T, offsets, *marks)
+            return parts_by_vocabulary(input_ids_T, is_special_T, offsets, *self._marks)
         if not self.whole_word_mask:
             raise ValueError("word_ids_T is for whole words; set whole_word_mask=True or leave it out")
         word_ids_T = _checked("word_ids_T", word_ids_T, input_ids_T).astype(np.int64, copy=False)
@@ -253,12 +243,12 @@ class MaskingRule:
         return np.flatnonzero(is_ordinary_V if self.has_token_V is None else is_ordinary_V & self.has_token_V)
 
     @cached_property
-    def _boundaries(self) -> Boundaries:
-        return Boundaries.none(len(self.is_special_V)) if self.boundaries is None else self.boundaries
-
-    @cached_property
-    def _continues(self) -> np.ndarray:
-        return np.zeros(len(self.is_special_V), bool) if self.continues_word_V is None else self.continues_word_V
+    def _marks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the vocabulary says about words; without whole words each token is one."""
+        vocabulary = len(self.is_special_V)
+        continues_V = np.zeros(vocabulary, bool) if self.continues_word_V is None else self.continues_word_V
+        boundaries = Boundaries.none(vocabulary) if self.boundaries is None else self.boundaries
+        return continues_V, boundaries.kinds_V2, boundaries.parted_KK
 
     @cached_property
     def _cumulative_span_lengths(self) -> np.ndarray:

@@ -179,7 +179,7 @@ def test_bad_rows_are_refused(tokenizer, row, options, message):
     [
         ({"emit": "mask"}, "unknown emit='mask'"),
         ({"masking": "some"}, "unknown masking 'some'"),
-        ({"pad_to": 0}, "pad_to=0 must be at least 1"),
+        ({"pad_to": 0}, "pad_to=0 must be a whole number, at least 1, or None"),
         ({"mlm_probability": 0.0}, "mlm_probability=0.0"),
     ],
 )

@@ -544,8 +544,11 @@ def test_a_tokenizer_that_does_not_tell_is_refused():
         ({"random_replace_prob": -0.1}, "random_replace_prob=-0.1"),
         ({"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, "exceed 1 together"),
         ({"geometric_p": 0.0}, "geometric_p=0.0"),
-        ({"max_span_length": 0}, "max_span_length=0 must be at least 1"),
-        ({"max_predictions_per_sequence": 0}, "max_predictions_per_sequence=0 must be at least 1, or None"),
+        ({"max_span_length": 0}, "max_span_length=0 must be a whole number, at least 1"),
+        (
+            {"max_predictions_per_sequence": 0},
+            "=0 must be a whole number, at least 1, or None",
+        ),
         ({"max_predictions_per_sequence": 20, "masking": "independent"}, "=20 limits a budget, .* has none"),
         ({"mask_token_id": 60}, "mask_token_id=60 is not in the vocabulary of 60"),
         ({"is_special_V": np.ones(9, bool)}, "all 9 tokens of the vocabulary are special: .*random_replace_prob=0.1"),

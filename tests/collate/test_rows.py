@@ -252,7 +252,7 @@ def test_a_stream_is_not_of_two_minds():
         yield from listed_rows(20, tokens=9)
 
     stream = datasets.IterableDataset.from_generator(rows)
-    with pytest.raises(ValueError, match=r"column 'labels' has 6 values in row .* where input_ids has 9"):
+    with pytest.raises(ValueError, match=r"column 'labels' in row .* has 6 values, where input_ids has 9"):
         list(pack_stream(stream, max_sequence_length=32, buffer_size=510))
 
 
