@@ -5,6 +5,8 @@ model(input_ids, sequence_ids=...)            # each sequence as if it were alon
 print(check_isolation(model, tokenizer))      # what leaks, and by how much: for any model
 """
 
+from typing import TypeVar
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,8 +17,10 @@ from collate.probe import check_isolation
 
 ASKS = "isolate_sequences"
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def isolate_sequences(model: nn.Module, dense_mask: bool = False) -> nn.Module:
+
+def isolate_sequences(model: Model, dense_mask: bool = False) -> Model:
     """Make a stock encoder honour `sequence_ids=` (B, L), with any task head on it, and return it.
 
         sequence_ids [[1, 1, 1, 2, 2, 0]]  ->  position_ids [[0, 1, 2, 0, 1, 0]]  and, True = attend,

@@ -5,6 +5,7 @@ A block under `<!-- not run: why -->` is parsed only, by the parsers of the comm
 """
 
 import importlib
+import os
 import re
 import shlex
 import shutil
@@ -30,7 +31,17 @@ ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 COMMANDS = {"pack-dataset": pack_dataset, "bert-pretrain": bert_pretrain}
-OTHER_PROGRAMS = {"make", "pip", "python", "pytest", "git", "ray", "sbatch", "pre-commit"}
+NOT_RUN = {  # why not: their words are checked instead, or another program would be tested
+    "make": "its targets exist",
+    "pip": "its extras exist; make wheel installs",
+    "python": "its paths exist; tests/test_evidence.py runs the benchmarks",
+    "pytest": "its paths exist; these tests would run themselves",
+    "git": "not ours",
+    "pre-commit": "not ours",
+    "ray": "not ours",
+    "sbatch": "not ours",
+}
+LANGUAGES = {"python", "sh", "console", "yaml", ""}  # "": a drawing, or output
 OTHER_OPTIONS = {
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
     *("--head", "--address", "--signal"),  # ray, sbatch
@@ -136,6 +147,26 @@ def workspace(template, tmp_path, monkeypatch):
 # --- the examples run ----------------------------------------------------------------------------------------------
 
 
+@each_page
+def test_no_block_hides(page):
+    """Every block is found, and says what it is: else it would not be run."""
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^[ \t>*-]+(?:```|~~~).*$", text, flags=re.MULTILINE) == []
+    for block in blocks(page):
+        assert block.language in LANGUAGES or block.language.startswith("{"), block  # {toctree}: Sphinx runs it
+        if not block.language:
+            assert not re.search(r"^(\$|pack-dataset|bert-pretrain|import|from \w+ import)\b", block.text, re.MULTILINE)
+
+
+@each_page
+def test_every_command_is_run_or_says_why_not(page):
+    for block in blocks(page):
+        if block.language in ("sh", "console"):
+            assert commands(block), block
+            for words, _ in commands(block):
+                assert block.why_not or words[0] in COMMANDS or words[0] in NOT_RUN, (page.name, block.line, words)
+
+
 def smaller(words):
     """A training command, for one step of a model that hardly is one."""
     options = SHORT if "--model" in words else SMALL | SHORT
@@ -212,7 +243,7 @@ def check_command(words):
     elif (command := ours(words)) is not None:
         parse(command)
     else:
-        assert words[0] in OTHER_PROGRAMS, words
+        assert words[0] in NOT_RUN, words
 
 
 def parse(words):
@@ -233,6 +264,84 @@ def parse(words):
     file, flags = split_config_file(arguments)
     values = read_config_file(file) if file and Path(file).exists() else {}
     parse_options(kinds, name, file, values, flags)
+
+
+# --- the examples have types -----------------------------------------------------------------------------------------
+
+USERS_SCRIPT = """
+from typing import Any, assert_type
+
+from datasets import Dataset
+from transformers import AutoTokenizer, BertModel
+
+from bert_pretrain.attention import use_attention
+from collate import DataCollatorWithPacking, PackedTrainer, PackLayout, isolate_sequences
+from packing import PackPlan, length_histogram, pack_dataset, packed_info, plan_packs, verify_packed
+
+dataset = Dataset.from_dict({"input_ids": [[2, 7, 3], [2, 3]]})
+packed = pack_dataset(dataset)
+first = packed[0]
+assert_type(pack_dataset(dataset, output=None), Dataset)
+assert_type(pack_dataset(dataset, output="packed"), Dataset | None)
+pack_dataset(dataset, output="packed")[0]  # type: ignore[index]
+pack_dataset(dataset, max_sequence_length="512")  # type: ignore[call-overload]
+pack_dataset(dataset, max_sequence_lenght=512)  # type: ignore[call-overload]
+assert_type(plan_packs(length_histogram([3, 2])), PackPlan)
+assert_type(plan_packs(length_histogram([3, 2])).packing_factor, float)
+assert_type(packed_info(packed).packer, str)
+assert_type(verify_packed("packed").ok, bool)
+
+collator = DataCollatorWithPacking(AutoTokenizer.from_pretrained("bert"), mlm_probability=None).for_dataset(packed)
+assert_type(collator, DataCollatorWithPacking)
+assert_type(collator([first]), dict[str, Any])
+assert_type(PackLayout(collator([first])["sequence_ids"]).num_sequences, int)
+DataCollatorWithPacking(pad_to="512")  # type: ignore[call-arg, arg-type]
+
+model = BertModel.from_pretrained("bert")
+assert_type(isolate_sequences(model), BertModel)
+assert_type(use_attention(model, "local"), BertModel)
+trainer = PackedTrainer(model, data_collator=collator, train_dataset=packed)
+trainer.train()
+trainer.evaluate()
+trainer.predict(packed)
+trainer.save_model("model")
+"""
+NEEDED = """
+from datasets import Dataset
+from collate import PackedTrainer
+tokenized_test: Dataset
+trainer: PackedTrainer
+"""  # of what a page takes from its reader
+STRICT = """
+[tool.mypy]
+strict = true
+follow_imports = "silent"
+ignore_missing_imports = true
+"""
+UNREAD = """
+[[tool.mypy.overrides]]
+module = ["torch.*", "transformers.*", "accelerate.*"]
+follow_imports = "skip"
+"""  # their types take mypy half a minute to read
+
+
+@pytest.mark.parametrize("unread", [UNREAD, pytest.param("", marks=pytest.mark.long)], ids=["ours", "torch, too"])
+def test_examples_pass_mypy(tmp_path, unread):
+    """`mypy --strict`, by someone who has the packages installed: their own errors show, ours do not."""
+    scripts = {"users_script": USERS_SCRIPT}
+    for page in PAGES:
+        code = "\n".join(block.text for block in blocks(page) if block.language == "python")
+        if code:
+            scripts[f"page_{page.stem}".replace("-", "_")] = NEEDED + code
+    (tmp_path / "scripts").mkdir()
+    for name, code in scripts.items():
+        (tmp_path / "scripts" / f"{name}.py").write_text(code, encoding="utf-8")
+    (tmp_path / "pyproject.toml").write_text(STRICT + unread)
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "scripts"]
+    ran = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"MYPYPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 # --- what is named exists ------------------------------------------------------------------------------------------

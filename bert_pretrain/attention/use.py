@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ IMPLEMENTATION = "packed_attention"
 HEAD = "attention_head"
 """The name of a head in the layer that owns it."""
 
+Model = TypeVar("Model", bound=PreTrainedModel)
 
-def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, **options: Any) -> PreTrainedModel:
+
+def use_attention(model: Model, attention: str | Callable | Sequence, **options: Any) -> Model:
     """Give every layer of an encoder an attention head, and return the model.
 
         use_attention(model, "local", window=64)
@@ -76,7 +78,7 @@ def use_attention(model: PreTrainedModel, attention: str | Callable | Sequence, 
     return model
 
 
-def load_attention(model: PreTrainedModel, checkpoint: str | Path) -> PreTrainedModel:
+def load_attention(model: Model, checkpoint: str | Path) -> Model:
     """Give a reloaded stock model the attention heads, and their weights, that it was saved with.
 
         model = load_attention(BertForMaskedLM.from_pretrained("local-bert"), "local-bert")

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import (
     EvalLoopOutput,
     EvalPrediction,
+    PredictionOutput,
     default_compute_objective,
     denumpify_detensorize,
 )
@@ -80,11 +81,11 @@ class EvaluatesSequences(TakesOwnLoss):
     _no_objective: set[str]
     """Metrics that hyperparameter search does not minimise."""
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with names_killed_workers(self.args):
             return super().evaluate(*args, **kwargs)
 
-    def predict(self, *args, **kwargs):
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         with names_killed_workers(self.args):
             output = super().predict(*args, **kwargs)
         drop_figures_of_rows(output.metrics or {})
