@@ -139,7 +139,7 @@ def sharded(folder):
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "", "..", "a\\b", "a\0", "parts/../../outside"])
 def test_names_that_lead_out_of_a_checkpoint(tmp_path, name):
-    """Of its manifest, and of the index of its weights, with checksums that are right."""
+    """Each file of a checkpoint's manifest and of the index of its weights, with checksums that are right."""
     (tmp_path / "outside").write_text("a.safetensors")
     checkpoint = sharded(tmp_path / "written")
     check_checkpoint(checkpoint)
@@ -213,14 +213,14 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, message):
 
 @pytest.mark.parametrize("sixteenth", range(16))
 def test_a_flip_in_the_manifest_is_not_blamed_on_another_file(tmp_path, sixteenth):
-    """Every sixteenth bit of it in turn, and what it lists is whole."""
+    """Every sixteenth bit of the manifest in turn; the files that it lists are whole."""
     manifest = write_checkpoint(tmp_path, 8) / MANIFEST
     whole = manifest.read_bytes()
     for place in range(sixteenth, 8 * len(whole), 16):
         flipped = bytearray(whole)
         flipped[place // 8] ^= 1 << place % 8
         if bytes(flipped).split() == whole.split():
-            continue  # of a space between words
+            continue  # a space between words
         manifest.write_bytes(flipped)
         with pytest.raises(DamagedCheckpoint, match=r"checkpoint-8 is damaged: manifest\.json (itself|cannot be read)"):
             check_checkpoint(manifest.parent)

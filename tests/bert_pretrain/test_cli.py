@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """A model that is built is a mistake."""
+    """Fail a test that builds a model."""
 
     def refuse(*args):
         raise AssertionError("a model was built before the input was refused")
@@ -68,7 +68,7 @@ def other_tokenizer(folders, folder, change):
 
 
 def without_fingerprint(folders, folder):
-    """Packs of which it isn't known which vocabulary they were made with, as those of other programs."""
+    """Packs whose vocabulary is not known, like those of other programs."""
     prepared = load_from_disk(folders["prepared"])
     for split in prepared.values():
         split.info.config_name = None
@@ -136,7 +136,7 @@ def with_columns(folders, folder, change):
 
 
 def test_columns_that_would_end_a_run_later_are_refused(folders, tmp_path, capsys):
-    """Sentence types that the model has no embedding for, and what masking makes."""
+    """Sentence types that the model has no embedding for, and tokens that masking inserts."""
     types = with_columns(folders, tmp_path / "types", lambda pack: {"token_type_ids": [2] * len(pack["input_ids"])})
     message = f"dataset={types!r} has token_type_ids of 2, but the model knows 0 to 1"
     refused(capsys, folders, tmp_path / "bert", message, dataset=types)
@@ -167,7 +167,7 @@ def test_integrations_that_are_not_there_are_refused(folders, tmp_path, capsys, 
 
 
 def test_positions_are_those_of_the_longest_sequence(folders, tmp_path, capsys):
-    """They begin anew in each sequence: 64 are enough for packs of 96, whose sequences are no longer."""
+    """Positions restart in each sequence: 64 are enough for packs of 96 whose sequences are at most 64."""
     longer = str(tmp_path / "packed-96")
     assert pack_dataset([folders["prepared"], longer, "--max-sequence-length", "96"]) == 0
     splits = load_from_disk(longer).values()
@@ -292,7 +292,7 @@ def test_two_ranks_by_ddp_and_by_fsdp(folders, tmp_path):
 
 @pytest.mark.long
 def test_accelerate_launches_it_on_several_processes(folders, tmp_path):
-    """--multi_gpu: accelerate would need MPI to start several for a CPU otherwise."""
+    """--multi_gpu: without it accelerate needs MPI to start several processes on CPUs."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "bert_pretrain.cli"]
     options = flags(train_options(folders, tmp_path / "bert", max_steps=2))
@@ -377,8 +377,8 @@ def test_polynomial_schedule(folders, tmp_path, monkeypatch):
     _, logs = run_with_spy(folders, tmp_path / "bert", monkeypatch, **options, learning_rate=1e-3, max_steps=4)
     expected = [1e-5 + (1e-3 - 1e-5) * (1 - step / 4) ** 2 for step in range(1, 5)]
     assert [entry["learning_rate"] for entry in logs] in (
-        pytest.approx([1e-3, *expected[:-1]]),  # that of the step that was made
-        pytest.approx(expected),  # that of the next
+        pytest.approx([1e-3, *expected[:-1]]),  # the rate of the step just made
+        pytest.approx(expected),  # the rate of the next step
     )
 
 
@@ -391,13 +391,13 @@ def test_gradients_are_clipped(folders, tmp_path, monkeypatch, plain):
         if limit < 1:
             before = load_file(tmp_path / "1000000000.0" / "model.safetensors")
             after = load_file(tmp_path / "0.001" / "model.safetensors")
-    assert moved[0][1] == pytest.approx(moved[1][1], rel=1e-5) and moved[0][1] > 1  # the norm is that before clipping
+    assert moved[0][1] == pytest.approx(moved[1][1], rel=1e-5) and moved[0][1] > 1  # the norm before clipping
     distance = torch.sqrt(sum(((before[name] - after[name]) ** 2).sum() for name in before))
     assert float(distance) == pytest.approx(moved[0][1] - 1e-3, rel=1e-3)
 
 
 def test_options_have_no_effect_unless_given(folders, tmp_path):
-    """What `train` is given here is what the other tests here compare with."""
+    """The other tests of this file compare with this run."""
     given = flags(train_options(folders, tmp_path))
     assert not {"--bf16", "--torch_compile", "--max_grad_norm"} & set(given) and SMALL["hidden_size"] == 16
 
@@ -448,7 +448,7 @@ def test_a_hub_out_of_reach_is_one_line(folders, tmp_path, capsys, monkeypatch):
 def test_the_best_model_is_known_where_the_run_was_moved_and_the_card_says_its_step(folders, tmp_path, caplog):
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1e-3}
-    options["greater_is_better"] = True  # the worst, as it were: that of step 2
+    options["greater_is_better"] = True  # step 2, as if it were the worst
     assert train(folders, tmp_path / "old", **options) == 0
     (tmp_path / "old").rename(tmp_path / "new")
     caplog.set_level("INFO")

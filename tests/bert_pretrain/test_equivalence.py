@@ -1,8 +1,8 @@
 """Packed training is unpacked training: hidden states, losses, gradients, and parameters after many steps.
 
 Float64 and large weights, because at BERT's own initialisation contamination hides below the precision of bfloat16.
-The twin is stock transformers on each sequence alone. Each negative control is one mistake that packing invites, and
-must fail the very comparison that the right thing passes.
+The twin is stock transformers on each sequence alone. Each negative control makes one mistake that packing invites, and
+must fail the same comparison that the right code passes.
 """
 
 import pytest
@@ -107,7 +107,7 @@ def test_parameters_agree_after_20_adamw_steps(pairs, collate, mlm_loss):
         packed(**batch).loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-    # absolute: key biases stay at 0 but for rounding, since a softmax does not see a constant added to all scores
+    # absolute: key biases stay at 0 up to rounding, since a softmax ignores a constant added to all scores
     pairs = zip(packed.parameters(), stock.parameters(), strict=True)
     assert max(float((a - b).detach().abs().max()) for a, b in pairs) < 1e-10
 
@@ -161,7 +161,7 @@ def test_negative_control(pairs, collate, mistake):
     expected.backward()
     loss = mistake(packed, batch)
     loss.backward()
-    # twelve digits are asked of the right thing; each mistake keeps not even four
+    # right code keeps twelve digits; each mistake loses all but four
     assert relative_error(loss, expected) > 1e-4
     assert gradient_error(packed, stock) > 1e-4
 

@@ -1,4 +1,4 @@
-"""A command that cannot go on says so once, on one rank or on many; under torchrun at the end of its report."""
+"""A command that fails prints the error once, on one rank or on many; under torchrun at the end of its report."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ MESSAGE = "bert-pretrain train: unknown option --lerning-rate; did you mean --le
 
 @pytest.fixture
 def waits(monkeypatch):
-    """How long it slept; nobody does."""
+    """How long it would have slept; no test waits."""
     slept = []
     monkeypatch.setattr(failure.time, "sleep", slept.append)
     return slept

@@ -73,7 +73,7 @@ def test_columns_that_do_not_fit_are_refused(objective, labels, message):
     ],
 )
 def test_labels_that_no_loss_could_take_are_refused_wherever_they_are(labels, message):
-    """In the last of many packs of the other split, too."""
+    """A wrong label in the last of many packs of the other split is found, too."""
     right = Dataset.from_dict({"next_sentence_label": [[0, 1], [-100]]})
     wrong = Dataset.from_dict({"next_sentence_label": [[type(labels[0])(0)]] * 12_000 + [labels]})
     with pytest.raises(ValueError, match=f"^packed: {message}"):

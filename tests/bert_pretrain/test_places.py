@@ -1,4 +1,4 @@
-"""Mistyped folders and names are refused at once, by what is near; names of the hub are asked for there, once."""
+"""Mistyped folders and names are refused at once, with the nearest one; the hub is asked for its names, once."""
 
 import importlib
 
@@ -29,7 +29,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """Whoever asks it has failed."""
+    """A hub that fails every test that asks it."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("the hub was asked")
@@ -39,7 +39,7 @@ def no_hub(monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What it was asked for; `answer` is raised, if there is one."""
+    """A hub that lists what it was asked for, and raises `answer` if there is one."""
     asked = []
 
     def model_info(self, name, timeout=None, **kwargs):

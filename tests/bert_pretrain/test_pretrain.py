@@ -1,4 +1,4 @@
-"""The whole way by the commands a user types: text -> sequences -> packs -> checkpoint -> stock transformers."""
+"""All commands that a user types, in order: text -> sequences -> packs -> checkpoint -> stock transformers."""
 
 import json
 from typing import ClassVar
@@ -148,7 +148,7 @@ def test_with_the_policy_of_packs_arguments_stay_and_the_factor_is_told(folders,
 
 @pytest.mark.parametrize("reassign", ["True", "False"])
 def test_steps_have_as_many_sequences_in_all_epochs(folders, tmp_path, caplog, reassign):
-    """12 in each but the last of an epoch; each epoch has all sequences. In the end what was seen is said."""
+    """12 in each step but the last of an epoch; each epoch has all sequences. The last log counts them."""
     caplog.set_level("INFO")
     whole = ["--max_steps", "-1", "--num_train_epochs", "3", "--per_device_train_batch_size", "4"]
     assert train(folders, tmp_path / "bert", *whole, "--reassign", reassign) == 0

@@ -404,7 +404,7 @@ def test_unpacked_rows_lose_their_padding(tokenizer):
 
 
 def test_a_packed_row_is_never_taken_for_one_sequence(tokenizer):
-    """What plain Trainer leaves of a packed row has no sequence_lengths; only who says so means unpacked rows."""
+    """Plain Trainer strips sequence_lengths from packed rows, so rows count as unpacked only if the caller says so."""
     with pytest.raises(ValueError, match=r"no 'sequence_lengths', only.*remove_unused_columns=False"):
         DataCollatorWithPacking(tokenizer)([{"input_ids": [2, 8, 3, 2, 9, 3]}])
     with pytest.raises(ValueError, match="rows are packed: they have sequence_lengths"):
@@ -465,7 +465,7 @@ def test_positions_begin_where_the_models_do(tokenizer):
 
 
 def test_a_batch_is_small(tokenizer):
-    """What isolation adds to 32 packs of 512: sequence_ids, 65 KB; nothing of a batch is as large as 512 x 512."""
+    """Isolation adds sequence_ids, 65 KB, to 32 packs of 512; no tensor of a batch is as large as 512 x 512."""
     draw = np.random.default_rng(0)
     rows = [{"input_ids": draw.integers(5, 60, 512), "sequence_lengths": [200, 200, 112]} for _ in range(32)]
     batch = DataCollatorWithPacking(tokenizer, pad_to=512)(rows)

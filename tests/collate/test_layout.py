@@ -94,7 +94,7 @@ def test_a_layout_is_kept_with_its_ids():
 def test_ids_that_were_written_anew_get_a_new_layout():
     ids = torch.tensor([[1, 1, 2, 0]])
     before = PackLayout.of(ids)
-    ids.numpy()[0, 1] = 2  # unseen by the tensor's version
+    ids.numpy()[0, 1] = 2  # does not change the tensor's version
     assert PackLayout.of(ids).lengths.tolist() == [1, 2]
     assert before.lengths.tolist() == [2, 1]
     ids[0, 1] = 7
@@ -115,7 +115,7 @@ def test_a_kept_layout_does_not_keep_its_ids_alive():
 
 
 def test_a_copy_of_a_batch_holds_tensors_alone():
-    """What is kept lies beside the tensor, so a batch can be copied and saved as before."""
+    """The cache lies beside the tensor, so a batch can be copied and saved as before."""
     ids = torch.tensor([[1, 1, 2, 0]])
     layout = PackLayout.of(ids)
     copied = copy.deepcopy({"sequence_ids": ids})["sequence_ids"]

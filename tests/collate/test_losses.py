@@ -103,7 +103,7 @@ def test_a_new_term_is_one_row_and_its_sum(ranks):
 
 
 def test_a_denominator_may_be_a_sum_of_weights():
-    """Weights 0.5 and 0.25: the loss is that of the first sequence to two thirds."""
+    """Weights 0.5 and 0.25: the first sequence has two thirds of the loss."""
 
     def count_weights(batch):
         return batch["weights"].sum()

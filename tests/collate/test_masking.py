@@ -40,8 +40,8 @@ def many(rule, sequence, count, seed=1, word_ids=None):
     return corrupted.reshape(count, length), labels.reshape(count, length), labels.reshape(count, length) != IGNORED
 
 
-# Drawings. They are golden, too: masks must not change between versions, or a resumed run would differ from an
-# unbroken one.
+# Drawings. They are golden values, too: masks must not change between versions, or a resumed run would differ from
+# an uninterrupted one.
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_properties(batch):
 
 @pytest.mark.parametrize("defect", ["special", "split word", "too few", "changed", "none"])
 def test_the_properties_can_fail(defect):
-    """Negative controls: a sequence masked wrongly in one way is found out."""
+    """Negative controls: each way of masking a sequence wrongly is found."""
     continues = np.arange(VOCABULARY) >= 50
     rule = MaskingRule(0.5, "exact", MASK, IS_SPECIAL, whole_word_mask=True, continues_word_V=continues)
     sequence = [CLS, 10, 50, 11, 12, SEP]  # a budget of 3: two words of 2 and 1, or of 1 and 1 and no more
@@ -331,7 +331,7 @@ def test_whole_words_are_chosen_uniformly():
 @pytest.mark.parametrize("probability", [0.05, 0.15, 0.8, 1.0])
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_independent_draws_have_their_rate(probability, whole_words):
-    """Of the number of predictions in a sequence the whole distribution: binomial, with 0 moved to 1."""
+    """The number of predictions in a sequence is binomial, with 0 moved to 1."""
     words = 60
     rule = MaskingRule(probability, "independent", MASK, np.arange(100) < 5, whole_word_mask=whole_words)
     word_ids = np.repeat(np.arange(words), 2) if whole_words else None

@@ -1,4 +1,4 @@
-"""What rows say beside their tokens, and whether the collator hears it: special tokens, words, labels; and no rows."""
+"""What rows hold beside tokens, and whether the collator uses it: special tokens, words, labels; and no rows."""
 
 import datasets
 import numpy as np
@@ -114,7 +114,7 @@ def _predicted(collate, row, epoch):
 )
 def test_a_mask_of_something_else_is_refused(tokenizer, mask, message):
     row = {"input_ids": [2, 8, 9, 3], "special_tokens_mask": mask}
-    for options in ({}, {"token_columns": []}):  # which says nothing of what is never anything else
+    for options in ({}, {"token_columns": []}):  # which does not list tokens that are always special
         with pytest.raises(ValueError, match=message):
             DataCollatorWithPacking(tokenizer, unpacked_rows="keep", **options)([row])
         with pytest.raises(ValueError, match=message):
@@ -141,7 +141,7 @@ def test_a_mask_that_numbers_sequences_is_refused(tokenizer, form):
             DataCollatorWithPacking(tokenizer, **options)(rows)
 
 
-# Options that would not be heard
+# Options that would be ignored
 
 
 @pytest.mark.parametrize(
@@ -190,14 +190,14 @@ def test_six_labels_of_six_tokens_are_whose_the_task_says(tokenizer):
     assert named(listed_rows())["labels"].shape == (6, 1, 6)
     with pytest.raises(ValueError, match=r"'labels' has 6 values in each row .* each row has 6 tokens.*token_columns="):
         DataCollatorWithPacking(tokenizer, **options)(listed_rows())
-    for count in (1, 2):  # other lengths leave no doubt
+    for count in (1, 2):  # lengths that differ leave no doubt
         longer = [*listed_rows(count), {"input_ids": [2, 8, 3], "labels": [0.0] * 6}]
         assert DataCollatorWithPacking(tokenizer, **options)(longer)["labels"].shape == (count + 1, 1, 6)
 
 
 @pytest.mark.parametrize("labels", [6, 9])
 def test_an_epoch_does_not_end_at_a_last_batch_of_one_row(tokenizer, labels):
-    """Nobody says what the lists belong to, but the batch before did: one row of 9 tokens among rows of 6."""
+    """This batch does not tell what the lists belong to, but the one before does: it has a row of 9 tokens, not 6."""
     collate = DataCollatorWithPacking(tokenizer, mlm_probability=None, unpacked_rows="keep")
     collate(listed_rows(2) + listed_rows(1, labels, tokens=9))
     assert collate(listed_rows(1))["labels"].shape == ((1, 6) if labels == 9 else (1, 1, 6))
@@ -205,7 +205,7 @@ def test_an_epoch_does_not_end_at_a_last_batch_of_one_row(tokenizer, labels):
 
 @pytest.mark.parametrize("column", ["labels", "topics"])
 def test_what_lists_belong_to_is_decided_by_the_whole_dataset(tokenizer, column):
-    """One row of 9 tokens at the end says what the batches before it mean."""
+    """One row of 9 tokens at the end tells what the lists of the earlier batches are."""
     several, of_tokens, ragged = (
         datasets.Dataset.from_list(listed_rows(8, column=column) + listed_rows(1, labels, 9, column))
         for labels in (6, 9, 7)
@@ -275,7 +275,7 @@ def worded_rows(count=20, seed=3):
 @pytest.mark.parametrize("form", ["list", "columns", "numpy", "torch", "arrow"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_word_ids_may_be_those_of_a_tokenizer(tokenizer, form, packed):
-    """None for [CLS] and [SEP], all the way: the masks are those of -1."""
+    """None for [CLS] and [SEP], from the rows to the masks: the masks are those of -1."""
     numbered = [{name: [int(value) for value in row[name]] for name in row} for row in worded_rows()]
     options = {"whole_word_mask": True, "mlm_probability": 0.3, "unpacked_rows": None if packed else "keep"}
     batches = []
@@ -395,7 +395,7 @@ def test_there_is_no_layout_of_nothing(shape):
 
 
 def test_columns_that_a_model_takes_reach_it(tokenizer):
-    """RoCBert reads two more ids of each token; without them its logits are others."""
+    """RoCBert reads two more ids per token; without them its logits differ."""
     sizes = {"pronunciation_vocab_size": 8, "shape_vocab_size": 8, "pronunciation_embed_dim": 8, "shape_embed_dim": 8}
     torch.manual_seed(0)
     model = RoCBertForSequenceClassification(RoCBertConfig(**SIZES, **sizes, initializer_range=0.5)).eval()

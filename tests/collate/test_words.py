@@ -1,4 +1,4 @@
-"""Words of real tokenizers, trained here: as their own word_ids() say, and masked at one rate in every script."""
+"""Words of real tokenizers, trained here: equal to their own word_ids(), masked at the same rate in any script."""
 
 import inspect
 import logging
@@ -38,7 +38,7 @@ ALPHABETS = {
 
 
 def sentences(script, between="", words=30, count=80):
-    """Of made-up words with nothing, or a blank now and then, between them."""
+    """A text of made-up words, with few or no blanks between them."""
     draw = random.Random(script)
     longest = 14 if script == "german" else 3
     known = ["".join(draw.choices(ALPHABETS[script], k=draw.randint(1, longest))) for _ in range(150)]
@@ -114,7 +114,7 @@ def parts_of(tokenizer, row, boundaries=None):
     [
         *(("word piece", script, 1) for script in ("chinese", "german", "code")),
         *(("unigram", script, 1) for script in TEXTS if script != "code"),
-        *(("byte-level", script, 0.995) for script in TEXTS),  # what white space several tokens share is not seen
+        *(("byte-level", script, 0.995) for script in TEXTS),  # white space that several tokens share is not seen
     ],
 )
 def test_words_of_the_vocabulary_are_those_of_the_tokenizer(kind, script, agreement):
@@ -150,7 +150,7 @@ def test_each_chinese_character_of_bert_is_a_word():
 @pytest.mark.parametrize("kind", ["unigram", "byte-level"])
 @pytest.mark.parametrize("script", list(TEXTS))
 def test_whole_words_are_masked_at_one_rate_in_every_script(script, kind, with_word_ids):
-    """15 %, in all modes. Of a Chinese sentence, one ▁, it was 91 %."""
+    """15 %, in all modes. (It was 91 % for a Chinese sentence, which has one ▁.)"""
     tokenizer = trained(kind, script)
     rows = encoded_rows(tokenizer, TEXTS[script])
     if not with_word_ids:
@@ -211,7 +211,7 @@ def test_words_that_are_cut_are_counted_and_said(caplog):
 
 
 def test_a_batch_before_does_not_decide_where_a_word_begins():
-    """A sequence that begins inside a character, after whatever else."""
+    """A sequence that begins inside a character, after any other."""
     tokenizer = train("byte-level", ["日本語"], 261)
     ids = tokenizer("日本", add_special_tokens=False)["input_ids"]
     boundaries = word_boundaries(tokenizer)

@@ -45,7 +45,7 @@ from collate import DataCollatorWithPacking, PackLayout
 @pytest.mark.parametrize("name", HERE)
 def test_every_attention_head_keeps_the_contract(name):
     """Packed = alone, values and gradients; huge and broken mates; place; no token; types; saved state."""
-    chooses = name in ("lsh", "routing", "sinkhorn")  # rounding may tip a choice: then another token is seen
+    chooses = name in ("lsh", "routing", "sinkhorn")  # rounding may change a choice: then the head sees another token
     check_contract(ATTENTION[name], ATTENTION[name].survives_nan, bfloat16=10 if chooses else 0.15)
 
 
@@ -57,7 +57,7 @@ def test_packing_changes_nothing_in_any_layout(name, ids, seed):
 
 
 def test_one_by_one_not_even_rounding_knows_of_other_sequences(monkeypatch):
-    """Exact attention on a CPU computes a sequence by the same products of the same shapes, alone or packed."""
+    """On a CPU exact attention computes a sequence with products of the same shapes, alone or packed."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # with more threads than heads it takes groups
     check_place(ATTENTION["sdpa"], tolerance=0)
 
@@ -72,7 +72,7 @@ def test_the_contract_fails_for_an_attention_that_leaks():
 
 
 class NearlyIsolated(nn.Module):
-    """A mate's values, times 1e-14: no more than rounding, and a leak all the same."""
+    """A mate's values, times 1e-14: as small as rounding, and still a leak."""
 
     def __init__(self, **_):
         super().__init__()
@@ -90,7 +90,7 @@ def test_a_leak_as_small_as_rounding_is_found_by_a_mates_values():
 
 @pytest.mark.parametrize("name", HERE)
 def test_pretraining_steps_save_and_load_with_every_head(name, tmp_path):
-    """Every parameter has a gradient, dropout off and on; what is saved comes back; a stock checkpoint can go on."""
+    """Every parameter has a gradient, dropout off and on; a saved model loads; a stock checkpoint trains on."""
     torch.manual_seed(0)
     stock = BertForPreTraining(make_config())
     stock.save_pretrained(tmp_path / "stock")
@@ -143,7 +143,7 @@ def test_a_stock_model_comes_back_with_its_heads(name, tmp_path):
 
 
 def test_stock_masked_lm_keeps_sequences_apart(tokenizer, pairs):
-    """use_attention on a stock model: hidden in its rows of (B, L), told by sequence_ids."""
+    """use_attention on a stock model keeps its rows (B, L) and takes sequence_ids."""
     collate = DataCollatorWithPacking(tokenizer, pad_to=MAX_LENGTH)
     batch = collate(packed_rows(pairs, MAX_LENGTH))
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ ENCODERS = {
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_stock_encoders_take_an_attention_head(name, tokenizer, pairs):
-    """And find their own positions; packed = the stock model on each sequence alone."""
+    """They find their own positions; packed = the stock model on each sequence alone."""
     batch = DataCollatorWithPacking(tokenizer, mlm_probability=None, pad_to=MAX_LENGTH)(packed_rows(pairs, MAX_LENGTH))
     torch.manual_seed(0)
     stock = AutoModel.from_config(AutoConfig.for_model(name, **ENCODERS[name])).double().eval()

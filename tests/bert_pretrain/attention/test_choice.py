@@ -1,4 +1,4 @@
-"""`auto`: which exact attention is chosen where, and that a run names it; exact attention one by one and in groups."""
+"""`auto`: which exact attention it chooses for a device; a run names it; exact attention one by one and in groups."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A pretended GPU: a function that sets its compute capability and what is installed."""
+    """A simulated GPU: a function that sets its compute capability and what is installed."""
 
     def pretend(capability=(9, 0), varlen=True, triton=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -100,7 +100,7 @@ def test_more_threads_than_heads_take_groups(monkeypatch):
 
 
 def test_one_by_one_takes_gradients_as_they_come(monkeypatch):
-    """A copy of the gradient, as indexing makes one, took as long as short sequences do."""
+    """No copy of the gradient: the copy that indexing makes took as long as attention over short sequences."""
     seen, split = [], Pieces.queries
     monkeypatch.setattr(Pieces, "queries", lambda self, x: seen.append(x.data_ptr()) or split(self, x))
     layout = layout_of([[1] * 5 + [2] * 3])

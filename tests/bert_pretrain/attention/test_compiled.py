@@ -1,7 +1,7 @@
 """torch.compile of the attention heads: the same values and gradients as without.
 
-A batch's layout is made outside, as in a model it is made once for all layers: its sizes follow from the numbers in
-sequence_ids, which no compiler knows. Where a compiled function makes it, the graph breaks there, and all is well.
+The layout of a batch is made outside, as a model makes it once for all layers: its sizes follow from the numbers in
+sequence_ids, which no compiler knows. Where a compiled function makes it, the graph breaks there; results are right.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ LAYOUTS = [[[1] * 20 + [2] * 9 + [0] * 4 + [3] * 15], [[1] * 7 + [2] * 5 + [3] *
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning")  # a graph ends there
 def test_a_compiled_head_computes_the_same(name):
-    """Two batches of other lengths: the second is compiled for shapes that change."""
+    """Two batches of different lengths: torch compiles the second for shapes that change."""
     torch.compiler.reset()
     attention = make(partial(ATTENTION[name], **SMALL_OPTIONS.get(name, {})))
     compiled = torch.compile(attention, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""What attention heads do on a GPU: the kernels that CPUs have not, against exact attention per sequence."""
+"""Attention heads on a GPU: the kernels that CPUs do not have, against exact attention per sequence."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_bert_with_the_attention_that_auto_chooses(dtype):
     tolerance = 5e-2 if dtype == torch.bfloat16 else 5e-3
     assert abs(found - expected) <= tolerance * expected and found_gradients.keys() == gradients.keys()
     for key, gradient in gradients.items():
-        # of a bias of keys the gradient is 0 but for rounding
+        # a bias of keys has a gradient of 0, up to rounding
         allowed = tolerance * max(float(gradient.norm()), 1e-2)
         assert float((found_gradients[key] - gradient).norm()) <= 2 * allowed, key
 
@@ -98,7 +98,7 @@ def test_flex_makes_one_mask_for_all_layers_of_a_batch(monkeypatch):
         lambda: (flex_functions()[0], lambda *args, **kwargs: made.append(1) or create(*args, **kwargs)),
     )
     model = small_bert("flex").cuda()
-    for width in (250, 100, 37):  # other numbers of tokens each time
+    for width in (250, 100, 37):  # a different number of tokens each time
         loss, gradients = loss_and_gradients(model, torch.tensor(IDS, dtype=torch.int32)[:, :width], torch.float32)
         assert loss > 0 and gradients
     assert len(made) == 3

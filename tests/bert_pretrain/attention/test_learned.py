@@ -73,7 +73,7 @@ def test_the_rest_of_the_contract(name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_dtypes(name):
-    """In bfloat16 a token may fall into another bucket, cluster or block: where there is but one, it stays near."""
+    """In bfloat16 a token may fall into another bucket, cluster or block; with only one of them, results stay near."""
     one_pattern = name in ("lsh", "sinkhorn")
     contract.check_dtypes(HEADS[name], ((torch.float32, 1e-4), (torch.bfloat16, 0.15 if one_pattern else 10)))
 
@@ -210,7 +210,7 @@ def test_one_cluster_or_block_is_exact_attention(build):
 
 
 def exact_shared(query, value):
-    """One sequence's full attention, keys the unit queries, a token itself only where there is nothing else."""
+    """Full attention of one sequence: keys are unit queries; a token sees itself only where it sees nothing else."""
     scores = torch.einsum("ihk,jhk->hij", query, torch.nn.functional.normalize(query, dim=-1)) / query.shape[-1] ** 0.5
     scores = scores.masked_fill(torch.eye(len(query)).bool(), -5e4)
     return torch.einsum("hij,jhk->ihk", scores.softmax(-1), value)
@@ -219,7 +219,7 @@ def exact_shared(query, value):
 @pytest.mark.parametrize("num_rounds", [1, 2, 3, 8, 70])
 @pytest.mark.parametrize("bucket_size", [1, 4, 10, 20])
 def test_lsh_of_one_or_two_chunks_is_exact_shared_attention(bucket_size, num_rounds):
-    """The union of the rounds is all tokens of up to two chunks; 70 rounds are counted beyond one byte."""
+    """The union of the rounds is all tokens of up to two chunks; 70 rounds need more than one byte to count."""
     lengths = sorted({1, 2, bucket_size, bucket_size + 1, max(1, 2 * bucket_size - 1), 2 * bucket_size})
     layout = layout_of([[number for number, n in enumerate(lengths, start=1) for _ in range(n)]])
     query, key, value = heads_input(layout)
@@ -231,7 +231,7 @@ def test_lsh_of_one_or_two_chunks_is_exact_shared_attention(bucket_size, num_rou
 
 
 def test_lsh_that_counts_duplicates_is_not_exact():
-    """One chunk is: there all are seen equally often. In two, what both rounds show weighs twice."""
+    """With one chunk all are seen equally often. With two, tokens that both rounds show count twice."""
     query, key, value = heads_input(one_sequence(20))
     for bucket_size, least, most in ((20, 0, 1e-12), (10, 0.1, 10)):
         head = make(LSHAttention, bucket_size=bucket_size, num_rounds=2, duplicates="count")
@@ -294,7 +294,7 @@ def attend_by(reference):
 
 
 def test_routing_equals_routing_transformer():
-    """Up to its epsilon of 1e-5: it divides sums over m clusters by m + 1e-5. And so does the centroids' step."""
+    """Equal up to its epsilon: it divides sums over m clusters by m + 1e-5, also in the step of the centroids."""
     n = 48
     head = make(RoutingAttention, num_clusters=4, decay=0.1)
     reference = reference_routing(head, n)
@@ -316,7 +316,7 @@ def test_routing_does_not_leak_where_routing_transformer_does():
 
 
 def reference_sinkhorn(head):
-    """Its non-causal form takes the sorted *keys* for the sorted values: so compare with values that are the keys."""
+    """Its non-causal form uses the sorted *keys* as values, so the test compares with values that are the keys."""
     module = pytest.importorskip(
         "sinkhorn_transformer.sinkhorn_transformer", reason="pip install sinkhorn-transformer==0.11.4 to compare"
     )
@@ -343,7 +343,7 @@ def reference_sinkhorn(head):
 
 @pytest.mark.parametrize("n", [64, 59])
 def test_sinkhorn_equals_sinkhorn_transformer(n):
-    """It wants all 64 slots: shorter sequences are padded by 0 and masked."""
+    """It needs all 64 slots, so shorter sequences are padded with 0 and masked."""
     head = make(SinkhornAttention, block_size=8, noise=1.0, normalized_last="columns")
     reference = reference_sinkhorn(head)
     query, key, _ = heads_input(one_sequence(n))
@@ -395,7 +395,7 @@ def test_lsh_reads_queries_only_and_says_so():
 
 
 class IgnoresKeys(LSHAttention):
-    """As lsh would be if the key it ignores had no gradient, rather than one of 0."""
+    """lsh as it would be if the key that it ignores had no gradient, instead of a gradient of 0."""
 
     def attend(self, query_THK, key_THK, value_THK, layout):
         return super().attend(query_THK, query_THK.detach(), value_THK, layout)
@@ -409,7 +409,7 @@ def process_group(tmp_path):
 
 
 def test_ddp_finds_a_gradient_for_the_key_projection_of_lsh(process_group):
-    """DDP as it is by default: it refuses the step after one that left a parameter out."""
+    """DDP with its defaults refuses the step after one that left a parameter out."""
 
     def two_steps(attention):
         model = small_bert(attention)
@@ -475,11 +475,11 @@ def test_centroids_are_the_mean_of_the_directions_nearest_to_them():
         move(head, [(layout, (query, key, value))])
     before = head.centroids_HCK.clone()
     moved = move(head, [(layout, (query, key, value))])
-    assert (moved - before).norm() < 0.01  # the same batch again and again: they have come to rest
+    assert (moved - before).norm() < 0.01  # the same batch again and again: the centroids no longer move
 
 
 def test_a_centroid_that_is_first_seen_late_forgets_its_random_start_too():
-    """4 tokens have two centroids; by the head's count of steps the others would keep half of the start."""
+    """4 tokens use two centroids; by the head's count of steps the others would keep half of their start."""
     short, long = batches_of([1] * 4, [1] * 40)
     head = make(RoutingAttention, decay=0.9)
     before = head.centroids_HCK.clone()
@@ -503,7 +503,7 @@ def test_evaluation_and_batches_without_tokens_move_nothing():
     with torch.no_grad():
         head(*inputs, layout)
     inputs = [x.requires_grad_() for x in inputs]
-    head(*inputs, layout)  # no backward: a batch that was thrown away
+    head(*inputs, layout)  # no backward: this batch was thrown away
     head.eval()(*inputs, layout).sum().backward()
     empty = layout_of([[0, 0]])
     head.train()(*(x.requires_grad_() for x in heads_input(empty)), empty).sum().backward()
@@ -519,7 +519,7 @@ def test_a_broken_batch_does_not_stay_in_the_centroids():
 
 
 def test_ranks_add_up():
-    """What another rank has seen comes in by all_reduce, over sums and counts."""
+    """all_reduce over sums and counts adds the tokens of other ranks."""
     batches = batches_of(*ROWS)
     expected = move(make(RoutingAttention), batches)
     head, other = make(RoutingAttention), make(RoutingAttention)
@@ -535,7 +535,7 @@ def test_ranks_add_up():
 
 
 class HeadAndScale(nn.Module):
-    """DDP wants a parameter."""
+    """DDP needs a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -546,7 +546,7 @@ class HeadAndScale(nn.Module):
 
 
 def _one_of_two_ranks(rank, folder):
-    """Rank 0 has two micro-batches, rank 1 one and one without tokens; under DDP, which levels buffers."""
+    """Rank 0 has two micro-batches, rank 1 one and one without tokens; under DDP, which copies buffers from rank 0."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     layer = HeadAndScale()
     parallel = DistributedDataParallel(layer)
@@ -644,7 +644,7 @@ def test_sinkhorn_makes_rows_and_columns_sum_to_one():
 
 @pytest.mark.parametrize("n", [20, 17, 23])
 def test_a_constant_value_stays_constant(n):
-    """The last block full, and padded; in the published form it moves."""
+    """With a last block that is full, and padded. The published form changes a constant value."""
     query, key, value = heads_input(one_sequence(n))
     value = torch.ones_like(value)
     for last, least, most in (("rows", 0, 1e-12), ("columns", 1e-3, 1)):
@@ -654,7 +654,7 @@ def test_a_constant_value_stays_constant(n):
 
 
 def test_a_permutation_shows_each_block_one_other():
-    """Each of two blocks sorted to the other: they see all; each sorted to itself: they see themselves alone."""
+    """If two blocks are sorted to each other, they see everything; sorted to themselves, they see only themselves."""
     layout = one_sequence(8)
     inputs = heads_input(layout)
     for order, seen in (([1, 0], layout), ([0, 1], layout_of([[1] * 4 + [2] * 4]))):

@@ -36,7 +36,7 @@ SIZES |= {"intermediate_size": 32, "max_position_embeddings": 48, "initializer_r
 
 
 def builds(name):
-    """The head as it is by default, and with so small options that a sequence has several chunks."""
+    """The head with its defaults, and with options so small that a sequence has several chunks."""
     return [ATTENTION[name], partial(ATTENTION[name], **SMALL_OPTIONS.get(name, {}))]
 
 
@@ -64,7 +64,7 @@ def test_a_model_is_trained_on_a_batch_that_it_saw_in_inference_mode(name):
 
 
 def test_what_flex_keeps_can_be_saved_for_backward_too(monkeypatch):
-    """Its mask holds tensors of the layout; flex itself has no gradient on CPUs, so that the mask is looked into."""
+    """The mask holds tensors of the layout. flex has no gradient on CPUs, so the test looks at the mask."""
     monkeypatch.setattr(pattern, "flex_functions", lambda: (lambda query, *_, **__: query, lambda mask, *_, **__: mask))
     head, layout = make(EtcAttention, window=3, global_tokens=3, execution="flex"), layout_of([[1] * 9 + [2] * 2])
     with torch.inference_mode():
@@ -135,7 +135,7 @@ def test_rotary_encoders_train_under_autocast(name, attention):
         hidden = model(input_ids, sequence_ids=ids).last_hidden_state[ids > 0]
     hidden.float().square().sum().backward()
     assert hidden.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    if attention == "sdpa":  # the others choose tokens, and rounding may tip a choice
+    if attention == "sdpa":  # the others choose tokens, and rounding may change a choice
         assert float(((hidden - plain).norm() / plain.norm()).detach()) < 0.05
 
 
@@ -152,7 +152,7 @@ def move(head, dtype, steps=20):
 
 
 def test_centroids_move_as_far_in_bfloat16_as_in_float32():
-    """Past its first moves a centroid keeps 0.999 of itself: in 16 bits most steps would round to none."""
+    """After its first steps a centroid keeps 0.999 of itself: in 16 bits most steps would round to zero."""
 
     def moved(dtype):
         head = make(ATTENTION["routing"], num_clusters=1).to(dtype)

@@ -1,4 +1,4 @@
-"""What an option of an attention head can be: nonsense is refused by name, value, limit and cure, for all of them."""
+"""Options of attention heads: a wrong value is refused with name, value, limit and cure, for all heads."""
 
 import json
 import re

@@ -55,7 +55,7 @@ HEADS: dict[str, Callable] = {
 PATTERNS = [name for name in HEADS if not name.startswith(("axial", "etc"))]  # attention over tokens, in one softmax
 EXECUTIONS = [name for name in HEADS if not name.startswith("axial")]
 HEADS |= {name: partial(HEADS[name], execution="chunks") for name in EXECUTIONS}
-MIXED = [[1] * 130 + [2] * 5 + [3] * 31, [0] * 2 + [1] + [2] * 125 + [3] * 38]  # some taken whole and some by chunks
+MIXED = [[1] * 130 + [2] * 5 + [3] * 31, [0] * 2 + [1] + [2] * 125 + [3] * 38]  # some whole, some by chunks
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -212,7 +212,7 @@ def test_slow_twin(name):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_predicate_is_the_pattern(name):
-    """What flex is given, and what the chunks are tested with."""
+    """The mask that flex gets, and that the chunks are tested against."""
     attention = make(HEADS[name])
     for n in (1, 2, 8, 37, 64):
         mask = attention.mask(n)
@@ -325,7 +325,7 @@ def test_axial_attention_package(projections):
 
 
 def test_longformer_of_transformers(projections):
-    """Its projections of global tokens, which queries, keys and values alone cannot have, are copies of the others."""
+    """Queries, keys and values have no projections of global tokens; so the reference's are copies of the others."""
     from transformers import LongformerConfig
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
@@ -348,7 +348,7 @@ def test_longformer_of_transformers(projections):
 
 
 def test_transient_global_attention_of_longt5(projections):
-    """Its norm of block sums made a mean, its biases 0; scores unscaled, as T5's are."""
+    """The reference with a mean in place of its norm of block sums, biases of 0, and unscaled scores as in T5."""
     from transformers import LongT5Config
     from transformers.models.longt5.modeling_longt5 import LongT5TransientGlobalAttention
 
@@ -373,7 +373,7 @@ def test_transient_global_attention_of_longt5(projections):
 
 
 def test_block_sparse_attention_of_bigbird(projections, monkeypatch):
-    """Its first and last block are global; its random blocks are given to ours."""
+    """The first and last block are global; ours gets the random blocks of the reference."""
     from transformers import BigBirdConfig
     from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
 
@@ -445,7 +445,7 @@ def test_random_blocks_are_any_blocks_outside_the_window():
 
 @pytest.mark.parametrize(("first", "last"), [(4, 0), (4, 4), (6, 9), (1, 1), (30, 0), (0, 40)])
 def test_random_blocks_are_drawn_outside_global_ones(first, last):
-    """As many as there are blocks with a token that is neither global nor in the window, each of them sometimes."""
+    """Heads draw only blocks with a token that is neither global nor in the window; over many heads, all of these."""
     head, size, number = torch.arange(500), 4, 2
     seed = BigBirdAttention(2, 8, 64).layer_seed(torch.device("cpu"))
     for n, window in ((1, 0), (9, 0), (21, 1), (40, 1), (40, 2)):
@@ -469,7 +469,7 @@ def test_random_blocks_differ_by_head_layer_block_length_and_seed_and_by_nothing
 
 
 def test_no_head_of_any_layer_draws_the_blocks_of_another():
-    """Layer 0's head 1 once drew as layer 1's head 2: 144 heads had 16 patterns."""
+    """Heads draw different patterns. (Once 144 heads had 16: head 1 of layer 0 drew like head 2 of layer 1.)"""
     layers = [BigBirdAttention(12, 8, 256, layer_index=layer, block=4).mask(256) for layer in range(12)]
     assert len({mask.numpy().tobytes() for masks in layers for mask in masks}) == 144
 

@@ -1,4 +1,4 @@
-"""inducing, linformer, nystrom, linear, performer, delta: heads that sum a sequence up and read from that."""
+"""inducing, linformer, nystrom, linear, performer, delta: heads that summarize a sequence and read the summary."""
 
 from functools import partial
 
@@ -166,7 +166,7 @@ def test_nystrom_segments():
 
 
 def test_performer_error_falls_with_the_square_root_of_the_features():
-    """Sixteen times the features: a quarter of the error, where it is small."""
+    """Sixteen times the features give a quarter of the error, where the error is small."""
     layout, inputs = one_sequence(40)
     query, key, value = (x / 8 for x in inputs)
     exact = SdpaAttention(HEADS, WIDTH, MAX_LENGTH)(query, key, value, layout)
@@ -291,7 +291,7 @@ def test_the_sums_of_linear_equal_linear_attention_transformer_with_its_features
 
 
 def test_delta_rule_equals_the_public_one():
-    """Which computes in float32; so the distance to it is that of float32."""
+    """It computes in float32, so it agrees to float32."""
     layout, (query, key, value) = one_sequence(50)
     public = reference.public_delta_rule()
     head = make(DeltaAttention)
@@ -323,7 +323,7 @@ def test_ours_do_not(build):
 
 
 def test_the_public_pseudo_inverse_mixes_even_the_rows_of_a_batch():
-    """Its starting norm is the largest of the batch, so the other sequence moves the first; ours is per sequence."""
+    """Its starting norm is the largest of the batch, so the other sequence changes the first; ours is per sequence."""
     package = pytest.importorskip("nystrom_attention", reason=reference.NOT_INSTALLED)
     module = package.NystromAttention(WIDTH, WIDTH, 1, num_landmarks=7, residual=False).double()
     x = 3 * torch.randn(2, 42, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -332,7 +332,7 @@ def test_the_public_pseudo_inverse_mixes_even_the_rows_of_a_batch():
 
 
 def test_a_stabiliser_over_the_batch_would_be_caught(monkeypatch):
-    """Only epsilon feels it: a small leak, and still found."""
+    """It enters through epsilon only: the leak is small, and still found."""
 
     def features(self, x_SHWK, over):
         return own_features(self, x_SHWK, over=(0, 1, 2, 3))

@@ -1,4 +1,4 @@
-"""use_attention on stock models: what it refuses, what it leaves behind, and whose layout a batch gets."""
+"""use_attention on stock models: what it refuses, how it changes the model, and which layout a batch gets."""
 
 import gc
 import re
@@ -43,7 +43,7 @@ TINY |= {"eos_token_id": 2}
     ],
 )
 def test_causal_models_are_refused(make):
-    """Heads see both directions: a causal model would go on without a word, and see the future."""
+    """Heads see both directions: a causal model would run without an error, and see the future."""
     model = make()
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match=r"is causal or a decoder.*take an encoder"):
@@ -73,7 +73,7 @@ def write(ids, following):
 
 
 def write_data(ids, following):
-    ids.data.copy_(following)  # unseen by the tensor's version
+    ids.data.copy_(following)  # does not change the tensor's version
 
 
 def write_by_numpy(ids, following):
@@ -83,7 +83,7 @@ def write_by_numpy(ids, following):
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("write", [write, write_data, write_by_numpy])
 def test_ids_written_anew_make_a_layout_anew(write, context):
-    """A buffer that the next batch is copied into."""
+    """A buffer into which the next batch is copied."""
     torch.manual_seed(0)
     model = use_attention(BertModel(make_config()).double().eval(), "sdpa")
     input_ids = torch.randint(5, 60, (1, 12))
@@ -165,7 +165,7 @@ def test_a_sequence_that_is_too_long_is_refused(name):
 
 
 def test_another_class_than_the_one_saved_gets_its_heads(tmp_path):
-    """With a task's head or without: the names of the encoder's weights have a prefix or none."""
+    """With or without a task head: the names of the encoder's weights have a prefix or none."""
     torch.manual_seed(0)
     saved = use_attention(BertForMaskedLM(make_config()), ["linformer", "sdpa"], rank=5, initial="random").eval()
     saved.save_pretrained(tmp_path / "task")
@@ -193,7 +193,7 @@ def mean_by_sequence(value_THK, layout):
 
 
 class WithoutDropout(AttentionHead):
-    """The shortest head of one's own: no dropout, and so no parameter for it."""
+    """The shortest head of a user's own: it has no dropout."""
 
     def attend(self, query_THK, key_THK, value_THK, layout):
         return mean_by_sequence(value_THK, layout)

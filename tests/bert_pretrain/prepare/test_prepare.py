@@ -74,7 +74,7 @@ def test_lines_that_are_sentences_stay_so(tmp_path):
     bert.write_text("no full stop here\nDr.  Who. And more.\n\n\n \nlast line", encoding="utf-8")
     lines = [["no full stop here", "Dr. Who. And more."], ["last line"]]
     assert list(read_documents(bert, sentences="lines")) == lines
-    # Lines that end as sentences do are told apart without being asked to.
+    # Lines that end like sentences are recognized without an option.
     bert.write_text("One is here.\nTwo is there!\nIs three?\n", encoding="utf-8")
     assert list(read_documents(bert)) == [["One is here.", "Two is there!", "Is three?"]]
 
@@ -156,7 +156,7 @@ def test_special_tokens_come_first(tokenizer):
 
 
 def test_same_text_same_vocabulary(tokenizer, some_sentences):
-    # The trainer's hash map is seeded anew each time, so that a repetition is a fair test.
+    # The trainer's hash map has a new seed each time, so a repetition is a fair test.
     for _ in range(3):
         assert train_tokenizer(some_sentences, vocab_size=1000).get_vocab() == tokenizer.get_vocab()
 
@@ -451,7 +451,7 @@ def test_too_few_documents_are_refused_with_their_cause(tmp_path, text, options,
     with pytest.raises(ValueError, match=message) as refused:
         prepare(PrepareConfig(**config))
     if options.get("test_fraction") == 0:
-        assert "test_fraction" not in str(refused.value)  # no cure that was taken already
+        assert "test_fraction" not in str(refused.value)  # no cure that is already taken
 
 
 @pytest.mark.parametrize(
@@ -485,7 +485,7 @@ def test_config_is_a_command_line():
 
 
 def test_writing_systems_of_many_characters_keep_them():
-    """6,000 characters, as Chinese has: the vocabulary that is asked for has room, and so none becomes [UNK]."""
+    """6,000 characters, as in Chinese: the vocabulary has room for them, so none becomes [UNK]."""
     rng = np.random.default_rng(0)
     texts = ["".join(chr(0x4E00 + c) for c in rng.permutation(6000)) for _ in range(3)]
     tokenizer = train_tokenizer(texts, vocab_size=13_000)
@@ -555,7 +555,7 @@ def test_many_unknown_tokens_are_said(tmp_path, caplog):
 
 
 def test_words_too_long_for_wordpiece_are_counted_and_said(tmp_path, caplog):
-    """Thai has no spaces within a clause, and each word of more than 100 characters is one [UNK]."""
+    """Thai has no spaces within a clause, so a word of more than 100 characters becomes one [UNK]."""
     draw = np.random.default_rng(0)
     letters = [chr(0xE01 + i) for i in range(40)]
     clauses = ["".join(draw.choice(letters, 60)) for _ in range(200)] + ["".join(draw.choice(letters, 300))] * 10
@@ -590,7 +590,7 @@ def transcripts(tmp_path_factory):
 
 @pytest.mark.parametrize(("objective", "length"), [("nsp", 128), ("sop", 128), ("none", 32)])
 def test_text_without_sentence_ends_is_cut_at_words_and_not_off(transcripts, tmp_path, caplog, objective, length):
-    """Uncut, each would be one sentence, of which a sequence has room for a part."""
+    """Without a cut each would be one sentence, too long for a sequence."""
     config = PrepareConfig(
         text=[str(transcripts)],
         output=str(tmp_path / "out"),
@@ -615,7 +615,7 @@ def test_text_without_sentence_ends_is_cut_at_words_and_not_off(transcripts, tmp
 
 
 def test_the_words_of_a_long_sentence_are_those_of_its_tokenizer():
-    """Chinese without a full stop by its characters; one word, as Unigram makes of it, or a URL, by its tokens."""
+    """Chinese without a full stop is cut at characters; one word (as Unigram sees it) or a URL is cut at tokens."""
     tokenizer = train_tokenizer(["un##believable things we talked about"] * 3, 40)
     bare = text_tokenizer(describe(tokenizer))
 
@@ -653,7 +653,7 @@ def test_a_clause_without_spaces_is_no_word(tokens, longest, expected):
 
 
 def test_many_dropped_tokens_are_said(tmp_path, caplog):
-    """Sentences of half a sequence: three reach the end, and what is over is cut off."""
+    """Sentences of half a sequence: three go beyond the end, and the rest is cut off."""
     rng = np.random.default_rng(0)
     text = "\n\n".join(" ".join(f"{transcript(rng, 27).capitalize()}." for _ in range(4)) for _ in range(40))
     (tmp_path / "text.txt").write_text(text)

@@ -1,4 +1,4 @@
-"""Documents -> sequences. Token ids say where a token comes from, so that expectations can be read off the output."""
+"""Documents -> sequences. Token ids tell where a token comes from, so the output shows what happened."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ IDS = {"cls_token_id": CLS, "sep_token_id": SEP}
 
 
 class FixedDraws:
-    """A generator whose draws are written down in the test, and must all be used."""
+    """A generator whose draws the test lists; all of them must be used."""
 
     def __init__(self, *draws):
         self.draws = list(draws)
@@ -89,7 +89,7 @@ def test_random_next_puts_unused_sentences_back():
         # The chunk is sentences 0, 1, 2; A is sentence 0. B is of the first other document, sentence 4, and as the
         # target leaves 4 - 2 = 2 tokens, it ends there.
         ([CLS, 10, 11, SEP, 16, 17, SEP], IS_RANDOM),
-        # So sentences 1 and 2 are put back, and the next chunk is 1, 2, 3: 1 + 2 + 1 = 4 tokens.
+        # So sentences 1 and 2 go back, and the next chunk is 1, 2, 3: 1 + 2 + 1 = 4 tokens.
         ([CLS, 12, SEP, 13, 14, 15, SEP], IS_NEXT),
     ]
 
@@ -130,7 +130,7 @@ def ordered_pairs(documents, target, room, *draws):
 
 
 def test_sentence_order():
-    # All four sentences make one chunk, which is parted before sentence 3.
+    # All four sentences make one chunk, which is cut before sentence 3.
     assert ordered_pairs(numbered(THREE), 6, 20, 3, 0.9) == [([CLS, 10, 11, 12, 13, 14, SEP, 15, SEP], IN_ORDER)]
     assert ordered_pairs(numbered(THREE), 6, 20, 3, 0.1) == [([CLS, 15, SEP, 10, 11, 12, 13, 14, SEP], SWITCHED)]
     # A chunk has two sentences, even if the first alone reaches the target.
@@ -153,7 +153,7 @@ def test_a_last_sentence_alone_is_no_pair():
 
 
 def test_the_cut_does_not_tell_the_order():
-    """Of two equally long segments in a room for an odd number, A keeps one token more, whichever it is."""
+    """Two equally long segments share an odd number of slots: A keeps one token more, whichever segment it is."""
     documents = numbered([[5, 5]])
     for order in (0.1, 0.9):
         (pair,) = sop_pairs(documents, 0, 9, 7, CLS, SEP, FixedDraws(1, order, 0, 0))
@@ -182,7 +182,7 @@ def test_single_sequences_stop_at_a_short_target():
 
 
 def truncate_one_by_one(a, b, room, from_front):
-    """The paper's truncation as it is told: while the pair is too long, the longer side loses a token at an end."""
+    """Truncation as the paper describes it: while the pair is too long, the longer side loses a token at an end."""
     a, b = list(a), list(b)
     while len(a) + len(b) > room:
         longer = a if len(a) > len(b) else b
@@ -213,7 +213,7 @@ def test_truncation_is_random_at_both_ends():
 
 
 class ScriptedDraws:
-    """A generator whose draws follow from how many there were: 0.618, 0.236, 0.854, …, stretched over what is asked."""
+    """A generator whose n-th draw depends on n alone: 0.618, 0.236, 0.854, …, scaled to the range."""
 
     def __init__(self, start):
         self.drawn = start
@@ -255,7 +255,7 @@ def test_pairs_are_those_built_sentence_by_sentence(draws, lengths, target, more
 
 
 def test_golden_pairs():
-    """Written down once: what a seed gives must not change from one version to the next."""
+    """Golden values: the result of a seed must not change from one version to the next."""
     documents = numbered([[3, 4, 2, 5, 1], [2, 2], [6, 1, 1]])
     assert [sides(pair) for pair in sequences_of("nsp", documents, **IDS, max_sequence_length=12, seed=7)] == [
         ([10, 11, 12, 13, 14, 15, 16], [17, 18], IS_NEXT),
@@ -324,7 +324,7 @@ def test_every_token_is_in_one_pair_or_counted_as_dropped(lengths, options):
         own.extend(a)
         if pair.label == IS_NEXT:
             own.extend(b)
-    # Sentences that a random B displaced came back: otherwise tokens would be missing here.
+    # Sentences that a random B displaced came back, or tokens would be missing here.
     assert len(own) == len(set(own))
     assert own == sorted(own)
     assert len(own) + sum(pair.tokens_dropped for pair in built) == documents.num_tokens
@@ -348,7 +348,7 @@ def test_every_ordered_pair_holds_neighbours(lengths, options):
             assert len(a) and len(b) and parts[0][-1] < parts[1][0] <= parts[0][-1] + 1 + pair.tokens_dropped
         assert len(set(of_token[np.concatenate(parts) - 10])) == 1
         own.extend(np.concatenate(parts))
-    # In the text's order every token is there once, or counted.
+    # In the order of the text every token is there once, or counted as dropped.
     assert own == sorted(set(own)) and len(own) + dropped == documents.num_tokens
 
 

@@ -1,4 +1,4 @@
-"""Files and rows -> blocks -> lines: nothing torn, nothing misread."""
+"""Files and rows -> blocks -> lines: nothing cut, nothing misread."""
 
 import bz2
 import gzip
@@ -54,13 +54,13 @@ def test_lines_of_old_macs(tmp_path):
         (tmp_path / "mac.txt").write_bytes(ENGLISH.replace("\n", newline).encode())
         assert documents_of(tmp_path) == [["First one.", "Second one."], ["Third one."]]
         assert documents_of(tmp_path, documents="file") == [["First one.", "Second one.", "Third one."]]
-    # Among other line ends, a return is white space: not each line of these is a paragraph.
+    # Beside other line ends a carriage return is white space, so these lines are not paragraphs.
     (tmp_path / "mac.txt").write_bytes(b"First one.\r\r\nSecond one.\r\r\n\r\r\nThird\rone.\r\r\n")
     assert documents_of(tmp_path) == [["First one.", "Second one."], ["Third one."]]
 
 
 def test_the_byte_and_line_are_those_of_the_file(tmp_path, monkeypatch):
-    """Also where the file was read in blocks."""
+    """Also where a file is read in blocks."""
     monkeypatch.setattr("packing.source.text_files.BLOCK_BYTES", 10)
     (tmp_path / "late.txt").write_bytes(b"one two three\n\n" * 20 + b"caf\xe9\n")
     with pytest.raises(ValueError, match=r"late.txt is not UTF-8 text: byte 303 \(line 41\) is 0xe9; .*LATIN1"):
@@ -107,7 +107,7 @@ OTHER_FORMATS = {
     "corpus.zip": (b"PK\x03\x04", r"compressed data \(zip\).*unzip"),
     "page.html": ("<p>One.</p>", "HTML.*take the text out of it"),
     "paper.pdf": (b"%PDF-1.7", "PDF"),
-    # by what they begin with, whatever their name
+    # recognized by their first bytes, whatever the name
     "a.txt": (f"{ROW}\n{ROW}\n", r"rows \(JSON lines\).*rename it to end in \.jsonl.*start with a line of words"),
     "b.txt": (f"\ufeff\n[\n  {ROW},\n  {ROW}\n]", r"rows \(JSON\)"),
     "c.txt": (f"{ROW[:-1]}".ljust(100_000, "x"), r"rows \(JSON\)"),
@@ -175,7 +175,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_every_format_are_documents_of_their_column(tmp_path, name):
-    """Never of the file as it stands: no brace, no label."""
+    """Only the texts, and never the raw file: no brace, no label."""
     ROWS[name](str(tmp_path / name))
     assert documents_of(tmp_path / name) == [["One is here.", "Two is there."], ['Three, and "four".'], ["Five."]]
 

@@ -56,7 +56,7 @@ def test_metadata_is_valid_and_the_text_says_what_was_trained(folders, run):
         "tensor for tensor",
     ):
         assert fact in text, fact
-    assert str(Path(folders["dataset"]).parent) not in text  # nobody's business
+    assert str(Path(folders["dataset"]).parent) not in text  # private
     assert table(text, "package")["transformers"] == [__import__("transformers").__version__]
 
 
@@ -91,7 +91,7 @@ def test_other_attention_is_not_promised_to_load_as_stock(folders, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """What would go to the hub: a copy of each folder at the moment of its upload, and the repositories made."""
+    """What would reach the hub: a copy of each folder at the moment of its upload, and the repositories made."""
     sent, made = [], []
 
     class Repository(str):
@@ -127,7 +127,7 @@ def hub(monkeypatch, tmp_path):
 def test_an_upload_that_fails_is_said_and_what_is_missing_at_the_end_is_an_error(
     folders, tmp_path, hub, monkeypatch, capsys, caplog, refused
 ):
-    """Of five uploads: the model and checkpoint-2, the model and checkpoint-4, and the model at the end."""
+    """The run has five uploads: the model and checkpoint-2, the model and checkpoint-4, and the model at the end."""
     sent, _ = hub
     upload = HfApi.upload_folder
 

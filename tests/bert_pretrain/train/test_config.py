@@ -1,4 +1,4 @@
-"""Config files and flags: they mean the same, flags win, and a typo is told at once."""
+"""Config files and flags mean the same, flags win, and a typo is reported at once."""
 
 import dataclasses
 import json
@@ -138,7 +138,7 @@ def test_twins_in_json_are_refused(tmp_path):
 
 
 def test_a_stand_in_has_the_options_of_the_real_arguments():
-    """It answers --help and mistakes, so the parser made of it must know the same."""
+    """The list answers --help and mistakes, so it must match the parser."""
     quick = stand_in("transformers.training_args", "TrainingArguments")
     actions = [{a.dest: a for a in _make_parser((kind,), "train")._actions} for kind in (quick, TrainingArguments)]
     assert list(actions[0]) == list(actions[1])

@@ -1,4 +1,4 @@
-"""What a run says of its speed: counted FLOPs, a clock that knows training from the rest, one line a log."""
+"""What a run reports of its speed: counted FLOPs, a clock for training only, one line per log."""
 
 import itertools
 import re
@@ -120,7 +120,7 @@ def test_a_peak_that_is_given_counts():
 
 
 class Clock:
-    """A time that passes when it is told to."""
+    """A clock that the test moves."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -292,7 +292,7 @@ def test_a_run_prints_lines_and_no_dictionaries(folders, tmp_path, capsys, monke
 
 
 def test_a_redirected_log_holds_lines_alone(folders, tmp_path, capsys):
-    """No bar of Trainer's, of an evaluation or of a save leaves carriage returns or blank lines in a file."""
+    """No progress bar of Trainer, evaluation or save leaves carriage returns or blank lines in a file."""
     enable_progress_bar()  # as in a process where nothing has disabled it
     saves = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     assert train(folders, tmp_path / "bert", disable_tqdm=False, max_steps=2, **saves) == 0
@@ -302,7 +302,7 @@ def test_a_redirected_log_holds_lines_alone(folders, tmp_path, capsys):
 
 
 def test_a_run_that_diverges_ends_and_spoils_no_checkpoint(folders, tmp_path, capsys):
-    """Trainer would log 0 for NaN, go on, and delete the last good checkpoint for a bad one."""
+    """Trainer would log 0 for NaN, continue, and replace the last good checkpoint by a bad one."""
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     assert train(folders, tmp_path / "bert", max_steps=4, learning_rate=1e30, **options) == 2
     error = capsys.readouterr().err.splitlines()[-1]

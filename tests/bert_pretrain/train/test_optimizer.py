@@ -63,7 +63,7 @@ def error_of_lamb(make, mistake=None):
 def test_lamb_is_that_of_its_paper():
     """Both bias corrections, any norm of the weights, decay within the update, vectors without adaptation."""
     assert float(make_parameters()[0][1].detach().norm()) > 300  # the library alone would cut it at 10
-    # not to the last digit: the library adds eps to the norm of the update
+    # nearly: the library adds eps to the norm of the update
     assert max(error_of_lamb(Lamb)) < 1e-9
 
 
@@ -119,7 +119,7 @@ def late_errors(steps_of):
 
 
 def test_lamb_counts_the_steps_of_each_parameter():
-    """A parameter whose first gradient comes late has a late t; by the steps of its group it would go too far."""
+    """A parameter whose first gradient comes late counts its own steps t; those of its group would be too many."""
     assert max(late_errors(lambda step, count: count)) < 1e-6
     assert max(late_errors(lambda step, count: step)[[1, 2, 3]]) > 0.05
 
@@ -185,7 +185,7 @@ def test_a_closure_of_lamb_makes_the_gradients():
 
 @pytest.mark.parametrize("options", [{}, {"weight_decouple": False}, {"weight_decouple": False, "adam_debias": True}])
 def test_the_librarys_own_lamb_is_not_the_papers(options):
-    """Once it is, `bert_pretrain.train.optimizer` has no more reason to be."""
+    """Once it is mended there, `bert_pretrain.train.optimizer` is no longer needed."""
     assert max(error_of_lamb(functools.partial(pytorch_optimizer.Lamb, **options))) > 1e-3
 
 
@@ -357,9 +357,9 @@ def test_lamb_is_refused_where_tensors_are_split(packs, tmp_path, monkeypatch, h
 
 
 def test_a_run_of_packs_with_powered_betas(folders, packs, tmp_path):
-    """A resumed run has them too, and not the power of the power."""
+    """A resumed run has them, too, and does not raise them to the power twice."""
     options = ["--batch_policy", "packs", "--beta_power", "True", "--per_device_train_batch_size", "4"]
-    options += ["--sequences_per_step", str(SEQUENCES_PER_STEP)]  # the default, which packs do without
+    options += ["--sequences_per_step", str(SEQUENCES_PER_STEP)]  # the default, which packs do not use
     assert train(folders, tmp_path / "bert", *options, "--optimizer", "lamb", "--save_steps", "2") == 0
     checkpoint = str(tmp_path / "bert" / "checkpoint-2")
     again = ["--resume_from_checkpoint", checkpoint]

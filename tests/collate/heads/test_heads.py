@@ -1,7 +1,7 @@
 """Packed task heads: logits, loss and gradients are those of the stock model on each sequence alone.
 
-Float64 and large weights, as in test_equivalence, for every architecture and task. Each negative control is a mistake
-that packing invites, and must fail the very comparison that the right thing passes.
+Float64 and large weights, as in test_equivalence, for every architecture and task. Each negative control makes a
+mistake that packing invites, and must fail the same comparison that the right code passes.
 """
 
 import copy
@@ -185,7 +185,7 @@ def make_batch(sequences, start=0, packs=PACKS):
 
 
 def alone(stock, task, sequences):
-    """The stock model on one sequence at a time: what the head makes of each, and the loss, written out."""
+    """The stock model on one sequence at a time: the head's output for each, and the loss, written out."""
     results, losses, other_losses = [], [], []
     for sequence in sequences:
         output = stock(input_ids=sequence["input_ids"][None])
@@ -294,7 +294,7 @@ def test_with_gradient_checkpointing_and_eager_attention(task):
 
 @pytest.mark.parametrize("task", ["single", "multi", "regression", "tokens", "answers"])
 def test_the_loss_is_the_stock_one(task):
-    """Of sequences that all have a label, one at a time: half of them in each of two packs."""
+    """The loss of sequences that all have a label, one at a time; half of them lie in each of two packs."""
     stock, packed = make_models("bert", task)
     sequences = make_sequences(task)[3:5] if task != "answers" else make_sequences(task)[2:4]
     sequences = [
@@ -366,7 +366,7 @@ def test_accumulation_changes_nothing(task):
 @pytest.mark.parametrize("has_columns", [True, False], ids=["columns", "no columns"])
 @pytest.mark.parametrize("task", TRAINED)
 def test_a_batch_of_padding_alone_gives_zero_gradients(task, has_columns):
-    """What a process without packs computes; its collator may not know of any labels."""
+    """What a process without packs computes; its collator may not know the labels."""
     _, packed = make_models("bert", task)
     head = task_for(packed, **OPTIONS.get(task, {}))
     batch = micro_batches(make_batch(make_sequences(task)))[1]
@@ -470,7 +470,7 @@ def test_negative_control(mistake, task):
     expected.backward()
     loss = mistake(head, packed, make_batch(sequences))
     loss.backward()
-    # ten digits are asked of the right thing; each mistake keeps not even four
+    # right code keeps ten digits; each mistake loses all but four
     assert error(loss, expected) > 1e-4
     assert gradient_error(packed, stock) > 1e-4
 
@@ -494,7 +494,7 @@ def test_checkpoints_stay_stock(architecture, tmp_path):
 
 
 def test_a_prepared_model_is_the_stock_one_for_all_else():
-    """It is prepared once, its copies and pickles are prepared, and ordinary batches run as ever."""
+    """A model is prepared once; its copies and pickles stay prepared, and ordinary batches run as before."""
     stock, packed = make_models("bert", "single")
     task = task_for(packed)
     assert prepare_head(packed) is packed and task_for(packed) == task
@@ -525,7 +525,7 @@ def test_under_distributed_data_parallel(tmp_path):
 
 @pytest.mark.parametrize("task", [*CLASSES])
 def test_predictions_without_labels(task):
-    """In the order of the sequences; dropout is off meanwhile, and on again afterwards."""
+    """In the order of the sequences; dropout is off during prediction, and on again afterwards."""
     stock, packed = make_models("bert", task, hidden_dropout_prob=0.5)
     packed.train()
     stock.eval()
@@ -747,7 +747,7 @@ def test_other_refusals():
 
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_a_packed_head_needs_no_mask(architecture, monkeypatch):
-    """Which is L x L for each row, and slow where rows are long."""
+    """No mask is built: it would be L x L for each row, and slow where rows are long."""
     monkeypatch.setattr("collate.isolation.masks.built_mask", lambda *_, **__: pytest.fail("a mask was built"))
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
     model = AutoModelForSequenceClassification.from_config(config)

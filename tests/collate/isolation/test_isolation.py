@@ -125,7 +125,7 @@ def sequences_of(input_ids, sequence_ids):
 
 
 def functional(hidden):
-    """A fixed random functional of hidden states (tokens, width), the same for a sequence wherever it stands."""
+    """A fixed random functional of hidden states (tokens, width), the same for a sequence at any place."""
     generator = torch.Generator().manual_seed(hidden.shape[0])
     return (hidden * torch.randn(hidden.shape, generator=generator, dtype=torch.float64)).sum()
 
@@ -153,7 +153,7 @@ def value_error(pairs):
 def gradient_error(packed, stock):
     """The worst over all parameters, embeddings among them; the scale is the whole gradient's."""
     pairs = [(a.grad, b.grad) for a, b in zip(packed.parameters(), stock.parameters(), strict=True)]
-    # an unused pooler has no gradient, or zeros where the graph was compiled
+    # an unused pooler has no gradient; a compiled graph gives zeros
     pairs = [(a if b is None else a - b, b) for a, b in pairs if a is not None or b is not None]
     return max(float(error.abs().max()) for error, _ in pairs) / max(
         float(b.abs().max()) for _, b in pairs if b is not None
@@ -162,13 +162,13 @@ def gradient_error(packed, stock):
 
 @pytest.fixture
 def softmax_in_float64(monkeypatch):
-    """ModernBERT's and EuroBERT's eager softmax runs in float32, where another length is another rounding."""
+    """ModernBERT's and EuroBERT's eager softmax runs in float32, where another length rounds differently."""
     monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: torch.softmax(x, dim))
 
 
 @pytest.fixture
 def built_masks(monkeypatch):
-    """The shapes of the L x L masks that are built meanwhile."""
+    """The shapes of the L x L masks that are built inside."""
     built, build = [], masks.built_mask
 
     def record(*args, **kwargs):
@@ -194,7 +194,7 @@ def test_packed_equals_alone(kind, implementation, softmax_in_float64, built_mas
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "eurobert"])
 def test_no_mask_in_long_rows_one_by_one_or_in_groups(kind, threads, monkeypatch, built_masks):
-    """Sequences of one token, of some windows' length in several pieces, an empty row; more threads than heads."""
+    """Sequences of one token, sequences longer than several windows, an empty row; more threads than heads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(exact_attention, "SMALLEST_PIECE", 4)
     stock = make_model(kind)
@@ -216,7 +216,7 @@ def test_a_batch_without_tokens_gives_gradients_of_0(kind):
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_dropped_attention_weights_leave_a_mate_out(kind, built_masks):
-    """The same draws, another mate: not even a NaN passes. A seed of its own changes what is dropped."""
+    """The same draws with another mate: even a NaN does not leak. Another seed drops other weights."""
     name = "attention_dropout" if kind == "modernbert" else "attention_probs_dropout_prob"
     packed = isolate_sequences(make_model(kind, **{name: 0.4}))
     input_ids, sequence_ids = make_rows()
@@ -314,7 +314,7 @@ def test_heads_that_broadcast_do_so_under_a_lazy_mask(heads):
 
 
 def test_a_gradient_of_a_gradient_is_there_where_stock_attention_has_one():
-    """Under SDPBackend.MATH, which is no kernel of ours."""
+    """Under SDPBackend.MATH, which does not use our kernel."""
     model = make_model().double().eval()
     input_ids, sequence_ids = make_rows()
     isolate_sequences(model)
@@ -327,7 +327,7 @@ def test_a_gradient_of_a_gradient_is_there_where_stock_attention_has_one():
 
 
 def test_a_transformed_forward_gets_a_mask_that_is_built(built_masks):
-    """torch.func knows no gradient of our own functions."""
+    """torch.func does not know the gradients of our functions."""
     model = isolate_sequences(make_model())
     rows = dict(zip(("input_ids", "sequence_ids"), make_rows(), strict=True))
     weights = dict(model.named_parameters())
@@ -374,7 +374,7 @@ def test_a_real_checkpoint_packed_equals_alone(implementation):
         assert "attention" in check_isolation(stock, tokenizer).leaking
 
 
-# What a row's mates must not do, and does by each of these mistakes.
+# Negative controls: each of these mistakes lets mates leak.
 
 
 def not_isolated(packed, sequence_ids):
@@ -422,7 +422,7 @@ def test_negative_control(kind, implementation, mistake):
 
 
 def test_one_mask_for_all_layers_is_exact_below_the_window():
-    """So a test with short sequences would not have caught it."""
+    """A test with short sequences does not find this mistake."""
     stock = make_model("modernbert")
     packed = copy.deepcopy(stock)
     rows = make_rows([[4, 5, 3]])
@@ -439,7 +439,7 @@ TASKS = [
 
 @pytest.mark.parametrize("auto", TASKS, ids=lambda auto: auto.__name__)
 def test_task_models_hand_sequence_ids_down(auto):
-    """Of every supported type that has such a head; a classifier's row has one output, its first sequence's."""
+    """Heads of every supported type that has them; a classifier has one output per row, that of the first sequence."""
     input_ids, sequence_ids = make_rows([[9, 12, 10]])
     seen = 0
     for kind in SUPPORTED:
@@ -536,7 +536,7 @@ def test_padding_gives_finite_gradients_and_empty_rows_are_harmless():
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_flash_gets_the_boundaries_of_the_flattened_rows(kind, monkeypatch):
-    """The kernel's stand-in honours nothing but what flash kernels do: boundaries and the layer's own window."""
+    """The stand-in for the kernel reads only what flash kernels read: boundaries and the layer's own window."""
 
     def flash(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
         packs = len(query)
@@ -698,7 +698,7 @@ def test_a_leaky_encoder_is_refused_and_fails_the_probe(kind):
 
 @pytest.mark.parametrize(("kind", "part"), [("mobilebert", "embeddings"), ("convbert", "attention")])
 def test_the_probe_says_where_masks_do_not_help(kind, part):
-    """The hook keeps attention apart; trigrams and convolutions mix all the same."""
+    """The hook keeps attention apart, but trigrams and convolutions still mix sequences."""
     model = make_model(kind, "eager")
     model.base_model.register_forward_pre_hook(IsolateSequences(model.base_model), with_kwargs=True)
     report = check_isolation(model)
@@ -709,14 +709,14 @@ def test_the_probe_says_where_masks_do_not_help(kind, part):
 
 def test_an_unknown_encoder_is_probed():
     assert is_isolated(isolate_sequences(make_model("rembert", "eager", input_embedding_size=32)))
-    model = make_model("lilt", "eager", channel_shrink_ratio=2)  # wants boxes of tokens, in a width of its own
+    model = make_model("lilt", "eager", channel_shrink_ratio=2)  # needs boxes of tokens, in a width of its own
     with pytest.raises(ValueError, match=r"lilt is not known to isolate, and it cannot be tried out"):
         isolate_sequences(model)
     assert not is_isolated(model)
 
 
 class DropsKeywords(BertForMaskedLM):
-    """What a subclass may do: sequence_ids never reach the encoder."""
+    """A subclass whose sequence_ids never reach the encoder."""
 
     def forward(self, input_ids, **kwargs):
         return super().forward(input_ids)
@@ -820,7 +820,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("name", UNFIT)
 def test_what_cannot_be_isolated_is_refused_by_name_reason_and_cure(name):
-    """By isolate_sequences, and by check_isolation or in its report; nothing is left hooked."""
+    """isolate_sequences refuses, and check_isolation refuses or reports; no hook remains."""
     make, said = UNFIT[name]
     model = make()
     with pytest.raises(ValueError, match=said):
@@ -849,7 +849,7 @@ def test_what_is_wrapped_around_a_model_is_looked_through():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
 def test_dynamic_quantization_is_refused():
-    """The scale of a mate's activations is everybody's."""
+    """The scale of the activations of one sequence applies to all."""
     quantize = torch.ao.quantization.quantize_dynamic
     model = quantize(make_model().float().eval(), {nn.Linear}, dtype=torch.qint8)
     with pytest.raises(ValueError, match=r"quantized dynamically: one scale for all.*give the model as it was"):
@@ -900,7 +900,7 @@ def test_a_mean_over_the_row_leaks_in_pooling(kind, pooling):
 
 
 class CountsSlots(nn.Module):
-    """An encoder that keeps attention apart, and gets one other thing wrong."""
+    """An encoder that keeps attention apart, and makes one other mistake."""
 
     def __init__(self, mistake):
         super().__init__()
@@ -935,7 +935,7 @@ def test_each_part_is_told_apart(mistake):
 
 
 def test_a_disabled_window_is_seen_as_a_difference_from_being_alone():
-    """One mask for all layers: no mate leaks in, but beyond the window the model is another one."""
+    """One mask for all layers: no mate leaks, but beyond the window the model differs from the stock one."""
     model = make_model("modernbert")
 
     def one_mask(module, args, kwargs):

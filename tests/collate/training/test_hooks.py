@@ -23,7 +23,7 @@ METHODS = {"_run_epoch": "model epoch", "log": "logs start_time"}
 
 
 class Fitting:
-    """A Trainer of another version, that has what METHODS lists."""
+    """A Trainer of another version that has everything in METHODS."""
 
     def _run_epoch(self, model, epoch, trial):
         self._tr_loss = 0.0
@@ -97,7 +97,7 @@ PARTS = {node for node in CLASSES if {"overrides_trainer"} & {ast.unparse(name) 
 
 
 def test_every_class_that_overrides_trainers_methods_is_checked():
-    """Found in the source: a Trainer, or a part of one, calls super(), and has methods with the names of Trainer's."""
+    """Found in the source: a class that calls super(), and has methods with names of Trainer's."""
     unchecked = [
         f"{CLASSES[node].relative_to(ROOT)}: {node.name}"
         for node in CLASSES.keys() - PARTS

@@ -1,7 +1,7 @@
 """Masks through a real Trainer, its sampler, dataloader and workers: a function of seed, epoch and sequence alone.
 
-A trainer notes what each sequence was fed in each of three epochs. The order of sequences, who lies beside whom, and
-in which process a batch was made differ from run to run; what a sequence was fed does not.
+A trainer notes the tokens and labels that each sequence had in each of three epochs. The order of sequences, their pack
+mates and the process that makes a batch differ from run to run; these tokens and labels do not.
 """
 
 import pytest
@@ -35,7 +35,7 @@ def expected():
 
 
 def once(record):
-    """{(epoch, index): what it was fed}: each sequence once an epoch."""
+    """{(epoch, index): tokens and labels}: each sequence once per epoch."""
     assert all(len(fed) == 1 for fed in record.values())
     return {key: fed[0] for key, fed in record.items()}
 
@@ -66,7 +66,7 @@ def test_masks_do_not_depend_on(name, expected):
 
 
 def fixed(record):
-    """{index: what it was fed}: the same at every evaluation."""
+    """{index: tokens and labels}: the same at every evaluation."""
     masks = {}
     for (_, index), fed in record.items():
         masks.setdefault(index, set()).update(fed)
@@ -89,7 +89,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(name, expected, tmp_path
 
 
 def check_resumed(got, expected):
-    """What is left of the second epoch, and the third: no sequence twice, none missing, masks as in one run."""
+    """The rest of the second epoch, and the third: no sequence twice, none missing, masks as in one run."""
     trained, before = once(got["trained"]), once(got["before"])
     assert {epoch for epoch, _ in before} == {0, 1} and {epoch for epoch, _ in trained} == {1, 2}
     assert not trained.keys() & before.keys()

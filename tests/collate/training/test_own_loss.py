@@ -82,7 +82,7 @@ def assert_trained(got, loss, parameters):
 @pytest.mark.parametrize("head", ["single", "tokens"])
 @pytest.mark.parametrize("kind", [Weighted, WeightedSum])
 def test_class_weights_as_documented_are_those_of_the_sequences(kind, head):
-    """In evaluation, too; accuracy beside it is the task's."""
+    """The same loss in evaluation; the accuracy beside it is that of the task."""
     loss, parameters = by_hand(head, kind is Weighted)
     got = run(kind, head)
     assert_trained(got, loss, parameters)
@@ -187,7 +187,7 @@ def test_what_cannot_be_honoured_is_refused(kind, head, options, message):
 
 
 class ByWeights(PackedTrainer):
-    """A column of weights, one a sequence."""
+    """A column of weights, one per sequence."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = inputs.pop("weights")
@@ -197,7 +197,7 @@ class ByWeights(PackedTrainer):
 
 @pytest.mark.parametrize("form", [None, "keep"])
 def test_weights_of_sequences_are_those_of_their_losses(form):
-    """Slots that broadcast would weigh each loss by the mean of all weights."""
+    """Slots that broadcast would multiply each loss by the mean of all weights."""
     source = make_source("single")
     source = source.add_column("weights", [float(row["labels"] == 1) for row in source])
     packs = source if form else pack_dataset(source, LENGTH)

@@ -160,7 +160,7 @@ def test_runs_that_are_killed_end_as_those_that_were_not(options, tmp_path, name
 
 @pytest.mark.long
 def test_the_command_itself_is_killed(options, whole, tmp_path):
-    """Two interpreters, as a user starts them: the first is killed when it has written a checkpoint."""
+    """Two interpreters, as a user starts them: the first is killed after it has written a checkpoint."""
     output = tmp_path / "run"
     command = [sys.executable, "-m", "bert_pretrain.cli", "train", *options, "--output_dir", str(output)]
     with open(tmp_path / "log", "w") as log:
@@ -179,7 +179,7 @@ def test_the_command_itself_is_killed(options, whole, tmp_path):
 
 
 def test_a_second_run_into_the_same_folder_is_refused(options, whole, tmp_path, capsys):
-    """With the same options, while the first trains; not when it was killed; and a refused one leaves no trace."""
+    """A second run is refused while the first trains, but not after that was killed; a refused run leaves no trace."""
     output = tmp_path / "run"
     first = Run([*options, *flags(num_train_epochs=3, dataloader_num_workers=2)], output)
     assert first.wait_for_checkpoint()
@@ -189,7 +189,7 @@ def test_a_second_run_into_the_same_folder_is_refused(options, whole, tmp_path, 
     message = f"another run (process {rank.pid} on {platform.node()}) is writing into output_dir='{output}'; wait for"
     assert message in capsys.readouterr().err
     assert train(options, output, max_steps=3, learning_rate=1.0) == 2
-    first.send(signal.SIGKILL)  # not to its workers, which live on for a while
+    first.send(signal.SIGKILL)  # the lock is not passed to its workers, which live on for a while
     assert first.end() == {-signal.SIGKILL}
     assert train(options, output) == 0
     assert_same_end(output, whole)
@@ -242,7 +242,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 
 
 def test_a_signal_to_all_processes_saves_and_ends(options, whole, tmp_path):
-    """To the dataloader's workers, too; and SIGUSR1 to the run alone."""
+    """The signal goes to the dataloader's workers, too; SIGUSR1 goes to the run alone."""
     output = tmp_path / "run"
     for number, to_group, status in ((signal.SIGTERM, True, 143), (signal.SIGUSR1, False, 138)):
         run = Run([*options, *WORKERS[1], *flags(save_steps=1000)], output)
@@ -267,7 +267,7 @@ def test_control_c_ends_at_once_and_says_that_the_checkpoint_stays(options, tmp_
 
 
 def test_two_ranks_agree_on_the_step_and_go_on(options, tmp_path):
-    """The signal reaches one rank only; then both are killed; then they end as two that ran through."""
+    """The signal reaches one rank; then both are killed; resumed, they end like two that were never interrupted."""
     options = [*options, *flags(sequences_per_step=16, ddp_backend="gloo")]
     Run(options, tmp_path / "whole", ranks=2).finish()
     output = tmp_path / "run"
@@ -285,7 +285,7 @@ def test_two_ranks_agree_on_the_step_and_go_on(options, tmp_path):
 
 
 def test_one_rank_goes_on_as_two(options, tmp_path):
-    """The same sequences in each step, so the same losses but for rounding (and dropout, which is off)."""
+    """The same sequences in each step, so the same losses up to rounding. Dropout is off."""
     options = [*options, *flags(sequences_per_step=16, hidden_dropout_prob=0, attention_probs_dropout_prob=0)]
     Run(options, tmp_path / "whole").finish()
     shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "run" / "checkpoint-5")
@@ -341,7 +341,7 @@ def test_each_file_of_a_checkpoint_is_read_once_to_check_it(options, copy_of_who
 
 
 def test_two_ranks_refuse_a_damaged_checkpoint_once_and_none_waits_for_the_other(options, copy_of_whole):
-    """Rank 0 alone reads it; rank 1 hears of it, and is silent, to be ended as torchrun would."""
+    """Only rank 0 reads it; rank 1 gets the error, prints nothing, and is ended as torchrun would end it."""
     (copy_of_whole / "checkpoint-7" / "scheduler.pt").unlink()
     run = Run([*options, *flags(ddp_backend="gloo")], copy_of_whole, ranks=2)
     first, second = run.ranks
@@ -384,7 +384,7 @@ def test_nodes_that_find_different_checkpoints_are_refused(monkeypatch):
 
 
 def rewrite(checkpoint, change):
-    """The model's tensors changed, and the manifest in keeping."""
+    """The tensors of the model change, and the manifest matches."""
     file = checkpoint / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -437,7 +437,7 @@ def test_what_is_logged_and_saved_may_change_and_takes_effect(options, copy_of_w
 
 
 def test_the_mean_loss_at_the_end_is_of_the_steps_since_the_resume(options, copy_of_whole, whole):
-    """Logged are means of two steps, and at the end step 15 alone; checkpoint-7 lies between two logs."""
+    """Logs are means of two steps, and at the end step 15 alone; checkpoint-7 lies between two logs."""
 
     def since_log(step):
         running = json.loads((whole / f"checkpoint-{step}" / "since_last_log.json").read_text())
@@ -514,7 +514,7 @@ def test_another_run_is_refused(tmp_path, training, config, message):
 
 
 def test_other_packs_per_step_are_refused(tmp_path):
-    """On other devices they may be the same; with sequences_per_step they are in any case."""
+    """Packs per step may stay the same on other devices; with sequences_per_step they always do."""
     packs = {"batch_policy": "packs"}
     (tmp_path / "run.json").write_text(json.dumps(record(config=packs)))
     _check_record(tmp_path, record({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, packs))
@@ -560,7 +560,7 @@ def test_all_of_the_tokenizer_is_compared(tmp_path, message):
 
 
 def test_a_model_to_continue_from_is_compared_by_its_config_and_weights(tmp_path):
-    """Its folder may be moved. What it lacks is drawn by the seed, which is compared anyway."""
+    """The folder of --model may be moved. Weights that it lacks are drawn by the seed, which is compared."""
     torch.manual_seed(0)
     stock = BertForMaskedLM(make_config(hidden_act="gelu"))
     records = {}
@@ -627,7 +627,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path, content):
 
 
 def change_packs_in_place(folder):
-    """One token becomes another, in the file that training maps; fingerprint and lengths stay."""
+    """One token changes in the file that training maps; fingerprint and lengths stay."""
     (file,) = (folder / "train").glob("data-*.arrow")
     whole = load_from_disk(str(folder / "train")).data.column("input_ids").chunk(0).flatten().to_numpy()
     raw, tokens = bytearray(file.read_bytes()), whole.tobytes()
@@ -693,7 +693,7 @@ OTHER_ATTENTION = [
 
 @pytest.mark.parametrize(("before", "now", "dropout", "is_alike"), OTHER_ATTENTION)
 def test_full_attention_may_change_its_kernel(tmp_path, caplog, before, now, dropout, is_alike):
-    """As "auto" does on another device; what is computed must be the same."""
+    """ "auto" chooses another head on another device; the computation must be the same."""
     (tmp_path / "run.json").write_text(json.dumps(record(config=dropout | {"attention": before})))
     if is_alike:
         with caplog.at_level("INFO"):
@@ -707,7 +707,7 @@ def test_full_attention_may_change_its_kernel(tmp_path, caplog, before, now, dro
 
 
 def test_a_finished_run_is_overwritten_by_none_but_itself(options, tmp_path, capsys):
-    """It left no checkpoint that could tell."""
+    """It left no checkpoint to compare with."""
     output, once = tmp_path / "run", {"save_strategy": "no", "max_steps": 2}
     assert train(options, output, **once) == 0
     assert last_checkpoint(output) is None
@@ -784,7 +784,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_trainer_and_skipping_no_data_too
 
 
 class Bomb:
-    """What executes code when it is unpickled."""
+    """An object that executes code when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -800,7 +800,7 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
 def test_a_file_that_is_no_state_is_named_and_not_executed(tmp_path, monkeypatch, file):
-    """In a checkpoint of a plain Trainer's, which has no manifest, or with one that somebody made for it."""
+    """In a checkpoint of a plain Trainer, which has no manifest, or with a forged one."""
     monkeypatch.chdir(tmp_path)
     how = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "folder": tmp_path / "run"}
     with make_trainer(train_dataset=make_packs(4), **how) as trainer:

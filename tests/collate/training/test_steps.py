@@ -101,7 +101,7 @@ def test_no_number(value, message):
 
 @pytest.mark.parametrize("name", CORPORA[:3])
 def test_the_order_is_random(name):
-    """Other packs, and another order, for each seed and epoch; neither depth nor length drifts from begin to end."""
+    """Other packs, in another order, for each seed and epoch; neither depth nor length drifts over the epoch."""
     lengths, offsets = packs_like(name)
     depths = np.diff(offsets)
     plan = plan_steps(depths, 256)
@@ -165,7 +165,7 @@ def test_packs_are_dealt_evenly(num_parts):
     counts = (dealt < len(depths)).sum(2)
     assert (counts.max(1) - counts.min(1) <= 1).all()
     of_part = np.append(costs, 0)[dealt].sum(2)[:-1]
-    equal = of_part[counts[:-1].min(1) == counts[:-1].max(1)]  # where the numbers are equal, costs nearly are
+    equal = of_part[counts[:-1].min(1) == counts[:-1].max(1)]  # where numbers are equal, costs are nearly equal
     assert len(equal) and (equal.max(1) / equal.mean(1)).mean() < 1.02
     with pytest.raises(ValueError, match="do not fit into"):
         deal_packs(steps, costs, num_parts, slots - 4)

@@ -1,7 +1,7 @@
 """Stock models under PackedTrainer and plain Trainer: what they learn, count and predict is the sequences' own.
 
 The twin is the stock model, with its own loss, on one sequence at a time, and SGD by hand. Float64 and large weights,
-as in test_equivalence; the last step is an uneven one, in which one rank of two has no packs.
+as in test_equivalence; in the last step, which is uneven, one rank of two has no packs.
 """
 
 from dataclasses import fields
@@ -214,7 +214,7 @@ def test_an_iterable_dataset_changes_nothing(workers, two_epochs):
 
 
 def test_a_model_init_changes_nothing(two_epochs):
-    """It is called twice, and both models are isolated."""
+    """model_init is called twice, and both models are isolated."""
     assert_same(train("mlm", 4, 4, num_train_epochs=2, model_init=lambda: make_model("mlm")), two_epochs)
 
 
@@ -357,7 +357,7 @@ def test_rows_that_were_split_have_a_prediction_for_each_piece(two_processes):
 
 
 def test_predictions_of_rows_that_were_not_packed(two_processes):
-    """Over two processes, too, where some ranks are evened out with rows that are none."""
+    """Over two processes, too, where empty rows fill up some ranks."""
     source = make_source("single")
     options = {"data_collator": make_collator("single", unpacked_rows="keep")}
     assert_predicted(predict("single", source, **options), "single", list(source))
@@ -408,7 +408,7 @@ def test_plain_trainer_with_an_iterable_dataset(plain):
 
 
 def test_plain_trainer_and_labels_of_tokens():
-    """1 x 18: a token's label is the same thing in a row of several sequences."""
+    """1 x 18: the label of a token means the same in a row of several sequences."""
     options = {"per_device_train_batch_size": 18, "num_train_epochs": 1}
     assert difference(train_plain(make_packs("tokens"), head="tokens", **options), train("tokens", 18)) < 1e-12
 
@@ -442,7 +442,7 @@ def test_plain_trainer_is_refused(options, message):
 
 
 class OtherArguments:
-    """TrainingArguments of which some say what they cannot on this machine: several ranks, GPUs."""
+    """TrainingArguments that claim what this machine does not have: several ranks, GPUs."""
 
     def __init__(self, args, changes):
         self._args, self._changes = args, changes
@@ -452,7 +452,7 @@ class OtherArguments:
 
 
 def begin_training(model, emit="sequence_ids", train_dataloader=None, **changes):
-    """What the callback says to the begin of a training that is set up right but for the changes."""
+    """What the callback does at the start of a training that is right except for the changes."""
     callback = make_collator("mlm", emit=emit).callback()
     options = {"remove_unused_columns": False, "include_num_input_tokens_seen": "no"}
     with make_trainer(make_model("mlm"), Trainer, **options) as trainer:
@@ -501,14 +501,14 @@ def test_the_list_holds_what_is_refused_and_no_default():
 
 
 class OwnForward(BertForMaskedLM):
-    """Whose loss may be right under accumulation and over ranks."""
+    """A model whose loss may be right under accumulation and over ranks."""
 
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
 
 
 class NoForward(BertForMaskedLM):
-    """Whose loss is the stock one."""
+    """A model with the stock loss."""
 
 
 def stock(head="mlm", model_class=None, isolated=True, **changes):

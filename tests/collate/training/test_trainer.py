@@ -66,7 +66,7 @@ def test_accumulation_changes_nothing(one_process, loss):
 
 
 def test_the_two_losses_differ(one_process):
-    """A negative control for the comparisons here: they do see a difference."""
+    """A negative control: these comparisons see a difference."""
     with pytest.raises(AssertionError):
         assert_same(one_process["1 x 16, token loss"], one_process["1 x 16"])
 
@@ -156,7 +156,7 @@ def test_logs_tell_the_realised_factor(by_sequences):
 
 
 class NotingCollator(DataCollatorWithPacking):
-    """Passes on which sequences each batch holds, and with which masks."""
+    """Records the sequences of each batch, and their masks."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -209,7 +209,7 @@ def test_a_resume_within_the_second_epoch_sees_the_same_batches(tmp_path, worker
 
 
 def test_evaluation_on_the_training_packs_leaves_the_epoch_alone(tmp_path):
-    """accelerate tells every dataset of an epoch of its own when it is iterated."""
+    """accelerate calls set_epoch of every dataset, with its own epoch, when it is iterated."""
     epochs = make_epochs()
     with make_trainer(train_dataset=epochs, eval_dataset=epochs) as trainer:
         epochs.set_epoch(5)
@@ -286,7 +286,7 @@ def run_metrics(stock, sequences):
 
 
 def test_metrics_equal_those_of_the_sequences_one_by_one():
-    """On the model's own predictions for half of the labels, so that accuracies are far from 0 and differ."""
+    """Half of the labels are the model's own predictions, so that accuracies are far from 0 and differ."""
     stock, packed = make_models()
     collate = DataCollatorWithPacking(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=8)
     batch = collate([make_packs(22)[i] for i in range(22)])

@@ -1,4 +1,4 @@
-"""What PackedTrainer reports: no metric over nothing, sequences as the only unit, and the objective of a search."""
+"""What PackedTrainer reports: no metric without data, sequences as the only unit, and the objective of a search."""
 
 import logging
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def named(metrics, prefix):
 
 @pytest.mark.parametrize("head", [head for head in HEADS if head != "mlm"])
 def test_without_labels_no_metric_of_labels_is_reported(head):
-    """And with them there is a loss: the control."""
+    """Control: with labels there is a loss."""
     packs = make_packs(head)
     assert evaluate(head, without_labels(head, packs)) == [{"tokens", "sequences"}] * 2
     assert all("loss" in names for names in evaluate(head, packs))
@@ -174,7 +174,7 @@ def test_of_several_evaluation_sets_the_losses_are():
 
 
 def test_the_users_metrics_alone_are_summed():
-    """By whatever name, one of ours included."""
+    """With any name, even one of ours."""
     got, metrics = objective(lambda prediction: {"f1": np.float32(0.25), "eval_recall": 0.5, "accuracy": 4.0})
     assert got == 4.75
     assert metrics["eval_accuracy"] == 4.0 and metrics["eval_recall"] == 0.5 and type(metrics["eval_f1"]) is float
