@@ -138,11 +138,11 @@ def _tasks_of(blocks: Iterable[TextBlock]) -> list[list[TextBlock]]:
     tasks: list[list[TextBlock]] = [[]]
     size = 0
     for block in blocks:
-        if tasks[-1] and size + block.bytes > 2 * BLOCK_BYTES:
+        if tasks[-1] and size + block.num_bytes > 2 * BLOCK_BYTES:
             tasks.append([])
             size = 0
         tasks[-1].append(block)
-        size += block.bytes
+        size += block.num_bytes
     return tasks
 
 

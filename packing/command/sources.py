@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from packing.command.parser import Parser, add_pack_options, one_of
 from packing.files.errors import in_split, whole_number
-from packing.source.formats import endings, packed_endings
+from packing.source.formats import endings
 from packing.source.text_files import DOCUMENTS
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SOURCES = f"""\
 SOURCE is one of:
   tokenized                a folder of save_to_disk
   rows.parquet             a file: {endings()}
-                           (also .gz of {packed_endings()})
+                           (also .gz of {endings(compressed=True)})
   data                     a folder of such files, all of one kind
   'data/train-*.parquet'   a glob, in quotes
   owner/name               a dataset of the hub; owner/name:config where it has several

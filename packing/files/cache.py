@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import xxhash
+
 from packing.files.folder import writing_errors
 from packing.files.hashed import checksum, sync, write_file
 from packing.files.metadata import read_json
@@ -39,6 +41,11 @@ def cache_folder() -> Path:
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE) / "pack-dataset"
+
+
+def key_of(*made_from: object) -> str:
+    """The key of files that are made from this."""
+    return xxhash.xxh3_128_hexdigest(repr(made_from).encode())
 
 
 @contextmanager

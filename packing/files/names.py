@@ -96,7 +96,15 @@ class NamedFile:
     def suffix(self) -> str:
         return self.path.suffix
 
+    @property
+    def is_compressed(self) -> bool:
+        return self.suffix.lower() == ".gz"
+
     def open(self) -> BinaryIO:
-        """Its bytes; unpacked, if its name ends in .gz."""
-        is_packed = self.suffix.lower() == ".gz"
-        return cast(BinaryIO, gzip.open(self.path, "rb")) if is_packed else self.path.open("rb")
+        """The bytes of its content, uncompressed."""
+        return cast(BinaryIO, gzip.open(self.path, "rb")) if self.is_compressed else self.path.open("rb")
+
+    def stamp(self) -> tuple[str, *tuple[int, ...]]:
+        """Where it lies, and what changes when its content does."""
+        found = self.path.stat()
+        return str(self.path.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino

@@ -15,15 +15,14 @@ differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from packing.files.names import NamedFile
-from packing.source.text_files import document_texts, find_blocks, is_blank, unpacked
+from packing.source.text_files import document_texts, find_blocks, is_blank, uncompressed
 
 if TYPE_CHECKING:
     import datasets
@@ -32,22 +31,22 @@ if TYPE_CHECKING:
 FORM = 1  # of converted files; another one is another key
 BATCH_ROWS, BATCH_BYTES = 100_000, 1 << 26  # of a file that is converted, at a time at most
 CSV_BLOCK = 1 << 26  # bytes read at a time; a row must fit into them
-WHOLE_NUMBER = r"^-?(0|[1-9][0-9]{0,17})$"  # an int64 as Python writes it: 007 is text
-NUMBER = (
-    r"^-?(0|[1-9][0-9]{0,14})(\.[0-9]+)?([eE][-+]?[0-9]{1,3})?$"  # a float64; more digits before the point are text
+NUMBERS = (
+    ("int64", r"^-?(0|[1-9][0-9]{0,17})$"),  # as Python writes it: 007 is text
+    ("float64", r"^-?(0|[1-9][0-9]{0,14})(\.[0-9]+)?([eE][-+]?[0-9]{1,3})?$"),  # more digits before the point are text
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One kind of file.
+    """One kind of file. An Arrow error or an OSError of its functions becomes a ValueError that names the file.
 
     words: its name, for people.
     endings: of files' names, with a dot.
-    columns: a file's columns; None: it has no rows. Raises ValueError for a damaged file.
+    columns: a file's columns; None: it has no rows.
     write: (files, path, features) -> all rows of the files, as one Arrow stream.
     is_mapped: whether a file is such a stream, so that it can be read where it lies.
-    can_be_packed: whether ENDING.gz is read, too.
+    may_be_compressed: whether ENDING.gz is read, too.
     is_text: files hold texts alone, not rows.
     """
 
@@ -56,13 +55,13 @@ class Format:
     columns: Callable[[NamedFile], pa.Schema | None]
     write: Callable[[list[NamedFile], Path, datasets.Features], None]
     is_mapped: Callable[[NamedFile], bool] = lambda file: False
-    can_be_packed: bool = False
+    may_be_compressed: bool = False
     is_text: bool = False
 
     def is_ending_of(self, name: str) -> bool:
         """Whether a file of this name is of this format."""
         name = name.lower()
-        return (name.removesuffix(".gz") if self.can_be_packed else name).endswith(self.endings)
+        return (name.removesuffix(".gz") if self.may_be_compressed else name).endswith(self.endings)
 
 
 def format_of(name: str) -> Format | None:
@@ -70,16 +69,11 @@ def format_of(name: str) -> Format | None:
     return next((format for format in FORMATS if format.is_ending_of(name)), None)
 
 
-def endings(joined: str = "or") -> str:
-    """ ".parquet, .jsonl, … or .txt": for messages and help texts."""
-    *others, last = [ending for format in FORMATS for ending in format.endings]
-    return f"{', '.join(others)} {joined} {last}"
-
-
-def packed_endings(joined: str = "or") -> str:
-    """The endings that may be followed by .gz."""
-    *others, last = [ending for format in FORMATS if format.can_be_packed for ending in format.endings]
-    return f"{', '.join(others)} {joined} {last}"
+def endings(compressed: bool = False) -> str:
+    """ ".parquet, .jsonl, … or .txt": for messages and help texts. compressed: only those that .gz may follow."""
+    formats = [format for format in FORMATS if format.may_be_compressed or not compressed]
+    *others, last = [ending for format in formats for ending in format.endings]
+    return f"{', '.join(others)} or {last}"
 
 
 def open_files(
@@ -93,9 +87,8 @@ def open_files(
     import datasets
 
     if format.is_text:
-        files = [unpacked(file, cache) for file in files]
-        format = replace(format, words=f"{format.words} {documents}", write=partial(_write_text, documents))
-    schemas = [(file, schema) for file in files if (schema := format.columns(file)) is not None]
+        format, files = _text(documents), [uncompressed(file, cache) for file in files]
+    schemas = [(file, schema) for file in files if (schema := _columns(format, file)) is not None]
     if not schemas:
         lacks = "text" if format.is_text else "rows"
         raise ValueError(f"{str(files[0])!r} {'has' if len(files) == 1 else 'and the other files have'} no {lacks}")
@@ -109,15 +102,18 @@ def open_files(
     )
 
 
+def _columns(format: Format, file: NamedFile) -> pa.Schema | None:
+    with _naming(file):
+        return format.columns(file)
+
+
 def _convert(
     format: Format, files: list[NamedFile], features: datasets.Features, cache: Path | None
 ) -> datasets.Dataset:
     """Into an Arrow stream that is kept, under what the system says of the files."""
-    from packing.files.cache import kept_rows
+    from packing.files.cache import kept_rows, key_of
 
-    stats = [(str(file.path.absolute()), file.path.stat()) for file in files]
-    stamps = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
-    key = xxhash.xxh3_128_hexdigest(repr((FORM, format.words, stamps, str(features))).encode())
+    key = key_of(FORM, format.words, [file.stamp() for file in files], str(features))
     return kept_rows(key, lambda folder: format.write(files, folder / "rows.arrow", features), cache)
 
 
@@ -129,31 +125,32 @@ def _write_batches(
 
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
         for file in files:
-            try:
+            with _naming(file):
                 for batch in read(file):
                     batch.validate(full=True)
                     writer.write_table(cast_table_to_features(pa.Table.from_batches([batch]), features))
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, EOFError) as error:
-                raise _damaged(file, error) from None
 
 
-def _damaged(file: NamedFile, error: Exception) -> ValueError:
-    said = " ".join(str(error).split())
-    return ValueError(f"{str(file)!r} cannot be read, it is damaged or no {file.suffix} file: {said}")
+@contextmanager
+def _naming(file: NamedFile) -> Iterator[None]:
+    """What Arrow or the system cannot read becomes a ValueError that names the file."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, EOFError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{str(file)!r} cannot be read, it is damaged or no {file.suffix} file: {said}") from None
 
 
 # Parquet
 
 
 def _parquet_columns(file: NamedFile) -> pa.Schema | None:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(file.path) as opened:
-            return opened.schema_arrow if opened.metadata.num_rows else None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(file, error) from None
+    with pq.ParquetFile(file.path) as opened:
+        return opened.schema_arrow if opened.metadata.num_rows else None
 
 
 def _parquet_batches(file: NamedFile) -> Iterator[pa.RecordBatch]:
@@ -181,34 +178,18 @@ def read_arrow(file: Path) -> tuple[pa.Schema, bool, Iterator[pa.RecordBatch]]:
 
 
 def _arrow_columns(file: NamedFile) -> pa.Schema | None:
-    import pyarrow as pa
-
-    try:
-        schema, _, batches = read_arrow(file.path)
-        return schema if any(batch.num_rows for batch in batches) else None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(file, error) from None
-
-
-def _is_arrow_stream(file: NamedFile) -> bool:
-    return read_arrow(file.path)[1]
-
-
-def _arrow_batches(file: NamedFile) -> Iterator[pa.RecordBatch]:
-    return read_arrow(file.path)[2]
+    schema, _, batches = read_arrow(file.path)
+    return schema if any(batch.num_rows for batch in batches) else None
 
 
 def _map_stream(file: NamedFile) -> datasets.Dataset:
     import datasets
-    import pyarrow as pa
 
-    try:
+    with _naming(file):
         dataset = datasets.Dataset.from_file(str(file.path))
         for batch in dataset.data.to_batches():
             batch.validate(full=True)  # offsets lead into memory: kernels do not look
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(file, error) from None
-    return dataset
+        return dataset
 
 
 # JSON
@@ -232,18 +213,12 @@ def _write_json(files: list[NamedFile], path: Path, features: datasets.Features)
 def _delimited(words: str, endings: tuple[str, ...], delimiter: str) -> Format:
     """Files with a row a line, whose values a character parts. Quotes may hold the character and line ends."""
     columns, write = partial(_value_columns, delimiter), partial(_write_values, delimiter)
-    return Format(words=words, endings=endings, columns=columns, write=write, can_be_packed=True)
+    return Format(words=words, endings=endings, columns=columns, write=write, may_be_compressed=True)
 
 
 def _value_columns(delimiter: str, file: NamedFile) -> pa.Schema | None:
     """All of text, until all values have been seen."""
-    import pyarrow as pa
-
-    try:
-        batches = _value_batches(delimiter, file)
-        return next((batch.schema for batch in batches if batch.num_rows), None)
-    except (pa.ArrowInvalid, OSError, EOFError) as error:
-        raise _damaged(file, error) from None
+    return next((batch.schema for batch in _value_batches(delimiter, file) if batch.num_rows), None)
 
 
 def _value_batches(delimiter: str, file: NamedFile) -> Iterator[pa.RecordBatch]:
@@ -277,34 +252,33 @@ def _column_names(delimiter: str, file: NamedFile) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{str(file)!r} names two columns {twice[0]!r} in its first line; rename one of them")
+    other = next((character for character in ",;\t|" if len(names) == 1 and character in names[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"{str(file)!r} names one column, {names[0]!r}: {other!r} seems to part its values, and {delimiter!r} is "
+            f"expected; write it with {delimiter!r}, or rename the column"
+        )
     return names
 
 
 def _write_values(delimiter: str, files: list[NamedFile], path: Path, features: datasets.Features) -> None:
     """Numbers where all values of a column are, in all files; else the texts."""
     import datasets
+    import pyarrow.compute as pc
 
-    patterns = dict.fromkeys(features, ("int64", WHOLE_NUMBER))
-    has_values: set[str] = set()
+    found: dict[str, int] = {}  # the first of NUMBERS of which all values are, so far
     for file in files:
         for batch in _value_batches(delimiter, file):
             for name in features:
-                patterns[name], filled = _narrowed(batch.column(name), *patterns[name])
-                has_values |= {name} if filled else set()
-    types = {name: patterns[name][0] if name in has_values else "string" for name in features}
-    typed = datasets.Features({name: datasets.Value(type_) for name, type_ in types.items()})
+                values = batch.column(name)
+                filled = values.filter(pc.not_equal(values, ""))
+                kinds = range(found.get(name, 0), len(NUMBERS))
+                fits = (i for i in kinds if pc.all(pc.match_substring_regex(filled, NUMBERS[i][1])).as_py())
+                if len(filled):
+                    found[name] = next(fits, len(NUMBERS))
+    types = [*(type_ for type_, _ in NUMBERS), "string"]
+    typed = datasets.Features({name: datasets.Value(types[found.get(name, -1)]) for name in features})
     _write_batches(partial(_typed_batches, delimiter, typed.arrow_schema), files, path, typed)
-
-
-def _narrowed(values: pa.Array, type_: str, pattern: str) -> tuple[tuple[str, str], bool]:
-    """The first type, from this one on, of which all values are; and whether there are any."""
-    import pyarrow.compute as pc
-
-    filled = values.filter(pc.not_equal(values, ""))
-    for narrow in [(type_, pattern), ("float64", NUMBER)]:
-        if type_ == "string" or pc.all(pc.match_substring_regex(filled, narrow[1])).as_py() is not False:
-            return narrow, len(filled) > 0
-    return ("string", ""), True
 
 
 def _typed_batches(delimiter: str, schema: pa.Schema, file: NamedFile) -> Iterator[pa.RecordBatch]:
@@ -322,6 +296,18 @@ def _typed_batches(delimiter: str, schema: pa.Schema, file: NamedFile) -> Iterat
 
 
 # Text
+
+
+def _text(documents: str = "paragraph") -> Format:
+    """Text files, with a document a row."""
+    return Format(
+        words=f"text, {documents}",
+        endings=(".txt",),
+        columns=_text_columns,
+        write=partial(_write_text, documents),
+        may_be_compressed=True,
+        is_text=True,
+    )
 
 
 def _text_columns(file: NamedFile) -> pa.Schema | None:
@@ -353,7 +339,7 @@ def _common_features(schemas: list[tuple[NamedFile, pa.Schema]]) -> datasets.Fea
     (first, expected), *others = [(file, _features(file, schema)) for file, schema in schemas]
     common = dict(expected)
     for file, found in others:
-        for name in [*expected, *(name for name in found if name not in expected)]:
+        for name in {**expected, **found}:
             if name not in found or name not in expected:
                 has, lacks = (first, file) if name in expected else (file, first)
                 raise ValueError(f"{str(has)!r} has a column {name!r}, and {str(lacks)!r} has none; make them alike")
@@ -397,6 +383,7 @@ def _features(file: NamedFile, schema: pa.Schema) -> dict:
         raise ValueError(f"{str(file)!r} holds a type of column that datasets has not: {error}") from None
 
 
+TEXT = _text()
 FORMATS: tuple[Format, ...] = (
     Format(
         words="Parquet",
@@ -409,23 +396,16 @@ FORMATS: tuple[Format, ...] = (
         endings=(".jsonl", ".ndjson", ".json"),
         columns=_json_columns,
         write=_write_json,
-        can_be_packed=True,
+        may_be_compressed=True,
     ),
     Format(
         words="Arrow",
         endings=(".arrow",),
         columns=_arrow_columns,
-        write=partial(_write_batches, _arrow_batches),
-        is_mapped=_is_arrow_stream,
+        write=partial(_write_batches, lambda file: read_arrow(file.path)[2]),
+        is_mapped=lambda file: read_arrow(file.path)[1],
     ),
     _delimited("CSV", (".csv",), ","),
     _delimited("TSV", (".tsv",), "\t"),
-    Format(
-        words="text",
-        endings=(".txt",),
-        columns=_text_columns,
-        write=partial(_write_text, "paragraph"),
-        can_be_packed=True,
-        is_text=True,
-    ),
+    TEXT,
 )

@@ -5,7 +5,7 @@ Arrow's reader parses blocks of lines. What it would change by itself is looked 
 * "2020-01-01" becomes a time; it stays text.
 * Bytes that are no UTF-8 pass, and cannot be read later; refused.
 * Lists and objects nested so deep that a parser would end the process are refused.
-Each block may widen the columns of those before it: null to anything, whole numbers to fractions, by another column or
+A block may widen the columns of those before it: null to anything, whole numbers to fractions, by another column or
 field. Then all blocks are read once more. Whatever else differs (text, then objects) is refused.
 
 A file is JSON lines, or one list of objects, whose elements are taken as they are written.
@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,13 +28,13 @@ from packing.files.names import NamedFile
 from packing.numba_tools import njit
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 FIRST_BLOCK = 1 << 20  # bytes that a file's columns are first read from
 BLOCK = 1 << 24  # bytes read at a time
 PART = 1 << 20  # bytes of them that a thread of Arrow parses at a time
-BLANK = re.compile(r"\s*")
 EXACT = 2**53  # up to here every whole number is a float64
 MOST = 60  # lists and objects around a value; Arrow hands on types of 64 at most
 
@@ -62,19 +63,24 @@ def _write(files: list[NamedFile], known: pa.Schema | None, path: Path) -> pa.Sc
     from datasets import Features
     from datasets.table import cast_table_to_features
 
-    with pa.OSFile(str(path), "wb") as sink:
-        writer, writer_schema, features = None, None, None
-        for file in files:
-            for line, data in blocks(file, BLOCK):
-                table = read_block(file, line, data, known, files)
-                known = table.schema
-                if writer is None:
-                    writer_schema, features = known, Features.from_arrow_schema(known)
-                    writer = pa.ipc.new_stream(sink, features.arrow_schema)
-                if known == writer_schema:  # or else this pass is for the columns alone
-                    writer.write_table(cast_table_to_features(table, features))
-        writer.close()
-    return known
+    tables = _tables(files, known)
+    first = next(tables)
+    features, found = Features.from_arrow_schema(first.schema), first.schema
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
+        for table in chain([first], tables):
+            found = table.schema
+            if found == first.schema:  # or else this pass is for the columns alone
+                writer.write_table(cast_table_to_features(table, features))
+    return found
+
+
+def _tables(files: list[NamedFile], known: pa.Schema | None) -> Iterator[pa.Table]:
+    """All blocks, each with the columns of those before it."""
+    for file in files:
+        for line, data in blocks(file, BLOCK):
+            table = read_block(file, line, data, known, files)
+            known = table.schema
+            yield table
 
 
 def read_block(
@@ -102,31 +108,23 @@ def _parsed_as_far_as_known(data: bytes, known: pa.Schema | None) -> pa.Table:
     import pyarrow as pa
 
     if known is not None:
-        try:
+        with suppress(pa.ArrowInvalid):  # other types are in this block
             return _parse(data, known)
-        except pa.ArrowInvalid:
-            pass  # other types are in this block
     return _parse(data, None)
 
 
 def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:
     import pyarrow as pa
-
-    if len(data) > PART:
-        try:
-            return _parse_in_parts(data, schema, PART)
-        except pa.ArrowInvalid:  # a row over several lines, say, which is not known to end where a part does
-            pass
-    return _parse_in_parts(data, schema, len(data) + 1)
-
-
-def _parse_in_parts(data: bytes, schema: pa.Schema | None, size: int) -> pa.Table:
     import pyarrow.json
 
-    options = pyarrow.json.ReadOptions(block_size=size)
-    return pyarrow.json.read_json(
-        io.BytesIO(data), read_options=options, parse_options=pyarrow.json.ParseOptions(explicit_schema=schema)
-    )
+    def parse(part: int) -> pa.Table:
+        read = pyarrow.json.ReadOptions(block_size=part)
+        return pyarrow.json.read_json(io.BytesIO(data), read, pyarrow.json.ParseOptions(explicit_schema=schema))
+
+    if len(data) > PART:
+        with suppress(pa.ArrowInvalid):  # a row over several lines, say, which is not known to end where a part does
+            return parse(PART)
+    return parse(len(data) + 1)
 
 
 def _check_text(file: NamedFile, line: int, data: bytes, unit: str = "") -> None:
@@ -135,8 +133,7 @@ def _check_text(file: NamedFile, line: int, data: bytes, unit: str = "") -> None
     except UnicodeDecodeError as error:
         bad = line + data.count(b"\n", 0, error.start)
         said = f"byte 0x{data[error.start]:02x}: {error.reason}"
-        where = f"{str(file)!r} {unit or _unit(file)} {bad}"
-        raise ValueError(f"{where} is no UTF-8 ({said}); save the file as UTF-8") from None
+        raise ValueError(f"{_where(file, bad, unit)} is no UTF-8 ({said}); save the file as UTF-8") from None
     try:
         check_depth(data, line)
     except ValueError as error:
@@ -193,8 +190,8 @@ def _refuse_lost_numbers(file: NamedFile, line: int, data: bytes, table: pa.Tabl
     if not any(_has_great_floats(chunk) for column in table.columns for chunk in column.chunks):
         return
     types = {field.name: field.type for field in table.schema}
-    text, place = data.decode(), 0
-    place = BLANK.match(text).end()
+    text = data.decode()
+    place = _skip_blank(text, 0)
     # a number of thousands of digits is too long for Python, and stays the text it is
     decode = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 400 else digits).raw_decode
     while place < len(text):
@@ -202,12 +199,12 @@ def _refuse_lost_numbers(file: NamedFile, line: int, data: bytes, table: pa.Tabl
         for name, value in row.items():
             lost = _lost(value, types[name])
             if lost is not None:
-                number = line + text.count("\n", 0, place)
+                where = _where(file, line + text.count("\n", 0, place))
                 raise ValueError(
-                    f"{str(file)!r} {_unit(file)} {number} has {lost} in column {name!r}, which holds fractions, too; "
-                    "as float64 it would be another number: write all of the column as whole numbers, or as texts"
+                    f"{where} has {lost} in column {name!r}, which holds fractions, too; as float64 it would be "
+                    "another number: write all of the column as whole numbers, or as texts"
                 )
-        place = BLANK.match(text, end).end()
+        place = _skip_blank(text, end)
 
 
 def _has_great_floats(array: pa.Array) -> bool:
@@ -222,7 +219,7 @@ def _has_great_floats(array: pa.Array) -> bool:
     return pa.types.is_struct(array.type) and any(map(_has_great_floats, array.flatten()))
 
 
-def _lost(value, type_: pa.DataType) -> int | str | None:
+def _lost(value: Any, type_: pa.DataType) -> int | str | None:
     import pyarrow as pa
 
     if value is None:
@@ -289,23 +286,32 @@ def _unit(file: NamedFile) -> str:
     return "element" if is_json_list(file) else "line"
 
 
+def _where(file: NamedFile, number: int, unit: str = "") -> str:
+    return f"{str(file)!r} {unit or _unit(file)} {number}"
+
+
 def _elements(text: str) -> Iterator[str]:
     """The text of each row of a list, on one line: a line never ends within a string of JSON."""
     decode = json.JSONDecoder().raw_decode
-    place = BLANK.match(text, text.index("[") + 1).end()
+    place = _skip_blank(text, text.index("[") + 1)
     while text[place : place + 1] != "]":
         _, end = decode(text, place)
         yield text[place:end].replace("\r", " ").replace("\n", " ")
-        place = BLANK.match(text, end).end()
+        place = _skip_blank(text, end)
         if text[place : place + 1] == ",":
-            place = BLANK.match(text, place + 1).end()
+            place = _skip_blank(text, place + 1)
             if text[place : place + 1] == "]":
                 raise json.JSONDecodeError("Expecting a row after the comma", text, place)
         elif text[place : place + 1] != "]":
             raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
-    end = BLANK.match(text, place + 1).end()
-    if end < len(text):
-        raise json.JSONDecodeError("Expecting nothing after the list", text, end)
+    if text[place + 1 :].strip():
+        raise json.JSONDecodeError("Expecting nothing after the list", text, _skip_blank(text, place + 1))
+
+
+def _skip_blank(text: str, place: int) -> int:
+    while text[place : place + 1].isspace():
+        place += 1
+    return place
 
 
 # What is wrong, once something has failed
@@ -315,29 +321,28 @@ def find_bad_line(files: list[NamedFile]) -> None:
     """Raise for a line that is no JSON object, or has a value of another kind than the lines before it."""
     kinds: dict[str, set[str]] = {}
     for file in files:
-        unit = _unit(file)
         for number, line in enumerate(_lines(file), 1):
             if not line.strip():
                 continue
-            _check_text(file, number, line, unit)
-            where = f"{str(file)!r} {unit} {number}"
+            _check_text(file, number, line)
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{where} is no JSON: {error}{_about_object(file)}") from None
+                raise ValueError(f"{_where(file, number)} is no JSON: {error}{_about_object(file)}") from None
             if not isinstance(row, dict):
-                raise TypeError(f'{where} holds {type(row).__name__}; each line is an object: {{"input_ids": […]}}')
+                what = f'holds {type(row).__name__}; each line is an object: {{"input_ids": […]}}'
+                raise TypeError(f"{_where(file, number)} {what}")
             for name, value in row.items():
                 found, before = _kinds_of(value), kinds.setdefault(name, set())
                 if found and before and found != before:
                     raise TypeError(
-                        f"{where} holds {', '.join(sorted(found))} in column {name!r}, and lines before it hold "
-                        f"{', '.join(sorted(before))}; make them alike"
+                        f"{_where(file, number)} holds {', '.join(sorted(found))} in column {name!r}, and lines "
+                        f"before it hold {', '.join(sorted(before))}; make them alike"
                     )
                 before |= found
 
 
-def _kinds_of(value) -> set[str]:
+def _kinds_of(value: Any) -> set[str]:
     """1.5 -> {number}    [1, None] -> {list, number}    "a" -> {str}    None, [] and [None] -> {}"""
     if isinstance(value, list):
         inner = set().union(*map(_kinds_of, value))
@@ -349,12 +354,17 @@ def _kinds_of(value) -> set[str]:
 
 def _about_object(file: NamedFile) -> str:
     """What a file is that is one JSON object, and no table; "" for another."""
-    try:
-        with file.open() as opened:
-            content = json.loads(opened.read())
-    except (ValueError, RecursionError, OSError):
-        return ""
-    return "; the file as a whole is JSON, " + describe_object(content) if isinstance(content, dict) else ""
+    with suppress(ValueError, RecursionError, OSError), file.open() as opened:
+        content = json.loads(opened.read())
+        return f"; the file as a whole is JSON, {describe_object(content)}" if isinstance(content, dict) else ""
+    return ""
+
+
+def about_single_object(dataset: datasets.Dataset) -> str:
+    """What the only row may be that holds lists of objects, as GeoJSON and SQuAD do; "" for other datasets."""
+    row = dataset[0] if len(dataset) == 1 else {}
+    has_objects = any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values())
+    return f" (the source is {describe_object(row)})" if has_objects else ""
 
 
 def describe_object(content: dict) -> str:

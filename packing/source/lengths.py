@@ -64,7 +64,7 @@ def read_histogram(path: str | PathLike) -> np.ndarray:
 def holds_lengths(file: str | PathLike, may_hold_text: bool = False) -> bool:
     """Whether a file is one of lengths, and not of rows or texts: by its ending and by how it starts.
 
-    .json   [12, 7, …   {"12": 1, …     lengths     [{"input_ids": …   {"input_ids": …   rows
+    .json   [12, 7, …   {"12": 1, …     lengths     [{"input_ids": …   {"input_ids": …   ["a", …   rows
     .csv    length,count   12,3         lengths     any other first line                 rows
     .txt    12 in its first line        lengths     words                                text
 
@@ -79,7 +79,7 @@ def holds_lengths(file: str | PathLike, may_hold_text: bool = False) -> bool:
     with path.open("rb") as opened:
         start = opened.read(1 << 16).decode("utf-8-sig", "replace")
     if ending == ".json":
-        return re.match(r'\s*(\[\s*\{|\{\s*"(?!\s*\d+\s*"\s*:))', start) is None
+        return re.match(r'\s*(\[\s*["{]|\{\s*"(?!\s*\d+\s*"\s*:))', start) is None
     if ending == ".csv":
         names = [name.strip(' "').lower() for name in start.partition("\n")[0].strip().split(",")]
         return "length" in names or all(name.isdecimal() for name in names)

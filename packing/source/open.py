@@ -1,4 +1,4 @@
-"""SOURCE of a command -> its splits, as rows, as rows with tokens, or as texts to read in blocks.
+"""SOURCE of a command -> its splits: rows, rows with tokens, or texts to read in blocks.
 
 folder of save_to_disk          opened where it lies; a DatasetDict has splits
 a file                          by its ending, see formats.py
@@ -6,10 +6,6 @@ folder or glob of files         of one format, one after the other, by name, sub
                                 validation or test make splits
 OWNER/NAME, OWNER/NAME:CONFIG   a dataset of the hub, by datasets.load_dataset
 any of the first three at a URL copied into the cache first, and then the same: see local_copy.py
-
-open_splits      rows, for who reads columns          {split: Dataset}
-open_sequences   rows with input_ids, tokenized here where they are texts
-find_texts       texts, for who reads documents       {split: files, or columns of rows}
 """
 
 from __future__ import annotations
@@ -19,16 +15,16 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 from packing.files.errors import SourceError, in_split, path_suggestion, suggestion
 from packing.files.names import NamedFile
 from packing.files.paths import URL, is_url, place
-from packing.source.formats import Format, endings, format_of, open_files, read_arrow
-from packing.source.text_files import TextRows, check_documents, refuse_other_formats, unpacked
+from packing.source.formats import TEXT, Format, endings, format_of, open_files, read_arrow
+from packing.source.text_files import TextRows, check_documents, refuse_other_formats, uncompressed
 
 if TYPE_CHECKING:
     import datasets
@@ -72,18 +68,24 @@ class OpenedSource(NamedTuple):
     are_tokenized: bool
 
 
-@dataclass(frozen=True)
-class FoundFiles:
-    """{split: files of one format}; "" is one without splits. left_out: endings of others in the folder."""
+T = TypeVar("T")
+
+
+class FoundFiles(NamedTuple):
+    """{split: files of one format}; "" is one without splits. left_out: endings of others beside them."""
 
     format: Format
     splits: dict[str, list[NamedFile]]
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str]
+
+
+Found: TypeAlias = "FoundFiles | dict[str, datasets.Dataset]"
 
 
 def open_split(source: str, split: str = "", storage_options: dict | None = None) -> datasets.Dataset:
-    """One split of a source; "" is that of a source without splits. On another machine the same arguments give the same
-    rows, of that machine's own copy where the source is at a URL or was converted."""
+    """One split of a source; "" is that of a source without splits.
+
+    The same arguments give the same rows on another machine, from its own copy of a URL."""
     splits = open_splits(source, storage_options)
     if split not in splits:
         raise ValueError(f"SOURCE {source!r} has no split {split!r}; it has {', '.join(map(repr, splits))}")
@@ -101,10 +103,7 @@ def open_splits(
 
     Raises FileNotFoundError, ValueError or OSError that names the file, and the column or line, that is wrong.
     """
-    found = _find(source, storage_options, cache)
-    if not isinstance(found, FoundFiles):
-        return found
-    return {name: open_files(found.format, files, cache, documents) for name, files in found.splits.items()}
+    return _open(_find(source, storage_options, cache), cache, documents)
 
 
 def open_sequences(
@@ -120,10 +119,10 @@ def open_sequences(
 
     num_proc: processes that tokenize.
     longest: the first text of more tokens ends the work; None: none does.
-    say: is called with one line about what was not asked for: which column is taken for the texts.
+    say: is called with one line about what was not asked for: the column that is taken, text files that are left out.
 
-    Raises as open_splits does, and ValueError for options of texts that do not fit the rows, before a tokenizer is
-    loaded, which takes long.
+    Raises as open_splits does. Raises ValueError for options of texts that do not fit the rows, before it loads a
+    tokenizer, which takes long.
     """
     from packing.source.text import check_texts, open_tokenizer, tokenize
 
@@ -139,23 +138,15 @@ def open_sequences(
             f"SOURCE {source!r} holds texts; give what makes tokens of them: --tokenizer FOLDER_OR_NAME (a file of "
             "lengths has one whole number a line)"
         )
-    if isinstance(found, FoundFiles):
-        opened = {name: open_files(found.format, files, cache, documents) for name, files in found.splits.items()}
-    else:
-        opened = found
-    columns = _text_columns(opened, texts, is_text, say)
-    if not columns:
-        return OpenedSource(opened, are_tokenized=False)
-    for name, dataset in opened.items():
-        with in_split(name):
-            check_texts(dataset, columns)
-    tokenizer = open_tokenizer(texts.tokenizer)
-    tokenized = {}
-    for name, dataset in opened.items():
-        with in_split(name):
-            tokenized[name] = tokenize(
-                dataset, tokenizer, columns, texts.keep_text, num_proc, longest=longest, cache=cache
-            )
+    _say_left_out(source, found, say, only_texts=True)
+    splits = _open(found, cache, documents)
+    if texts.tokenizer is None:
+        _in_each(splits, _check_has_tokens)
+        return OpenedSource(splits, are_tokenized=False)
+    columns = ["text"] if is_text else _text_columns(splits, texts, say)
+    _in_each(splits, lambda dataset: check_texts(dataset, columns))
+    work = open_tokenizer(texts.tokenizer), columns, texts.keep_text, num_proc
+    tokenized = _in_each(splits, lambda dataset: tokenize(dataset, *work, longest=longest, cache=cache))
     return OpenedSource(tokenized, are_tokenized=True)
 
 
@@ -180,20 +171,17 @@ def find_texts(
     if isinstance(found, FoundFiles) and found.format.is_text:
         if text_column is not None:
             raise ValueError(f"text_column={text_column!r} would be ignored: {source!r} is text; leave it out")
-        if found.left_out:
-            said = ", ".join(f"{count} {ending}" for ending, count in found.left_out.most_common(5))
-            said += ", …" * (len(found.left_out) > 5)
-            say(f"{source}: only {', '.join(found.format.endings)} files are read; left out are {said}")
-        return {name: [unpacked(file, cache) for file in files] for name, files in found.splits.items()}
-    if isinstance(found, FoundFiles):
-        found = {name: open_files(found.format, files, cache) for name, files in found.splits.items()}
-    texts: dict[str, list[NamedFile | TextRows]] = {}
-    for name, dataset in found.items():
-        with in_split(name):
-            wanted = "text" if text_column is None and "text" in dataset.column_names else text_column
-            column = find_text_column(dataset, wanted, say)
-        texts[name] = [TextRows(f"{source} ({name})" if name else source, dataset, column)]
-    return texts
+        _say_left_out(source, found, say)
+        return {name: [uncompressed(file, cache) for file in files] for name, files in found.splits.items()}
+
+    def column_of(dataset: datasets.Dataset) -> str:
+        has_text = text_column is None and "text" in dataset.column_names
+        return find_text_column(dataset, "text" if has_text else text_column, say)
+
+    splits = _open(found, cache)
+    columns = _in_each(splits, column_of)
+    names = {name: f"{source} ({name})" if name else source for name in splits}
+    return {name: [TextRows(names[name], dataset, columns[name])] for name, dataset in splits.items()}
 
 
 def without_protocol(source: str) -> str:
@@ -201,55 +189,65 @@ def without_protocol(source: str) -> str:
     return str(place(source)) if URL.match(source) else source
 
 
+def _open(found: Found, cache: Path | None, documents: str = "paragraph") -> dict[str, datasets.Dataset]:
+    if not isinstance(found, FoundFiles):
+        return found
+    return {name: open_files(found.format, files, cache, documents) for name, files in found.splits.items()}
+
+
+def _in_each(splits: dict[str, datasets.Dataset], do: Callable[[datasets.Dataset], T]) -> dict[str, T]:
+    """{split: what `do` gives for it}; errors name the split."""
+    done = {}
+    for name, dataset in splits.items():
+        with in_split(name):
+            done[name] = do(dataset)
+    return done
+
+
+def _say_left_out(source: str, found: Found, say: Callable[[str], object], only_texts: bool = False) -> None:
+    """only_texts: files that hold no text are not worth a word."""
+    if isinstance(found, FoundFiles):
+        left = Counter({end: n for end, n in found.left_out.items() if not only_texts or format_of(end) is TEXT})
+        said = ", ".join(f"{count} {ending}" for ending, count in left.most_common(5)) + ", …" * (len(left) > 5)
+        if said:
+            say(f"{source}: only {', '.join(found.format.endings)} files are read; left out are {said}")
+
+
 # Columns of texts
 
 
-def _text_columns(
-    splits: dict[str, datasets.Dataset], texts: TextOptions, is_text: bool, say: Callable[[str], object]
-) -> list[str]:
-    """The one or two columns to tokenize; none where rows have input_ids."""
+def _text_columns(splits: dict[str, datasets.Dataset], texts: TextOptions, say: Callable[[str], object]) -> list[str]:
+    """The one or two columns to tokenize."""
     from packing.source.text import find_text_column
 
     if texts.text_column is not None:
         return [name for name in (texts.text_column, texts.text_pair_column) if name is not None]
-    if is_text:
-        return ["text"]
-    column = ""
-    for name, dataset in splits.items():
-        with in_split(name):
-            has_tokens = "input_ids" in dataset.column_names
-            if texts.tokenizer is None and not has_tokens:
-                raise _no_input_ids(dataset)
-            if texts.tokenizer is not None and has_tokens:
-                raise SourceError(
-                    f"--tokenizer {texts.tokenizer} would be ignored: rows have input_ids",
-                    cure="leave it out, or name the texts: --text-column NAME",
-                )
-            if texts.tokenizer is not None and not column:
-                column = find_text_column(dataset, None, say)
-    return [column] if column else []
+    name, dataset = next(iter(splits.items()))
+    with in_split(name):
+        if "input_ids" in dataset.column_names:
+            raise SourceError(
+                f"--tokenizer {texts.tokenizer} would be ignored: rows have input_ids",
+                cure="leave it out, or name the texts: --text-column NAME",
+            )
+        return [find_text_column(dataset, None, say)]
 
 
-def _no_input_ids(dataset: datasets.Dataset) -> SourceError:
-    from packing.source.json_rows import describe_object
+def _check_has_tokens(dataset: datasets.Dataset) -> None:
+    from packing.source.json_rows import about_single_object
 
-    names, about = dataset.column_names, ""
-    if len(dataset) == 1:  # one JSON object that holds the rows (GeoJSON, SQuAD)?
-        row = dataset[0]
-        if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values()):
-            about = f" (the source is {describe_object(row)})"
-    return SourceError(
-        f"no column 'input_ids' among {', '.join(names)}{suggestion('input_ids', names)}",
-        cure="tokenize before packing, or let it be done here: --text-column NAME --tokenizer FOLDER_OR_NAME" + about,
-    )
+    names = dataset.column_names
+    if "input_ids" not in names:
+        raise SourceError(
+            f"no column 'input_ids' among {', '.join(names)}{suggestion('input_ids', names)}",
+            cure="tokenize before packing, or let it be done here: --text-column NAME --tokenizer FOLDER_OR_NAME"
+            + about_single_object(dataset),
+        )
 
 
 # Where it lies
 
 
-def _find(
-    source: str, storage_options: dict | None, cache: Path | None, for_text: bool = False
-) -> FoundFiles | dict[str, datasets.Dataset]:
+def _find(source: str, storage_options: dict | None, cache: Path | None, for_text: bool = False) -> Found:
     """Files of one format; or rows that are open: a folder of save_to_disk, or a dataset of the hub."""
     if not source:
         raise ValueError("SOURCE is empty; name a folder, a file or a dataset ('.' is this folder)")
@@ -327,7 +325,7 @@ def _load_from_hub(source: str) -> dict[str, datasets.Dataset]:
         ) from None
 
 
-def _splits_of(loaded) -> dict[str, datasets.Dataset]:
+def _splits_of(loaded: datasets.Dataset | datasets.DatasetDict) -> dict[str, datasets.Dataset]:
     import datasets
 
     return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
@@ -348,45 +346,43 @@ def find_files(source: str, for_text: bool = False, name_of: Callable[[Path], st
         files = sorted(f for f in map(Path, glob.glob(source, recursive=True)) if f.is_file())
         root = Path(*[part for part in path.parts if not glob.has_magic(part)])
         if not files:
-            raise FileNotFoundError(f"SOURCE {source!r} matches no file")
+            raise FileNotFoundError(f"SOURCE {source!r} matches no file{path_suggestion(str(root))}")
     elif HUB_NAME.fullmatch(source) and not path.parent.exists() and format_of(source) is None:
         return None
     else:
-        raise FileNotFoundError(
-            f"there is no SOURCE {source!r}; give a folder that save_to_disk wrote, a file {endings()}, a folder or a "
-            f"quoted glob of such files, or OWNER/NAME of a dataset on the hub{path_suggestion(source)}"
-        )
-    if path.is_dir() and not any(format_of(file.name) for file in files):
+        cure = f"; give a folder that save_to_disk wrote, a file {endings()}, a folder or a quoted glob of such files, "
+        cure += "or OWNER/NAME of a dataset on the hub"
+        raise FileNotFoundError(f"there is no SOURCE {source!r}{path_suggestion(source) or cure}")
+    named = [NamedFile(file, name_of(file)) for file in files]
+    formats = {TEXT: named} if for_text and len(named) == 1 and not path.is_dir() else {}
+    formats = _by_format(named) or formats
+    if not formats and path.is_dir():
         raise FileNotFoundError(
             f"SOURCE {source!r} was not written by save_to_disk, and holds no file {endings()}{_there_are(files)}"
         )
-    named = [NamedFile(file, name_of(file)) for file in files]
-    if len(named) == 1 and for_text and format_of(named[0].name) is None:
-        formats = {_text_format(): named}
-    else:
-        formats = _by_format(named)
+    if not formats:
+        raise ValueError(f"{str(named[0])!r} is no file {endings()}; convert it, or name it .txt if it holds text")
     if len(formats) > 1:
         formats = {format: files for format, files in formats.items() if format.is_text is for_text} or formats
     if len(formats) > 1:
-        firsts = [repr(str(files[0])) for files in formats.values()]
-        raise ValueError(f"files of several kinds, {' and '.join(firsts)}; give a glob for one: 'FOLDER/*.parquet'")
+        firsts = [str(files[0]) for files in formats.values()]
+        one = firsts[0][: firsts[0].rfind("/") + 1] + "*" + Path(firsts[0]).suffix
+        raise ValueError(f"files of several kinds, {' and '.join(map(repr, firsts))}; give a glob for one: {one!r}")
     ((format, chosen),) = formats.items()
     if format.is_text:
         for file in chosen:
             refuse_other_formats(file)
-    others = Counter(file.path.suffix or file.path.name for file in {*named} - {*chosen})
-    return FoundFiles(format, _by_split(chosen, root, format), others)
+    others = [file.path for file in named if file not in chosen and file.path.name not in ABOUT]
+    return FoundFiles(format, _by_split(chosen, root, format), Counter(path.suffix or path.name for path in others))
 
 
 def _by_format(files: list[NamedFile]) -> dict[Format, list[NamedFile]]:
-    """Raises ValueError where no file has a format."""
+    """Files of an ending that no format has are not in it."""
     formats: dict[Format, list[NamedFile]] = {}
     for file in files:
         format = format_of(file.path.name)
         if format is not None and (len(files) == 1 or file.path.name not in ABOUT):
             formats.setdefault(format, []).append(file)
-    if not formats:
-        raise ValueError(f"{str(files[0])!r} is no file {endings()}; convert it")
     return formats
 
 
@@ -425,9 +421,3 @@ def _there_are(files: list[Path]) -> str:
     kinds = Counter(file.suffix or file.name for file in files)
     said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
     return f"; there are {said}; name files one by one if they hold text and end otherwise" if kinds else ""
-
-
-def _text_format() -> Format:
-    text = format_of(".txt")
-    assert text is not None
-    return text

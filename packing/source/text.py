@@ -142,6 +142,8 @@ def find_text_column(dataset: datasets.Dataset, wanted: str | None, say: Callabl
     if wanted is not None:
         _strings(dataset, wanted)
         return wanted
+    from packing.source.json_rows import about_single_object
+
     if "input_ids" in dataset.column_names:
         raise SourceError("rows have input_ids: they are tokenized already", cure="name the texts: --text-column NAME")
     names = [name for name in dataset.column_names if _holds_strings(dataset, name)]
@@ -150,7 +152,8 @@ def find_text_column(dataset: datasets.Dataset, wanted: str | None, say: Callabl
         raise SourceError(f"columns {listed} hold texts", cure=f"name the one that is meant: --text-column {names[0]}")
     if not names:
         types = ", ".join(f"{name!r} ({dataset.data.column(name).type})" for name in dataset.column_names)
-        raise SourceError(f"no column holds texts, of {types}", cure="make one of strings")
+        cure = f"make one of strings{about_single_object(dataset)}"
+        raise SourceError(f"no column holds texts, of {types}", cure=cure)
     say(f"texts are taken from column {names[0]!r}, the only one of strings")
     return names[0]
 

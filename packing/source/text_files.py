@@ -12,8 +12,7 @@ Lines come with each run of white space made one space. What a document is, an o
     "line"         each line that is not blank
     "file"         each file, or each row
 
-A file that holds something else than text (a table, an archive, markup) is refused, by its name or by its first bytes:
-read as text it would be trained on.
+A file that holds something else than text is refused, by its name or by its first bytes: a model would learn from it.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
-
-import xxhash
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from packing.files.names import NamedFile
 
@@ -35,9 +32,9 @@ if TYPE_CHECKING:
     import datasets
 
 DOCUMENTS = ("paragraph", "line", "file")
-BLOCK_BYTES = 1 << 20  # a block ends at the first blank line behind so many bytes; or line, where each is a document
+BLOCK_BYTES = 1 << 20  # a block ends where the first document after so many bytes does
 WINDOW_BYTES = 1 << 16  # read at once to look for line ends
-HEAD_BYTES = 1 << 14  # by which a file that is no text is known
+HEAD_BYTES = 1 << 14  # enough to know a file that is no text
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +55,7 @@ class TextBlock(NamedTuple):
     source: NamedFile | TextRows
     start: int  # bytes of a file, or rows
     end: int
-    bytes: int  # about how much text it is
+    num_bytes: int  # about how much text it is
     newline: bytes = b"\n"  # ends a line of a file; a return before it is white space
 
 
@@ -70,7 +67,7 @@ def check_documents(documents: str) -> str:
 
 
 def find_blocks(sources: Iterable[NamedFile | TextRows], documents: str = "paragraph") -> Iterator[TextBlock]:
-    """All of the text, in order. "file" makes one block of a file, "line" may end one at any line."""
+    """All of the text, in order. With "file" a file is one block, with "line" a block may end at any line."""
     for source in sources:
         yield from _row_blocks(source) if isinstance(source, TextRows) else _file_blocks(source, documents)
 
@@ -80,11 +77,12 @@ def read_lines(block: TextBlock) -> Iterator[Iterable[str]]:
 
     Raises ValueError for a file that is not UTF-8.
     """
-    if isinstance(block.source, TextRows):
-        texts = block.source.dataset.select_columns(block.source.column)[block.start : block.end]
-        split = (text.splitlines() if text is not None else [] for text in texts[block.source.column])
+    split: Iterable[list[str]]
+    if isinstance(source := block.source, TextRows):
+        texts = source.dataset.select_columns(source.column)[block.start : block.end][source.column]
+        split = ((text or "").splitlines() for text in texts)
     else:
-        split = iter([_decoded(block).split(block.newline.decode())])
+        split = [_decoded(source, block).split(block.newline.decode())]
     for lines in split:
         yield (" ".join(line.split()) for line in lines)
 
@@ -114,28 +112,25 @@ def document_texts(block: TextBlock, documents: str) -> Iterator[str]:
         yield from filter(None, [" ".join(texts)]) if documents == "file" else texts
 
 
-def unpacked(file: NamedFile, cache: Path | None = None) -> NamedFile:
-    """A text file that can be read from any place: of a .gz, a copy that the cache keeps, under the same name."""
-    from packing.files.cache import kept_folder
+def uncompressed(file: NamedFile, cache: Path | None = None) -> NamedFile:
+    """A text file that can be read from any place; for a .gz, its content in the cache, under the name of the .gz."""
+    from packing.files.cache import kept_folder, key_of
 
-    if file.suffix.lower() != ".gz":
+    if not file.is_compressed:
         return file
-    found = file.path.stat()
-    stamp = str(file.path.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
-    key = xxhash.xxh3_128_hexdigest(repr(("unpacked", stamp)).encode())
 
     def make(folder: Path) -> None:
-        with file.open() as packed, (folder / "text").open("wb") as target:
+        with file.open() as compressed, (folder / "text").open("wb") as target:
             try:
-                shutil.copyfileobj(packed, target, 1 << 20)
+                shutil.copyfileobj(compressed, target, 1 << 20)
             except (OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"{str(file)!r} cannot be unpacked: {error}; make the file again") from None
+                raise ValueError(f"{str(file)!r} cannot be uncompressed: {error}; make the file again") from None
 
-    return NamedFile(kept_folder(key, make, cache) / "text", file.name)
+    return NamedFile(kept_folder(key_of("uncompressed", file.stamp()), make, cache) / "text", file.name)
 
 
 def is_blank(file: NamedFile) -> bool:
-    """Whether there is nothing but white space."""
+    """Whether it holds nothing but white space."""
     with file.open() as stream:
         return not any(window.strip(b"\xef\xbb\xbf \t\r\n") for window in iter(lambda: stream.read(WINDOW_BYTES), b""))
 
@@ -155,18 +150,15 @@ def _file_blocks(file: NamedFile, documents: str) -> Iterator[TextBlock]:
         head += stream.read(1) if head.endswith(b"\r") else b""  # which may be half of a line end
         newline = b"\r" if b"\r" in head and b"\n" not in head else b"\n"  # lines of old Macs end in a return alone
         line_end = newline if documents == "line" else newline + rb"[ \t\r]*" + newline
-        start = 0
+        start, step = 0, size if documents == "file" else BLOCK_BYTES
         while start < size:
-            whole = documents == "file"
-            end = size if whole else _behind_end(stream, start + BLOCK_BYTES, size, newline, re.compile(line_end))
+            end = min(size, _after_end(stream, start + step, newline, re.compile(line_end)))
             yield TextBlock(file, start, end, end - start, newline)
             start = end
 
 
-def _behind_end(stream: BinaryIO, position: int, size: int, newline: bytes, end: re.Pattern[bytes]) -> int:
-    """The first place behind `position` that follows the end of a block; or the size of the file."""
-    if position >= size:
-        return size
+def _after_end(stream: BinaryIO, position: int, newline: bytes, end: re.Pattern[bytes]) -> int:
+    """The first place from `position` on that follows the end of a block; the end of the file has one."""
     stream.seek(position)
     held = b""
     while window := stream.read(WINDOW_BYTES):
@@ -178,35 +170,33 @@ def _behind_end(stream: BinaryIO, position: int, size: int, newline: bytes, end:
         kept = held[last:] if last >= 0 and not held[last:].strip() else b""
         position += len(held) - len(kept)
         held = kept
-    return size
+    return position + len(held)
 
 
 # Bytes -> characters
 
 
-def _decoded(block: TextBlock) -> str:
-    with block.source.path.open("rb") as stream:
+def _decoded(file: NamedFile, block: TextBlock) -> str:
+    with file.path.open("rb") as stream:
         stream.seek(block.start)
         data = stream.read(block.end - block.start)
     if (nul := data.find(b"\0")) >= 0:
-        raise _not_utf8(block, nul, data)
+        raise _not_utf8(file, block, nul, data)
     try:
         # Only a file may start with a byte-order mark.
         return data.decode("utf-8-sig" if block.start == 0 else "utf-8")
     except UnicodeDecodeError as error:
         # error.start counts from error.object, which lacks the byte-order mark.
-        raise _not_utf8(block, len(data) - len(error.object) + error.start, data) from None
+        raise _not_utf8(file, block, len(data) - len(error.object) + error.start, data) from None
 
 
-def _not_utf8(block: TextBlock, at: int, data: bytes) -> ValueError:
+def _not_utf8(file: NamedFile, block: TextBlock, at: int, data: bytes) -> ValueError:
     """An error that names the file, the byte and its line, and what the file is likely to be."""
-    with block.source.path.open("rb") as stream:
+    with file.path.open("rb") as stream:
         line = stream.read(block.start + at).count(block.newline) + 1
         stream.seek(0)
         cure = _likely_cure(stream.read(WINDOW_BYTES), data)
-    return ValueError(
-        f"{block.source} is not UTF-8 text: byte {block.start + at} (line {line}) is 0x{data[at]:02x}; {cure}"
-    )
+    return ValueError(f"{file} is not UTF-8 text: byte {block.start + at} (line {line}) is 0x{data[at]:02x}; {cure}")
 
 
 def _likely_cure(head: bytes, data: bytes) -> str:
@@ -232,72 +222,72 @@ def _likely_cure(head: bytes, data: bytes) -> str:
 # Files that hold something else
 
 
-class NotText(NamedTuple):
-    """What a file holds instead of text, and what to do about it."""
+class Other(NamedTuple):
+    """What a file may hold instead of text, and the cure. It is known by an ending, or by how the content starts."""
 
     name: str
     cure: str
+    endings: tuple[str, ...] = ()
+    starts: tuple[bytes, ...] = ()
 
 
-def _rows(name: str, ending: str) -> NotText:
-    return NotText(f"rows ({name})", f"rename it to end in {ending}, and its rows are read")
-
-
-def _packed(name: str, command: str) -> NotText:
-    return NotText(f"compressed data ({name})", f"unpack it first: {command} {{file}}")
-
-
-def _markup(name: str) -> NotText:
-    return NotText(name, "take the text out of it, and write it to a .txt file")
-
-
-JSON_LINES, JSON = _rows("JSON lines", ".jsonl"), _rows("JSON", ".json")
-PARQUET, ARROW = _rows("Parquet", ".parquet"), _rows("Arrow", ".arrow")
-GZIP, BZIP2, XZ = _packed("gzip", "gunzip -k"), _packed("bzip2", "bunzip2 -k"), _packed("xz", "unxz -k")
-ZSTD, ZIP, TAR = _packed("zstd", "unzstd"), _packed("zip", "unzip"), _packed("tar", "tar -xf")
-SEVEN = _packed("7-Zip", "7z x")
-HTML, XML, PDF = _markup("HTML"), _markup("XML"), _markup("PDF")
-NOTEBOOK, MAP = _markup("a notebook"), _markup("GeoJSON")
-OFFICE, BINARY = _markup("a document of a word processor"), NotText("binary data", "leave it out")
-
-BY_SUFFIX = {
-    **{".geojson": MAP, ".ipynb": NOTEBOOK, ".feather": ARROW, ".gz": GZIP, ".tgz": GZIP},
-    **{".bz2": BZIP2, ".xz": XZ, ".zst": ZSTD, ".zstd": ZSTD, ".zip": ZIP, ".tar": TAR, ".7z": SEVEN},
-    **dict.fromkeys((".html", ".htm", ".xhtml"), HTML),
-    **{".xml": XML, ".pdf": PDF, ".epub": OFFICE, ".doc": OFFICE, ".docx": OFFICE, ".odt": OFFICE, ".rtf": OFFICE},
-    **dict.fromkeys((".bin", ".pt", ".pth", ".safetensors", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".db"), BINARY),
-    **{".sqlite": BINARY, ".xlsx": BINARY, ".xls": BINARY},
-}
-BY_FIRST_BYTES = {
-    **{b"\x1f\x8b": GZIP, b"\xfd7zXZ\0": XZ, b"\x28\xb5\x2f\xfd": ZSTD, b"PK\x03\x04": ZIP},
-    **{b"BZh%d" % level: BZIP2 for level in range(1, 10)},
-    **{b"7z\xbc\xaf\x27\x1c": SEVEN, b"PAR1": PARQUET, b"ARROW1": ARROW, b"%PDF-": PDF, b"{\\rtf": OFFICE},
-    **{b"\x89PNG": BINARY, b"\x93NUMPY": BINARY, b"SQLite format 3": BINARY},
-}
+READ_ROWS = "rename it to end in {}, and its rows are read"
+UNCOMPRESS = "uncompress it first: {} {{file}}"
+TAKE_OUT = "take the text out of it, and write it to a .txt file"
+WEIGHTS = (".bin", ".pt", ".pth", ".safetensors", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".db")
+JSON_LINES = Other("rows (JSON lines)", READ_ROWS.format(".jsonl"))
+JSON = Other("rows (JSON)", READ_ROWS.format(".json"))
+HTML, XML = Other("HTML", TAKE_OUT, (".html", ".htm", ".xhtml")), Other("XML", TAKE_OUT, (".xml",))
+OTHERS = (
+    HTML,
+    XML,
+    Other("rows (Parquet)", READ_ROWS.format(".parquet"), (), (b"PAR1",)),
+    Other("rows (Arrow)", READ_ROWS.format(".arrow"), (".feather",), (b"ARROW1",)),
+    Other("compressed data (gzip)", UNCOMPRESS.format("gunzip -k"), (".gz", ".tgz"), (b"\x1f\x8b",)),
+    Other(
+        "compressed data (bzip2)", UNCOMPRESS.format("bunzip2 -k"), (".bz2",), (*(b"BZh%d" % n for n in range(1, 10)),)
+    ),
+    Other("compressed data (xz)", UNCOMPRESS.format("unxz -k"), (".xz",), (b"\xfd7zXZ\0",)),
+    Other("compressed data (zstd)", UNCOMPRESS.format("unzstd"), (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd",)),
+    Other("compressed data (zip)", UNCOMPRESS.format("unzip"), (".zip",), (b"PK\x03\x04",)),
+    Other("compressed data (tar)", UNCOMPRESS.format("tar -xf"), (".tar",)),
+    Other("compressed data (7-Zip)", UNCOMPRESS.format("7z x"), (".7z",), (b"7z\xbc\xaf\x27\x1c",)),
+    Other("PDF", TAKE_OUT, (".pdf",), (b"%PDF-",)),
+    Other("a notebook", TAKE_OUT, (".ipynb",)),
+    Other("GeoJSON", TAKE_OUT, (".geojson",)),
+    Other("a document of a word processor", TAKE_OUT, (".epub", ".doc", ".docx", ".odt", ".rtf"), (b"{\\rtf",)),
+    Other(
+        "a spreadsheet or a database",
+        "write its rows to a .csv file",
+        (".xlsx", ".xls", ".sqlite"),
+        (b"SQLite format 3",),
+    ),
+    Other("binary data", "leave it out", WEIGHTS, (b"\x89PNG", b"\x93NUMPY")),
+)
 OF_MARKUP = re.compile(rb"<(?:(!doctype\s+html|html[\s>])|(\?xml\s))", re.IGNORECASE)
 OF_JSON = re.compile(rb'[\[{\s]*\{\s*"[^"\n]*"\s*:\s*["\d\[{tfn-]')
 
 
 def refuse_other_formats(file: NamedFile) -> None:
     """Raise ValueError for a file that is no text, by its name or by its first bytes."""
-    by_suffix = None if file.name.lower().endswith(".txt.gz") else BY_SUFFIX.get(file.suffix.lower())
-    found = by_suffix or _by_content(file)
+    name = file.name.lower()
+    found = None if name.endswith(".txt.gz") else next((o for o in OTHERS if name.endswith(o.endings)), None)
+    cure = "" if found else "; if it is text, let it start with a line of words"
+    found = found or _by_content(file)
     if found is not None:
-        cure = found.cure.format(file=str(file))
-        if by_suffix is None and found in (JSON_LINES, JSON, HTML, XML):
-            cure += "; if it is text, let it start with a line of words"
+        cure = found.cure.format(file=file) + cure * (found in (JSON_LINES, JSON, HTML, XML))
         raise ValueError(f"{file} holds {found.name}, and no text; {cure}")
 
 
-def _by_content(file: NamedFile) -> NotText | None:
+def _by_content(file: NamedFile) -> Other | None:
     try:
         with file.open() as stream:
             head = stream.read(HEAD_BYTES)
     except (OSError, EOFError, zlib.error):
-        return None  # damaged: unpacking says so
-    for first, found in BY_FIRST_BYTES.items():
-        if head.startswith(first):
-            return found
+        return None  # it is damaged: uncompressing says so
+    for other in OTHERS:
+        if head.startswith(other.starts):
+            return other
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if markup := OF_MARKUP.match(head):
         return HTML if markup[1] else XML
@@ -308,7 +298,7 @@ def _by_content(file: NamedFile) -> NotText | None:
     return JSON_LINES if is_list else None
 
 
-def _parsed(line: bytes):
+def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
