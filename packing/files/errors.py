@@ -14,6 +14,7 @@ import numbers
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class SourceError(ValueError):
@@ -23,7 +24,7 @@ class SourceError(ValueError):
         split 'train': column 'tags' in row 3 has 9 values, and input_ids has 8; make them alike
 
     what: the end of a sentence about the place: the file, the column and the row, as far as they are given.
-    unit: what `row` counts; lines of a text file, for one.
+    unit: what `row` counts, say lines of a text file.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class SourceError(ValueError):
         split = f"split {self.split!r}: " if self.split else ""
         return f"{split}{sentence}{'; ' if self.cure else ''}{self.cure}"
 
-    def __reduce__(self):  # between processes, with all that is known
+    def __reduce__(self) -> tuple:  # between processes, with all that is known
         return _remake, (type(self), self.what, self.__dict__)
 
 
@@ -110,7 +111,7 @@ def _nearest(name: str, known: Iterable[str], most: int) -> list[str]:
     return [spellings[near] for near in difflib.get_close_matches(name.casefold(), spellings, most)]
 
 
-def whole_number(name: str, value: object, least: int = 1, most: int | None = None, cure: str = "") -> int:
+def whole_number(name: str, value: Any, least: int = 1, most: int | None = None, cure: str = "") -> int:
     """The value as an int. Raises ValueError for what is no whole number in least..most; None: no upper limit.
 
     cure: what follows the limit in the error, with its own comma or colon.

@@ -6,16 +6,22 @@ import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+    from packing.files.paths import Place
 
 READ_BYTES = 1 << 22
 UNFINISHED = ".writing"  # how names end that files have before their own
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would change line ends
 
 
-def write_bytes(descriptor: int, data) -> None:
-    """Where everything goes to the disk."""
+def write_bytes(descriptor: int, data: ReadableBuffer) -> None:
+    """Write all of it. Everything goes to the disk here."""
     data = memoryview(data).cast("B")
     while len(data):
         data = data[os.write(descriptor, data) :]
@@ -57,14 +63,15 @@ class HashedFile:
     def xxh3(self) -> str:
         return self._hash.hexdigest()
 
-    def write(self, data) -> int:
+    def write(self, data: ReadableBuffer) -> int:
         self._hash.update(data)
         try:
             write_bytes(self._descriptor, data)
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.says) from error
-        self.size += len(data)
-        return len(data)
+        size = memoryview(data).nbytes
+        self.size += size
+        return size
 
     def publish(self) -> None:
         os.fsync(self._descriptor)
@@ -86,18 +93,18 @@ class HashedFile:
     def __enter__(self) -> HashedFile:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
         with suppress(FileNotFoundError):
             self._unfinished.unlink()
 
 
-def hashed_file(path) -> HashedFile:
+def hashed_file(path: Place) -> HashedFile:
     """A new file here, or at a URL: see paths.py."""
     return HashedFile(path) if isinstance(path, Path) else path.hashed_file()
 
 
-def write_file(path, data: bytes) -> str:
+def write_file(path: Place, data: bytes) -> str:
     """Write a small file, all at once; an older one is replaced. Returns its XXH3."""
     with hashed_file(path) as file:
         file.write(data)
@@ -105,7 +112,7 @@ def write_file(path, data: bytes) -> str:
     return file.xxh3
 
 
-def checksum(path) -> str:
+def checksum(path: Place) -> str:
     """128 bits of XXH3 over a file, in hexadecimal."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:

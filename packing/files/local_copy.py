@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -27,6 +28,9 @@ from packing.files.hashed import checksum, sync, write_file
 from packing.files.locks import held
 from packing.files.names import checked_path
 from packing.files.paths import is_file_in, named_errors, open_store
+
+if TYPE_CHECKING:
+    import fsspec
 
 OF_ACCESS = re.compile("^(atime|time|ino|nlink)$|access", re.I)  # changes without the file, or differs by machine
 MAGIC = re.compile(r"[*\[]")
@@ -73,12 +77,14 @@ def local_copy(
     return folder / path.removeprefix(root) if path.removeprefix(root) in found else folder
 
 
-def _find(fs, path: str, wanted: Callable[[set[str]], set[str]]) -> tuple[str, dict[str, dict]]:
+def _find(
+    fs: fsspec.AbstractFileSystem, path: str, wanted: Callable[[set[str]], set[str]]
+) -> tuple[str, dict[str, dict]]:
     """The folder that all lie in, with a slash at its end; names in it -> what the file system says of them."""
     fs.invalidate_cache()
-    if MAGIC.search(path):
+    if magic := MAGIC.search(path):
         found = fs.glob(path, detail=True)
-        root = path[: MAGIC.search(path).start()].rpartition("/")[0]
+        root = path[: magic.start()].rpartition("/")[0]
     elif not path.endswith("/") and fs.isfile(path):
         found = {path: fs.info(path)}
         root = path.rpartition("/")[0]

@@ -3,14 +3,11 @@
     place("packed")              -> Path("packed"), and so does file:///home/me/packed
     place("s3://bucket/packed")  -> RemotePath, which has what packing uses of a Path: one code writes and reads both
 
-A store of objects can neither rename, nor lock, nor wait for a disk, but it puts a file whole or not at all. So a file
-is written here first, into the folder for temporary files (TMPDIR says which), hashed as it grows, and then put under
-its name. (What is no store of objects, sftp for one, may keep half a file if it is killed: half a shard is seen, as its
-record comes after it, and written again; half a manifest is said to be damaged.)
+A store of objects cannot rename a file, but it puts a file whole or not at all. So a file is written here first, into
+the folder for temporary files (TMPDIR says which), hashed as it grows, and then put under its name. Other stores, sftp
+for one, may keep half a file of a killed run. A resumed run writes a half shard again: its record comes after it.
 
-Credentials come from the environment, as fsspec reads them (AWS_ACCESS_KEY_ID …, FSSPEC_S3_ENDPOINT_URL …, or
-~/.config/fsspec), so that they are there in every process and on every machine; or from storage_options, as in
-datasets' own functions.
+Credentials come from the environment, as fsspec reads them, so that every process has them; or from storage_options.
 """
 
 from __future__ import annotations
@@ -27,9 +24,14 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PurePosixPath
 from types import SimpleNamespace
+from typing import IO, TYPE_CHECKING
 
 from packing.files.hashed import BINARY, READ_BYTES, HashedFile
 from packing.files.locks import LOOK, lock
+
+if TYPE_CHECKING:
+    import fsspec
+    from _typeshed import WriteableBuffer
 
 URL = re.compile(r"([A-Za-z][\w+.-]*)((::[\w+.-]+)*)://")
 LOCAL = ("file", "local")
@@ -49,7 +51,7 @@ def place(path: str | os.PathLike | RemotePath, storage_options: dict | None = N
         if storage_options:
             raise ValueError(f"storage_options would be ignored: {str(path)!r} is of this machine; leave them out")
         return _local(path)
-    url = path.rstrip("/")
+    url = str(path).rstrip("/")
     if url.endswith(":") or "::" in url:
         raise ValueError(f"{path!r} names no folder of one file system; give one like 's3://bucket/packed'")
     return RemotePath(url, storage_options or None)
@@ -68,8 +70,8 @@ def _local(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def open_store(url: str, storage_options: dict | None = None):
-    """(file system, path in it). Raises ValueError for one that fsspec does not know, ImportError for a package."""
+def open_store(url: str, storage_options: dict | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(file system, path in it). Raises ValueError for an unknown one, ImportError where its package is missing."""
     import fsspec
 
     try:
@@ -79,7 +81,7 @@ def open_store(url: str, storage_options: dict | None = None):
         cure = f"pip install {package}" if package else str(error)
         raise ImportError(f"{url!r} needs a package that is not installed: {cure}") from None
     except ValueError as error:
-        protocol = URL.match(url)[1]
+        protocol = url.partition(":")[0]
         if protocol in fsspec.available_protocols():
             raise
         raise ValueError(f"{url!r}: no file system is known as {protocol!r} ({error})") from None
@@ -92,14 +94,12 @@ def is_file_in(root: str, found: str) -> bool:
 
 @contextmanager
 def named_errors(url: str) -> Iterator[None]:
-    """Whatever a file system raises, which may be of its own kind, becomes an OSError that names the URL."""
+    """What a file system raises, perhaps an error of its own kind, becomes an OSError that names the URL."""
     try:
         yield
-    except (ImportError, ValueError) as error:
-        if type(error).__module__ == "builtins":
-            raise
-        raise _named(error, url) from error
     except Exception as error:
+        if isinstance(error, ImportError | ValueError) and type(error).__module__ == "builtins":
+            raise
         raise _named(error, url) from error
 
 
@@ -152,8 +152,8 @@ class RemotePath:
         return self.url.startswith("memory://")
 
     @contextmanager
-    def _store(self):
-        """(file system, path in it). What it knew of its files is forgotten: others write there as well."""
+    def _store(self) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+        """(file system, path in it). It forgets what it knew of its files: others write there as well."""
         with named_errors(self.url):
             fs, path = open_store(self.url, self.storage_options)
             fs.invalidate_cache()
@@ -258,7 +258,7 @@ Place = Path | RemotePath  # what place() returns
 class _Reader(io.RawIOBase):
     """A file that is open for reading, with errors that name it."""
 
-    def __init__(self, file, url: str):
+    def __init__(self, file: IO[bytes], url: str):
         self._file, self._url = file, url
 
     def readable(self) -> bool:
@@ -267,7 +267,8 @@ class _Reader(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def readinto(self, room) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        room = memoryview(buffer)
         with named_errors(self._url):
             data = self._file.read(len(room))
         room[: len(data)] = data
@@ -276,9 +277,6 @@ class _Reader(io.RawIOBase):
     def seek(self, offset: int, whence: int = 0) -> int:
         with named_errors(self._url):
             return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
 
     def close(self) -> None:
         if not self.closed:
@@ -291,14 +289,14 @@ class RemoteFile(HashedFile):
 
     PREFIX, ENDING = "pack-dataset-", ".writing"
 
-    def __init__(self, path: RemotePath):
-        super().__init__(path)
-        self.says = f"{self._unfinished} for {path}; TMPDIR says where temporary files are"
+    def __init__(self, remote: RemotePath):
+        super().__init__(Path(tempfile.gettempdir()))
+        self.remote = remote
+        self.says = f"{self._unfinished} for {remote}; TMPDIR says where temporary files are"
 
     def _new_file(self) -> tuple[Path, int]:
-        """Locked while it is in use: what a killed process has left is known by that, and removed."""
-        folder = Path(tempfile.gettempdir())
-        for left_off in folder.glob(f"{self.PREFIX}*{self.ENDING}"):
+        """It is locked while it is in use. So what a killed process left is known, and removed."""
+        for left_off in self.path.glob(f"{self.PREFIX}*{self.ENDING}"):
             with suppress(OSError):  # it is another user's, or in use, or gone
                 descriptor = os.open(left_off, os.O_WRONLY | LOOK)
                 try:
@@ -307,7 +305,7 @@ class RemoteFile(HashedFile):
                 finally:
                     os.close(descriptor)
         while True:
-            path = folder / f"{self.PREFIX}{secrets.token_hex(8)}{self.ENDING}"
+            path = self.path / f"{self.PREFIX}{secrets.token_hex(8)}{self.ENDING}"
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o600)
             try:
                 lock(descriptor)
@@ -323,4 +321,4 @@ class RemoteFile(HashedFile):
             os.close(descriptor)
 
     def publish(self) -> None:
-        self.path.put(self._unfinished)
+        self.remote.put(self._unfinished)

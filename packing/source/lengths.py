@@ -15,13 +15,18 @@ import json
 import re
 import warnings
 import zipfile
+<<<<<<< HEAD
 from collections.abc import Callable
+=======
+from collections.abc import Callable, Sequence
+>>>>>>> d74c83a (files and source: types; mypy checks the rooms that have none left to mend)
 from importlib import resources
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from packing.histogram import length_histogram
 from packing.options import OVERLONG, PackOptions
@@ -89,8 +94,14 @@ def holds_lengths(file: str | PathLike, may_hold_text: bool = False) -> bool:
 def dataset_histogram(
     dataset: datasets.Dataset,
     max_sequence_length: int,
+<<<<<<< HEAD
     say: Callable[[str], None] = lambda sentence: None,
     **options: Any,
+=======
+    overlong: str = "error",
+    token_columns: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
+>>>>>>> d74c83a (files and source: types; mypy checks the rooms that have none left to mend)
 ) -> np.ndarray:
     """What pack_dataset would plan on: (max_sequence_length + 1,) int64, read from list offsets, not from tokens.
 
@@ -208,20 +219,20 @@ READERS: dict[str, Callable[[Path], np.ndarray]] = {
 }
 
 
-def _load_numbers(path: Path, **form) -> np.ndarray:
+def _load_numbers(path: Path, **form: Any) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the file is empty: said by whoever counts
         return np.loadtxt(path, np.int64, encoding="utf-8-sig", **form)
 
 
-def _from_counts(table) -> np.ndarray:
+def _from_counts(table: ArrayLike) -> np.ndarray:
     """(lengths, 2) of length, count -> histogram. A length that is listed twice is added up."""
-    table = np.asarray(table)
-    if not table.size:
+    array = np.asarray(table)
+    if not array.size:
         raise ValueError("it counts no sequence")
-    if table.dtype.kind not in "iu" or table.ndim != 2 or table.shape[1] != 2:
-        raise ValueError(f"lengths and counts must be two columns of whole numbers, not {table.dtype} {table.shape}")
-    lengths, counts = table.astype(np.int64).T
+    if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[1] != 2:
+        raise ValueError(f"lengths and counts must be two columns of whole numbers, not {array.dtype} {array.shape}")
+    lengths, counts = array.astype(np.int64).T
     if lengths.min() < 1:
         raise ValueError(f"it lists length {lengths.min()}, but a length is at least 1; leave it out")
     if counts.min() < 0:

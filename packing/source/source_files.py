@@ -10,6 +10,10 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import datasets
 
 from packing.files.errors import SourceError
 
@@ -28,7 +32,7 @@ class SourceFiles:
     _asked: float = field(default=float("-inf"))
 
     @classmethod
-    def of(cls, dataset) -> SourceFiles:
+    def of(cls, dataset: datasets.Dataset) -> SourceFiles:
         return cls({name: _stamp(name) for name in sorted({file["filename"] for file in dataset.cache_files})})
 
     def changed(self) -> str | None:

@@ -14,7 +14,7 @@ word. So both places get another name for it, which no text holds; ids stay.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +34,10 @@ FIELDS = {"input_ids": "ids", "token_type_ids": "type_ids"}  # of tokenizers.Enc
 MARK = "\ufdd0\ufdd1\ufdd0"
 
 
-def open_tokenizer(name: str):
+def open_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A tokenizer of transformers, by its folder or its name on the hub. Raises if packs could not be made with it."""
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"tokenizing needs transformers ({error}): pip install 'dataset-packing[train]'"
@@ -53,7 +53,7 @@ def open_tokenizer(name: str):
         raise ValueError(
             f"no tokenizer in {name!r}: {' '.join(str(error).split())}{path_suggestion(name, only_folders=True)}"
         ) from None
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"tokenizer {name!r} ({type(tokenizer).__name__}) has no fast version; tokenize in Python with "
             "Dataset.map, and pack the column input_ids"
@@ -68,7 +68,7 @@ def open_tokenizer(name: str):
 
 def tokenize(
     dataset: datasets.Dataset,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerFast,
     text_columns: Sequence[str],
     keep_text: bool = False,
     num_proc: int = 1,
@@ -120,11 +120,17 @@ def tokenize(
 class _Tokenize:
     """For Dataset.map: texts of some rows -> their tokens."""
 
-    def __init__(self, tokenizer, text_columns: tuple[str, ...], names: tuple[str, ...], longest: int | None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        text_columns: tuple[str, ...],
+        names: tuple[str, ...],
+        longest: int | None,
+    ):
         self.description, self.longest = describe(tokenizer), longest
         self.tokenizer, self.text_columns, self.names = text_tokenizer(self.description), text_columns, names
 
-    def __call__(self, rows, numbers: list[int]) -> dict[str, list]:
+    def __call__(self, rows: Mapping[str, list[str]], numbers: list[int]) -> dict[str, list]:
         from packing.source.sequences import OverlongError
 
         texts = [rows[name] for name in self.text_columns]
