@@ -15,11 +15,7 @@ import json
 import re
 import warnings
 import zipfile
-<<<<<<< HEAD
 from collections.abc import Callable
-=======
-from collections.abc import Callable, Sequence
->>>>>>> d74c83a (files and source: types; mypy checks the rooms that have none left to mend)
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -94,14 +90,8 @@ def holds_lengths(file: str | PathLike, may_hold_text: bool = False) -> bool:
 def dataset_histogram(
     dataset: datasets.Dataset,
     max_sequence_length: int,
-<<<<<<< HEAD
     say: Callable[[str], None] = lambda sentence: None,
     **options: Any,
-=======
-    overlong: str = "error",
-    token_columns: Sequence[str] | None = None,
-    pad_token_id: int | None = None,
->>>>>>> d74c83a (files and source: types; mypy checks the rooms that have none left to mend)
 ) -> np.ndarray:
     """What pack_dataset would plan on: (max_sequence_length + 1,) int64, read from list offsets, not from tokens.
 
