@@ -350,9 +350,10 @@ def find_files(source: str, for_text: bool = False, name_of: Callable[[Path], st
     elif HUB_NAME.fullmatch(source) and not path.parent.exists() and format_of(source) is None:
         return None
     else:
-        cure = f"; give a folder that save_to_disk wrote, a file {endings()}, a folder or a quoted glob of such files, "
-        cure += "or OWNER/NAME of a dataset on the hub"
-        raise FileNotFoundError(f"there is no SOURCE {source!r}{path_suggestion(source) or cure}")
+        raise FileNotFoundError(
+            f"there is no SOURCE {source!r}; give a folder that save_to_disk wrote, a file {endings()}, a folder or a "
+            f"quoted glob of such files, or OWNER/NAME of a dataset on the hub{path_suggestion(source)}"
+        )
     named = [NamedFile(file, name_of(file)) for file in files]
     formats = {TEXT: named} if for_text and len(named) == 1 and not path.is_dir() else {}
     formats = _by_format(named) or formats
