@@ -3,8 +3,9 @@
     python benchmarks/assign.py
     python benchmarks/assign.py --repeats 30      best of more, where other programs run
 
-Each repeat draws under another seed, as re-assigning does, and visits all cases in turn. "cpu" is processor time: where
-one thread took less of it than wall time, the machine was not idle. "copy" copies the lengths and the result once.
+Each repeat draws with another seed, as re-assigning does, and visits all cases in turn. "cpu" is processor time: where
+one thread took less of it than wall time, other programs used the machine. "copy" copies the lengths and the result
+once.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def copy_case(num_bytes: int):
 
 
 def peak_bytes(plan, lengths) -> float:
-    """Per sequence; NumPy tells tracemalloc of its arrays."""
+    """Bytes per sequence; NumPy reports its arrays to tracemalloc."""
     tracemalloc.start()
     assign(plan, lengths)
     _, peak = tracemalloc.get_traced_memory()

@@ -4,22 +4,23 @@
     python benchmarks/attention.py --parts cost        one part: cost, quality or pretraining
     python benchmarks/attention.py --parts cost --tokens 2048 --lengths 128 512 2048
 
-cost         forward and backward of each head, at a fixed number of tokens in the batch: as sequences of 128 tokens, of
-             256, and so on, each less one token, as few lengths are multiples of what a head computes by. 4 heads of
-             width 64, every option as it is by default; the stride of strided, fixed and
-             axial is the root of the length. All lengths and heads take turns, round by round; the least time counts,
-             in parentheses the greatest. What follows from the layout alone is made before, as for a model's second
-             layer. "slope": of time against length in a log-log plot, over the longer half of the lengths: 0 where a
-             batch costs the same however long its sequences are, 1/2 for n sqrt(n), 1 for n^2. "cpu / wall": below 1
-             times the threads, others had the machine. "beats sdpa from": the least length, interpolated, from which on
-             the head took less time than exact attention within each sequence, and again in less processor time.
-             Memory: at the peak, beyond the inputs, with what follows from the layout. On CUDA max_memory_allocated; on
-             a CPU how far the resident set of a process grew that does nothing else (Linux).
+cost         forward and backward of each head, at a fixed number of tokens in the batch: sequences of 128 tokens, of
+             256, and so on, each less one token, since few lengths are multiples of a head's block. 4 heads of width
+             64, all options at their defaults; the stride of strided, fixed and axial is the root of the length. All
+             lengths and heads take turns, round by round. The table has the least time, and the greatest in
+             parentheses. Views of the layout are made before, as for a model's second layer.
+             "slope": time against length in a log-log plot, over the longer half of the lengths: 0 where a batch costs
+             the same at any length of its sequences, 1/2 for n sqrt(n), 1 for n^2.
+             "cpu / wall": below 1 times the threads, other programs used the machine.
+             "beats sdpa from": the least length, interpolated, from which on the head took less time than exact
+             attention within each sequence; then the same by processor time.
+             Memory: at the peak, beyond the inputs, with the views of the layout. On CUDA max_memory_allocated; on a
+             CPU the growth of the resident set of a process that does nothing else (Linux).
 quality      performer's error by number of features; lsh by rounds on Reformer's duplication task, weights given; what
              strided and fixed reach in two layers; delta and plain sums when keys are written a second time.
 pretraining  BERT of 2 layers of width 128 on the State of the Union messages, packed for 256 tokens, as demo.py makes
-             them (--dataset and --tokenizer: made before). Same weights, same batches and masks for all, in turn.
-             Options are scaled to the length: see SCALED.
+             them (--dataset and --tokenizer: made before). All heads train in turn, with the same weights, batches and
+             masks. Options are scaled to the length: see SCALED.
 
 One thread, unless --threads says otherwise. With a CUDA device, on that.
 """
@@ -141,19 +142,19 @@ class Case:
         self.head(*inputs, self.layout).backward(gradient)
 
     def run_anew(self, tensors: list[Tensor]) -> None:
-        """The same, with nothing made of the layout yet."""
+        """The same, with a layout that has no views yet."""
         self.layout = PackLayout(self.sequence_ids)
         self.run(tensors)
 
 
 def measure_cost(names, lengths, tokens: int, rounds: int, device: str = "cpu", dtype: str = "float32"):
-    """Of each (name, length) (rounds, 2) wall and processor seconds; bytes at the peak; and why a name is missing."""
+    """{(name, length): (rounds, 2) wall and processor seconds}, {…: bytes at the peak}, {name: why it is missing}."""
     tensors = make_tensors(tokens, device, dtype)
     cases, failed = {}, {}
     for name in names:
         made = {(name, length): Case(name, length, tokens, device) for length in lengths}
         try:
-            for case in made.values():  # the first run compiles, and makes what follows from the layout
+            for case in made.values():  # the first run compiles, and makes the views of the layout
                 case.run(tensors)
             cases |= made
         except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -176,7 +177,7 @@ def cost_memory(names, lengths, tokens: int, device: str, dtype: str) -> dict[st
     for name in names:
         for length in lengths:
             case = Case(name, length, tokens, device)
-            for measure in (lambda run: run(), partial(peak_bytes, device=device)):  # the first time counts for nothing
+            for measure in (lambda run: run(), partial(peak_bytes, device=device)):  # the first run does not count
                 clear_gradients(case.head, tensors)
                 peaks[f"{name} {length}"] = measure(partial(case.run_anew, tensors))
     return peaks
@@ -218,7 +219,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     if platform.system() != "Linux":
         return 0
-    with contextlib.suppress(AttributeError):  # only glibc has it: what lies free in the heap is handed back
+    with contextlib.suppress(AttributeError):  # only glibc has it: gives free memory of the heap back
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
     before = memory("VmHWM")
@@ -240,13 +241,13 @@ GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def slope(lengths, values) -> float:
-    """Of a straight line through the longer half, and no fewer than two, of the points in a log-log plot."""
+    """The slope of a straight line through the longer half, at least two, of the points in a log-log plot."""
     half = max(2, (len(lengths) + 1) // 2)
     return float(np.polyfit(np.log(lengths[-half:]), np.log(values[-half:]), 1)[0])
 
 
 def crossover(lengths, ratios) -> str:
-    """From which length on a ratio stays below 1, where it is 1 on a straight line between two points.
+    """The length from which on a ratio stays below 1, interpolated between two points.
 
     lengths 128 256 512, ratios 2 1.5 0.75    ->    "382"
     """
@@ -351,11 +352,11 @@ SYMBOLS = 128
 
 
 def duplication(likeness: float, length: int = 1024, sequences: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Reformer's task, 0 w 0 w: what stood at a token's place in the first half is to be read in the second.
+    """Reformer's task, 0 w 0 w: each token of the second half must read the token at its place in the first half.
 
-    Queries (T, H, K), the same as keys: a code for the place in w, unlike every other, with noise on both copies, so
-    that their cosine is about `likeness`. Values (T, H, K): a code of the symbol in the first half, 0 in the second.
-    Also the codes (symbols, K), and the symbol of each token (T,).
+    Queries (T, H, K), the same as keys: a unique code for the place in w, with noise on both copies, so that their
+    cosine is about `likeness`. Values (T, H, K): a code of the symbol in the first half, 0 in the second. Also the
+    codes (symbols, K), and the symbol of each token (T,).
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -375,7 +376,7 @@ def duplication(likeness: float, length: int = 1024, sequences: int = 4) -> tupl
 
 
 def lsh_accuracy(rounds, likeness: float, length: int = 1024, seeds: int = 3) -> list[tuple[float, float]]:
-    """Of each number of rounds the share of second halves' symbols that are read, and the distance to exact attention.
+    """By number of rounds: the share of second halves' symbols that are read, and the distance to exact attention.
 
     rounds: None stands for exact attention, over the same shared queries and keys.
     """
@@ -421,7 +422,7 @@ def attends(name: str, lengths, num_heads: int = 2, max_sequence_length: int | N
 
 
 def reach(name: str, lengths, layers: int, num_heads: int = 2, **options) -> np.ndarray:
-    """(T, T) bool: does what row i is after some layers move with what column j was before? By gradients.
+    """(T, T) bool: does the output of row i after some layers move with the input of column j? By gradients.
 
     A layer: projections to queries, keys and values, the head, a projection back, added to what was there.
     """
@@ -480,9 +481,9 @@ def show_reach() -> Iterator[str]:
 def overwriting(pairs: int, draws: int = 8) -> dict[str, np.ndarray]:
     """Write `pairs` values under as many keys, half of them again with other values, and read all keys.
 
-    Of each memory (2, 2): of keys written twice, and once, the share of reads that point to the newest value, by cosine
-    and of all values ever written; and the distance to it, relative. Keys: random directions of HEAD_WIDTH dimensions.
-    The tokens that read have a key that writes nothing. "plain sum" is delta's memory without its correction.
+    For each memory (2, 2), for keys written twice and once: the share of reads whose nearest value, by cosine, is the
+    newest one; and the relative distance to it. Keys: random directions of HEAD_WIDTH dimensions. The tokens that read
+    have a key that writes nothing. "plain sum" is delta's memory without its correction.
     """
     generator = torch.Generator().manual_seed(pairs)
     twice, shape = pairs // 2, (pairs, draws, HEAD_WIDTH)
@@ -495,7 +496,7 @@ def overwriting(pairs: int, draws: int = 8) -> dict[str, np.ndarray]:
     nothing = torch.zeros_like(keys)
 
     def read(head: nn.Module, scale: float, silent: float) -> Tensor:
-        """What the reading tokens, at the end, get."""
+        """The outputs of the reading tokens, which stand at the end."""
         query = torch.cat([torch.zeros_like(written_keys), keys]) * scale
         key = torch.cat([written_keys * scale, nothing + silent])
         return head(query, key, torch.cat([written, nothing]), layout)[len(written) :]
@@ -505,7 +506,7 @@ def overwriting(pairs: int, draws: int = 8) -> dict[str, np.ndarray]:
         delta.strength_weight_HK.zero_()
         delta.strength_bias_H.fill_(30.0)  # beta = 1
         reads = {
-            # on the way back those that read come first and find nothing: half of the mean is 0
+            # in the backward direction the reading tokens come first and find nothing: half of the mean is 0
             "delta": 2 * read(delta, 1.0, 0.0),
             "plain sum": torch.einsum("phk,whk,whv->phv", keys, written_keys, written),
             "linear": read(linear, HEAD_WIDTH**0.5, -1e4),  # elu(-1e4) + 1 = 0
@@ -542,7 +543,7 @@ def show_memory() -> Iterator[str]:
 
 
 class Run:
-    """A small BERT with one attention head, and what was measured of it."""
+    """A small BERT with one attention head, and its measurements."""
 
     def __init__(self, name: str, bert, device: str, dtype: str):
         from demo import LEARNING_RATE

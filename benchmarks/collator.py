@@ -4,8 +4,8 @@
     python benchmarks/collator.py --rounds 10   best of more, where other programs run
 
 Sequences of random tokens, their lengths drawn from the paper's Wikipedia histogram, lie on disk: once as they are,
-once packed into rows of 512. Each batch is 32 packs at random. The stock collators get the very sequences of these
-packs, each in a row of its own, so all collate equal real tokens. What DataLoader does is timed: fetching rows from the
+once packed into rows of 512. Each batch is 32 packs at random. The stock collators get the same sequences, each in a
+row of its own, so all collate the same real tokens. The time is that of DataLoader's work: fetching rows from the
 datasets.Dataset, and collating them.
 
 batches  ours from Arrow tables, as PackedTrainer fetches them, and from lists, as Trainer does by default; with what it
@@ -263,7 +263,7 @@ def one_pass(batches: DataLoader) -> tuple[float, float]:
 
 
 def processor_seconds(batches: DataLoader) -> float:
-    """Of this process and of the loader's workers."""
+    """Processor seconds of this process and of the loader's workers."""
     workers = getattr(batches._iterator, "_workers", [])
     return time.process_time() + sum(time.clock_gettime((~worker.pid << 3) | CPUCLOCK_SCHED) for worker in workers)
 

@@ -1,4 +1,4 @@
-"""Does packing change nothing but the bill? From real text to a checkpoint, then the same training padded and packed.
+"""Does packing change only the cost? From real text to a checkpoint, then the same training padded and packed.
 
     python benchmarks/demo.py --output demo-output
 
@@ -6,11 +6,11 @@
 2. `pack-dataset` packs them, `bert-pretrain train` trains a small BERT (MLM + NSP) on the packs.
 3. A larger BERT, from the same weights, is trained in three ways, block by block in turn:
      padded    rows of 256 slots, one sequence each, stock transformers' encoder with a padding mask
-     bucketed  sequences of like length together, padded to the longest of their batch
+     bucketed  sequences of similar lengths together, padded to the longest of their batch
      packed    rows of 256 slots, several sequences each, padding taken out
-   with equal sequences per optimizer step. Padded and packed see the very same sequences with the same masks in every
-   step, so their losses must coincide. All three project predicted positions only. It is larger than that of step 2,
-   whose vocabulary projection and optimizer, which cost the same with and without padding, take half of the time.
+   with equal sequences per optimizer step. Padded and packed see the same sequences with the same masks in every step,
+   so their losses must be equal. All three project predicted positions only. This model is larger than that of step 2:
+   there, half of the time goes into vocabulary projection and optimizer, which cost the same with and without padding.
 4. Stock transformers' fill-mask pipeline completes a sentence with the checkpoint of step 2.
 """
 
@@ -90,7 +90,7 @@ def command(*arguments: object) -> None:
 
 
 class Arm:
-    """One way to train: its model, its rows, and what it measured."""
+    """One way to train: its model, its rows, and its measurements."""
 
     def __init__(self, name: str, model, collator, batches, test_batches):
         import torch
@@ -102,7 +102,7 @@ class Arm:
         self.sequences_seen = 0
 
     def run_block(self) -> None:
-        """A few optimizer steps; collating counts, since it is part of the bill."""
+        """A few optimizer steps; collating counts, since it is part of the cost."""
         steps = [next(self.batches) for _ in range(STEPS_PER_BLOCK)]  # fetched beforehand: workers would do that
         start, tokens, slots = time.perf_counter(), 0, 0
         for rows in steps:
@@ -203,7 +203,7 @@ def factor(packs) -> float:
     from packing import packed_info
 
     info = packed_info(packs)
-    assert info.num_sequences and info.num_packs  # no stream's
+    assert info.num_sequences and info.num_packs  # not a stream's
     return info.num_sequences / info.num_packs
 
 
@@ -221,7 +221,7 @@ def one_by_one(packs, sequences) -> list[dict]:
 
 
 def like_lengths(sequences):
-    """What transformers calls group_by_length: many batches' worth of sequences at random, sorted, cut into batches."""
+    """Batches as by transformers' group_by_length: sequences for many batches at random, sorted, cut into batches."""
     together = SORTED * SEQUENCES_PER_STEP
     rng = np.random.default_rng(0)
     while True:
@@ -317,7 +317,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def fill_mask(checkpoint: Path) -> None:
-    """What stock transformers makes of the checkpoint."""
+    """Fill-mask with stock transformers and the checkpoint."""
     from transformers import pipeline
     from transformers.utils import logging
 

@@ -10,15 +10,15 @@ One small BERT (MLM + NSP) is trained from the same weights, on the same 16 sequ
     packed, 2 processes          the packs of a step divided between two processes (torchrun, gloo)
 
 and by three mistakes, which must not pass. A row of the table is the difference to the first: of all parameters as one
-vector, |a - b| / |a|; the same against how far training moved them, |a - b| / |a - start|; and the worst tensor's
-max |a - b| / max |a|. Key biases are left out of the last: a softmax does not see them, so their gradients are nothing
-but rounding, and so is all that they ever become.
+vector, |a - b| / |a|; the same against how far training moved them, |a - b| / |a - start|; and the worst tensor's max
+|a - b| / max |a|. Key biases are left out of the last: a softmax ignores them, so their gradients, and their values,
+are only rounding.
 
 The status is 1 if a difference of the right ones is above 1e-12, or one of the mistakes' below 1e-6.
 
-No dropout; weights drawn with a standard deviation of 0.1, five times BERT's, so that sequences matter to one another
+No dropout; weights drawn with a standard deviation of 0.1, five times BERT's, so that sequences change one another
 where they meet; learning rate with warm-up over the first tenth and linear decay, weight decay 0.01, gradients clipped
-to 1. Adam divides by sqrt(v) + eps: where a gradient is nothing but rounding, eps decides whether it stays so. It is
+to 1. Adam divides by sqrt(v) + eps: where a gradient is only rounding, eps decides whether the step stays small. It is
 1e-6, the original BERT's; --eps 1e-8 is transformers' default.
 """
 
@@ -131,7 +131,7 @@ def make_tokenizer() -> BertTokenizer:
 
 
 def make_packs(steps: int) -> list[dict]:
-    """len(DEPTHS) packs for each step. Words follow on one another, so that there is something to learn."""
+    """len(DEPTHS) packs for each step. Words follow one another, so that there is something to learn."""
     rng = np.random.default_rng(0)
     packs, index = [], 0
     for _ in range(steps):
@@ -148,7 +148,7 @@ def make_packs(steps: int) -> list[dict]:
 
 
 def make_pair(rng: np.random.Generator, length: int) -> dict:
-    """[CLS] A [SEP] B [SEP]: each word is the one before it plus 3, or any; B goes on where A ended, or anywhere."""
+    """[CLS] A [SEP] B [SEP]: each word is the one before it plus 3, or any; B continues A, or starts anywhere."""
     cut, label = int(rng.integers(3, length - 2)), int(rng.integers(2))
     words = rng.integers(len(SPECIAL), VOCABULARY, length)
     for i in range(1, length):
@@ -215,7 +215,7 @@ def train(
     prepare=None,
     trainer_class=PackedTrainer,
 ) -> dict[str, torch.Tensor]:
-    """Parameters after training by PackedTrainer. prepare: what is done to the model or the batches, a mistake."""
+    """Parameters after training by PackedTrainer. prepare: a mistake, made in the model or the batches."""
     packs = make_packs(steps)
     model = make_model(PackedBertForPreTraining)
     collator = DataCollatorWithPacking(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=max(DEPTHS))

@@ -1,10 +1,10 @@
-"""Which execution of exact attention is the fastest on a CPU? One by one, in groups of like length, or a dense mask.
+"""Which execution of exact attention is fastest on a CPU? One by one, in groups of similar lengths, or a dense mask.
 
     python benchmarks/exact_attention.py                  4 heads of 64, one thread
     python benchmarks/exact_attention.py --heads 12 --threads 2
 
 one by one    each sequence is a slice of the batch: what `sdpa` does without dropout
-grouped       sequences of like length side by side, rounded up to a multiple of 16: what it does elsewhere
+grouped       sequences of similar lengths side by side, rounded up to a multiple of 16: what it does elsewhere
 dense mask    rows of --row slots, block-diagonal mask
 
 Forward and backward, from tokens (T, H, K) to gradients; processor time per token, the median of --rounds; the three
@@ -86,7 +86,7 @@ def main() -> None:
 def one_length(length: int, options) -> Tensor:
     row = np.repeat(np.arange(1, options.row // length + 1), length)
     row = np.pad(row, (0, options.row - len(row)))
-    row[np.flatnonzero(row)[-1]] = 0  # so that groups have something to hide, as they mostly do
+    row[np.flatnonzero(row)[-1]] = 0  # so that groups have padding, as they mostly do
     return torch.tensor(np.tile(row, (options.rows, 1)), dtype=torch.int32)
 
 
@@ -109,7 +109,7 @@ def measure(layout: PackLayout, options) -> dict[str, float]:
             context = attend(*inputs, layout)
             gradients = torch.autograd.grad(context, inputs, grad)
             times[name].append((time.process_time() - start) / layout.num_tokens * 1e6)
-            if len(times[name]) == 1:  # the first round warms up, and what is timed must be the same work
+            if len(times[name]) == 1:  # the first round warms up, and checks that all do the same work
                 first = first or (context, *gradients)
                 for found, expected in zip((context, *gradients), first, strict=True):
                     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
@@ -162,7 +162,7 @@ ENCODERS = {
 
 
 def encoder_times(sequence_ids: Tensor, options, gradients: bool) -> dict[str, float]:
-    """The median seconds of each; what is timed must be the same work."""
+    """The median seconds of each; checks that all do the same work."""
     input_ids = torch.randint(8000, sequence_ids.shape)
     runs, times, first = {}, {name: [] for name in ENCODERS}, None
     for name, prepare in ENCODERS.items():

@@ -1,16 +1,16 @@
-"""Does a trained model profit from what shares its pack? Twins in one pack, and what each one's loss makes of them.
+"""Does a trained model profit from its pack mates? Twins in one pack, and the loss of each.
 
     python benchmarks/leak_probe.py
 
-A sequence is masked once and for all, and its masked words are predicted three times: alone in its row, beside an
-unrelated sequence, and beside its twin, the same words with other masks, which holds the answers. Nothing may change,
-to rounding (float64). Three models are probed, each in isolation and with isolation broken, that is with one
-sequence_id for the whole row; positions still begin anew:
+A sequence is masked once, and its masked words are predicted three times: alone in its row, beside an unrelated
+sequence, and beside its twin: the same words with other masks, which hold the answers. The predictions must be equal up
+to rounding (float64). Three models are probed, each with isolation and with broken isolation, which is one sequence_id
+for the whole row; positions still restart:
 
     pretrained             on ordinary packs
     pretrained on twins    on packs of twins, isolated: duplicates in a pack teach it nothing about copying
-    trained to leak        on packs of twins, without isolation: it learns to look the answers up; so the probe finds a
-                           leak where there is one, and isolation takes it away from even this model
+    trained to leak        on packs of twins, without isolation: it learns to read the answers; so the probe finds a
+                           leak where there is one, and isolation removes the leak even from this model
 
 A row of the table has the mean loss per masked word in the three places, the advantage of a twin over an unrelated mate
 (± standard error over sequences), and the largest change of any sequence's loss. The status is 1 if a change in

@@ -3,13 +3,13 @@
     python benchmarks/learning_curves.py --output curves-output
 
     padded               a row for each sequence, stock transformers' encoder with a padding mask; 16 sequences a step
-    packed               packs; each step holds the very same 16 sequences with the same masks
+    packed               packs; each step holds the same 16 sequences with the same masks
     packed, 16 packs     as many packs in a step as there were padded rows, so packing factor p times as many sequences
     ... beta ** p        the same, with Adam's betas to the power p (arXiv 2107.02027, on adjusting hyperparameters)
 
 A small BERT (MLM + NSP, no dropout) learns the State of the Union messages, prepared and packed at 256 as by demo.py;
 --demo takes a folder that demo.py made. The seed decides weights, order and masks. The learning rate rises over the
-first tenth of the sequences and falls linearly to 0; nothing else differs between the ways. The first two must coincide
+first tenth of the sequences and falls linearly to 0; nothing else differs between the ways. The first two must agree up
 to rounding (float32): the largest difference is printed, and the status is 1 if it is above 1e-3.
 """
 

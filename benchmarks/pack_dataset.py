@@ -1,18 +1,18 @@
-"""From a memory map to a packed folder: how fast beside what else packs and beside cp, and in how much memory?
+"""From a memory map to a packed folder: how fast, and in how much memory, beside other packers and beside cp?
 
     pip install 'dataset-packing[reference]'
     python benchmarks/pack_dataset.py               97.6 M int32 tokens, lengths of the paper's Wikipedia, packs of 512
     python benchmarks/pack_dataset.py --memory      peak memory at three sizes
     python benchmarks/pack_dataset.py --rounds 9    the least of more, where other programs run
 
-The source is a folder of save_to_disk in the page cache, opened before the clock starts; what is timed ends with a
-dataset of packs on disk, memory-mapped. All take turns, round by round, in one process; the least time of each counts.
+The source is a folder of save_to_disk in the page cache, opened before the clock starts; the clock stops when a dataset
+of packs is on disk and memory-mapped. All take turns, round by round, in one process; the least time of each counts.
 "cpu" is processor time, of all threads and child processes: on a machine that others use, compare that.
 
 * ours: pack_dataset(output=…) over the whole set: hashes the source, plans, assigns, gathers, writes and hashes the
-  shards, opens the folder. The time in fsync is taken out and stands in a column of its own: it is the disk's, and none
-  of the others waits for theirs. `lpfhp` makes TRL's whole-set packs; `optimal`, the default, plans for a time that
-  follows from the lengths that occur and not from the tokens, and is said below the table.
+  shards, opens the folder. The time in fsync stands in a column of its own: it belongs to the disk, and the others do
+  not wait for it. `lpfhp` makes TRL's whole-set packs. `optimal`, the default, plans for a time that depends on the
+  distinct lengths and not on the tokens; it stands below the table.
 * cp: `cp -r --reflink=never` of the packed folder.
 * TRL sees 1,000 rows at a time by default; "whole set" lets it see all. It writes its cache file, without checksums.
 * Dataset.map: each of our packs gathered by a function of Python from its source rows. Only a part of the packs, as
@@ -145,7 +145,7 @@ def compare_speed(folder: Path, options) -> None:
             packs[name], tokens[name] = count(clock.result)
         del clock
         shutil.rmtree(out)
-        os.sync()  # nobody pays for what another has written
+        os.sync()  # no contender waits for the writes of another
     facts = packed_info(packed)
     print(f"{facts.source_rows:,} sequences, {facts.num_tokens:,} tokens, packs of {SLOTS}\n")
     print("| | packs | efficiency | seconds | M tokens/s | ours: optimal, lpfhp are faster by | cpu, s | fsync, s |")
@@ -217,7 +217,7 @@ def measure_peak(source: Path) -> int:
 
     Linux: VmRSS - RssFile, every millisecond, as the kernel keeps no peak of it."""
     few = datasets.load_from_disk(source).select(range(1000))
-    pack_dataset(few, SLOTS, output=source.parent / "few", packer="spfhp")  # what is loaded and compiled once
+    pack_dataset(few, SLOTS, output=source.parent / "few", packer="spfhp")  # loads and compiles, once
     dataset, done, peak = datasets.load_from_disk(source), threading.Event(), [memory()]
     before = memory()
 

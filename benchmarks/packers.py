@@ -1,12 +1,12 @@
-"""How good, how fast and how frugal are our packers, beside their slow twins and beside what else is on PyPI?
+"""How good and fast are our packers, and how much memory do they need, beside slow twins and other packages of PyPI?
 
     pip install 'dataset-packing[reference]'
     python benchmarks/packers.py                        3,000 and 100,000 lengths drawn from the paper's Wikipedia
 
-Every contender gets the same lengths, in the same random order, and says which sequences share a pack. That its packs
-hold every token once, and none too many, is checked. They run in turn, round by round, in one process; the least time
-counts. Peak memory is what a process of its own needed beyond what it had before the run. Contenders that need minutes
-sit out the longer list. A contender that is not installed is listed with its name on PyPI.
+Every contender gets the same lengths, in the same random order, and returns which sequences share a pack. A check
+follows that its packs hold every token once, and are not too long. They run in turn, round by round, in one process;
+the least time counts. Peak memory is the growth of a separate process during the run. Contenders that need minutes skip
+the longer list. A contender that is not installed is listed with its name on PyPI.
 
 * ours: length_histogram, plan_packs and assign, shuffling included. TRL and grain gather the tokens, too.
 * the slow twins are the textbook packers of tests/reference/slow_packers.py. That of nnlshp only solves the least
@@ -36,7 +36,7 @@ from packing import PACKERS, assign, length_histogram, plan_packs, published_his
 
 TESTS = Path(__file__).resolve().parents[1] / "tests/reference"
 FEW = 5_000  # sequences up to which the slow ones run
-PATIENCE = 20  # seconds; what took longer is run once only
+PATIENCE = 20  # seconds; slower ones run only once
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _reference():
     return importlib.import_module("slow_packers")
 
 
-# What else there is
+# Other packages
 
 
 def _as_list(lengths, slots):

@@ -1,16 +1,16 @@
 """A plan and an assignment for a hundred million sequences: seconds and bytes each, and what 10^11 tokens cost.
 
     python benchmarks/scale.py                              10^7 and 10^8 lengths
-    python benchmarks/scale.py --sequences 1e7 --apart 8    and what packing each of 8 shards by itself would lose
+    python benchmarks/scale.py --sequences 1e7 --apart 8    and the loss of packing each of 8 shards alone
 
-Lengths are those of the paper's Wikipedia, drawn shard by shard, each from its own seed: what a cluster would read from
-its shards. All are kept (uint16), for one plan and one assign(). Peak: of the process's own memory, beyond what it had
-before.
+Lengths are those of the paper's Wikipedia, drawn shard by shard, each from its own seed: as a cluster would read them
+from its shards. All are kept (uint16), for one plan and one assign(). Peak: of the process's own memory, beyond what it
+had before.
 
-"apart": each shard under a plan of its own, for the same sequences in three orders: by chance; by length with a noise
-of 100 tokens (standard deviation), as where each source of a corpus has shards of its own; by length.
+"apart": each shard has its own plan, for the same sequences in three orders: random; by length with a noise of 100
+tokens (standard deviation), like a corpus whose sources have shards of their own; by length.
 
-The estimate is a formula, and no measurement: see costs().
+The estimate is a formula, not a measurement: see costs().
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def memory() -> int:
 
 
 def warm_up(packer: str) -> None:
-    """What is loaded and compiled once."""
+    """Loads and compiles, once."""
     lengths = Shards(600_000)[0]
     plan = plan_packs(length_histogram(lengths, SLOTS), packer=packer)
     assign(plan, lengths)

@@ -1,4 +1,4 @@
-"""What does packing a stream lose against packing it as a whole, and what does it cost?
+"""How much efficiency does packing a stream lose against packing it as a whole, and what does it cost?
 
     python benchmarks/stream.py                 in a minute or two
     python benchmarks/stream.py --sequences N   of so many sequences

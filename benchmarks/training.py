@@ -2,13 +2,13 @@
 
     python benchmarks/training.py                                       BERT-mini, one CPU thread
     python benchmarks/training.py --dataset demo-output/packed          lengths and tokens of packed folders
-    python benchmarks/training.py --ways bucketed packed --steps-per-block 50       beside batches of like length
+    python benchmarks/training.py --ways bucketed packed --steps-per-block 50       beside batches of similar lengths
     python benchmarks/training.py --device cuda --dtype bfloat16 --model bert-base --lengths 128 384 512
 
 padded     rows of max_sequence_length slots, one sequence each; stock transformers' encoder with a padding mask
-bucketed   the same, padded to the longest of the batch only; batches of like length, as transformers' group_by_length
-           makes them: 50 batches' worth of random sequences sorted, cut into batches; those of a block evenly spaced
-           among the 50, so that every block has short and long ones
+bucketed   the same, padded to the longest of the batch only; batches of similar lengths, as by transformers'
+           group_by_length: random sequences for 50 batches, sorted, cut into batches; those of a block are evenly
+           spaced among the 50, so that every block has short and long ones
 unpadded   one sequence a row, but padding taken out: PackedBertForPreTraining without packing
 packed     several sequences a row: PackedBertForPreTraining
 
@@ -19,10 +19,10 @@ most --slots token slots, so that no way needs more memory than another; a step 
 
 A block is a few optimizer steps of one way, on batches made beforehand; the blocks of the ways alternate, and each is
 compared with the block of its round of the first way, "padded" unless --ways leaves it out. Given are medians and, in
-parentheses, 10-90 %. On a CPU processor time counts, too: it suffers less from what else the machine does. "÷ factor"
-is 1 where packing pays in full: the packing factor of the very sequences that were padded in that round, as few of them
-may be shorter or longer than most. Batches of like length hold many tokens or few, so to compare with them take blocks
-of 50 steps: those of one sort, which together are a random sample as any other.
+parentheses, 10-90 %. On a CPU processor time counts, too: other programs disturb it less. "÷ factor" is 1 where packing
+pays in full. The factor is that of the sequences that were padded in that round, since few sequences may be shorter or
+longer than most. Batches of similar lengths hold many tokens or few, so compare them in blocks of 50 steps: one sort,
+whose batches together are a random sample.
 MFU: real work over the device's peak in the same type, --peak-tflops if it is not known. Real work is 6 x encoder
 parameters x real tokens + 12 x layers x width x sum of squared lengths + 6 x (D^2 + D V) x predicted tokens.
 
@@ -196,7 +196,7 @@ def mask(tokens: np.ndarray, ordinary: np.ndarray, rng, mask_token: int) -> tupl
 
 @dataclass(eq=False)
 class Way:
-    """One way to train: its model, the rows of its next step, and what it measured."""
+    """One way to train: its model, the rows of its next step, and its measurements."""
 
     name: str
     model: PackedBertForPreTraining
@@ -240,7 +240,7 @@ def make_way(name: str, corpus: Corpus, options) -> Way:
 
 
 def rows_of(name: str, corpus: Corpus, sequences_per_step: int, steps_per_block: int) -> Iterator[list[np.ndarray]]:
-    """The rows of each optimizer step, as the sequences in each; without end."""
+    """The rows of each optimizer step, endlessly; a row is a list of its sequences."""
     rng = np.random.default_rng(1)
     while name == "bucketed":
         lengths = np.array([len(row) for row in corpus.input_ids])
@@ -349,7 +349,7 @@ def loss_of(way: Way, batch: dict[str, Tensor], denominators: Tensor, options) -
 
 
 def check_losses(ways: list[Way], corpus: Corpus, options) -> None:
-    """Without dropout, the same sequences have the same loss in every way; else what is timed is not the same work."""
+    """Check that without dropout the same sequences have the same loss in every way: all must do the same work."""
     losses = {}
     for way in ways:
         rows = rows_of(way.name, corpus, options.sequences_per_step, options.steps_per_block)
@@ -373,7 +373,7 @@ def counts(batch: dict[str, Tensor]) -> Tensor:
 
 
 def real_flops(config: BertConfig, batch: dict[str, Tensor]) -> float:
-    """Floating-point operations that the batch needs, forward and backward: its padding needs none."""
+    """Floating-point operations of the batch's real tokens, forward and backward."""
     width, layers = config.hidden_size, config.num_hidden_layers
     layout = PackLayout(batch["sequence_ids"])
     parameters = layers * (4 * width**2 + 2 * width * config.intermediate_size)

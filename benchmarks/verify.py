@@ -1,7 +1,7 @@
-"""How fast does verify_packed prove a packed folder? Beside a copy of the packs' tokens, in turns.
+"""How fast does verify_packed check a packed folder, beside a copy of the packs' tokens?
 
     python benchmarks/verify.py                       97.6 million int32 tokens
-    python benchmarks/verify.py --sequences 50000     smaller; memory does not follow the tokens
+    python benchmarks/verify.py --sequences 50000     smaller; memory does not grow with tokens
 
 Lengths are drawn from the published Wikipedia histogram, tokens at random; the source is what save_to_disk wrote, and
 both are in the page cache. "copy" is one memcpy of the packs' tokens in memory. Rates are tokens a second, best of the

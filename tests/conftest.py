@@ -28,7 +28,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory):
-    """{name: result} of tests/runs/two_processes.py: one launch, by whichever of pytest's processes asks first."""
+    """{name: result} of tests/runs/two_processes.py: one launch, by the first of pytest's processes that asks."""
     import torch
     from filelock import FileLock
     from two_processes import launch

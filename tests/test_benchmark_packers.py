@@ -1,4 +1,4 @@
-"""benchmarks/packers.py: every packer takes part, wrong packs are found out, and what is missing is said."""
+"""benchmarks/packers.py: every packer takes part, wrong packs are found, and packages that are missing are named."""
 
 import importlib.util
 import sys

@@ -77,7 +77,7 @@ def test_real_work_does_not_count_padding(corpus):
 
 
 def test_it_runs_with_torch_transformers_and_numpy_alone():
-    """One short run, in a process where nothing else can be imported that the project uses."""
+    """One short run, in a process that cannot import the other packages that the project uses."""
     hide = f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED!r})); sys.path.insert(0, 'benchmarks')"
     arguments = ["--model", "bert-tiny", "--lengths", "32", "--sequences-per-step", "4", "--seconds", "0"]
     code = f"{hide}; sys.argv = ['training.py', *{arguments!r}]; import training; training.main()"

@@ -168,13 +168,13 @@ def test_every_command_is_run_or_says_why_not(page):
 
 
 def smaller(words):
-    """A training command, for one step of a model that hardly is one."""
+    """A training command, for one step of a tiny model."""
     options = SHORT if "--model" in words else SMALL | SHORT
     return [*words, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
 
 
 def remove_target(words):
-    """What a command writes: no reader has it before."""
+    """Remove what a command writes: no reader has it before."""
     places = [word for word in words[1:] if not word.startswith("-") and word not in SUBCOMMANDS]
     if words[0] == "pack-dataset":
         targets = [] if {"verify", "plan", "compare"} & set(words) else places[1:2]
@@ -195,7 +195,7 @@ def run(words):
 
 
 def check_output(expected, printed):
-    """A line of … stands for any lines; the others are there, in this order. How many bytes depends on versions."""
+    """A line of … stands for any lines; all others must be there, in this order. Counts of bytes depend on versions."""
     expected, printed = (
         [re.sub(r"[\d,]+ bytes", "N bytes", line.rstrip()) for line in text] for text in (expected, printed)
     )

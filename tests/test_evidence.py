@@ -1,5 +1,4 @@
-"""The evidence that benchmarks/ gives at length, in short: packing changes nothing, and what would change something is
-found."""
+"""The evidence of benchmarks/, in short form: packing changes nothing, and mistakes that change something are found."""
 
 import importlib
 from pathlib import Path
@@ -47,13 +46,13 @@ def test_a_trained_model_has_nothing_of_a_twin_in_its_pack(benchmark):
     np.testing.assert_allclose(unrelated, alone, rtol=0, atol=1e-10)
     np.testing.assert_allclose(twin, alone, rtol=0, atol=1e-10)
     broken = probe.probe(model, 60, isolated=False)
-    np.testing.assert_allclose(broken[0], alone, rtol=0, atol=1e-10)  # nobody there to leak
+    np.testing.assert_allclose(broken[0], alone, rtol=0, atol=1e-10)  # alone: nothing can leak
     assert abs(broken[1:] - alone).max(1).min() > 1e-3
 
 
 @pytest.mark.long
 def test_the_probe_finds_a_leak_and_isolation_ends_it(benchmark):
-    """A model that learned to look the answers up in its pack mate."""
+    """A model that learned to read the answers from its pack mate."""
     probe = benchmark("leak_probe")
     model = probe.train(steps=250, packs=32, twins=True, leak=True)
     _, unrelated, twin = probe.probe(model, 60, isolated=False)

@@ -1,7 +1,7 @@
 """The numeric tests once more, with the kernels that other processors would choose.
 
 Each setting runs them in a pytest of its own, since libraries read their environment once. A setting that changes no
-bit of any product on this machine is skipped, which says so.
+bit of any product on this machine is skipped, with that reason.
 """
 
 import subprocess
@@ -84,7 +84,7 @@ def test_numeric_tests_with_other_kernels(setting, part):
 
 @pytest.mark.long
 def test_without_a_setting_a_process_computes_the_same_bits_again():
-    """Or what a setting changes would mean nothing."""
+    """Otherwise the changes of a setting would mean nothing."""
     assert digests.__wrapped__("products") == digests("products")
 
 

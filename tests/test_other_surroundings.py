@@ -19,7 +19,7 @@ def another_file_system(path: Path) -> Path | None:
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """An environment in which little is as usual: ASCII by default, no home, TMPDIR where no rename reaches."""
+    """An unusual environment: ASCII by default, no home, TMPDIR on another file system where there is one."""
     home = tmp_path / "a file, no home"
     home.write_text("", encoding="utf-8")
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONHASHSEED": "7"}
@@ -33,7 +33,7 @@ def elsewhere(tmp_path):
 
 
 def run(module, *arguments, folder, environment=None, umask=0o022):
-    """The command in an interpreter of its own; what it prints."""
+    """Run the command in a new interpreter; returns what it prints."""
     path = os.pathsep.join(str(entry) for entry in sys.path if entry)
     ran = subprocess.run(
         [sys.executable, "-m", f"{module}.cli", *arguments],

@@ -106,7 +106,7 @@ def test_a_lock_is_held_by_one_and_then_gone(tmp_path):
 
 
 def test_a_lock_whose_file_is_taken_along_is_tried_again(tmp_path, monkeypatch):
-    """Between opening the file and locking it, its holder ends and removes it: what is locked then is no lock."""
+    """Between opening and locking the file, its holder ends and removes it: the lock on it protects nothing."""
     path, real, calls = tmp_path / "lock", locks.lock, []
 
     def lock(descriptor, wait=False):

@@ -1,4 +1,4 @@
-"""Makes what tests/data keeps, by the code that is on the path; see README.md."""
+"""Make what tests/data keeps, with the code that is on the path; see README.md."""
 
 import json
 import os

@@ -51,7 +51,7 @@ def test_the_seed_decides_and_nothing_else():
 
 
 def test_the_stream_is_frozen():
-    """The same on every machine and in every version: a seed in a paper must stay good."""
+    """The same on every machine and in every version: a seed in a paper must stay valid."""
     plan = PackPlan.from_strategies([(1, 2), (3,)], [3, 2], 3)
     assert assign(plan, [1, 2, 3, 1, 2, 3, 1, 2], seed=7).sequence_indices.tolist() == [0, 1, 5, 3, 7, 6, 4, 2]
     plan, lengths = many_sequences()
@@ -60,7 +60,7 @@ def test_the_stream_is_frozen():
 
 
 def many_sequences():
-    """2.5 x IN_CACHE of length 5, which is dealt to buckets, and all the others; 9 and 10 stand alone."""
+    """2.5 x IN_CACHE of length 5, which is divided into buckets, and all the others; 9 and 10 stand alone."""
     lengths = np.concatenate([np.full(5 * IN_CACHE // 2, 5), np.arange(100_000) % 10 + 1]).astype(np.int32)
     lengths = lengths[np.arange(len(lengths)) * 7919 % len(lengths)]  # 7919 is a prime, and no divisor of their number
     return plan_packs(length_histogram(lengths, 10), 10, 2, "spfhp"), lengths
@@ -99,7 +99,7 @@ def test_memory():
 
 
 def test_numbers_of_more_than_32_bits(monkeypatch):
-    """2**32 sequences are too many for a test, the wide type is not."""
+    """2**32 sequences are too many for a test, so it forces the wide type."""
     plan, lengths = many_sequences()
     expected = assign(plan, lengths, 5)
     monkeypatch.setattr(assignment, "_index_type", lambda count: np.int64)
@@ -164,7 +164,7 @@ def test_strategies_are_mixed_uniformly():
 
 
 def test_a_long_shuffle_is_uniform():
-    """Dealt to buckets and then shuffled: where a value ends up does not depend on where it began."""
+    """Divided into buckets and then shuffled: the place of a value does not depend on where it started."""
     count, parts = 2 * IN_CACHE, 8
     table = np.zeros((parts, parts))
     for key in range(4):
@@ -209,7 +209,7 @@ def test_bad_numbers_of_threads_are_refused(num_threads):
 
 
 def test_lengths_in_the_other_byte_order():
-    """As some files hold them."""
+    """Big-endian integers, as in some files."""
     lengths = np.array([1, 3, 1, 2])
     plan = plan_packs(length_histogram(lengths), packer="spfhp")
     assert assign(plan, lengths.astype(">i4")).equals(assign(plan, lengths))

@@ -20,7 +20,7 @@ def histogram_of(counts, max_sequence_length):
 
 
 def dual_bound(histogram, prices, max_sequence_length, depth):
-    """What prices per length prove."""
+    """The bound that prices per length prove."""
     slots = Slots.of(histogram, max_sequence_length, depth)
     valuation = value_strategies(slots, whole_prices(slots, prices[slots.lengths]))
     return valuation.bound(histogram[slots.lengths])
@@ -68,7 +68,7 @@ few_sequences = st.integers(2, 24).flatmap(
 
 
 def by_depth(lengths, limit):
-    """Of what is at least k long, lengths above limit - k are alone, and of the rest limit // k share a pack."""
+    """Count lengths of at least k: those above limit - k are alone in a pack; of the rest, limit // k share one."""
     best = 0
     for k in range(1, limit // 2 + 1):
         alone = sum(x > limit - k for x in lengths)

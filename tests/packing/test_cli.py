@@ -188,7 +188,7 @@ def test_a_source_that_is_called_verify(tmp_path, source, capsys, monkeypatch):
 
 
 def test_an_empty_source_is_not_this_folder(tmp_path, source, capsys, monkeypatch):
-    """As an unset variable of a script gives it."""
+    """An empty value, as from an unset variable of a script."""
     monkeypatch.chdir(source)
     assert cli.main(["", str(tmp_path / "packed")]) == 2
     assert "SOURCE is empty" in capsys.readouterr().err

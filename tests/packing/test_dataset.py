@@ -442,14 +442,14 @@ def test_planning_copies_no_token(caplog):
 
 @pytest.mark.parametrize("mask", [[1, 1, 2, 2], [1, 1, 1, -1]])
 def test_a_mask_that_numbers_sequences_is_refused(mask):
-    """Taken for ones it would make one sequence of several."""
+    """Read as ones, they would join several sequences."""
     rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 2, "attention_mask": [[1, 1, 1, 1], mask]})
     with pytest.raises(ValueError, match="row 1 has values other than 0 and 1"):
         pack_dataset(rows, max_sequence_length=8)
 
 
 def test_a_failure_leaves_what_others_wrote(tmp_path):
-    """Two runs make the same parent; the one that fails must not take the other's output along."""
+    """Two runs make the same parent folder; the one that fails must not delete the other's output."""
     from packing.files.folder import new_folder
 
     with pytest.raises(OSError, match="disk"), new_folder(tmp_path / "new" / "b"):

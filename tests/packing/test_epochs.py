@@ -1,4 +1,4 @@
-"""EpochPacks: every epoch has each sequence exactly once, in packs of the same plan, in this process and in others."""
+"""EpochPacks: every epoch has each sequence exactly once, in packs of the same plan, in any process."""
 
 import copy
 import pickle
@@ -160,7 +160,7 @@ def test_workers_hear_of_epochs(start, persistent):
 
 
 def test_copies_and_pickles():
-    """A pickle carries no tokens twice, keeps the epoch, and goes its own way; a shallow copy goes along."""
+    """A pickle holds no tokens twice, keeps the epoch, and is then independent; a shallow copy follows the original."""
     _, packed = many(60)
     epochs = EpochPacks(packed, 1)
     epochs.set_epoch(3)

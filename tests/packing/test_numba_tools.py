@@ -1,4 +1,4 @@
-"""Compiled code on disk is that of the sources as they are."""
+"""Compiled code on disk belongs to the present sources."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from packing.numba_tools import stamp
 
 
 def test_every_kernel_carries_the_stamp():
-    """Of the package, and of its own folder: masking's kernels call those of words."""
+    """A change in the package, or in its own folder: the kernels of masking call those of words."""
     assert stamp() in fisher_yates._cache._cache_file._source_stamp
     own = stamp(Path(collate.__file__).parent)
     assert {stamp(), own} <= set(_choose_words._cache._cache_file._source_stamp) and own != stamp()
@@ -24,7 +24,7 @@ def test_every_kernel_carries_the_stamp():
 
 @pytest.mark.parametrize("package", [packing, collate], ids=["packing", "collate"])
 def test_an_edit_of_any_file_is_another_stamp(tmp_path, package):
-    """In whatever room the file lies."""
+    """In any folder."""
     copy = tmp_path / "package"
     shutil.copytree(Path(package.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     stamps = [stamp.__wrapped__(copy)]
@@ -47,7 +47,7 @@ def call():
 
 
 def test_a_change_in_a_file_that_is_called_is_noticed(tmp_path):
-    """A kernel of collate that calls kernels of other files: Numba alone would use their old code."""
+    """A kernel of collate calls kernels of other files: Numba alone would use their old code."""
     for package in ("packing", "collate"):
         (tmp_path / package / "deep").mkdir(parents=True)
         for folder in (package, f"{package}/deep"):
@@ -79,7 +79,7 @@ print(fisher_yates._cache.cache_path)
 
 @pytest.mark.parametrize("folder", ["absent", "ours", "open to others", "a link"])
 def test_where_no_cache_can_be_written_beside_the_sources_or_in_the_home(tmp_path, folder):
-    """The temporary folder serves, if nobody else can write there; otherwise kernels are not cached."""
+    """The temporary folder is used if nobody else can write there; otherwise kernels are not cached."""
     path = tmp_path / f"dataset-packing-kernels-{os.getuid()}"
     if folder == "a link":
         (tmp_path / "elsewhere").mkdir()

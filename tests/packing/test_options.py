@@ -1,4 +1,4 @@
-"""PackOptions: the one place where the options of a packing are said."""
+"""PackOptions: the one place where the options of a packing stand."""
 
 import inspect
 import re
@@ -19,7 +19,7 @@ ABOUT_THE_CALL = ("dataset", "output", "storage_options", "progress")
 
 
 def test_pack_dataset_has_a_keyword_for_each_option():
-    """Of the same name and default, in the same order."""
+    """With the same name and default, in the same order."""
     keywords = inspect.signature(pack_dataset).parameters.values()
     found = [(each.name, each.default) for each in keywords if each.name not in ABOUT_THE_CALL]
     assert found == [(each.name, each.default) for each in fields(PackOptions)]

@@ -128,7 +128,7 @@ def test_every_packer_on_every_shape(case):
 @pytest.mark.parametrize("name", [name for name in PACKERS if name != "nnlshp"])  # least squares promise nothing here
 @pytest.mark.parametrize("depth", [None, 2, 3, 8])
 def test_packs_as_few_as_the_textbook(name, depth):
-    """Worst or best fit over single sequences, on many shapes: at most a pack more on any, and no more in sum.
+    """Worst or best fit over single sequences, on many shapes: at most one pack more on any, and no more in total.
 
     Best fit deepens the packs that it fills: under a tight depth limit it needs a few more than worst fit."""
     draw, ours, textbook = np.random.default_rng(1), 0, 0
@@ -262,7 +262,7 @@ def test_depth_limit_is_checked():
 
 
 def test_a_packer_without_a_signature_is_called():
-    """As compiled extensions have."""
+    """Compiled extensions have no signature."""
     with pytest.raises(TypeError, match="dict expected at most 1 argument"):
         plan_packs([0, 1], packer=dict, progress=True)
 

@@ -25,7 +25,7 @@ TOKEN_COLUMNS = ("input_ids", "weights")
 
 
 def make_rows(lengths, first=0):
-    """Rows that are told apart by their name; the first token is 2, and so on as in a sentence pair."""
+    """Rows with different names; the tokens are those of a sentence pair, and start with 2."""
     return [
         {
             "input_ids": [2, *range(100 + i, 100 + i + length - 1)],
@@ -165,7 +165,7 @@ def test_a_shuffle_buffer_keeps_every_sequence():
 @SOURCES
 @pytest.mark.parametrize("form", [None, "arrow"])
 def test_a_shuffle_buffer_before_packing_cannot_be_resumed(source, form):
-    """Its rows would be lost, and nobody would say so."""
+    """Its rows would be lost silently."""
     rows = make_rows([3] * 3_000)
 
     def stream():
@@ -180,7 +180,7 @@ def test_a_shuffle_buffer_before_packing_cannot_be_resumed(source, form):
         resumed.load_state_dict(state)
         with pytest.raises(ValueError, match="resumed in the middle, and comes through shuffle"):
             list(resumed)
-    assert by_name(unpack(stream().with_format(None))) == rows  # one that begins anew is read to its end
+    assert by_name(unpack(stream().with_format(None))) == rows  # a stream that starts again is read to its end
 
 
 @SOURCES
@@ -287,7 +287,7 @@ def test_overlong_rows(source, buffer_size):
     assert tokens("drop") == [[2, 5, 3], [2, 5, 6, 3]]
     assert tokens("truncate") == [[2, 5, 3], [2, 5, 6, 3], [2, 5, 6, 3], [2, 4, 4, 3], [2, 6, 6, 3]]
     other = [*OVERLONG, {"input_ids": [2, 5, 3, 9], "name": "row 9"}]
-    # no token closes all rows, whatever a buffer of them looks like
+    # no token closes all rows, even if it closes all of a buffer
     assert tokens("truncate", other)[:-1] == [[2, 5, 3], [2, 5, 6, 7], [2, 5, 6, 3], [2, 4, 4, 4], [2, 6, 6, 6]]
     assert tokens("split") == [
         *([2, 5, 3], [2, 5, 6, 7], [8, 3], [2, 5, 6, 3], [2, 4, 4, 4], [4, 4, 4, 4], [3], [2, 6, 6, 6], [3])

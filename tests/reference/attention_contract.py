@@ -1,17 +1,17 @@
 """What every attention head promises, as checks to call from tests.
 
     build = partial(LocalAttention, window=3)      # a head's class with its options, or any callable like it
-    check_contract(build)                          # all of what follows
+    check_contract(build)                          # all of the following
     check_isolation(build, [[1, 1, 1, 2, 2, 0]])   # one layout, given by its sequence_ids
     by_sequence(twin, layout, *inputs)             # a slow twin (n, H, K) x 3 -> (n, H, K), one sequence at a time
     leak(attend, 9, 8)                             # how far the first sequence moves when only the second changes
 
 A head is built with num_heads=HEADS, head_width=WIDTH, max_sequence_length=64, layer_index=0.
 
-The promise. A mate's values change no bit of a sequence: the batch has the same shapes, so it is computed by the same
-kernels. Another company or place changes at most rounding: another shape may get another kernel, and which one depends
-on the processor. No head here lets values decide the shape of a product. Of one that does (experts that take as many
-tokens as choose them), ask for rounding in both: check_contract(build, mate_tolerance=ROUNDING).
+The promise. A mate's values change no bit of a sequence: the batch has the same shapes, so the same kernels compute it.
+Other mates or another place change at most the rounding: another shape may get another kernel, and which one depends
+on the processor. No head here lets values decide the shape of a product. For a head that does (such as experts that
+take as many tokens as choose them), allow rounding in both: check_contract(build, mate_tolerance=ROUNDING).
 """
 
 import io
@@ -29,7 +29,7 @@ from collate import PackLayout
 HEADS, WIDTH, MAX_LENGTH = 2, 8, 64
 
 ROUNDING = 1e-12
-"""Of float64, relative to the largest number of its kind if that is above 1."""
+"""For float64, relative to the largest number of its kind if that is above 1."""
 
 LAYOUTS = {
     "one pack": [[1, 1, 1, 2, 2, 0]],
@@ -89,7 +89,7 @@ def run(attention: nn.Module, layout: PackLayout, inputs: list[Tensor], weights:
 
 
 def of_tokens(results: dict[str, Tensor], tokens) -> dict[str, Tensor]:
-    """What belongs to these tokens: context and gradients of inputs, but not those of parameters."""
+    """The part that belongs to these tokens: context and gradients of inputs, but not those of parameters."""
     return {name: value[tokens] for name, value in results.items() if not name.startswith("parameter")}
 
 
@@ -237,7 +237,7 @@ def check_state(build) -> None:
 
 
 def check_inference_first(build) -> None:
-    """A layout that was first seen under inference mode, by ids of either kind, is trained on as any other."""
+    """A layout that was first used under inference mode, with ids of either kind, serves training like any other."""
     attention, ids = make(build), torch.tensor(LAYOUTS["long and short"])
     inputs, weights = heads_input(layout_of(ids)), heads_input(layout_of(ids), 1)[0]
     expected = run(attention, layout_of(ids), inputs, weights)

@@ -37,7 +37,7 @@ def pack_histogram(histogram, max_sequence_length, max_sequences_per_pack=None, 
     """The paper's SPFHP (emptiest) and LPFHP in plain Python: alike packs are counted, not listed. Returns the packs.
 
     Longest first; sequences of one length go into alike packs at once: one each into those with the most space, or as
-    many as fit into those with the least that suffices.
+    many as fit into those with the least space that is enough.
     """
     depth = max_sequences_per_pack or max_sequence_length
     open_packs = {}  # space left -> {lengths: packs}

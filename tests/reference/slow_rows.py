@@ -1,4 +1,4 @@
-"""Rows as Python dicts: how they are packed, and what is wrong with packs of them."""
+"""Rows as Python dicts: how they are packed, and the faults of packs."""
 
 import random
 

@@ -20,7 +20,7 @@ def nsp_one_by_one(documents, own, target, room, draw):
                     if len(b) >= target - len(a):
                         break
                     b += sentence
-                i -= len(chunk) - a_end  # unused sentences are put back
+                i -= len(chunk) - a_end  # unused sentences go back
             pairs.append((*cut_to_room(a, b, room, draw), label))
             chunk = []
         i += 1

@@ -1,7 +1,7 @@
 """Runs of `bert-pretrain` in processes of their own, to be killed and started again. Imported by test_resume.py.
 
-A new interpreter imports for ten seconds and more. So runs are forked from a server that has imported everything, runs
-nothing and has no threads: multiprocessing's forkserver.
+A new interpreter imports for more than ten seconds. So runs are forked from multiprocessing's forkserver, which has
+imported everything, runs nothing and has no threads.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Run:
         return all(rank.is_alive() for rank in self.ranks)
 
     def is_saving(self) -> bool:
-        """Or was, when it was killed."""
+        """Whether the run is saving, or was when it was killed."""
         with contextlib.suppress(FileNotFoundError):  # it has just become a checkpoint
             return any(path.stat().st_mtime > self.began for path in self.output.glob("_unfinished/checkpoint-*"))
         return False
@@ -77,7 +77,7 @@ class Run:
         return False
 
     def wait_for_checkpoint(self) -> bool:
-        """One that this run has written."""
+        """A checkpoint that this run has written."""
         return self.wait_for(lambda: bool(set(self._checkpoints()) - self.known))
 
     def send(self, number: int, ranks=None, to_group: bool = False) -> None:
@@ -85,11 +85,11 @@ class Run:
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 try:
                     (os.killpg if to_group else os.kill)(rank.pid, number)
-                except ProcessLookupError:  # it has only just begun, and leads no group yet
+                except ProcessLookupError:  # it has only just started, and leads no group yet
                     os.kill(rank.pid, number)
 
     def kill(self) -> bool:
-        """Whether it was killed, and had not ended by itself."""
+        """Whether the kill came before the run ended by itself."""
         self.send(signal.SIGKILL, to_group=True)
         return self.end() == {-signal.SIGKILL}
 
@@ -114,9 +114,9 @@ def _rank_environments(ranks: int) -> list[dict[str, str]]:
 
 
 def run_killed(arguments: list[str], output: Path, kills: int, seed: int, restarts=((),), ranks: int = 1) -> dict:
-    """A run that is killed `kills` times: at random moments of its start and training, every third time while it saves.
+    """Kill a run `kills` times, at random moments of its start and training, every third time while it saves.
 
-    restarts: options that are added in turn. Returns how many kills came at which moment.
+    restarts: options for each start, in turn. Returns how many kills came at which moment.
     """
     draw = random.Random(seed)
     moments = {"starting": 0, "training": 0, "saving": 0}

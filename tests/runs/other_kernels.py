@@ -39,9 +39,9 @@ SETTINGS = {
 
 
 def environment(setting: str | None = None) -> dict[str, str]:
-    """Of a process under a setting: one thread unless it says otherwise, and nothing of an outer pytest's.
+    """The environment of a process under a setting: one thread by default, and nothing of an outer pytest.
 
-    Threads that wait sleep and do not spin: other tests run on the same cores.
+    Waiting threads sleep instead of spinning: other tests run on the same cores.
     """
     changed = {name for variables in SETTINGS.values() for name in variables}
     kept = {name: value for name, value in os.environ.items() if name not in changed and "PYTEST" not in name}
@@ -52,7 +52,7 @@ def environment(setting: str | None = None) -> dict[str, str]:
 
 @cache
 def digests(kind: str, setting: str | None = None) -> dict[str, str]:
-    """Of all "products" or "decisions", by name, under a setting, or as this machine computes by itself."""
+    """Digests of all "products" or "decisions", by name, under a setting, or of this machine as it is."""
     command = [sys.executable, __file__, kind]
     ran = subprocess.run(command, env=environment(setting), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, f"{setting}: {ran.stderr[-2000:]}"
@@ -70,7 +70,7 @@ def digest(array) -> str:
 
 
 def products() -> dict[str, str]:
-    """Of what attention, layers and NumPy compute with."""
+    """Digests of the products that attention, layers and NumPy use."""
     import torch
     import torch.nn.functional as F
 

@@ -24,7 +24,7 @@ def make_models(mlm_loss="sequence"):
 
 
 def alone(batch):
-    """The sequences of a packed batch, cut out one by one by the collator's own lengths."""
+    """The sequences of a packed batch, cut out with the collator's own lengths."""
     sequences = []
     for pack in range(len(batch["input_ids"])):
         for number in range(1, int(batch["sequence_ids"][pack].max()) + 1):

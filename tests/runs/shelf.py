@@ -1,5 +1,5 @@
 """shelf://bucket/name, a file system for tests: objects in a local folder, which many processes see. It puts an object
-whole or not at all, and can neither rename nor append. A bucket is a folder that is there. Imported by test_remote.py.
+whole or not at all, and can neither rename nor append. A bucket is an existing folder. Imported by test_remote.py.
 
 When told, it fails or dies, and it counts what it does:
     Shelf.at["put"] = 3, fail       the third put of this process raises; die: ends the process by SIGKILL
@@ -16,7 +16,7 @@ from fsspec import AbstractFileSystem
 
 
 class ShelfError(Exception):
-    """No OSError, as those of many file systems are none."""
+    """Not an OSError: the errors of many file systems are not."""
 
 
 def fail() -> None:

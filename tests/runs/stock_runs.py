@@ -220,7 +220,7 @@ def without_labels(head, dataset):
 
 
 class Recording:
-    """Notes what every sequence was fed, by its row in the source: {(epoch, index): [(input_ids, labels)]}."""
+    """Note what the model gets for every sequence, by source row: {(epoch, index): [(input_ids, labels)]}."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -253,9 +253,9 @@ MASK_DEFAULTS = {"max_sequence_length": 32, "packer": "optimal", "seed": 0}
 
 
 def record_masks(folder=None, packing=None, kind=RecordingPackedTrainer, stop=None, **arguments):
-    """What three epochs fed to whom: {"trained", "evaluated", "before"}.
+    """The notes of three epochs: {"trained", "evaluated", "before"}.
 
-    With `stop` the run is left after so many steps, and resumed by another trainer: "before" has what came until then.
+    With `stop` the run ends after so many steps, and another trainer resumes it: "before" has the notes until then.
     """
     packed = pack_dataset(make_source("mlm", MASKED), **MASK_DEFAULTS | (packing or {}))
     options = {"train_dataset": packed, "per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 0.01}

@@ -1,4 +1,4 @@
-"""Text, sequences, packs and training runs as small as they can be, by the commands that a user types."""
+"""Text, sequences, packs and training runs as small as possible, made with the commands that a user types."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def flags(options):
 
 
 def train_options(folders, output, **options):
-    """4 steps of 12 sequences of a model that hardly is one, on a CPU, quietly."""
+    """4 steps of 12 sequences with a tiny model, on a CPU, without output."""
     data = {name: folders[name] for name in ("dataset", "tokenizer")}
     run = {"output_dir": str(output), "sequences_per_step": 12, "max_steps": 4, "logging_steps": 1, "use_cpu": True}
     quietly = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}

@@ -1,4 +1,4 @@
-"""What several test modules ask of two processes, from one launch for a whole run of the tests:
+"""What several test modules need from two processes, in one launch for a whole run of the tests:
 
 torchrun --nproc-per-node 2 two_processes.py RESULTS.pt
 """

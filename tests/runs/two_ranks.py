@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 two_ranks.py DATASET TOKENIZER OUTPUT
 
-accelerate gives a CPU no FSDP, though torch can: so it is told that these are GPUs, and that is all.
+torch can do FSDP on CPUs, but accelerate does not offer it: so accelerate is told that these are GPUs.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What is kept in the cache is used again only as it was written; verify does not use it at all."""
+"""The cache is used only as it was written; verify does not use it at all."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ ROWS = [{"text": f"w{i % 40} w{i % 7}", "label": i} for i in range(2_500)]
 
 
 def texts(folder, tokenizer):
-    """The arguments of a source of texts; its tokens are the last thing that is kept."""
+    """The arguments of a source of texts; its tokens are the last thing that the cache keeps."""
     tokenizer.save_pretrained(folder / "tokenizer")
     datasets.Dataset.from_list(ROWS).save_to_disk(folder / "texts")
     return [str(folder / "texts"), "--text-column", "text", "--tokenizer", str(folder / "tokenizer")]
@@ -105,12 +105,12 @@ def test_verify_reads_the_source_and_not_what_packing_kept(tmp_path, tokenizer, 
     arguments = SOURCES[source](tmp_path, tokenizer)
     assert cli.main([*arguments, "--plan-only"]) == 0
     (kept,) = cache.rglob("*.arrow")
-    halve(kept)  # with a seal to it, so that packing cannot know
+    halve(kept)  # with a matching seal, so that packing cannot know
     (kept.parent / "seal.json").write_text(json.dumps({kept.name: _measured(kept)}))
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     assert cli.main([arguments[0], str(tmp_path / "packed"), *arguments[1:]]) == 0
     assert labels(tmp_path / "packed") == list(range(1_000))
-    assert cli.main(["verify", str(tmp_path / "packed")]) == 0  # by themselves the packs are whole
+    assert cli.main(["verify", str(tmp_path / "packed")]) == 0  # the packs alone look whole
     assert cli.main(["verify", str(tmp_path / "packed"), "--source", *arguments]) == 1
     assert "2,500" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before

@@ -1,4 +1,4 @@
-"""Where packs are written to: places that take none, links, pipes and junk in the way, and who holds the lock."""
+"""Where packs go: places that cannot take any, links, pipes and junk in the way, and who holds the lock."""
 
 import errno
 import os
@@ -88,7 +88,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused_before_anything_is_read(
 
 @pytest.mark.parametrize("to", ["a folder", "nothing"])
 def test_a_partial_folder_that_is_a_link_is_refused(source, tmp_path, to):
-    """What it leads to may be another one's."""
+    """Its target may belong to someone else."""
     elsewhere = tmp_path / "elsewhere"
     if to == "a folder":
         elsewhere.mkdir()
@@ -108,7 +108,7 @@ def test_a_lock_that_is_a_link_is_refused(source, tmp_path):
 
 
 def test_the_lock_is_held_until_the_folder_has_its_name(tmp_path, monkeypatch):
-    """Another run that came between would write into the folder that is being finished."""
+    """Another run at this moment would write into the folder that is being finished."""
     real, seen = os.rename, []
 
     def rename(old, new):
@@ -138,7 +138,7 @@ def test_an_error_leaves_nothing_of_either_kind(tmp_path):
 
 
 def test_two_of_either_kind_are_refused_at_once_and_the_holder_is_named(tmp_path):
-    """A prepare that ended hours later would find that its folder is there already."""
+    """Otherwise prepare would find only at its end, hours later, that the folder is there."""
     for first in (partial_folder, new_folder):
         for second in (partial_folder, new_folder):
             with first(tmp_path / "out") as folder:
@@ -165,7 +165,7 @@ with held(Path(sys.argv[1])):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_worker_that_outlives_its_parent_keeps_nobody_out(tmp_path):
-    """Data loaders live on for seconds after a kill: the lock is the parent's alone."""
+    """Data loaders live on for seconds after a kill: only the parent holds the lock."""
     lock, command = tmp_path / "lock", [sys.executable, "-c", HOLDS_AND_FORKS, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout.readline() == "held\n"
@@ -205,7 +205,7 @@ JUNK = {
 @pytest.mark.parametrize("with_shards", [True, False])
 @pytest.mark.parametrize("make", JUNK.values(), ids=JUNK)
 def test_what_others_put_into_a_partial_folder_is_refused(source, tmp_path, make, with_shards):
-    """It would be part of the output. It stays, and what is finished, too."""
+    """A foreign file would become part of the output. It stays, and so do finished shards."""
     output = tmp_path / "packed"
     pack_dataset(source, 8, output=output)
     whole = {path.name: path.read_bytes() for path in output.iterdir()}

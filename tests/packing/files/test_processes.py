@@ -1,4 +1,4 @@
-"""Several processes make the folder that one makes; and where one dies, there is no folder."""
+"""Several processes make the same folder as one; if one dies, there is no folder."""
 
 import filecmp
 import os

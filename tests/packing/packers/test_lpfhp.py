@@ -1,4 +1,4 @@
-"""Longest-pack-first: the published counts, and pack for pack what best fit does with single sequences."""
+"""Longest-pack-first: the published counts, and the same packs as best fit over single sequences."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def packs_of(plan):
 @settings(max_examples=300, deadline=None)
 @given(histogram=histograms)
 def test_fills_its_packs_as_the_textbook_does(histogram):
-    """Packs equally full are equal to best fit: it does not matter which of them it takes."""
+    """Best fit does not distinguish packs that are equally full, so any of them is right."""
     limit = len(histogram) - 1
     plan = plan_packs(histogram, packer="lpfhp")
     lengths = np.repeat(np.arange(limit + 1), histogram).tolist()
@@ -57,7 +57,7 @@ def test_fills_its_packs_as_the_textbook_does(histogram):
 @settings(max_examples=300, deadline=None)
 @given(histogram=histograms, depth=st.integers(1, 9))
 def test_packs_as_few_as_the_textbook_at_any_depth(histogram, depth):
-    """Of packs equally full but not equally deep the textbook takes any: a pack more or less."""
+    """Among packs that are equally full the textbook ignores depth, so it may need one pack more or less."""
     limit = len(histogram) - 1
     plan = plan_packs(histogram, max_sequences_per_pack=depth, packer="lpfhp")
     lengths = np.repeat(np.arange(limit + 1), histogram).tolist()

@@ -1,4 +1,4 @@
-"""Non-negative least squares: the dense solver's minimum, packs as few as can be had, refusals."""
+"""Non-negative least squares: the dense solver's minimum, the number of packs, refusals."""
 
 import time
 
@@ -17,11 +17,11 @@ from packing.packers.pricing import fill_tables, find_parts, table_parts
 @pytest.mark.parametrize(
     ("histogram", "depth", "most_packs"),
     [
-        (WIKIPEDIA, 3, 8_144_400),  # published: 8,155,057; none can do with fewer than 8,143,829
+        (WIKIPEDIA, 3, 8_144_400),  # published: 8,155,057; no packing has fewer than 8,143,829
         (WIKIPEDIA, 4, 8_135_750),  # 8,135,727
         (WIKIPEDIA, 8, 8_135_750),
         (WIKIPEDIA, None, 8_135_750),
-        (SQUAD, 3, 40_330),  # published: 40,778; none can do with fewer than 40,195
+        (SQUAD, 3, 40_330),  # published: 40,778; no packing has fewer than 40,195
         (SQUAD, None, 40_330),
     ],
     ids=["wiki-3", "wiki-4", "wiki-8", "wiki", "squad-3", "squad"],
@@ -34,7 +34,7 @@ def test_nnlshp_packs_fewer_than_published(histogram, depth, most_packs):
 
 
 def test_nnlshp_draws_its_packs():
-    """{5: 2, 4: 1, 2: 1, 1: 2} into 6 slots: 1 + 5 twice and 2 + 4 once leave nothing over."""
+    """{5: 2, 4: 1, 2: 1, 1: 2} into 6 slots: 1 + 5 twice and 2 + 4 once."""
     histogram = np.array([0, 2, 1, 0, 1, 2, 0])
     slots, x, norm = fit_histogram(histogram, 6, None)
     fitted = {tuple(row.tolist()): round(packs, 9) for row, packs in zip(slots, x, strict=True) if packs > 1e-9}
@@ -45,7 +45,7 @@ def test_nnlshp_draws_its_packs():
 
 
 def test_packs_that_would_not_be_full_are_not_built():
-    """3 x 4 and 9 x 5 into 9 slots: x = 6 packs of (4, 5) miss each length by 3. There are fours for three."""
+    """3 x 4 and 9 x 5 into 9 slots: least squares wants 6 packs of (4, 5), but there are only 3 fours."""
     plan = plan_packs([0, 0, 0, 0, 3, 9, 0, 0, 0, 0], max_sequences_per_pack=2, packer="nnlshp")
     assert dict(zip(plan.strategies, plan.repeats.tolist(), strict=True)) == {(4, 5): 3, (5,): 6}
 

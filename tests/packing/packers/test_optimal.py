@@ -133,7 +133,7 @@ def test_a_trillion_sequences_plan_like_a_million():
 
 
 def test_lengths_and_depth_that_both_limit():
-    """Mean 4.75 sequences a pack, at most 5: from best fit's strategies alone the program did not get there."""
+    """Mean 4.75 sequences per pack, at most 5: the strategies of best fit alone were not enough for the program."""
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(170), 0.7, 1_000_000).astype(int), 1, 1024)
     plan = plan_packs(length_histogram(lengths, 1024), max_sequences_per_pack=5, packer="optimal")
     assert plan.num_packs - plan.lower_bound <= 1
@@ -200,14 +200,14 @@ def test_slots_take_the_longest_that_fits():
     assert fill_slots({(3, 3): 2}, left) == {(2, 3): 1, (2,): 1}
     assert not left.any()
     left = np.array([0, 0, 0, 10, 0, 7])
-    assert fill_slots({(3, 3, 5): 9}, left) == {(3, 3, 5): 5, (5,): 2}  # two packs stay empty: they are none
+    assert fill_slots({(3, 3, 5): 9}, left) == {(3, 3, 5): 5, (5,): 2}  # two packs stay empty, and do not count
     left[5] = 1
     assert fill_slots({(4,): 3}, left) == {}  # a 5 does not fit
     assert left.sum() == 1
 
 
 def test_best_fit_goes_on_in_packs_with_room():
-    """Rows of 6, depth 2: the 2 goes beside the 4 and not beside the 3; (1, 1) is deep enough."""
+    """Packs of 6, depth 2: the 2 goes beside the 4, not beside the 3; (1, 1) is already full."""
     left = np.array([0, 1, 1, 0, 0, 0, 0])
     assert best_fit({(4,): 1, (3,): 1, (1, 1): 2}, left, 2) == {(1, 1): 2, (2, 4): 1, (1, 3): 1}
 

@@ -1,4 +1,4 @@
-"""Python values become Arrow unchanged, or are refused by row and value; so in streams, whose first rows fix types."""
+"""Python values become Arrow unchanged, or are refused with row and value; in streams the first rows fix the types."""
 
 import datetime as dt
 from decimal import Decimal

@@ -1,4 +1,4 @@
-"""Sources that would lead packing astray: damaged where only Arrow looks, changed meanwhile, too wide, of odd types."""
+"""Sources that could mislead packing: damaged inside Arrow, changed during a run, too wide, of odd types."""
 
 import json
 import os
@@ -26,7 +26,7 @@ COLUMNS = {
 
 
 def damaged(array):
-    """With offsets that lead far out of the values: those of the innermost texts or lists."""
+    """A file whose innermost texts or lists have offsets far beyond the values."""
     if pa.types.is_struct(array.type):
         return pa.StructArray.from_arrays([damaged(array.field(0))], fields=list(array.type))
     if pa.types.is_list(array.type) and not pa.types.is_integer(array.type.value_type):
@@ -53,7 +53,7 @@ def test_offsets_of_other_columns_that_lead_astray_are_found(name):
 
 
 def test_a_damaged_text_in_a_saved_source_is_named(tmp_path, capsys):
-    """By the command, and before it is tokenized, too."""
+    """The command refuses it, too, even before it tokenizes."""
     texts = [f"text number {i}" for i in range(200)]
     ids = [[i] * (1 + i % 3) for i in range(200)]
     datasets.Dataset.from_dict({"input_ids": ids, "text": texts}).save_to_disk(tmp_path / "source")
@@ -94,7 +94,7 @@ def test_a_transform_is_refused():
 
 
 def test_a_source_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypatch):
-    """After it was hashed, in place: the packs might hold what it was, and what it is."""
+    """The source changes in place after it was hashed: packs might mix old and new values."""
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, 99, n).tolist() for n in rng.integers(1, 30, 2_000)]
     datasets.Dataset.from_dict({"input_ids": ids}).save_to_disk(tmp_path / "source")
@@ -117,7 +117,7 @@ def test_a_source_that_changes_while_it_is_packed_is_refused(tmp_path, monkeypat
 
 @pytest.mark.parametrize("num_proc", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_source_that_is_cut_short_while_it_is_packed_is_refused(tmp_path, monkeypatch, num_proc):
-    """Read behind its end, a mapped file ends the process; so this one runs elsewhere."""
+    """Reading a mapped file beyond its end kills the process, so the test runs in a child."""
     ids = [[5 + i % 90] * (1 + i % 30) for i in range(40_000)]
     datasets.Dataset.from_dict({"input_ids": ids}).save_to_disk(tmp_path / "source")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A token id is an int32 from 0 on: any other is refused by row and value, wherever rows come from."""
+"""A token id is an int32, at least 0: any other is refused with row and value, from any kind of source."""
 
 import json
 

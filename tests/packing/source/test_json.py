@@ -1,4 +1,4 @@
-"""JSON becomes Arrow with every value as it is written, or is refused by file, line, column and value."""
+"""JSON becomes Arrow with every value as it is written, or is refused with file, line, column and value."""
 
 import json
 

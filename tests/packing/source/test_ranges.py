@@ -1,4 +1,4 @@
-"""A source read by ranges of rows, in any order: what one process reads, and refuses, of the whole."""
+"""A source read by ranges of rows, in any order: it equals, and refuses, what one process reads at once."""
 
 import datasets
 import numpy as np
@@ -140,7 +140,7 @@ def with_null_row() -> datasets.Dataset:
 
 
 def looks_padded_as_a_whole() -> datasets.Dataset:
-    """One row with one token of padding in one range, one with two in another: no range by itself looks padded."""
+    """One range has a row with one token of padding, another a row with two: no range looks padded on its own."""
     ids = [[5, 6, 7, 8] for _ in range(300)]
     ids[10], ids[250] = [5, 6, 7, 0], [5, 6, 0, 0]
     return datasets.Dataset.from_dict({"input_ids": ids, "n": list(range(300))})
@@ -182,7 +182,7 @@ def test_what_is_wrong_is_said_as_by_one_process(name):
 
 
 def test_a_range_that_is_wrong_by_itself_only():
-    """Half of its rows have a list as long as input_ids; of all rows few have: nothing is wrong."""
+    """In one range half of the rows have a list as long as input_ids, in the whole source few: nothing is wrong."""
     dataset = rows_of([3] * 300, tags=[[1] * (3 if 64 <= i < 74 else 1 + i % 2) for i in range(300)])
     found, prints, wrong = by_ranges(dataset)
     assert wrong == 1
@@ -190,7 +190,7 @@ def test_a_range_that_is_wrong_by_itself_only():
 
 
 def test_truncation_takes_what_ranges_said_of_how_rows_end(monkeypatch):
-    monkeypatch.setattr("packing.source.sequences.closing_token", None)  # nobody looks again
+    monkeypatch.setattr("packing.source.sequences.closing_token", None)  # the source is not read again
     alike, _, _ = by_ranges(rows_of([9, 3, 5] * 100))
     assert cut_sequences(alike, 4, "truncate").ends is not None
     other, _, _ = by_ranges(datasets.Dataset.from_dict({"input_ids": [[i % 9] * (2 + i % 9) for i in range(300)]}))

@@ -1,4 +1,4 @@
-"""The sources of pack-dataset: real files of every kind give the same packs, and what is wrong with one is named."""
+"""The sources of pack-dataset: real files of every kind give the same packs; errors name what is wrong."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def make_dataset():
 
 
 def make_table(dataset=None):
-    """As Arrow files have it: what the columns mean is written in the schema."""
+    """As in Arrow files: the schema has the meaning of the columns."""
     dataset = make_dataset() if dataset is None else dataset
     return dataset.data.table.combine_chunks().cast(dataset.features.arrow_schema)
 
@@ -187,7 +187,7 @@ def test_lists_of_every_kind_and_width(tmp_path, kind, width):
 
 
 def test_splits_by_name(tmp_path, expected):
-    """A DatasetDict, and files and folders that say their split."""
+    """A DatasetDict, and files and folders whose names have the split."""
     splits = {
         "train": make_dataset(),
         "validation": make_dataset().select(range(20)),
@@ -289,7 +289,7 @@ def table_of(**columns):
 
 
 def damage(path, write, where):
-    """Write a file and turn bytes over in its middle, or cut it short."""
+    """Write a file and flip bytes in its middle, or cut it short."""
     write(path)
     content = bytearray(path.read_bytes())
     if where == "cut":
@@ -331,7 +331,7 @@ def test_a_damaged_file_is_named(tmp_path, capfd, kind, where):
 
 
 def test_offsets_that_lead_astray_are_found(tmp_path, capsys):
-    """Kernels do not look where offsets lead: they would read memory that is none of ours."""
+    """Kernels do not check offsets: they would read foreign memory."""
     table = pa.table({"input_ids": pa.array([[1, 2]] * 100, pa.list_(pa.int32()))})
     path = tmp_path / "rows.arrow"
     write_stream(path, table)
@@ -371,7 +371,7 @@ def test_a_bad_line_is_named(tmp_path, capfd, monkeypatch, block, line, message)
 
 @pytest.mark.parametrize(("name", "indent"), [("rows.json", None), ("rows.json", 2), ("rows.json.gz", 2)])
 def test_one_json_list_is_read_as_it_is_written(tmp_path, name, indent):
-    """The library would write its numbers anew, with ten digits; and a text may look like the end of a row."""
+    """The library would write its numbers again with ten digits; and a text may look like the end of a row."""
     rows = [{"input_ids": [i, 2**40 + i], "score": 0.1234567890123456 + i, "text": "}],\n[{ é"} for i in range(30)]
     text = "\ufeff " + json.dumps(rows, indent=indent, ensure_ascii=False).replace("\n", "\r\n") + "\n"
     content = text.encode()

@@ -1,4 +1,4 @@
-"""Text is text: what spells a special token is tokenized as text, in pack-dataset and in bert-pretrain prepare."""
+"""Text that spells a special token is tokenized as text, by pack-dataset and by bert-pretrain prepare."""
 
 import json
 

@@ -1,6 +1,6 @@
 """Packing on a local Ray of several workers: the same bytes as in one process, whatever happens to a worker.
 
-Workers find this file: what replaces cluster._read or cluster._write here, in the driver, is run by them.
+Workers import this file, so a replacement of cluster._read or cluster._write here runs in them.
 """
 
 import importlib.util
@@ -97,7 +97,7 @@ def cluster_here(tmp_path_factory):
 
 
 def times(notes: str | Path, what: str) -> int:
-    """How often this was asked, across processes: the first answer is 1."""
+    """The number of calls so far, across processes: the first call returns 1."""
     marks = Path(notes) / what
     marks.mkdir(exist_ok=True)
     (marks / f"{time.time_ns()} {os.getpid()}").touch()
@@ -110,7 +110,7 @@ def workers(notes: Path, what: str) -> set[int]:
 
 def note_reader(notes, *arguments, **named):
     times(notes, "reads")
-    time.sleep(0.3)  # so that no worker has done all before the other has begun
+    time.sleep(0.3)  # so that no worker finishes everything before the other starts
     return READ(*arguments, **named)
 
 
@@ -147,14 +147,14 @@ def test_a_source_in_memory_and_chosen_rows(cluster_here, tmp_path):
 
 
 def die_reading(notes, rows, source, key):
-    """The first time, the worker kills itself."""
+    """The worker kills itself the first time."""
     if rows.column("first")[0].as_py() == 8192 and times(notes, "deaths") == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return READ(rows, source, key)
 
 
 def die_writing(source, key, task):
-    """The first time, the worker kills itself with a shard half written."""
+    """The worker kills itself the first time, with a shard half written."""
     if task.file.startswith("data-00004") and times(Path(task.folder).parent, "deaths") == 1:
         real, left = hashed.write_bytes, [3]
 
@@ -281,7 +281,7 @@ def removed_after_reading(tokens: Path):
 @needs_ray
 @pytest.mark.parametrize("when", ["before it is read", "before it is written"])
 def test_a_machine_that_does_not_see_the_source(cluster_here, tmp_path, monkeypatch, when):
-    """The driver has opened the files before they go, as on a machine that never had them."""
+    """The driver has opened the files before they are deleted, as on a machine that never had them."""
     monkeypatch.setattr(cluster, "RETRIES", 0)
     datasets.Dataset(make_table()).save_to_disk(tmp_path / "tokens")
     source = datasets.load_from_disk(tmp_path / "tokens")
@@ -305,7 +305,7 @@ def test_what_is_wrong_with_a_source_is_said_as_by_one_process(cluster_here, tmp
 
 @needs_ray
 def test_machines_convert_files_into_a_cache_of_their_own(cluster_here, source, tmp_path, monkeypatch):
-    """The workers' cache is not the driver's, and what the driver has converted is gone before they look."""
+    """Workers have their own cache, and the files that the driver converted are gone before they start."""
     source.to_parquet(tmp_path / "rows.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -346,7 +346,7 @@ def test_a_machine_that_sees_another_source(cluster_here, source, monkeypatch, n
 
 
 def test_how_workers_know_a_source(source):
-    """By rows, types and some tokens, wherever the same rows lie."""
+    """Rows, types and some tokens tell a source; its place does not."""
     shared = cluster.SharedSource.of(source)
     assert len(shared.open()) == ROWS
     assert cluster.SharedSource.of(datasets.Dataset(make_table())).tokens == shared.tokens

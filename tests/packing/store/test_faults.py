@@ -1,4 +1,4 @@
-"""Packing that is killed, or whose disk fails: the source and what is finished stay, and the next run ends alike."""
+"""Packing that is killed, or whose disk fails: source and finished shards stay, and the next run completes them."""
 
 import contextlib
 import errno
@@ -88,7 +88,7 @@ def test_there_are_shards_to_lose(whole):
 
 
 def run_in_child(function, *arguments) -> int:
-    """Fork, as all is imported and compiled here; returns the child's process number."""
+    """Fork, since everything is imported and compiled here; returns the child's process id."""
     child = os.fork()
     if child:
         return child
@@ -100,7 +100,7 @@ def run_in_child(function, *arguments) -> int:
 
 
 def kill_after(child: int, seconds: float) -> bool:
-    """SIGKILL; whether it was still at work."""
+    """SIGKILL; returns whether the child was still running."""
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -115,7 +115,7 @@ def duration(source, output: Path) -> float:
 
 
 def kill_and_resume(source, whole, folder: Path, kills: int, seed: int, **options):
-    """Kill a packing at random moments until it has been killed so often or is done; then let it end."""
+    """Kill a packing at random moments, so many times or until it is done; then let it end."""
     draw, seen, takes = random.Random(seed), [], 0.0
     for number in range(kills):
         output = folder / str(number)
@@ -145,7 +145,7 @@ def test_killed_at_many_random_moments(source, whole, tmp_path):
 
 @pytest.mark.parametrize("where", ["write", "fsync", "rename", "unlink"])
 def test_killed_at_every_kind_of_step(source, whole, tmp_path, where):
-    """A child that dies by its own hand at the n-th call; then another n; the last run is left alone."""
+    """A child that kills itself at the n-th call, then again with another n; the last run is not disturbed."""
     calls = {"write": (1, 40, 90), "fsync": (1, 2, 21, 48), "rename": (1, 2, 20, 33), "unlink": (1, 12, 25)}[where]
     output = tmp_path / "packed"
     for number in calls:
@@ -349,7 +349,7 @@ def test_a_write_that_fails_before_anything_is_finished_leaves_nothing(source, t
 
 
 def test_a_file_that_may_not_grow(source, whole, tmp_path):
-    """No injection: the kernel refuses to let a file become longer, in a child of its own."""
+    """A real failure: in a child, the kernel refuses to let a file grow."""
     output = tmp_path / "packed"
     child = run_in_child(_pack_with_little_room, source, output, tmp_path / "error")
     assert os.waitpid(child, 0)[1] == 0
@@ -520,7 +520,7 @@ def test_workers_end_with_a_run_that_is_killed(source, whole, tmp_path):
 
 
 def _pack_slowly_by_two(source, output: Path) -> None:
-    """The one that takes the records is slow, so that the workers wait for more to do when it is killed."""
+    """The process that collects the records is slow, so the workers wait for tasks when it is killed."""
     real = writing.shard_tasks
 
     def tasks(packing, folder):

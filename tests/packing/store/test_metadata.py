@@ -68,7 +68,7 @@ def edit(path, change):
 
 
 def recompute(folder):
-    """Checksums that are right of what is there now, as one would make who changes a folder on purpose."""
+    """Make the checksums right for the present files, as someone who changes a folder on purpose would."""
     content = json.loads((folder / "manifest.json").read_text())
     for name in content.get("files", {}) if isinstance(content.get("files"), dict) else ():
         if isinstance(name, str) and "\0" not in name and os.path.isfile(folder / name):
@@ -186,7 +186,7 @@ def test_a_state_that_lists_other_files(folder, tmp_path, change):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if isinstance(name, str)], ids=repr)
 def test_a_manifest_that_names_what_is_outside(folder, tmp_path, name):
-    """Of a shard, and of another file: refused by its name, before anything is opened."""
+    """A shard, or another file, with a name that leads outside: refused before anything is opened."""
     (tmp_path / "x").write_bytes(next(iter(folder.glob("data-*"))).read_bytes())
     for change in (
         lambda content: content["shards"][0].update(file=name),
@@ -203,7 +203,7 @@ def test_a_manifest_that_names_what_is_outside(folder, tmp_path, name):
 
 @pytest.mark.parametrize(("sound", "which"), FILES, indirect=["sound"])
 def test_files_that_are_links(folder, tmp_path, which):
-    """Out of the folder: refused, though the bytes are the same. Within it, or to it: a file like any."""
+    """A link out of the folder is refused, even to the same bytes; a link within it, or to it, works like a file."""
     shard = sorted(folder.glob("data-*"))[0] if which == "shard" else folder / which
     shard.rename(tmp_path / "moved")
     shard.symlink_to(tmp_path / "moved")
@@ -222,7 +222,7 @@ def test_files_that_are_links(folder, tmp_path, which):
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device", "circle"])
 @pytest.mark.parametrize(("sound", "which"), FILES, indirect=["sound"])
 def test_what_is_no_file(folder, kind, which, capsys, monkeypatch):
-    """Whoever opened a pipe would wait for its writer for good."""
+    """Opening a pipe would wait for its writer forever."""
     path = sorted(folder.glob("data-*"))[0] if which == "shard" else folder / which
     path.unlink()
     monkeypatch.chdir(folder)  # a socket's path is short
@@ -241,7 +241,7 @@ def test_what_is_no_file(folder, kind, which, capsys, monkeypatch):
 
 
 def test_a_head_that_says_other_classes(folder):
-    """Of each file, in the notes of datasets: what load_dataset believes of Parquet."""
+    """The notes of `datasets` in each file: load_dataset trusts them for Parquet."""
     edit(folder / "dataset_info.json", lambda info: info["features"]["label"]["feature"].update(names=["x", "y", "z"]))
     recompute(folder)
     found = verify_packed(folder).problems
@@ -272,7 +272,7 @@ def test_splits_are_verified_by_the_command(splits, capsys):
 
 @pytest.mark.parametrize("name", [*NAMES, "nowhere", "test", "train"], ids=repr)
 def test_split_names(splits, tmp_path, capsys, name):
-    """One that leads elsewhere, is missing or doubled."""
+    """A split that leads elsewhere, is missing or stands twice."""
     shutil.copytree(splits / "test", tmp_path / "x")
     (splits / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test", name]}))
     assert cli.main(["verify", str(splits)]) == 1
@@ -379,7 +379,7 @@ def mutations(folder):
 
 
 class Work:
-    """Calls of functions, and bytes that are held at most."""
+    """Count function calls, and the peak of memory in bytes."""
 
     def __enter__(self):
         self.calls = 0
@@ -430,7 +430,7 @@ def test_every_value_replaced(folder):
 
 @pytest.mark.parametrize("rows", [10**9, 2**62])
 def test_billions_of_rows_that_all_files_agree_on(folder, rows):
-    """Facts and manifest are of one mind, and the checksums are right: what the shards can hold decides."""
+    """Facts and manifest agree, and the checksums are right: only what the shards can hold reveals the fault."""
     edit(folder / "manifest.json", lambda content: content.update(source_rows=rows, sequences=rows, tokens=rows))
     edit(
         folder / "manifest.json",
@@ -460,7 +460,7 @@ def test_billions_of_rows_that_all_files_agree_on(folder, rows):
 
 
 def test_an_archive_whose_names_lead_out_of_the_cache(tmp_path, monkeypatch):
-    """A file system may list any name: what is copied lies in the cache."""
+    """A file system may list any name: copies stay inside the cache."""
     import zipfile
 
     from packing.files import local_copy
@@ -475,7 +475,7 @@ def test_an_archive_whose_names_lead_out_of_the_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "a/b.arrow", ""])
 def test_a_cache_whose_seal_names_what_is_outside(tmp_path, name):
-    """It is made anew; what lies outside is not opened."""
+    """The copy is made again; a file outside is not opened."""
     made = []
 
     def make(folder):
@@ -535,7 +535,7 @@ FACTS = {
 
 @pytest.mark.parametrize("changes", FACTS.values(), ids=FACTS)
 def test_facts_that_cannot_be_true(changes):
-    """No reader goes on with them."""
+    """Every reader refuses them."""
     packed = pack_dataset(make_source(), 16)
     facts = json.loads(packed.info.description.removeprefix(PREFIX))
     packed.info.description = PREFIX + json.dumps(changes and facts | changes)

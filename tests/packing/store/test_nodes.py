@@ -143,7 +143,7 @@ def test_a_node_that_is_lost_is_done_without(nodes, tmp_path, monkeypatch):
 
 
 def write_slowly(source, key, task):
-    """Not before all four nodes have begun."""
+    """Returns only when all four nodes have started."""
     folder, end = Path(task.folder).parent, time.monotonic() + 120
     note(folder, "writes")
     while len(nodes_of(folder, "writes")) < 4 and time.monotonic() < end:

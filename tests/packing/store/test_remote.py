@@ -141,7 +141,7 @@ def test_a_url_holds_the_bytes_of_a_local_folder(source, whole, tmp_path, url, f
 def test_storage_options_reach_every_call(source, whole, shelf, monkeypatch):
     monkeypatch.delitem(fsspec.config.conf, "shelf")
     options = {"root": str(shelf.parent)}
-    with pytest.raises(OSError, match=r"TypeError: .* missing .* 'root': 'shelf://bucket"):  # the file system's word
+    with pytest.raises(OSError, match=r"TypeError: .* missing .* 'root': 'shelf://bucket"):  # as the file system says
         pack(source, URL)
     pack(source, URL, storage_options=options)
     assert contents(shelf / "a" / "packed") == contents(whole["arrow"])
@@ -202,7 +202,7 @@ def test_training_takes_a_loaded_parquet_folder(pairs, tokenizer, tmp_path):
 
 
 def test_packings_of_parquet_are_not_joined(source, tmp_path):
-    """As they are not in Arrow: sequence_indices of two sources would be taken for one's."""
+    """As in Arrow, they are not: sequence_indices of two sources would be mixed up."""
     loaded = []
     for seed in (3, 4):
         pack(source, tmp_path / str(seed), format="parquet", seed=seed)
@@ -277,7 +277,7 @@ def test_row_groups_do_not_grow_with_the_dataset(whole):
 
 
 def run_in_child(function, *arguments, **options) -> int:
-    """Fork, as all is imported and compiled here. Returns the exit status; negative: the signal that ended it."""
+    """Fork, since everything is imported and compiled here. Returns the exit status; negative: a signal ended it."""
     child = os.fork()
     if not child:
         status = 1
@@ -296,7 +296,7 @@ def pack_and_die(source, what: str, number: int, **options) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_killed_at_every_kind_of_step(source, whole, shelf, format):
-    """A child that dies at the n-th call, then another one at another call …; the last run is left alone."""
+    """A child that dies at the n-th call, then another at another call …; the last run is not disturbed."""
     expected, died = contents(whole[format]), 0
     shards = len(shards_of(expected))
     puts = 2 * shards + 3 + (format == "arrow")  # a shard and its record, two manifests, the files about the dataset
@@ -361,7 +361,7 @@ def kill_at_random(source, whole, shelf, kills: int, seed: int) -> int:
 
 
 def test_killed_at_random_moments(source, whole, shelf):
-    kill_at_random(source, whole, shelf, 2, seed=0)  # which compares; whether they came in time is chance
+    kill_at_random(source, whole, shelf, 2, seed=0)  # this compares; whether the kills came in time is chance
 
 
 @pytest.mark.long
@@ -404,7 +404,7 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_put_again(source, whole,
 def test_what_a_killed_process_leaves_here_is_removed(source, whole):
     begin_and_die(source)
     temporary = Path(tempfile.gettempdir())
-    assert len(list(temporary.glob("pack-dataset-*.writing"))) == 1  # it died while it put this
+    assert len(list(temporary.glob("pack-dataset-*.writing"))) == 1  # the run died while it put this
     pack(source, URL)
     assert list(temporary.iterdir()) == []
 
@@ -458,7 +458,7 @@ def test_a_source_beneath_which_packs_lie_is_not_overwritten(source, shelf):
 
 
 def test_an_object_that_stands_for_an_empty_folder_is_no_file(source, whole, shelf, monkeypatch):
-    """The consoles of stores make such ones."""
+    """The consoles of object stores make such objects."""
     put_sources(shelf)
     real = Shelf.find
 
@@ -509,7 +509,7 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(source, shel
 
 @pytest.mark.parametrize("what", ["another one's", "not there"])
 def test_another_run_that_writes_there_is_found(source, what, monkeypatch):
-    """There is no lock: a run that overwrites a shard, or takes one away, is seen before the folder is finished."""
+    """There is no lock: a run that overwrites or deletes a shard is noticed before the folder is finished."""
     from packing.store import engines
 
     def write_and_lose(columns, task, advance):
@@ -623,7 +623,7 @@ def test_buckets_protocols_and_packages_that_are_not_there(source, shelf, tmp_pa
 
 
 def test_folders_are_made_where_a_file_system_wants_them(source, whole, tmp_path, monkeypatch):
-    """sftp, for one; Shelf above says that nobody makes a bucket."""
+    """sftp does, for one; Shelf above refuses to make a bucket."""
 
     class Drawer(Shelf):
         protocol = "drawer"
@@ -720,7 +720,7 @@ def test_a_copy_that_was_killed_goes_on(shelf):
 
 
 def test_a_copy_that_loses_bytes(shelf, monkeypatch):
-    """Of JSON lines, a whole number of them: nothing else would tell."""
+    """A file cut after a whole JSON line: nothing but its size tells."""
     lines = [json.dumps({"input_ids": [i]}) + "\n" for i in range(300)]
     (shelf / "rows.jsonl").write_text("".join(lines))
     real = Shelf.get_file
@@ -737,7 +737,7 @@ def test_a_copy_that_loses_bytes(shelf, monkeypatch):
 
 
 def test_a_source_that_changes_while_it_is_copied(shelf, monkeypatch):
-    """One file would be of before, and one of after."""
+    """Otherwise one file would be old, and one new."""
     (shelf / "many").mkdir()
     for number in range(2):
         (shelf / "many" / f"part-{number}.jsonl").write_text('{"input_ids": [1]}\n')
@@ -785,7 +785,7 @@ def test_what_is_wrong_with_a_source_is_said_by_its_url(shelf, capsys, tmp_path)
 
 
 def write_elsewhere(root: str, cache: str, url: str, tasks: list) -> tuple:
-    """Nothing of the first process but these arguments."""
+    """The other process gets only these arguments."""
     from packing.source.rows import open_columns
 
     fsspec.register_implementation("shelf", Shelf, clobber=True)
@@ -894,7 +894,7 @@ def _flipped(data: bytes, place: int, bit: int) -> bytes:
 
 
 def test_verify_of_parquet_without_its_manifest(source, whole, tmp_path):
-    """Packs are read all the same, and one file less is found."""
+    """Packs are still read, and the missing file is reported."""
     for path in whole["parquet"].iterdir():
         if path.name != FILE and not path.name.startswith("data-00001"):
             (tmp_path / path.name).write_bytes(path.read_bytes())

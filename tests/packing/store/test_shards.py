@@ -1,4 +1,4 @@
-"""What packing in shards rests on: rows found in any memory, prints of content, shards that any process writes."""
+"""The parts of packing in shards: rows found in any memory, fingerprints of content, shards that any process writes."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def test_rows_of_a_sliced_list_of_fixed_size():
 
 @pytest.mark.parametrize("offsets", [[0, 2, 1, 4], [0, 2, 9, 4], [0, -3, 2, 4]], ids=str)
 def test_damaged_offsets_are_refused(offsets):
-    """What a flipped bit in a file makes of a list; taken as they are, they would lead anywhere in memory."""
+    """Offsets as a flipped bit makes them; without a check they would lead anywhere in memory."""
     buffers = [None, pa.py_buffer(np.array(offsets, np.int32))]
     damaged = pa.Array.from_buffers(pa.list_(pa.int64()), 3, buffers, children=[pa.array([1, 2, 3, 4])])
     column = open_token_column("input_ids", pa.chunked_array([damaged]), None)

@@ -1,4 +1,4 @@
-"""Flipped bits in a packed folder's Arrow files: every reader refuses them or reads on; none ends the process.
+"""Flipped bits in a packed folder's Arrow files: every reader refuses them or reads on; no process dies.
 
 Arrow follows offsets of texts and lists wherever they lead, so each test runs in a child that may die.
 """
@@ -41,7 +41,7 @@ def read_epochs(packed):
 
 
 def open_folder(folder):
-    """As a user may; what datasets says of a head that it cannot read is its own affair."""
+    """As a user may call it; errors of `datasets` for a head that it cannot read are not ours."""
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:
@@ -67,7 +67,7 @@ def packed_folder(column, folder):
 
 
 def survives(function) -> bool:
-    """Whether a child that calls it ends by itself, and without an error."""
+    """Whether a child that calls it ends without a signal and without an error."""
     child = os.fork()
     if not child:
         status = 1
@@ -95,7 +95,7 @@ def read_with_flips(folder, shard, flips):
 
 
 def offset_bytes(shard):
-    """Where the shard holds buffers of offsets, and bitmaps: all that its numbers, texts and padding are not."""
+    """Where the shard has offsets and bitmaps, as opposed to numbers, texts and padding."""
     content = shard.read_bytes()
     with pa.memory_map(str(shard)) as file, pa.ipc.open_stream(file) as reader:
         table = reader.read_all()

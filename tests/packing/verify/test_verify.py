@@ -1,4 +1,4 @@
-"""verify_packed finds and names whatever is wrong with packs; unpack_dataset gives back what was packed."""
+"""verify_packed finds and names every fault of packs; unpack_dataset returns the rows that were packed."""
 
 import random
 
@@ -35,7 +35,7 @@ def changed(packed, packs):
 
 
 def named(verification):
-    """Places of the problems as slow_rows.faults has them; totals are left out."""
+    """Places of the problems, in the form of slow_rows.faults; totals are left out."""
     assert len(verification.problems) == verification.num_problems, "raise the limit"
     return {
         (p.pack, p.row if p.pack is None else p.sequence, p.column)
@@ -78,7 +78,7 @@ def exchange_labels(packs, draw):
 
 
 def swap_two_sequences(packs, draw):
-    """Their tokens change places, all else stays."""
+    """Their tokens change places, everything else stays."""
     p, i = draw.choice(slots(packs))
     length = packs[p]["sequence_lengths"][i]
     q, j = draw.choice([(q, j) for q, j in slots(packs) if packs[q]["sequence_lengths"][j] == length])
@@ -148,7 +148,7 @@ MUTATIONS = (
     alike=st.booleans(),
 )
 def test_what_is_changed_is_named(mutate, seed, overlong, padded, alike):
-    """As the slow version finds it, no less and no more."""
+    """Finds exactly what the slow version finds."""
     source = make_source(seed, 25, 36, padded)
     if alike:  # every row ends in one token, which truncation keeps
         rows = [close(row) for row in source.to_list()]
@@ -160,7 +160,7 @@ def test_what_is_changed_is_named(mutate, seed, overlong, padded, alike):
     expected = slow_rows.faults(packs, rows, TOKEN_COLUMNS, LONGEST, DEPTH, overlong)
     verification = verify_packed(changed(packed, packs), source, limit=1000)
     if overlong == "split":  # pieces that are lost or doubled have tests of their own
-        assert expected <= named(verification) or mutate is swap_two_rows  # a row may have no piece that begins there
+        assert expected <= named(verification) or mutate is swap_two_rows  # a row may have no piece that starts there
         assert verification.ok == (packs == packed.to_list())
     else:
         assert named(verification) == expected
@@ -327,7 +327,7 @@ def test_token_columns_of_every_kind(type_):
 
 
 def test_packs_over_their_limits_are_named():
-    """The facts say that less was allowed."""
+    """Packs that are longer or deeper than the facts allow."""
     packed = pack(make_source(padded=False))
     for name, value, column in (("max_sequence_length", 20, "input_ids"), ("max_sequences_per_pack", 2, "label")):
         other = changed(packed, packed.to_list())
@@ -398,7 +398,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def batches_of(content):
-    """Where the messages of a shard begin after its schema, the end mark too."""
+    """Where the messages of a shard start after its schema, with the end mark."""
     return [i for i in range(8, len(content), 8) if content[i : i + 4] == b"\xff\xff\xff\xff"]
 
 
@@ -444,7 +444,7 @@ def stored_rows(shard):
 
 
 def test_exchanged_shards(folder):
-    """Every sequence is there, in another place than the manifest says."""
+    """Every sequence is there, but not where the manifest has it."""
     first, second, *_ = sorted(folder.glob("data-*.arrow"))
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
@@ -465,7 +465,7 @@ def test_without_a_manifest(folder):
 
 
 def test_a_flipped_token_on_disk_is_named(tmp_path):
-    """A byte of the file: the file, the pack, the position, the row, and both tokens."""
+    """For one byte of a file: the file, the pack, the position, the row, and both tokens."""
     source = datasets.Dataset.from_dict({"input_ids": [[100_000 + 10 * r + i for i in range(r + 1)] for r in range(9)]})
     packed = pack_dataset(source, 12, output=tmp_path / "packed")
     (shard,) = (tmp_path / "packed").glob("data-*.arrow")
@@ -514,7 +514,7 @@ def test_many_flipped_bytes(folder):
 
 @pytest.mark.parametrize("damage", ["empty", "cut in a batch", "cut between batches", "garbage", "text", "other type"])
 def test_a_damaged_shard_does_not_end_it(folder, damage):
-    """It is named; the packs of the others are looked at, under their own numbers."""
+    """The damaged shard is named; the packs of the others are checked, under their own numbers."""
     source, shards = make_source(), sorted(folder.glob("data-*.arrow"))
     whole = shards[0].read_bytes()
     content = {
@@ -612,7 +612,7 @@ def test_unpacking_gives_back_what_was_packed(overlong, padded):
     again = pack(back, overlong)
     if overlong == "drop":  # rows have other numbers
         again, packed = again.remove_columns("sequence_indices"), packed.remove_columns("sequence_indices")
-    if overlong == "split" and padded:  # and begin with their first token
+    if overlong == "split" and padded:  # and start with their first token
         again, packed = again.remove_columns("sequence_starts"), packed.remove_columns("sequence_starts")
     assert again.to_list() == packed.to_list()
 
