@@ -137,11 +137,11 @@ class PackCheck:
         starts = {name: begin for name, (begin, _) in found.items()}
         positions = (ends[:-1] - ends[per_pack[:-1]][local_packs])[chosen]
         local_packs, slots = local_packs[chosen], slots[chosen]
-        rows, begins = (
-            columns[name].numbers()[starts[name][local_packs] + slots].astype(np.int64) if name in columns else None
-            for name in (INDICES, STARTS)
-        )
-        packs = local_packs + block.first
+
+        def values(name: str) -> np.ndarray:
+            return columns[name].numbers()[starts[name][local_packs] + slots].astype(np.int64)
+
+        rows, begins, packs = values(INDICES), values(STARTS) if STARTS in columns else None, local_packs + block.first
         return self._check_rows(
             PackedSequences(columns, starts, local_packs, packs, slots, positions, lengths[chosen], rows, begins)
         )
@@ -216,8 +216,8 @@ class PackCheck:
         """Mark the rows as seen; returns the sequences whose rows exist."""
         rows = sequences.rows
         outside = (rows < 0) | (rows >= self.source_rows)
-        what, values = f"the source has rows 0 to {self.source_rows - 1}", {"found": rows, "row": None}
-        self.findings.add_all("sequences", what, outside, sequences.where, column=INDICES, **values)
+        what = f"the source has rows 0 to {self.source_rows - 1}"
+        self.findings.add_all("sequences", what, outside, sequences.where, column=INDICES, found=rows, row=None)
         if outside.any():
             sequences = sequences.take(~outside)
         once = self._check_overlong(sequences) if len(self.overlong_rows) else sequences
@@ -226,8 +226,8 @@ class PackCheck:
         self.findings.add_all("sequences", "this row is there a second time", again, once.where, column=INDICES)
         begins = once.begins
         if begins is not None and not self.facts.trimmed_rows:
-            what, values = "a row that was not split begins with its first token", {"found": begins, "expected": 0}
-            self.findings.add_all("sequences", what, begins != 0, once.where, column=STARTS, **values)
+            what, values = "a row that was not split begins with its first token", {"column": STARTS, "expected": 0}
+            self.findings.add_all("sequences", what, begins != 0, once.where, found=begins, **values)
         return sequences
 
     def _check_overlong(self, sequences: PackedSequences) -> PackedSequences:
@@ -264,7 +264,8 @@ class PackCheck:
             bits = np.unpackbits(~self._seen[first : first + SEEN_BYTES], bitorder="little")
             absent = bits[: self.source_rows - 8 * first]
             what = "this row is in no pack that can be read"
-            self.findings.add_all("sequences", what, absent, lambda i, first=first: {"row": 8 * first + i})
+            rows = 8 * first + np.arange(len(absent))
+            self.findings.add_all("sequences", what, absent, row=rows)
 
     def _check_pieces(self, source: Source | None) -> None:
         """The pieces of each row lie end to end; all but a row's last one are full."""
@@ -284,7 +285,7 @@ class PackCheck:
 
         def add(what: str, at: np.ndarray, **values: object) -> None:
             place = {"pack": packs, "sequence": slots, "row": rows, "column": STARTS}
-            self.findings.add_all("sequences", what, at, lambda i: {}, **place, **values)
+            self.findings.add_all("sequences", what, at, **place, **values)
 
         add("this piece of the row is there a second time", twice)
         add("the row's pieces do not lie end to end", wrong & ~twice, found=begins, expected=expected)
