@@ -1,4 +1,4 @@
-"""The command pack-dataset: finds the subcommand, runs it, and says in one line what went wrong.
+"""The command pack-dataset: finds the subcommand, runs it, and prints an error in one line.
 
 pack-dataset pack SOURCE TARGET     also without a subcommand: pack-dataset SOURCE TARGET
 pack-dataset plan SOURCE                                       pack-dataset SOURCE --plan-only
@@ -41,7 +41,7 @@ Pack tokenized sequences into rows of one length, without padding. Subcommands, 
 def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
-    Returns 0: done; 1: verify found problems; 2: the input was refused, with one line on stderr that says why;
+    Returns 0: done; 1: verify found problems; 2: the input was refused, with the reason in one line on stderr;
     130: interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name, prog, rest = find_subcommand(argv)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _refuse_unknown(parser, rest)
         return COMMANDS[name].run(parser.parse(rest))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, FileExistsError) as error:
         return _refused(prog, error, hint)
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _refused(prog, error)
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def find_subcommand(argv: Sequence[str]) -> tuple[str, str, list[str]]:
-    """The subcommand, what errors call it, and its arguments.
+    """The subcommand, its name in errors, and its arguments.
 
     ["plan", "rows"] -> "plan", "pack-dataset plan", ["rows"]
     ["rows", "--plan-only"] -> "plan", "pack-dataset", ["rows"]
@@ -74,7 +74,7 @@ def find_subcommand(argv: Sequence[str]) -> tuple[str, str, list[str]]:
     return "plan" if "--plan-only" in options else "pack", "pack-dataset", rest
 
 
-SHORT = ("--plan-only", "--compare")  # say which subcommand is meant
+SHORT = ("--plan-only", "--compare")  # stand for a subcommand
 
 
 def make_parser(name: str = "pack", prog: str = "pack-dataset", hint: str = "") -> Parser:
@@ -83,28 +83,29 @@ def make_parser(name: str = "pack", prog: str = "pack-dataset", hint: str = "") 
     description = OVERVIEW if (name, prog) == ("pack", "pack-dataset") else command.description
     parser = Parser(prog, hint, command.lacks, description=description, epilog=command.examples)
     command.add_options(parser)
-    positionals = [action.metavar for action in parser._get_positional_actions()]
+    positionals = [str(action.metavar) for action in parser._get_positional_actions()]
     parser.usage = f"%(prog)s {' '.join(positionals)} [options]"
     return parser
 
 
 def _refuse_unknown(parser: Parser, arguments: list[str]) -> None:
-    """Raise ValueError for an option of other subcommands; exit for one that there is not."""
+    """Raise ValueError for an option of other subcommands; exit for one that no subcommand has."""
     unknown = parser.first_unknown(arguments)
     if unknown is None:
         return
     option, value = unknown
-    others = {other: make_parser(other).options.get(option) for other in COMMANDS}
-    have = [other for other, action in others.items() if action is not None]
+    options = {other: make_parser(other).options for other in COMMANDS}
+    have = {other: found[option] for other, found in options.items() if option in found}
     if not have:
         parser.error(f"unknown option {option}{suggestion(option, parser.options)}")
-    given = option if others[have[0]].nargs == 0 or value is None else f"{option} {value}"
+    takes_none = any(action.nargs == 0 for action in have.values())
+    given = option if takes_none or value is None else f"{option} {value}"
     why = f"it is for pack-dataset {' and '.join(have)}" + (f", and {parser.lacks}" if parser.lacks else "")
     raise ValueError(f"{given} would be ignored: {why}; leave it out{parser.hint}")
 
 
 def _hint(first: str) -> str:
-    """How to name a SOURCE that is called like a subcommand; or which subcommand a mistyped one may be."""
+    """How to name a SOURCE that is called like a subcommand, or the subcommand that is nearest to a mistyped one."""
     if first in COMMANDS:
         return f"; to pack the SOURCE that is called {first}, write ./{first}" if Path(first).exists() else ""
     return "" if first.startswith("-") or Path(first).exists() else suggestion(first, COMMANDS)
@@ -116,14 +117,14 @@ def _refused(prog: str, error: Exception, hint: str = "") -> int:
 
 
 def notes(error: BaseException) -> list[str]:
-    """How to resume, where something was written."""
+    """How to resume, if something was written."""
     return getattr(error, "__notes__", [])
 
 
 def in_command_words(message: str) -> str:
     """max_sequence_length=8 -> --max-sequence-length 8; overlong="drop" -> --overlong drop
 
-    Not within quotes, where names of columns and files are."""
+    Names of columns and files stand in quotes, and stay."""
 
     def option(found: re.Match) -> str:
         if found["quoted"]:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from bert_pretrain.objective import NO_PAIR, OBJECTIVES
 from bert_pretrain.prepare.sequences import BuiltSequence, sequences_of
 from bert_pretrain.prepare.tokens import TokenDocuments, open_tokens
 from packing.files.processes import Workers
+from packing.files.progress import progress_bar
 from packing.histogram import offsets_of
 from packing.store.dataset_files import write_dataset
 
@@ -64,7 +64,9 @@ def build_sequences(
     def batches() -> Iterator[pa.RecordBatch]:
         nonlocal counts
         build = partial(_build, tokens, options)
-        with tqdm(desc=f"building {split}", unit=" documents", total=len(documents), disable=not progress) as bar:
+        with progress_bar(
+            desc=f"building {split}", unit=" documents", total=len(documents), disable=not progress
+        ) as bar:
             tasks = _tasks(documents)
             for numbers, (batch, of_batch) in zip(tasks, workers.map(build, tasks), strict=True):
                 counts = Counts(*map(sum, zip(counts, of_batch, strict=True)))

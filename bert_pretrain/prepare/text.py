@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from bert_pretrain.prepare.documents import Document, DocumentOptions, documents_of, find_sources, no_text
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
 from bert_pretrain.prepare.tokens import TokenDocuments, open_tokens, write_tokens
 from packing.files.processes import Workers
+from packing.files.progress import progress_bar
 from packing.source.text import text_tokenizer
 from packing.source.text_files import BLOCK_BYTES, TextBlock, find_blocks
 
@@ -128,7 +128,7 @@ class Text:
     ) -> Iterator[Result]:
         """The results of the tasks, with a bar that counts documents."""
         total = None if members is None else int(members.sum())
-        with tqdm(desc=what, unit=" documents", total=total, disable=not self.progress) as bar:
+        with progress_bar(desc=what, unit=" documents", total=total, disable=not self.progress) as bar:
             for task, result in zip(tasks, self.workers.map(function, tasks), strict=True):
                 bar.update(result if task.members is None else int(task.members.sum()))
                 yield result

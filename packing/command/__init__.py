@@ -1,4 +1,4 @@
-"""The subcommands of pack-dataset, a file each. `packing.cli` finds the right one, and says errors in one line.
+"""The subcommands of pack-dataset, one a file. `packing.cli` finds the right one and prints errors in one line.
 
 parser     the parser that both commands of this project share; what a subcommand is
 sources    SOURCE and the options that say how to read it -> splits, or histograms

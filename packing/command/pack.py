@@ -25,15 +25,15 @@ EXAMPLES = f"""\
 examples:
   pack-dataset pack tokenized packed                          packs of 512 tokens
   pack-dataset pack tokenized packed --max-sequence-length 128 --overlong truncate
-  pack-dataset pack tokenized packed --pad-token-id 0         rows are padded, and have no attention_mask
+  pack-dataset pack tokenized packed --pad-token-id 0         rows with padding and without attention_mask
   pack-dataset pack tokenized packed --format parquet         for load_dataset, instead of load_from_disk
   pack-dataset pack s3://bucket/tokenized s3://bucket/packed
   pack-dataset pack reviews.jsonl packed --text-column review --tokenizer bert-base-uncased
-  pack-dataset pack notes.txt packed --tokenizer bert-base-uncased            a sequence a document
+  pack-dataset pack notes.txt packed --tokenizer bert-base-uncased            one sequence a document
 
 {sources.SOURCES}
 TARGET at a URL has no lock: start one run at a time. Credentials come from the environment (AWS_ACCESS_KEY_ID,
-FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec). A run that was interrupted resumes when the same command runs again.
+FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec). To resume an interrupted run, give the same command again.
 """
 PLANNING = ("max_sequence_length", "max_sequences_per_pack", "packer", "seed", "balance")
 
@@ -49,15 +49,15 @@ def _add_options(parser: Parser) -> None:
 
 def _run(arguments: Namespace) -> int:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
-    # heavy imports wait until the arguments are known to be good
+    # heavy imports wait until the arguments are parsed
     from packing.store.engines import check_engine, opened_engine
     from packing.store.writing import check_output, write_packings
 
     sources.check_text_options(arguments)
     if sources.is_lengths(arguments):
         raise ValueError(
-            f"SOURCE {arguments.source!r} is a file of lengths, which can be planned for (pack-dataset plan, compare) "
-            f"but not packed; give a folder of save_to_disk, or a file {endings()} with rows or texts"
+            f"SOURCE {arguments.source!r} is a file of lengths, which only pack-dataset plan and compare take; give a "
+            f"folder of save_to_disk, or a file {endings()} with rows or texts"
         )
     check_engine(arguments.engine)
     whole_number("num_proc", arguments.num_proc)
@@ -80,16 +80,16 @@ def prepare_splits(source: OpenedSource, arguments: Namespace, to_write: bool = 
         other_machines = None if source.are_tokenized else opener(name, arguments)  # they must see the cache of tokens
         with in_split(name):
             packings[name] = prepare_packing(dataset, options, to_write=to_write, opener=other_machines, progress=True)
-        print(f"{sources.title(name)}{len(dataset):,} rows\n{packings[name].plan}\n", flush=True)
+        print(f"{sources.title(name)}{len(dataset):,} rows\n{packings[name].plan}", flush=True)
         facts = packings[name].facts
         if facts.step_costs_after is not None:
             print(f"attention cost of {facts.step_costs_after.num_steps:,} batches of {facts.balance:,} packs")
-            print(f"before   {facts.step_costs_before}\nafter    {facts.step_costs_after}\n", flush=True)
+            print(f"before   {facts.step_costs_before}\nafter    {facts.step_costs_after}", flush=True)
     return packings
 
 
 def opener(split: str, arguments: Namespace) -> Callable[[], datasets.Dataset]:
-    """How another machine opens the same rows, of its own copy."""
+    """How another machine opens the same rows in its own copy."""
     from glob import has_magic
 
     from packing.source.open import is_url, open_split, without_protocol

@@ -1,4 +1,4 @@
-"""What command lines have in common: both spellings of an option, errors of one line, defaults and examples in help."""
+"""What all commands share: both spellings of an option, errors of one line, defaults and examples in help."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from packing.options import PackOptions
 
 @dataclass(frozen=True)
 class Subcommand:
-    """One subcommand: its words in help, its options, and what it does with them.
+    """One subcommand: its help, its options, and the function that runs it.
 
-    run: arguments -> exit status. lacks: why it does not have all options of the others, as the end of an error.
+    run: arguments -> exit status. lacks: why it lacks options of other subcommands, as the end of an error.
     """
 
     description: str
@@ -28,7 +28,7 @@ class Subcommand:
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes --a-b and --a_b, and refuses in one line. It has --version.
 
-    hint: ends what it says when it refuses. lacks: see Subcommand.
+    hint: the end of its errors. lacks: see Subcommand.
     """
 
     def __init__(self, prog: str, hint: str = "", lacks: str = "", **about: Any):
@@ -37,12 +37,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
 
     def parse(self, arguments: Iterable[str]) -> argparse.Namespace:
-        """The values, and `defaults`: {name: default} of them all. Exits with status 2 for what it cannot parse."""
+        """The values, and `defaults`: {name: default} of all. Exits with status 2 for what it cannot parse."""
         found, others = self.parse_known_args(with_hyphens(arguments))
         if len(others) == 1 and self.lacks:
             raise ValueError(f"{others[0]!r} would be ignored: {self.lacks}; leave it out")
         if others:
-            self.error(f"unrecognized arguments: {' '.join(others)} (several files? quote the glob: 'data/*.parquet')")
+            guess = "" if self.hint else " (several files? quote the glob: 'data/*.parquet')"
+            self.error(f"unrecognized arguments: {' '.join(others)}{guess}")
         found.defaults = {action.dest: action.default for action in self._actions}
         return found
 
@@ -83,7 +84,7 @@ def with_hyphens(arguments: Iterable[str]) -> list[str]:
 
 
 def add_pack_options(parser: Parser, names: Sequence[str]) -> None:
-    """Add the fields of PackOptions that have these names, with their types, defaults, choices and help."""
+    """Add an option for each of these fields of PackOptions, with its type, default, choices and help."""
     for field in fields(PackOptions):
         if field.name in names:
             choices = field.metadata["choices"]
@@ -99,7 +100,7 @@ def add_pack_options(parser: Parser, names: Sequence[str]) -> None:
 
 
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:
-    """A type for add_argument that names the choice nearest to an unknown one."""
+    """A type for add_argument; its error names the choice nearest to an unknown one."""
 
     def checked(value: str) -> str:
         if value not in choices:
@@ -121,7 +122,7 @@ class Version(argparse.Action):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults where there is one, and the examples as they are written."""
+    """Shows defaults where there are some, and the examples as they are written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default not in (None, argparse.SUPPRESS) and action.default is not False

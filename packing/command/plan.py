@@ -20,7 +20,7 @@ object {"length": count}, an .npy array of rows length, count. `pack-dataset --h
 
 def _add_options(parser: Parser) -> None:
     """SOURCE, and the options that a plan depends on."""
-    sources.add_source(parser, f"; {sources.LENGTHS}")
+    sources.add_source(parser, sources.LENGTHS)
     add_pack_options(parser, pack.PLANNING)
     sources.add_reading_options(parser)
 
@@ -29,9 +29,9 @@ def _run(arguments: Namespace) -> int:
     """Print the plan of each split."""
     if sources.is_lengths(arguments):
         _plan_lengths(arguments)
-        return 0
-    sources.check_text_options(arguments)
-    pack.prepare_splits(sources.load_sequences(arguments), arguments)
+    else:
+        sources.check_text_options(arguments)
+        pack.prepare_splits(sources.load_sequences(arguments), arguments)
     return 0
 
 
@@ -41,11 +41,11 @@ def _plan_lengths(arguments: Namespace) -> None:
     ((_, histogram),) = sources.load_histograms(arguments)
     limits = arguments.max_sequence_length, arguments.max_sequences_per_pack
     plan = plan_packs(histogram, *limits, arguments.packer, progress=True)
-    print(f"{histogram.sum():,} sequences\n{plan}\n")
+    print(f"{histogram.sum():,} sequences\n{plan}")
 
 
 COMMAND = Subcommand(
-    description="Print how well SOURCE would pack. Nothing is written.",
+    description="Print how well SOURCE would pack, and write nothing.",
     examples=EXAMPLES,
     add_options=_add_options,
     run=_run,

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 READING = ("overlong", "token_columns", "pad_token_id", "num_proc")
 TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer", "documents")
-LENGTHS = "also a file of lengths (.txt, .csv, .json, .npy, .npz)"
+LENGTHS = "or a file of lengths (.txt, .csv, .json, .npy, .npz)"
 
 SOURCES = f"""\
 SOURCE is one of:
@@ -34,16 +34,16 @@ SOURCE is one of:
   'data/train-*.parquet'   a glob, in quotes
   owner/name               a dataset of the hub; owner/name:config where it has several
   s3://bucket/data         files, folders and globs at a URL of any file system that fsspec knows
-Rows hold tokens in the column input_ids, or texts in --text-column (left out: in the only column of strings), which
---tokenizer tokenizes. Of a .txt file each document becomes a sequence: --documents says what a document is.
-Several splits are packed one by one into TARGET/<split>. Names of files that say train, validation and test are splits.
-HF_DATASETS_CACHE says where converted files, copies of URLs and the tokens of texts are kept.
+Rows hold tokens in the column input_ids, or texts in --text-column (by default the only column of strings), which
+--tokenizer tokenizes. Each document of a .txt file becomes a sequence; --documents says what a document is.
+Each split is packed into its own folder TARGET/<split>; files named for train, validation and test are splits.
+The folder HF_DATASETS_CACHE keeps converted files, copies of URLs and the tokens of texts.
 """
 
 
-def add_source(parser: Parser, extra: str = "") -> None:
+def add_source(parser: Parser, more: str = "see below") -> None:
     """The argument SOURCE."""
-    parser.add_argument("source", metavar="SOURCE", help=f"sequences or texts to read, see below{extra}")
+    parser.add_argument("source", metavar="SOURCE", help=f"sequences or texts to read; {more}")
 
 
 def add_text_options(parser: Parser) -> None:
@@ -57,18 +57,18 @@ def add_text_options(parser: Parser) -> None:
         "--documents",
         type=one_of(DOCUMENTS),
         choices=DOCUMENTS,
-        help="a sequence of a text file: the lines between blank ones (paragraph, if left out), a line, or the file",
+        help="what a sequence of a text file is: a paragraph between blank lines (the default), a line, or the file",
     )
 
 
 def add_reading_options(parser: Parser) -> None:
-    """How to read rows, whatever happens to them then."""
+    """The options that say how to read rows."""
     add_pack_options(parser, READING)
     add_text_options(parser)
 
 
 def check_text_options(arguments: Namespace) -> None:
-    """Raise ValueError for a column of texts without a tokenizer, and for what needs either and has none."""
+    """Raise ValueError for a column of texts without a tokenizer, and for options that need either one."""
     if arguments.text_column is None:
         unused = ("text_pair_column",) if arguments.tokenizer is not None else ("text_pair_column", "keep_text")
         refuse_ignored(arguments, unused, "there is no --text-column")
@@ -76,13 +76,13 @@ def check_text_options(arguments: Namespace) -> None:
         raise ValueError("--text-column needs --tokenizer: a folder that save_pretrained wrote, or a name on the hub")
     if arguments.text_pair_column is not None and getattr(arguments, "overlong", None) == "truncate":
         raise ValueError(
-            "--overlong truncate would take from the second text of a pair alone; choose split or drop, or raise "
+            "--overlong truncate would cut only the second text of a pair; choose split or drop, or raise "
             "--max-sequence-length"
         )
 
 
 def refuse_ignored(arguments: Namespace, unused: Sequence[str], why: str) -> None:
-    """Raise ValueError for an option that is given although this source leaves it unused."""
+    """Raise ValueError for a given option that this source does not use."""
     for name in unused:
         value = getattr(arguments, name, arguments.defaults.get(name))
         if value != arguments.defaults.get(name):
@@ -93,7 +93,7 @@ def refuse_ignored(arguments: Namespace, unused: Sequence[str], why: str) -> Non
 
 
 def is_lengths(arguments: Namespace) -> bool:
-    """Whether SOURCE is a file of lengths, and not of rows or texts."""
+    """Whether SOURCE is a file of lengths, not of rows or texts."""
     from packing.source.lengths import holds_lengths
 
     asked_for_texts = arguments.tokenizer is not None or arguments.text_column is not None
@@ -101,7 +101,7 @@ def is_lengths(arguments: Namespace) -> bool:
 
 
 def load_histograms(arguments: Namespace) -> Iterator[tuple[str, np.ndarray]]:
-    """(split, histogram) one after the other, cut to max_sequence_length; "" is a source without splits."""
+    """Yield (split, histogram), cut to max_sequence_length; "" is a source without splits."""
     from packing.packers.table import checked_length
     from packing.source.lengths import cut_histogram, dataset_histogram, read_histogram
 
@@ -125,7 +125,7 @@ def load_histograms(arguments: Namespace) -> Iterator[tuple[str, np.ndarray]]:
 def load_sequences(arguments: Namespace, cache: Path | None = None) -> OpenedSource:
     """The splits of SOURCE, with input_ids; a Dataset without splits is {"": Dataset}.
 
-    cache: where converted files and tokens are kept; None: in that of the datasets library."""
+    cache: the folder for converted files and tokens; None: the cache of the datasets library."""
     from packing.packers.table import checked_length
     from packing.source.open import TextOptions, open_sequences
 
@@ -143,5 +143,5 @@ def load_sequences(arguments: Namespace, cache: Path | None = None) -> OpenedSou
 
 
 def title(split: str) -> str:
-    """What stands before the first line that is printed about a split."""
+    """The beginning of what is printed about a split."""
     return f"{split}: " if split else ""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from packing.command.parser import Parser, Subcommand
 
 if TYPE_CHECKING:
     import datasets
+
+    from packing.files.hashed import HashedFile
 
 EXAMPLES = """\
 examples:
@@ -18,8 +22,8 @@ examples:
   pack-dataset unpack packed rows.parquet          one file; also .jsonl
   pack-dataset unpack s3://bucket/packed rows
 
-Rows come back in their order, with their columns, one sequence each. Padding stays trimmed; rows that --overlong
-dropped or truncated stay so.
+Rows come back in their order, with their columns, one sequence each. Padding stays trimmed, and rows that --overlong
+dropped or truncated stay dropped or truncated.
 """
 
 
@@ -69,25 +73,45 @@ def _write_file(splits: dict, target: Path) -> None:
 
     if "" not in splits:
         raise ValueError(
-            f"PACKED has the splits {', '.join(splits)}, and {target.suffix} is one file; give a folder for TARGET, or "
-            "one split's folder for PACKED"
+            f"PACKED has the splits {', '.join(splits)}, and {target.suffix} is one file; give a folder as TARGET, or "
+            "the folder of one split as PACKED"
         )
     rows = unpack_dataset(splits[""])
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with hashed_file(target) as file:
         FILES[target.suffix](rows, file)
         file.publish()
 
 
-def _write_lines(rows: datasets.Dataset, file: BinaryIO) -> None:
-    """Not by Dataset.to_json, which rounds numbers to ten places."""
+def _write_lines(rows: datasets.Dataset, file: HashedFile) -> None:
+    """Dataset.to_json would round numbers to ten places."""
     for row in rows:
         file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-FILES = {".parquet": lambda rows, file: rows.to_parquet(file), ".jsonl": _write_lines}
+def _write_parquet(rows: datasets.Dataset, file: HashedFile) -> None:
+    with _without_bars():
+        rows.to_parquet(file)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep datasets' bars out of logs."""
+    import datasets
+
+    were_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_on:
+            datasets.enable_progress_bars()
+
+
+FILES = {".parquet": _write_parquet, ".jsonl": _write_lines}
 
 COMMAND = Subcommand(
-    description="Write the rows that were packed into PACKED to TARGET again.",
+    description="Write the rows that were packed into PACKED to TARGET.",
     examples=EXAMPLES,
     add_options=_add_options,
     run=_run,

@@ -1,4 +1,4 @@
-"""pack-dataset verify: a packed folder in, a table of what is wrong out."""
+"""pack-dataset verify: print a table of everything that is wrong with a packed folder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ examples:
   pack-dataset verify packed                            files against their checksums, packs by themselves
   pack-dataset verify packed --source tokenized         and every value against the source
   pack-dataset verify packed --source reviews.jsonl --text-column review --tokenizer bert-base-uncased
-                                                        texts, with the options that they were packed with
-  pack-dataset verify s3://bucket/packed                as it lies there; nothing is kept here
+                                                        texts, with the options of packing
+  pack-dataset verify s3://bucket/packed                read at the URL, nothing is copied
 
 Exit status: 0 if nothing is wrong, 1 if something is, 2 if an argument was refused. Splits are verified one by one.
 """
@@ -31,7 +31,7 @@ def _add_options(parser: Parser) -> None:
     parser.add_argument(
         "--source",
         metavar="SOURCE",
-        help="the sequences that were packed, to compare every value with: as pack-dataset takes them",
+        help="the source that was packed, to compare every value with; as pack-dataset takes it",
     )
     sources.add_text_options(parser)
     parser.set_defaults(num_proc=1)
@@ -43,10 +43,10 @@ def _run(arguments: Namespace) -> int:
 
     sources.check_text_options(arguments)
     if arguments.source is None and arguments.text_column is not None:
-        raise ValueError(f"--text-column {arguments.text_column!r} is for texts in a source; give --source, too")
+        raise ValueError(f"--text-column {arguments.text_column!r} is for texts in a source; also give --source")
     if arguments.source is None:
         return 0 if verify(arguments.packed, None) else 1
-    with new_cache() as cache:  # files are converted, and texts tokenized, anew: packing's cache may be damaged
+    with new_cache() as cache:  # the cache that packing used may be damaged
         return 0 if verify(arguments.packed, sources.load_sequences(arguments, cache).splits) else 1
 
 
@@ -99,12 +99,12 @@ def _verify_split(folder: Path | RemotePath, name: str, source: dict | None) -> 
 
 
 def _beside_splits(folder: Path | RemotePath, names: list[str]) -> Iterator[str]:
-    """What load_from_disk would leave out, or take instead of the splits."""
+    """Files that load_from_disk would leave out, or open instead of the splits."""
     from packing.files.saved import DICT, INFO, STATE
     from packing.store.manifest import FILE
 
     for file in sorted(str(file) for file in folder.rglob(FILE) if file.parent.name not in names):
-        yield f"{file!r} belongs to packs that {DICT} does not list; remove its folder, or list it"
+        yield f"{file!r} belongs to packs that {DICT} does not list; remove its folder, or list it there"
     for name in (INFO, STATE):
         if (folder / name).exists():
             yield f"{name} does not belong beside {DICT}: load_from_disk would open it instead of the splits; remove it"
@@ -113,7 +113,7 @@ def _beside_splits(folder: Path | RemotePath, names: list[str]) -> Iterator[str]
 NO_SPLITS = "not verified: the source has no splits, and the packed folder has"
 
 COMMAND = Subcommand(
-    description="Prove that a packed folder holds what was packed: unchanged, each sequence once, no pack too long.",
+    description="Prove that a packed folder holds every sequence once and unchanged, and that no pack is too long.",
     examples=EXAMPLES,
     add_options=_add_options,
     run=_run,

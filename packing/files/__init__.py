@@ -11,4 +11,5 @@ cache         files that are made once and kept
 local_copy    files at a URL, copied into the cache
 errors        what is wrong and where, which numbers may be, what the user meant
 processes     the pool of processes
+progress      a bar in a terminal, lines in a log
 """

@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from packing.bounds import lower_bound
+from packing.files.progress import progress_bar
 from packing.packers.filling import Packs, Strategy, as_packs, best_fit, fill_slots
 from packing.packers.linear_program import DUAL, LinearProgram
 from packing.packers.lpfhp import lpfhp
@@ -63,7 +64,7 @@ def optimal(
     progress: show a bar on stderr once it takes more than two seconds.
     """
     deadline = None if time_limit is None else monotonic() + time_limit
-    with tqdm(desc="planning", unit=" steps", delay=2, disable=not progress) as bar:
+    with progress_bar(desc="planning", unit=" steps", delay=2, disable=not progress) as bar:
         search = Search(histogram, (max_sequence_length, max_sequences_per_pack), deadline, bar)
         if max_sequence_length <= PRICED_SLOTS:
             search.run()

@@ -66,7 +66,7 @@ def find_packer(packer: str | Packer) -> Packer:
         return packer
     if packer not in PACKERS:
         near = suggestion(packer, PACKERS)
-        raise ValueError(f"unknown packer {packer!r}{near}; choose from {', '.join(PACKERS)}, or pass a callable")
+        raise ValueError(f"unknown packer {packer!r}{near}; choose from {', '.join(PACKERS)}")
     return PACKERS[packer]
 
 

@@ -22,8 +22,8 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
+from packing.files.progress import progress_bar
 from packing.packers.table import PACKERS, Packer, plan_packs
 from packing.plan import PackPlan
 
@@ -136,8 +136,8 @@ class Comparison:
     def __str__(self) -> str:
         rows = [row for _, row in self.rows()]
         widths = {name: max(len(row.get(name, "")) for row in [*rows, {name: name}]) for name in COLUMNS}
-        lines = [self.summary(), "", _line({name: name for name in COLUMNS}, widths)]
-        return "\n".join([*lines, *(_line(row, widths) for row in rows), "", *NOTES])
+        heading = {name: name for name in COLUMNS}
+        return "\n".join([self.summary(), *(_line(row, widths) for row in [heading, *rows]), *NOTES])
 
 
 COLUMNS: dict[str, Callable[[Comparison, Attempt], str]] = {
@@ -180,7 +180,7 @@ def compare_packers(
     depths = _distinct(depths, padded)
     cases = [(name, depth) for name in packers for depth in depths]
     attempts = []
-    with tqdm(cases, desc="planning", unit="plan", disable=not progress) as bar:
+    with progress_bar(cases, desc="planning", unit="plan", disable=not progress) as bar:
         for name, depth in bar:
             bar.set_postfix_str(f"{name}, depth {depth_name(depth)}")
             attempt = _attempt(name, packers[name], padded, depth)

@@ -13,10 +13,10 @@ from functools import cached_property
 
 import datasets
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from packing.assignment import Assignment, assign
 from packing.balance import balance_packs, step_costs
+from packing.files.progress import progress_bar
 from packing.histogram import length_histogram
 from packing.options import PackOptions
 from packing.packers.table import plan_packs
@@ -192,7 +192,7 @@ def _check_parquet(packing: Packing) -> None:
 def gather_all(packing: Packing, progress: bool = False) -> Iterator[pa.RecordBatch]:
     """The packs, gathered some thousand at a time, each into memory of its own."""
     schema, num_packs = packing.features.arrow_schema, packing.plan.num_packs
-    with tqdm(total=num_packs, desc="packing", unit="pack", disable=not progress) as bar:
+    with progress_bar(total=num_packs, desc="packing", unit="pack", disable=not progress) as bar:
         for first in range(0, num_packs, packing.batch_packs):
             end = min(first + packing.batch_packs, num_packs)
             yield gather_packs(packing.source.columns, packing.packs(first, end), schema)

@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 
 import datasets
-from tqdm.auto import tqdm
 
 from packing.files.processes import Workers, is_stopped, prepared
+from packing.files.progress import progress_bar
 from packing.options import PackOptions
 from packing.source.fingerprint import ColumnPrint, column_prints, in_background
 from packing.source.ranges import Reading, join_ranges, row_ranges
@@ -62,7 +62,7 @@ def _read_on_ray(
 ) -> tuple[Source, Future[tuple[ColumnPrint, ...]] | None]:
     check_source(dataset)
     with (
-        tqdm(total=len(dataset), desc="reading", unit="row", disable=not progress) as bar,
+        progress_bar(total=len(dataset), desc="reading", unit="row", disable=not progress) as bar,
         closing(read_on_ray(SharedSource.of(dataset, opener), reading, row_ranges(dataset), bar.update)) as read,
     ):
         source, prints = join_ranges(dataset, reading, read)

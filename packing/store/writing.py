@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import xxhash
-from tqdm.auto import tqdm
 
 from packing.files.folder import (
     check_space,
@@ -25,6 +24,7 @@ from packing.files.folder import (
 )
 from packing.files.hashed import UNFINISHED, write_file
 from packing.files.paths import RemotePath, place
+from packing.files.progress import progress_bar
 from packing.files.saved import DICT, INFO, STATE
 from packing.source.fingerprint import packed_fingerprint
 from packing.source.source_files import SourceChangedError
@@ -170,7 +170,7 @@ def shard_tasks(packing: Packing, folder: Path | RemotePath) -> Iterator[ShardTa
 def write_packs(packing: Packing, folder: Path | RemotePath, progress: bool = False) -> None:
     """Write the packed dataset into a folder that `start` has made ready."""
     records: dict[str, ShardRecord] = {}
-    with tqdm(total=packing.plan.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
+    with progress_bar(total=packing.plan.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
         try:
             with closing(engines.write_shards(packing, shard_tasks(packing, folder), bar.update)) as written:
                 for record in written:

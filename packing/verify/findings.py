@@ -61,7 +61,9 @@ class Findings:
         if self.counts[check] <= self.limit:
             self.problems.append(Problem(check=check, what=what, **where))
 
-    def add_all(self, check: str, what: str, wrong: np.ndarray, where: Callable[[int], dict], **fields: object) -> None:
+    def add_all(
+        self, check: str, what: str, wrong: np.ndarray, where: Callable[[int], dict] = lambda i: {}, **fields: Any
+    ) -> None:
         """Add a problem for each i with wrong[i]; where(i) is called only for those that are kept.
 
         fields: more fields of a Problem, each an array with its values for all i, or one value.

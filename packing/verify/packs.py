@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import datasets
 import numpy as np
@@ -283,9 +284,9 @@ class PackCheck:
         short = ~is_last & (lengths != longest) & ~np.roll(twice, -1)
         lost = is_last & (is_first if source is None else begins + lengths != source.kept[rows] + skipped)
 
-        def add(what: str, at: np.ndarray, **values: object) -> None:
+        def add(what: str, wrong: np.ndarray, **values: Any) -> None:
             place = {"pack": packs, "sequence": slots, "row": rows, "column": STARTS}
-            self.findings.add_all("sequences", what, at, **place, **values)
+            self.findings.add_all("sequences", what, wrong, lambda i: {}, **place, **values)
 
         add("this piece of the row is there a second time", twice)
         add("the row's pieces do not lie end to end", wrong & ~twice, found=begins, expected=expected)

@@ -223,6 +223,24 @@ def test_unpack_writes_the_rows_again(tmp_path, source, capsys):
     assert datasets.load_from_disk(tmp_path / "all")["a"].to_list() == rows
 
 
+def test_a_log_has_whole_lines_alone(tmp_path, source, capsys, monkeypatch):
+    """No bar, no carriage return and no empty line."""
+    monkeypatch.chdir(tmp_path)
+    datasets.enable_progress_bars()
+    for arguments in (
+        ["plan", "source", "--balance", "2"],
+        ["compare", "source", "--max-sequences-per-pack", "2"],
+        ["pack", "single", "packed"],
+        ["pack", "source", "splits", "--max_sequence_length", "40", "--num_proc", "2", "--balance", "2"],
+        ["verify", "splits", "--source", "source"],
+        ["unpack", "packed", "deep/rows.parquet"],
+    ):
+        assert cli.main(arguments) == 0
+        for shown in capsys.readouterr():
+            assert "\r" not in shown and not re.search(r"(\A|\n)\n|\S\|", shown) and shown[-1:] in ("", "\n"), shown
+    datasets.disable_progress_bars()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -269,6 +287,8 @@ def test_mistakes_in_options_are_one_line(capsys, arguments, message):
     [
         (["sourse", "packed"], "'source'"),
         (["verfy", "packed"], "'verify'"),
+        (["plann", "source"], "'plan'"),
+        (["unpak", "missing"], "'unpack'"),
         (["source", "packed", "--packer", "optimel"], "'optimal'"),
     ],
 )

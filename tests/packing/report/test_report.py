@@ -265,7 +265,10 @@ def test_overlong_lengths_are_cut_as_rows_are(sources, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lengths.npy", "packed"], "SOURCE 'lengths.npy' is a file of lengths, which can be planned for"),
+        (
+            ["lengths.npy", "packed"],
+            "SOURCE 'lengths.npy' is a file of lengths, which only pack-dataset plan and compare",
+        ),
         (["missing.npy", "--compare"], "there is no SOURCE 'missing.npy'"),
         (
             ["lengths.npy", "--compare", "--max-sequence-length", "8"],

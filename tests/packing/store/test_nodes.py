@@ -134,7 +134,7 @@ def test_a_node_that_is_lost_is_done_without(nodes, tmp_path, monkeypatch):
                 if len(written) == 1:
                     nodes.remove_node(lost, allow_graceful=False)
 
-    monkeypatch.setattr("packing.store.writing.tqdm", Bar)
+    monkeypatch.setattr("packing.store.writing.progress_bar", Bar)
     nodes.wait_for_nodes()
     pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
     assert len(nodes_of(tmp_path, "writes")) == 4
