@@ -19,12 +19,11 @@ FEW_STEPS = 100
 
 
 def set_batch(config: PretrainConfig, training: TrainingArguments, train: Dataset) -> int | None:
-    """PackedTrainer's sequences_per_step: None if packs are counted. What a step holds is logged.
+    """PackedTrainer's sequences_per_step: None if a step counts packs. It logs what a step holds.
 
-    For batch_policy "sequences" packs per forward pass and accumulation steps follow, and are written into `training`:
+    For batch_policy "sequences" packs per forward pass and accumulation steps follow; it writes them into `training`:
     256 sequences in up to 149 packs, on 2 devices, at most 32 packs per pass -> 75 per device, 3 passes of 25.
-    The cut into passes changes rounding, and which units dropout draws, as each pass draws for its own rows: nothing
-    else.
+    The cut into passes changes rounding and what dropout draws, nothing else.
     """
     if training.auto_find_batch_size:
         raise ValueError(
@@ -33,7 +32,7 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             raise ValueError(f"{name}={getattr(training, name)} must be at least 1")
-    sequences, factor = counted_info(train).num_sequences, packing_factor(train)
+    factor, depths = packing_factor(train), pack_depths(train)
     if config.batch_policy == "packs":
         packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
         logger.info(
@@ -48,13 +47,12 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
             f"gradient_accumulation_steps={training.gradient_accumulation_steps} follows from sequences_per_step; "
             "leave it at 1 and set sequences_per_step and per_device_train_batch_size, or batch_policy='packs'"
         )
-    assert sequences is not None
-    if config.sequences_per_step > sequences:
+    if config.sequences_per_step > (sequences := int(depths.sum())):
         raise ValueError(
             f"sequences_per_step={config.sequences_per_step} is more than the {sequences:,} sequences of the training "
             f"split; set it to {sequences} or less"
         )
-    plan = plan_steps(pack_depths(train), config.sequences_per_step)
+    plan = plan_steps(depths, config.sequences_per_step)
     if plan.most_packs < training.world_size:
         raise ValueError(
             f"sequences_per_step={config.sequences_per_step} are {plan.most_packs} packs at the most, less than one "
@@ -85,7 +83,7 @@ def split_step(most_packs: int, devices: int, most_per_pass: int) -> tuple[int, 
 
 
 def counted_info(split: Dataset) -> PackedInfo:
-    """`packed_info`, with the counts of the packs that are there: those that the dataset was made with, or fewer.
+    """`packed_info`, with the counts of the packs that are there: all that pack_dataset made, or fewer.
 
     pack_dataset   37 packs of 76 sequences   ->   .select(range(20))   20 packs of 41; packed_info still says 37 of 76
     """

@@ -4,10 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import BertConfig
+from transformers import TrainerState
 
+from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.objective import OBJECTIVES, pair_columns
 from bert_pretrain.train.config import PretrainConfig
+from bert_pretrain.train.metrics import attends_fully
+from bert_pretrain.train.run_record import versions
 from packing import PackedInfo
 
 LOADING = """\
@@ -37,34 +40,26 @@ model = PackedBertForPreTraining.from_pretrained("{name}")
 def model_card(
     name: str,
     config: PretrainConfig,
-    bert: BertConfig,
+    model: PackedBertForPreTraining,
     data: PackedInfo,
     objective: str,
-    steps: int,
+    state: TrainerState,
     seen: Mapping[str, float],
-    log_history: Sequence[Mapping[str, Any]],
-    versions: Mapping[str, str],
     mask_token: str,
-    is_stock: bool,
-    best_step: int | None = None,
+    best_step: int | None,
 ) -> ModelCard:
     """The model card.
 
-    name: of the model, or of the repository that it goes to. seen: "sequences_seen" and "tokens_seen" by the end of
-        training, which may be later than the last log. is_stock: whether its attention is what stock BERT computes.
+    name: of the model, or of the repository that it goes to. state: the trainer's. seen: "sequences_seen" and
+        "tokens_seen" by the end of training, which may be later than the last log.
     best_step: the step that the model is of, if it is not the last one.
     """
-    trained = _last(log_history, "loss")
-    evaluated = {
-        key.removeprefix("eval_"): value for key, value in _last(log_history, "eval_loss").items() if key != "step"
-    }
+    bert, is_stock = model.config, attends_fully(model)
+    trained = _last(state.log_history, "loss")
+    evaluated = {key.removeprefix("eval_"): value for key, value in _last(state.log_history, "eval_loss").items()}
     attention = bert.packed_attention if isinstance(bert.packed_attention, str) else ", ".join(bert.packed_attention)
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="fill-mask",
-        tags=["bert", "pretraining", "masked-lm", "sequence-packing"],
-        base_model=config.model,
-    )
+    tags = ["bert", "pretraining", "masked-lm", "sequence-packing"]
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="fill-mask", tags=tags, base_model=config.model)
     assert data.num_sequences is not None and data.num_packs is not None and data.num_tokens is not None
     facts = {
         "data": f"`{_folder_name(config.dataset)}`: {data.num_sequences:,} sequences of {data.num_tokens:,} tokens",
@@ -78,7 +73,7 @@ def model_card(
         f"heads, feed-forward {bert.intermediate_size}, {bert.max_position_embeddings} positions, vocabulary "
         f"{bert.vocab_size:,}",
         "attention": f"`{attention}`",
-        "trained for": f"{steps:,} optimizer steps of "
+        "trained for": f"{state.global_step:,} optimizer steps of "
         + ("equally many packs" if config.batch_policy == "packs" else f"{config.sequences_per_step:,} sequences"),
     }
     if seen["sequences_seen"]:
@@ -86,7 +81,7 @@ def model_card(
     if best_step is not None:
         facts["this model"] = f"that of step {best_step:,}, the best of those that were evaluated"
     if config.model is not None:
-        facts["begun from"] = f"`{_folder_name(config.model)}`"
+        facts["started from"] = f"`{_folder_name(config.model)}`"
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {name}",
@@ -97,7 +92,7 @@ def model_card(
         "## Use",
         (LOADING if is_stock else LOADING_OTHER_ATTENTION).format(name=name, attention=attention, mask=mask_token),
         "## Versions",
-        _table(("package", "version"), versions.items()),
+        _table(("package", "version"), versions().items()),
     ]
     return ModelCard("\n\n".join(part.strip() for part in parts) + "\n")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
@@ -19,7 +19,7 @@ from bert_pretrain.prepare.tokenizer import vocabulary_fingerprint
 from bert_pretrain.train.config import AUTO, PretrainConfig
 from collate.losses import mlm_loss_of, pretraining_loss
 from collate.vocabulary import token_ids, vocabulary_size
-from packing import PackedInfo, load_packed, packed_info
+from packing import load_packed, packed_info
 from packing.files.errors import path_suggestion, suggestion
 from packing.files.saved import load_saved
 
@@ -33,7 +33,10 @@ SAMPLED_PACKS = 2000
 def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
     """The packed training split and, where there is one, the test (or validation) split."""
     try:
-        loaded = _open(folder)
+        try:
+            loaded = load_packed(folder)  # what pack-dataset wrote, in either format, here or at a URL
+        except FileNotFoundError:
+            loaded = load_saved(folder)  # a packed dataset that save_to_disk wrote
     except FileNotFoundError as error:
         problem = "is no folder of save_to_disk" if os.path.exists(folder) else "does not exist"
         cure = f"give the folder that pack-dataset wrote{path_suggestion(folder, only_folders=True)}"
@@ -47,34 +50,21 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
             "and pack it again"
         )
     train, test = splits["train"], splits.get("test", splits.get("validation"))
-    infos = [_checked_info(split, folder) for split in (train, test) if split is not None]
+    try:
+        lengths = {packed_info(split).max_sequence_length for split in (train, test) if split is not None}
+    except ValueError as error:
+        raise ValueError(f"dataset={folder!r}: {error}; or in a shell: pack-dataset {folder} PACKED") from None
     if "labels" in train.column_names:
         raise ValueError(
             f"dataset={folder!r} has a column 'labels', which is what masking makes; remove_columns('labels') in the "
             "source, and pack it again"
         )
-    if len({info.max_sequence_length for info in infos}) > 1:
-        lengths = " and ".join(str(info.max_sequence_length) for info in infos)
+    if len(lengths) > 1:
         raise ValueError(
-            f"dataset={folder!r}: training and held-out split are packed for max_sequence_length {lengths}; pack both "
-            "for the same"
+            f"dataset={folder!r}: training and held-out split are packed for max_sequence_length "
+            f"{' and '.join(map(str, sorted(lengths)))}; pack both for the same"
         )
     return train, test
-
-
-def _open(folder: str) -> Dataset | DatasetDict:
-    """What pack-dataset wrote, in either format, here or at a URL; or a packed dataset that save_to_disk wrote."""
-    try:
-        return load_packed(folder)
-    except FileNotFoundError:
-        return load_saved(folder)
-
-
-def _checked_info(split: Dataset, folder: str) -> PackedInfo:
-    try:
-        return packed_info(split)
-    except ValueError as error:
-        raise ValueError(f"dataset={folder!r}: {error}; or in a shell: pack-dataset {folder} PACKED") from None
 
 
 def check_objective(config: PretrainConfig, dataset: Dataset) -> str:
@@ -122,7 +112,7 @@ def for_objective(config: PretrainConfig, *splits: Dataset | None) -> list[Datas
 
 
 def _check_labels(dataset: str, split: Dataset, column: str) -> None:
-    """All of them: one that is wrong would end the run when its turn comes, after days perhaps."""
+    """Check all labels: a wrong one would end the run when its turn comes, perhaps after days."""
     cure = f"a label is 0 or 1, or {NO_PAIR} where there is no pair; correct the source, and pack it again"
     for table in split.select_columns([column]).with_format("arrow").iter(READ_PACKS):
         labels = table[column].combine_chunks().flatten()
@@ -215,15 +205,10 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
             raise ValueError(
                 f"report_to={name!r} needs a package that is not installed: pip install {name}; or choose none"
             )
-    wants_evaluation = {
-        "eval_strategy": training.eval_strategy != "no",
-        "eval_on_start": training.eval_on_start,
-        "load_best_model_at_end": training.load_best_model_at_end,
-    }
-    for name, wanted in wants_evaluation.items():
-        if wanted and test is None:
-            value = getattr(training, name)
-            value = getattr(value, "value", value)
+    for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
+        value = getattr(training, name)
+        value = getattr(value, "value", value)
+        if test is None and value not in ("no", False):
             raise ValueError(
                 f"{name}={value} needs held-out sequences, but dataset={dataset!r} has no split named test or "
                 "validation; prepare with a test_fraction, or leave the option out"

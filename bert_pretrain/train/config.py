@@ -57,18 +57,14 @@ class PretrainConfig:
     )
     batch_policy: str = _help(
         "What all optimizer steps have equally many of. sequences: sequences_per_step of them, in as many packs as it "
-        "takes, so that packing changes nothing but the cost (and which units dropout draws). packs: "
-        "per_device_train_batch_size x gradient_accumulation_steps x devices of them; as many packs as there were rows "
-        "without packing hold packing factor times as many sequences, for which the packing paper (arXiv 2107.02027) "
-        "adjusts the betas: beta_power.",
+        "takes, so that packing changes nothing but the cost (and what dropout draws). packs: "
+        "per_device_train_batch_size x gradient_accumulation_steps x devices of them; see beta_power.",
         BATCH_POLICIES[0],
     )
     sequences_per_step: int = _help(
-        "Sequences per optimizer step, over all devices, for batch_policy sequences. Exactly as many in every step but "
-        "an epoch's last, if packs can be found that add up to it. per_device_train_batch_size is the most packs in "
-        "one forward pass; the number of passes follows. Another one cuts the passes elsewhere, as another number of "
-        "devices does: the same sequences, masks and loss, but dropout draws other units. Without dropout the result "
-        "is the same but for rounding.",
+        "Sequences per optimizer step, over all devices, for batch_policy sequences: exactly as many in every step but "
+        "an epoch's last, if any packs add up to it. per_device_train_batch_size is the most packs in one forward "
+        "pass; the number of passes follows.",
         SEQUENCES_PER_STEP,
     )
     reassign: bool = _help(
@@ -76,14 +72,12 @@ class PretrainConfig:
     )
     optimizer: str = _help(
         "adamw: what --optim says, fused AdamW where it exists. lamb: LAMB (arXiv 1904.00962), for steps of thousands "
-        "of sequences; biases and LayerNorm weights are neither decayed nor adapted layerwise.",
+        "of sequences.",
         OPTIMIZERS[0],
     )
     beta_power: bool = _help(
         "For batch_policy packs, whose steps hold packing factor p times as many sequences: raise adam_beta1 and "
-        "adam_beta2 to the power p, as the packing paper (arXiv 2107.02027) does. Scaling the learning rate by p "
-        "instead slowed convergence there. With batch_policy sequences steps are as large as without packing, and "
-        "this is refused.",
+        "adam_beta2 to the power p, as the packing paper (arXiv 2107.02027) does.",
         False,
     )
     peak_tflops: float | None = _help(

@@ -1,8 +1,8 @@
-"""What fails on the way to the hub, with words that say where the model is: it is on the disk in any case.
+"""Uploads to the hub that fail: what is missing there, where it lies on the disk, and how to upload it.
 
 --push_to_hub uploads the model in the background at each save, and once more at the end. Trainer (transformers 5.23)
-never asks how the former ended: a failed upload is lost silently. Here a warning reports it, training continues, and
-the next save uploads again. What is not on the hub at the very end, though it should be, is an error.
+never asks how the former ended. Here a warning reports a failed upload, training continues, and the next save uploads
+again. What is missing on the hub at the very end is an error.
 """
 
 import logging
@@ -20,19 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class Upload(NamedTuple):
-    """One that runs in the background."""
+    """An upload in the background. path_in_repo: of a checkpoint's folder; None for the model in output_dir."""
 
     folder: str
     path_in_repo: str | None
-    """None: the model in output_dir; else a checkpoint's folder there, which the upload at the end has no part in."""
     job: Future
 
 
 class Secret(str):
-    """A token that nothing writes down.
+    """A token that is pickled as None; otherwise it is a string like any other.
 
-    Trainer pickles its arguments beside each model, into training_args.bin, which goes to the hub with it: with the
-    token that it was sent by. This one is pickled as None; otherwise it is a string like any other.
+    Trainer pickles its arguments into training_args.bin beside each model, which goes to the hub.
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -78,13 +76,12 @@ class SaysWhatFailed(PackedTrainer):
         return [] if in_progress is None else list(in_progress.jobs)
 
     def _look_after_uploads(self) -> None:
-        """Warn of uploads that failed; forget a failure where a later upload sent the same."""
+        """Warn of uploads that failed; forget a failure once a later upload has sent the same."""
         ended = [upload for upload in self._uploads if upload.job.done()]
         self._uploads = [upload for upload in self._uploads if upload not in ended]
         for folder, path_in_repo, job in ended:
             self._not_on_the_hub.pop(path_in_repo, None)
-            error = job.exception()
-            if error is None:
+            if (error := job.exception()) is None:
                 continue
             what = f"the model of {_name(folder)}" if path_in_repo is None else f"{_name(folder)} as {path_in_repo}"
             message = (

@@ -23,36 +23,21 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-PEAK_FLOPS = {
-    "A10": 125e12,
-    "A30": 165e12,
-    "A40": 150e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H100": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "H800": 989e12,
-    "L4": 121e12,
-    "L40": 181e12,
-    "L40S": 362e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-    "RTX A6000": 155e12,
+PEAK_TFLOPS = {
+    **{"A10": 125, "A30": 165, "A40": 150, "A100": 312, "A800": 312, "RTX A6000": 155, "RTX 3090": 71},
+    **{"L4": 121, "L40": 181, "L40S": 362, "RTX 4090": 165},
+    **{"H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "H200": 989, "H200 NVL": 835, "H800": 989, "GH200": 989},
+    **{"B200": 2250},
 }
-"""FLOP/s of dense bfloat16 products, by words of torch.cuda.get_device_name(); from NVIDIA's data sheets."""
+"""TFLOP/s of dense bfloat16 products, by words of torch.cuda.get_device_name(); from NVIDIA's data sheets."""
 
 GIB = 2**30
 
 
 def peak_flops(device_name: str) -> float | None:
-    """ "NVIDIA H100 80GB HBM3" -> 989e12; None for a device that PEAK_FLOPS does not have."""
-    found = [name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)]
-    return PEAK_FLOPS[max(found, key=len)] if found else None
+    """ "NVIDIA H100 80GB HBM3" -> 989e12; None for a device that PEAK_TFLOPS does not have."""
+    found = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name)]
+    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
 
 
 def attends_fully(model: nn.Module) -> bool:

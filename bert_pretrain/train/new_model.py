@@ -5,7 +5,6 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, BertConfig, PreTrainedConfig, TrainingArguments
@@ -16,20 +15,14 @@ from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.places import find_pretrained
 from bert_pretrain.train.config import AUTO, NEW_MODEL, SHAPE, PretrainConfig
 from bert_pretrain.train.run_record import parameters_digest
+from collate.training.order import pack_lengths
 
 logger = logging.getLogger(__name__)
-
-READ_PACKS = 10_000  # at a time
 
 
 def longest_sequence(*splits: Dataset | None) -> int:
     """sequence_lengths [[3, 5], [8]], [[2, 6]] -> 8; positions start again in each sequence, so no pack needs more."""
-    longest = 0
-    for split in splits:
-        if split is not None:
-            for table in split.select_columns("sequence_lengths").with_format("arrow").iter(READ_PACKS):
-                longest = max(longest, pc.max(table["sequence_lengths"].combine_chunks().flatten()).as_py())
-    return longest
+    return max(int(pack_lengths(split)[0].max()) for split in splits if split is not None)
 
 
 def resolve_shape(config: PretrainConfig, max_sequence_length: int) -> PretrainConfig:

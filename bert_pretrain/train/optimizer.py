@@ -35,8 +35,7 @@ def choose_optimizer(
         betas = power_betas(config, betas, train)
     if config.optimizer == "lamb":
         _refuse_for_lamb(training)
-        shared = {"lr": training.learning_rate, "betas": betas, "eps": training.adam_epsilon}
-        return Lamb, shared
+        return Lamb, {"lr": training.learning_rate, "betas": betas, "eps": training.adam_epsilon}
     if not config.beta_power:
         return None
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
@@ -82,8 +81,8 @@ def _refuse_for_lamb(training: TrainingArguments) -> None:
             f"optim={optim!r} and optim_args={training.optim_args!r} choose transformers' optimizers, but "
             "optimizer='lamb' is ours; leave out either"
         )
-    launched_with = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED")]  # by accelerate launch
-    if training.fsdp or training.deepspeed or any(str_to_bool(os.environ.get(name, "0")) for name in launched_with):
+    by_launch = [os.environ.get(f"ACCELERATE_USE_{name}", "0") for name in ("FSDP", "DEEPSPEED")]  # accelerate launch
+    if training.fsdp or training.deepspeed or any(map(str_to_bool, by_launch)):
         raise ValueError(
             "optimizer='lamb' needs the norms of whole tensors, which fsdp and deepspeed split among processes; "
             "choose optimizer='adamw', or data parallelism without them"
@@ -101,9 +100,9 @@ class Lamb(pytorch_optimizer.Lamb):
     The library's LAMB, whatever its options, leaves out both bias corrections or makes only the first, cuts ‖x‖ at 10
     (the word embeddings of BERT start at 97) and adapts biases like everything else.
 
-    A group of one-dimensional parameters alone, where BERT's biases and LayerNorm weights are, has no layerwise
-    adaptation, as the paper's authors trained BERT. The key "adam" of a group overrides this (True: no adaptation).
-    ε is also added to ‖u‖. A tensor of zeros alone has no ‖x‖ to go by: it moves by lr · u · (1 - β1^t) / √(1 - β2^t).
+    Groups of one-dimensional parameters alone have no layerwise adaptation, as the paper's authors trained BERT. The
+    key "adam" of a group overrides this (True: no adaptation). ε is also added to ‖u‖. A tensor of zeros alone has no
+    ‖x‖ to go by: it moves by lr · u · (1 - β1^t) / √(1 - β2^t).
     """
 
     clamp = math.inf  # of ‖x‖

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from copy import copy
+from pathlib import Path
 
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -23,11 +24,12 @@ from bert_pretrain.train.hub import Secret
 from bert_pretrain.train.metrics import attends_fully
 from bert_pretrain.train.new_model import build_model, longest_sequence, resolve_attention, resolve_shape
 from bert_pretrain.train.optimizer import choose_optimizer, freeze_unlearned
-from bert_pretrain.train.resume import check_finished_run, find_checkpoint, write_run
+from bert_pretrain.train.resume import check_finished_run, find_checkpoint
 from bert_pretrain.train.run_record import config_record, run_record, write_config_record
 from bert_pretrain.train.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
 from collate.training.agreement import one_run
+from collate.training.checkpoints import RUN_FILE, write_json
 from collate.training.signals import SaveOnSignal
 from collate.vocabulary import vocabulary_size
 from packing import EpochPacks, packed_info
@@ -70,13 +72,15 @@ def _pretrain(
     config = resolve_shape(config, packed_info(train).max_sequence_length)
     config = resolve_attention(config, training)
     tokenizer = load_tokenizer(config.tokenizer)
-    for split in filter(None, (train, test)):
+    splits = [split for split in (train, test) if split is not None]
+    for split in splits:
         check_tokenizer(config.dataset, split, config.tokenizer, tokenizer)
-    model = build_model(config, vocabulary_size(tokenizer), tokenizer.pad_token_id, longest_sequence(train, test))
-    for split in filter(None, (train, test)):
+    model = build_model(config, vocabulary_size(tokenizer), tokenizer.pad_token_id, longest_sequence(*splits))
+    for split in splits:
         check_token_types(config.dataset, split, model.config.type_vocab_size)
     objective = check_objective(config, train)
     freeze_unlearned(model, objective)
+    output = Path(str(training.output_dir))
     record = config_record(config, training)  # before the next line: a batch that was set cannot be set again
     sequences_per_step = set_batch(config, training, train)
     if training.ddp_find_unused_parameters is None and attends_fully(model):
@@ -108,7 +112,7 @@ def _pretrain(
     if any(isinstance(module, RoutingAttention) for module in model.modules()):
         trainer.add_callback(RoutingCallback())
     if trainer.is_world_process_zero():
-        write_config_record(str(training.output_dir), record)
+        write_config_record(output, record)
     trainer.run_record, trainer.checked_checkpoint = run, checkpoint
     with SaveOnSignal() as stop:
         trainer.add_callback(stop)
@@ -116,13 +120,13 @@ def _pretrain(
     model.requires_grad_(True)  # who continues with it may train all of it
     stop.end_if_received()
     if run is not None and trainer.is_world_process_zero():
-        write_run(str(training.output_dir), run)
+        write_json(output / RUN_FILE, run)
     trainer.save_model(_internal_call=True)  # not to the hub yet: its card still lacks the figures of evaluation
     if test is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_state()
     trainer.create_model_card()
-    logger.info("%s has the model, its tokenizer and its card, README.md", training.output_dir)
+    logger.info("%s has the model, its tokenizer and its card, README.md", output)
     if training.push_to_hub:
         trainer.push_to_hub()
     return trainer

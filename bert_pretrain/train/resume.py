@@ -1,6 +1,5 @@
 """Which checkpoint a run resumes, and whether it is one of the same run."""
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -57,16 +56,12 @@ def _find_checkpoint(record: dict[str, dict] | None, training: TrainingArguments
 def _check_parts(checkpoint: Path) -> None:
     """Raise ValueError where a part is missing that Trainer would continue without."""
     names = {path.name for path in checkpoint.iterdir()}
+    cure = "give it as --model to start a new run with its parameters"
     if RUN_FILE not in names:
+        raise ValueError(f"{checkpoint} has no {RUN_FILE}, so bert-pretrain train did not write it; {cure}")
+    if not any(name.startswith(("optimizer", "global_step")) for name in names):  # deepspeed: global_step8
         raise ValueError(
-            f"{checkpoint} has no {RUN_FILE}, so bert-pretrain train did not write it; give it as --model to start "
-            "a new run with its parameters"
-        )
-    has_optimizer = any(name.startswith(("optimizer", "global_step")) for name in names)  # deepspeed: global_step8
-    if not has_optimizer:
-        raise ValueError(
-            f"{checkpoint} has no optimizer state (save_only_model=True), so training cannot continue as it was; give "
-            "it as --model to start a new run with its parameters"
+            f"{checkpoint} has no optimizer state (save_only_model=True), so training cannot continue as it was; {cure}"
         )
 
 
@@ -81,11 +76,6 @@ def check_finished_run(record: dict[str, dict] | None, training: TrainingArgumen
             _check_record(folder, record, cure)
 
     agreed(training, look)
-
-
-def write_run(folder: str | os.PathLike, record: dict[str, dict]) -> None:
-    """Write the record beside a finished run's model, for `check_finished_run`."""
-    (Path(folder) / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_START) -> None:
@@ -118,7 +108,7 @@ def _check_part(folder: Path, part: str, changed: dict[str, tuple], record: dict
     """changed: {name: (before, now)}."""
     if part == "best" and not record["best"]["load_best_model_at_end"]:
         return
-    where = f"{part} " if part in ("dataset", "tokenizer", "model") else ""
+    where = f"{part} " if part in (*CONTENTS, "model") else ""
     for name, (before, now) in changed.items():
         if part == "versions":
             logger.warning("%s was trained with %s %s, now it is %s: numbers may differ", folder, name, before, now)

@@ -10,6 +10,7 @@ once, at the speed of memory.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from bert_pretrain.train.config import CONFIG_FILE, PretrainConfig
+from collate.training.checkpoints import write_json
 from packing import packed_info
 from packing.source.fingerprint import column_prints
 
@@ -67,7 +69,7 @@ PACKING_FACTS = ("max_sequence_length", "max_sequences_per_pack", "max_depth", "
 """What a packed dataset knows of its making and training goes by; the packs themselves say the rest."""
 TOKENIZER_FACTS = ("special_tokens_map", "all_special_ids", "model_max_length", "padding_side", "truncation_side")
 OF_A_CALL = ("truncation", "padding")
-"""What a tokenizer notes of its last call."""
+"""What a tokenizer keeps of its last call."""
 PLACES_OF_A_MODEL = ("_name_or_path", "architectures", "transformers_version")
 
 
@@ -97,19 +99,17 @@ def versions() -> dict[str, str]:
     """{package: version} of what decides a run's outcome, as far as it is installed."""
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def write_config_record(folder: str | Path, record: dict[str, Any]) -> None:
-    """pretrain.json and versions.json into a folder, which is made."""
+    """Write pretrain.json and versions.json into a folder, and make it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, values in ((CONFIG_FILE, record), (VERSIONS_FILE, versions())):
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_FILE, record)
+    write_json(folder / VERSIONS_FILE, versions())
 
 
 def run_record(
@@ -178,7 +178,7 @@ def model_contents(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def parameters_digest(model: nn.Module, without: set[str]) -> str:
-    """One number for the parameters and buffers of a model, but for some."""
+    """One digest of the parameters and buffers of a model, without some."""
     digest = xxhash.xxh3_128()
     for name, value in sorted(model.state_dict().items()):
         if name not in without:

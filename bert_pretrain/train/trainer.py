@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.train.batch import counted_info
@@ -19,9 +19,10 @@ from bert_pretrain.train.card import model_card
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.console import LinesAboveBar, LinesCallback
 from bert_pretrain.train.hub import SaysWhatFailed
-from bert_pretrain.train.metrics import Meter, attends_fully, known_peak
-from bert_pretrain.train.run_record import versions, write_config_record
+from bert_pretrain.train.metrics import Meter, known_peak
+from bert_pretrain.train.run_record import write_config_record
 from collate import DataCollatorWithPacking
+from collate.training.checkpoints import what_is_saved
 from collate.training.hooks import overrides_callback, overrides_trainer
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,10 @@ logger = logging.getLogger(__name__)
 
 @overrides_callback
 class _TiedTogether(TrainerCallback):
-    """While FSDP cuts the model up: layers are parts, and the vocabulary projection stands for its head, with the bias
-    that it is tied to; embedding and head are one part.
+    """While FSDP cuts the model up, each layer is a part, and so are the embedding and the head together.
 
-    accelerate (1.15) puts the projection beside the embedding whose weight it shares, but what its bias is tied to,
-    cls.predictions.bias, elsewhere; torch then refuses: "shared with a parameter already managed by another group".
+    accelerate (1.15) puts the vocabulary projection beside the embedding whose weight it shares, but the bias that it
+    is tied to elsewhere. Then torch refuses: "shared with a parameter already managed by another group".
     """
 
     def __init__(self, model: PackedBertForPreTraining):
@@ -49,7 +49,7 @@ class _TiedTogether(TrainerCallback):
 
 @overrides_callback
 class _LogsLastStep(TrainerCallback):
-    """The last steps are logged, even if logging_steps does not divide max_steps, or is more."""
+    """Logs the last steps, even if logging_steps does not divide max_steps, or is more."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
@@ -91,7 +91,6 @@ class PretrainTrainer(SaysWhatFailed):
         self.config, self.record, self.objective = config, record, objective
         self.args.logging_nan_inf_filter = False  # it logs 0 for a loss of NaN, and waits for the device at every pass
         self.eval_data_collator = eval_data_collator
-        self.is_stock = attends_fully(self.model)
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
                 f"fsdp={self.args.fsdp} cannot be honoured on {self.args.device.type}: accelerate would train by DDP "
@@ -122,10 +121,9 @@ class PretrainTrainer(SaysWhatFailed):
         seen = self._progress.seen(self.state.global_step)
         if "packing_factor" in seen:
             logger.info(
-                "seen by step %d: %s sequences, %s real tokens; realised packing factor %.3f",
+                "seen by step %d: {sequences_seen:,} sequences, {tokens_seen:,} real tokens; realised packing factor "
+                "{packing_factor:.3f}".format(**seen),
                 self.state.global_step,
-                *(f"{seen[name]:,}" for name in ("sequences_seen", "tokens_seen")),
-                seen["packing_factor"],
             )
         return output
 
@@ -155,7 +153,7 @@ class PretrainTrainer(SaysWhatFailed):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise ValueError(self._diverged(f"the {name.replace('_', ' ')} is {logs[name]}"))
 
-    # -- a run that diverged: all ranks find it together, for none may wait for another ---------------------------
+    # -- a run that diverged: all ranks find it together, or one would wait for another ---------------------------
 
     def _refuse_diverged(self) -> None:
         """Call it before anything is saved: a bad checkpoint would push a good one out."""
@@ -167,15 +165,12 @@ class PretrainTrainer(SaysWhatFailed):
             raise ValueError(self._diverged("the loss or parameters of the model are not finite"))
 
     def _diverged(self, what: str) -> str:
-        output_dir = str(self.args.output_dir)
-        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         cure = "lower learning_rate, or set more warmup_steps or a lower max_grad_norm"
         if self.args.fp16:
             cure += ", or train with bf16 instead of fp16"
-        there = "no checkpoint was saved" if last is None else f"the last checkpoint is {last}, complete and finite"
         return (
-            f"training diverged: {what} at step {self.state.global_step}, which is not saved, and {there}; {cure}, "
-            "and start again in another output_dir"
+            f"training diverged: {what} at step {self.state.global_step}, which is not saved; "
+            f"{what_is_saved(self.args.output_dir)}; {cure}, and start again in another output_dir"
         )
 
     # -- what is saved beside the model --------------------------------------------------------------------------
@@ -190,25 +185,19 @@ class PretrainTrainer(SaysWhatFailed):
         """README.md in output_dir; Trainer calls this before it pushes to the hub."""
         if not self.is_world_process_zero():
             return
+        is_best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_model_checkpoint
         card = model_card(
-            name=self.args.hub_model_id or model_name or Path(str(self.args.output_dir)).name,
-            config=self.config,
-            bert=self.model.config,
-            data=counted_info(getattr(self.train_dataset, "packed", self.train_dataset)),
-            objective=self.objective,
-            steps=self.state.global_step,
-            seen=self._progress.seen(self.state.global_step),
-            log_history=self.state.log_history,
-            versions=versions(),
-            mask_token=str(getattr(self.processing_class, "mask_token", None)),
-            is_stock=self.is_stock,
-            best_step=self._best_step(),
+            self.args.hub_model_id or model_name or Path(str(self.args.output_dir)).name,
+            self.config,
+            self.model,
+            counted_info(getattr(self.train_dataset, "packed", self.train_dataset)),
+            self.objective,
+            self.state,
+            self._progress.seen(self.state.global_step),
+            str(getattr(self.processing_class, "mask_token", None)),
+            self.state.best_global_step if is_best else None,
         )
         card.save(Path(str(self.args.output_dir)) / "README.md")
-
-    def _best_step(self) -> int | None:
-        is_best = self.args.load_best_model_at_end and not self.is_in_train
-        return self.state.best_global_step if is_best and self.state.best_model_checkpoint is not None else None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self.create_model_card()
