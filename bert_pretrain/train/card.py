@@ -1,6 +1,7 @@
 """The model card: a README.md beside the checkpoint with what was trained, on what, how, and how well."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -61,8 +62,8 @@ def model_card(
     tags = ["bert", "pretraining", "masked-lm", "sequence-packing"]
     metadata = ModelCardData(library_name="transformers", pipeline_tag="fill-mask", tags=tags, base_model=config.model)
     assert data.num_sequences is not None and data.num_packs is not None and data.num_tokens is not None
-    facts = {
-        "data": f"`{_folder_name(config.dataset)}`: {data.num_sequences:,} sequences of {data.num_tokens:,} tokens",
+    facts = {  # names of folders alone: a card is public, and must not tell where they lie
+        "data": f"`{Path(config.dataset).name}`: {data.num_sequences:,} sequences of {data.num_tokens:,} tokens",
         "packed": f"into {data.num_packs:,} packs of {data.max_sequence_length} tokens: packing efficiency "
         f"{data.num_tokens / (data.num_packs * data.max_sequence_length):.4f}, packing factor "
         f"{data.num_sequences / data.num_packs:.3f}, at most {data.max_depth} sequences in a pack",
@@ -81,7 +82,7 @@ def model_card(
     if best_step is not None:
         facts["this model"] = f"that of step {best_step:,}, the best of those that were evaluated"
     if config.model is not None:
-        facts["started from"] = f"`{_folder_name(config.model)}`"
+        facts["started from"] = f"`{Path(config.model).name}`"
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {name}",
@@ -123,8 +124,3 @@ def _number(value: float | None) -> str:
 
 def _last(log_history: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
     return next((entry for entry in reversed(log_history) if key in entry), {})
-
-
-def _folder_name(path: str) -> str:
-    """The last part of a path: a card is public, and must not tell where the folder lay."""
-    return path.rstrip("/").rpartition("/")[2]

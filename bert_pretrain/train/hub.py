@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of its client, whichever that is
@@ -64,7 +65,7 @@ class SaysWhatFailed(PackedTrainer):
         before = self._jobs()
         super()._push_from_checkpoint(checkpoint_folder)
         new = [job for job in self._jobs() if job not in before]  # the model, and by some hub_strategies a checkpoint
-        places = (None, "last-checkpoint" if self.args.hub_strategy == "checkpoint" else _name(checkpoint_folder))
+        places = (None, "last-checkpoint" if self.args.hub_strategy == "checkpoint" else Path(checkpoint_folder).name)
         self._uploads += [Upload(checkpoint_folder, *of) for of in zip(places, new, strict=False)]
 
     def _finish_current_push(self) -> None:
@@ -83,7 +84,11 @@ class SaysWhatFailed(PackedTrainer):
             self._not_on_the_hub.pop(path_in_repo, None)
             if (error := job.exception()) is None:
                 continue
-            what = f"the model of {_name(folder)}" if path_in_repo is None else f"{_name(folder)} as {path_in_repo}"
+            what = (
+                f"the model of {Path(folder).name}"
+                if path_in_repo is None
+                else f"{Path(folder).name} as {path_in_repo}"
+            )
             message = (
                 f"{what} could not be uploaded to {self.hub_model_id} ({_first_line(error)}); {folder} is complete on "
                 f"the disk: {self._command(folder, path_in_repo)}"
@@ -109,7 +114,3 @@ def _hub_errors(cure: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _name(folder: str) -> str:
-    return folder.rstrip("/").rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""The optimizer of a run: which one, what a larger batch changes about it, and LAMB."""
+"""The optimizer of a run: which one, its betas for larger steps, and LAMB."""
 
 import logging
 import math
@@ -118,7 +118,7 @@ class Lamb(pytorch_optimizer.Lamb):
         super().add_param_group(group)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """A state may count the steps of a group, as earlier versions did: then they are those of its parameters."""
+        """Earlier versions counted the steps of a group, not of a parameter; such a state loads, too."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             step = group.pop("step", None)

@@ -24,7 +24,7 @@ from bert_pretrain.train.hub import Secret
 from bert_pretrain.train.metrics import attends_fully
 from bert_pretrain.train.new_model import build_model, longest_sequence, resolve_attention, resolve_shape
 from bert_pretrain.train.optimizer import choose_optimizer, freeze_unlearned
-from bert_pretrain.train.resume import check_finished_run, find_checkpoint
+from bert_pretrain.train.resume import find_checkpoint
 from bert_pretrain.train.run_record import config_record, run_record, write_config_record
 from bert_pretrain.train.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
@@ -53,7 +53,7 @@ def pretrain(
     Raises BlockingIOError while another run writes there. SIGTERM and SIGUSR1 save a checkpoint and end with
     SystemExit: see collate.training.signals.
     """
-    training = copy(training)  # what follows from the data is written into the run's own
+    training = copy(training)  # the run writes what follows from the data into its own
     training.hub_token = training.hub_token and Secret(training.hub_token)
     set_seed(training.seed)
     train, test = for_objective(config, *load_splits(config.dataset))
@@ -81,15 +81,14 @@ def _pretrain(
     objective = check_objective(config, train)
     freeze_unlearned(model, objective)
     output = Path(str(training.output_dir))
-    record = config_record(config, training)  # before the next line: a batch that was set cannot be set again
+    record = config_record(config, training)  # before set_batch, which cannot run twice
     sequences_per_step = set_batch(config, training, train)
     if training.ddp_find_unused_parameters is None and attends_fully(model):
-        training.ddp_find_unused_parameters = False  # all are used, even by a rank without packs; looking costs time
+        training.ddp_find_unused_parameters = False  # even a rank without packs uses all; looking costs time
     run = run_record(config, training, train, tokenizer, test, model) if training.should_save else None
     checkpoint = find_checkpoint(run, training)
-    check_finished_run(run, training)
     if training.device.type == "cpu":
-        training.dataloader_pin_memory = False  # nothing to pin it for, of which torch would warn at every loader
+        training.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn
 
     def collator(mlm_probability: float) -> DataCollatorWithPacking:
         return DataCollatorWithPacking(tokenizer, mlm_probability=mlm_probability, seed=training.seed)
@@ -117,7 +116,7 @@ def _pretrain(
     with SaveOnSignal() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint)
-    model.requires_grad_(True)  # who continues with it may train all of it
+    model.requires_grad_(True)  # so that whoever continues can train all of it
     stop.end_if_received()
     if run is not None and trainer.is_world_process_zero():
         write_json(output / RUN_FILE, run)

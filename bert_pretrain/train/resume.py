@@ -19,38 +19,42 @@ RESUME_OR_START = "give the old value to resume, or another output_dir to start 
 
 
 def find_checkpoint(record: dict[str, dict] | None, training: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one asked for, or the last in output_dir; complete, and of such a run.
+    """The checkpoint to resume from: the one asked for, or the last in output_dir; None: the run starts.
 
-    record: of `run_record`; None on the ranks that do not look. One rank looks for it and reads its files, see
-    `agreed`: all resume from the same checkpoint, or raise the same error.
+    record: of `run_record`; None on the ranks that do not look. One rank looks and reads the files, see `agreed`.
+    Raises DamagedCheckpoint, and ValueError for a checkpoint, or a finished run in output_dir, of another run.
     """
-    checkpoint = agreed(training, lambda: _find_checkpoint(record, training))
-    if checkpoint is not None:
-        logger.info("resuming from %s", checkpoint)
-    return checkpoint
+
+    def look() -> str | None:
+        assert record is not None
+        folder, checkpoint = Path(str(training.output_dir)), _complete_checkpoint(training)
+        if checkpoint is not None:
+            _check_parts(checkpoint)
+            _check_record(checkpoint, record)
+        if (folder / RUN_FILE).exists():  # with or without checkpoints
+            _check_record(folder, record, "its model would be overwritten: give another output_dir, or delete this one")
+        return None if checkpoint is None else os.fspath(checkpoint)
+
+    found = agreed(training, look)
+    if found is not None:
+        logger.info("resuming from %s", found)
+    return found
 
 
-def _find_checkpoint(record: dict[str, dict] | None, training: TrainingArguments) -> str | None:
-    assert record is not None
+def _complete_checkpoint(training: TrainingArguments) -> Path | None:
     asked_for = training.resume_from_checkpoint
     if asked_for is None:
-        checkpoint = last_checkpoint(str(training.output_dir))
-        if checkpoint is None:
-            return None
-    else:
-        checkpoint = Path(asked_for)
-        if not checkpoint.is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint={asked_for!r} is no folder; name a checkpoint-N folder, or leave it out: "
-                "a run resumes the last one in output_dir by itself"
-            )
-        try:
-            check_checkpoint(checkpoint)
-        except DamagedCheckpoint as damage:
-            raise DamagedCheckpoint(f"{damage}; name another checkpoint-N folder") from None
-    _check_parts(checkpoint)
-    _check_record(checkpoint, record)
-    return os.fspath(checkpoint)
+        return last_checkpoint(str(training.output_dir))
+    if not os.path.isdir(asked_for):
+        raise ValueError(
+            f"resume_from_checkpoint={asked_for!r} is no folder; name a checkpoint-N folder, or leave it out: a run "
+            "resumes the last one in output_dir by itself"
+        )
+    try:
+        check_checkpoint(asked_for)
+    except DamagedCheckpoint as damage:
+        raise DamagedCheckpoint(f"{damage}; name another checkpoint-N folder") from None
+    return Path(asked_for)
 
 
 def _check_parts(checkpoint: Path) -> None:
@@ -63,19 +67,6 @@ def _check_parts(checkpoint: Path) -> None:
         raise ValueError(
             f"{checkpoint} has no optimizer state (save_only_model=True), so training cannot continue as it was; {cure}"
         )
-
-
-def check_finished_run(record: dict[str, dict] | None, training: TrainingArguments) -> None:
-    """Raise ValueError rather than overwrite a finished run of another configuration, with or without checkpoints."""
-    folder = Path(str(training.output_dir))
-    cure = "its model would be overwritten: give another output_dir, or delete this one"
-
-    def look() -> None:
-        if (folder / RUN_FILE).exists():
-            assert record is not None
-            _check_record(folder, record, cure)
-
-    agreed(training, look)
 
 
 def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_START) -> None:

@@ -43,8 +43,8 @@ MAY_CHANGE = {
     *("per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("do_train", "do_eval", "do_predict", "skip_memory_metrics", "include_for_metrics", "batch_eval_metrics"),
     *("push_to_hub", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "label_names"),
-    # on what machine: the same numbers but for rounding, and for dropout where passes are cut otherwise, by another
-    # per_device_train_batch_size or number of devices; packs_per_step says what a step holds
+    # on what machine: the same numbers but for rounding, and for dropout where the cut into passes differs;
+    # packs_per_step says what a step holds
     *("per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu", "local_rank", "deepspeed"),
     *("parallelism_config", "accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "auto_find_batch_size"),
@@ -66,7 +66,7 @@ OF_THE_BEST = (
 """What decides which checkpoint is the best. It must stay if the run loads the best one at the end."""
 
 PACKING_FACTS = ("max_sequence_length", "max_sequences_per_pack", "max_depth", "token_columns", "balance")
-"""What a packed dataset knows of its making and training goes by; the packs themselves say the rest."""
+"""What training depends on of the making of a packed dataset; the packs say the rest."""
 TOKENIZER_FACTS = ("special_tokens_map", "all_special_ids", "model_max_length", "padding_side", "truncation_side")
 OF_A_CALL = ("truncation", "padding")
 """What a tokenizer keeps of its last call."""

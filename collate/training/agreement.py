@@ -23,7 +23,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """The errors of file systems that are mounted without locks, as on some clusters."""
 
 _here: set[Path] = set()
-"""Folders that this process holds: who trains within a run does not wait for itself."""
+"""Folders that this process holds, so that training within a run does not wait for itself."""
 
 
 def agreed(arguments: TrainingArguments, look: Callable[[], Found]) -> Found:

@@ -162,7 +162,7 @@ class LoadsPacks(ResumesExactly):
             passes=self.args.gradient_accumulation_steps,
             ranks=self.args.world_size,
             seed=self._order_seed,
-            width=_width(self.model),
+            width=getattr(getattr(self.model, "config", None), "hidden_size", None) or USUAL_WIDTH,
         )
 
     @property
@@ -219,10 +219,6 @@ def refuse_torn_steps(args: TrainingArguments, sequences_per_step: int) -> None:
 
 def _has_length(dataset: Any) -> bool:
     return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-
-
-def _width(model: nn.Module | None) -> int:
-    return getattr(getattr(model, "config", None), "hidden_size", None) or USUAL_WIDTH
 
 
 def _packed_info(dataset: Any) -> PackedInfo | None:

@@ -10,9 +10,10 @@ Trainer's private methods are in the list because it has no public place for wha
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
-from types import CodeType
+from pathlib import Path
 from typing import TypeVar
 
 import transformers
@@ -70,8 +71,7 @@ TRAINER_METHODS: Mapping[str, str] = {
     "init_hf_repo": "token",
     "push_to_hub": "commit_message blocking token revision",
 }
-"""Methods of Trainer that we override or call, and the parameters that each begins with. Others may follow: a call that
-they break fails aloud."""
+"""Methods of Trainer that we override or call, and the first parameters of each. Others may follow."""
 
 TRAINER_ATTRIBUTES = (
     *("_globalstep_last_logged", "_total_loss_scalar", "_tr_loss", "_train_batch_size"),
@@ -120,31 +120,21 @@ def checked(part: Class, base: type, methods: Mapping[str, str], attributes: Seq
 @cache
 def _check_methods(base: type, methods: Sequence[tuple[str, str]]) -> None:
     for name, parameters in methods:
-        expected = parameters.split()
-        method = getattr(base, name, None)
+        expected, method = parameters.split(), getattr(base, name, None)
+        wanted = f"{base.__name__}.{name}({', '.join(expected)})"
         if not callable(method):
-            raise _unsupported(f"{base.__name__}.{name}({', '.join(expected)})", "no such method")
+            raise _unsupported(wanted, "no such method")
         found = list(inspect.signature(method).parameters)[1:]
         if found[: len(expected)] != expected:
-            raise _unsupported(f"{base.__name__}.{name}({', '.join(expected)})", f"parameters ({', '.join(found)})")
+            raise _unsupported(wanted, f"parameters ({', '.join(found)})")
 
 
 @cache
 def _check_attributes(base: type, attributes: Sequence[str]) -> None:
-    used = {name for method in vars(base).values() for name in _names_in(method)}
+    source = Path(inspect.getfile(base)).read_text(encoding="utf-8")
     for name in attributes:
-        if name not in used:
+        if not re.search(rf"\bself\.{name}\b", source):
             raise _unsupported(f"{base.__name__}.{name}", f"no method of {base.__name__} that uses it")
-
-
-def _names_in(method: object) -> Iterator[str]:
-    """The names that a function uses, functions inside it included."""
-    codes: list = [getattr(inspect.unwrap(method), "__code__", None)] if callable(method) else []
-    while codes:
-        code = codes.pop()
-        if isinstance(code, CodeType):
-            yield from code.co_names
-            codes += code.co_consts
 
 
 def _unsupported(expected: str, found: str) -> ImportError:

@@ -15,7 +15,6 @@ from collate.training.hooks import overrides_callback
 from collate.training.refused import refuse_arguments, refuse_data_skip
 
 PLAIN = "plain Trainer on packs"
-INSTEAD = "use collate.PackedTrainer, which counts a loss over the whole optimizer step"
 MASKS_OF = {"attention_mask": ("sdpa",), "attention_bias": ("sdpa", "eager")}
 """Attention implementations that read these masks as they are meant."""
 
@@ -54,16 +53,9 @@ class SetEpoch(TrainerCallback):
 class PlainTrainerCallback(SetEpoch):
     """SetEpoch, and a ValueError at the start of training for what plain Trainer would get wrong with packs.
 
-    It refuses the first four and the last also at the start of an evaluation:
-
-    * a stock model that was not isolated ignores sequence_ids: its sequences would read each other;
-    * positions that start elsewhere than the model's own;
-    * masks that the model's attention implementation takes for something else, or that would replace its windows;
-    * heads that read the first token of a row, or pool it: a row is several sequences;
-    * stock losses under gradient accumulation or on several ranks (huggingface/transformers#47688);
-    * rows that accelerate repeats to even out ranks, or columns that Trainer strips;
-    * tokens counted from an attention_mask: packs have none, or a square one;
-    * all else that PackedTrainer refuses, see collate.training.refused, such as noise that a row's length scales.
+    That is: models that are not isolated, foreign positions and masks, heads that read one sequence per row, stock
+    losses that must be counted over passes or ranks, packs that accelerate repeats, columns that Trainer strips, and
+    the arguments in collate.training.refused. An evaluation checks the model and these arguments, too.
 
     Evaluation is not exact: plain Trainer averages the losses of batches by their rows, and evaluation has the masks of
     the epoch.
@@ -190,19 +182,17 @@ def _check_head(model: nn.Module) -> None:
     if not any(parent.__name__.endswith(HEADS_OF_TOKENS) for parent in type(stock).__mro__):
         raise ValueError(
             f"{type(stock).__name__} makes one prediction per row, or reads the row as one sequence, but a packed row "
-            f"is several; {INSTEAD.partition(',')[0]}, whose heads read sequences"
+            "is several; use collate.PackedTrainer, whose heads read sequences"
         )
 
 
 def _check_loss(args: TrainingArguments, model: nn.Module) -> None:
-    """Stock encoders take a mean per micro-batch, whatever Trainer believes."""
-    for name, value in (
-        ("gradient_accumulation_steps", args.gradient_accumulation_steps),
-        ("ranks", args.world_size),
-        ("GPUs in one process", args.n_gpu),
-    ):
+    """Stock encoders take a mean per micro-batch, whatever Trainer believes (huggingface/transformers#47688)."""
+    counts = {"gradient_accumulation_steps": args.gradient_accumulation_steps, "ranks": args.world_size}
+    for name, value in (counts | {"GPUs in one process": args.n_gpu}).items():
         if value > 1:
             raise ValueError(
                 f"{name}={value}: {type(model).__name__} averages its loss over each batch, and packs of unequal "
-                f"numbers of sequences would be weighted unequally; {INSTEAD}"
+                "numbers of sequences would be weighted unequally; use collate.PackedTrainer, which counts a loss over "
+                "the whole optimizer step"
             )

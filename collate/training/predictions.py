@@ -1,6 +1,7 @@
 """Evaluation and prediction: sums over batches and ranks, and predictions in the order of the dataset."""
 
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ class Predictions:
         self.batches: list[tuple[PerSequence, PerSequence | None, np.ndarray | None]] = []
 
     def add(self, outputs: Any, batch: Mapping[str, Tensor]) -> None:
-        """One batch; its sequences are known by their row in the source, and where in it they begin."""
+        """Add one batch; a sequence's key is its row in the source, and where in the row it begins."""
         if getattr(outputs, "predictions", None) is None:
             raise ValueError(
                 "a model with a loss of its own has no predictions per sequence; evaluate() gives metrics, and the "
@@ -127,7 +128,9 @@ class EvaluatesSequences(TakesOwnLoss):
             raise ValueError(f"{description}: the dataset has no packs; give an evaluation set with at least one")
         metrics = self.task.metrics(self.accelerator.reduce(sums.take(), "sum").cpu())
         if self._override is not None:
-            metrics = _with_loss(metrics, *self.accelerator.reduce(losses.take(), "sum").tolist())
+            total, weight = self.accelerator.reduce(losses.take(), "sum").tolist()
+            metrics.pop("loss", None)
+            metrics = {"loss": total / weight, **metrics} if weight else metrics
         predictions: Any
         predictions, labels = (None, None) if collected is None else collected.gathered(self.args.world_size)
         users = {}
@@ -142,7 +145,7 @@ class EvaluatesSequences(TakesOwnLoss):
         )
 
     def _evaluated(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
-        """The task's outputs; (2,) an override's loss times what it is a mean over, and the latter."""
+        """The task's outputs; (2,) an override's loss times its weight, and the weight: what it is a mean over."""
         nothing = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         if self._override is None or not has_sequences(inputs):
             return self.task(model, inputs), nothing
@@ -164,8 +167,12 @@ class EvaluatesSequences(TakesOwnLoss):
         return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
 
     def _default_objective(self, metrics: dict[str, float]) -> float:
-        """That of the metrics which evaluate() returned, without counts and those that only PackedTrainer has."""
-        kept = {k: v for k, v in metrics.items() if k not in self._no_objective and not _is_memory(k)}
+        """The objective of evaluate()'s metrics, without counts and those that only PackedTrainer has."""
+        kept = {
+            name: value
+            for name, value in metrics.items()
+            if name not in self._no_objective and not re.search("_mem_[cg]pu", name)  # skip_memory_metrics=False adds
+        }
         objective = default_compute_objective(kept)
         if objective is None:
             raise ValueError(
@@ -175,17 +182,6 @@ class EvaluatesSequences(TakesOwnLoss):
         return objective
 
 
-def _is_memory(name: str) -> bool:
-    """Whether Trainer's skip_memory_metrics=False has added it."""
-    return "_mem_cpu" in name or "_mem_gpu" in name
-
-
 def _prefixed(metrics: Mapping, prefix: str) -> dict:
     """As Trainer names them: {"f1": 1, "eval_f2": 2}, eval -> {"eval_f1": 1, "eval_f2": 2}"""
     return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in metrics.items()}
-
-
-def _with_loss(metrics: dict, total: float, weight: float) -> dict:
-    """The override's loss in place of the task's."""
-    others = {name: value for name, value in metrics.items() if name != "loss"}
-    return {"loss": total / weight, **others} if weight else others

@@ -29,7 +29,7 @@ def count_packs(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 class RunningSums:
-    """A float64 sum of 1-D statistics that stays on the device: adding does not wait for it."""
+    """A sum of 1-D statistics that stays on the device: adding does not wait for it."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -48,8 +48,7 @@ class RunningSums:
 class PackingProgress(TrainerCallback, ExportableState):
     """What training has seen, over all ranks: sequences, tokens, packs that hold any, and the token slots of these.
 
-    Trainer's state saves and restores them, and what the last log had seen: so an interval with a resume in it is
-    whole.
+    Trainer's state saves them, and what the last log had seen: an interval with a resume in it is whole.
 
     counts, logged: (4,) in that order, by now and by the last log.
     """

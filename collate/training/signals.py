@@ -23,8 +23,7 @@ from collate.training.hooks import overrides_callback
 logger = logging.getLogger(__name__)
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""SIGTERM is what schedulers, containers and torchrun send before they kill; SIGUSR1, which Windows has not, what Slurm
-is often told to."""
+"""Schedulers, containers and torchrun send SIGTERM before they kill; Slurm often SIGUSR1, which Windows lacks."""
 
 
 class Stopped(SystemExit):

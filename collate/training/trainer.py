@@ -1,10 +1,9 @@
 """PackedTrainer: what transformers' Trainer cannot know about packs.
 
-Here a row is several sequences, and the number of sequences and of predicted tokens differs from batch to batch.
-Trainer averages a mean per micro-batch, which weights sequences unequally. (Under accumulation stock BERT losses are
-wrong besides: huggingface/transformers#47688.) PackedTrainer counts the denominators of a loss over the whole optimizer
-step, all micro-batches and all ranks, before the first forward pass. Then the result does not depend on packing,
-accumulation or the number of processes. (Dropout does: each forward pass draws for its own rows.)
+Here a row is several sequences, and their number, and that of predicted tokens, differs from batch to batch. Trainer
+averages a mean per micro-batch, which weights sequences unequally. PackedTrainer counts the denominators of a loss over
+the whole optimizer step, all micro-batches and all ranks, before the first forward pass. Then the result does not
+depend on packing, accumulation or the number of processes. (Dropout does: each forward pass draws for its own rows.)
 
 A task (collate.heads) says what to count, and what the loss is; the class of a stock model tells its task. A model with
 a loss of its own has
@@ -37,23 +36,8 @@ from collate.training.refused import refuse_arguments
 class PackedTrainer(EvaluatesSequences):
     """`transformers.Trainer` for packed datasets: stock models and their heads, or models with a loss of their own.
 
-    Differences to Trainer, each of which exactness needs:
-    * it isolates stock models, and their heads run on sequences, not on rows: see collate.heads;
-    * it divides every loss by counts over the optimizer step, all ranks;
-    * it keeps columns, whatever `remove_unused_columns` says: the collator needs `sequence_lengths`;
-    * the collator learns L and S from the packed dataset, so that all batches have one shape, and the first position
-      from the model;
-    * training masks change with the epoch, evaluation masks never do;
-    * with several ranks *empty* packs even out the packs, where accelerate would repeat some;
-    * (seed, epoch) alone shuffles packs, so that a step has the same packs on any number of processes;
-    * evaluation adds up sums over all packs and ranks, so that it equals evaluation on the unpacked sequences;
-    * `predict`, and `compute_metrics`, have one row per sequence, in the order of the dataset that was packed;
-    * a step has a constant number of packs, gradient_accumulation_steps x ranks x per_device_train_batch_size, or with
-      `sequences_per_step` a constant number of sequences in at most so many packs: see collate.training.order;
-    * it shuffles balanced packs (pack_dataset(balance=N)) by whole steps, which stay balanced; with
-      `sequences_per_step` it deals the packs of each step to passes and ranks by cost, whatever their order was;
-    * it tells a train_dataset of EpochPacks each epoch;
-    * tokens seen are real tokens; logs have the task's metrics beside the loss.
+    It isolates stock models, divides losses by counts over the step, keeps all columns, and evaluates sequences instead
+    of rows. docs/training.md lists the differences to Trainer.
 
     task: what the head learns, `collate.heads`; None: the model's class tells.
     sequences_per_step: sequences per optimizer step, over all ranks, except the last step of an epoch; None: as many
@@ -73,12 +57,10 @@ class PackedTrainer(EvaluatesSequences):
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
         self.task = self._find_task(self.model)
-        self._refuse_metrics_of_own_loss()
         self._train_sums = RunningSums()
         self._no_objective = {"num_input_tokens_seen"}  # which Trainer.log adds; evaluations add ours
         self._progress = PackingProgress()
         self.add_callback(self._progress)
-        # Either alone is enough in transformers 5.23; the first is newer, the second is read by other code, too.
         # compute_loss divides by the step's counts, and Trainer must not divide again; an override may say otherwise
         self.loss_is_scaled_for_ga = self._override is None or self.loss_is_scaled_for_ga is not False
         self.model_accepts_loss_kwargs = True  # so that the step's counts reach compute_loss
@@ -110,23 +92,18 @@ class PackedTrainer(EvaluatesSequences):
     def _find_task(self, model: nn.Module) -> Any:
         """The task of a model; stock models are isolated, and their heads prepared."""
         if has_own_loss(model):
+            for name, value in (("task", self._given_task), ("compute_metrics", self.compute_metrics)):
+                if value is not None:
+                    raise ValueError(
+                        f"PackedTrainer cannot honour {name}={value!r}: {type(model).__name__} has a loss and metrics "
+                        "of its own; leave it out"
+                    )
             return OwnLoss(model)
         if self._given_task is None:
             check_forward(model)
-        found = task_for(model) if self._given_task is None else self._given_task
-        if self._given_task is not None:
-            prepare_head(model)
-        return found
-
-    def _refuse_metrics_of_own_loss(self) -> None:
-        if not isinstance(self.task, OwnLoss):
-            return
-        for name, value in (("task", self._given_task), ("compute_metrics", self.compute_metrics)):
-            if value is not None:
-                raise ValueError(
-                    f"PackedTrainer cannot honour {name}={value!r}: {type(self.model).__name__} has a loss and metrics "
-                    "of its own; leave it out"
-                )
+            return task_for(model)
+        prepare_head(model)
+        return self._given_task
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -155,17 +132,14 @@ class PackedTrainer(EvaluatesSequences):
         return counts[5:]
 
     def _step_counted(self, packs: Tensor, denominators: Tensor) -> None:
-        """One optimizer step, over all ranks: for trainers that measure. packs: see count_packs."""
+        """Learn the counts of one optimizer step, over all ranks: for trainers that measure. packs: see count_packs."""
 
     # -- log -----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._train_sums.total is not None:
             metrics = self.task.metrics(self.accelerator.reduce(self._train_sums.take(), "sum").cpu())
-            del (
-                metrics["sequences"],
-                metrics["tokens"],
-            )  # since the last log; the log shows all of them
+            del metrics["sequences"], metrics["tokens"]  # since the last log; the log shows all of them
             logs = metrics | self._progress.seen(self.state.global_step) | self._progress.since_last_log() | logs
         if logs.get("train_runtime"):  # Trainer's samples are packs
             logs["train_samples_per_second"] = round(self._progress.in_this_run / logs["train_runtime"], 3)
