@@ -75,32 +75,24 @@ __all__ = [
 ]
 
 # Where each name lives. They load when first used: Numba takes a second to import, datasets three.
-_MODULES = {
-    "PACKERS": "packers.table",
-    "Assignment": "assignment",
-    "Comparison": "report.compare",
-    "EpochPacks": "epochs",
-    "PackPlan": "plan",
-    "PackedInfo": "store.info",
-    "Packer": "packers.table",
-    "StepCosts": "balance",
-    "assign": "assignment",
-    "attention_cost": "balance",
-    "balance_packs": "balance",
-    "compare_packers": "report.compare",
-    "length_histogram": "histogram",
-    "load_packed": "store.loading",
-    "pack_dataset": "dataset",
-    "pack_stream": "stream",
-    "packed_info": "store.info",
-    "plan_packs": "packers.table",
-    "published_histogram": "source.lengths",
-    "read_histogram": "source.lengths",
-    "step_costs": "balance",
-    "unpack_dataset": "unpack",
-    "verify_packed": "verify.verify",
-    "write_report": "report.page",
+_NAMES = {
+    "assignment": "Assignment assign",
+    "balance": "StepCosts attention_cost balance_packs step_costs",
+    "dataset": "pack_dataset",
+    "epochs": "EpochPacks",
+    "histogram": "length_histogram",
+    "packers.table": "PACKERS Packer plan_packs",
+    "plan": "PackPlan",
+    "report.compare": "Comparison compare_packers",
+    "report.page": "write_report",
+    "source.lengths": "published_histogram read_histogram",
+    "store.info": "PackedInfo packed_info",
+    "store.loading": "load_packed",
+    "stream": "pack_stream",
+    "unpack": "unpack_dataset",
+    "verify.verify": "verify_packed",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 if not TYPE_CHECKING:  # else a checker would take any name for one of ours

@@ -32,7 +32,7 @@ from packing.plan import PackPlan
 
 EIGHT_PLACES = np.uint64(7)
 NO_LENGTH = np.uint64(0)  # the stream of the order of packs: no sequence has length 0
-SEQUENCES_PER_THREAD = 1 << 18  # a thread is not worth its start for fewer
+SEQUENCES_PER_THREAD = 1 << 18  # for fewer a thread is not worth its start
 PACKS_AT_A_TIME = 1024
 
 
@@ -80,18 +80,16 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
     3. Lay out each strategy as often as it repeats, and shuffle that: the order of the packs.
     4. Give each slot of a strategy its share of the sequences of that length; each pack takes the next from its slots.
 
-    So every choice of equally long sequences and every order of packs is equally likely, and the same seed gives the
-    same assignment on any machine and with any number of threads.
+    Every choice of equally long sequences and every order of packs is equally likely, and the same seed gives the same
+    assignment on any machine and with any number of threads.
 
-    A lone length, one that only ever stands alone in its packs, skips step 2: in step 3 its sequences themselves are
-    laid out, in place of their strategy. A shuffle that makes every order of distinct things equally likely does so
-    whatever their order before, so each of these sequences may lie in each of their packs with equal chance; and what
-    step 2 draws for other lengths has nothing to do with it.
+    A lone length always stands alone in its packs. It skips step 2: step 3 lays out its sequences themselves, instead
+    of their strategy. The shuffle there makes every order equally likely, whatever the order before.
 
     lengths: (num_sequences,), in any order.
     num_threads: None = as many as Numba takes (the cores of this process, or NUMBA_NUM_THREADS).
-    Memory: 4 bytes a sequence and 4 a pack for the result; beside it, while at work, 4 a sequence of a shared length.
-    What has 4 bytes has 8 from 2**32 sequences on.
+    Memory: 4 bytes a sequence and 4 a pack for the result, and meanwhile 4 a sequence of a shared length; 8 instead of
+    4 from 2**32 sequences on.
     Raises ValueError for lengths that the plan was not made for, naming the first length that differs.
     """
     lengths = as_lengths(lengths)
@@ -101,15 +99,14 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
         team = _Team(pool, num_threads)
         counts = _checked_counts(plan, lengths, team)
         is_lone = _lone_lengths(plan)
-        # Arrays are allocated here, not in the kernels: numpy.empty gets huge pages, which scattered writes need. They
-        # are as few as may be: a good part of the time goes into being given fresh memory.
-        # What counts sequences is uint32 while that suffices: tables that are looked up at random stay in the cache.
+        # numpy.empty gets huge pages, which scattered writes need, so no kernel allocates arrays. They are few, since
+        # fresh memory takes a good part of the time, and uint32 where that suffices, to keep tables in the cache.
         index_type = _index_type(len(lengths) + len(plan.repeats))
         num_packs = plan.num_packs
         shared_starts = offsets_of(np.where(is_lone, 0, counts.sum(0)))
         lone_starts = offsets_of(np.where(is_lone, counts.sum(0), 0))
         # [ | packs: sequences of lone lengths, then the other strategies | sequences of shared lengths]
-        # The first two parts become pack_offsets, while the last is read.
+        # The first two parts become pack_offsets while the last one is read.
         work = np.empty(1 + num_packs + shared_starts[-1], index_type)
         packs, by_length = work[1 : 1 + num_packs], work[1 + num_packs :]
         sequence_indices: np.ndarray = np.empty(len(lengths), index_type)
@@ -120,7 +117,7 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
         strategy_starts = lone_starts[-1] + offsets_of(_shared_repeats(plan, is_lone))
         _shuffle_packs(packs, strategy_starts, sequence_indices, np.uint64(make_key(key, NO_LENGTH)), team)
         _fill_packs(plan, is_lone, work[: 1 + num_packs], by_length, sequence_indices, team)
-        del packs, by_length  # views of what is cut off now
+        del packs, by_length  # views of work, which is cut now
     work.resize(1 + num_packs, refcheck=False)
     return Assignment(sequence_indices, pack_offsets=work)
 
@@ -129,15 +126,15 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
 class _Team:
     """Threads that each take a part of an array.
 
-    Threads of Python over kernels without the GIL, and not numba.prange: they are gone after the call, so that a
-    process may fork (DataLoader workers do), and several threads may assign at once.
+    Python threads run kernels that release the GIL. Unlike those of numba.prange they end with the call, so a process
+    may fork (as for DataLoader workers), and several threads may assign at once.
     """
 
     pool: ThreadPoolExecutor
     size: int
 
     def parts(self, count: int) -> list[tuple[int, int]]:
-        """(first, end) of as many parts as there are threads; they begin at multiples of 8."""
+        """(first, end) of a part for each thread; parts begin at multiples of 8."""
         bounds = [count * i // self.size // 8 * 8 for i in range(self.size)] + [count]
         return list(pairwise(bounds))
 
@@ -149,7 +146,7 @@ class _Team:
 
 
 def checked_seed(seed: int) -> np.uint64:
-    """The seed as the kernels take it. Raises ValueError for what is no whole number of 64 bits."""
+    """The seed as the kernels take it. Raises ValueError for anything but a whole number of 64 bits."""
     return np.uint64(whole_number("seed", seed, 0, 2**64 - 1))
 
 
@@ -160,12 +157,12 @@ def _checked_threads(num_threads: int | None) -> int:
 
 
 def _index_type(count: int) -> type:
-    """The type that numbers so many things."""
+    """The type that can number `count` things."""
     return np.uint32 if count <= 2**32 else np.int64
 
 
 def _checked_counts(plan: PackPlan, lengths: np.ndarray, team: _Team) -> np.ndarray:
-    """(threads, max_sequence_length + 1) sequences of each length in each part; in all, those the plan was made for."""
+    """(threads, max_sequence_length + 1) sequences of each length in each part. Raises if they are not the plan's."""
     parts = team.parts(len(lengths))
     counts = np.zeros((team.size, plan.max_sequence_length + 1), np.int64)
     if not all(team.run(_count_lengths, [(lengths[a:b], counts[i]) for i, (a, b) in enumerate(parts)])):
@@ -181,7 +178,7 @@ def _checked_counts(plan: PackPlan, lengths: np.ndarray, team: _Team) -> np.ndar
 
 
 def _lone_lengths(plan: PackPlan) -> np.ndarray:
-    """(max_sequence_length + 1,) bool: lengths that only ever stand alone in their packs."""
+    """(max_sequence_length + 1,) bool: lengths that always stand alone in their packs."""
     is_alone = np.repeat(plan.depths == 1, plan.depths)
     is_lone = np.zeros(plan.max_sequence_length + 1, bool)
     is_lone[plan.strategy_lengths[is_alone]] = True
@@ -195,7 +192,7 @@ def _shared_repeats(plan: PackPlan, is_lone: np.ndarray) -> np.ndarray:
 
 
 def _before(counts: np.ndarray) -> np.ndarray:
-    """(threads, n) how many the parts before each part have: [[1, 2], [5, 5]] -> [[0, 0], [1, 2]]"""
+    """(threads, n) the sum of the parts before each part: [[1, 2], [5, 5]] -> [[0, 0], [1, 2]]"""
     return np.cumsum(counts, axis=0) - counts
 
 
@@ -216,9 +213,9 @@ def _shuffle_lengths(
 def _shuffle_packs(
     packs: np.ndarray, strategy_starts: np.ndarray, scratch: np.ndarray, key: np.uint64, team: _Team
 ) -> None:
-    """draws.shuffle by several threads, and by buckets however few packs there are.
+    """draws.shuffle by several threads, always by buckets.
 
-    The packs of strategy s are numbers strategy_starts[s] to strategy_starts[s + 1]; before them stand lone sequences.
+    The packs of strategy s are numbers strategy_starts[s] to strategy_starts[s + 1]; lone sequences stand before them.
     """
     parts = team.parts(len(packs))
     counts = np.zeros((team.size, BUCKETS), np.int64)
@@ -239,8 +236,7 @@ def _fill_packs(
     sequence_indices: np.ndarray,
     team: _Team,
 ) -> None:
-    """Each thread fills a part of the packs; all count the strategies of the parts before the last, which says what the
-    parts before each take.
+    """Each thread fills a part of the packs. Counting strategies first shows what the parts before each one take.
 
     pack_offsets: (1 + packs,) holds the packs from its second place on, and in the end the offsets.
     """
@@ -277,8 +273,7 @@ def _slot_starts(plan: PackPlan, repeats: np.ndarray) -> np.ndarray:
 def _count_lengths(lengths, counts):
     """Add to counts, by length. Returns whether counts has a place for every length.
 
-    The halves are counted side by side, each in a table of its own: where one length is frequent, a processor waits for
-    the last addition to a counter before the next one.
+    Two tables count half of them each, in turns: additions to the same counter have to wait for one another.
     """
     half = np.uint64(len(lengths) // 2)
     first, second = np.zeros(len(counts), np.int64), np.zeros(len(counts), np.int64)
@@ -320,8 +315,9 @@ def _shuffle_each_length(by_length, starts, first, scratch, seed):
 
 @njit(cache=True, nogil=True)
 def _deal_packs(packs, first, starts, key, free, dealt):
-    """draws.deal, where packs starts[s] to starts[s + 1] are dealt as len(dealt) + s without being read; packs[0] is
-    number `first`."""
+    """draws.deal, but packs starts[s] to starts[s + 1] are dealt as len(dealt) + s, unread.
+
+    packs[0] is number `first`."""
     lone = min(max(np.int64(starts[0]) - first, 0), len(packs)) // 8 * 8
     deal(packs[:lone], first, key, free, dealt)
     strategy = np.int64(np.searchsorted(starts, first + lone, side="right")) - 1  # -1: still a lone sequence
@@ -340,7 +336,7 @@ def _deal_packs(packs, first, starts, key, free, dealt):
 
 @njit(cache=True, nogil=True)
 def _count_strategies(packs, num_sequences, counts):
-    """Add to counts, by strategy; the last counts lone sequences, in turns in 8 places, so that none has to wait."""
+    """Add to counts, by strategy. The last one counts lone sequences, in 8 places in turns, so that none waits."""
     lone = np.uint64(len(counts) - 1)
     found = np.zeros(len(counts) + 7, np.int64)
     for pack in packs:
@@ -351,11 +347,10 @@ def _count_strategies(packs, num_sequences, counts):
 
 @njit(cache=True, nogil=True)
 def _fill_part(packs, filled, slot_starts, strategy_offsets, depths, used, by_length, sequence_indices):
-    """Pack by pack, take the next sequence for each slot, from place `filled` on. Consumes used, and leaves in packs
-    where each ends.
+    """Pack by pack, take the next sequence for each slot, from place `filled` on. Consumes used; writes ends to packs.
 
-    Whether a pack is a lone sequence cannot be guessed, and a processor that guesses wrong loses the time of a pack. So
-    some packs are written as if all were, with their ends, and then those that are not are written again.
+    A processor that guesses wrong whether a pack is a lone sequence loses the time of a pack. So write some packs as if
+    all were lone, with their ends, and then write the others again.
     """
     num_sequences, lone = np.uint64(len(sequence_indices)), np.uint64(len(depths) - 1)
     strategies, places = np.empty(PACKS_AT_A_TIME, np.uint32), np.empty(PACKS_AT_A_TIME, sequence_indices.dtype)

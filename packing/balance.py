@@ -1,8 +1,7 @@
 """An order of packs for data parallelism: every global batch costs nearly the same.
 
 A pack's attention costs Σ n² over its sequences: 512² for one of 512 tokens, half of that for two of 256. Ranks wait
-for one another, so a step takes as long as its costliest part. Steps cost alike if each takes its packs from all strata
-of cost.
+for one another, so a step takes as long as its costliest part. Steps cost alike if each has packs of all costs.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from packing.files.errors import whole_number
 from packing.histogram import as_lengths
 from packing.numba_tools import njit
 
-# Streams of draws. assign() has those of 0 and up, one per length.
+# Streams of draws; assign() uses those from 0 on, one per length.
 ORDER, STEPS, IN_STEP = (np.uint64(2**64 - i) for i in (1, 2, 3))
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Σ n² of the global batches of an order of packs; an incomplete one at the end is left out.
+    """Σ n² of the global batches of an order of packs, without an incomplete one at the end.
 
     max_over_mean: cost of the costliest batch / mean cost, 1.0 at best.
     std_over_mean: standard deviation of their costs / mean cost, 0.0 at best.
@@ -40,15 +39,15 @@ class StepCosts:
 
 
 def balance_packs(assignment: Assignment, lengths: ArrayLike, packs_per_step: int, seed: int = 0) -> Assignment:
-    """The same packs in another order: each packs_per_step that follow one another have nearly equal Σ n².
+    """The same packs in another order: every packs_per_step packs in a row have nearly equal Σ n².
 
     1. Shuffle the packs. The last num_packs % packs_per_step stay at the end, as an incomplete step.
     2. Sort the others by cost; equal ones stay shuffled. Cut them into strata, with one pack for each step.
     3. Deal the strata, the widest first: the costliest pack goes to the step that has cost least so far, and so on.
     4. Shuffle the steps, and the packs in each step.
 
-    So every pack is equally likely at every place of the order; only who shares a step follows from cost. With
-    packs_per_step = packs per device, device batches are balanced, and with them every global batch.
+    Every pack is equally likely at every place; cost decides only which packs share a step. If packs_per_step is the
+    packs per device, device batches are balanced, and so is every global batch.
 
     lengths: (num_sequences,) as given to assign().
     Raises ValueError if packs_per_step is below 1 or above the number of packs.
@@ -76,7 +75,7 @@ def attention_cost(assignment: Assignment, lengths: ArrayLike) -> np.ndarray:
     if len(lengths) != assignment.num_sequences:
         raise ValueError(
             f"the assignment has {assignment.num_sequences} sequences, but there are {len(lengths)} lengths; "
-            "give those that it was made for"
+            "give the lengths that it was made for"
         )
     costs = np.empty(assignment.num_packs, np.int64)
     _cost_of_packs(assignment.sequence_indices, assignment.pack_offsets, lengths, costs)
@@ -84,7 +83,7 @@ def attention_cost(assignment: Assignment, lengths: ArrayLike) -> np.ndarray:
 
 
 def step_costs(assignment: Assignment, lengths: ArrayLike, packs_per_step: int) -> StepCosts:
-    """How the cost of the global batches spreads, if each takes the next packs_per_step packs."""
+    """How evenly the global batches cost attention, if each takes the next packs_per_step packs."""
     packs_per_step = checked_packs_per_step(packs_per_step, assignment.num_packs)
     costs = attention_cost(assignment, lengths)
     num_steps = len(costs) // packs_per_step
@@ -94,11 +93,11 @@ def step_costs(assignment: Assignment, lengths: ArrayLike, packs_per_step: int) 
 
 
 def checked_packs_per_step(packs_per_step: int, num_packs: int | None = None) -> int:
-    """num_packs: None = not known yet."""
+    """The number as an int. Raises ValueError below 1 and above num_packs; None: not known yet."""
     packs_per_step = whole_number("packs_per_step", packs_per_step)
     if num_packs is not None and packs_per_step > num_packs:
         raise ValueError(
-            f"packs_per_step={packs_per_step} is more than the {num_packs} packs, so that no batch would be whole; "
+            f"packs_per_step={packs_per_step} is more than the {num_packs} packs, so no batch would be whole; "
             f"give at most {num_packs} as balance, or leave it out"
         )
     return packs_per_step

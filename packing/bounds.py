@@ -1,12 +1,12 @@
-"""Lower bounds: packs that no packing of a histogram can go under. All are exact, in integers.
+"""Lower bounds: the packs that a histogram needs at least. All are exact, in integers.
 
 counting    ceil(tokens / max_sequence_length)
 depth       ceil(sequences / max_sequences_per_pack)
-l2          for each threshold k: lengths above L - k share a pack with nothing of k or longer, those above L / 2 not
-            with each other; the rest of what is at least k long needs packs of its own (Martello & Toth 1990), and
-            no pack holds more than L // k of it
+l2          for each threshold k: lengths above L - k share no pack with k or longer, and lengths above L / 2 share
+            none with each other; all others from k on need packs of their own (Martello & Toth 1990), and no pack
+            holds more than L // k of these
 
-A fourth bound comes from prices, as optimal's linear program makes them: `Valuation.bound` in packers/pricing.py.
+A fourth bound comes from the prices of optimal's linear program: `Valuation.bound` in packers/pricing.py.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def depth_bound(histogram: np.ndarray, max_sequences_per_pack: int | None) -> in
 
 
 def l2_bound(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None = None) -> int:
-    """Martello & Toth's L2 over all thresholds, with the depth where it says more.
+    """Martello & Toth's L2 over all thresholds, with the depth limit where that is tighter.
 
-    Of what is at least k long, lengths above L - k are alone; the rest needs the most of: a pack for each length above
-    L / 2; ceil(its tokens / L); ceil(its sequences / d), where d is L // k or max_sequences_per_pack, if that is less.
+    Of the lengths from k on, those above L - k are alone. The others need the most of: a pack for each one above L / 2;
+    ceil(their tokens / L); ceil(their number / d), where d is L // k, or max_sequences_per_pack if that is less.
     {5: 2, 3: 2, 2: 1} into 6 slots -> 4: for k = 2, two 5s alone, and 3 + 3 + 2 = 8 tokens in ceil(8 / 6) = 2 packs.
     {3: 6} into 8 slots -> 3: for k = 3, two sequences a pack.
     """
@@ -51,7 +51,7 @@ def l2_bound(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_
     counts = _exact(histogram[: limit + 1], limit)
     above = _sums_from(counts)  # above[k]: sequences of k tokens or more
     tokens_above = _sums_from(counts * np.arange(limit + 1))
-    threshold = np.arange(1, limit // 2 + 1)  # no other changes anything: two of k <= L / 2 fit together
+    threshold = np.arange(1, limit // 2 + 1)  # a higher one proves nothing more
     if not len(threshold):
         return int(above[1])
     alone = above[limit - threshold + 1]
@@ -62,7 +62,7 @@ def l2_bound(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_
 
 
 def _exact(histogram: np.ndarray, limit: int) -> np.ndarray:
-    """Counts whose sums cannot overflow: int64 if twice the tokens fit, Python integers if not."""
+    """Counts whose sums cannot overflow: int64 if twice the tokens fit, else Python integers."""
     counts = np.zeros(limit + 1, np.int64)
     counts[: len(histogram)] = histogram
     return counts if float(counts.sum(dtype=np.float64)) * limit < 2.0**61 else counts.astype(object)

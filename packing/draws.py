@@ -1,8 +1,7 @@
 """Random numbers that are the same on every machine, and the shuffle made from them.
 
-A generator of our own, because NumPy may change the stream of its Generator between versions, and then one seed would
-no longer mean one assignment. splitmix64 (Steele, Lea, Flood, OOPSLA 2014): number i of a key is mix(key + i * STEP),
-so any number can be drawn without drawing those before it.
+NumPy may change the stream of its Generator between versions, but a seed must always mean the same assignment. Hence
+splitmix64 (Steele, Lea, Flood, OOPSLA 2014): number i of a key is mix(key + i * STEP), and needs no number before it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def mix(state):
 
 @njit(cache=True, nogil=True)
 def make_key(seed, stream):
-    """A key of its own for each (seed, stream); both uint64."""
+    """A different key for each (seed, stream); both uint64."""
     return mix(mix(seed + STEP) ^ (stream * STEP))
 
 
@@ -41,14 +40,14 @@ def make_key(seed, stream):
 def shuffle(values, scratch, key):
     """Put values into uniformly random order, in place. scratch: as long as values, same dtype; its content is lost.
 
-    1. Few values: Fisher and Yates.
-    2. Many: deal them to 256 buckets at random and shuffle each bucket (Rao 1961, Sandelius 1962). It is as uniform,
-       and touches memory in order.
+    1. Shuffle few values by Fisher and Yates.
+    2. Deal many values to 256 buckets at random, and shuffle each bucket (Rao 1961, Sandelius 1962). This is just as
+       uniform, and touches memory in order.
     """
     if len(values) <= IN_CACHE:
         fisher_yates(values, values, key)
         return
-    first = np.int64(0)  # a plain 0 has a type of its own, for which Numba would compile the three once more
+    first = np.int64(0)  # for the type of a plain 0 Numba would compile the three kernels again
     counts, free, starts = np.zeros(BUCKETS, np.int64), np.empty(BUCKETS, np.int64), np.empty(BUCKETS + 1, np.int64)
     count_buckets(first, len(values), key, counts)
     starts[0] = 0
@@ -61,8 +60,10 @@ def shuffle(values, scratch, key):
 
 @njit(cache=True, nogil=True)
 def count_buckets(first, end, key, counts):
-    """Add to counts (256,) the bucket of each number first..end - 1. Bucket i is byte i of the key's stream, so that
-    parts may be dealt at the same time; first is a multiple of 8, since a draw has 8 bytes."""
+    """Add to counts (256,) the bucket of each number first..end - 1.
+
+    The bucket of number i is byte i of the key's stream, so threads can deal parts at the same time. A draw has 8
+    bytes, so first is a multiple of 8."""
     for start in range(first, end, 8):
         word = mix(key + np.uint64(start >> 3) * STEP)
         for _ in range(min(8, end - start)):
@@ -94,9 +95,10 @@ def shuffle_buckets(dealt, starts, first, key, values):
 
 @njit(cache=True, nogil=True)
 def fisher_yates(values, shuffled, key):
-    """Shuffle values into `shuffled`; spoils values. Both may be one array: then each is swapped with one at or before
-    it. Draws below a bound by Lemire's method (2019): a product, no remainder, and a second draw only where the first
-    would favour small numbers. A word of 64 bits serves for two draws."""
+    """Shuffle values into `shuffled`; spoils values. Both may be the same array, whose values are then swapped.
+
+    Lemire's method (2019) draws below a bound by a product, without a remainder; it draws again only where the first
+    draw would favour small numbers. A word of 64 bits makes two draws."""
     state = key
     bound = np.uint64(len(values))
     while bound > ONE:

@@ -13,8 +13,7 @@ def length_histogram(lengths: ArrayLike, max_sequence_length: int | None = None)
 
     [2, 5, 2] with max_sequence_length=6 -> [0, 0, 2, 0, 0, 1, 0]
 
-    max_sequence_length: None takes the longest length. Histograms made with the same one add up, so the shards of a
-        data set can be counted apart.
+    max_sequence_length: None takes the longest length. Histograms with the same one add up, shard by shard.
     Raises ValueError, naming the index, for a length that is not an integer, below 1 or above max_sequence_length.
     """
     lengths = as_lengths(lengths)
@@ -24,7 +23,7 @@ def length_histogram(lengths: ArrayLike, max_sequence_length: int | None = None)
         max_sequence_length = max(int(lengths.max()), 1)
     check_lengths(lengths, max_sequence_length)
     histogram = np.zeros(max_sequence_length + 1, np.int64)
-    for first in range(0, len(lengths), BLOCK):  # bincount makes int64 of all that it is given
+    for first in range(0, len(lengths), BLOCK):  # bincount copies what it is given to int64
         histogram += np.bincount(lengths[first : first + BLOCK], minlength=max_sequence_length + 1)
     return histogram
 
@@ -35,23 +34,18 @@ def offsets_of(counts: ArrayLike) -> np.ndarray:
 
 
 def as_lengths(lengths: ArrayLike) -> np.ndarray:
-    """Any flat list of whole numbers as an integer array; the values are not looked at."""
+    """Any flat list of whole numbers as an integer array, with any values."""
     array = np.asarray(lengths)
     if array.ndim != 1:
         raise ValueError(f"lengths must be flat, one number per sequence; got an array of shape {array.shape}")
     if not len(array):
         return array.astype(np.int64)
     if array.dtype.kind not in "iu":
-        wrong = (
-            i
-            for i, x in enumerate(np.asarray(lengths, object))
-            if isinstance(x, bool) or not isinstance(x, int | np.integer)
-        )
-        culprit = next(wrong, 0)
+        is_wrong = [isinstance(x, bool) or not isinstance(x, int | np.integer) for x in np.asarray(lengths, object)]
+        culprit = is_wrong.index(True) if any(is_wrong) else 0
         raise ValueError(
             f"lengths must be integers: index {culprit} holds {array[culprit : culprit + 1].tolist()[0]!r} "
-            f"(dtype {array.dtype}); "
-            "give the number of tokens of each sequence"
+            f"(dtype {array.dtype}); give the number of tokens of each sequence"
         )
     return array.astype(array.dtype.newbyteorder("="), copy=False)  # files may hold the other byte order
 

@@ -1,10 +1,10 @@
-"""What kernels need of Numba: njit with a cache that notices changes and needs no folder, and prefetch.
+"""njit with a cache that notices every edit and finds a folder, and prefetch.
 
-Numba stamps what it caches with the file of the function alone. A kernel that calls one of another file would then keep
-the old machine code of that, after an upgrade just as after an edit.
+Numba stamps a cached kernel with the function's own file. After an edit or an upgrade of another file, whose kernels it
+calls, it would keep the old machine code of these. So the stamp here covers the whole package.
 
-Numba caches beside the sources or in the user's home, and raises where it can write to neither. Then the cache lies in
-a temporary folder of this user; where even that fails, each process compiles anew.
+Numba caches beside the sources or in the user's home, and raises where it can write to neither. The cache is then in a
+temporary folder of this user; where that fails too, each process compiles anew.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Kernel = TypeVar("Kernel", bound=Callable)
 
 
 def njit(**options: Any) -> Callable[[Kernel], Kernel]:
-    """numba.njit with options; with cache=True the stamp covers this whole package, and the function's own."""
+    """numba.njit with options; with cache=True the stamp covers this whole package, and that of the function."""
 
     def decorate(function: Kernel) -> Kernel:
         dispatcher = _njit(function, options)
@@ -57,7 +57,7 @@ def _njit(function: Kernel, options: dict) -> Kernel:
 
 @cache
 def _temporary_folder() -> Path | None:
-    """A folder that only this user can write to, or None. What others could write there, Numba would execute."""
+    """A folder that only this user can write to, or None: Numba executes what it finds there."""
     folder = Path(tempfile.gettempdir()) / f"dataset-packing-kernels-{getattr(os, 'getuid', int)()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -78,7 +78,7 @@ def _package(file: Path) -> Path:
 
 @cache
 def stamp(folder: Path = Path(__file__).parent) -> str:
-    """A digest of the Python files in a folder and the folders inside it, by default this package."""
+    """A digest of all Python files in and below a folder, by default this package."""
     digest = blake2b(digest_size=16)
     for source in sorted(folder.rglob("*.py")):
         digest.update(source.read_bytes())
@@ -87,10 +87,10 @@ def stamp(folder: Path = Path(__file__).parent) -> str:
 
 @intrinsic
 def prefetch(typing_context, array, index):
-    """Begin to load array[index] into the cache, and do not wait for it; an index outside the array does no harm.
+    """Start to load array[index] into the cache, without waiting; an index outside the array does no harm.
 
     Hardware follows some 50 streams. A counting sort has one per length, and waits for memory at the end of each cache
-    line (8 ns a value for 500 streams, 2.5 ns if each line is asked for one line ahead).
+    line: 8 ns a value for 500 streams, or 2.5 ns if each line is prefetched one line ahead.
     """
 
     def emit(context, builder, signature, arguments):
@@ -100,7 +100,7 @@ def prefetch(typing_context, array, index):
             "llvm.prefetch", (byte,), ir.FunctionType(ir.VoidType(), (byte, number, number, number))
         )
         address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        # to write to; keep in all caches; data, not instructions
+        # for writing; keep in all caches; data, not instructions
         builder.call(hint, (address, number(1), number(3), number(1)))
         return context.get_dummy_value()
 

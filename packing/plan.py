@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -21,23 +21,23 @@ FILE_FORMAT = "dataset-packing plan 1"
 
 @dataclass(frozen=True, eq=False)
 class PackPlan:
-    """Which lengths share a pack, and how many packs are built that way. It knows no sequence, only lengths.
+    """Which lengths share a pack, and how many packs are built that way. It knows lengths, not sequences.
 
     strategies      repeats      packs (max_sequence_length=6)
     (1, 2, 3)       2            [1 2 2 3 3 3] [1 2 2 3 3 3]
     (5,)            1            [5 5 5 5 5 .]
 
-    is stored flat:  strategy_lengths = [1, 2, 3, 5]    strategy_offsets = [0, 3, 4]    repeats = [2, 1]
+    stored flat:  strategy_lengths = [1, 2, 3, 5]    strategy_offsets = [0, 3, 4]    repeats = [2, 1]
 
     max_sequence_length: token slots in a pack.
-    max_sequences_per_pack: the packing depth that the plan was made under; None = no limit.
+    max_sequences_per_pack: the depth limit of the plan; None = no limit.
     strategy_lengths: lengths of all strategies, end to end, ascending in each; int32.
     strategy_offsets: (strategies + 1,) where each strategy begins in strategy_lengths; int64.
     repeats: (strategies,) packs built from each strategy, at least 1; int64.
     packer: the name of the packer that made the plan.
-    proven_bound: packs that the packer proved necessary; lower_bound takes it where it beats the cheap ones.
+    proven_bound: packs that the packer proved necessary; lower_bound is at least as high.
 
-    Raises ValueError if a strategy does not fit into a pack: such a plan cannot exist.
+    Raises ValueError if a strategy does not fit into a pack.
     """
 
     max_sequence_length: int
@@ -71,11 +71,11 @@ class PackPlan:
         limits = max_sequence_length, max_sequences_per_pack
         return cls(*limits, flat, offsets, np.array(list(repeats)), packer, proven_bound)
 
-    # The numbers. Sums are Python integers: counts of 1e12 times lengths of 1e5 leave no room for error in float64.
+    # Sums are Python integers: counts of 1e12 times lengths of 1e5 are more than float64 holds exactly.
 
     @property
     def strategies(self) -> Strategies:
-        """The strategies as tuples of ascending lengths, made when asked for."""
+        """The strategies as tuples of ascending lengths, each made on access."""
         return Strategies(self.strategy_lengths, self.strategy_offsets)
 
     @cached_property
@@ -112,10 +112,7 @@ class PackPlan:
 
     @cached_property
     def lower_bound(self) -> int:
-        """Packs that no packing of these lengths can go under; exact.
-
-        The best of what the packer proved and of the cheap bounds: tokens, sequences, lengths that cannot meet.
-        """
+        """The packs that these lengths need at least, exact: what the packer proved, or a better cheap bound."""
         cheap = lower_bound(self.histogram(), self.max_sequence_length, self.max_sequences_per_pack)
         return max(cheap, self.proven_bound)
 
@@ -128,15 +125,8 @@ class PackPlan:
 
     def equals(self, other: PackPlan) -> bool:
         """Same strategies, repeats, limits, packer and bound."""
-        return (
-            self.max_sequence_length == other.max_sequence_length
-            and self.max_sequences_per_pack == other.max_sequences_per_pack
-            and self.packer == other.packer
-            and self.proven_bound == other.proven_bound
-            and np.array_equal(self.strategy_lengths, other.strategy_lengths)
-            and np.array_equal(self.strategy_offsets, other.strategy_offsets)
-            and np.array_equal(self.repeats, other.repeats)
-        )
+        names = [field.name for field in fields(self)]
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
     def __str__(self) -> str:
         limit = "no limit" if self.max_sequences_per_pack is None else f"{self.max_sequences_per_pack:,}"
@@ -160,17 +150,9 @@ class PackPlan:
 
     def save(self, path: str | PathLike) -> None:
         """Write the plan as JSON."""
-        content = {
-            "format": FILE_FORMAT,
-            "packer": self.packer,
-            "max_sequence_length": self.max_sequence_length,
-            "max_sequences_per_pack": self.max_sequences_per_pack,
-            "proven_bound": self.proven_bound,
-            "strategy_lengths": self.strategy_lengths.tolist(),
-            "strategy_offsets": self.strategy_offsets.tolist(),
-            "repeats": self.repeats.tolist(),
-        }
-        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        content = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+        Path(path).write_text(json.dumps({"format": FILE_FORMAT} | content) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike) -> PackPlan:
@@ -244,7 +226,7 @@ def _check_shape(plan: PackPlan) -> None:
         raise ValueError(f"strategy {int(np.argmax(np.diff(offsets) < 1))} is empty; leave it out")
     if (plan.repeats < 1).any():
         culprit = int(np.argmax(plan.repeats < 1))
-        raise ValueError(f"strategy {culprit} repeats {plan.repeats[culprit]} times; leave out what is not used")
+        raise ValueError(f"strategy {culprit} repeats {plan.repeats[culprit]} times; leave it out")
 
 
 def _check_fit(plan: PackPlan) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +42,8 @@ def _run(arguments: Namespace) -> int:
     from packing.store.loading import load_packed
     from packing.unpack import unpack_dataset
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # they would fill a log
     target = check_target(arguments.target)
     packed = load_packed(arguments.packed)
     splits = packed if isinstance(packed, datasets.DatasetDict) else {"": packed}
@@ -59,12 +60,13 @@ def _run(arguments: Namespace) -> int:
 def _write_splits(splits: dict, target: Path) -> None:
     from packing.files.folder import new_folder
     from packing.files.hashed import write_file
+    from packing.files.saved import DICT
     from packing.unpack import unpack_dataset
 
     with new_folder(target) as folder:
         for name, packed in splits.items():
             unpack_dataset(packed, folder / name)
-        write_file(folder / "dataset_dict.json", json.dumps({"splits": list(splits)}).encode())
+        write_file(folder / DICT, json.dumps({"splits": list(splits)}).encode())
 
 
 def _write_file(splits: dict, target: Path) -> None:
@@ -89,26 +91,7 @@ def _write_lines(rows: datasets.Dataset, file: HashedFile) -> None:
         file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def _write_parquet(rows: datasets.Dataset, file: HashedFile) -> None:
-    with _without_bars():
-        rows.to_parquet(file)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep datasets' bars out of logs."""
-    import datasets
-
-    were_on = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_on:
-            datasets.enable_progress_bars()
-
-
-FILES = {".parquet": _write_parquet, ".jsonl": _write_lines}
+FILES = {".parquet": lambda rows, file: rows.to_parquet(file), ".jsonl": _write_lines}
 
 COMMAND = Subcommand(
     description="Write the rows that were packed into PACKED to TARGET.",

@@ -104,9 +104,7 @@ def checked_length(max_sequence_length: int) -> int:
     """The limit as an int. Raises ValueError for one that no packer can handle."""
     length = whole_number("max_sequence_length", max_sequence_length)
     if length > LONGEST_PACK:
-        raise ValueError(
-            f"max_sequence_length={length} is more than the {LONGEST_PACK} that packers can handle; give less"
-        )
+        raise ValueError(f"max_sequence_length={length} is more than packers can handle; give at most {LONGEST_PACK}")
     return length
 
 

@@ -1,15 +1,12 @@
 """Every packer at every depth on one histogram, as numbers: what to expect of a corpus before anything is packed.
 
-The predicted speed-up is a model of one line, and only as good as its assumptions:
+The predicted speed-up assumes that a token slot costs the same wherever it is:
 
     speed-up = (1 - OVERHEAD) * token slots of the padded rows / token slots of the packs
 
-A slot costs the same wherever it is, padding or not: true of a stock encoder on rows of one length, whose slots are
-max_sequence_length per row, so that the ratio is the packing factor. Against rows that are padded only to the longest
-of their batch, a batch is ROWS_PER_BATCH sequences drawn at random. There attention, which grows with the square of a
-row, makes short rows cheaper than this says, and sorting like lengths into one batch saves most padding too. OVERHEAD
-is what the paper lost to masks and per-sequence losses on real hardware. Nothing here knows the share of a step that
-does not shrink with the rows: the optimizer, communication, a slow data loader. Measure before you promise.
+Rows are padded to max_sequence_length, or to the longest of ROWS_PER_BATCH random sequences. For the latter it promises
+too much: attention makes short rows cheaper, and batches of like lengths have less padding. It knows nothing of the
+optimizer, of communication or of a slow data loader.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from packing.packers.table import PACKERS, Packer, plan_packs
 from packing.plan import PackPlan
 
 DEPTHS = (2, 3, 4, 8, 16, None)  # None = no limit
-OVERHEAD = 0.043  # arXiv 2107.02027: 1.913 times as fast at a packing factor of 2.00
+OVERHEAD = 0.043  # masks and per-sequence losses, arXiv 2107.02027: 1.913 times as fast at a packing factor of 2.00
 ROWS_PER_BATCH = 32
 NEARLY = 0.001  # share of packs that a shallower plan may need more and still be recommended
 
@@ -45,7 +42,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a packer makes no plan under a depth limit, in its own words."""
+    """Why a packer makes no plan under a depth limit, in the words of its error."""
 
     packer: str
     max_sequences_per_pack: int | None
@@ -75,9 +72,9 @@ class Comparison:
 
     @cached_property
     def recommended(self) -> Attempt | None:
-        """The shallowest plan within NEARLY of the fewest packs; of those equally deep, the one with the fewest packs.
+        """The shallowest plan within NEARLY of the fewest packs; of equally deep ones, the one with the fewest packs.
 
-        A depth costs: every batch has as many sequence slots as the deepest pack has sequences.
+        Depth costs: every batch has as many sequence slots as the deepest pack has sequences.
         """
         if not self.plans:
             return None
@@ -86,7 +83,7 @@ class Comparison:
         return min(good, key=lambda a: (_limit(a.max_sequences_per_pack), a.plan.num_packs))
 
     def lower_bound(self, max_sequences_per_pack: int | None) -> int:
-        """The best bound that any plan here proves: what holds under a looser limit holds under a tighter one."""
+        """The best bound that any plan here proves: a bound under a looser limit also holds under a tighter one."""
         limit = _limit(max_sequences_per_pack)
         bounds = [a.plan.lower_bound for a in self.plans if _limit(a.max_sequences_per_pack) >= limit]
         return max([-(-self.padded.num_tokens // self.max_sequence_length), *bounds])
@@ -95,16 +92,16 @@ class Comparison:
         return attempt.plan.num_packs - self.lower_bound(attempt.max_sequences_per_pack)
 
     def speedup(self, plan: PackPlan) -> float:
-        """Predicted, against rows padded to max_sequence_length."""
+        """The predicted speed-up over rows padded to max_sequence_length."""
         return (1 - OVERHEAD) * self.padded.num_packs / plan.num_packs
 
     def speedup_over_batches(self, plan: PackPlan) -> float:
-        """Predicted, against rows padded to the longest of ROWS_PER_BATCH sequences drawn at random."""
+        """The predicted speed-up over rows padded to the longest of ROWS_PER_BATCH sequences drawn at random."""
         slots = plan.num_packs * self.max_sequence_length / plan.num_sequences
         return (1 - OVERHEAD) * expected_longest(self.histogram, ROWS_PER_BATCH) / slots
 
     def summary(self) -> str:
-        """One line on the corpus: what padding costs."""
+        """One line on the corpus, and how much of it would be padding."""
         longest = int(np.flatnonzero(self.histogram)[-1])
         return (
             f"{self.padded.num_sequences:,} sequences, {self.padded.num_tokens:,} tokens, longest {longest:,}; "
@@ -117,20 +114,18 @@ class Comparison:
         A packer that refuses every depth for one reason has one row.
         """
         padded = Attempt("padded", 1, self.padded, 0.0)
-        no_plan = {"above bound": "", "time": "", "vs padded": "", "vs batches": ""}
-        rows: list[tuple[Attempt | Refusal, dict[str, str]]]
-        rows = [(padded, {name: cell(self, padded) for name, cell in COLUMNS.items()} | no_plan)]
-        for attempt in self.attempts:
+        no_plan = dict.fromkeys(("above bound", "time", "vs padded", "vs batches"), "")
+        rows: list[tuple[Attempt | Refusal, dict[str, str]]] = []
+        for attempt in (padded, *self.attempts):
             if isinstance(attempt, Attempt):
-                rows.append((attempt, {name: cell(self, attempt) for name, cell in COLUMNS.items()}))
+                cells = {name: cell(self, attempt) for name, cell in COLUMNS.items()}
+                rows.append((attempt, cells | no_plan if attempt is padded else cells))
                 continue
-            depth = depth_name(attempt.max_sequences_per_pack)
-            row = {"packer": attempt.packer, "depth": depth, "refusal": attempt.reason}
             siblings = [other for other in self.attempts if other.packer == attempt.packer]
-            if len(siblings) > 1 and all(getattr(other, "reason", "") == attempt.reason for other in siblings):
-                row["depth"] = "any"
-            if attempt is siblings[0] or row["depth"] != "any":
-                rows.append((attempt, row))
+            is_any = len(siblings) > 1 and all(getattr(other, "reason", "") == attempt.reason for other in siblings)
+            if attempt is siblings[0] or not is_any:
+                depth = "any" if is_any else depth_name(attempt.max_sequences_per_pack)
+                rows.append((attempt, {"packer": attempt.packer, "depth": depth, "refusal": attempt.reason}))
         return rows
 
     def __str__(self) -> str:
@@ -171,11 +166,11 @@ def compare_packers(
     """Plan the histogram with every packer under every depth limit.
 
     histogram: sequences per length, indexed by length. max_sequence_length: None: len(histogram) - 1.
-    depths: limits that no pack can reach are left out, if there is a None, which then says the same.
+    depths: with a None among them, limits that no pack can reach are left out.
     packers: {name: packer}; None: PACKERS. One that raises ValueError is listed with its reason.
     progress: show a bar on stderr.
     """
-    padded = plan_packs(histogram, max_sequence_length, 1, "spfhp")  # refuses a bad histogram, before all packers do
+    padded = plan_packs(histogram, max_sequence_length, 1, "spfhp")  # also refuses a bad histogram
     packers = PACKERS if packers is None else packers
     depths = _distinct(depths, padded)
     cases = [(name, depth) for name in packers for depth in depths]
@@ -184,14 +179,14 @@ def compare_packers(
         for name, depth in bar:
             bar.set_postfix_str(f"{name}, depth {depth_name(depth)}")
             attempt = _attempt(name, packers[name], padded, depth)
-            if depth == depths[0] and isinstance(attempt, Attempt):  # it may have compiled the packer: once more
+            if depth == depths[0] and isinstance(attempt, Attempt):  # it may have compiled the packer: again
                 attempt = _attempt(name, packers[name], padded, depth)
             attempts.append(attempt)
     return Comparison(padded.histogram(), padded, tuple(attempts))
 
 
 def expected_longest(histogram: np.ndarray, sequences: int) -> float:
-    """Mean length of the longest of so many sequences drawn at random, with replacement; in tokens.
+    """Mean length of the longest of `sequences` sequences drawn at random, with replacement; in tokens.
 
     P(longest <= l) = P(length <= l) ** sequences
     """
@@ -218,7 +213,7 @@ def _distinct(depths: Iterable[int | None], padded: PackPlan) -> tuple[int | Non
     """Ascending, each once."""
     depths = sorted(set(depths), key=_limit)
     if not depths:
-        raise ValueError("no depth to compare: give at least one, None for no limit")
+        raise ValueError("no depth to compare: give at least one; None is no limit")
     deepest = padded.max_sequence_length // int(padded.strategy_lengths.min())
     return tuple(depth for depth in depths if depth is None or None not in depths or depth < deepest)
 

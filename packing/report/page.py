@@ -1,4 +1,4 @@
-"""A comparison of packers as a page or a picture: one table, the lengths, what padding wastes, efficiency, the packs.
+"""A comparison of packers as a page or a picture: the table, lengths, what padding wastes, efficiency, packs.
 
 write_report(compare_packers(read_histogram("lengths.npy"), 512), "report.html")
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, FigureBase
 
-TOKENS, PADDING, INK = "#0072b2", "#d9d9d9", "#333333"  # told apart by the colour-blind, and in grey
+TOKENS, PADDING, INK = "#0072b2", "#d9d9d9", "#333333"  # distinct for the colour-blind, and in grey
 LENGTH_BARS = 64
 PICTURED_PACKS = 48
 
 
 def write_report(comparisons: Comparison | Mapping[str, Comparison], path: str | PathLike) -> None:
-    """Write an .html or .png file. Several comparisons, by title, stand one under the other.
+    """Write an .html or .png file, with several comparisons, by title, one under the other.
 
     Needs matplotlib: pip install 'dataset-packing[report]'.
     """
@@ -41,14 +41,14 @@ def write_report(comparisons: Comparison | Mapping[str, Comparison], path: str |
 
 
 def check_report(path: str | PathLike) -> Callable[[Mapping[str, Comparison], Path], None]:
-    """The writer for the path's ending. Raises where write_report would, before any work is done."""
+    """The writer for the path's ending. Raises whatever write_report would raise, before any work is done."""
     ending = Path(path).suffix.lower()
     if ending not in WRITERS:
         raise ValueError(f"a report is written as {' or '.join(WRITERS)}, by the file's ending; got {str(path)!r}")
     if Path(path).is_dir():
         raise IsADirectoryError(f"the report {str(path)!r} is a folder; give the name of a file in it")
     if not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(Path(path).parent)!r} to write the report {path} to")
+        raise FileNotFoundError(f"there is no folder {str(Path(path).parent)!r} for the report {path}; make it first")
     _new_figure()
     return WRITERS[ending]
 
@@ -86,7 +86,7 @@ def draw_padding(axes: Axes, comparison: Comparison) -> None:
 
 
 def draw_efficiency(axes: Axes, comparison: Comparison) -> None:
-    """Packing efficiency against the depth limit, a line a packer, under what the best bound leaves possible."""
+    """Packing efficiency against the depth limit, one line a packer, under the line that the best bound allows."""
     limits = list(dict.fromkeys(attempt.max_sequences_per_pack for attempt in comparison.attempts))
     limits.sort(key=lambda limit: np.inf if limit is None else limit)
     slots = [comparison.lower_bound(limit) * comparison.max_sequence_length for limit in limits]
@@ -107,9 +107,9 @@ def draw_efficiency(axes: Axes, comparison: Comparison) -> None:
 
 
 def draw_packs(axes: Axes, plan: PackPlan) -> None:
-    """Some packs, each a column of its sequences, longest at the bottom; what is left grey is padding.
+    """Some packs, each a column of its sequences, longest at the bottom; the grey rest is padding.
 
-    They stand for all: ordered by depth and content, one is drawn from each of PICTURED_PACKS equal shares.
+    They stand for all packs, in order of depth and content: one from each of PICTURED_PACKS equal shares.
     """
     contents = [strategy[::-1] for strategy in plan.strategies]  # longest first
     order = sorted(range(len(contents)), key=lambda s: (len(contents[s]), [-length for length in contents[s]]))
@@ -142,7 +142,7 @@ def _draw_all(figure: FigureBase, comparison: Comparison) -> None:
 
 
 def _bars(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values by length, summed up to at most LENGTH_BARS bars of equal width: their edges, and their heights."""
+    """Values by length, summed into at most LENGTH_BARS bars of equal width: edges and heights."""
     longest = len(values) - 1
     width = -(-longest // LENGTH_BARS)
     padded = np.zeros(-(-longest // width) * width)
@@ -158,7 +158,7 @@ def _thousands(axes: Axes) -> None:
 
 
 def _new_figure(**options: Any) -> Figure:
-    """A figure that no window and no global state knows of."""
+    """A figure outside pyplot's windows and global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
