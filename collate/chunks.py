@@ -52,7 +52,7 @@ class Chunks:
 
     @view
     def positions(self) -> Tensor:
-        """(NC, C) int64: the position of each slot in its sequence; those of padding go on behind the last token."""
+        """(NC, C) int64: the position of each slot in its sequence; those of padding follow the last token's."""
         return self.number[:, None] * self.size + torch.arange(self.size, device=self.index.device)
 
     @view
@@ -61,7 +61,7 @@ class Chunks:
 
         sequences of 1, 3, 2 chunks: [0] [1 2 3] [4 5]  ->  [1 4 0] [2 5] [3], and 3, 2, 1
 
-        So a state goes from chunk to chunk of all sequences at once: those that go on are always the first ones.
+        So a state goes from chunk to chunk of all sequences at once: those that continue are always the first ones.
         `first` and `neighbour` still speak of the old order.
         """
         rank = self.chunks_per_sequence.argsort(descending=True, stable=True).argsort()
@@ -78,7 +78,7 @@ class Chunks:
         return ordered, torch.bincount(self.number).tolist()
 
     def neighbour(self, offset: int) -> Tensor:
-        """(NC,) int64: the chunk `offset` further on in the same sequence; NO_CHUNK (-1) where that is none.
+        """(NC,) int64: the chunk `offset` further on in the same sequence; NO_CHUNK (-1) where there is none.
 
         chunks of sequences 0 0 0 1, offset 1 -> [1, 2, -1, -1]; offset -1 -> [-1, 0, 1, -1]
         """
@@ -87,9 +87,8 @@ class Chunks:
         return torch.where(inside, self.first[self.sequence] + number, NO_CHUNK)
 
     def gather(self, x_T: Tensor) -> Tensor:
-        """(T, …) -> (NC, C, …). The gradient of padding slots is taken for 0: mask them out of whatever follows."""
-        gathered = Gather.apply(x_T, self.index.flatten(), self.slot_of_token)
-        return gathered.unflatten(0, self.index.shape)
+        """(T, …) -> (NC, C, …). Padding slots get no gradient: mask them out of whatever follows."""
+        return Gather.apply(x_T, self.index.flatten(), self.slot_of_token).unflatten(0, self.index.shape)
 
     def scatter(self, x: Tensor) -> Tensor:
         """(NC, C, …) -> (T, …): the inverse of `gather`; padding slots are dropped."""

@@ -31,4 +31,4 @@ BOOKKEEPING = ("sequence_indices", "sequence_starts", "special_tokens_mask", WOR
 """Columns that the collator reads for itself; a model gets them only when `columns` names them."""
 LABELS = ("labels", "label", "label_ids")
 ANSWERS = ("start_positions", "end_positions")
-"""Columns that hold places in a sequence."""
+"""Columns that hold positions in a sequence."""

@@ -2,7 +2,6 @@
 
 isolate_sequences(model)                      # once, after loading
 model(input_ids, sequence_ids=...)            # each sequence as if it were alone
-print(check_isolation(model, tokenizer))      # what leaks, and by how much: for any model
 """
 
 from typing import TypeVar
@@ -31,22 +30,18 @@ def isolate_sequences(model: Model, dense_mask: bool = False) -> Model:
                                                0 0 0 1 1 0
                                                0 0 0 0 0 1    padding attends to padding: no row without a key
 
-    Without `sequence_ids` the model is the stock one. Given `position_ids` are kept. A second call changes nothing.
-    Under sdpa nothing builds the mask above: each sequence attends by itself, at a cost of n^2 and not of L^2. That
-    holds on CPUs, and on CUDA in 16 bits; elsewhere, and in a compiled forward, the mask is built.
+    Without `sequence_ids` the model is the stock one. Given `position_ids` stay. A second call changes nothing.
+    Under sdpa each sequence attends by itself, at a cost of n^2 and not of L^2, on CPUs and on CUDA in 16 bits.
+    Elsewhere, and in a compiled forward, the mask above is built. dense_mask: True always builds it.
 
-    dense_mask: True always builds it. Attention "eager" (which returns attention weights) and "flex_attention" have
-        masks of their own, by choice: `model.set_attn_implementation("eager")`.
-
-    Under flash the boundaries are those of the flattened rows, so a batch may hold any number of them.
     A head that pools a row still pools the row: `collate.heads` has heads that pool sequences.
 
-    The types in SUPPORTED are known to be exact, those in REFUSED known to leak. Any other encoder, and any class that
-    is not transformers' own, around it or derived, must pass `check_isolation` here.
+    The types in SUPPORTED are known to be exact, those in REFUSED known to leak (`isolation.encoders`). Any other
+    encoder, and any class around it or derived from it that is not transformers' own, must pass `check_isolation`.
 
-    Raises ValueError for a model that cannot be isolated from outside, with the reason (`isolation.encoders`), and for
-    several encoders in one module. Later a forward raises ValueError for `sequence_ids` beside an `attention_mask` or
-    `is_causal`, for ids that no packing produces, and for positions that begin below the model's.
+    Raises ValueError for a model that cannot be isolated from outside, with the reason, and for several encoders in
+    one module. Later a forward raises ValueError for `sequence_ids` beside an `attention_mask` or `is_causal`, for ids
+    that no packing produces, and for positions that begin below the model's.
     """
     refuse_unfit(model, ASKS)
     _refuse_several(model)
@@ -65,15 +60,15 @@ def isolate_sequences(model: Model, dense_mask: bool = False) -> Model:
 
 
 def _try_out(model: nn.Module) -> None:
-    """Raise ValueError for a hooked model of unknown type that leaks, or that cannot be run."""
+    """Raise ValueError for a hooked model of unknown type that leaks, or that does not run."""
     where = "" if isinstance(model, PreTrainedModel) else f" inside of {type(model).__name__}"
     name = f"{encoder_of(model, ASKS).config.model_type}{where}"
     try:
         report = check_isolation(model)
     except Exception as error:
         raise ValueError(
-            f"{name} is not known to isolate, and it cannot be tried out: given input_ids, sequence_ids and masks for "
-            f"packed rows it fails, as the error above says; {CURE}"
+            f"{name} is not known to isolate, and it cannot be tried out: it fails on input_ids, sequence_ids and "
+            f"masks of packed rows, as the error above says; {CURE}"
         ) from error
     if report.reason and not report.isolated:
         raise ValueError(report.reason)
@@ -92,7 +87,7 @@ def _is_known(model: nn.Module) -> bool:
 
 
 def _refuse_several(model: nn.Module) -> None:
-    """Two encoders side by side would be one that is isolated and one that is not."""
+    """Raise ValueError for two encoders side by side, of which only one would be isolated."""
     models = outermost(model)
     if len(models) > 1 and not all(map(is_isolated, models)):
         raise ValueError(

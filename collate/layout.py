@@ -1,4 +1,4 @@
-"""Where the sequences of each pack lie: one stored fact, `sequence_ids`, and every view that attention and loss need.
+"""PackLayout: where the sequences of a batch lie, by one stored fact, `sequence_ids`, and every view of it.
 
 Shape letters: B packs, L token slots per pack, T real tokens of the batch, N sequences of the batch.
 Order is the same everywhere: pack by pack, and inside a pack from left to right.
@@ -22,21 +22,20 @@ PADDING = 0
 """The `sequence_ids` value of a slot that holds no token."""
 
 _LAYOUTS: MutableMapping[Tensor, tuple["PackLayout", int | None]] = WeakIdKeyDictionary()
-"""The layout of each tensor of ids that is alive, and the tensor's version then: see PackLayout.of."""
+"""Of each tensor of ids that is alive: its layout, and the tensor's version then. See PackLayout.of."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackLayout:
-    """The layout of a batch of packs, as lazy views that are computed once and shared by all layers.
+    """The layout of a batch of packs, as lazy views that are computed once and shared by all layers. Make it by `of`.
 
     sequence_ids_BL: (B, L) integers; 1, 2, 3… from left to right in each pack, 0 on padding.
 
         sequence_ids [[1, 1, 1, 2, 2, 0]]
         positions    [[0, 1, 2, 0, 1, 0]]      cu_seqlens [0, 3, 5]      lengths [3, 2]
 
-    Raises ValueError for no packs, and for ids that no packing produces: a sequence in two pieces, or numbers not
-    counted up from 1.
-    On an accelerator that check would wait for the device, so it looks at CPU tensors only: the collator's.
+    Raises ValueError for no packs, and for ids that no packing produces: a sequence in two pieces, or numbers that do
+    not count up from 1. It looks at ids on the CPU only, the collator's: elsewhere it would wait for the device.
     """
 
     sequence_ids_BL: Tensor
@@ -49,7 +48,7 @@ class PackLayout:
             )
         if not self.sequence_ids_BL.numel():
             packs, slots = self.sequence_ids_BL.shape
-            raise ValueError(f"sequence_ids has {packs} packs of {slots} slots: there is no layout of nothing")
+            raise ValueError(f"sequence_ids has {packs} packs of {slots} slots; give at least one pack and one slot")
         if self.sequence_ids_BL.device.type == "cpu":
             _check_ids(self.sequence_ids_BL, self._is_start_BL)
 
@@ -57,9 +56,9 @@ class PackLayout:
     def of(cls, sequence_ids_BL: Tensor) -> "PackLayout":
         """The layout of these ids: made once, and kept as long as the tensor lives.
 
-        Whoever meets a batch's `sequence_ids` asks here: the isolating hook, attention heads, task heads, each layer.
-        Ids that have changed since get a new layout. On a CPU the ids are compared, which notices a write through
-        numpy, too. Elsewhere the tensor's version tells, since a comparison would wait for the device.
+        Whoever needs the layout of a batch asks here: the isolating hook, attention heads, task heads, each layer.
+        Ids that have changed get a new layout. On a CPU a comparison of the ids notices it, also after a write through
+        numpy. Elsewhere the tensor's version does, since a comparison would wait for the device.
         """
         version = None if sequence_ids_BL.is_inference() else sequence_ids_BL._version
         layout, made_from = _LAYOUTS.get(sequence_ids_BL, (None, None))
@@ -70,7 +69,7 @@ class PackLayout:
                 is_current = version is not None and made_from == version
             if is_current:
                 return layout
-        # of a copy: what is kept must not keep the batch alive, nor change with it
+        # it holds a copy of the ids, which neither keeps the batch alive nor changes with it
         layout = cls(in_ordinary_mode(sequence_ids_BL.clone))
         _LAYOUTS[sequence_ids_BL] = layout, version
         return layout
@@ -150,8 +149,7 @@ class PackLayout:
         """What `make` returns, made once per key: for views of this layout that an attention head needs in each layer.
 
         key: all that the result depends on besides the layout; start it with the name of who asks.
-        make: uses nothing from outside but numbers and views of this layout. A tensor that a caller has made under
-            torch.inference_mode() would be kept, and nothing could train with it.
+        make: uses numbers and views of this layout only. With a tensor from torch.inference_mode() nothing could train.
         """
         if key not in self._derived:
             self._derived[key] = in_ordinary_mode(make)

@@ -2,8 +2,8 @@
 
     lengths 3, 20, 5, 17    ->    width 16: 2 sequences     width 32: 2 sequences
 
-Every sequence has a place of its own along the first dimension, so no product of two sequences is ever taken. Its width
-is its own length rounded up to a multiple of 16: neither its pack mates nor their values have a say in that.
+Every sequence has its own place along the first dimension, so no product joins two sequences. Its width is its own
+length rounded up to a multiple of 16, whatever its pack mates are.
 """
 
 from dataclasses import dataclass
@@ -66,8 +66,8 @@ def length_groups(starts: Tensor, lengths: Tensor, sequence_of_token: Tensor, po
     )
 
 
-# Written out because torch's own gradient of an index is a scatter-add into zeros, several times slower on a CPU; here
-# every token has one slot that counts, so the gradient of either step is the other step.
+# torch's own gradient of an index is a scatter-add into zeros, several times slower on a CPU. Here every token has one
+# slot that counts, so the gradient of either step is the other step.
 
 
 class Gather(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Losses: a list of terms, each a sum over a batch divided by a count over the whole optimizer step.
+"""What divides every loss. A loss is a list of terms, each a row: its name, a sum, and the count that divides the sum.
 
     term                sum                     count
     mlm, "token"        mlm_loss_by_token       mlm_tokens       predicted tokens
@@ -7,12 +7,12 @@
     label               loss                    labels           sequences or tokens with a label
     start, end          start_loss, end_loss    starts, ends     answers that start, or end, in their sequence
 
-Counts span all micro-batches and all ranks of a step: they are taken from the batches before the first forward pass.
+A count spans all micro-batches and all ranks of an optimizer step; the batches give it before the first forward pass.
 So a loss depends neither on packing, nor on accumulation, nor on the number of processes.
 
 The MLM loss "sequence" is the mean over sequences of the mean over each one's predicted tokens: every sequence weighs
-the same, as without packing in "Packing: Towards 2x NLP BERT Acceleration" (arXiv 2107.02027, section 3.2.3). "token"
-is the mean over predicted tokens, as in the original BERT: longer sequences weigh more.
+the same, as in "Packing: Towards 2x NLP BERT Acceleration" (arXiv 2107.02027, section 3.2.3). "token" is the mean over
+predicted tokens, as in the original BERT: longer sequences weigh more.
 
 To add a term, write its row in a `Loss`, and its sum beside the other sums of that loss.
 
@@ -39,17 +39,16 @@ Count = Callable[[Batch], Tensor]
 
 
 class Mean(NamedTuple):
-    """One row: a sum divided by a count. A term of a loss, or a metric for the log."""
+    """One row: a sum divided by a count. A term of a loss, or a metric for the log.
+
+    total, per: the names of the sum and of the count. weight: a factor of the mean. shown: what the log shows of it.
+    """
 
     name: str
     total: str
-    """The name of the sum."""
     per: str
-    """The name of the count."""
     weight: float = 1.0
-    """What the mean is multiplied by."""
     shown: Callable[[Tensor], Tensor] = lambda mean: mean
-    """What the log shows of the mean."""
 
     def of(self, sums: Sums, counts: Sums) -> Tensor:
         """The weighted mean. Where the count is 0, so is the sum, and the mean is 0."""
@@ -60,24 +59,23 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """A list of terms, with what they are divided by and what is logged beside them.
+    """A list of terms, with what divides them and what is logged beside them.
 
-        loss.count(batch)            (k,) what the terms are divided by; adds up over batches and ranks
+        loss.count(batch)            (k,) the denominators; they add up over batches and ranks
         loss(sums, denominators)     a scalar; None: divided by the counts among the sums themselves
         loss.stacked(sums, layout)   1-D float64; adds up over batches and ranks
         loss.metrics(stacked)        what added-up sums mean
 
-    sums: {name: scalar} of one batch.
+    counts: the name of each denominator, in order, and how it is counted; the counts among the sums have these names.
+    others: sums that no row needs. only_whole: the log has a loss only where every term has something to count.
+    sums, in the methods: {name: scalar} of one batch.
     """
 
     terms: tuple[Mean, ...]
     counts: Mapping[str, Count]
-    """The name of each denominator, in order, and how it is counted. Sums go by the same names."""
     logged: tuple[Mean, ...] = ()
     others: tuple[str, ...] = ()
-    """Sums that no row needs."""
     only_whole: bool = False
-    """Whether the log has a loss only where every term has something to count."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,9 +85,8 @@ class Loss:
 
     def count(self, batch: Batch) -> Tensor:
         """(k,) one number for each of `counts`, in their order; int64 unless there are sums of weights."""
-        if not self.counts:
-            return batch["sequence_ids"].new_zeros(0, dtype=torch.int64)
-        return torch.stack([count(batch) for count in self.counts.values()])
+        found = [count(batch) for count in self.counts.values()]
+        return torch.stack(found) if found else batch["sequence_ids"].new_zeros(0, dtype=torch.int64)
 
     def weight(self, batch: Batch) -> Tensor:
         """What the first term is a mean over."""
@@ -124,12 +121,12 @@ class Loss:
 
 
 def has_label(labels: Tensor) -> Tensor:
-    """Bool: NaN, and -100 among integers, are no labels."""
+    """Bool: where there is a label. Among integers -100 is none, among floats NaN."""
     return ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
 
 
 def count_labels(batch: Batch, columns: Sequence[str]) -> Tensor:
-    """Labels in these columns, as far as the batch has them; of several labels a sequence, each counts."""
+    """Labels in those of the columns that the batch has; of several labels of a sequence, each counts."""
     found = [has_label(batch[column]).sum() for column in columns if column in batch]
     return reduce(add, found, batch["sequence_ids"].new_zeros((), dtype=torch.int64))
 
@@ -157,7 +154,7 @@ def is_inside(positions: Tensor, lengths: Tensor) -> Tensor:
 
 
 def lengths_by_slot(sequence_ids_BL: Tensor, depth: int | None = None) -> Tensor:
-    """(B, depth) int64: [[1, 1, 2, 0]], depth 3 -> [[2, 1, 0]]. depth: None: L, more than which a pack cannot hold."""
+    """(B, depth) int64: [[1, 1, 2, 0]], depth 3 -> [[2, 1, 0]]. depth: None: L, the most that a pack can hold."""
     packs, slots = sequence_ids_BL.shape
     depth = slots if depth is None else depth
     ones = torch.ones_like(sequence_ids_BL, dtype=torch.int64)
@@ -248,9 +245,9 @@ SPAN_LOSS = Loss(
 
 
 def mlm_sums(logits_PV: Tensor, labels_P: Tensor, sequence_P: Tensor, lengths_N: Tensor) -> dict[str, Tensor]:
-    """The sums over predicted tokens, and over sequences of the means over each one's.
+    """The sums over predicted tokens; and the sums over sequences, each with the mean over its predicted tokens.
 
-    sequence_P: which of N sequences each token is of; lengths_N: how many each sequence has.
+    sequence_P: which of N sequences each token belongs to; lengths_N: how many predicted tokens each sequence has.
     """
     loss_P = F.cross_entropy(logits_PV, labels_P, reduction="none")
     correct_P = (logits_PV.argmax(-1) == labels_P).to(loss_P.dtype)
@@ -299,8 +296,8 @@ def mlm_loss_of(mlm_loss: str) -> Loss:
 def pretraining_loss(mlm_loss: str, pair: str, columns: Sequence[str] = tuple(PAIR_LABELS.values())) -> Loss:
     """Masked tokens, plus pairs of sentences.
 
-    pair: what the pairs' labels mean, a name in PAIR_LABELS, for the log. Their accuracy stands there beside that of
-        always giving the more frequent label. columns: those that may hold the labels; a model takes one of them.
+    pair: the name of the pairs' objective in the log, a key of PAIR_LABELS. Beside their accuracy the log has that of
+        the more frequent label. columns: those that may hold the labels; a model takes one of them.
     """
     return Loss(
         terms=(MLM_TERMS[mlm_loss], Mean("pair", "pair_loss", "pairs")),

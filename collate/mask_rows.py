@@ -1,35 +1,28 @@
-"""The masks of a batch: flat rows -> input ids with masks, and labels. How to mask is `masking`; this knows rows."""
+"""Masks of a batch: flat rows -> input ids with masks, and labels. `masking` says how to mask; this knows rows."""
 
 import contextlib
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
-from collate.masking import MaskingRule
+from collate.masking import MASKING, MaskingRule
 from collate.rows import FlatRows
 from collate.vocabulary import token_ids
 from collate.words import word_boundaries, word_continuations
 from packing.draws import make_key
 from packing.numba_tools import njit
 
-MASKING_OPTIONS = {
-    "masking": "exact",
-    "mask_replace_prob": 0.8,
-    "random_replace_prob": 0.1,
-    "whole_word_mask": False,
-    "max_predictions_per_sequence": None,
-}
-"""Options that only masking reads, and their defaults."""
-
 
 def masking_rule(tokenizer: Any, mlm_probability: float | None, **options: Any) -> MaskingRule | None:
     """The rule of a tokenizer; None where mlm_probability=None switches masking off.
 
-    options: MASKING_OPTIONS. Raises ValueError for those that would do nothing, and for a tokenizer without a mask.
+    options: of MaskingRule. Raises ValueError for those that would do nothing, and for a tokenizer without a mask.
     """
     if mlm_probability is None:
+        defaults = {field.name: field.default for field in fields(MaskingRule)} | {"masking": MASKING[0]}
         for name, value in options.items():
-            if value != MASKING_OPTIONS[name]:
+            if value != defaults[name]:
                 raise ValueError(
                     f"{name}={value!r} is for masking, but mlm_probability=None switches it off; leave it out"
                 )
@@ -64,7 +57,7 @@ def mask_rows(rule: MaskingRule, flat: FlatRows, seed: int, epoch: int) -> tuple
     if indices is not None:
         keys = sequence_keys(seed, epoch, indices.astype(np.int64), flat.sequence_columns.get("sequence_starts"))
     else:
-        keys = sequence_keys(seed, epoch, token_keys(input_ids, flat.offsets))
+        keys = sequence_keys(seed, epoch, _hash_tokens(input_ids, flat.offsets))
     return rule(input_ids, flat.offsets, keys, **_marks(rule, flat))
 
 
@@ -87,16 +80,8 @@ def sequence_keys(
     sequence_starts tells pieces of one split source row apart.
     """
     starts = np.zeros(len(sequence_indices), np.int64) if sequence_starts is None else sequence_starts
-    return _sequence_keys(_to_uint64(seed), _to_uint64(epoch), np.asarray(sequence_indices), np.asarray(starts))
-
-
-def token_keys(input_ids_T: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(N,) uint64: a hash of each sequence's tokens, for rows that carry no sequence index."""
-    return _hash_tokens(input_ids_T, offsets)
-
-
-def _to_uint64(value: int) -> np.uint64:
-    return np.uint64(value & 0xFFFFFFFFFFFFFFFF)
+    seed, epoch = (value & 0xFFFFFFFFFFFFFFFF for value in (seed, epoch))
+    return _sequence_keys(np.uint64(seed), np.uint64(epoch), np.asarray(sequence_indices), np.asarray(starts))
 
 
 @njit(cache=True, nogil=True)
@@ -110,6 +95,7 @@ def _sequence_keys(seed, epoch, sequence_indices, sequence_starts):
 
 @njit(cache=True, nogil=True)
 def _hash_tokens(input_ids_T, offsets):
+    """(N,) uint64, for rows that carry no sequence index."""
     keys = np.empty(len(offsets) - 1, np.uint64)
     for i in range(len(keys)):
         key = np.uint64(offsets[i + 1] - offsets[i])

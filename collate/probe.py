@@ -1,4 +1,4 @@
-"""check_isolation: measure whether the sequences of a packed row influence each other, in any model."""
+"""check_isolation: what leaks between the sequences of a packed row, and by how much, in any model."""
 
 import contextlib
 import copy
@@ -109,10 +109,10 @@ class IsolationReport:
 def check_isolation(
     model: nn.Module, tokenizer: Any = None, seed: int = 0, dtype: torch.dtype | None = None
 ) -> IsolationReport:
-    """Measure whether the sequences of a packed row influence each other: for any model, ours or not.
+    """Measure whether the sequences of a packed row influence each other, for any model.
 
     Two sequences are packed in a row, short ones and ones longer than any window in the config. One gets other tokens,
-    or other token types, or is moved; the other must not change, and both must be what they are alone:
+    or other token types, or moves. The other must not change, and both must be what they are alone:
 
         row      a a a b b b b -      first layer's input and hidden states of a
         other    a a a x x x x -      the same?   -> embeddings, attention
@@ -121,21 +121,22 @@ def check_isolation(
     A model that honours `sequence_ids` (isolated, or with an argument of that name) gets them. Any other gets what
     plain packing gives: a 2-D attention_mask and positions that restart, and it leaks.
 
-    The probe runs on a copy, in float64 (8 bytes for each parameter): at BERT's own initialisation a leak changes the
-    loss by 4.7e-5, and in bfloat16 by nothing at all. Flash and flex attention know no float64; there the copy keeps
-    its type, and only a row of the same shape tells small leaks. The model, its mode and the random states stay as
-    they are.
+    The probe runs on a copy, in float64 (8 bytes for each parameter): in bfloat16 a leak may round to nothing. Flash
+    and flex attention know no float64. There the copy keeps its type, and only a row of the same shape shows small
+    leaks. The model, its mode and the random states stay as they are.
 
     tokenizer: gives the words and special tokens; None: the model's embeddings and config do.
     dtype: another type for the copy, where a model has parts that cannot run in float64.
-    Raises ValueError for a model that takes no input_ids, is an encoder-decoder, or returns nothing per token. For one
-    that is known to leak, such as a decoder, the report gives the reason, too.
+    Raises ValueError for a model that takes no input_ids, is an encoder-decoder, or returns nothing per token. For a
+    model that is known to leak, such as a decoder, the report gives the reason.
     """
     with torch.no_grad(), _random_states_kept():
         probe = _Probe(model, tokenizer, seed, dtype)
         rows = [probe.measure(*lengths) for lengths in probe.lengths]
         worst = {part: _worst([row[part] for row in rows]) for part in PARTS}
-        reason = probe.reason_to_leak() if (worst["alone"] or 0) > OTHER_SHAPE_LIMIT else probe.reason
+        reason = probe.reason
+        if reason is None and (worst["alone"] or 0) > OTHER_SHAPE_LIMIT and probe.is_causal():
+            reason = is_a_decoder(getattr(probe.config, "model_type", probe.name), "isolate_sequences")
     return IsolationReport(
         model=probe.name,
         told_by="sequence_ids" if probe.takes_ids else "attention_mask",
@@ -180,6 +181,9 @@ class _Probe:
         self.encoder = None if copied is None or copied.base_model is self.model else copied.base_model
         self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float64)
         self.first_layer = next((m[0] for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
+        self.start = position_ids_start(self.config) if self.config and hasattr(self.config, "model_type") else 0
+        has_token_types = "token_type_ids" in self.arguments
+        self.num_token_types = (getattr(self.config, "type_vocab_size", 0) or 0) if has_token_types else 0
         self.words, self.special = self._vocabulary(tokenizer)
         self.random = np.random.default_rng(seed)
         self.window = max([0, *_windows(self.config)])
@@ -190,7 +194,7 @@ class _Probe:
         row = self.row([self.tokens(first), self.tokens(second)])
         base = self.run(row)
         alone = [self.run(self.row([row[0][row[1] == number]], padding=0), alone=True) for number in (1, 2)]
-        found: dict = {part: [] for part in PARTS}
+        found: dict[str, list] = {part: [] for part in PARTS}
         for number in (1, 2):
             mine, mate = row[1] == number, row[1] == 3 - number
             other = torch.where(mate, self.other_tokens(row[0]), row[0])
@@ -203,11 +207,11 @@ class _Probe:
             tokens = row[0][mine]
             here, there = self.row([tokens]), self.row([tokens], shift=3)
             found["positions"].append(self.run(there).change(self.run(here), there[1] == 1, here[1] == 1))
-        pooled = [self.pooled_change(base, alone)]
-        pools_rows = any(value.shape[0] == 1 for value in base.pooled.values())
-        return {part: _worst(changes) for part, changes in (found | {"pooling": pooled}).items()} | {
-            "pools_rows": pools_rows
-        }
+        for name, value in base.pooled.items():  # one per pack: the first sequence's; or one per sequence: each its own
+            expected = torch.cat([run.outputs[name] for run in alone])
+            found["pooling"].append(_relative(value, expected[: len(value)]))
+        worst = {part: _worst(changes) for part, changes in found.items()}
+        return worst | {"pools_rows": any(len(value) == 1 for value in base.pooled.values())}
 
     def run(self, row: Row, alone: bool = False, token_types: Tensor | None = None, hold: Hold | None = None) -> "_Run":
         """Run a row; `hold` = (mine, embedded) gives the first layer the embedded input for my slots."""
@@ -247,27 +251,13 @@ class _Probe:
                 "check_isolation is for encoders that need no more than tokens"
             ) from error
 
-    def reason_to_leak(self) -> str | None:
-        """What its type or config says; else, for a model that sees one direction, that it is a decoder."""
-        if self.reason is None and self._is_causal():
-            return is_a_decoder(getattr(self.config, "model_type", self.name), "isolate_sequences")
-        return self.reason
-
-    def _is_causal(self) -> bool:
+    def is_causal(self) -> bool:
         """Whether another last token changes nothing before it, in a sequence alone."""
         tokens = self.tokens(9)
         rows = [self.row([torch.cat([tokens[:-1], last])], padding=0) for last in (tokens[-1:], self.tokens(1))]
         one, other = (self.run(row, alone=True) for row in rows)
         before = torch.arange(9, device=self._device)[None] < 8
         return other.change(one, before) == 0 and bool((rows[0][0] != rows[1][0]).any())
-
-    def pooled_change(self, base: "_Run", alone: list["_Run"]) -> float | None:
-        """One pooled row per pack must be the first sequence's own; one per sequence, each its own."""
-        changes = []
-        for name, value in base.pooled.items():
-            expected = torch.cat([run.outputs[name] for run in alone])
-            changes.append(_relative(value, expected[: len(value)]))
-        return _worst(changes)
 
     def row(self, sequences: list[Tensor], padding: int | None = None, shift: int = 0) -> Row:
         """[a a a], [b b] -> input_ids a a a b b - - and sequence_ids 1 1 1 2 2 0 0; `shift` moves padding in front."""
@@ -294,14 +284,6 @@ class _Probe:
     def _device(self) -> torch.device:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
-    @property
-    def start(self) -> int:
-        return position_ids_start(self.config) if hasattr(self.config, "model_type") else 0
-
-    @property
-    def num_token_types(self) -> int:
-        return (getattr(self.config, "type_vocab_size", 0) or 0) if "token_type_ids" in self.arguments else 0
-
     def _vocabulary(self, tokenizer: Any) -> tuple[np.ndarray, dict[str, int]]:
         """Ordinary words, and the padding and mask tokens where there are any."""
         try:
@@ -314,12 +296,11 @@ class _Probe:
         if size is None:
             raise ValueError(f"{self.name} does not say how many words it knows; give check_isolation its tokenizer")
         source = self.config if tokenizer is None else tokenizer
-        named = {
-            name: getattr(source, f"{name}_token_id", None) for name in ("pad", "mask", "cls", "sep", "bos", "eos")
-        }
+        names = ("pad", "mask", "cls", "sep", "bos", "eos")
+        named = {name: getattr(source, f"{name}_token_id", None) for name in names}
         special = {name: value for name, value in named.items() if isinstance(value, int) and 0 <= value < size}
-        known = np.arange(size) if known is None else known[known < size]
-        words = np.setdiff1d(known, [*special.values(), *getattr(tokenizer, "all_special_ids", [])])
+        words = np.arange(size) if known is None else known[known < size]
+        words = np.setdiff1d(words, [*special.values(), *getattr(tokenizer, "all_special_ids", [])])
         if len(words) < 2:
             raise ValueError(f"{self.name} has {len(words)} words besides special tokens; the probe needs two")
         return words, special
@@ -342,9 +323,9 @@ class _Probe:
 
 
 def _check_probeable(model: nn.Module) -> str | None:
-    """Raise ValueError for a model that takes no tokens; returns why it is known to leak, or None."""
+    """Why a model is known to leak, or None. Raises ValueError for a model that takes no tokens."""
     if isinstance(model, nn.Module) and not outermost(model):
-        return None  # a model of one's own
+        return None  # the user's own model
     refuse_unfit(model, "check_isolation", may_be=("causal", "leaks"))
     return next((reason for _, reason in obstacles(model, "isolate_sequences")), None)
 
@@ -383,7 +364,7 @@ class _Tap:
         sizes = (self.sequence_ids.shape[1], int((self.sequence_ids != PADDING).sum()))
         is_usable = isinstance(hidden, Tensor) and hidden.dim() == 3 and len(hidden) == 1 and hidden.shape[1] in sizes
         if self.embedded is not None or not is_usable or hidden is None:
-            return None  # a shared layer's second turn, or a layer that we do not understand
+            return None  # the second run of a shared layer, or a layer with another kind of input
         if self.hold is not None and self.hold[1] is not None:
             mine = _slots_of(hidden, self.hold[0], self.sequence_ids)
             hidden = torch.where(mine[..., None], self.hold[1], hidden)

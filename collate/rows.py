@@ -1,7 +1,7 @@
 """Rows of a dataset in any form -> flat arrays, one value per token or per sequence.
 
 A batch is a list of dicts (of lists, NumPy arrays or torch tensors), one dict of columns, an Arrow table, or a list of
-Arrow tables. Arrow needs no copy row by row, and is five times as fast as lists.
+Arrow tables. Arrow is five times as fast as lists.
 """
 
 from collections.abc import Mapping, Sequence
@@ -80,11 +80,11 @@ class Column(NamedTuple):
 class Levels:
     """Which columns have a value per token, and which per sequence, as far as it is known before a batch.
 
-    named: the token-level columns that somebody named, or that a packed dataset has.
+    named: the token-level columns that the user named, or that a packed dataset has.
     labels: whether labels belong to tokens, by the model's task; None: unknown.
     found: the token-level columns of a dataset of unpacked rows.
     ragged: its columns of lists that are neither; the collator leaves them out.
-    seen: what batches of rows of several lengths have told about other columns; batches of one length need it.
+    seen: whether other columns have a value per token, as batches of several lengths show.
     """
 
     named: tuple[str, ...] | None = None
@@ -104,7 +104,7 @@ class Levels:
         return None if self.found is None else name in self.found
 
     def of(self, dataset: Any) -> "Levels":
-        """These, and what all rows of a `datasets.Dataset` of unpacked rows say; other datasets say nothing."""
+        """These, and what all rows of a `datasets.Dataset` of unpacked rows show; other datasets show nothing."""
         table: Any = getattr(dataset, "data", None)
         if not hasattr(table, "column_names") or INPUT_IDS not in table.column_names:
             return self
@@ -181,7 +181,7 @@ def read_sequences(rows: Any, levels: Levels, columns: Sequence[str] | None) -> 
 
 
 def _is_list_of_tokens(name: str, counts: np.ndarray, lengths: np.ndarray, levels: Levels) -> bool:
-    """Whether lists have a value per token; six of them in rows of six tokens may as well be six labels a sequence."""
+    """Whether lists have a value per token. Six values in rows of six tokens may also be six labels of a sequence."""
     known, as_many = levels.is_token_level(name), np.array_equal(counts, lengths)
     if known is not None:
         return known
@@ -198,7 +198,7 @@ def _is_list_of_tokens(name: str, counts: np.ndarray, lengths: np.ndarray, level
 
 
 def _refuse_masked(mask: np.ndarray, counts: np.ndarray, tokens_per_row: np.ndarray) -> None:
-    """A packed row has no padding, so its attention_mask can only be 1 everywhere."""
+    """Raise ValueError for an attention_mask of packed rows that is not 1 everywhere: they have no padding."""
     _check_counts(MASK, counts, tokens_per_row, "tokens")
     _refuse_numbers(mask)
     if not mask.all():
@@ -209,7 +209,7 @@ def _refuse_masked(mask: np.ndarray, counts: np.ndarray, tokens_per_row: np.ndar
 
 
 def _is_empty_pack(row: Any) -> bool:
-    """A row without any sequence, such as evens out the ranks."""
+    """Whether a row has no sequence. Such rows even out the packs of ranks."""
     return isinstance(row, Mapping) and LENGTHS in row and not len(row[LENGTHS])
 
 
@@ -287,11 +287,9 @@ class _Reader:
     def _values(self, name: str) -> list:
         if isinstance(self.rows, Mapping):
             return list(self.rows[name])
-        # a row without any sequence, by which the ranks' packs are evened out, need not have the other columns
-        empty = [_is_empty_pack(row) for row in self.rows]
-        having = [name in row for row, is_empty in zip(self.rows, empty, strict=True) if not is_empty]
-        if not all(having):
-            raise ValueError(f"row {having.index(False)} of the batch has no {name!r}, others have; {ADVICE}")
+        for number, row in enumerate(self.rows):
+            if name not in row and not _is_empty_pack(row):  # an empty pack need not have the other columns
+                raise ValueError(f"row {number} of the batch has no {name!r}, others have; {ADVICE}")
         return [row.get(name, ()) for row in self.rows]
 
 
@@ -390,7 +388,7 @@ def _check_counts(name: str, counts: np.ndarray, expected: np.ndarray, what: str
 
 
 def _refuse_numbers(mask: np.ndarray) -> None:
-    """An attention_mask says 0 or 1; elsewhere it numbers the sequences of a row, which would be taken for one."""
+    """Raise ValueError for an attention_mask with other values than 0 and 1: one that numbers sequences of a row."""
     wrong = mask[(mask != 0) & (mask != 1)]
     if len(wrong):
         raise ValueError(
@@ -410,7 +408,7 @@ def _without_padding(flat: FlatRows) -> FlatRows:
     if flat.num_rows and not kept.all():
         raise ValueError(f"row {int(kept.argmin())} of the batch holds no token; leave such rows out")
     places, ends = np.flatnonzero(real), kept.cumsum()
-    span = places[ends - 1] - places[ends - kept] + 1  # of the ones of each row, from the first to the last
+    span = places[ends - 1] - places[ends - kept] + 1  # from the first 1 of each row to the last
     if (span != kept).any():
         raise ValueError(
             f"row {int(np.argmax(span != kept))} of the batch has zeros inside its attention_mask; only padding at the "

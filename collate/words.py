@@ -1,15 +1,15 @@
 """Words: which tokens belong together when whole words are masked.
 
-Each token starts a word, continues one, or is in none. Rows may say it themselves (`word_ids`, as a tokenizer's
-`encoding.word_ids()` gives them). Otherwise the vocabulary says it: by the mark that the tokenizer sets at pieces of
-words, and by the characters on both sides of a boundary, as far as the tokenizer's own pre-tokenizer parts them.
+Each token starts a word, continues one, or is in none. Rows may say it by `word_ids`, a tokenizer's
+`encoding.word_ids()`. Otherwise the vocabulary says it: by the mark that the tokenizer sets at pieces of words, and by
+the characters on both sides of a boundary, as far as the tokenizer's own pre-tokenizer parts them.
 
     WordPiece      em ##bed ##ding       what begins with ## continues
     SentencePiece  ▁em bed ding          what does not begin with ▁ continues
     byte-level     Ġem bed ding ( x ) Ċ  what does not begin with white space continues, where the kinds agree
 
-A script without spaces has one mark a phrase or sentence, and so one "word" for all of it: `encoding.word_ids()` says
-the same. Masking such a word as a whole would leave nothing to predict it from: see `cut_long_words`.
+A script without spaces has one mark a sentence, and so one "word" for all of it. Masking that as a whole would leave
+nothing to predict it from: see `cut_long_words`.
 """
 
 import re
@@ -34,7 +34,7 @@ INSIDE = -1
 EXAMPLES = ("a", "1", "\u0301", "中", ".", " ", "\n")
 """A character of each kind, to ask a pre-tokenizer with."""
 IDEOGRAPHS = ("CJK ", "HIRAGANA", "KATAKANA")
-"""How the Unicode names of characters begin that tokenizers part like Chinese ones, if they part them."""
+"""Starts of the Unicode names of characters that tokenizers part like Chinese ones, if they part them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ def _word_mark(tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int])
 
 
 def _commonest_mark(tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int]) -> str:
-    """Of a RoBERTa vocabulary some tokens are "##" and "@@", but half of them begin with Ġ: so count."""
+    """The mark of most tokens: a RoBERTa vocabulary has "##" and "@@" too, but half of its tokens begin with Ġ."""
     counts = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in ("##", "▁", "Ġ")}
     counts |= {mark: sum(token.endswith(mark) for token in vocabulary) for mark in ("</w>", "@@")}
     mark = max(counts, key=lambda mark: counts[mark])
@@ -130,7 +130,7 @@ def _bytes_of(token: str, mark: str) -> bytes:
 
 
 def _kinds_of(text: bytes) -> tuple[int, int]:
-    """Of the first and the last character."""
+    """The kinds of the first and of the last character."""
     last = next((i for i in range(len(text) - 1, -1, -1) if _begins_character(text[i])), None)
     if last is None:
         return INSIDE, INSIDE
@@ -148,7 +148,7 @@ TAILS = (b"\xad\xad\xad", b"\x9f\x98\x80")
 
 @lru_cache(1 << 16)
 def _kind(character: bytes) -> int:
-    """Of one that lacks bytes at its end: of a character that begins so."""
+    """The kind of a character. One that lacks bytes at its end counts as a character that begins so."""
     size = 1 + (character[0] >= 0xC0) + (character[0] >= 0xE0) + (character[0] >= 0xF0)
     missing = size - len(character)
     texts = [(character + tail[3 - missing :]).decode(errors="replace") for tail in TAILS]
@@ -174,10 +174,10 @@ def _parted_kinds(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def parts_by_vocabulary(input_ids_T, is_special_T, offsets, continues_word_V, kinds_V2, parted_KK):
-    """(T,) int8. What continues nothing (it follows a special token, or is its sequence's first) starts a word."""
+    """(T,) int8. A token after a special one, and the first of a sequence, start a word in any case."""
     parts_T = np.empty(len(input_ids_T), np.int8)
     for i in range(len(offsets) - 1):
-        last = NO_WORD  # the kind of the last character; none, where the word before it is over
+        last = NO_WORD  # the kind of the last character; NO_WORD where no word is open
         for t in range(offsets[i], offsets[i + 1]):
             token = input_ids_T[t]
             first = kinds_V2[token, 0]
@@ -199,7 +199,7 @@ def parts_by_vocabulary(input_ids_T, is_special_T, offsets, continues_word_V, ki
 
 @njit(cache=True, nogil=True)
 def parts_by_word_ids(is_special_T, offsets, word_ids_T):
-    """(T,) int8: neighbours with one word id are one word, negative ones are in none."""
+    """(T,) int8: neighbours with one word id are one word; tokens with a negative one are in no word."""
     parts_T = np.empty(len(word_ids_T), np.int8)
     for i in range(len(offsets) - 1):
         inside = False
@@ -223,7 +223,7 @@ def word_end(parts_T, start, end):
 
 @njit(cache=True, nogil=True)
 def find_words(parts_T, first, end, words):
-    """Put where the words of a sequence begin into `words`; returns how many there are."""
+    """Write where the words of a sequence begin into `words`, and return how many there are."""
     count = 0
     for t in range(first, end):
         if parts_T[t] == STARTS:

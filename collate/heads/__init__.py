@@ -5,12 +5,12 @@
     output = task(model, batch, denominators=task.count(batch))          # loss, logits per sequence
 
 One trick serves all heads of all architectures. A stock head reads the encoder's last hidden state (B, L, D): token 0
-of each row, or all tokens. So a hook on the encoder gathers what the head should read and hands it on as P sequences
-of one token, (P, 1, D): the [CLS] of every sequence, the predicted tokens, the real tokens. The head is the stock one,
-and it runs on nothing else: no padding, and no vocabulary projection but for predicted tokens.
+of each row, or all tokens. A hook on the encoder gathers what the head should read, as P sequences of one token,
+(P, 1, D): the [CLS] of every sequence, the predicted tokens, or the real tokens. So the stock head sees no padding, and
+projects to the vocabulary for predicted tokens only.
 
-The loss is not the stock one, which is a mean over the micro-batch and so depends on accumulation and on the number of
-processes; it is the same formula with denominators that may be counted over a whole optimizer step.
+The stock loss is a mean over the micro-batch. Here the same formula has denominators of a whole optimizer step, which
+`collate.losses` decides.
 
 table                TASKS: the task of each stock class; task_for and packed_predictions
 task                 what a task is
@@ -18,12 +18,12 @@ classification       labels of sequences, and of tokens
 question_answering   spans
 pretraining          masked tokens, alone and with sentence pairs
 embedding            vectors of sequences
-gather               the hook, and the models that it is for
-batch                what goes in: where the sequences of a batch lie
+gather               the hook that gathers what a head reads, and the models that it is for
+batch                what goes in: a batch, and the slots that heads read
 values               what comes out: values by sequence
-check                what has no place in a model: labels and ids out of range
+check                labels and ids out of range, for which a model has no place
 
-How the losses are summed and divided is in collate.losses. Others import what is named below, batch and check.
+Others import what is named below, batch and check.
 
 Shape letters as in collate.layout; P slots that a head reads, S sequence slots per pack, C labels, V vocabulary.
 """

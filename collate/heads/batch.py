@@ -1,4 +1,4 @@
-"""What goes into a packed head: one batch, and where its sequences lie."""
+"""What goes into a packed head: one batch, and the slots that the head reads."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from collate.layout import PackLayout, holds_sequence
 from collate.losses import has_label
 
 NOT_PASSED = ("attention_mask", "sequence_ids")
-"""What an encoder takes and a batch may have, but sequence_ids say better. All else that both have is passed."""
+"""What an encoder takes, but sequence_ids say better. It gets all else that it takes and a batch has."""
 
 
 class PackedBatch:
@@ -44,7 +44,7 @@ class PackedBatch:
 
     @property
     def _labels_of_nothing(self) -> Tensor | None:
-        """What stands for a column that the batch lacks: packs without sequences have no columns, and all labels."""
+        """Labels in place of a column that the batch lacks: none in number, where it has no sequence; else None."""
         return None if self.layout.num_sequences else self.layout.token_index
 
     def per_sequence(self, column: str) -> Tensor | None:
@@ -87,7 +87,7 @@ class PackedBatch:
         return {} if labels is None else {"labels": labels}
 
     def predicted(self) -> tuple[Tensor, Tensor | None]:
-        """(P,) the slots whose labels say that a token is predicted, and these labels; without labels all tokens."""
+        """(P,) the slots with a label, and these labels; without labels the slots of all tokens, and None."""
         labels_T = self.per_token("labels")
         if labels_T is None:
             return self.layout.token_index, None
@@ -127,7 +127,7 @@ class PackedBatch:
         rows = len(slots) if head_lengths is None else len(head_lengths)
         if len(output[0]) != rows:
             raise ValueError(
-                f"the head of {type(stock).__name__} made {len(output[0])} rows of {rows}: it does not read the "
-                "encoder's last hidden state alone, so it cannot run packed"
+                f"the head of {type(stock).__name__} made {len(output[0])} rows of {rows}: it reads more than the "
+                "encoder's last hidden state, so it cannot run packed; use a stock head"
             )
         return output

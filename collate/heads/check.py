@@ -1,6 +1,6 @@
-"""Values that a model has no place for, found before torch's bare "index out of bounds", or the end of a GPU's program.
+"""Labels and ids that a model has no place for, found before torch fails with a bare "index out of bounds".
 
-They are looked for on the host, where the collator has just made the batch: a GPU would have to be waited for.
+The checks run on the host, where the collator has just made the batch: on a GPU they would have to wait.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +54,7 @@ def check_shares(batch: Mapping[str, Tensor], column: str) -> None:
 
 
 def embedding_sizes(model: nn.Module) -> dict[str, int]:
-    """How many token ids, token types and positions a model has embeddings for, as far as it has any."""
+    """{column of a batch: how many ids the model has embeddings for}, where it has any."""
     base: Any = getattr(model, "base_model", model)
     embeddings = getattr(base, "embeddings", None)
     found = {column: getattr(embeddings, name, None) for column, name in EMBEDDINGS.items()}
@@ -72,7 +72,7 @@ def check_inputs(batch: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
 
 
 def refuse_text(dataset: Any, names: Sequence[str], columns: Sequence[str] | None = None) -> None:
-    """Raise ValueError if a label column holds text, which no tensor can be made of, and no other has the labels.
+    """Raise ValueError if the labels are text, of which no tensor can be made.
 
     names: columns of which one has the labels. columns: those that are passed on; None: all.
     """
@@ -101,7 +101,7 @@ def _texts(values: Any) -> list[str]:
 
 
 class CheckedCollator:
-    """A collator of packs whose batches are checked; what is wrong is named by its row in the source."""
+    """A collator of packs that checks its batches; errors name the row in the source."""
 
     def __init__(self, collator: Any, checks: Sequence[Callable[[Mapping[str, Tensor]], None]]):
         self.collator, self.checks = collator, checks
@@ -111,7 +111,7 @@ class CheckedCollator:
         try:
             self._check(batch)
         except ValueError:
-            self._check(self.collator.for_prediction()(rows))  # which knows sequence_indices
+            self._check(self.collator.for_prediction()(rows))  # its batches have sequence_indices
             raise
         return batch
 

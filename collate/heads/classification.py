@@ -25,8 +25,8 @@ class SequenceClassification(Task):
     Batch: labels (B, S) integers, -100 in empty slots; for regression floats, NaN in empty slots; for several labels
     floats (B, S, C). A sequence without a label (-100, NaN) is in no mean. logits and predictions: (N, C).
 
-    num_labels, problem_type: as in the model's config. Where that is silent, stock models' rule holds: num_labels 1 is
-        regression, else integers mean one label of many, and floats several.
+    num_labels, problem_type: as in the model's config. Without a problem_type the rule of stock models holds:
+        num_labels 1 is regression, else integers mean one label of many, and floats several.
     pooling: "cls", "mean" (of the sequence's hidden states), or "late" (of its tokens' logits; EuroBERT's default).
     """
 
@@ -82,7 +82,7 @@ class SequenceClassification(Task):
         slots, lengths = packed.layout.token_index, packed.layout.lengths
         if self.pooling == "mean":
             return packed.run(model, slots, head_lengths=lengths)["logits"]
-        # the stock head takes the mean over the single token that it sees, which leaves the token's logits
+        # the stock head takes the mean over the single token that it sees: the token's logits
         return mean_by_sequence(packed.run(model, slots)["logits"], lengths)
 
     def _sums(self, logits_NC: Tensor, labels: Tensor) -> dict[str, Tensor]:

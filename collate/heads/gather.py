@@ -1,4 +1,4 @@
-"""The hook on the encoder: it gathers what a stock head reads."""
+"""The hook on the encoder that gathers what a stock head reads, and the models that it is for."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class GatherForHead:
             gathered = mean_by_sequence(gathered, kwargs["head_lengths"])
         output["last_hidden_state"] = gathered[:, None]
         if "pooler_output" in output:
-            # what the pooler made of each pack's first token is of no use, and must not be taken for the sequence's
+            # the pooler has read each pack's first token: nobody may take that for a sequence's
             slots = kwargs.get("pooler_slots")
             output["pooler_output"] = None if slots is None else _pool(encoder, hidden.index_select(0, slots)[:, None])
         return output
@@ -65,7 +65,7 @@ def prepare_head(model: nn.Module) -> nn.Module:
 
 
 def has_gather(encoder: nn.Module) -> bool:
-    """Whether prepare_head has hooked it."""
+    """Whether prepare_head has hooked this encoder."""
     return any(isinstance(hook, GatherForHead) for hook in encoder._forward_hooks.values())
 
 

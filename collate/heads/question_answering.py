@@ -20,9 +20,8 @@ class QuestionAnswering(Task):
     """Where in its own sequence an answer starts and ends: AutoModelForQuestionAnswering.
 
     Batch: start_positions and end_positions (B, S), counted from the sequence's own first token. The softmax runs over
-    the tokens of one sequence: the logits of all others are -inf. The loss is half the mean over sequences for the
-    starts plus half that for the ends. A position outside of its sequence, -100 for one, is in no mean. (Stock models
-    take a negative one for 0, the [CLS]; datasets that mean that should say 0.)
+    the tokens of one sequence. The loss is half the mean over sequences for the starts plus half that for the ends. A
+    position outside of its sequence, such as -100, is in no mean. (Stock models read a negative one as 0, the [CLS].)
 
     logits: (T, 2) start and end of all real tokens; predictions: the same by sequence, and
     `predictions.padded()` is (N, longest, 2), filled with -inf. labels: (N, 2).

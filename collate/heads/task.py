@@ -19,8 +19,7 @@ class PackedOutput:
     loss: scalar; None for a batch that has sequences but no labels.
     sums: 1-D float64 statistics that add up over batches and ranks; `task.metrics(sums)` says what they mean.
     logits: the stock head's, one row per slot that it read; see each task.
-    predictions: what `predict` collects.
-    labels: their targets, where the batch has them.
+    predictions: what `predict` collects. labels: their targets, where the batch has them.
     """
 
     loss: Tensor | None
@@ -31,10 +30,7 @@ class PackedOutput:
 
 
 class HeadRun(NamedTuple):
-    """What a task makes of one batch before its loss: the sums of the loss by name, None without labels, and outputs.
-
-    logits, predictions and labels: see PackedOutput.
-    """
+    """What a task makes of one batch before its loss. sums: by name; None without labels. Others as in PackedOutput."""
 
     sums: Mapping[str, Tensor] | None
     logits: Tensor
@@ -87,7 +83,7 @@ class Task:
         sums, logits, predictions, labels = self.run(model, packed)
         loss = None
         if sums is not None:
-            loss = self.loss(sums, self.count(batch) if denominators is None else denominators)
+            loss = self.formula(sums, self.count(batch) if denominators is None else denominators)
         elif denominators is not None:
             raise ValueError(
                 f"{type(self).__name__} cannot train on a batch without labels, only {sorted(batch)}; "
@@ -95,22 +91,13 @@ class Task:
             )
         return PackedOutput(loss, self.formula.stacked(sums, packed.layout), logits, predictions, labels)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What the sums are, in order, before the last two: tokens and sequences."""
-        return self.formula.names
-
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(k,) what the terms of the loss are divided by, in the order of `formula.counts`."""
         return self.formula.count(batch)
 
     def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the loss of a batch is a mean over, by which losses of several batches are averaged."""
+        """What the loss of a batch is a mean over, and so its weight in the mean over several batches."""
         return self.formula.weight(batch)
-
-    def loss(self, sums: Mapping[str, Tensor], denominators: Tensor) -> Tensor:
-        """The loss, from sums by name."""
-        return self.formula(sums, denominators)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """What added-up sums mean; a metric without anything to count is left out."""
@@ -118,6 +105,6 @@ class Task:
 
 
 def check_pooling(pooling: str, choices: Sequence[str]) -> None:
-    """Raise ValueError for a pooling that is none of the choices."""
+    """Raise ValueError for a pooling that is not among the choices."""
     if pooling not in choices:
         raise ValueError(f"unknown pooling {pooling!r}; choose from {list(choices)}")

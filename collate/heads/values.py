@@ -10,7 +10,7 @@ from collate.views import at_least_float32
 
 
 class PerSequence(NamedTuple):
-    """One value for each sequence, or one for each of its tokens; sequences in the batch's order.
+    """One value for each sequence, or one for each of its tokens, in the order of the batch.
 
     values [[.1, .9], [.7, .3]], lengths None  ->  a row for each of 2 sequences
     values [3, 4, 5, 6, 7], lengths [3, 2]     ->  [3, 4, 5] and [6, 7]

@@ -1,4 +1,4 @@
-"""The arguments of an encoder's forward that say where tokens stand, by model type."""
+"""Which position_ids an encoder wants, by its type, and which other arguments contradict sequence_ids."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ STARTS_AFTER_PADDING_IDX = (
     *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"),
     *("xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
-"""RoBERTa and its relatives: the first position is padding_idx + 1, and 0-based positions degrade silently."""
+"""RoBERTa and its relatives: their first position is padding_idx + 1, and they run on others without an error."""
 
 INSTEAD_OF_SEQUENCE_IDS = ("attention_mask", "past_key_values", "encoder_hidden_states")
 """Arguments that would contradict sequence_ids."""
@@ -36,8 +36,8 @@ def refuse_contradictions(encoder_name: str, arguments: dict) -> None:
     for other in INSTEAD_OF_SEQUENCE_IDS:
         if arguments.get(other) is not None:
             raise ValueError(
-                f"{encoder_name} got sequence_ids and {other}; give sequence_ids alone (0 on padding): they say all "
-                "that a mask says, and which tokens belong together"
+                f"{encoder_name} got sequence_ids and {other}; give sequence_ids alone, with 0 on padding: they say "
+                "what a mask says, and which tokens belong together"
             )
     if arguments.get("is_causal"):
         raise ValueError(

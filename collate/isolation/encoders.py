@@ -1,6 +1,6 @@
-"""Which models keep packed sequences apart once they are isolated, which cannot, and why: the one table of reasons.
+"""Which encoders keep packed sequences apart once they are isolated, which cannot, and why, by their type and config.
 
-Its type or its config refuses a model before anything runs. `isolate_sequences` tries out what no line here names.
+`isolate_sequences` refuses those that are known to leak before anything runs, and tries out those that are unknown.
 """
 
 from collections.abc import Iterator
@@ -42,16 +42,15 @@ REFUSED = {
     "xlnet": f"in attention: {_OWN_ATTENTION}, with distances over the row",
     "yoso": "in attention: it hashes the tokens of the row together",
 }
-"""Where these leak as they are, and why. Some would obey a 4-D mask, but their task models drop sequence_ids
-silently."""
+"""Where these leak, and why. Some would obey a 4-D mask, but their task models drop sequence_ids silently."""
 
 CURE = f"take an encoder of {list(SUPPORTED)}"
 
 
 def refuse_unfit(model: nn.Module, asks: str, may_be: tuple[str, ...] = ()) -> None:
-    """Raise ValueError for a model that no hook can isolate, or that cannot be tried out, with the reason and the cure.
+    """Raise ValueError for a model that no hook can isolate, with the reason and the cure.
 
-    may_be: kinds of obstacle that are allowed: "causal", "leaks".
+    may_be: kinds of obstacle that are allowed, such as "causal" and "leaks".
     """
     pretrained_model(model, asks)
     for kind, reason in obstacles(model, asks):

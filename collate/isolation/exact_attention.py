@@ -1,25 +1,24 @@
-"""Full softmax attention within each sequence of a batch, by torch's kernels; no mask of L x L.
+"""Full softmax attention within each sequence of a batch, by torch's kernels, without a mask of L x L.
 
     context_i = sum_j softmax_j(scale q_i . k_j) v_j,    j over the tokens of i's own sequence
 
-Two executions. In neither do two sequences meet in a product, so not even a NaN passes from one to the other. A
-block-diagonal mask would cost L^2 K for each row and multiply other sequences' values by 0.
+There are two executions. In neither do two sequences meet in a product, so not even a NaN passes between them.
 
 one by one   On CPUs, without dropout: torch's CPU kernel gets each sequence as a slice of the batch. Nothing is
-             gathered, padded or masked. Cost: sum of n^2 K over the sequences; memory N. Alone or packed, a sequence
-             meets the same products of the same shapes, so other sequences do not even change rounding. A window w cuts
-             a long one into pieces of C queries, each with the keys that it reaches: n (2 w + C) K.
+             gathered, padded or masked. Cost: sum of n^2 K over the sequences; memory N. Other sequences do not even
+             change rounding. A window w cuts a long sequence into pieces of C queries, each with the keys that it
+             reaches: n (2 w + C) K.
 grouped      Elsewhere: sequences of like length side by side (`collate.length_groups`), each group one call of
-             scaled_dot_product_attention, n rounded up to a multiple of 16. Where a group is padded to its width,
-             torch's CPU kernel makes a float of every query and key of it: n^2 per sequence, never L^2 per row.
+             scaled_dot_product_attention, n rounded up to a multiple of 16.
 
-Measured with `python benchmarks/exact_attention.py`. One by one works in parallel on the heads of one sequence only.
-With more threads than heads, groups take its place. The choice depends on the device, dropout, heads and threads alone,
-not on timings or pack mates, so a resumed run repeats it.
+One by one works in parallel on the heads of one sequence only, so with more threads than heads groups take its place.
+The choice depends on the device, dropout, heads and threads alone, so a resumed run repeats it.
+`python benchmarks/exact_attention.py` measures both.
 
 Shape letters as in collate.layout; H heads, K head width.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -65,7 +64,7 @@ def attend_rows(
 
 
 def takes_one_by_one(query: Tensor, num_heads: int, dropout: float) -> bool:
-    """Whether sequences are attended to one by one; if not, in groups."""
+    """Whether sequences attend one by one; if not, in groups."""
     return query.device.type == "cpu" and not dropout and torch.get_num_threads() <= num_heads
 
 
@@ -180,9 +179,8 @@ SMALLEST_PIECE = 64
 class OneByOne(torch.autograd.Function):
     """(B, H, L, K) x 3, pieces, scale -> (B, H, L, K), 0 where there is no piece.
 
-    It calls the kernels that scaled_dot_product_attention itself calls on a CPU; through that function, every sequence
-    would cost a dozen nodes of the graph. Each result goes to its place at once, while it is in the cache: concatenated
-    at the end it would have gone to memory and back, and would be kept twice.
+    It calls the kernels that scaled_dot_product_attention itself calls on a CPU: through that function, every sequence
+    would cost a dozen nodes of the graph. Each result goes to its place at once, while it is in the cache.
     """
 
     @staticmethod
@@ -219,27 +217,19 @@ class OneByOne(torch.autograd.Function):
 
 
 def masks_of(pieces: Pieces, dtype: torch.dtype) -> list[Tensor | None]:
-    """What a window hides in each piece (n, m), to add to its scores: 0 or -inf; None where nothing is hidden.
-
-    Pieces of the same shape share it.
-    """
+    """What a window hides in each piece (n, m), to add to its scores: 0 or -inf; None where nothing is hidden."""
     window = pieces.window
-    made: dict[tuple[int, int, int], Tensor] = {}
     if window is None:
         return [None] * len(pieces.pieces)
 
-    def mask(piece: Piece) -> Tensor | None:
-        if piece.key_length <= window + 1:
+    @cache  # pieces of the same shape share it
+    def mask(offset: int, length: int, key_length: int) -> Tensor | None:
+        if key_length <= window + 1:
             return None
-        shape = (piece.start - piece.key_start, piece.length, piece.key_length)
-        if shape not in made:
-            offset, length, key_length = shape
-            distance = torch.arange(length)[:, None] + offset - torch.arange(key_length)
-            hidden = distance.abs() > window
-            made[shape] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        return made[shape]
+        hidden = (torch.arange(length)[:, None] + offset - torch.arange(key_length)).abs() > window
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
-    return [mask(piece) for piece in pieces.pieces]
+    return [mask(piece.start - piece.key_start, piece.length, piece.key_length) for piece in pieces.pieces]
 
 
 def _space_like(x_BHLK: Tensor, is_filled: bool) -> Tensor:

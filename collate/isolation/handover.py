@@ -1,4 +1,4 @@
-"""The way of `sequence_ids` to an encoder: through a task model, and through what is wrapped around it.
+"""Where the encoder is inside a task model, or inside what is wrapped around one, and whether sequence_ids get there.
 
 DistributedDataParallel(BertForMaskedLM(BertModel))      the encoder is the BertModel; the others hand keywords down
 """

@@ -1,8 +1,7 @@
-"""The pre-hook on an encoder that turns `sequence_ids` (B, L) into what its attention wants.
+"""The pre-hook on an encoder: it turns `sequence_ids` (B, L) into positions, and into what the attention wants.
 
-It works once per step for all layers, and fills in positions that restart in each sequence. Nothing in transformers is
-patched. A hook is no part of the weights: `save_pretrained` writes the stock checkpoint, and a model that is loaded
-again must be isolated again, since a stock forward ignores `sequence_ids` silently.
+It works once per step for all layers, and patches nothing in transformers. `save_pretrained` writes the stock
+checkpoint without it. So isolate a model again after loading it: a stock forward ignores `sequence_ids` silently.
 """
 
 import inspect
@@ -46,8 +45,8 @@ class IsolateSequences:
     def _checked_layout(self, sequence_ids: Tensor, position_ids: Tensor | None, start: int) -> PackLayout | None:
         """The layout; None where the forward is traced or transformed, since shapes must not depend on ids there.
 
-        Refuses ids that no packing produces, and positions that begin below the model's own start. On an accelerator
-        the check would wait for the device, so it looks at the first batch only; in a compiled forward at none.
+        Raises ValueError for ids that no packing produces, and for positions that begin below the model's own start.
+        On an accelerator, where it has to wait for the device, it checks the first batch only.
         """
         if sequence_ids.dim() != 2:
             raise ValueError(f"sequence_ids must be (packs, slots) integers, got {tuple(sequence_ids.shape)}")
@@ -57,7 +56,7 @@ class IsolateSequences:
         if sequence_ids.device.type == "cpu":
             refuse_early_positions(sequence_ids, position_ids, start)
         elif not self.has_checked:
-            PackLayout.of(sequence_ids.cpu())  # checks the ids
+            PackLayout.of(sequence_ids.cpu())  # which checks the ids
             refuse_early_positions(sequence_ids, position_ids, start)
         self.has_checked = True
         return layout

@@ -1,12 +1,11 @@
-"""A block-diagonal attention mask (B, 1, L, L) that is not built unless somebody looks at it.
+"""The mask for sdpa: a block-diagonal (B, 1, L, L) that attends by sequences, and is built only if somebody reads it.
 
     mask = LazyMask(layout, window=None, build=...)
     F.scaled_dot_product_attention(query, key, value, attn_mask=mask)     # each sequence by itself: no mask
 
-Stock encoders hand their mask on to scaled_dot_product_attention and do nothing else with it. So the mask itself can
-say what to do there, as torch's own `torch.nn.attention.bias.CausalBias` does. The model, its config, its attention
-implementation and its checkpoints stay stock. Any other use of the mask gets the built one, so a model that treats it
-otherwise is as exact as before, only slower.
+Stock encoders hand their mask to scaled_dot_product_attention and do nothing else with it. So the mask itself can say
+what to do there, as torch's own `torch.nn.attention.bias.CausalBias` does. The model and its config stay stock. Any
+other use of the mask builds it, so a model that does something else with it is as exact, only slower.
 """
 
 import math
@@ -90,7 +89,7 @@ def _attend(
     mask, same_heads = attn_mask, query.shape[1:2] == key.shape[1:2] == value.shape[1:2]
     if isinstance(mask, LazyMask) and not is_causal and _are_rows_of(mask, query, key, value) and same_heads:
         q, k, v = _as_autocast_has_it(query, key, value)
-        if query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():  # which is for CPUs, too
+        if query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():  # the switch is for CPUs, too
             return attend_rows(q, k, v, mask.pack_layout, dropout_p, scale, mask.window)
         if _takes_varlen(mask, q, dropout_p, scale):
             layout = mask.pack_layout
@@ -113,7 +112,7 @@ def _are_rows_of(mask: LazyMask, *tensors: Tensor) -> bool:
 
 
 def _as_autocast_has_it(*tensors: Tensor) -> list[Tensor]:
-    """Under autocast torch's own function casts to 16 bits; so must what takes its place."""
+    """Cast as torch's own function does under autocast."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return list(tensors)

@@ -5,7 +5,7 @@
     flex_attention     a BlockMask
     flash_attention    boundaries of the flattened rows
 
-One mask per layer type where the encoder has sliding windows. All layers of a forward share it.
+All layers of a forward share a mask. Where an encoder has sliding windows, there is one for each type of layer.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ TAKES_SEQUENCE_IDS = frozenset({"packed_attention"})
 
 
 def attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor, layout: PackLayout | None) -> dict[str, Any]:
-    """What keeps sequences apart under the encoder's attention implementation, as arguments of its forward.
+    """The arguments of the encoder's forward that keep sequences apart under its attention implementation.
 
     layout: None asks for a mask that is built.
     Raises ValueError for an implementation that has no mask function.

@@ -1,4 +1,4 @@
-"""FlashAttention's kernels for sequences of any length: exact attention on CUDA, in 16 bits."""
+"""Full attention within each sequence on CUDA in 16 bits, by FlashAttention's kernels for any lengths."""
 
 from collections.abc import Callable
 from functools import cache

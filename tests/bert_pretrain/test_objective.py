@@ -100,7 +100,7 @@ def test_a_stock_model_refuses_the_label_of_the_other():
 def test_stock_models_name_what_they_learn(name):
     task = PreTraining(pair_label=COLUMNS[name][0])
     sums = {"pair_loss": 1.5, "pairs": 3, "pair_correct": 2, "pair_ones": 1}
-    metrics = task.metrics(torch.tensor([sums.get(field, 1) for field in (*task.names, "tokens", "sequences")]))
+    metrics = task.metrics(torch.tensor([sums.get(field, 1) for field in (*task.formula.names, "tokens", "sequences")]))
     assert metrics[f"{name}_loss"] == 0.5 and metrics[f"{name}_majority"] == pytest.approx(2 / 3)
     assert sum(key.startswith(("nsp", "sop")) for key in metrics) == 3
 

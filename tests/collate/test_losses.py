@@ -63,7 +63,7 @@ def test_a_position_outside_of_its_sequence_is_in_no_mean():
     sums = span_sums(logits_NM2, positions_N2, torch.tensor([4, 2, 4]))
     assert sums["starts"] == 2 and sums["ends"] == 2 and sums["both"] == 1
     assert float(sums["start_loss"]) == pytest.approx(float(torch.tensor(8.0).log()))  # log 4 + log 2
-    assert float(QuestionAnswering().loss(sums, torch.tensor([2, 4]))) == pytest.approx(
+    assert float(QuestionAnswering().formula(sums, torch.tensor([2, 4]))) == pytest.approx(
         float((sums["start_loss"] / 2 + sums["end_loss"] / 4) / 2)
     )
 

@@ -70,13 +70,13 @@ TASKS = [
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
 def test_no_task_has_a_metric_over_nothing(task):
-    sums = torch.zeros(len(task.names) + 2, dtype=torch.float64)
+    sums = torch.zeros(len(task.formula.names) + 2, dtype=torch.float64)
     assert task.metrics(sums) == {"tokens": 0, "sequences": 0}
 
 
 def test_half_an_answer_gives_no_loss():
     task = QuestionAnswering()
-    sums = dict.fromkeys(task.names, 0.0) | {"starts": 4.0, "start_loss": 8.0, "start_correct": 1.0}
+    sums = dict.fromkeys(task.formula.names, 0.0) | {"starts": 4.0, "start_loss": 8.0, "start_correct": 1.0}
     metrics = task.metrics(torch.tensor([*sums.values(), 20, 4], dtype=torch.float64))
     assert metrics == {"start_accuracy": 0.25, "tokens": 20, "sequences": 4}
 
