@@ -23,17 +23,18 @@ Import the names in __all__ from here.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collate.collator import DataCollatorWithPacking
-    from collate.heads import packed_predictions, task_for
-    from collate.isolate import isolate_sequences
-    from collate.isolation.arguments import position_ids_start
-    from collate.layout import PackLayout
-    from collate.probe import check_isolation
-    from collate.training.trainer import PackedTrainer
+if TYPE_CHECKING:  # "as": type checkers take these for public names
+    from collate.collator import DataCollatorWithPacking as DataCollatorWithPacking
+    from collate.heads import packed_predictions as packed_predictions
+    from collate.heads import task_for as task_for
+    from collate.isolate import isolate_sequences as isolate_sequences
+    from collate.isolation.arguments import position_ids_start as position_ids_start
+    from collate.layout import PackLayout as PackLayout
+    from collate.probe import check_isolation as check_isolation
+    from collate.training.trainer import PackedTrainer as PackedTrainer
 
 # torch and transformers take seconds to import: whoever prepares text, or wants a layout, should not wait for them.
-_LAZY = {
+_MODULES = {
     "DataCollatorWithPacking": "collate.collator",
     "PackLayout": "collate.layout",
     "PackedTrainer": "collate.training.trainer",
@@ -43,25 +44,15 @@ _LAZY = {
     "position_ids_start": "collate.isolation.arguments",
     "task_for": "collate.heads",
 }
-
-__all__ = [
-    "DataCollatorWithPacking",
-    "PackLayout",
-    "PackedTrainer",
-    "check_isolation",
-    "isolate_sequences",
-    "packed_predictions",
-    "position_ids_start",
-    "task_for",
-]
+__all__ = sorted(_MODULES)
 
 
 if not TYPE_CHECKING:  # else a checker would take any name for one of ours
 
     def __getattr__(name: str):
-        if name not in _LAZY:
+        if name not in _MODULES:
             raise AttributeError(f"module 'collate' has no attribute {name!r}")
-        return getattr(import_module(_LAZY[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

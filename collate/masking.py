@@ -150,16 +150,15 @@ class MaskingRule:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Corrupt the sequences of a batch.
 
-        input_ids_T: (T,) integers; offsets: (N + 1,) where sequence i's tokens are offsets[i]:offsets[i + 1];
-        keys: (N,) uint64, see `sequence_keys`; word_ids_T: (T,) integers, equal neighbours are one word, negative ones
-        (-1, -100) are in none and never predicted. With whole_word_mask only, where it goes before continues_word_V.
-        special_tokens_mask_T: (T,) 1 where a token is not predicted either, beside the special ones.
-        Returns corrupted input_ids (T,) and labels (T,), both int64; -100 where nothing is predicted.
-
             [CLS] the cat sat [SEP]  ->  [CLS] the [MASK] sat [SEP]     labels  -100 -100 cat -100 -100
 
-        Raises ValueError for ids outside the vocabulary, arrays that do not belong together, and whole words of which
-        nothing is known.
+        input_ids_T: (T,) integers. offsets: (N + 1,); sequence i has the tokens offsets[i]:offsets[i + 1].
+        keys: (N,) uint64, see `sequence_keys`.
+        word_ids_T: (T,) integers, for whole_word_mask, in place of continues_word_V: equal neighbours are one word;
+            tokens with a negative one are in no word, and never predicted.
+        special_tokens_mask_T: (T,) 1 where a token is not predicted either, beside the special ones.
+        Returns corrupted input_ids (T,) and labels (T,), both int64; -100 where nothing is predicted.
+        Raises ValueError for ids outside the vocabulary, arrays that do not belong together, and unknown whole words.
         """
         input_ids_T, offsets, keys = np.asarray(input_ids_T), np.asarray(offsets), np.asarray(keys, np.uint64)
         parts_T = self._parts(input_ids_T, offsets, word_ids_T, special_tokens_mask_T)

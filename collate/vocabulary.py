@@ -10,8 +10,12 @@ def token_ids(tokenizer: Any) -> np.ndarray:
 
     Not range(len(tokenizer)): a vocabulary file may name a token twice, and added tokens may have ids far above.
     """
-    ids = {*tokenizer.get_vocab().values(), *getattr(tokenizer, "added_tokens_decoder", {})}
-    return np.array(sorted(ids.union(tokenizer.all_special_ids)), np.int64)
+    return np.array(sorted({*tokenizer.get_vocab().values(), *added_ids(tokenizer)}), np.int64)
+
+
+def added_ids(tokenizer: Any) -> list[int]:
+    """The ids of special and added tokens."""
+    return [*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})]
 
 
 def vocabulary_size(tokenizer: Any) -> int:

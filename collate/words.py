@@ -16,15 +16,12 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-from collate.vocabulary import vocabulary_size
+from collate.vocabulary import added_ids, vocabulary_size
 from packing.numba_tools import njit
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NO_WORD, CONTINUES, STARTS = np.int8(-1), np.int8(0), np.int8(1)  # a token's part in a word
 
@@ -54,7 +51,7 @@ class Boundaries:
         return cls(np.zeros((vocabulary, 2), np.int8), np.zeros((1, 1), bool))
 
 
-def word_continuations(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+def word_continuations(tokenizer: Any) -> np.ndarray:
     """(V,) bool: tokens that continue the word before them, by the mark that the tokenizer sets at word pieces.
 
     V is the highest id + 1. Special and added tokens are words of their own, and so is white space. Raises ValueError
@@ -64,16 +61,13 @@ def word_continuations(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
     mark = _word_mark(tokenizer, vocabulary)
     continues_V = np.zeros(vocabulary_size(tokenizer), bool)
     for token, token_id in vocabulary.items():
-        if mark in ("▁", "Ġ"):
-            text = _bytes_of(token, mark)[:1]
-            continues_V[token_id] = not text.isspace()
-        else:
-            continues_V[token_id] = token.startswith(mark)
-    continues_V[[*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})]] = False
+        is_piece = token.startswith(mark)
+        continues_V[token_id] = not _bytes_of(token, mark)[:1].isspace() if mark in ("▁", "Ġ") else is_piece
+    continues_V[added_ids(tokenizer)] = False
     return continues_V
 
 
-def word_boundaries(tokenizer: "PreTrainedTokenizerBase") -> Boundaries:
+def word_boundaries(tokenizer: Any) -> Boundaries:
     """Where the tokenizer's pre-tokenizer parts tokens without a mark; after white space and added tokens always.
 
     A WordPiece needs none: all of its pieces have a mark. Raises ValueError like `word_continuations`.
@@ -85,17 +79,17 @@ def word_boundaries(tokenizer: "PreTrainedTokenizerBase") -> Boundaries:
     kinds_V2 = np.zeros((size, 2), np.int8)
     for token, token_id in vocabulary.items():
         kinds_V2[token_id] = _kinds_of(_bytes_of(token, mark))
-    kinds_V2[[*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})]] = BREAK
+    kinds_V2[added_ids(tokenizer)] = BREAK
     return Boundaries(kinds_V2, _parted_kinds(tokenizer))
 
 
-def _word_mark(tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int]) -> str:
+def _word_mark(tokenizer: Any, vocabulary: dict[str, int]) -> str:
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     prefix = getattr(model, "continuing_subword_prefix", None)  # a WordPiece may have no pieces
     return prefix or _commonest_mark(tokenizer, vocabulary)
 
 
-def _commonest_mark(tokenizer: "PreTrainedTokenizerBase", vocabulary: dict[str, int]) -> str:
+def _commonest_mark(tokenizer: Any, vocabulary: dict[str, int]) -> str:
     """The mark of most tokens: a RoBERTa vocabulary has "##" and "@@" too, but half of its tokens begin with Ġ."""
     counts = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in ("##", "▁", "Ġ")}
     counts |= {mark: sum(token.endswith(mark) for token in vocabulary) for mark in ("</w>", "@@")}
@@ -160,7 +154,7 @@ def _kind(character: bytes) -> int:
     return {"L": LETTER, "N": NUMBER, "M": MARK}.get(unicodedata.category(text)[0], OTHER)
 
 
-def _parted_kinds(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+def _parted_kinds(tokenizer: Any) -> np.ndarray:
     """(kinds, kinds) bool, asked of the pre-tokenizer: "a." -> "a" "." -> True, but " a" -> "Ġa" -> False"""
     pre_tokenizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
     parted_KK = np.zeros((len(EXAMPLES), len(EXAMPLES)), bool)
@@ -186,10 +180,10 @@ def parts_by_vocabulary(input_ids_T, is_special_T, offsets, continues_word_V, ki
                 continue
             if last == NO_WORD:
                 parts_T[t] = STARTS
-            elif first == INSIDE:
+            elif first == INSIDE or (continues_word_V[token] and not parted_KK[last, first]):
                 parts_T[t] = CONTINUES
             else:
-                parts_T[t] = CONTINUES if continues_word_V[token] and not parted_KK[last, first] else STARTS
+                parts_T[t] = STARTS
             if kinds_V2[token, 1] != INSIDE:
                 last = kinds_V2[token, 1]
             elif last == NO_WORD:
