@@ -273,13 +273,6 @@ MLM_TERMS = {
     "sequence": Mean("mlm", "mlm_loss_by_sequence", "mlm_sequences"),
     "token": Mean("mlm", "mlm_loss_by_token", "mlm_tokens"),
 }
-MLM_COUNTS = {"mlm_tokens": count_labelled_tokens, "mlm_sequences": count_labelled_sequences}
-MLM_LOGGED = (
-    Mean("mlm_loss_per_sequence", "mlm_loss_by_sequence", "mlm_sequences"),
-    Mean("mlm_loss_per_token", "mlm_loss_by_token", "mlm_tokens"),
-    Mean("mlm_accuracy_per_sequence", "mlm_correct_by_sequence", "mlm_sequences"),
-    Mean("mlm_accuracy_per_token", "mlm_correct_by_token", "mlm_tokens"),
-)
 
 
 def check_mlm_loss(name: str) -> None:
@@ -290,7 +283,16 @@ def check_mlm_loss(name: str) -> None:
 
 def mlm_loss_of(mlm_loss: str) -> Loss:
     """Masked tokens alone."""
-    return Loss((MLM_TERMS[mlm_loss],), MLM_COUNTS, MLM_LOGGED)
+    return Loss(
+        terms=(MLM_TERMS[mlm_loss],),
+        counts={"mlm_tokens": count_labelled_tokens, "mlm_sequences": count_labelled_sequences},
+        logged=(
+            Mean("mlm_loss_per_sequence", "mlm_loss_by_sequence", "mlm_sequences"),
+            Mean("mlm_loss_per_token", "mlm_loss_by_token", "mlm_tokens"),
+            Mean("mlm_accuracy_per_sequence", "mlm_correct_by_sequence", "mlm_sequences"),
+            Mean("mlm_accuracy_per_token", "mlm_correct_by_token", "mlm_tokens"),
+        ),
+    )
 
 
 def pretraining_loss(mlm_loss: str, pair: str, columns: Sequence[str] = tuple(PAIR_LABELS.values())) -> Loss:
@@ -299,11 +301,12 @@ def pretraining_loss(mlm_loss: str, pair: str, columns: Sequence[str] = tuple(PA
     pair: the name of the pairs' objective in the log, a key of PAIR_LABELS. Beside their accuracy the log has that of
         the more frequent label. columns: those that may hold the labels; a model takes one of them.
     """
+    masked = mlm_loss_of(mlm_loss)
     return Loss(
-        terms=(MLM_TERMS[mlm_loss], Mean("pair", "pair_loss", "pairs")),
-        counts=MLM_COUNTS | {"pairs": partial(count_labels, columns=columns)},
+        terms=(*masked.terms, Mean("pair", "pair_loss", "pairs")),
+        counts={**masked.counts, "pairs": partial(count_labels, columns=columns)},
         logged=(
-            *MLM_LOGGED,
+            *masked.logged,
             Mean(f"{pair}_loss", "pair_loss", "pairs"),
             Mean(f"{pair}_accuracy", "pair_correct", "pairs"),
             Mean(f"{pair}_majority", "pair_ones", "pairs", shown=lambda share: max(share, 1 - share)),
