@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # "as": type checkers take these for public names
     from collate.heads import packed_predictions as packed_predictions
     from collate.heads import task_for as task_for
     from collate.isolate import isolate_sequences as isolate_sequences
-    from collate.isolation.arguments import position_ids_start as position_ids_start
+    from collate.isolation.positions import position_ids_start as position_ids_start
     from collate.layout import PackLayout as PackLayout
     from collate.probe import check_isolation as check_isolation
     from collate.training.trainer import PackedTrainer as PackedTrainer
@@ -41,7 +41,7 @@ _MODULES = {
     "check_isolation": "collate.probe",
     "isolate_sequences": "collate.isolate",
     "packed_predictions": "collate.heads",
-    "position_ids_start": "collate.isolation.arguments",
+    "position_ids_start": "collate.isolation.positions",
     "task_for": "collate.heads",
 }
 __all__ = sorted(_MODULES)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from collate.columns import ANSWERS, BOOKKEEPING, HEADS_OF_SEQUENCES, HEADS_OF_TOKENS, IGNORED, LABELS, MADE_HERE
-from collate.isolation.arguments import position_ids_start as start_of
+from collate.isolation.positions import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
 from collate.mask_rows import count_words, mask_rows, masking_rule
 from collate.masking import MaskingRule

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from collate.isolation.arguments import own_positions, position_ids_start
 from collate.isolation.encoders import SUPPORTED, is_a_decoder, obstacles, refuse_unfit
 from collate.isolation.handover import named_parameters, outermost
 from collate.isolation.hook import is_isolated
 from collate.isolation.masks import TAKES_SEQUENCE_IDS
+from collate.isolation.positions import own_positions, position_ids_start
 from collate.layout import PADDING
 from collate.vocabulary import token_ids, vocabulary_size
 

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from collate.isolation.arguments import (
-    own_positions,
-    position_ids_start,
-    refuse_contradictions,
-    refuse_early_positions,
-)
 from collate.isolation.masks import attention_arguments
-from collate.layout import PackLayout
+from collate.isolation.positions import own_positions, position_ids_start
+from collate.layout import PADDING, PackLayout
+
+INSTEAD_OF_SEQUENCE_IDS = ("attention_mask", "past_key_values", "encoder_hidden_states")
+"""Arguments that would contradict sequence_ids."""
 
 
 class IsolateSequences:
@@ -35,7 +33,7 @@ class IsolateSequences:
         if sequence_ids is None:
             return args, kwargs
         kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
-        refuse_contradictions(type(encoder).__name__, kwargs)
+        _refuse_contradictions(type(encoder).__name__, kwargs)
         start = position_ids_start(encoder.config)
         layout = self._checked_layout(sequence_ids, kwargs.get("position_ids"), start)
         if kwargs.get("position_ids") is None:
@@ -54,12 +52,39 @@ class IsolateSequences:
             return None
         layout = PackLayout.of(sequence_ids)
         if sequence_ids.device.type == "cpu":
-            refuse_early_positions(sequence_ids, position_ids, start)
+            _refuse_early_positions(sequence_ids, position_ids, start)
         elif not self.has_checked:
             PackLayout.of(sequence_ids.cpu())  # which checks the ids
-            refuse_early_positions(sequence_ids, position_ids, start)
+            _refuse_early_positions(sequence_ids, position_ids, start)
         self.has_checked = True
         return layout
+
+
+def _refuse_contradictions(encoder_name: str, arguments: dict) -> None:
+    """Raise ValueError for an argument that says something else than sequence_ids."""
+    for other in INSTEAD_OF_SEQUENCE_IDS:
+        if arguments.get(other) is not None:
+            raise ValueError(
+                f"{encoder_name} got sequence_ids and {other}; give sequence_ids alone, with 0 on padding: they say "
+                "what a mask says, and which tokens belong together"
+            )
+    if arguments.get("is_causal"):
+        raise ValueError(
+            f"{encoder_name} got sequence_ids and is_causal=True; leave is_causal out: tokens of a sequence see both "
+            "directions"
+        )
+
+
+def _refuse_early_positions(sequence_ids_BL: Tensor, position_ids_BL: Tensor | None, start: int) -> None:
+    """Raise ValueError for positions below the model's first one. Waits for the device."""
+    if position_ids_BL is None or not start:
+        return
+    first = int(torch.where(sequence_ids_BL == PADDING, start, position_ids_BL).min())
+    if first < start:
+        raise ValueError(
+            f"position_ids begin at {first}, but the first position of this model is {start}; build the collator "
+            f"with position_ids_start={start}, or leave position_ids out"
+        )
 
 
 def attach_hook(encoder: PreTrainedModel, dense_mask: bool = False) -> RemovableHandle:

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from collate.columns import HEADS_OF_TOKENS
-from collate.isolation.arguments import position_ids_start
 from collate.isolation.encoders import REFUSED
 from collate.isolation.hook import is_isolated
+from collate.isolation.positions import position_ids_start
 from collate.training.hooks import overrides_callback
 from collate.training.refused import refuse_arguments, refuse_data_skip
 

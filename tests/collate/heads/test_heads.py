@@ -38,7 +38,7 @@ from collate.heads import (
     prepare_head,
     task_for,
 )
-from collate.isolation.arguments import position_ids_start
+from collate.isolation.positions import position_ids_start
 from packing import pack_dataset
 
 SMALL: dict[str, Any] = {
