@@ -4,7 +4,7 @@ A batch is a list of dicts (of lists, NumPy arrays or torch tensors), one dict o
 Arrow tables. Arrow is five times as fast as lists.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -128,10 +128,7 @@ def read_packed_rows(rows: Any, levels: Levels, columns: Sequence[str] | None) -
         raise ValueError("a sequence of the batch has length 0; every sequence needs at least one token")
     _check_counts(INPUT_IDS, counts, tokens_per_row, "tokens")
     in_tokens, in_sequences = {INPUT_IDS: token_ids}, {}
-    for name in read.others():
-        column = read.column(name)
-        if column is None:
-            continue
+    for name, column in read.others(but=(INPUT_IDS, LENGTHS, MASK)):
         if column.counts is None:
             raise ValueError(f"column {name!r} has one value per row; a packed row has one per token or per sequence")
         if _is_token_level(name, column.counts, tokens_per_row, per_row, levels):
@@ -162,12 +159,8 @@ def read_sequences(rows: Any, levels: Levels, columns: Sequence[str] | None) -> 
         raise ValueError("the rows are packed: they have sequence_lengths; leave unpacked_rows out")
     token_ids, lengths = read.lists(INPUT_IDS)
     in_tokens, in_sequences = {INPUT_IDS: token_ids}, {}
-    for name in [*read.others(), *([MASK] if MASK in read.names else [])]:
-        if name in levels.ragged and name not in (columns or ()):
-            continue
-        column = read.column(name)
-        if column is None:
-            continue
+    ragged = [name for name in levels.ragged if name not in (columns or ())]
+    for name, column in read.others(but=(INPUT_IDS, *ragged)):
         if column.counts is None:
             in_sequences[name] = column.values
         elif _is_list_of_tokens(name, column.counts, lengths, levels):
@@ -190,9 +183,9 @@ def _is_list_of_tokens(name: str, counts: np.ndarray, lengths: np.ndarray, level
     if as_many and name not in levels.seen and name not in MADE_HERE:  # which are refused by that name
         raise ValueError(
             f"column {name!r} has {counts[0]} values in each row of the batch, and each row has {lengths[0]} tokens: "
-            "whether there is one a token, or a list for each sequence, is unclear; name the columns with a value per "
-            "token as token_columns=[…], [] if there is none, or give the collator the dataset (for_dataset) or, for "
-            "labels, the model"
+            "whether each token has one, or each sequence a list, is unclear; name the columns with a value per token "
+            "as token_columns=[…], [] if there is none, or give the collator the dataset (for_dataset) or, for labels, "
+            "the model"
         )
     return as_many and levels.seen.get(name, True)
 
@@ -203,8 +196,8 @@ def _refuse_masked(mask: np.ndarray, counts: np.ndarray, tokens_per_row: np.ndar
     _refuse_numbers(mask)
     if not mask.all():
         raise ValueError(
-            "the packed rows have an attention_mask with zeros, but all of their tokens are attended to; pack the "
-            "source, which trims padding by its attention_mask, or remove the column"
+            "the packed rows have an attention_mask with zeros, but every token of a pack counts; pack the source "
+            "with its attention_mask, which trims padding, or remove the column"
         )
 
 
@@ -258,13 +251,15 @@ class _Reader:
             if name not in self.names and not is_nothing:
                 raise ValueError(f"columns names {name!r}, which is not among {sorted(self.names)}")
 
-    def others(self) -> list[str]:
-        """The names of the columns to read besides; of BOOKKEEPING those that there are."""
-        names = self.names if self.wanted is None else dict.fromkeys([*self.wanted, *BOOKKEEPING])
-        return [name for name in names if name in self.names and name not in (INPUT_IDS, LENGTHS, MASK)]
+    def others(self, but: Sequence[str]) -> Iterator[tuple[str, Column]]:
+        """The columns of numbers to read besides, with their names; BOOKKEEPING and the mask where there are any."""
+        names = self.names if self.wanted is None else dict.fromkeys([*self.wanted, *BOOKKEEPING, MASK])
+        for name in names:
+            if name in self.names and name not in but and (column := self.column(name)) is not None:
+                yield name, column
 
     def column(self, name: str) -> Column | None:
-        """None: it holds no numbers, such as text."""
+        """The values of a column. None: it holds no numbers, but text for example."""
         if isinstance(self.rows, pa.Table):
             column = _from_arrow(name, self.rows.column(name))
         else:
@@ -294,7 +289,7 @@ class _Reader:
 
 
 def _no_numbers(name: str) -> ValueError:
-    return ValueError(f"column {name!r} holds no numbers, so that no tensor can be made of it; leave it out")
+    return ValueError(f"column {name!r} holds no numbers, so it cannot become a tensor; leave it out")
 
 
 def _names(rows: pa.Table | Mapping | list) -> list[str]:
