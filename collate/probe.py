@@ -157,7 +157,10 @@ class _Probe:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, seed: int, dtype: torch.dtype | None):
-        self.reason = _check_probeable(model)
+        self.reason: str | None = None  # why it is known to leak
+        if not isinstance(model, nn.Module) or outermost(model):
+            refuse_unfit(model, "check_isolation", may_be=("causal", "leaks"))
+            self.reason = next((reason for _, reason in obstacles(model, "isolate_sequences")), None)
         model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
         pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
         self.name = type(model if pretrained is None else pretrained).__name__
@@ -262,8 +265,9 @@ class _Probe:
     def row(self, sequences: list[Tensor], padding: int | None = None, shift: int = 0) -> Row:
         """[a a a], [b b] -> input_ids a a a b b - - and sequence_ids 1 1 1 2 2 0 0; `shift` moves padding in front."""
         used = sum(map(len, sequences))
-        if padding is None:  # a row as long as some width would make token outputs look like pooled ones
-            padding = next(n for n in range(3, 99) if used + n not in self.widths)
+        if padding is None:  # a row as long as a last dimension would make token outputs look like pooled ones
+            sizes = {value for value in (vars(self.config) if self.config else {}).values() if isinstance(value, int)}
+            padding = next(n for n in range(3, 99) if used + n not in {*sizes, getattr(self.config, "num_labels", 2)})
         pad = torch.full((padding,), self.special.get("pad", 0), device=self._device)
         numbers = [torch.full_like(tokens, number + 1) for number, tokens in enumerate(sequences)]
         input_ids = torch.cat([pad[:shift], *sequences, pad[shift:]])
@@ -314,20 +318,6 @@ class _Probe:
         if in_one_row > self.window or not (self.takes_ids or "position_ids" in self.arguments):
             most = in_one_row
         return [(min(9, most), min(14, most)), (min(long, most), min(long + 3, most))]
-
-    @property
-    def widths(self) -> set[int]:
-        """Sizes that a last dimension may have."""
-        sizes = {value for value in vars(self.config).values() if isinstance(value, int)} if self.config else set()
-        return sizes | {getattr(self.config, "num_labels", 2)}
-
-
-def _check_probeable(model: nn.Module) -> str | None:
-    """Why a model is known to leak, or None. Raises ValueError for a model that takes no tokens."""
-    if isinstance(model, nn.Module) and not outermost(model):
-        return None  # the user's own model
-    refuse_unfit(model, "check_isolation", may_be=("causal", "leaks"))
-    return next((reason for _, reason in obstacles(model, "isolate_sequences")), None)
 
 
 class _Run:
