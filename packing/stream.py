@@ -16,14 +16,13 @@ import pyarrow.compute as pc
 from datasets.features.features import encode_nested_example
 
 from packing.files.errors import SourceError, whole_number
-from packing.histogram import offsets_of
 from packing.options import PackOptions
 from packing.source.exact import REFUSALS, NotHeldError, exact_array
-from packing.source.rows import ATTENTION_MASK, INPUT_IDS, read_source
-from packing.source.sequences import ANSWERS, DONE
+from packing.source.rows import INPUT_IDS, closing_token, last_tokens
+from packing.source.sequences import DONE
 from packing.source.source_files import SourceFiles
-from packing.source.token_ids import refuse_foreign_ids
-from packing.store.contents import Packing, gather_all, plan_packing
+from packing.source.token_ids import read_checked
+from packing.store.contents import gather_all, plan_packing
 
 logger = logging.getLogger(__name__)
 
@@ -48,35 +47,19 @@ def pack_stream(
 
     [7 8] [5 6 4] | [9 9] [3] …   buffer_size=2, max_sequence_length=5   ->   [7 8 5 6 4] [9 9 3] …
 
-    Packed rows are as pack_dataset's, but without sequence_indices: no number is unique over the shards of a stream.
-    (DataCollatorWithPacking then draws a sequence's masks by its tokens, so that equal sequences get equal masks within
-    an epoch. Train for several epochs of a stream, then, not for one of stream.repeat().)
+    buffer_size: rows packed at a time. Each buffer ends in some packs that are not full; larger ones lose less and take
+        more memory.
+    seed: decides which of equally long sequences lie together, and the order of a buffer's packs.
+    The others are as for pack_dataset. "truncate" keeps the last token of a row if all of the first rows end in it.
 
-    buffer_size: rows packed at a time. Each buffer, and so each shard, ends in some packs that are not full; larger
-        ones lose less and take more memory.
-    max_sequence_length, max_sequences_per_pack, token_columns, pad_token_id: as for pack_dataset.
-    overlong: likewise. Rows that are cut or dropped, and padding that is trimmed, are logged when first met and then
-        at every tenfold count, by each process for itself. "truncate" keeps the last token of a row if it is the one
-        that all of the first rows end in.
-    seed: which of equally long sequences lie together, and the order of a buffer's packs.
+    Returns a map over `dataset` with packs as pack_dataset makes them, but without sequence_indices: no number is
+    unique over the shards of a stream. What datasets does for streams it does for packs: resume, shards for workers and
+    nodes, set_epoch, formats. packed_info tells what can be known; counts are None. docs/packing.md says what does not
+    resume exactly.
 
-    Which columns hold one value per token, and of what types columns are, is decided once: pack_stream reads the first
-    thousand rows, and the stream then begins anew. A later row that is otherwise, or holds a value that these types
-    would change (0.5 where the first rows hold whole numbers), raises ValueError.
-
-    The result is a map over `dataset`, so what datasets does for streams it does for packs:
-    * state_dict and load_state_dict resume exactly, in the middle of a buffer, too, where one process reads the stream.
-      Two things do not resume exactly, because datasets 5.2 does not save all that it has read:
-      shuffle(buffer_size=…), any but 1: its buffer is lost. A stream with one before pack_stream raises ValueError when
-      it is read after a resume; datasets warns of one after it. shuffle(buffer_size=1) shuffles shards alone.
-      Workers of torchdata's StatefulDataLoader: rows may be lost, or come twice, with shuffle(buffer_size=1), too.
-      A Trainer resumes by reading the stream from its beginning, which is exact with any of these.
-    * Shards are dealt out to DataLoader workers, and to nodes by split_dataset_by_node. Where the number of shards is
-      no multiple of the nodes', each node packs everything and keeps its share of the packs.
-    * set_epoch reaches the source: another order of shards and rows gives other packs.
-    * with_format("arrow") gives packs as Arrow tables, which DataCollatorWithPacking reads fastest.
-
-    packed_info tells what can be known; counts are None.
+    The first thousand rows decide the columns and their types. Raises ValueError for these at once, and while the
+    stream is read for a later row that differs. What is cut, dropped or trimmed is logged when first met, and then at
+    every tenfold count, by each process for itself.
     """
     _check_stream(dataset)
     buffer_size = whole_number("buffer_size", buffer_size)
@@ -94,14 +77,16 @@ def pack_stream(
     is_arrow = dataset.features is not None and getattr(dataset._ex_iterable, "iter_arrow", None) is not None
     first, features = _first_rows(dataset, is_arrow)
     with _hint(first):
-        packing = _plan(_as_dataset(first, features), options)
+        rows = _as_dataset(first, features)
+        source = read_checked(rows, token_columns, pad_token_id)
+        packing = plan_packing(rows, source, options, SourceFiles.of(rows))
     names = packing.facts.token_columns
     packed_features = datasets.Features({name: f for name, f in packing.features.items() if name != INDICES})
     pack = _PackBuffer(
         features,
         packed_features,
         replace(options, token_columns=[name for name in names if name != INPUT_IDS]),
-        _closing_token(_as_dataset(first, features), pad_token_id) if overlong == "truncate" else None,
+        closing_token(packing.source) if overlong == "truncate" else None,
         _has_shuffle_buffer(dataset._ex_iterable),
         dataset.features is not None,
     )
@@ -162,46 +147,24 @@ class _PackBuffer:
         return {name: _as_lists(packs.column(name).combine_chunks()) for name in packs.column_names}
 
     def _packs(self, table: pa.Table) -> pa.Table:
-        seed = _seed_of(table, self.options.seed)
-        table = self._fitting(table)
-        if not len(table):
+        rows, options, longest = _as_dataset(table, self.features), self.options, self.options.max_sequence_length
+        source = read_checked(rows, options.token_columns, options.pad_token_id, len(table) < TOO_FEW)
+        if options.overlong == "drop" and source.kept.min() > longest:
+            self._say_overlong(source.num_rows, int(source.kept.sum(dtype=np.int64)))
             return self.packed_features.arrow_schema.empty_table()
-        if len(table) < TOO_FEW and ATTENTION_MASK not in table.column_names and self.options.pad_token_id is None:
-            table = _unpadded(table)
-        rows = _as_dataset(table, self.features)
-        options = self.options
-        if ATTENTION_MASK in table.column_names and ATTENTION_MASK not in self.features:
-            options = replace(options, pad_token_id=None)  # it is trimmed by now
-        packing = _plan(rows, replace(options, seed=seed))
+        if options.overlong == "truncate":  # as the first rows tell, whatever else is in the buffer
+            closed = False if self.closing is None else np.concatenate([t == self.closing for t in last_tokens(source)])
+            source = replace(source, ends_alike=closed)
+        seed = _seed_of(table, options.seed)
+        packing = plan_packing(rows, source, replace(options, seed=seed), SourceFiles.of(rows))
         facts = packing.facts
         self._say("have padding trimmed", "tokens of it", facts.trimmed_rows, facts.trimmed_tokens)
-        if facts.overlong_rows:
-            self._say_overlong(len(facts.overlong_rows), facts.overlong_tokens)
+        self._say_overlong(len(facts.overlong_rows), facts.overlong_tokens)
         return pa.Table.from_batches(gather_all(packing)).select(list(self.packed_features))
 
-    def _fitting(self, table: pa.Table) -> pa.Table:
-        """The buffer, after what must not depend on what else is in it: truncation, and dropping all rows."""
-        longest, overlong = self.options.max_sequence_length, self.options.overlong
-        column = table.column(INPUT_IDS)
-        if overlong not in ("truncate", "drop") or _lengths(column).max() <= longest:
-            return table
-        rows = _as_dataset(table, self.features)
-        source = read_source(rows, self.options.token_columns, self.options.pad_token_id)
-        kept = np.asarray(source.kept, np.int64)
-        if overlong == "drop":
-            if kept.min() <= longest:
-                return table
-            self._say_overlong(len(kept), int(kept.sum()))
-            return table.slice(0, 0)
-        lost = np.maximum(kept - longest, 0)
-        if not lost.any() or any(name in table.column_names for name in ANSWERS):
-            return table  # answers that would be cut are refused
-        self._say_overlong(np.count_nonzero(lost), int(lost.sum()))
-        padding = _lengths(column) - kept
-        self._say("have padding trimmed", "tokens of it", np.count_nonzero(padding), int(padding.sum()))
-        return _truncated(table, source, longest, [INPUT_IDS, *self.options.token_columns], self.closing)
-
     def _say_overlong(self, rows: int, tokens: int) -> None:
+        if not rows:
+            return
         what = f"have more than {self.options.max_sequence_length} tokens: {DONE[self.options.overlong]}"
         self._say(what, "tokens lost", rows, tokens)
 
@@ -338,9 +301,6 @@ def _as_lists(packs: pa.Array) -> list[list]:
 
 def _as_dataset(table: pa.Table, features: datasets.Features) -> datasets.Dataset:
     types = datasets.Features({name: features[name] for name in table.column_names if name in features})
-    for name in table.column_names:  # made here, such as a mask or lists that were cut
-        if name not in types or types.arrow_schema.field(name).type != table.schema.field(name).type:
-            types[name] = datasets.Features.from_arrow_schema(table.schema)[name]
     # a fingerprint of its own would be a hash of all tokens
     return datasets.Dataset(table, datasets.DatasetInfo(features=types), fingerprint="buffer")
 
@@ -354,61 +314,6 @@ def _seed_of(table: pa.Table, seed: int) -> int:
 def _lengths(lists: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """(rows,) int64; a row without a list has 0."""
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
-
-
-def _unpadded(table: pa.Table) -> pa.Table:
-    """With an attention_mask of ones."""
-    counts = _lengths(table.column(INPUT_IDS))
-    return table.append_column(ATTENTION_MASK, _lists(counts, pa.array(np.ones(counts.sum(), np.int8))))
-
-
-def _real_tokens(source, lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(rows,) where each row's tokens begin in lists.flatten(), and how many there are, without padding."""
-    counts = _lengths(lists)
-    skipped = 0 if source.skipped is None else np.asarray(source.skipped, np.int64)
-    return np.cumsum(counts) - counts + skipped, np.asarray(source.kept, np.int64)
-
-
-def _closing_token(rows: datasets.Dataset, pad_token_id: int | None) -> int | None:
-    """The token that every row ends in, where there is one."""
-    source = read_source(rows, [], pad_token_id)
-    lists = rows.data.column(INPUT_IDS).combine_chunks()
-    begins, kept = _real_tokens(source, lists)
-    found = pc.unique(lists.flatten().take(pa.array(begins + kept - 1))).to_pylist()
-    return found[0] if len(found) == 1 else None
-
-
-def _truncated(table: pa.Table, source, longest: int, names: Sequence[str], closing: int | None) -> pa.Table:
-    """Without padding, and rows cut to their first tokens; the last of these gives way to the closing one, if any.
-
-    longest=3, closing=s:   [c 1 2 s] -> [c 1 s]    [c 1 2 3] -> [c 1 2]    [c s] as it is
-    """
-    lists = table.column(INPUT_IDS).combine_chunks()
-    begins, kept = _real_tokens(source, lists)
-    counts = np.minimum(kept, longest)
-    lasts = begins + counts - 1
-    if closing is not None:
-        own_lasts = begins + kept - 1
-        is_closed = lists.flatten().take(pa.array(own_lasts)).to_numpy() == closing
-        lasts = np.where(is_closed, own_lasts, lasts)
-    ends = np.cumsum(counts)
-    places = np.repeat(begins - (ends - counts), counts) + np.arange(counts.sum())
-    places[ends - 1] = lasts
-    for name in names:
-        values = table.column(name).combine_chunks().flatten().take(pa.array(places))
-        table = table.set_column(table.column_names.index(name), name, _lists(counts, values))
-    mask = [name for name in table.column_names if name == ATTENTION_MASK]
-    return _unpadded(table.drop_columns(mask))
-
-
-def _lists(counts: np.ndarray, values: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array(offsets_of(counts).astype(np.int32)), values)
-
-
-def _plan(rows: datasets.Dataset, options: PackOptions) -> Packing:
-    source = read_source(rows, options.token_columns, options.pad_token_id)
-    refuse_foreign_ids(source)
-    return plan_packing(rows, source, options, SourceFiles.of(rows))
 
 
 @contextmanager

@@ -13,9 +13,11 @@ one of them finds something wrong, the whole is read by this process, so that wh
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -27,12 +29,15 @@ from packing.source.rows import (
     check_source,
     closing_token,
     open_columns,
-    read_source,
     refuse_padding,
 )
-from packing.source.token_ids import refuse_foreign_ids
+from packing.source.token_ids import read_checked
+
+if TYPE_CHECKING:
+    import datasets
 
 RANGE_BYTES = 500_000_000  # of the source in a range, more or less
+NOTHING = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class RangeRead:
     closing: the token that all of them end in; None: they differ. digests: None if not asked for."""
 
     first: int
+    rows: int
     skipped: np.ndarray | None
     kept: np.ndarray
     trimmed_rows: int
@@ -58,18 +64,6 @@ class RangeRead:
     token_columns: tuple[str, ...]
     closing: int | None
     digests: RowDigests | None
-
-    @property
-    def rows(self) -> int:
-        return len(self.kept)
-
-    def to_arrow(self) -> pa.Table:
-        """A row, to travel."""
-        values = {name: getattr(self, name) for name in ROW.names if hasattr(self, name)}
-        values["closing"] = None if self.closing is None else str(self.closing)
-        if self.digests is not None:
-            values |= {"block_digests": self.digests.digests, "block_bytes": self.digests.bytes}
-        return _row(values)
 
 
 @dataclass(frozen=True)
@@ -80,9 +74,6 @@ class RangeWrong:
     rows: int
     error: str
 
-    def to_arrow(self) -> pa.Table:
-        return _row({"first": self.first, "rows": self.rows, "error": self.error})
-
 
 @dataclass(frozen=True)
 class RangeLost:
@@ -90,58 +81,23 @@ class RangeLost:
 
     first: int
     rows: int
-    lost: str
-
-    def to_arrow(self) -> pa.Table:
-        return _row({"first": self.first, "rows": self.rows, "lost": self.lost})
+    error: str
 
 
-ROW = pa.schema(
-    {
-        "first": pa.int64(),
-        "rows": pa.int64(),
-        "error": pa.string(),  # of RangeWrong
-        "lost": pa.string(),  # of RangeLost; both null: RangeRead
-        "skipped": pa.list_(pa.int32()),
-        "kept": pa.list_(pa.int32()),
-        "trimmed_rows": pa.int64(),
-        "trimmed_tokens": pa.int64(),
-        "token_columns": pa.list_(pa.string()),
-        "closing": pa.string(),  # a number: that of a token of any width
-        "block_digests": pa.list_(pa.binary()),
-        "block_bytes": pa.list_(pa.int64()),
-    }
-)
+Range = RangeRead | RangeWrong | RangeLost
 
 
-def _row(values: dict) -> pa.Table:
-    return pa.table({field.name: pa.array([values.get(field.name)], field.type) for field in ROW}, ROW)
+def to_arrow(found: Range) -> pa.Table:
+    """A row, to travel between processes that trust each other."""
+    return pa.table({"range": pa.array([pickle.dumps(found)], pa.large_binary())})
 
 
-def from_arrow(table: pa.Table) -> RangeRead | RangeWrong | RangeLost:
-    """The row that to_arrow made; numbers are views of it."""
-    row = {name: table.column(name)[0] for name in ROW.names}
-    first, rows = row["first"].as_py(), row["rows"].as_py()
-    if row["lost"].is_valid:
-        return RangeLost(first, rows, row["lost"].as_py())
-    if row["error"].is_valid:
-        return RangeWrong(first, rows, row["error"].as_py())
-    digests = None
-    if row["block_digests"].is_valid:
-        digests = RowDigests(tuple(row["block_digests"].as_py()), tuple(row["block_bytes"].as_py()))
-    return RangeRead(
-        first,
-        row["skipped"].values.to_numpy() if row["skipped"].is_valid else None,
-        row["kept"].values.to_numpy(),
-        row["trimmed_rows"].as_py(),
-        row["trimmed_tokens"].as_py(),
-        tuple(row["token_columns"].as_py()),
-        int(row["closing"].as_py()) if row["closing"].is_valid else None,
-        digests,
-    )
+def from_arrow(table: pa.Table) -> Range:
+    """What to_arrow was given."""
+    return pickle.loads(table.column("range")[0].as_py())
 
 
-def row_ranges(dataset) -> list[tuple[int, int]]:
+def row_ranges(dataset: datasets.Dataset) -> list[tuple[int, int]]:
     """[(0, 8192), (8192, 16384), (16384, 20000)]: each begins with a block of the fingerprint; nearly equally long."""
     blocks = -(-len(dataset) // BLOCK_ROWS)
     count = max(1, min(blocks, -(-dataset.data.nbytes // RANGE_BYTES)))
@@ -149,16 +105,16 @@ def row_ranges(dataset) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def read_range(dataset, reading: Reading, first: int, end: int) -> RangeRead | RangeWrong:
-    """Rows first..end of a datasets.Dataset. Raises OSError where its files cannot be read."""
+def read_range(dataset: datasets.Dataset, reading: Reading, first: int, end: int) -> RangeRead | RangeWrong:
+    """Rows first..end of a dataset. Raises OSError where its files cannot be read."""
     rows = dataset.select(range(first, end))  # a view
     try:
-        source = read_source(rows, reading.token_columns, reading.pad_token_id)
-        refuse_foreign_ids(source)
+        source = read_checked(rows, reading.token_columns, reading.pad_token_id)
     except ValueError as error:
         return RangeWrong(first, end - first, str(error))
     return RangeRead(
         first,
+        end - first,
         source.skipped,
         source.kept,
         source.trimmed_rows,
@@ -170,31 +126,31 @@ def read_range(dataset, reading: Reading, first: int, end: int) -> RangeRead | R
 
 
 def join_ranges(
-    dataset, reading: Reading, parts: Iterable[RangeRead | RangeWrong]
+    dataset: datasets.Dataset, reading: Reading, parts: Iterable[RangeRead | RangeWrong]
 ) -> tuple[Source, tuple[ColumnPrint, ...] | None]:
-    """What read_source and column_prints say of the whole. parts: all ranges of it, in any order; taken one by one.
+    """What read_checked and column_prints say of the whole. parts: all ranges of it, in any order; taken one by one.
 
-    Raises what read_source raises, in its words. Memory: that of the Source, and a range.
+    Raises what read_checked raises, in its words. Memory: that of the Source, and a range.
     """
     check_source(dataset)
-    kept, skipped, seen, bounds = np.empty(len(dataset), np.int32), None, [], []
+    kept, skipped = np.empty(len(dataset), np.int32), np.zeros(0, np.int32)
+    seen: list[RangeRead] = []
     for part in parts:
         if isinstance(part, RangeWrong) or (seen and part.token_columns != seen[0].token_columns):
-            return _read_alone(dataset, reading)
-        place = slice(part.first, part.first + len(part.kept))
-        kept[place] = part.kept
+            source = read_checked(dataset, reading.token_columns, reading.pad_token_id)
+            return source, column_prints(dataset) if reading.to_hash else None
+        rows = slice(part.first, part.first + part.rows)
+        kept[rows] = part.kept
         if part.skipped is not None:
-            skipped = np.zeros(len(dataset), np.int32) if skipped is None else skipped
-            skipped[place] = part.skipped
-        seen.append(replace(part, kept=None, skipped=None))
-        bounds.append((place.start, place.stop))
-    firsts, ends = zip(*sorted(bounds), strict=True)
-    if (*firsts, len(dataset)) != (0, *ends):
-        raise RuntimeError(f"the {len(bounds)} ranges read are not the {len(dataset):,} rows of the source, each once")
+            skipped = skipped if len(skipped) else np.zeros(len(dataset), np.int32)
+            skipped[rows] = part.skipped
+        seen.append(replace(part, kept=NOTHING, skipped=None))
     seen.sort(key=lambda part: part.first)
+    if [*(part.first for part in seen), len(dataset)] != [0, *(part.first + part.rows for part in seen)]:
+        raise RuntimeError(f"the {len(seen)} ranges read are not the {len(dataset):,} rows of the source, each once")
     source = Source(
         open_columns(dataset, seen[0].token_columns),
-        skipped,
+        skipped if len(skipped) else None,
         kept,
         sum(part.trimmed_rows for part in seen),
         sum(part.trimmed_tokens for part in seen),
@@ -202,10 +158,5 @@ def join_ranges(
     )
     if reading.pad_token_id is None and ATTENTION_MASK not in dataset.column_names:
         refuse_padding(source.input_ids, kept)  # looks at tokens only where all rows have one length
-    return source, join_digests(dataset, [part.digests for part in seen]) if reading.to_hash else None
-
-
-def _read_alone(dataset, reading: Reading) -> tuple[Source, tuple[ColumnPrint, ...] | None]:
-    source = read_source(dataset, reading.token_columns, reading.pad_token_id)
-    refuse_foreign_ids(source)
-    return source, column_prints(dataset) if reading.to_hash else None
+    digests = [part.digests for part in seen if part.digests is not None]
+    return source, join_digests(dataset, digests) if reading.to_hash else None

@@ -9,8 +9,9 @@ neither        [[5 6 0 0] [5 0 0 0]] -> refused: every row has one length, and 0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +26,14 @@ from packing.source.token_column import (
     Values,
     chosen_rows,
     is_list,
-    list_lengths,
     null_rows,
     open_token_column,
     read_token_column,
     refuse_broken,
 )
+
+if TYPE_CHECKING:
+    import datasets
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"  # says where padding is; never stored
@@ -67,7 +70,8 @@ class Source:
     skipped: (rows,) int32; None: no row has padding in front.
     kept: (rows,) int32.
     trimmed_rows, trimmed_tokens: rows with padding, and the padding tokens in all of them.
-    ends_alike: whether all rows, without padding, end in one token; None: nobody has looked yet.
+    ends_alike: whether rows, without padding, end in one token: all of them (True) or those that are True in an array
+        of (rows,). None: nobody has looked yet.
     """
 
     columns: SourceColumns
@@ -75,7 +79,7 @@ class Source:
     kept: np.ndarray
     trimmed_rows: int
     trimmed_tokens: int
-    ends_alike: bool | None = None
+    ends_alike: bool | np.ndarray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -86,8 +90,8 @@ class Source:
         return self.columns.token_columns[0]
 
 
-def open_columns(dataset, token_columns: Sequence[str]) -> SourceColumns:
-    """The columns of a datasets.Dataset that read_source has checked; token_columns: their names, input_ids first."""
+def open_columns(dataset: datasets.Dataset, token_columns: Sequence[str]) -> SourceColumns:
+    """The columns of a dataset that read_source has checked; token_columns: their names, input_ids first."""
     table, rows = dataset.data, chosen_rows(dataset)
     columns = tuple(open_token_column(name, table.column(name), rows) for name in token_columns)
     names = [name for name in table.column_names if name not in (ATTENTION_MASK, *token_columns)]
@@ -95,11 +99,17 @@ def open_columns(dataset, token_columns: Sequence[str]) -> SourceColumns:
     return SourceColumns(table, rows, columns, row_columns, SourceFiles.of(dataset))
 
 
-def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_id: int | None = None) -> Source:
-    """Check a datasets.Dataset and find its tokens; nothing is copied.
+def read_source(
+    dataset: datasets.Dataset,
+    token_columns: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
+    may_look_padded: bool = False,
+) -> Source:
+    """Check a dataset and find its tokens; nothing is copied.
 
     token_columns: None takes the columns whose rows are as long as those of input_ids, in every row.
     pad_token_id: trim this token at the ends of rows; only for a source without attention_mask.
+    may_look_padded: whether rows that look padded are taken as they are.
     Raises SourceError, naming the row and the column, for what cannot be packed.
     """
     check_source(dataset)
@@ -114,29 +124,37 @@ def read_source(dataset, token_columns: Sequence[str] | None = None, pad_token_i
     for name in names:
         files.check()
         read_token_column(name, table.column(name), rows)  # raises for nulls
-    columns = open_columns(dataset, (INPUT_IDS, *names))
-    skipped, kept = _trim(table, rows, input_ids, lengths, pad_token_id)
-    trimmed_rows = trimmed_tokens = 0
-    if kept is not lengths:
-        trimmed_rows = int(np.count_nonzero(kept != lengths))
-        trimmed_tokens = int(lengths.sum(dtype=np.int64) - kept.sum(dtype=np.int64))
+    columns, skipped, kept = open_columns(dataset, (INPUT_IDS, *names)), None, lengths
+    if ATTENTION_MASK in table.column_names:
+        if pad_token_id is not None:
+            raise SourceError(
+                f"pad_token_id={pad_token_id} was given, but the column attention_mask says already where padding is",
+                cure="leave pad_token_id out, or remove the column",
+            )
+        skipped, kept = _trim(_read_mask(table.column(ATTENTION_MASK), rows, lengths), 0)
+    elif pad_token_id is not None:
+        skipped, kept = _trim(input_ids, checked_pad_token_id(pad_token_id))
+    elif not may_look_padded:
+        refuse_padding(input_ids, lengths)
+    trimmed_rows = 0 if kept is lengths else int(np.count_nonzero(kept != lengths))
+    trimmed_tokens = int(lengths.sum(dtype=np.int64) - kept.sum(dtype=np.int64)) if trimmed_rows else 0
     return Source(columns, skipped, kept, trimmed_rows, trimmed_tokens)
+
+
+def last_tokens(source: Source) -> Iterator[np.ndarray]:
+    """The last token of every row, without padding, some rows at a time."""
+    for block in source.input_ids.blocks():
+        skipped = 0 if source.skipped is None else source.skipped[block.rows]
+        yield source.input_ids.numbers()[block.starts + skipped + source.kept[block.rows] - 1]
 
 
 def closing_token(source: Source) -> int | None:
     """The token that all rows, without padding, end in; None: they differ."""
-    tokens, closing = source.input_ids.numbers(), None
-    for block in source.input_ids.blocks():
-        part = slice(block.first, block.first + len(block.starts))
-        skipped = 0 if source.skipped is None else source.skipped[part]
-        found = tokens[block.starts + skipped + source.kept[part] - 1]
-        closing = found[0] if closing is None else closing
-        if not (found == closing).all():
-            return None
-    return int(closing)
+    closing = next(last_tokens(source))[0]
+    return int(closing) if all((found == closing).all() for found in last_tokens(source)) else None
 
 
-def check_source(dataset) -> None:
+def check_source(dataset: datasets.Dataset) -> None:
     """What can be checked without a look at rows: there are some, and input_ids, and no name that packing needs."""
     if not len(dataset):
         raise SourceError("the dataset is empty: it has no rows to pack")
@@ -167,42 +185,42 @@ def _read_lengths(input_ids: TokenColumn) -> np.ndarray:
     for block in input_ids.blocks():
         _refuse_damage(input_ids, block)
         if not block.lengths.all():
-            culprit = block.first + int(np.argmin(block.lengths != 0))
-            raise SourceError(
-                "has length 0: its input_ids are empty", row=culprit, cure="filter such rows out before packing"
-            )
-        if block.lengths.max() >= 2**31:
-            culprit = int(np.argmax(block.lengths))
-            raise SourceError(
-                f"has {block.lengths[culprit]:,} tokens, more than 2**31 - 1",
-                row=block.first + culprit,
-                cure="cut it into several before packing",
-            )
-        lengths[block.first : block.first + len(block.lengths)] = block.lengths
+            row = block.first + int(np.argmin(block.lengths != 0))
+            raise SourceError("has length 0: its input_ids are empty", row=row, cure="filter out such rows first")
+        if (most := block.lengths.max()) >= 2**31:
+            row = block.first + int(np.argmax(block.lengths))
+            raise SourceError(f"has {most:,} tokens, more than 2**31 - 1", row=row, cure="cut it into several first")
+        lengths[block.rows] = block.lengths
     return lengths
 
 
-def _token_names(table, rows, lengths: np.ndarray, wanted: Sequence[str] | None) -> list[str]:
+def _refuse_damage(column: TokenColumn, block: TokenRows) -> None:
+    if block.lengths.min() < 0:
+        row = block.first + int(np.argmin(block.lengths))
+        what = "is damaged: its offsets lead out of its tokens"
+        raise SourceError(what, column=column.name, row=row, cure="make the file anew")
+
+
+def _token_names(
+    table: pa.Table, rows: np.ndarray | None, lengths: np.ndarray, wanted: Sequence[str] | None
+) -> list[str]:
     """The token-level columns besides input_ids and attention_mask."""
     candidates = [c for c in table.column_names if c not in (INPUT_IDS, ATTENTION_MASK)]
     if wanted is None:
         return [c for c in candidates if _is_token_level(c, table.column(c), rows, lengths)]
     for name in wanted:
         if name not in table.column_names:
-            raise SourceError(
-                f"token_columns names {name!r}, which is not among {', '.join(table.column_names)}",
-                cure=suggestion(name, table.column_names).removeprefix("; "),
-            )
+            others = f"{', '.join(table.column_names)}{suggestion(name, table.column_names)}"
+            raise SourceError(f"token_columns names {name!r}, which is not among {others}")
         column = table.column(name)
         if not is_list(column.type):
-            raise SourceError(
-                f"token_columns names {name!r}, which holds {column.type} and no list of one value per token"
-            )
+            what = f"token_columns names {name!r}, which holds {column.type} and no list of one value per token"
+            raise SourceError(what)
         _refuse_other_lengths(open_token_column(name, column, rows), lengths)
     return [c for c in candidates if c in wanted]
 
 
-def _is_token_level(name: str, column: pa.ChunkedArray, rows, lengths: np.ndarray) -> bool:
+def _is_token_level(name: str, column: pa.ChunkedArray, rows: np.ndarray | None, lengths: np.ndarray) -> bool:
     """Whether every row is as long as input_ids. Where only rows without a value differ, nobody can tell: refused.
 
     Refused as well if most rows are as long, but not all: that is no list per sequence, but one value per token gone
@@ -210,11 +228,10 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows, lengths: np.ndarra
     """
     if not is_list(column.type):
         return False
+    opened = open_token_column(name, column, rows)
     if not column.null_count:
-        opened = open_token_column(name, column, rows)
-        found = _first_other_length(opened, lengths)
-        if found is not None and 2 * _count_as_long(opened, lengths) > len(lengths):
-            row, length = found
+        alike, row, length = _compare_lengths(opened, lengths)
+        if len(lengths) > alike > len(lengths) / 2:
             raise SourceError(
                 f"has {length} values, where input_ids has {lengths[row]}, but as many as input_ids in most rows",
                 column=name,
@@ -222,8 +239,8 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows, lengths: np.ndarra
                 cure="give token_columns= without it if it is a list for each sequence, or else make it one value per "
                 "token, or leave the row out",
             )
-        return found is None
-    same, missing = list_lengths(column, rows) == lengths, null_rows(column, rows)
+        return alike == len(lengths)
+    same, missing = opened.lengths == lengths, null_rows(column, rows)
     if missing.any() and not missing.all() and (same | missing).all():
         raise SourceError(
             "has no value (null), and one value per token in other rows",
@@ -234,67 +251,27 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows, lengths: np.ndarra
     return bool(same.all())
 
 
-def _refuse_damage(column: TokenColumn, block: TokenRows) -> None:
-    if block.lengths.min() < 0:
-        raise SourceError(
-            "is damaged: its offsets lead out of its tokens",
-            column=column.name,
-            row=block.first + int(np.argmin(block.lengths)),
-            cure="make the file anew",
-        )
-
-
-def _first_other_length(column: TokenColumn, lengths: np.ndarray) -> tuple[int, int] | None:
-    """The first row that is not as long as input_ids, and its length; None: there is none."""
+def _compare_lengths(column: TokenColumn, lengths: np.ndarray) -> tuple[int, int, int]:
+    """How many rows are as long as input_ids; the first other row and its length, where there is one."""
+    alike, row, length = 0, NONE, 0
     for block in column.blocks():
         _refuse_damage(column, block)
-        other = block.lengths != lengths[block.first : block.first + len(block.lengths)]
-        if other.any():
-            culprit = int(np.argmax(other))
-            return block.first + culprit, int(block.lengths[culprit])
-    return None
-
-
-def _count_as_long(column: TokenColumn, lengths: np.ndarray) -> int:
-    """Rows that are as long as input_ids."""
-    return sum(
-        np.count_nonzero(block.lengths == lengths[block.first : block.first + len(block.lengths)])
-        for block in column.blocks()
-    )
+        same = block.lengths == lengths[block.rows]
+        alike += int(np.count_nonzero(same))
+        if row == NONE and not same.all():
+            place = int(np.argmin(same))
+            row, length = block.first + place, int(block.lengths[place])
+    return alike, row, length
 
 
 def _refuse_other_lengths(column: TokenColumn, lengths: np.ndarray) -> None:
-    found = _first_other_length(column, lengths)
-    if found is not None:
-        row, length = found
-        raise SourceError(
-            f"has {length} values, where input_ids has {lengths[row]}",
-            column=column.name,
-            row=row,
-            cure="a token-level column has one value per token",
-        )
+    _, row, length = _compare_lengths(column, lengths)
+    if row != NONE:
+        what = f"has {length} values, where input_ids has {lengths[row]}"
+        raise SourceError(what, column=column.name, row=row, cure="a token-level column has one value per token")
 
 
-def _trim(
-    table, rows, input_ids: TokenColumn, lengths: np.ndarray, pad_token_id: int | None
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """skipped and kept of every row, by what the source says about padding; `lengths` itself where there is none."""
-    if ATTENTION_MASK in table.column_names:
-        if pad_token_id is not None:
-            raise SourceError(
-                f"pad_token_id={pad_token_id} was given, but the column attention_mask says already where padding is",
-                cure="leave pad_token_id out, or remove the column",
-            )
-        skipped, kept = _trim_by_mask(_read_mask(table.column(ATTENTION_MASK), rows, lengths))
-    elif pad_token_id is not None:
-        skipped, kept = _trim_by_token(input_ids, pad_token_id)
-    else:
-        refuse_padding(input_ids, lengths)
-        return None, lengths
-    return skipped if skipped.any() else None, kept
-
-
-def _read_mask(column: pa.ChunkedArray, rows, lengths: np.ndarray) -> TokenColumn:
+def _read_mask(column: pa.ChunkedArray, rows: np.ndarray | None, lengths: np.ndarray) -> TokenColumn:
     type_ = column.type
     if not is_list(type_) or not (pa.types.is_integer(type_.value_type) or pa.types.is_boolean(type_.value_type)):
         raise SourceError(f"holds {type_}", column=ATTENTION_MASK, cure="it must be a list of 0 and 1 for each token")
@@ -305,41 +282,36 @@ def _read_mask(column: pa.ChunkedArray, rows, lengths: np.ndarray) -> TokenColum
     return mask
 
 
-def _trim_by_mask(mask: TokenColumn) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens to skip at the front of each row, and tokens kept: (rows,) int32 each. Raises for a hole in the mask."""
-    skipped, kept = np.zeros(mask.num_rows, np.int32), np.zeros(mask.num_rows, np.int32)
-    for block in mask.blocks():
-        part = slice(block.first, block.first + len(block.starts))
-        culprit = _first_not_binary(mask.numbers(), block.starts, block.lengths)
-        if culprit != NONE:
-            raise SourceError(
-                "has values other than 0 and 1",
-                column=ATTENTION_MASK,
-                row=block.first + culprit,
-                cure="if they number several sequences in one row, split the row into its sequences before packing",
-            )
-        culprit = _trim_zeros(mask.numbers(), block.starts, block.lengths, skipped[part], kept[part])
-        if culprit != NONE:
-            raise SourceError(
-                "has zeros between ones, and padding can only be at the ends of a row",
-                column=ATTENTION_MASK,
-                row=block.first + culprit,
-                cure="remove the masked tokens, or the column attention_mask if they are to be attended to",
-            )
-    _refuse_all_padding(kept, "attention_mask is 0 everywhere")
-    return skipped, kept
+def _trim(column: TokenColumn, padding: int) -> tuple[np.ndarray | None, np.ndarray]:
+    """What a Source has as skipped and kept, where `padding` at the ends of rows is padding: 0 in a mask, or a token.
+
+    Raises SourceError for a row of padding alone, and for a mask with anything but 1 between its ends."""
+    skipped, kept = np.empty(column.num_rows, np.int32), np.empty(column.num_rows, np.int32)
+    is_mask, values = column.name == ATTENTION_MASK, column.numbers()
+    for block in column.blocks():
+        _trim_ends(values, block.starts, block.lengths, padding, skipped[block.rows], kept[block.rows])
+        if is_mask:
+            begins = block.starts + skipped[block.rows]
+            _refuse_holes(values, block.first, begins, kept[block.rows])
+    if not kept.all():
+        reason = "attention_mask is 0" if is_mask else f"input_ids is pad_token_id={padding}"
+        what = f"is nothing but padding: {reason} everywhere"
+        raise SourceError(what, row=int(np.argmin(kept != 0)), cure="leave the row out")
+    return skipped if skipped.any() else None, kept
 
 
-def _trim_by_token(input_ids: TokenColumn, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """As _trim_by_mask, but whatever equals pad_token_id at the ends of a row is padding."""
-    pad_token_id = checked_pad_token_id(pad_token_id)
-    skipped, kept = np.zeros(input_ids.num_rows, np.int32), np.zeros(input_ids.num_rows, np.int32)
-    for block in input_ids.blocks():
-        part = slice(block.first, block.first + len(block.starts))
-        places = block.starts, block.lengths, pad_token_id
-        _trim_token(input_ids.numbers(), *places, skipped[part], kept[part])
-    _refuse_all_padding(kept, f"input_ids is pad_token_id={pad_token_id} everywhere")
-    return skipped, kept
+def _refuse_holes(mask: np.ndarray, first: int, begins: np.ndarray, kept: np.ndarray) -> None:
+    """Raise SourceError unless all that is kept of a mask is 1. first: the number of the first row."""
+    row = _first_not_one(mask, begins, kept)
+    if row == NONE:
+        return
+    if np.isin(mask[begins[row] : begins[row] + kept[row]], (0, 1)).all():
+        what = "has zeros between ones, and padding can only be at the ends of a row"
+        cure = "remove the masked tokens, or the column attention_mask if they are to be attended to"
+    else:
+        what = "has values other than 0 and 1"
+        cure = "if they number several sequences in one row, split the row into its sequences before packing"
+    raise SourceError(what, column=ATTENTION_MASK, row=first + row, cure=cure)
 
 
 def refuse_padding(input_ids: TokenColumn, lengths: np.ndarray) -> None:
@@ -373,11 +345,6 @@ def refuse_padding(input_ids: TokenColumn, lengths: np.ndarray) -> None:
             )
 
 
-def _refuse_all_padding(kept: np.ndarray, reason: str) -> None:
-    if not kept.all():
-        raise SourceError(f"is nothing but padding: {reason}", row=int(np.argmin(kept != 0)), cure="leave the row out")
-
-
 def _most_repeated(outer: np.ndarray, inner: np.ndarray) -> int | None:
     """The token that is most often the last of a row and the one before it, too."""
     values, counts = np.unique(outer[outer == inner], return_counts=True)
@@ -385,41 +352,25 @@ def _most_repeated(outer: np.ndarray, inner: np.ndarray) -> int | None:
 
 
 @njit(cache=True, nogil=True)
-def _first_not_binary(mask, starts, lengths):
-    """The first row with a value other than 0 and 1, or NONE."""
+def _trim_ends(values, starts, lengths, padding, skipped, kept):
+    """Fill skipped and kept: `padding` is trimmed at both ends of a row."""
     for row in range(len(starts)):
-        for i in range(starts[row], starts[row] + lengths[row]):
-            if mask[i] != 0 and mask[i] != 1:
-                return row
-    return NONE
+        first, end = starts[row], starts[row] + lengths[row]
+        while first < end and values[first] == padding:
+            first += 1
+        while end > first and values[end - 1] == padding:
+            end -= 1
+        skipped[row], kept[row] = first - starts[row], end - first
 
 
 @njit(cache=True, nogil=True)
-def _trim_zeros(mask, starts, lengths, skipped, kept):
-    """Fill skipped and kept; returns the first row with a zero between ones, or NONE."""
-    for row in range(len(starts)):
-        first, end = starts[row], starts[row] + lengths[row]
-        while first < end and mask[first] == 0:
-            first += 1
-        while end > first and mask[end - 1] == 0:
-            end -= 1
-        for i in range(first, end):
-            if mask[i] == 0:
+def _first_not_one(mask, begins, counts):
+    """The first row with a value other than 1, or NONE."""
+    for row in range(len(begins)):
+        for i in range(begins[row], begins[row] + counts[row]):
+            if mask[i] != 1:
                 return row
-        skipped[row], kept[row] = first - starts[row], end - first
     return NONE
-
-
-@njit(cache=True, nogil=True)
-def _trim_token(tokens, starts, lengths, token, skipped, kept):
-    """Fill skipped and kept: the token is padding at both ends of a row, and a token in between."""
-    for row in range(len(starts)):
-        first, end = starts[row], starts[row] + lengths[row]
-        while first < end and tokens[first] == token:
-            first += 1
-        while end > first and tokens[end - 1] == token:
-            end -= 1
-        skipped[row], kept[row] = first - starts[row], end - first
 
 
 @njit(cache=True, nogil=True)

@@ -156,10 +156,11 @@ def _error(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequen
 
 def _truncate(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
     """Keep the first tokens; if all rows of the source end in one token, that one closes the cut sequence, too."""
-    lengths = np.minimum(source.kept, np.int32(max_sequence_length))
-    ends = None
-    if closing_token(source) is not None if source.ends_alike is None else source.ends_alike:
-        ends = source.kept if source.skipped is None else source.skipped + source.kept
+    lengths, ends = np.minimum(source.kept, np.int32(max_sequence_length)), None
+    closed = closing_token(source) is not None if source.ends_alike is None else source.ends_alike
+    if np.any(closed):
+        skipped = np.int32(0) if source.skipped is None else source.skipped
+        ends = skipped + (source.kept if np.all(closed) else np.where(closed, source.kept, lengths))
     lost = int(source.kept[rows].sum(dtype=np.int64)) - len(rows) * max_sequence_length
     return Sequences(lengths, None, source.skipped, ends, rows, lost)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +23,10 @@ from packing.files.errors import SourceError
 from packing.histogram import offsets_of
 from packing.numba_tools import njit, prefetch
 
+if TYPE_CHECKING:
+    import datasets
+
 BLOCK_ROWS = 1 << 18  # rows looked at together, where all are; memory follows this and not their number
-
-
 AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 NULLABLE = ("word_ids",)  # a tokenizer's word ids are None for special tokens, which are in no word
 
@@ -33,8 +35,8 @@ NULLABLE = ("word_ids",)  # a tokenizer's word ids are None for special tokens, 
 class TokenColumn:
     """One list column. What is kept is a few numbers for each chunk.
 
-    tokens: all tokens. Numbers: one flat view of unsigned integers as wide as they are, across all chunks.
-        Others (strings, booleans, lists): the chunks' values as they are.
+    tokens: all tokens that are numbers: one flat view of unsigned integers as wide as they are, across all chunks.
+    values: all other tokens (strings, booleans, lists): the chunks' values as they are; None for numbers.
     value_type: Arrow type of a token.
     rows: the dataset's own choice of rows; None = all, in order.
     chunk_rows: (chunks + 1,) the first row of each chunk, and the number of rows.
@@ -44,7 +46,8 @@ class TokenColumn:
     """
 
     name: str
-    tokens: np.ndarray | Values
+    tokens: np.ndarray
+    values: Values | None
     value_type: pa.DataType
     rows: np.ndarray | None
     chunk_rows: np.ndarray
@@ -61,7 +64,7 @@ class TokenColumn:
     @property
     def is_numbers(self) -> bool:
         """Whether tokens are one flat view of numbers."""
-        return isinstance(self.tokens, np.ndarray)
+        return self.values is None
 
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where each of these rows begins in `tokens`, and how many it has: (len(rows),) int64 each.
@@ -93,7 +96,7 @@ class TokenColumn:
         return self.find(np.arange(self.num_rows))[1]
 
     def numbers(self) -> np.ndarray:
-        """The flat view with its own dtype, to be read as numbers."""
+        """The flat view with the type of its numbers."""
         return self.tokens.view(np.dtype(self.value_type.to_pandas_dtype()))
 
     def buffer(self, buffers: dict[str, np.ndarray], count: int) -> np.ndarray | None:
@@ -112,10 +115,10 @@ class TokenColumn:
         A run's last token is named by itself because a truncated sequence keeps its row's last one.
         buffer: where numbers are copied to, as long as all runs together; None: new memory.
         """
-        if not self.is_numbers:
+        if self.values is not None:
             positions = np.empty(int(lengths.sum()), np.int64)
             _positions(starts, lengths, lasts, positions)
-            return self.tokens.take(positions)
+            return self.values.take(positions)
         gathered = self.gather_numbers(starts, lengths, lasts, buffer)
         return pa.Array.from_buffers(self.value_type, len(gathered), [None, pa.py_buffer(gathered)])
 
@@ -136,8 +139,13 @@ class TokenRows:
     starts: np.ndarray
     lengths: np.ndarray
 
+    @property
+    def rows(self) -> slice:
+        """Where these rows lie among all."""
+        return slice(self.first, self.first + len(self.starts))
 
-def chosen_rows(dataset) -> np.ndarray | None:
+
+def chosen_rows(dataset: datasets.Dataset) -> np.ndarray | None:
     """(rows,) where each row of the dataset lies in its table, after select, shuffle or filter; None: in order.
 
     A view of the dataset's own numbers, in memory or in a file, where they lie in one piece.
@@ -230,11 +238,12 @@ def open_token_column(
     children = [chunk.values for chunk in chunks]
     value_type = column.type.value_type
     is_numbers = pa.types.is_integer(value_type) or pa.types.is_floating(value_type)
+    values = None
     if is_numbers and not (nulls and any(child.null_count for child in children)):
         tokens, token_shifts = _flat_view(children, value_type)
     else:
-        tokens = Values.of(children, value_type)
-        token_shifts = tokens.bounds[:-1]
+        tokens, values = np.empty(0, np.uint8), Values.of(children, value_type)
+        token_shifts = values.bounds[:-1]
     if pa.types.is_fixed_size_list(column.type):
         # .values is not sliced with the chunk, so the chunk's offset counts
         list_size, offsets = column.type.list_size, np.empty(0, np.uint32)
@@ -245,7 +254,7 @@ def open_token_column(
     chunk_rows = offsets_of([len(chunk) for chunk in chunks])
     counts = np.array([len(child) for child in children], np.int64)
     return TokenColumn(
-        name, tokens, value_type, rows, chunk_rows, token_shifts, counts, offsets, offset_shifts, list_size
+        name, tokens, values, value_type, rows, chunk_rows, token_shifts, counts, offsets, offset_shifts, list_size
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +13,24 @@ from numba import config
 
 from packing.files.errors import SourceError
 from packing.numba_tools import njit
-from packing.source.rows import Source
+from packing.source.rows import Source, read_source
+
+if TYPE_CHECKING:
+    import datasets
 
 ROWS_PER_THREAD = 1 << 14  # of ids that are looked at: for fewer a thread is not worth its start
+
+
+def read_checked(
+    dataset: datasets.Dataset,
+    token_columns: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
+    may_look_padded: bool = False,
+) -> Source:
+    """read_source, and all ids are looked at. Raises SourceError for an id that no model has, too."""
+    source = read_source(dataset, token_columns, pad_token_id, may_look_padded)
+    refuse_foreign_ids(source)
+    return source
 
 
 def refuse_foreign_ids(source: Source) -> None:
@@ -25,11 +42,10 @@ def refuse_foreign_ids(source: Source) -> None:
         return
     for block in input_ids.blocks():
         source.columns.files.check()
-        part = slice(block.first, block.first + len(block.starts))
-        begins = block.starts if source.skipped is None else block.starts + source.skipped[part]
-        row = _first_foreign_of_all(input_ids.tokens, begins, source.kept[part], least)
+        begins = block.starts if source.skipped is None else block.starts + source.skipped[block.rows]
+        row = _first_foreign_of_all(input_ids.tokens, begins, source.kept[block.rows], least)
         if row >= 0:
-            tokens = input_ids.numbers()[begins[row] : begins[row] + source.kept[part][row]]
+            tokens = input_ids.numbers()[begins[row] : begins[row] + source.kept[block.rows][row]]
             place = int(np.argmax((tokens < 0) | (tokens >= least)))
             raise SourceError(
                 f"has the token id {tokens[place]} (its token {place}); ids are from 0 to 2**31 - 1",

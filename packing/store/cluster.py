@@ -42,7 +42,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from packing.source.ranges import RangeLost, RangeRead, RangeWrong, Reading, from_arrow, read_range
+from packing.source.ranges import RangeLost, RangeRead, RangeWrong, Reading, from_arrow, read_range, to_arrow
 from packing.source.rows import INPUT_IDS, open_columns
 from packing.source.token_column import chosen_rows, open_token_column
 from packing.store.shards import ShardRecord, ShardTask, write_shard
@@ -144,7 +144,7 @@ def read_on_ray(
             if not lost:
                 return
             ranges = [(found.first, found.first + found.rows) for found in lost]
-        raise _with_cure(OSError(f"the source cannot be read from row {lost[0].first:,} on: {lost[0].lost}"))
+        raise _with_cure(OSError(f"the source cannot be read from row {lost[0].first:,} on: {lost[0].error}"))
 
 
 def _map_rows(ray, ranges: Sequence[tuple[int, int]], arguments: dict) -> Iterator[pa.Table]:
@@ -257,9 +257,9 @@ def _read(rows: pa.Table, source: list, key: str) -> pa.Table:
     first, end = (rows.column(name)[0].as_py() for name in ("first", "end"))
     try:
         dataset, reading = _open(source, key, lambda *found: found)
-        return read_range(dataset, reading, first, end).to_arrow()
+        return to_arrow(read_range(dataset, reading, first, end))
     except (OSError, ValueError) as error:  # ValueError: it cannot be opened; of rows, read_range says what is wrong
-        return RangeLost(first, end - first, str(error)).to_arrow()
+        return to_arrow(RangeLost(first, end - first, str(error)))
 
 
 def _write(source: list, key: str, task: ShardTask) -> ShardRecord:

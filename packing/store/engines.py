@@ -18,8 +18,8 @@ from packing.files.progress import progress_bar
 from packing.options import PackOptions
 from packing.source.fingerprint import ColumnPrint, column_prints, in_background
 from packing.source.ranges import Reading, join_ranges, row_ranges
-from packing.source.rows import Source, check_source, open_columns, read_source
-from packing.source.token_ids import refuse_foreign_ids
+from packing.source.rows import Source, check_source, open_columns
+from packing.source.token_ids import read_checked
 from packing.store.cluster import Advance, SharedSource, check_ray, connection, read_on_ray, write_on_ray
 from packing.store.contents import Packing
 from packing.store.shards import ShardRecord, ShardTask, write_shard
@@ -52,8 +52,7 @@ def read(
     reading = Reading(options.token_columns, options.pad_token_id, to_hash)
     if options.engine == "ray":
         return _read_on_ray(dataset, opener, reading, progress)
-    source = read_source(dataset, reading.token_columns, reading.pad_token_id)
-    refuse_foreign_ids(source)
+    source = read_checked(dataset, reading.token_columns, reading.pad_token_id)
     return source, in_background(column_prints, dataset) if to_hash else None
 
 

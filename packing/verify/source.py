@@ -221,8 +221,8 @@ def _bytes(chunk: pa.Array, type_: pa.DataType) -> pa.Array:
 
 def _packed_runs(packed: TokenColumn) -> TokenColumn | None:
     """The values of a column of the packs, one a run."""
-    if not isinstance(packed.tokens, np.ndarray):
-        return as_runs(packed.tokens)
+    if packed.values is not None:
+        return as_runs(packed.values)
     values = pa.Array.from_buffers(packed.value_type, len(packed.tokens), [None, pa.py_buffer(packed.tokens)])
     return as_runs(Values.of([values], values.type))
 

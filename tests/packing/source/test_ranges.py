@@ -15,6 +15,7 @@ from packing.source.ranges import (
     join_ranges,
     read_range,
     row_ranges,
+    to_arrow,
 )
 from packing.source.rows import closing_token, read_source
 from packing.source.sequences import cut_sequences
@@ -33,7 +34,7 @@ def by_ranges(dataset, token_columns=None, pad_token_id=None):
     """As a cluster does: the last range first, and rows of Arrow travel. -> Source, prints, how many were wrong"""
     reading, ranges = Reading(token_columns, pad_token_id, True), row_ranges(dataset)
     assert len(ranges) == -(-len(dataset) // 16)
-    parts = [from_arrow(read_range(dataset, reading, *bounds).to_arrow()) for bounds in reversed(ranges)]
+    parts = [from_arrow(to_arrow(read_range(dataset, reading, *bounds))) for bounds in reversed(ranges)]
     assert sum(part.rows for part in parts) == len(dataset)
     return *join_ranges(dataset, reading, iter(parts)), sum(isinstance(part, RangeWrong) for part in parts)
 
@@ -208,4 +209,4 @@ def test_ranges_that_are_not_all_rows_once_are_refused(given):
 
 
 def test_a_range_that_was_lost_travels_as_one():
-    assert from_arrow(RangeLost(16, 32, "no such file").to_arrow()) == RangeLost(16, 32, "no such file")
+    assert from_arrow(to_arrow(RangeLost(16, 32, "no such file"))) == RangeLost(16, 32, "no such file")

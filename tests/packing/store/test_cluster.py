@@ -127,8 +127,8 @@ def test_the_same_bytes_as_one_process(cluster_here, source, whole, tmp_path, mo
     monkeypatch.setattr(cluster, "_write", note_writer)
     for alone in (
         "packing.store.engines.column_prints",
-        "packing.store.engines.read_source",
-        "packing.source.ranges.read_source",
+        "packing.store.engines.read_checked",
+        "packing.source.ranges.read_checked",
     ):
         monkeypatch.setattr(alone, None)
     pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
