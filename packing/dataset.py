@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import TypeVar, overload
 
 import datasets
@@ -15,7 +16,8 @@ from packing.files.errors import in_split
 from packing.files.paths import RemotePath, place
 from packing.options import ENGINES, PackOptions
 from packing.packers.table import Packer
-from packing.source.source_files import SourceFiles
+from packing.source.sequences import losses
+from packing.store.cluster import Opener
 from packing.store.contents import Packing, gather_all, plan_packing
 from packing.store.engines import opened_engine, read
 from packing.store.writing import check_output, write_packings
@@ -121,19 +123,8 @@ def pack_dataset(
     FileExistsError where the output exists, BlockingIOError where another run writes it, OSError where the disk fails,
     ChildProcessError where a process of the engine dies.
     """
-    options = PackOptions(
-        max_sequence_length=max_sequence_length,
-        max_sequences_per_pack=max_sequences_per_pack,
-        packer=packer,
-        overlong=overlong,
-        seed=seed,
-        token_columns=token_columns,
-        pad_token_id=pad_token_id,
-        balance=balance,
-        num_proc=num_proc,
-        engine=engine,
-        format=format,
-    )
+    given = locals()  # all arguments, by name
+    options = PackOptions(**{option.name: given[option.name] for option in fields(PackOptions)})
     _check_use(options, output, storage_options)
     packings, splits = {}, dataset if isinstance(dataset, datasets.DatasetDict) else {"": dataset}
     if not splits:
@@ -173,7 +164,7 @@ def prepare_packing(
     options: PackOptions,
     *,
     to_write: bool = False,
-    opener: Callable[[], datasets.Dataset] | None = None,
+    opener: Opener | None = None,
     progress: bool = False,
 ) -> Packing:
     """Read the dataset, plan its packs and assign them; what is lost on the way is logged.
@@ -183,10 +174,9 @@ def prepare_packing(
     Raises TypeError or ValueError for whatever is wrong with the dataset.
     """
     _check_dataset(dataset)
-    files = SourceFiles.of(dataset)
     source, hashing = read(dataset, options, to_hash=to_write, opener=opener, progress=progress)
-    packing = plan_packing(dataset, source, options, files, progress, hashing=hashing, opener=opener)
-    for sentence in packing.losses:
+    packing = plan_packing(dataset, source, options, progress, hashing=hashing, opener=opener)
+    for sentence in losses(source, packing.sequences, options):
         logger.warning(sentence)
     return packing
 

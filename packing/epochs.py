@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import datasets
 import numpy as np
@@ -193,7 +194,7 @@ class _SharedNumber:
     multiprocessing's own may be pickled only when a process starts; elsewhere a pickle of this is a number of its own.
     """
 
-    def __init__(self, value: int = 0, memory=None):
+    def __init__(self, value: int = 0, memory: Any = None):
         self._memory = multiprocessing.RawValue("q", value) if memory is None else memory
 
     @property

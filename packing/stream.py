@@ -6,8 +6,9 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,9 +21,9 @@ from packing.options import PackOptions
 from packing.source.exact import REFUSALS, NotHeldError, exact_array
 from packing.source.rows import INPUT_IDS, closing_token, last_tokens
 from packing.source.sequences import DONE
-from packing.source.source_files import SourceFiles
 from packing.source.token_ids import read_checked
 from packing.store.contents import gather_all, plan_packing
+from packing.store.info import packed_facts
 
 logger = logging.getLogger(__name__)
 
@@ -63,23 +64,15 @@ def pack_stream(
     """
     _check_stream(dataset)
     buffer_size = whole_number("buffer_size", buffer_size)
-    options = PackOptions(
-        max_sequence_length=max_sequence_length,
-        max_sequences_per_pack=max_sequences_per_pack,
-        packer=PACKER,
-        overlong=overlong,
-        seed=seed,
-        token_columns=token_columns,
-        pad_token_id=pad_token_id,
-    )
+    given = locals() | {"packer": PACKER}  # all arguments, by name
+    options = PackOptions(**{option.name: given[option.name] for option in fields(PackOptions) if option.name in given})
     dataset = dataset.with_format(None)
     # Without features each table may have types of its own, and a cast would make text of numbers.
     is_arrow = dataset.features is not None and getattr(dataset._ex_iterable, "iter_arrow", None) is not None
     first, features = _first_rows(dataset, is_arrow)
     with _hint(first):
         rows = _as_dataset(first, features)
-        source = read_checked(rows, token_columns, pad_token_id)
-        packing = plan_packing(rows, source, options, SourceFiles.of(rows))
+        packing = plan_packing(rows, read_checked(rows, token_columns, pad_token_id), options)
     names = packing.facts.token_columns
     packed_features = datasets.Features({name: f for name, f in packing.features.items() if name != INDICES})
     pack = _PackBuffer(
@@ -96,15 +89,9 @@ def pack_stream(
     else:
         gone = [name for name in features if name not in packed_features]  # attention_mask; all others are replaced
         packed = _uncast(dataset).map(pack, remove_columns=gone, **form)
-    unknown = dict.fromkeys(("source_rows", "num_sequences", "num_packs", "num_tokens"))
-    nothing = {"overlong_rows": (), "overlong_tokens": 0, "trimmed_rows": 0, "trimmed_tokens": 0}
-    facts = replace(
-        packing.facts,
-        max_depth=packing.facts.max_sequences_per_pack,
-        buffer_size=buffer_size,
-        **unknown,
-        **nothing,
-    )
+    counts = dict.fromkeys(("source_rows", "num_sequences", "num_packs", "num_tokens"))  # nobody knows
+    of_stream = {"max_depth": options.max_sequences_per_pack, "buffer_size": buffer_size}
+    facts = packed_facts(options, token_columns=names, **of_stream, **counts)
     packed.info.description = facts.to_description()
     return packed
 
@@ -135,7 +122,7 @@ class _PackBuffer:
         if self.is_shuffled and numbers[0] and not self.coming[numbers[0]]:
             raise ValueError(
                 "this stream was resumed in the middle, and comes through shuffle(buffer_size=…), a buffer that "
-                "datasets does not save: rows would be lost, and others come twice; begin anew and skip the packs that "
+                "datasets does not save: rows would be lost, and others come twice; start anew and skip the packs that "
                 "are done, as a Trainer does, or shuffle shards alone: shuffle(buffer_size=1), and read without workers"
             )
         self.coming = self.coming - Counter(numbers[:1]) + Counter([numbers[-1] + 1])
@@ -156,7 +143,7 @@ class _PackBuffer:
             closed = False if self.closing is None else np.concatenate([t == self.closing for t in last_tokens(source)])
             source = replace(source, ends_alike=closed)
         seed = _seed_of(table, options.seed)
-        packing = plan_packing(rows, source, replace(options, seed=seed), SourceFiles.of(rows))
+        packing = plan_packing(rows, source, replace(options, seed=seed))
         facts = packing.facts
         self._say("have padding trimmed", "tokens of it", facts.trimmed_rows, facts.trimmed_tokens)
         self._say_overlong(len(facts.overlong_rows), facts.overlong_tokens)
@@ -181,25 +168,20 @@ class _PackBuffer:
             )
 
 
-def _check_stream(dataset) -> None:
+def _check_stream(dataset: object) -> None:
     if isinstance(dataset, datasets.IterableDatasetDict | datasets.DatasetDict):
         raise TypeError(
             f"{type(dataset).__name__} with splits {', '.join(map(str, dataset))} was given; pack split by split: "
             "pack_stream(dataset['train'])"
         )
-    if isinstance(dataset, datasets.Dataset):
-        raise TypeError(
-            "pack_stream needs a datasets.IterableDataset, got a Dataset; use pack_dataset, which packs it as a whole, "
-            "or dataset.to_iterable_dataset(num_shards=…)"
-        )
     if not isinstance(dataset, datasets.IterableDataset):
-        raise TypeError(
-            f"pack_stream needs a datasets.IterableDataset, got {type(dataset).__name__}; make one with "
-            "IterableDataset.from_generator"
-        )
+        is_whole = isinstance(dataset, datasets.Dataset)
+        whole = "use pack_dataset, which packs it as a whole, or dataset.to_iterable_dataset(num_shards=…)"
+        cure = whole if is_whole else "make one with IterableDataset.from_generator"
+        raise TypeError(f"pack_stream needs a datasets.IterableDataset, got {type(dataset).__name__}; {cure}")
 
 
-def _has_shuffle_buffer(rows) -> bool:
+def _has_shuffle_buffer(rows: Any) -> bool:
     """Whether datasets keeps rows back to shuffle them, anywhere on their way."""
     if type(rows).__name__ == "BufferShuffledExamplesIterable" and rows.buffer_size > 1:
         return True
@@ -238,14 +220,12 @@ def _as_table(rows: dict[str, list], features: datasets.Features, is_declared: b
             f"column {other[0]!r} is in row {row} of a buffer, but not among {', '.join(features)}, the columns of the "
             "stream so far; give all rows the same columns, or remove it"
         )
-    count = len(next(iter(rows.values())))
-    columns = []
-    for name, feature in features.items():
-        columns.append(_as_array(name, rows.get(name, [None] * count), feature, is_declared))
+    missing = [None] * len(next(iter(rows.values())))
+    columns = [_as_array(name, rows.get(name, missing), feature, is_declared) for name, feature in features.items()]
     return pa.table(columns, features.arrow_schema)
 
 
-def _as_array(name: str, values: list, feature=None, is_declared: bool = False) -> pa.Array:
+def _as_array(name: str, values: list, feature: Any = None, is_declared: bool = False) -> pa.Array:
     type_ = None if feature is None else datasets.Features({name: feature}).arrow_schema.field(name).type
     try:
         if is_declared and not _is_of_values(feature):
@@ -263,7 +243,7 @@ def _as_array(name: str, values: list, feature=None, is_declared: bool = False) 
         ) from None
 
 
-def _encoded(feature, value):
+def _encoded(feature: Any, value: Any) -> Any:
     """As datasets encodes it for a declared feature: names of classes, images. Only numbers stay as they are: datasets
     would cut them."""
     if isinstance(feature, dict) and isinstance(value, dict):
@@ -279,7 +259,7 @@ def _is_text(feature: datasets.Value) -> bool:
     return pa.types.is_string(feature.pa_type) or pa.types.is_large_string(feature.pa_type)
 
 
-def _is_of_values(feature) -> bool:
+def _is_of_values(feature: Any) -> bool:
     """Whether a feature is of plain values alone, in lists and structs, too."""
     if isinstance(feature, dict):
         return all(map(_is_of_values, feature.values()))

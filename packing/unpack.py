@@ -45,9 +45,9 @@ def unpack_dataset(packed: datasets.Dataset, output: str | os.PathLike | None = 
         check_target(output)
     facts = packed_info(packed)
     if facts.source_rows is None:
-        raise ValueError("a stream was packed: it has no end, and nobody knows whether all of its rows are there")
+        raise ValueError("a stream was packed: nobody knows whether all of its rows are there")
     sequences = EpochPacks(packed)
-    order, row_offsets = _source_order(packed, sequences.lengths, facts)
+    order, row_offsets = _source_order(packed, sequences.lengths, facts, facts.source_rows)
     features = _features(packed.features, facts)
     info = packed.info.copy()
     info.description, info.features = _description(facts, len(row_offsets) - 1), features
@@ -62,7 +62,9 @@ def unpack_dataset(packed: datasets.Dataset, output: str | os.PathLike | None = 
     return datasets.load_from_disk(str(output))
 
 
-def _source_order(packed: datasets.Dataset, lengths: np.ndarray, facts: PackedInfo) -> tuple[np.ndarray, np.ndarray]:
+def _source_order(
+    packed: datasets.Dataset, lengths: np.ndarray, facts: PackedInfo, source_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Sequences by their stored number in the order of the source; (rows + 1,) where each row begins among them."""
     rows = _stored(packed, INDICES)
     is_split = STARTS in packed.column_names
@@ -74,19 +76,19 @@ def _source_order(packed: datasets.Dataset, lengths: np.ndarray, facts: PackedIn
     torn = np.flatnonzero(~is_first[1:] & (begins[1:] != begins[:-1] + lengths[:-1]))
     if len(torn):
         raise ValueError(f"source row {rows[torn[0] + 1]} is there twice, or lacks a piece; unpack {WHOLE}")
-    _refuse_other_rows(rows[is_first], facts)
+    dropped = np.array(facts.overlong_rows if facts.overlong == "drop" else (), np.int64)
+    _refuse_other_rows(rows[is_first], dropped, source_rows)
     if facts.overlong == "split" and len(rows) != facts.num_sequences:
         raise ValueError(f"{facts.num_sequences} sequences were packed, and {len(rows)} are there; unpack {WHOLE}")
     return order, np.append(np.flatnonzero(is_first), len(rows))
 
 
-def _refuse_other_rows(found: np.ndarray, facts: PackedInfo) -> None:
+def _refuse_other_rows(found: np.ndarray, dropped: np.ndarray, source_rows: int) -> None:
     """Raise ValueError unless these are all rows of the source but those that were dropped. Memory follows `found`."""
-    dropped = np.array(facts.overlong_rows if facts.overlong == "drop" else (), np.int64)
     known, extra = np.union1d(found, dropped), np.intersect1d(found, dropped)
-    outside = known[(known < 0) | (known >= facts.source_rows)]
-    inside = known[(known >= 0) & (known < facts.source_rows)]
-    missing = facts.source_rows - len(inside)
+    outside = known[(known < 0) | (known >= source_rows)]
+    inside = known[(known >= 0) & (known < source_rows)]
+    missing = source_rows - len(inside)
     if count := missing + len(outside) + len(extra):
         gap = np.append(np.flatnonzero(inside != np.arange(len(inside))), len(inside))[:1]
         first = min(int(part[0]) for part in (gap if missing else gap[:0], outside, extra) if len(part))

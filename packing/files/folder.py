@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packing.files.hashed import UNFINISHED, sync
 from packing.files.locks import held, holder
-from packing.files.paths import place
+from packing.files.paths import RemotePath, place
 
 TRIES = 100  # a folder may go while files are put into it, if another run ends
 CURE = "choose another output, or make its folder writable"
@@ -27,16 +27,16 @@ def check_target(target: str | os.PathLike) -> Path:
     """The folder to write, which must not exist yet, in a place where it can be made.
 
     Raises FileExistsError where it exists, and OSError where the system would not have it."""
-    target = place(target)
-    if not isinstance(target, Path):
-        raise ValueError(f"{str(target)!r} is a URL, and this is written to a folder of this machine; give its path")
-    if "\0" in str(target):
-        raise ValueError(f"output {str(target)!r} has a NUL in its name; choose another name")
-    with writing_errors(target):
-        if os.path.lexists(target):
-            raise FileExistsError(f"output {str(target)!r} exists already; choose another folder or remove it first")
-        _check_parent(target.absolute())
-    return target
+    path = place(target)
+    if not isinstance(path, Path):
+        raise ValueError(f"{str(path)!r} is a URL, and this is written to a folder of this machine; give its path")
+    if "\0" in str(path):
+        raise ValueError(f"output {str(path)!r} has a NUL in its name; choose another name")
+    with writing_errors(path):
+        if os.path.lexists(path):
+            raise FileExistsError(f"output {str(path)!r} exists already; choose another folder or remove it first")
+        _check_parent(path.absolute())
+    return path
 
 
 def _check_parent(target: Path) -> None:
@@ -157,12 +157,12 @@ def refuse_others(folder: Path, names: Iterable[str] | None = None) -> None:
             )
 
 
-def count_shards(folder) -> int:
+def count_shards(folder: Path | RemotePath) -> int:
     """Those that are finished, or nearly."""
     return sum(not file.name.endswith(".record") for file in folder.rglob("data-*"))
 
 
-def say_how_to_resume(error: BaseException, partial, kept: int) -> None:
+def say_how_to_resume(error: BaseException, partial: Path | RemotePath, kept: int) -> None:
     """Add to the error that finished shards are kept, and what to do with them."""
     shards = f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept in {str(partial)!r}"
     error.add_note(f"{shards}: run the same again to go on from there, or remove that folder")

@@ -12,6 +12,7 @@ fcntl where there is one, msvcrt on Windows. Importing this needs neither.
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import platform
 import stat
@@ -19,15 +20,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
-try:
-    import msvcrt
-except ImportError:
-    msvcrt = None
+
+def _module(name: str) -> Any:
+    with suppress(ImportError):
+        return importlib.import_module(name)
+
+
+fcntl, msvcrt = _module("fcntl"), _module("msvcrt")
 
 TRIES = 100  # a holder that ends takes its file along: so often another one may have been first
 PAUSE = 0.05  # seconds between two looks, where the system cannot wait

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from operator import is_not
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +43,7 @@ NO_LISTS = (str, bytes, bytearray, memoryview, dict)  # Arrow takes some for lis
 class NotHeldError(ValueError):
     """row: of the first value that is not held unchanged. wanted: the type that was asked for; None: any."""
 
-    def __init__(self, row: int, value, wanted: pa.DataType | None, why: str):
+    def __init__(self, row: int, value: object, wanted: pa.DataType | None, why: str):
         self.row, self.value, self.wanted = row, value, wanted
         super().__init__(why)
 
@@ -71,14 +72,14 @@ def exact_array(values: Sequence, type_: pa.DataType | None = None, *, rounds: b
     return array
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """A tensor, or an array, as lists of numbers, in lists and fields, too; what holds none is itself."""
     if isinstance(value, list | tuple):
-        found = [_plain(each) for each in value]
-        return found if any(map(is_not, found, value)) else value
+        plain = [_plain(each) for each in value]
+        return plain if any(map(is_not, plain, value)) else value
     if isinstance(value, dict):
-        found = {name: _plain(each) for name, each in value.items()}
-        return found if any(map(is_not, found.values(), value.values())) else value
+        fields = {name: _plain(each) for name, each in value.items()}
+        return fields if any(map(is_not, fields.values(), value.values())) else value
     is_array = hasattr(value, "__array__") and hasattr(value, "tolist") and not isinstance(value, np.generic)
     return value.tolist() if is_array else value
 
@@ -91,7 +92,7 @@ def _converts(values: Sequence, type_: pa.DataType | None) -> bool:
     return True
 
 
-def _short(value) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 
@@ -132,7 +133,7 @@ def _fields_are_held(rows: list, structs: pa.StructArray, rounds: bool) -> bool:
     return all(_is_held([row.get(name) for row in rows], field, rounds) for name, field in fields)
 
 
-def _same(value, held, rounds: bool) -> bool:
+def _same(value: Any, held: Any, rounds: bool) -> bool:
     """Whether a value is what Arrow gives back: equal, and not a bool for a number, or a date for a time."""
     if held is None:
         return value is None or type(value).__name__ in ("NaTType", "NAType")
@@ -151,4 +152,4 @@ def _same(value, held, rounds: bool) -> bool:
 
 def _is_rounded(value: float | None, held: float | None) -> bool:
     """Whether a float of fewer bits is the nearest one: infinity is that of infinity alone."""
-    return held is None or math.isinf(held) <= math.isinf(value)
+    return held is None or value is None or math.isinf(held) <= math.isinf(value)

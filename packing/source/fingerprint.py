@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +27,15 @@ from packing.histogram import offsets_of
 from packing.source.source_files import SourceFiles
 from packing.source.token_column import TokenColumn, Values, chosen_rows, is_list, open_token_column
 
+if TYPE_CHECKING:
+    import datasets
+
 BLOCK_ROWS = 1 << 12  # hashed by themselves, so that several threads may; part of what a fingerprint is
 DIGEST_BYTES = 16
 GATHERED_TOKENS = 1 << 20  # where rows lie apart, tokens are gathered so many at a time
+
+DigestBlock = Callable[[int, int], tuple[bytes, int]]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class RowDigests:
     bytes: tuple[int, ...]
 
 
-def column_prints(dataset) -> tuple[ColumnPrint, ...]:
+def column_prints(dataset: datasets.Dataset) -> tuple[ColumnPrint, ...]:
     """The fingerprint of a datasets.Dataset, column by column.
 
     Each column's digest is that of its blocks' digests, 4,096 rows each. Memory: some blocks of a column that is no
@@ -58,18 +65,19 @@ def column_prints(dataset) -> tuple[ColumnPrint, ...]:
     return join_digests(dataset, [digest_rows(dataset, config.NUMBA_NUM_THREADS)])
 
 
-def digest_rows(dataset, threads: int = 1) -> RowDigests:
+def digest_rows(dataset: datasets.Dataset, threads: int = 1) -> RowDigests:
     """The digests of a dataset's rows, or of some of a larger one's, where these begin with a block: rows 0, 4096, …"""
-    rows, digests, sizes, files = chosen_rows(dataset), [], [], SourceFiles.of(dataset)
+    rows, files = chosen_rows(dataset), SourceFiles.of(dataset)
+    digests, sizes = [], []
     for name in dataset.data.column_names:
-        digester = _block_digester(name, dataset.data.column(name), rows, files)
-        of_column = _digest_blocks(digester, len(dataset), threads)
-        digests.append(bytes(of_column[0]))
-        sizes.append(int(of_column[1].sum()))
+        digester = _block_digester(dataset.data.column(name), rows, files)
+        of_blocks, bytes_of_blocks = _digest_blocks(digester, len(dataset), threads)
+        digests.append(bytes(of_blocks))
+        sizes.append(int(bytes_of_blocks.sum()))
     return RowDigests(tuple(digests), tuple(sizes))
 
 
-def join_digests(dataset, parts: Sequence[RowDigests]) -> tuple[ColumnPrint, ...]:
+def join_digests(dataset: datasets.Dataset, parts: Sequence[RowDigests]) -> tuple[ColumnPrint, ...]:
     """The fingerprint, from the digests of all rows in their order, whoever has made them."""
     prints = []
     for i, name in enumerate(dataset.data.column_names):
@@ -96,9 +104,9 @@ def array_print(array: pa.Array) -> bytes:
     return hasher.xxh3.digest()
 
 
-def in_background(function: Callable, *arguments) -> Future:
+def in_background(function: Callable[..., Result], *arguments: object) -> Future[Result]:
     """Call it in a thread that an interpreter that ends does not wait for: hashing can take minutes."""
-    future: Future = Future()
+    future: Future[Result] = Future()
 
     def run() -> None:
         try:
@@ -110,7 +118,7 @@ def in_background(function: Callable, *arguments) -> Future:
     return future
 
 
-def _digest_blocks(digest_block: Callable, num_rows: int, threads: int) -> tuple[bytearray, np.ndarray]:
+def _digest_blocks(digest_block: DigestBlock, num_rows: int, threads: int) -> tuple[bytearray, np.ndarray]:
     """The digests of all blocks, end to end, and the bytes of each; by several threads, which take them in turn."""
     num_blocks = -(-num_rows // BLOCK_ROWS)
     digests, sizes = bytearray(DIGEST_BYTES * num_blocks), np.zeros(num_blocks, np.int64)
@@ -118,8 +126,7 @@ def _digest_blocks(digest_block: Callable, num_rows: int, threads: int) -> tuple
 
     def work() -> None:
         for block in turns:
-            bounds = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, num_rows)
-            digest, sizes[block] = digest_block(bounds)
+            digest, sizes[block] = digest_block(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, num_rows))
             digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES] = digest
 
     workers = [in_background(work) for _ in range(min(threads, num_blocks))]
@@ -128,22 +135,22 @@ def _digest_blocks(digest_block: Callable, num_rows: int, threads: int) -> tuple
     return digests, sizes
 
 
-def _block_digester(name: str, column: pa.ChunkedArray, rows: np.ndarray | None, files: SourceFiles):
+def _block_digester(column: pa.ChunkedArray, rows: np.ndarray | None, files: SourceFiles) -> DigestBlock:
     """(first, end) -> digest of these rows, bytes. How they are hashed follows from these rows alone: others may be in
     another file, or read on another machine."""
     # Without its name, by which word ids with None would be no numbers: blocks that have none of them are.
     opened = open_token_column("", column, rows) if is_list(column.type) else None
-    is_numbers = opened is not None and opened.is_numbers
-    nulls_somewhere = column.null_count or (is_numbers and any(c.values.null_count for c in column.chunks))
+    tokens = opened if opened is not None and opened.is_numbers else None
+    nulls_somewhere = column.null_count or (tokens is not None and any(c.values.null_count for c in column.chunks))
     values = Values.of(column.chunks, column.type)
 
-    def digest(bounds: tuple[int, int]) -> tuple[bytes, int]:
+    def digest(first: int, end: int) -> tuple[bytes, int]:
         files.check()
         hasher, array = _Hasher(), None
-        if nulls_somewhere or not is_numbers:
-            array = values.part(*bounds) if rows is None else values.take(rows[slice(*bounds)].astype(np.int64))
-        if is_numbers and (array is None or not (array.null_count or array.flatten().null_count)):
-            _add_tokens(hasher, opened, np.arange(*bounds))
+        if nulls_somewhere or tokens is None:
+            array = values.part(first, end) if rows is None else values.take(rows[first:end].astype(np.int64))
+        if tokens is not None and (array is None or not (array.null_count or array.flatten().null_count)):
+            _add_tokens(hasher, tokens, np.arange(first, end))
         else:
             hasher.add_array(array)
         return hasher.xxh3.digest(), hasher.bytes
@@ -185,10 +192,12 @@ class _Hasher:
     def __init__(self) -> None:
         self.xxh3, self.bytes = xxhash.xxh3_128(), 0
 
-    def add(self, data) -> None:
-        data = memoryview(data).cast("B") if len(data) else b""
-        self.xxh3.update(data)
-        self.bytes += len(data)
+    def add(self, data: Any) -> None:
+        """Memory: an array or a buffer."""
+        if len(data):
+            raw = memoryview(data).cast("B")
+            self.xxh3.update(raw)
+            self.bytes += len(raw)
 
     def add_array(self, array: pa.Array) -> None:
         self.add(np.array([len(array), array.null_count], np.int64))

@@ -31,6 +31,7 @@ from packing.source.rows import (
     open_columns,
     refuse_padding,
 )
+from packing.source.source_files import SourceFiles
 from packing.source.token_ids import read_checked
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def join_ranges(
     Raises what read_checked raises, in its words. Memory: that of the Source, and a range.
     """
     check_source(dataset)
+    files = SourceFiles.of(dataset)
     kept, skipped = np.empty(len(dataset), np.int32), np.zeros(0, np.int32)
     seen: list[RangeRead] = []
     for part in parts:
@@ -149,7 +151,7 @@ def join_ranges(
     if [*(part.first for part in seen), len(dataset)] != [0, *(part.first + part.rows for part in seen)]:
         raise RuntimeError(f"the {len(seen)} ranges read are not the {len(dataset):,} rows of the source, each once")
     source = Source(
-        open_columns(dataset, seen[0].token_columns),
+        open_columns(dataset, seen[0].token_columns, files),
         skipped if len(skipped) else None,
         kept,
         sum(part.trimmed_rows for part in seen),

@@ -90,13 +90,17 @@ class Source:
         return self.columns.token_columns[0]
 
 
-def open_columns(dataset: datasets.Dataset, token_columns: Sequence[str]) -> SourceColumns:
-    """The columns of a dataset that read_source has checked; token_columns: their names, input_ids first."""
+def open_columns(
+    dataset: datasets.Dataset, token_columns: Sequence[str], files: SourceFiles | None = None
+) -> SourceColumns:
+    """The columns of a dataset that read_source has checked; token_columns: their names, input_ids first.
+
+    files: the dataset's, as they were before it was read; None: as they are now."""
     table, rows = dataset.data, chosen_rows(dataset)
     columns = tuple(open_token_column(name, table.column(name), rows) for name in token_columns)
     names = [name for name in table.column_names if name not in (ATTENTION_MASK, *token_columns)]
     row_columns = {name: Values.of(table.column(name).chunks, table.column(name).type) for name in names}
-    return SourceColumns(table, rows, columns, row_columns, SourceFiles.of(dataset))
+    return SourceColumns(table, rows, columns, row_columns, files or SourceFiles.of(dataset))
 
 
 def read_source(
@@ -124,7 +128,7 @@ def read_source(
     for name in names:
         files.check()
         read_token_column(name, table.column(name), rows)  # raises for nulls
-    columns, skipped, kept = open_columns(dataset, (INPUT_IDS, *names)), None, lengths
+    columns, skipped, kept = open_columns(dataset, (INPUT_IDS, *names), files), None, lengths
     if ATTENTION_MASK in table.column_names:
         if pad_token_id is not None:
             raise SourceError(

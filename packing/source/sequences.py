@@ -169,7 +169,7 @@ def _split(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequen
     """As many pieces as needed, all but a row's last one full: a sequence each, all of the same row."""
     pieces = -(-source.kept // np.int32(max_sequence_length))
     count = int(pieces.sum(dtype=np.int64))
-    row = np.empty(count, row_type(source.num_rows))
+    row: np.ndarray = np.empty(count, row_type(source.num_rows))
     begins, lengths = np.empty(count, np.int32), np.empty(count, np.int32)
     skipped = np.zeros(1, np.int32) if source.skipped is None else source.skipped
     _cut_evenly(source.kept, skipped, max_sequence_length, row, begins, lengths)
@@ -178,7 +178,7 @@ def _split(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequen
 
 def _drop(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
     """Leave the rows out."""
-    kept = np.flatnonzero(source.kept <= max_sequence_length).astype(row_type(source.num_rows))
+    kept: np.ndarray = np.flatnonzero(source.kept <= max_sequence_length).astype(row_type(source.num_rows))
     if not len(kept):
         raise SourceError(
             f"every row has more than max_sequence_length={max_sequence_length} tokens, so that overlong='drop' leaves "

@@ -359,7 +359,7 @@ def _find(rows, chunk_rows, token_shifts, token_counts, offsets, offset_shifts, 
     chunks_per_row, last = 1.0 / max(chunk_rows[1], 1), len(offset_shifts) - 1
     for i in range(len(rows)):
         row = rows[i]
-        chunk = min(np.int64((row + 0.5) * chunks_per_row), last)
+        chunk = min(int((row + 0.5) * chunks_per_row), last)
         if row < chunk_rows[chunk] or row >= chunk_rows[chunk + 1]:
             chunk = np.searchsorted(chunk_rows, row, side="right") - 1
         place = np.uint64(offset_shifts[chunk] + row - chunk_rows[chunk])

@@ -6,24 +6,10 @@
     plan + assignment -> ShardTask   ->         open_columns (once a worker), write_shard   (shards.py)     tasks of Ray
     manifest, names        <-   ShardRecord
 
-What travels is lengths to the driver, 4 bytes a sequence, and indices from it, some 12 bytes a sequence. The tokens are
-read from the source's files and written to the output by the worker, so that all machines must see both: under the same
-path (NFS, Lustre, a mounted bucket that can rename), or at a URL. A dataset travels as the paths of its files, or, if
-it is in memory, once to each machine; or else a function does that opens it there: the command's, which copies and
-converts what is not Arrow on this machine into the cache of the other one.
+Tokens do not travel: all machines see the source and the output under the same path, or at a URL. docs/clusters.md says
+what travels, and why writing uses plain tasks and not Ray Data.
 
-Reading is a map of small rows to small rows, which is what Ray Data is for. Writing is not on Ray Data (2.60), because
-
-* it takes no iterator (ray-project/ray#39737): the indices of all shards would have to lie in the object store before
-  the first is written; here the driver makes those of a shard when a worker is about to be free;
-* it starts again without end what kills its worker, and the option that says otherwise goes away in 2.64; here a shard
-  that kills its worker RETRIES + 1 times ends the run;
-* it hides the type of an exception, by which a full disk (tried again) and a damaged source (not) are told apart;
-* when it is ended early, it does not wait for tasks that still write; here nobody writes after the end;
-* it holds workers back by what it expects them to put into the object store: 16 tasks of 0.2 s on 2 CPUs took 2.7 to
-  3.6 s with a store of 100 MB, as tasks 1.6 s (the shards are written elsewhere).
-
-write_shard is idempotent and names a shard when it is whole: a task whose worker has died is run again, elsewhere.
+write_shard is idempotent and names a shard when it is whole: a task whose worker has died runs again, elsewhere.
 """
 
 from __future__ import annotations
@@ -34,9 +20,10 @@ import logging
 import platform
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,12 +34,16 @@ from packing.source.rows import INPUT_IDS, open_columns
 from packing.source.token_column import chosen_rows, open_token_column
 from packing.store.shards import ShardRecord, ShardTask, write_shard
 
+if TYPE_CHECKING:
+    import datasets
+
 RETRIES = 3  # of one task, after its worker has died or the file system has failed
 TASKS_PER_CPU = 2  # at work or waiting: no worker waits for the driver, which keeps no more indices than that
 END_SECONDS = 60  # that tasks have to leave off
 SAMPLED = 256  # rows by which a worker knows the source
 
 Advance = Callable[[int], None]
+Opener = Callable[[], "datasets.Dataset"]
 
 
 def check_ray() -> None:
@@ -62,16 +53,15 @@ def check_ray() -> None:
 
 
 @contextmanager
-def connection():
+def connection() -> Iterator[None]:
     """The cluster: the one that this process is connected to; else that of RAY_ADDRESS, or one that `ray start` has
-    started here; else one of this machine's CPUs. What was not there before ends with it; one in another is the same.
-    """
+    started here; else one of this machine's CPUs, which ends with the context."""
     import ray
 
     if ray.is_initialized():
         yield
         return
-    ray.init(logging_level="ERROR")
+    ray.init(logging_level=logging.ERROR)
     try:
         yield
     finally:
@@ -85,16 +75,16 @@ class SharedSource:
     rows, types, tokens: what it has where packing began; of the tokens, the XXH3 of SAMPLED rows.
     """
 
-    source: object
+    source: datasets.Dataset | Opener
     rows: int
     types: str
     tokens: str
 
     @classmethod
-    def of(cls, dataset, opener: Callable | None = None) -> SharedSource:
+    def of(cls, dataset: datasets.Dataset, opener: Opener | None = None) -> SharedSource:
         return cls(opener or dataset, len(dataset), str(dataset.features), _sampled_tokens(dataset))
 
-    def open(self):
+    def open(self) -> datasets.Dataset:
         """The dataset, here. Raises OSError where it is another one, as a few rows tell: an old copy, say."""
         dataset = self.source() if callable(self.source) else self.source
         rows, types = len(dataset), str(dataset.features)
@@ -107,7 +97,7 @@ class SharedSource:
         raise OSError(f"the source is another one on machine {platform.node()!r}: {told}")
 
 
-def _sampled_tokens(dataset) -> str:
+def _sampled_tokens(dataset: datasets.Dataset) -> str:
     """XXH3 of input_ids in rows that lie evenly apart. The file may be damaged: nothing has been checked."""
     column = open_token_column(INPUT_IDS, dataset.data.column(INPUT_IDS), chosen_rows(dataset))
     starts, lengths = column.find(np.linspace(0, len(dataset) - 1, SAMPLED).astype(np.int64))
@@ -121,7 +111,7 @@ def _sampled_tokens(dataset) -> str:
 
 def read_on_ray(
     source: SharedSource, reading: Reading, ranges: Sequence[tuple[int, int]], advance: Advance
-) -> Iterator[RangeRead | RangeWrong]:
+) -> Generator[RangeRead | RangeWrong, None, None]:
     """Each range on some CPU of the cluster, in any order. advance(rows) is called for each that is read.
 
     Raises OSError where a range cannot be read in RETRIES + 1 rounds, and ChildProcessError where its worker dies as
@@ -131,10 +121,10 @@ def read_on_ray(
     import ray.data
 
     with connection():
-        source, key = [ray.put((source, reading))], secrets.token_hex(8)
+        arguments = {"source": [ray.put((source, reading))], "key": secrets.token_hex(8)}
         for _ in range(RETRIES + 1):
             lost = []
-            for table in _map_rows(ray, ranges, {"source": source, "key": key}):
+            for table in _map_rows(ray, ranges, arguments):
                 found = from_arrow(table)
                 if isinstance(found, RangeLost):
                     lost.append(found)
@@ -147,7 +137,7 @@ def read_on_ray(
         raise _with_cure(OSError(f"the source cannot be read from row {lost[0].first:,} on: {lost[0].error}"))
 
 
-def _map_rows(ray, ranges: Sequence[tuple[int, int]], arguments: dict) -> Iterator[pa.Table]:
+def _map_rows(ray: Any, ranges: Sequence[tuple[int, int]], arguments: dict) -> Iterator[pa.Table]:
     """_read on Ray Data: a block of one row for each range, and back."""
     rows = ray.data.from_arrow([pa.table({"first": [first], "end": [end]}) for first, end in ranges])
     rows.context.enable_progress_bars = False  # there is ours
@@ -166,7 +156,7 @@ def _map_rows(ray, ranges: Sequence[tuple[int, int]], arguments: dict) -> Iterat
 
 
 @contextmanager
-def _quiet(name: str):
+def _quiet(name: str) -> Iterator[None]:
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # what is wrong is raised
@@ -191,11 +181,11 @@ def write_on_ray(
     with connection():
         write = ray.remote(_write).options(num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError])
         # in a list: whoever unpacks it asks for the dataset, which a worker does once
-        source = [ray.put((source, tuple(token_columns)))]
-        key, tasks, waiting = secrets.token_hex(8), iter(tasks), []
+        shared, key = [ray.put((source, tuple(token_columns)))], secrets.token_hex(8)
+        waiting: list[Any] = []
         try:
             for task in tasks:
-                waiting.append(write.remote(source, key, task))
+                waiting.append(write.remote(shared, key, task))
                 if len(waiting) >= TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1))):
                     yield _next_record(ray, waiting, advance)
             while waiting:
@@ -204,7 +194,7 @@ def write_on_ray(
             _end(ray, waiting)
 
 
-def _next_record(ray, waiting: list, advance: Advance) -> ShardRecord:
+def _next_record(ray: Any, waiting: list, advance: Advance) -> ShardRecord:
     (done, *_), _ = ray.wait(waiting, num_returns=1)
     waiting.remove(done)
     try:
@@ -225,7 +215,7 @@ def _with_cure(error: Exception) -> Exception:
     return error
 
 
-def _end(ray, waiting: list) -> None:
+def _end(ray: Any, waiting: list) -> None:
     """Nobody writes after this, unless a put to a URL takes longer; and that puts what belongs there."""
     if not waiting:
         return
@@ -239,7 +229,7 @@ def _end(ray, waiting: list) -> None:
 _opened: tuple[str, object] = "", None  # of the last run that this worker worked for
 
 
-def _open(source: list, key: str, prepare: Callable):
+def _open(source: list, key: str, prepare: Callable[..., Any]) -> Any:
     """prepare(what the driver has put there), once for all tasks of a run."""
     global _opened
     if _opened[0] != key:

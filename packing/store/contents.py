@@ -7,9 +7,9 @@ dataset + Source -> plan_packing -> Packing        sequences, plan, assignment, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -23,8 +23,8 @@ from packing.packers.table import plan_packs
 from packing.plan import PackPlan
 from packing.source.fingerprint import ColumnPrint, column_prints
 from packing.source.rows import INPUT_IDS, Source
-from packing.source.sequences import PackSlice, Sequences, cut_sequences, losses, refuse_moved_answers
-from packing.source.source_files import SourceFiles
+from packing.source.sequences import PackSlice, Sequences, cut_sequences, refuse_moved_answers
+from packing.store.cluster import Opener
 from packing.store.dataset_files import ENDINGS, shard_names
 from packing.store.info import PackedInfo, packed_facts
 from packing.store.shards import check_parquet, gather_packs
@@ -34,10 +34,9 @@ BATCH_BYTES = 1 << 27  # or so many bytes, where other columns are wide (images)
 ROW_GROUPS = 8  # times as many: a row group of Parquet is read as a whole, and wants to be larger
 SHARD_BYTES = 500_000_000  # of a file, more or less; before Parquet makes it smaller
 FACTS_BYTES = 1 << 24  # in a Parquet file's head
-OF_SOURCE_FILES = (  # what DatasetInfo says about the files of the source
-    "supervised_keys", "splits", "download_checksums", "download_size", "post_processing_size", "dataset_size",
-    "size_in_bytes",
-)  # fmt: skip
+# what DatasetInfo says about the files of the source
+SIZES = "download_size", "post_processing_size", "dataset_size", "size_in_bytes"
+OF_SOURCE_FILES = "supervised_keys", "splits", "download_checksums", *SIZES
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +44,7 @@ class Packing:
     """One packing, decided.
 
     balanced: the assignment, where the order of packs is balanced; else it is made when it is asked for.
-    hashing: comes to be the fingerprint of the source; None: it has not been asked for yet.
-    files: of the source, as they were before it was read.
+    hashing: waits for the fingerprint of the source; None: nobody has started to make it.
     opener: opens the dataset on another machine; None: its pickle does, where files are seen.
     """
 
@@ -57,9 +55,8 @@ class Packing:
     balanced: Assignment | None
     facts: PackedInfo
     options: PackOptions
-    files: SourceFiles
-    hashing: Future[tuple[ColumnPrint, ...]] | None = None
-    opener: Callable[[], datasets.Dataset] | None = None
+    hashing: Callable[[], tuple[ColumnPrint, ...]] | None = None
+    opener: Opener | None = None
 
     @cached_property
     def assignment(self) -> Assignment:
@@ -71,11 +68,6 @@ class Packing:
         bounds = self.assignment.pack_offsets[first : end + 1]
         chosen = self.assignment.sequence_indices[bounds[0] : bounds[-1]]
         return self.sequences.take(chosen, bounds - bounds[0])
-
-    @property
-    def losses(self) -> list[str]:
-        """What of the source is not in the packs, in sentences."""
-        return losses(self.source, self.sequences, self.options)
 
     @property
     def features(self) -> datasets.Features:
@@ -107,7 +99,7 @@ class Packing:
     @cached_property
     def source_prints(self) -> tuple[ColumnPrint, ...]:
         """The fingerprint of the source, for which all its values are read once."""
-        return column_prints(self.dataset) if self.hashing is None else self.hashing.result()
+        return column_prints(self.dataset) if self.hashing is None else self.hashing()
 
     @cached_property
     def num_bytes(self) -> int:
@@ -141,7 +133,7 @@ class Packing:
 
 
 def plan_packing(
-    dataset: datasets.Dataset, source: Source, options: PackOptions, files: SourceFiles, progress: bool = False, **more
+    dataset: datasets.Dataset, source: Source, options: PackOptions, progress: bool = False, **more: Any
 ) -> Packing:
     """Cut the source's rows, plan their packs, and assign them where options.balance asks for an order.
 
@@ -153,11 +145,12 @@ def plan_packing(
     refuse_moved_answers(source, sequences, options.overlong)
     histogram = length_histogram(sequences.lengths, longest)
     plan = plan_packs(histogram, longest, deepest, options.packer, progress=progress)
-    balanced, before, after = None, None, None
+    balanced, costs = None, {}
     if options.balance is not None:
         unbalanced = assign(plan, sequences.lengths, options.seed)
         balanced = balance_packs(unbalanced, sequences.lengths, options.balance, options.seed)
-        before, after = (step_costs(a, sequences.lengths, options.balance) for a in (unbalanced, balanced))
+        costs["step_costs_before"] = step_costs(unbalanced, sequences.lengths, options.balance)
+        costs["step_costs_after"] = step_costs(balanced, sequences.lengths, options.balance)
     facts = packed_facts(
         options,
         packer=plan.packer,
@@ -171,10 +164,9 @@ def plan_packing(
         overlong_tokens=sequences.overlong_tokens,
         trimmed_rows=source.trimmed_rows,
         trimmed_tokens=source.trimmed_tokens,
-        step_costs_before=before,
-        step_costs_after=after,
+        **costs,
     )
-    packing = Packing(dataset, source, sequences, plan, balanced, facts, options, files, **more)
+    packing = Packing(dataset, source, sequences, plan, balanced, facts, options, **more)
     if options.format == "parquet":
         _check_parquet(packing)
     return packing
@@ -199,6 +191,6 @@ def gather_all(packing: Packing, progress: bool = False) -> Iterator[pa.RecordBa
             bar.update(end - first)
 
 
-def _tokens_of(feature):
+def _tokens_of(feature: Any) -> datasets.List:
     """A token-level column keeps the type of its values; rows of any length."""
     return datasets.List(feature[0] if isinstance(feature, list) else feature.feature)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -53,7 +53,7 @@ def write_batches(
     return file
 
 
-def _open_writer(file: HashedFile, schema: pa.Schema, ending: str):
+def _open_writer(file: HashedFile, schema: pa.Schema, ending: str) -> Any:
     if ending != PARQUET:
         return pa.ipc.new_stream(file, schema)
     import pyarrow.parquet as pq
@@ -72,13 +72,13 @@ def write_dataset(
 
     fingerprint: by which datasets keeps what it makes of this one; a function is called after the last batch.
     """
-    schema, batches, shards = info.features.arrow_schema, iter(batches), []
+    batches, count = iter(batches), 0
     for batch in batches:
-        shards.append(folder / f"{len(shards)}{ARROW}")
-        write_batches(shards[-1], schema, _one_shard(batch, batches))
-    names = shard_names(len(shards))  # how many there are is known now
-    for shard, name in zip(shards, names, strict=True):
-        shard.rename(folder / name)
+        write_batches(folder / f"{count}{ARROW}", info.features.arrow_schema, _one_shard(batch, batches))
+        count += 1
+    names = shard_names(count)  # how many there are is known now
+    for i, name in enumerate(names):
+        (folder / f"{i}{ARROW}").rename(folder / name)
     fingerprint = fingerprint if isinstance(fingerprint, str) else fingerprint()
     for name, data in state_files(names, info, fingerprint, split).items():
         (folder / name).write_bytes(data)

@@ -6,8 +6,7 @@ for each worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 
@@ -20,7 +19,7 @@ from packing.source.fingerprint import ColumnPrint, column_prints, in_background
 from packing.source.ranges import Reading, join_ranges, row_ranges
 from packing.source.rows import Source, check_source, open_columns
 from packing.source.token_ids import read_checked
-from packing.store.cluster import Advance, SharedSource, check_ray, connection, read_on_ray, write_on_ray
+from packing.store.cluster import Advance, Opener, SharedSource, check_ray, connection, read_on_ray, write_on_ray
 from packing.store.contents import Packing
 from packing.store.shards import ShardRecord, ShardTask, write_shard
 
@@ -42,59 +41,43 @@ def read(
     options: PackOptions,
     *,
     to_hash: bool = False,
-    opener: Callable[[], datasets.Dataset] | None = None,
+    opener: Opener | None = None,
     progress: bool = False,
-) -> tuple[Source, Future[tuple[ColumnPrint, ...]] | None]:
-    """The source, and what comes to be its fingerprint; None without to_hash.
+) -> tuple[Source, Callable[[], tuple[ColumnPrint, ...]] | None]:
+    """The source, and what waits for its fingerprint; None without to_hash.
 
     opener: opens the same dataset on another machine. Raises ValueError for what cannot be packed.
     """
     reading = Reading(options.token_columns, options.pad_token_id, to_hash)
-    if options.engine == "ray":
-        return _read_on_ray(dataset, opener, reading, progress)
-    source = read_checked(dataset, reading.token_columns, reading.pad_token_id)
-    return source, in_background(column_prints, dataset) if to_hash else None
-
-
-def _read_on_ray(
-    dataset: datasets.Dataset, opener: Callable[[], datasets.Dataset] | None, reading: Reading, progress: bool
-) -> tuple[Source, Future[tuple[ColumnPrint, ...]] | None]:
+    if options.engine != "ray":
+        source = read_checked(dataset, reading.token_columns, reading.pad_token_id)
+        return source, in_background(column_prints, dataset).result if to_hash else None
     check_source(dataset)
     with (
         progress_bar(total=len(dataset), desc="reading", unit="row", disable=not progress) as bar,
-        closing(read_on_ray(SharedSource.of(dataset, opener), reading, row_ranges(dataset), bar.update)) as read,
+        closing(read_on_ray(SharedSource.of(dataset, opener), reading, row_ranges(dataset), bar.update)) as ranges,
     ):
-        source, prints = join_ranges(dataset, reading, read)
-    if prints is None:
-        return source, None
-    hashing: Future[tuple[ColumnPrint, ...]] = Future()
-    hashing.set_result(prints)
-    return source, hashing
+        source, prints = join_ranges(dataset, reading, ranges)
+    return source, None if prints is None else lambda: prints
 
 
-def write_shards(packing: Packing, tasks: Iterable[ShardTask], advance: Advance) -> Iterator[ShardRecord]:
+def write_shards(packing: Packing, tasks: Iterable[ShardTask], advance: Advance) -> Generator[ShardRecord, None, None]:
     """Write all shards, and give their records in any order. advance(packs) is called as packs are written.
 
     Nobody writes after this has ended. Raises what write_shard raises, and ChildProcessError where a process has died.
     """
-    columns, num_proc = packing.facts.token_columns, min(packing.options.num_proc, len(packing.shard_files))
+    dataset, columns = packing.dataset, packing.facts.token_columns
+    num_proc = min(packing.options.num_proc, len(packing.shard_files))
     if packing.options.engine == "ray":
-        yield from write_on_ray(SharedSource.of(packing.dataset, packing.opener), columns, tasks, advance)
+        yield from write_on_ray(SharedSource.of(dataset, packing.opener), columns, tasks, advance)
     elif num_proc == 1:
         for task in tasks:
             yield write_shard(packing.source.columns, task, advance)
-    else:
-        yield from _write_in_pool(packing.dataset, columns, tasks, num_proc, advance)
-
-
-def _write_in_pool(
-    dataset: datasets.Dataset, columns: tuple[str, ...], tasks: Iterable[ShardTask], num_proc: int, advance: Advance
-) -> Iterator[ShardRecord]:
-    """By num_proc processes, each of which opens the dataset: its files, or, if it is in memory, a copy."""
-    with Workers(num_proc, partial(open_columns, dataset, columns)) as workers:
-        for record in workers.map(_write, tasks, in_order=False, most=num_proc + 1):
-            advance(record.packs)
-            yield record
+    else:  # each process opens the dataset: its files, or, if it is in memory, a copy
+        with Workers(num_proc, partial(open_columns, dataset, columns)) as workers:
+            for record in workers.map(_write, tasks, in_order=False, most=num_proc + 1):
+                advance(record.packs)
+                yield record
 
 
 def _write(task: ShardTask) -> ShardRecord:

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packing.files.metadata import build, parse_json
 from packing.options import OVERLONG
@@ -28,8 +28,7 @@ PREFIX = "Packed by dataset-packing, format 1: "
 @dataclass(frozen=True, kw_only=True)
 class PackedInfo:
     """The making of one packed dataset. It survives save_to_disk, select and shuffle, so num_packs may be more than the
-    rows that are left. A stream has not been counted: what is None here is not known of it, and what was cut, dropped
-    or trimmed is only in the log."""
+    rows that are left. A stream has not been counted: its counts are None, and only the log says what was lost."""
 
     max_sequence_length: int
     """Token slots in a pack."""
@@ -92,7 +91,7 @@ class PackedInfo:
         return PREFIX + json.dumps(asdict(self))
 
 
-def packed_facts(options: PackOptions, **facts) -> PackedInfo:
+def packed_facts(options: PackOptions, **facts: Any) -> PackedInfo:
     """The options that PackedInfo has a field for, and what only the packing itself knows, which goes first."""
     names = {each.name for each in fields(PackedInfo)}
     asked = {name: value for name, value in options.parameters().items() if name in names}
@@ -107,11 +106,10 @@ def packed_info(dataset: datasets.Dataset) -> PackedInfo:
     if not str(description).startswith(PREFIX):
         description = by_id or description
         if by_id is not None:
-            _refuse_several(info.splits or {}, by_id)
+            _refuse_several(getattr(info, "splits", None) or {}, by_id)
     elif by_id is not None and by_id != description:
         raise ValueError(
-            "the packing facts of this dataset are two: its description says others than its columns; pack the source "
-            "again"
+            "the packing facts of this dataset are two: its description differs from its columns; pack the source again"
         )
     if not isinstance(description, str) or not description.startswith(PREFIX):
         raise ValueError("this dataset was not packed: it carries no packing facts; make it with pack_dataset")
@@ -128,12 +126,12 @@ def read_facts(text: str) -> PackedInfo:
             f"{error}. Or it carries those of several packings: use packed datasets one by one, or concatenate the "
             "sources and pack them together"
         ) from None
-    names = {"StepCosts": type(None)}
+    costs: type = type(None)
     if isinstance(content, dict) and content.get("balance") is not None:
         from packing.balance import StepCosts  # not at the top: Numba takes a second to import
 
-        names["StepCosts"] = StepCosts
-    facts = build(PackedInfo, content, what, **names)
+        costs = StepCosts
+    facts = build(PackedInfo, content, what, StepCosts=costs)
     for name, is_true in _conditions(facts).items():
         if not is_true:
             raise ValueError(f"{what} cannot be true: {name}={getattr(facts, name)!r}; pack the source again")
@@ -142,7 +140,8 @@ def read_facts(text: str) -> PackedInfo:
 
 def _conditions(facts: PackedInfo) -> dict[str, bool]:
     """{fact: whether it can be so, beside the others}"""
-    rows, cut = facts.source_rows, facts.overlong_rows
+    rows, packs, sequences, tokens = facts.source_rows, facts.num_packs, facts.num_sequences, facts.num_tokens
+    cut = facts.overlong_rows
     conditions = {
         "max_sequence_length": 1 <= facts.max_sequence_length < 2**31,
         "max_sequences_per_pack": facts.max_sequences_per_pack is None or 1 <= facts.max_sequences_per_pack < 2**31,
@@ -151,21 +150,20 @@ def _conditions(facts: PackedInfo) -> dict[str, bool]:
         "overlong": facts.overlong in OVERLONG,
         "balance": facts.balance is None or 1 <= facts.balance < 2**63,
     }
-    counts = (facts.num_packs, facts.num_sequences, facts.num_tokens)
-    if facts.buffer_size is None and None not in (rows, *counts):
-        conditions["num_packs"] = 1 <= facts.num_packs <= facts.num_sequences
-        conditions["num_tokens"] = facts.num_sequences <= facts.num_tokens < 2**63
-        conditions["overlong_rows"] = all(a < b for a, b in pairwise(cut)) and cut[-1:] < (rows,)
-        dropped = len(cut) if facts.overlong == "drop" else 0
-        conditions["source_rows"] = (
-            0 < rows <= facts.num_sequences if facts.overlong == "split" else rows == facts.num_sequences + dropped
-        )
-    elif facts.buffer_size is None:
-        conditions["num_sequences"] = False
-    return conditions
+    if facts.buffer_size is not None:
+        return conditions
+    if rows is None or packs is None or sequences is None or tokens is None:
+        return conditions | {"num_sequences": False}
+    dropped = len(cut) if facts.overlong == "drop" else 0
+    return conditions | {
+        "num_packs": 1 <= packs <= sequences,
+        "num_tokens": sequences <= tokens < 2**63,
+        "overlong_rows": all(a < b for a, b in pairwise(cut)) and cut[-1:] < (rows,),
+        "source_rows": 0 < rows <= sequences if facts.overlong == "split" else rows == sequences + dropped,
+    }
 
 
-def _id_of_lengths(features) -> str | None:
+def _id_of_lengths(features: Any) -> str | None:
     lists = features.get(LENGTHS)
     values = lists[0] if isinstance(lists, list) else getattr(lists, "feature", None)
     return getattr(values, "id", None)
@@ -177,6 +175,6 @@ def _refuse_several(splits: dict, description: str) -> None:
     found = re.search(r'"num_packs": (\d+)', description)
     if len(splits) > 1 or (found and num_rows > int(found[1])):
         raise ValueError(
-            f"load_dataset was given files of several packings, {num_rows:,} packs in splits {', '.join(splits)}, and "
-            "says of all what it read in the first: open the folder with load_packed, or load the files of one packing"
+            f"load_dataset was given files of several packings, {num_rows:,} packs in splits {', '.join(splits)}, but "
+            "read the facts of the first only: open the folder with load_packed, or load the files of one packing"
         )

@@ -30,7 +30,7 @@ from packing.source.fingerprint import packed_fingerprint
 from packing.source.token_column import refuse_broken
 from packing.store.dataset_files import ARROW
 from packing.store.info import packed_info
-from packing.store.manifest import FILE, is_finished, read_manifest
+from packing.store.manifest import FILE, Manifest, is_finished, read_manifest
 
 
 def load_packed(
@@ -49,13 +49,13 @@ def load_packed(
 
     Raises FileNotFoundError where there is no packed folder, ValueError where it is not finished or damaged.
     """
-    folder = place(folder, storage_options)
-    if not (folder / DICT).exists():
-        return _open(folder)
-    names = split_names(folder / DICT)
+    root = place(folder, storage_options)
+    if not (root / DICT).exists():
+        return _open(root)
+    names = split_names(root / DICT)
     for name in names:
-        check_split(folder, name)
-    return datasets.DatasetDict({name: _open(folder / name) for name in names})
+        check_split(root, name)
+    return datasets.DatasetDict({name: _open(root / name) for name in names})
 
 
 def _open(folder: Path | RemotePath) -> datasets.Dataset:
@@ -93,15 +93,18 @@ def _refuse_unfinished(folder: Path | RemotePath) -> None:
 def _checked_file(folder: Path, name: str, size: int | None = None) -> Path:
     """A file that the manifest lists, in the folder and of the size that it says."""
     try:
-        file = file_in(folder, name, folder / FILE)
+        file_in(folder, name, folder / FILE)
     except FileNotFoundError:
         raise ValueError(f"{str(folder / name)!r} is missing; pack the source again") from None
+    file = folder / name
     if size is not None and (found := file.stat().st_size) != size:
         raise ValueError(f"{str(file)!r} has {found:,} bytes, and {size:,} were written; pack the source again")
     return file
 
 
-def _load_arrow(path: Path, manifest, files: list[Path], info, fingerprint: str) -> datasets.Dataset:
+def _load_arrow(
+    path: Path, manifest: Manifest, files: list[Path], info: datasets.DatasetInfo, fingerprint: str
+) -> datasets.Dataset:
     """load_from_disk, which reads state.json and not the manifest: both must say the same."""
     shards = [record.file for record in manifest.shards]
     for fault in state_faults(read_state(path), shards, fingerprint, path / STATE):
@@ -116,7 +119,9 @@ def _load_arrow(path: Path, manifest, files: list[Path], info, fingerprint: str)
         raise ValueError(f"{str(path)!r} is damaged: {error}; pack the source again") from None
 
 
-def _load_parquet(path: Path, manifest, files: list[Path], info, fingerprint: str) -> datasets.Dataset:
+def _load_parquet(
+    path: Path, manifest: Manifest, files: list[Path], info: datasets.DatasetInfo, fingerprint: str
+) -> datasets.Dataset:
     content = " ".join(record.xxh3 for record in manifest.shards).encode()
     loaded = datasets.load_dataset(
         "parquet",

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path, PurePath
+from typing import Any
 
 import xxhash
 
@@ -176,7 +177,7 @@ def _checksum(content: dict) -> str:
     return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(*parts) -> str:
+def _digest(*parts: Any) -> str:
     """XXH3 of arrays or bytes."""
     digest = xxhash.xxh3_128()
     for part in parts:

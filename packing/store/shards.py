@@ -2,17 +2,13 @@
 
     plan + assignment -> PackSlice per shard -> write_shard -> ShardRecord           (the parent decides, workers copy)
 
-A shard depends on the source's content, its PackSlice and the schema alone: not on who writes it, nor on how many do.
-So the engine is free: this process, a pool of processes, or a cluster where all see the source's files:
+A shard depends on the source's content, its PackSlice and the schema alone, so any engine writes the same bytes:
 
     columns = open_columns(dataset, token_columns)           # in every worker, once: views of the memory map
     record = write_shard(columns, task)                      # in any order, any number of times
 
-write_shard is idempotent: a shard that is there, with the bytes that its record says, is left as it is. It comes to be
-under another name, reaches the disk, and then gets its name; its record follows in the same way. So a file with a
-record is whole, whenever the power fails. At a URL (see remote.py) both are put whole, the record last: so likewise.
-
-A shard's ending says what it is: .arrow, a stream, not compressed, for a memory map; .parquet, a row group a batch.
+write_shard is idempotent: it leaves a shard that is there, with the bytes that its record says. A shard gets its name
+when it has reached the disk, and its record after that, so a file with a record is whole, whenever the power fails.
 """
 
 from __future__ import annotations
@@ -125,7 +121,7 @@ def gather_batches(
     A batch is good until the next one is asked for: its memory is used again.
     """
     bounds = [(i, min(i + batch_packs, packs.num_packs)) for i in range(0, packs.num_packs, batch_packs)]
-    rooms = [{} for _ in range(BATCHES_AHEAD + 1)]
+    rooms: list[dict[str, np.ndarray]] = [{} for _ in range(BATCHES_AHEAD + 1)]
 
     def gather(number: int) -> pa.RecordBatch:
         return gather_packs(columns, packs.part(*bounds[number]), schema, rooms[number % len(rooms)])

@@ -215,7 +215,7 @@ def _check_record(record: ShardRecord, folder: Path | RemotePath) -> None:
 
 def _refuse_changed_source(packing: Packing, folder: Path | RemotePath) -> None:
     """Shards would hold some values from before, and some from after."""
-    packing.files.refuse_changed(f"remove {str(folder)!r}, and pack it again once nobody writes to it")
+    packing.source.columns.files.refuse_changed(f"remove {str(folder)!r}, and pack it again once nobody writes to it")
 
 
 def _remove_unfinished(folder: Path | RemotePath) -> None:
