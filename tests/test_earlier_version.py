@@ -126,5 +126,5 @@ def test_a_run_is_resumed(earlier, capsys):
     logs = [json.loads(Path(folder, "trainer_state.json").read_text())["log_history"] for folder in ("whole", "run")]
     losses = [[(entry["step"], entry["loss"]) for entry in log if "loss" in entry] for log in logs]
     assert [step for step, _ in losses[1]] == [1, 2, 3, 4]
-    assert losses[1][:2] == losses[0][:2]  # of the checkpoint: it did not begin anew
+    assert losses[1][:2] == losses[0][:2]  # of the checkpoint: it did not start again
     assert losses[1] == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in losses[0]]

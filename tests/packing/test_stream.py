@@ -122,13 +122,13 @@ def test_the_seed_decides_who_meets():
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("form", [None, "arrow"])
 def test_resumed_anywhere_it_goes_on_exactly(source, num_shards, form):
-    begun, resumed, twice = (
+    started, resumed, twice = (
         pack_stream(source(ROWS, num_shards), 16, buffer_size=12).with_format(form) for _ in range(3)
     )
-    states, whole = [begun.state_dict()], []
-    for pack in begun:
+    states, whole = [started.state_dict()], []
+    for pack in started:
         whole.append(pack)
-        states.append(begun.state_dict())
+        states.append(started.state_dict())
     assert len(whole) > 10
     for stop, state in enumerate(states):
         resumed.load_state_dict(state)
@@ -149,9 +149,9 @@ def test_shuffled_shards_resume_exactly_and_change_with_the_epoch():
     for packs in epochs:
         assert by_name(unpack(packs)) == ROWS
     for stop in range(0, len(epochs[1]), 5):
-        begun, resumed = stream(1), stream(1)
-        list(itertools.islice(begun, stop))
-        resumed.load_state_dict(begun.state_dict())
+        started, resumed = stream(1), stream(1)
+        list(itertools.islice(started, stop))
+        resumed.load_state_dict(started.state_dict())
         assert list(resumed) == epochs[1][stop:]
 
 
@@ -172,11 +172,11 @@ def test_a_shuffle_buffer_before_packing_cannot_be_resumed(source, form):
         shuffled = source(rows).shuffle(seed=3, buffer_size=600).map(lambda row: row)
         return pack_stream(shuffled, 16, buffer_size=100).with_format(form)
 
-    begun = stream()
-    for _ in itertools.islice(begun, 150):
+    started = stream()
+    for _ in itertools.islice(started, 150):
         pass
-    state = begun.state_dict()
-    for resumed in (stream(), begun):
+    state = started.state_dict()
+    for resumed in (stream(), started):
         resumed.load_state_dict(state)
         with pytest.raises(ValueError, match="resumed in the middle, and comes through shuffle"):
             list(resumed)

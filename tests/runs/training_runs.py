@@ -23,7 +23,7 @@ ONE_PROCESS = {
     "4 x 4, token loss": (22, 4, 4, "token"),
     "17 packs": (17, 16, 1, "sequence"),
 }
-# name: (rows in every pass, passes); each step has 24 sequences, in 2 epochs, the second of which is packed anew
+# name: (rows in every pass, passes); each step has 24 sequences, in 2 epochs, the second of which has other packs
 BY_SEQUENCES = {"1 x 16": (16, 1), "8 x 2": (2, 8)}
 BY_SEQUENCES_IN_TWO = {"2 ranks x 3 x 3": (3, 3)}
 IN_TWO = {

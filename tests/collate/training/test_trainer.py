@@ -103,7 +103,7 @@ def test_every_step_has_as_many_sequences_however_it_is_split(by_sequences, two_
 
 
 def test_packed_steps_equal_unpacked_ones_of_the_same_sequences(by_sequences):
-    """One sequence a row, in the order of the packed steps: the same parameters, though epochs were packed anew."""
+    """One sequence a row, in the order of the packed steps: the same parameters, though each epoch has other packs."""
     epochs = make_epochs()
     with make_trainer(
         train_dataset=epochs,

@@ -179,7 +179,7 @@ def test_a_forked_worker_that_outlives_its_parent_keeps_nobody_out(tmp_path):
         assert holder(lock) == ""
 
 
-def begun(source, output: Path) -> Path:
+def started(source, output: Path) -> Path:
     """A partial folder with a finished shard, of a run that ended before its end."""
     partial = partial_of(output)
     shutil.copytree(output, partial)
@@ -209,7 +209,7 @@ def test_what_others_put_into_a_partial_folder_is_refused(source, tmp_path, make
     output = tmp_path / "packed"
     pack_dataset(source, 8, output=output)
     whole = {path.name: path.read_bytes() for path in output.iterdir()}
-    partial = begun(source, output)
+    partial = started(source, output)
     if not with_shards:
         for path in partial.iterdir():
             path.unlink()

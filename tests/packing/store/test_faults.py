@@ -119,7 +119,7 @@ def kill_and_resume(source, whole, folder: Path, kills: int, seed: int, **option
     draw, seen, takes = random.Random(seed), [], 0.0
     for number in range(kills):
         output = folder / str(number)
-        if number % 5 == 0:  # anew, as other programs may run
+        if number % 5 == 0:  # measure again, since other programs may run
             takes = duration(source, folder / f"timed {number}")
         killed = kill_after(run_in_child(pack, source, output), draw.uniform(0, takes))
         seen.append((killed, len(finished_shards(output))))

@@ -474,7 +474,7 @@ def test_an_object_that_stands_for_an_empty_folder_is_no_file(source, whole, she
     assert contents(shelf / "a" / "packed") == contents(whole["arrow"])
 
 
-def test_splits_that_were_begun_are_not_written_into(source, tmp_path):
+def test_a_started_packing_takes_no_other_splits(source, tmp_path):
     """Neither here nor at a URL."""
     Shelf.at = {"put": (4, fail)}
     source.save_to_disk(tmp_path / "train")
