@@ -44,7 +44,7 @@ NOT_RUN = {  # why not: their words are checked instead, or another program woul
 LANGUAGES = {"python", "sh", "console", "yaml", ""}  # "": a drawing, or output
 OTHER_OPTIONS = {
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
-    *("--head", "--address", "--signal", "--dist"),  # ray, sbatch, pytest
+    *("--head", "--address", "--signal", "--dist", "--strict"),  # ray, sbatch, pytest, mypy
 }
 SMALL = {"hidden-size": 16, "num-hidden-layers": 1, "num-attention-heads": 2}
 SHORT = {"max-steps": 1, "use-cpu": True, "report-to": "none", "disable-tqdm": True}
