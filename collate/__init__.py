@@ -8,7 +8,7 @@ columns          names of columns, and values of labels
 layout           PackLayout: where the sequences of a batch lie
 chunks           sequences cut into chunks, for attention over blocks
 length_groups    sequences of like length side by side
-views            views that a layout makes once; values widened for sums
+views            views that a layout makes once; where parts begin; values widened for sums
 losses           the terms of every loss, and what divides them
 vocabulary       which ids a tokenizer's tokens have
 isolate          isolate_sequences: a stock encoder honours sequence_ids

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from collate.length_groups import Gather, Scatter
-from collate.views import view
+from collate.views import starts_of, view
 
 NO_CHUNK = -1
 
@@ -48,7 +48,7 @@ class Chunks:
     @view
     def first(self) -> Tensor:
         """(N,) int64: the first chunk of each sequence."""
-        return self.chunks_per_sequence.cumsum(0) - self.chunks_per_sequence
+        return starts_of(self.chunks_per_sequence)
 
     @view
     def positions(self) -> Tensor:
@@ -99,13 +99,12 @@ def cut_into_chunks(size: int, lengths: Tensor, sequence_of_token: Tensor, posit
     """Chunks of `size` tokens; lengths (N,), sequence_of_token and positions_T (T,): int64."""
     chunks_per_sequence = (lengths + size - 1) // size
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), chunks_per_sequence)
-    first_chunk = chunks_per_sequence.cumsum(0) - chunks_per_sequence
+    first_chunk = starts_of(chunks_per_sequence)
     number = torch.arange(len(sequence), device=lengths.device) - first_chunk[sequence]
     position = number[:, None] * size + torch.arange(size, device=lengths.device)
     last = lengths[sequence, None] - 1
-    first_token = (lengths.cumsum(0) - lengths)[sequence, None]
     return Chunks(
-        index=first_token + torch.minimum(position, last),
+        index=starts_of(lengths)[sequence, None] + torch.minimum(position, last),
         valid=position <= last,
         sequence=sequence,
         number=number,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from collate.views import starts_of
+
 WIDTH_STEP = 16
 """A wider step makes fewer groups, but more padding in them."""
 
@@ -47,7 +49,7 @@ def length_groups(starts: Tensor, lengths: Tensor, sequence_of_token: Tensor, po
     widths = (lengths + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP
     widths, order = widths.sort(stable=True)
     first_slot = torch.empty_like(widths)
-    first_slot[order] = widths.cumsum(0) - widths
+    first_slot[order] = starts_of(widths)
     group_widths, group_sizes = (values.tolist() for values in widths.unique_consecutive(return_counts=True))
     members = list(order.split(group_sizes))
     sources, key_masks = [], []

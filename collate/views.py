@@ -1,4 +1,4 @@
-"""Views that are made once and kept, and values widened for sums."""
+"""Views that are made once and kept; where parts begin; values widened for sums."""
 
 from collections.abc import Callable
 from functools import cached_property, wraps
@@ -25,6 +25,11 @@ def in_ordinary_mode(make: Callable[[], Made]) -> Made:
         return make()
     with torch.inference_mode(False), torch.no_grad():
         return make()
+
+
+def starts_of(counts: Tensor) -> Tensor:
+    """Where each part begins: [3, 2, 4] -> [0, 3, 5]"""
+    return counts.cumsum(0) - counts
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from collate.views import at_least_float32
+from collate.views import at_least_float32, starts_of
 
 
 class PerSequence(NamedTuple):
@@ -41,7 +41,7 @@ class PerSequence(NamedTuple):
         """The sequences in another order: sequence i of the result is sequence order[i] of this."""
         if self.lengths is None:
             return PerSequence(self.values[order])
-        first = self.lengths.cumsum(0) - self.lengths
+        first = starts_of(self.lengths)
         lengths = self.lengths[order]
         sequence_T, position_T = places(lengths)
         return PerSequence(self.values[first[order][sequence_T] + position_T], lengths)
@@ -57,8 +57,7 @@ def places(lengths: Tensor) -> tuple[Tensor, Tensor]:
     """lengths [3, 2] -> the sequence [0, 0, 0, 1, 1] and the position [0, 1, 2, 0, 1] of each of its tokens."""
     sequences = torch.arange(len(lengths), device=lengths.device)
     sequence_T = torch.repeat_interleave(sequences, lengths)
-    first = lengths.cumsum(0) - lengths
-    return sequence_T, torch.arange(len(sequence_T), device=lengths.device) - first[sequence_T]
+    return sequence_T, torch.arange(len(sequence_T), device=lengths.device) - starts_of(lengths)[sequence_T]
 
 
 def mean_by_sequence(values_T: Tensor, lengths: Tensor) -> Tensor:
