@@ -1,4 +1,4 @@
-"""The command `bert-pretrain`: `prepare` makes sequences of text, `train` pretrains on their packs."""
+"""The command `bert-pretrain`: `prepare` turns text into sequences, `train` pretrains on their packs."""
 
 import sys
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ LOGGING = [
     *("per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint"),
     *("dataloader_num_workers", "push_to_hub", "hub_model_id"),
 ]
-"""Of transformers' hundred options those that a pretraining run may want; --help shows them before the others."""
+"""The options of transformers that a pretraining run may want; --help shows them before the hundred others."""
 
 
 def help_groups(own: list[str], others: list[str]) -> dict[str, list[str]]:
@@ -56,7 +56,7 @@ def help_groups(own: list[str], others: list[str]) -> dict[str, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 for bad input, with one line on stderr that says why."""
+    """Run a command and return its exit status: 0, or 2 for bad input, with one line on stderr that says why."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"prepare": _prepare, "train": _train}
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -122,13 +122,13 @@ def _train(arguments: list[str]) -> None:
 
     from bert_pretrain.train.pretrain import pretrain
 
-    # What goes wrong on one rank goes wrong there; what goes right is said once.
+    # Every rank reports its own faults; only the first reports progress.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
-    hub_logging.disable_propagation()  # it has a handler of its own, and would say everything twice
+    hub_logging.disable_propagation()  # it has a handler of its own: each line would appear twice
     config, training = _parse_training((PretrainConfig, TrainingArguments), given)
     if training.disable_tqdm or not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' own bars, of saving, too
+        disable_progress_bar()  # transformers' own bars, for saving, too
     try:
         pretrain(config, training)
     except KeyboardInterrupt:

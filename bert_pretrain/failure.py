@@ -1,10 +1,9 @@
-"""How a command ends that cannot go on: one line, once, however many processes found out.
+"""How a command that cannot continue ends: with one line, once, for any number of processes.
 
 alone                   the line on stderr
-rank 0 under torchrun   the line in torchrun's report, which ends with it; printed, it would stand above a traceback of
-                        torchrun's own
-other ranks             nothing: most faults are seen by all ranks, and torchrun ends the others when the first has
-                        ended. If it does not, then rank 0 has not seen this one, and it is said after all.
+rank 0 under torchrun   the line in torchrun's report, at its end; printed, it would stand above torchrun's traceback
+other ranks             nothing at first: most faults meet all ranks, and torchrun ends the others after rank 0. A rank
+                        that still runs after PATIENCE has a fault of its own, and prints the line.
 """
 
 import json
@@ -13,15 +12,15 @@ import sys
 import time
 
 PATIENCE = 20
-"""Seconds in which rank 0 finds the same fault, and whoever started the ranks ends them."""
+"""Seconds in which rank 0 finds the same fault and torchrun ends the other ranks."""
 
 
 def say_failure(message: str) -> None:
-    """Call it last: ranks but the first may end in it."""
+    """Report a fault. Call it last: torchrun may end other ranks than the first while they wait here."""
     if rank := int(os.environ.get("RANK", "0")):
         time.sleep(PATIENCE)
         message = f"rank {rank}: {message}"
-    # https://docs.pytorch.org/docs/stable/elastic/errors.html: what torchrun reads of a process that has failed
+    # What torchrun reads after a failure: https://docs.pytorch.org/docs/stable/elastic/errors.html
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report is None:
         print(message, file=sys.stderr)
@@ -31,6 +30,6 @@ def say_failure(message: str) -> None:
 
 
 def say_end(message: str) -> None:
-    """All ranks end together, as they were told to: the first says so."""
+    """Report an end that was asked for, which all ranks reach together: only the first prints it."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)

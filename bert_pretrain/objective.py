@@ -1,4 +1,4 @@
-"""OBJECTIVES: what a run learns about sentence pairs, beside masked tokens; one row an objective.
+"""OBJECTIVES: what a run learns about sentence pairs, besides masked tokens; one row an objective.
 
 To add one, write its row here and its builder in prepare/sequences.py. If its pairs have labels of their own, name
 their column in collate/columns.py: the loss, the log and the model card follow.

@@ -6,8 +6,8 @@
                   eval_strategy: no        ->   --eval-strategy=no
                   save_steps: 500               --save-steps=500        --max-steps 1000
 
-The file becomes flags that stand before the real ones. So both mean the same, one parser checks both, and the last one
-wins. (HfArgumentParser.parse_yaml_file takes no flags beside the file, and checks no types.)
+The file becomes flags before the real ones: both mean the same, one parser checks both, and the last one wins.
+(HfArgumentParser.parse_yaml_file takes no flags beside the file, and checks no types.)
 """
 
 import json
@@ -52,7 +52,7 @@ def read_config_file(file: str) -> dict[str, Any]:
 
 
 def _load_yaml(text: str) -> Any:
-    """YAML 1.2's scalars: 1e-4 is a number and `no` a word. By PyYAML's YAML 1.1 they are a word and False."""
+    """YAML 1.2: 1e-4 is a number and `no` a word. In PyYAML's own YAML 1.1 they are a word and False."""
     import re
 
     import yaml
@@ -165,17 +165,17 @@ def _make_parser(dataclasses: Sequence[Any], prog: str) -> "HfArgumentParser":
 
 
 def _mend(action: Action) -> None:
-    """One spelling for help and errors, choices that name the nearest one, and what HfArgumentParser takes wrongly."""
+    """Give an option one spelling and choices that name the nearest one, and correct what HfArgumentParser misreads."""
     from transformers.hf_argparser import string_to_bool
 
     action.option_strings = [option for option in action.option_strings if "_" not in option]
     if action.choices and callable(action.type):
         action.type = _named_choice(action.type, tuple(action.choices))
-    if action.type is string_to_bool:  # `--bf16` alone means yes, for optional booleans, too
+    if action.type is string_to_bool:  # `--bf16` alone means yes for optional booleans, too
         action.nargs, action.const = "?", True
     if action.dest == "report_to":  # TrainingArguments takes a list, HfArgumentParser would take one name
         action.nargs = "+"
-    if action.dest == "fsdp":  # True, or what was written before there was fsdp_config
+    if action.dest == "fsdp":  # True, or the words of older versions, without fsdp_config
         action.type, action.nargs, action.const = _true_or_text, "?", True
     if action.dest == "include_num_input_tokens_seen":  # a word or a boolean; HfArgumentParser takes the latter
         action.type, action.nargs, action.const = _counted_tokens, "?", "all"
@@ -203,7 +203,7 @@ def _counted_tokens(text: str) -> str:
 
 
 def _options(parser: ArgumentParser) -> dict[str, Action]:
-    """{name: argparse's action}, without the --no_name that HfArgumentParser adds to booleans that default to True."""
+    """{name: argparse's action}, without the --no_name that HfArgumentParser adds where the default is True."""
     options: dict[str, Action] = {}
     for action in parser._actions:
         options.setdefault(action.dest, action)
@@ -211,7 +211,7 @@ def _options(parser: ArgumentParser) -> dict[str, Action]:
 
 
 def _as_flags(action: Action, value: Any) -> list[str]:
-    """A value of the file as the flag that means it: 0.1 -> ["--x=0.1"], ["a", "b"] -> ["--x", "a", "b"]"""
+    """A value of the file as a flag: 0.1 -> ["--x=0.1"], ["a", "b"] -> ["--x", "a", "b"]"""
     flag = action.option_strings[0]
     if value is None:
         if action.default is not None or action.required:
@@ -251,10 +251,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
 
 
 def _arrange(parser: ArgumentParser, groups: Mapping[str, Sequence[str]]) -> None:
-    """Sort the options into groups for --help; what no group names stays under the last title.
-
-    Changes what is shown, not what is parsed: argparse keeps groups as lists beside the options themselves.
-    """
+    """Sort the options into groups for --help. Parsing does not change: argparse keeps groups as lists of their own."""
     left = _options(parser)
     for group in parser._action_groups:
         group._group_actions = []

@@ -1,7 +1,7 @@
-"""Folders and names that a user gives: a mistyped one is refused at once, with the one that is near.
+"""Folders and names that a user gives: a mistyped one is refused at once, with the nearest one that exists.
 
-prepraed/tokenizer   prepared/tokenizer is there         -> did you mean 'prepared/tokenizer'?
-someone/bert         no such folder, but a hub's name    -> the hub is asked once; transformers would try for a minute
+prepraed/tokenizer   prepared/tokenizer exists            -> did you mean 'prepared/tokenizer'?
+someone/bert         no such folder, but a hub's name     -> ask the hub once; transformers would try for a minute
 """
 
 from pathlib import Path
@@ -9,15 +9,14 @@ from pathlib import Path
 from packing.files.errors import path_suggestion
 
 CACHED = ("config.json", "tokenizer_config.json", "tokenizer.json")
-"""A repository that was downloaded has one of them."""
+"""A downloaded repository has one of them."""
 HUB_SECONDS = 10
 
 
 def find_pretrained(option: str, name: str) -> str:
-    """What from_pretrained may be given at once: the folder, the name of a model that the hub has, or, where the hub
-    cannot be reached, the folder that it was downloaded to.
+    """What from_pretrained can load: a folder, the name of a model on the hub, or, offline, the downloaded copy.
 
-    option: "model" or "tokenizer", for messages. Raises ValueError.
+    option: "model" or "tokenizer", for messages. Raises ValueError where there is none.
     """
     path = Path(name)
     if path.is_dir():
@@ -30,7 +29,7 @@ def find_pretrained(option: str, name: str) -> str:
 
 
 def _may_be_on_the_hub(name: str) -> bool:
-    """OWNER/NAME or NAME, and no folder that it would lie in."""
+    """Whether it is OWNER/NAME or NAME, and OWNER is no folder here."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -62,7 +61,7 @@ def _on_the_hub(option: str, name: str) -> str:
             f"hf auth login){path_suggestion(name, only_folders=True)}"
         ) from None
     except HfHubHTTPError:
-        return name  # the hub is there, and busy perhaps: transformers knows when to ask again
+        return name  # the hub answers, perhaps it is busy: transformers knows when to ask again
     except (HTTPError, OfflineModeIsEnabled) as error:
         for file in CACHED:
             if isinstance(cached := try_to_load_from_cache(name, file), str):

@@ -1,8 +1,8 @@
-"""A dataclass as its source describes it, where importing it takes ten seconds: fields, defaults, choices and help.
+"""A dataclass read from its source, where importing it takes ten seconds: fields, defaults, choices and help.
 
     stand_in("transformers.training_args", "TrainingArguments")  ->  a dataclass with the same fields, and nothing else
 
---help and errors on options then answer at once. Whoever wants the values imports the real one.
+So --help and errors about options answer at once. A run imports the real class.
 """
 
 import ast
@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 
 def stand_in(module: str, class_name: str) -> type | None:
-    """A dataclass with the fields of another one; None where its source does not say them all."""
+    """A dataclass with the fields of another one; None where its source does not name them all."""
     file = _file(module)
     if file is None:
-        return None  # and importing it will say so
+        return None  # importing it gives the error
     tree = ast.parse(file.read_text(encoding="utf-8"))
     found = _class(tree, class_name)
     if found is None or found.bases:
@@ -34,7 +34,7 @@ def stand_in(module: str, class_name: str) -> type | None:
 
 
 def _file(module: str) -> Path | None:
-    """The file of a module, found without importing it: only its package's folder is looked up."""
+    """The file of a module, without importing it: only its package is looked up."""
     package, _, inside = module.partition(".")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -65,7 +65,7 @@ def _enums(annotation: ast.expr, tree: ast.Module, file: Path) -> dict[str, type
 
 
 def _find_enum(name: str, tree: ast.Module, file: Path) -> list[ast.Assign]:
-    """The members of an enumeration; none where there is no such one."""
+    """The members of an enumeration; [] where no such one is found."""
     for other in (tree, *_imported_from(name, tree, file)):
         if found := _class(other, name):
             return [line for line in found.body if isinstance(line, ast.Assign) and _is_text(line.value)]
@@ -85,7 +85,7 @@ def _imported_from(name: str, tree: ast.Module, file: Path) -> Iterator[ast.Modu
 
 
 def _field(value: ast.expr | None, known: dict[str, Any]) -> Any:
-    """field(default=…, metadata={…}) as far as it can be known; an unknown default is None."""
+    """field(default=…, metadata={…}), as far as the source tells; an unknown default becomes None."""
     if not isinstance(value, ast.Call):
         return field() if value is None else field(default=_evaluated(value, known, None))
     given = {keyword.arg: keyword.value for keyword in value.keywords}
@@ -103,7 +103,7 @@ def _field(value: ast.expr | None, known: dict[str, Any]) -> Any:
 
 
 def _evaluated(node: ast.expr, known: dict[str, Any], otherwise: Any) -> Any:
-    """The value of an expression of known names; `otherwise` where it has others."""
+    """The value of an expression; `otherwise` where it uses names that are not known."""
     try:
         return eval(compile(ast.Expression(node), "", "eval"), {"__builtins__": BUILTINS}, known)
     except (NameError, TypeError, AttributeError):

@@ -5,20 +5,19 @@ The contract. An attention head is a module
     head = ATTENTION[name](num_heads=, head_width=, max_sequence_length=, layer_index=, **options)
     context_THK = head(query_THK, key_THK, value_THK, layout, dropout=0.0)
 
-over the T real tokens of a batch: padding is not there, so it can neither leak nor cost. A head scales its scores by
-1/sqrt(K) itself; one that cannot honour attention dropout says so with `supports_dropout = False` and is refused where
-dropout is on.
+over the T real tokens of a batch: there is no padding that could leak or cost. A head scales its scores by 1/sqrt(K)
+itself. If it cannot drop attention weights, `supports_dropout` is False, and a model with attention dropout refuses it.
 
-What a sequence may notice of others, in its context and gradients:
+What the context and gradients of a sequence show of its pack mates:
 
-* what they say: nothing. Other values in a pack mate change no bit, on every processor; nor does NaN, where
+* their values: nothing. Other values in a pack mate change no bit, on every processor; nor does NaN, where
   `survives_nan` is True. (A GPU adds up the clusters of `routing` in any order: there it is rounding.)
-* that they are there: rounding (in float64 1e-12 of the largest value). Alone, or in another place or company, a
-  sequence is computed in products of other shapes, for which a processor may choose another kernel.
+* their presence: rounding (in float64 1e-12 of the largest value). Alone, or beside others, a sequence takes part in
+  products of other shapes, for which a processor may choose another kernel.
 * A head whose products take their shape from values (none here does) promises rounding in both.
 
 `use_attention` attaches heads to the layers of a transformers encoder, each a submodule of the layer that owns it. The
-encoder's attention implementation becomes "packed_attention", which hands the layer's queries, keys and values on.
+encoder's attention implementation becomes "packed_attention", which passes the layer's queries, keys and values on.
 
 table      ATTENTION: one row a head
 head       AttentionHead, which all heads share

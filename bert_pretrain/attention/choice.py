@@ -1,12 +1,12 @@
-"""Which exact attention is the fast one here? `auto` -> a name in ATTENTION, and the reason, for the log.
+"""Which exact attention is the fastest here: `auto` -> a name in ATTENTION, and the reason, for the log.
 
     CUDA, bfloat16 or float16        varlen   FlashAttention's kernels: only sequences' own n^2, memory N
     CUDA, float32                    flex     tiles that hold no pair of tokens of one sequence are skipped
     CPU                              sdpa     one sequence at a time, measured: see collate.isolation.exact_attention
     what these cannot do, elsewhere  sdpa     sequences of like length side by side
 
-The choice follows from the device, the type, the head width and dropout alone, never from timings: a run that is
-resumed chooses again, and must choose the same.
+The choice follows from the device, the type, the head width and dropout alone, never from timings: a resumed run
+chooses again, and must choose the same.
 """
 
 from importlib.util import find_spec
@@ -22,9 +22,9 @@ VOLTA = (7, 0)
 def choose_attention(
     device: torch.device, dtype: torch.dtype, head_width: int, dropout: float = 0.0
 ) -> tuple[str, str]:
-    """The name of an exact attention head, and why it.
+    """The name of an exact attention head, and the reason.
 
-    dtype: that of queries, keys and values: under mixed precision the 16-bit one. dropout: of attention weights.
+    dtype: of queries, keys and values; under mixed precision the 16-bit one. dropout: of attention weights.
     """
     if device.type == "cpu":
         return "sdpa", "on CPUs one sequence at a time is faster than a mask"

@@ -13,7 +13,7 @@ from collate.layout import PackLayout
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of heads without options."""
+    """For heads without options."""
 
 
 class AttentionHead(nn.Module):
@@ -21,8 +21,8 @@ class AttentionHead(nn.Module):
 
     H heads, K head width, T real tokens of the batch.
 
-    num_heads, head_width, max_sequence_length: of the model. layer_index: seeds what the layer draws, once, when it is
-        built: layers draw different things, and a layer always the same.
+    num_heads, head_width, max_sequence_length: of the model.
+    layer_index: seeds what the layer draws when it is built: each layer draws its own, always the same.
     options: fields of Options.
     """
 
@@ -32,10 +32,10 @@ class AttentionHead(nn.Module):
     """Whether `attend` honours dropout > 0; if not, use_attention refuses a model with attention dropout."""
 
     is_full: ClassVar[bool] = False
-    """Whether every token sees every token of its sequence, as in stock BERT: then the cost is known."""
+    """Whether every token sees every token of its sequence, as in stock BERT."""
 
     survives_nan: ClassVar[bool] = True
-    """Whether a NaN in one sequence leaves the others alone. Not so where a mask multiplies what it hides."""
+    """Whether a NaN in one sequence leaves the others alone. It does not where a mask multiplies what it hides."""
 
     def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
         super().__init__()
@@ -64,7 +64,7 @@ class AttentionHead(nn.Module):
                 "make the model from a config with attention_probs_dropout_prob=0"
             )
         if layout.num_sequences == 0:
-            # no token, but a part of the graph: a rank without packs still has a gradient, of 0, for every parameter
+            # No token, but part of the graph: a rank without packs needs a gradient, of 0, for every parameter.
             nothing = sum(parameter.sum() * 0 for parameter in self.parameters())
             return (query_THK + key_THK + value_THK + nothing).to(value_THK.dtype)
         inputs = as_one_type(query_THK, key_THK, value_THK)
@@ -75,23 +75,23 @@ class AttentionHead(nn.Module):
     ) -> Tensor:
         """The mechanism, for a batch with at least one sequence.
 
-        dropout: 0 unless the head supports it. A head of your own that does not may leave the parameter out.
+        dropout: 0 unless the head supports it. Your own head may leave the parameter out if it does not.
         """
         raise NotImplementedError
 
     def dropout_settings(self, dropout: float) -> dict[str, Any]:
-        """The keyword that `attend` gets, only where the head supports dropout."""
+        """The keyword that `attend` gets where the head supports dropout."""
         return {"dropout": dropout} if self.supports_dropout else {}
 
     def register_at_least_float32(self, name: str, shape: tuple[int, ...]) -> None:
-        """Give the head a buffer, empty and saved with it, that keeps its precision: see `_apply`."""
+        """Give the head an empty buffer that is saved with it and keeps its precision: see `_apply`."""
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer(name, torch.empty(shape, dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `.to`, `.half()`, `.cuda()` and their like call. Buffers stay in float32 at least.
+        """What `.to`, `.half()` and `.cuda()` call. Buffers stay in float32 at least.
 
-        A moving average in 16 bits loses every small step, and what was drawn once would be rounded for good.
+        In 16 bits a moving average loses its small steps, and draws would stay rounded for good.
         """
         wide = {name: x for name, x in self.named_buffers(recurse=False) if x.is_floating_point() and x.itemsize >= 4}
         super()._apply(fn, recurse)
@@ -102,8 +102,8 @@ class AttentionHead(nn.Module):
         return self
 
     def refuse_longer(self, layout: PackLayout) -> None:
-        """Raise ValueError for a sequence of more than max_sequence_length tokens, where that sizes what a head has."""
-        widest = max(width for _, width in layout.length_groups.shapes)  # known, so that a device is not waited for
+        """Raise ValueError for a sequence of more than max_sequence_length tokens, for heads that it sizes."""
+        widest = max(width for _, width in layout.length_groups.shapes)  # known already: no wait for the device
         if widest > self.max_sequence_length and int(layout.lengths.max()) > self.max_sequence_length:
             raise ValueError(
                 f"a sequence of {int(layout.lengths.max())} tokens is longer than the max_sequence_length="
@@ -115,7 +115,7 @@ class AttentionHead(nn.Module):
 
 
 def initialize_head(head: nn.Module) -> None:
-    """Reset those weights of a head that were not in a checkpoint; transformers has marked the others."""
+    """Reset the weights of a head that the checkpoint lacked; transformers marks the others."""
     own = [*head.parameters(), *head.buffers()]
     loaded = [(x, x.detach().clone()) for x in own if getattr(x, "_is_hf_initialized", False)]
     reset_parameters = getattr(head, "reset_parameters", None)
@@ -127,7 +127,7 @@ def initialize_head(head: nn.Module) -> None:
 
 
 def as_one_type(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All three in autocast's type where that is on and none is in float64, else in the widest of their types."""
+    """All three in autocast's type where it is on and none is in float64; otherwise in the widest of their types."""
     device = query_THK.device.type
     dtype = torch.promote_types(torch.promote_types(query_THK.dtype, key_THK.dtype), value_THK.dtype)
     has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -137,10 +137,10 @@ def as_one_type(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor) -> tuple[
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """A context for products of wide numbers, which autocast would take in 16 bits: sums over many tokens, scores."""
+    """A context for products that need wide numbers, such as sums over many tokens: autocast would use 16 bits."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def unit_vectors(x: Tensor) -> Tensor:
-    """x / |x|, 0 of 0: torch's own epsilon, 1e-12, is 0 in float16 and makes a NaN there."""
+    """x / |x|, and 0 for 0: torch's own epsilon, 1e-12, is 0 in float16 and gives NaN there."""
     return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))

@@ -1,23 +1,23 @@
-"""Checks of the options of attention heads: what an option can be is said once, by name, value, limit and cure.
+"""Checks of the options of attention heads. Their errors have the name, the value, the limit and the cure.
 
     check_integer(options, "window", 0, "0 lets a token see itself only")
 
     LocalOptions: window=-1 must be an integer of at least 0; 0 lets a token see itself only
 
-A config is read from JSON and written by hand: a "64" or a True is refused here, and not some layers further on.
+People write configs by hand, in JSON: a "64" or a True is refused here, and not some layers later.
 """
 
 import math
 from collections.abc import Iterable
 
 LARGEST_SEED = 2**32 - 1
-"""As numpy has it. Heads make seeds of their own of it, which must stay within 64 bits."""
+"""numpy's limit. Heads derive their own seeds from it, which must stay within 64 bits."""
 
 
 def check_integer(
     options: object, name: str, least: int, cure: str, most: int | None = None, optional: bool = False
 ) -> None:
-    """Raise ValueError for an option that is no integer within its limits. optional: whether it can be None."""
+    """Raise ValueError for an option that is no integer within its limits. optional: None is allowed, too."""
     value = getattr(options, name)
     if optional and value is None:
         return
@@ -28,7 +28,7 @@ def check_integer(
 
 
 def check_seed(options: object) -> None:
-    """Raise ValueError for an option `seed` that is none."""
+    """Raise ValueError for an option `seed` that cannot be one."""
     check_integer(options, "seed", 0, "give another one for other draws", most=LARGEST_SEED)
 
 
@@ -46,11 +46,11 @@ LIMITS = {
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0 to below 1": lambda value: 0 <= value < 1,
 }
-"""What a number can be held to."""
+"""The limits of `check_number`."""
 
 
 def check_choice(options: object, name: str, choices: Iterable[str]) -> None:
-    """Raise ValueError for an option that is none of the choices."""
+    """Raise ValueError for an option that is not among the choices."""
     value = getattr(options, name)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{type(options).__name__}: {name}={value!r} is unknown; choose from {', '.join(choices)}")

@@ -45,4 +45,4 @@ ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "performer": PerformerAttention,
     "delta": DeltaAttention,
 }
-"""Name -> head. Whatever builds a module from the same arguments can stand in a row, or be used without one."""
+"""Name -> head. A row can be anything that builds a module from the same arguments; it also works without a row."""

@@ -1,4 +1,4 @@
-"""Attention heads in transformers encoders: given to a model, loaded again, and called by its layers."""
+"""Attention heads in transformers encoders: attach them to a model, load them again, call them from its layers."""
 
 import inspect
 import math
@@ -30,14 +30,13 @@ def use_attention(model: Model, attention: str | Callable | Sequence, **options:
         use_attention(model, ["local"] * 10 + ["sdpa"] * 2, window=64)      one per layer
 
     attention: a name in ATTENTION, a callable that builds a head, or a list of these, one per layer.
-    options: each goes to the heads that have it; a callable of your own gets all. Names and options are kept in the
-        config, so a reload finds them (`load_attention` for stock models); a callable cannot be kept, so the config
-        names it and a reload refuses, rather than to fall back on something else.
+    options: each goes to the heads that have it; your own callable gets all. The config keeps names and options, and a
+        reload finds them (`load_attention` for stock models). It cannot keep a callable: a reload then refuses.
 
     After this, call the model with `sequence_ids=` (B, L); each layer then attends within sequences only.
-    Raises ValueError for an unknown name or option, a list of another length than the layers, attention dropout that a
-    head cannot honour, or a model that cannot be given other attention, such as a causal one; the model is then as it
-    was.
+    Raises ValueError for an unknown name or option, a list that does not have one entry per layer, attention dropout
+    that a head cannot honour, or a model that cannot take other attention, such as a causal one. The model then stays
+    as it is.
     """
     layers = attention_layers(model)
     choices = [attention] * len(layers) if isinstance(attention, str) or callable(attention) else attention
@@ -79,13 +78,13 @@ def use_attention(model: Model, attention: str | Callable | Sequence, **options:
 
 
 def load_attention(model: Model, checkpoint: str | Path) -> Model:
-    """Give a reloaded stock model the attention heads, and their weights, that it was saved with.
+    """Give a reloaded stock model its attention heads again, with their weights.
 
         model = load_attention(BertForMaskedLM.from_pretrained("local-bert"), "local-bert")
 
-    A stock class knows nothing of attention heads: it leaves their weights where they are, and attends fully.
-    checkpoint: the folder that it was loaded from, with its config and safetensors. The class can be another one than
-        that saved, such as BertModel for BertForMaskedLM: their encoders are the same.
+    A stock class knows no attention heads: it does not load their weights, and attends fully.
+    checkpoint: the folder that the model was loaded from, with config and safetensors. The class may differ from the
+        saved one, as BertModel and BertForMaskedLM do: their encoders are the same.
 
     Raises ValueError for a folder that does not hold the weights of the model's heads.
     """
@@ -93,7 +92,7 @@ def load_attention(model: Model, checkpoint: str | Path) -> Model:
     if attention is None:
         raise ValueError(f"the config of {checkpoint} names no packed_attention; it was not saved with attention heads")
     use_attention(model, attention, **model.config.packed_attention_options)
-    # as transformers does it: a checkpoint of the base model has no prefix before its names, one with a task's head has
+    # As in transformers: names have a prefix in the checkpoint of a task model, and none in that of a base model.
     prefix = f"{model.base_model_prefix}."
     own = {name.removeprefix(prefix): name for name in model.state_dict() if HEAD in name.split(".")}
     weights: dict[str, Tensor] = {}
@@ -105,7 +104,7 @@ def load_attention(model: Model, checkpoint: str | Path) -> Model:
         lacking, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         raise ValueError(
             f"{checkpoint} does not hold the weights of {attention} in {type(model).__name__}: it lacks "
-            f"{lacking or 'none'} and has besides {unknown or 'none'}; load a folder with safetensors, saved from "
+            f"{lacking or 'none'} and also has {unknown or 'none'}; load a folder with safetensors, saved from "
             f"{' or '.join(model.config.architectures or ['this model'])}, into a model of the same kind"
         )
     model.load_state_dict({own[name]: tensor for name, tensor in weights.items()}, strict=False)
@@ -134,7 +133,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
             f"{type(model).__name__} has layers with a window of their own, which an attention head would not know of; "
-            "use isolate_sequences(model) to pack sequences under its own attention"
+            "use isolate_sequences(model) to pack sequences with its own attention"
         )
     return layers
 
@@ -157,7 +156,7 @@ def packed_attention(
     sequence_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: hand a layer's queries, keys and values to its attention head.
+    """transformers' attention function: pass a layer's queries, keys and values to its attention head.
 
     Two callers. Our model runs on real tokens only: query (1, H, T, K) and their `layout`. A stock model runs on padded
     rows: query (B, H, L, K) and `sequence_ids` (B, L). Returns the context in transformers' order, (1, T, H, K) or
@@ -185,7 +184,7 @@ def packed_attention(
 
 
 def _attention_dropout(layer: nn.Module, config: PreTrainedConfig) -> tuple[str, float]:
-    """The config's name of attention dropout, and how much the layer applies: fixed when it was made."""
+    """The config's name of attention dropout, and how much the layer applies, which was fixed when it was built."""
     name = next((n for n in ("attention_probs_dropout_prob", "attention_dropout") if hasattr(config, n)), None)
     configured = getattr(config, name) if name else 0.0
     for own in ("attention_dropout", "dropout"):
@@ -208,7 +207,7 @@ def _takes(builder: Callable, option: str) -> bool:
 
 
 def _options(builder: Callable) -> list[str] | None:
-    """The options of a head; None for a callable of the user's own, which is not asked."""
+    """The options of a head; None for a user's callable, which may take any."""
     if isinstance(builder, type) and issubclass(builder, AttentionHead):
         return [field.name for field in fields(builder.Options)]
     return None

@@ -5,18 +5,18 @@
     combine="composed":  context_i = sum_{j in C_i} softmax_j(q_i . k_j / sqrt(K)) r_j
     combine="mean":      context_i = (r_i + sum_{j in C_i} softmax_j(q_i . k_j / sqrt(K)) v_j) / 2
 
-"composed": the column pass uses the same queries and keys, and takes the row pass's contexts for its values. So a
-context is a mean of the whole sequence's values, token j with the weight A_column(i, l) A_row(l, j) where l is the
-token in i's column and j's row; only where i's column ends above the last, unfilled row, that row is not seen.
+"composed": the column pass uses the same queries and keys, and the row pass's contexts as values. So a context is a
+mean of the whole sequence's values: token j has the weight A_column(i, l) A_row(l, j), where l is the token in i's
+column and j's row. Exception: a column that ends above the last, unfilled row does not see that row.
 "mean": one layer sees a cross, two layers the whole sequence.
 
-Cost: N (c + n / c) K; memory likewise.
-Source: Axial attention (Ho et al. 2019, arXiv 1912.12180, section 3.1), there on images, with projections of their own
-for the two passes, which queries, keys and values alone cannot have; as in axial-attention ("mean" is half the sum of
-its two attentions with shared projections).
+Cost: N (c + n / c) K; memory grows alike.
+Source: Axial attention (Ho et al. 2019, arXiv 1912.12180, section 3.1), there on images and with separate projections
+for the two passes, which a head cannot have: it gets one set of queries, keys and values. "mean" is half the sum of the
+package axial-attention's two attentions with shared projections.
 
-The rule that keeps sequences apart: each table is folded from one sequence, from its own start; c comes from the
-options or from the model's max_sequence_length. With c >= n "composed" is full softmax attention: columns of one token.
+Isolation: each table is folded from one sequence, from its own start; c comes from the options or from the model's
+max_sequence_length. With c >= n "composed" is full softmax attention: columns of one token.
 """
 
 from dataclasses import dataclass

@@ -4,16 +4,16 @@
     A_i = {j : |B(i) - B(j)| <= w  or  B(j) in R(h, B(i), n)  or  i or j is global}       i, j positions in one sequence
 
 R are r blocks of the sequence outside the window, drawn without repetition, every subset equally likely: the same for
-all tokens of a block, others for each layer, head h, block and length n. Blocks of global tokens alone are not drawn:
-they are seen already. Global are the first tokens of a sequence,
-[CLS] above all; they see all of it, and all of it sees them.
+all tokens of a block, others for each layer, head h, block and length n. Blocks of global tokens alone are not drawn,
+as every token sees them already. The first tokens of a sequence, such as [CLS], are global: they see all of it, and all
+of it sees them.
 
-Cost: N ((2 w + 1 + r) b + g) K, and g n K for the global tokens of each sequence; memory likewise.
+Cost: N ((2 w + 1 + r) b + g) K, and g n K for the global tokens of each sequence; memory grows alike.
 Source: BigBird (Zaheer et al. 2020, arXiv 2007.14062, section 2 and appendix D), the ITC form: global tokens are tokens
 of the sequence. The published code makes the first and last block global: global_tokens = last_global_tokens = block.
 
-The rule that keeps sequences apart: blocks are cut from the sequence's own start, and what is random is a stateless
-hash of (seed, layer, head, block, n), so that neither batch nor pack mates nor training steps change it.
+Isolation: blocks are cut from the sequence's own start. The draws are a stateless hash of (seed, layer, head, block,
+n): no batch, pack mate or training step changes them.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class BigBirdOptions(PatternOptions):
     """Neighbouring blocks seen to each side, whole."""
 
     random_blocks: int = 3
-    """Random blocks that each block sees besides; more shorten the way between distant tokens."""
+    """Random blocks that each block also sees; more shorten the way between distant tokens."""
 
     global_tokens: int = 1
     """How many tokens at the start of each sequence are global; 1 is [CLS]."""
@@ -67,8 +67,7 @@ class BigBirdAttention(PatternAttention):
     per_layer = True
 
     def sees(self, device: torch.device) -> Sees:
-        size, window, number = self.options.block, self.options.window, self.options.random_blocks
-        first, last = self.options.global_tokens, self.options.last_global_tokens
+        size, window, number, first, last = self.numbers()
         seed = self.layer_seed(device)
 
         def sees(head, query, key, length):
@@ -80,6 +79,11 @@ class BigBirdAttention(PatternAttention):
             return seen
 
         return sees
+
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        """What `random_blocks` takes, besides the place."""
+        o = self.options
+        return o.block, o.window, o.random_blocks, o.global_tokens, o.last_global_tokens
 
     def layer_seed(self, device: torch.device) -> Tensor:
         return hashed(hashed(torch.tensor(self.options.seed, device=device)) ^ (self.layer_index + 1))
@@ -109,20 +113,10 @@ class BigBirdAttention(PatternAttention):
 
     def random_chunks(self, view: Windows, tokens: GlobalTokens, layout: PackLayout) -> tuple[Tensor, Tensor]:
         """Each chunk's random chunks (NC, H, r), as chunk * H + head; and the mask (NC, H, 1, M + G + r C)."""
-        options, chunks = self.options, view.chunks
+        chunks = view.chunks
         head = torch.arange(self.num_heads, device=view.length.device)
         number, length = chunks.number[:, None], view.length[:, None]
-        blocks = random_blocks(
-            self.layer_seed(head.device),
-            head,
-            number,
-            length,
-            options.block,
-            options.window,
-            options.random_blocks,
-            options.global_tokens,
-            options.last_global_tokens,
-        )
+        blocks = random_blocks(self.layer_seed(head.device), head, number, length, *self.numbers())
         drawn = torch.stack(blocks, -1) if blocks else head.new_empty(chunks.num_chunks, self.num_heads, 0)
         exists = drawn != NO_CHUNK
         own = torch.arange(chunks.num_chunks, device=head.device)
@@ -146,11 +140,11 @@ def random_blocks(
     first: int = 0,
     last: int = 0,
 ) -> list[Tensor]:
-    """`number` blocks outside the window of `block` in a sequence of `length` tokens; -1 where there are not so many.
+    """`number` blocks outside the window of `block` in a sequence of `length` tokens; -1 where they are fewer.
 
     Integer tensors that broadcast. first, last: how many tokens at either end are global; only blocks with another
-    token are drawn. Floyd's sampling: the k-th of r draws is uniform over the first m - r + k + 1 candidates, and takes
-    the last of these where it hits one drawn before.
+    token are drawn. Floyd's sampling: the k-th of r draws is uniform over the first m - r + k + 1 candidates; where it
+    hits an earlier draw, it takes the last candidate.
     """
     # blocks begin..end have a token that is not global; of these the window takes low..high
     begin, end = first // size, (length - last - 1).clamp(min=-1) // size

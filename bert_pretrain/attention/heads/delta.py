@@ -1,11 +1,11 @@
-"""`delta`: a fast memory that each token corrects by the delta rule, read once forwards and once backwards.
+"""`delta`: a fast memory that each token corrects by the delta rule; one pass reads forwards, one backwards.
 
     S_0 = 0;   S_t = S_(t-1) + beta_t (v_t - S_(t-1) k_t) k_t^T;   o_t = S_t q_t
     context_t = (o_t read from the sequence's start + o_t read from its end) / 2
     beta_t = sigmoid(w . k_t + b) in 0 .. 1, of the layer's keys; w (K,), b: parameters of each head
 
-q and k stand for features phi(q), phi(k): divided by their norm, so that who asks for a key just stored with beta = 1
-gets its value; or elu(x) + 1 divided by its sum, as in the source. No 1/sqrt(K): the features are of length 1 already.
+q and k stand for features phi(q), phi(k). By default x / |x|: asking for a key just stored with beta = 1 gives its
+value. Or elu(x) + 1 divided by its sum, as in the source. No 1/sqrt(K): the features have length 1 already.
 
 Cost: N (C K + K^2) over the batch's N tokens, in chunks of C tokens; memory N (C + K + K^2 / C). Source: Schlag et al.,
 Linear Transformers Are Secretly Fast Weight Programmers (2102.11174), section 4; chunks as in Yang et al.,
@@ -15,8 +15,8 @@ Parallelizing Linear Transformers with the Delta Rule (2406.06484), section 3.2:
     S' = (I - K^T W) S + K^T U                                                 from chunk to chunk
     O  = Q S + tril(Q K^T) (U - W S)                                           all chunks at once
 
-Isolation: the memory is empty at each sequence's start, and at its end for the way back; chunks are cut from there. The
-loop runs over the number of a chunk in its sequence, all sequences side by side.
+Isolation: the memory is empty at each sequence's start, and for the way back at its end; chunks are cut from there. The
+loop runs over the chunk numbers within a sequence, all sequences side by side.
 """
 
 from collections.abc import Callable
@@ -54,10 +54,10 @@ class DeltaOptions:
     """What `use_attention(model, "delta", …)` takes."""
 
     chunk: int = 64
-    """Tokens of a chunk. Changes the time only: larger ones do more work at once and more of it."""
+    """Tokens of a chunk. It changes the time only: larger chunks do more work in fewer steps."""
 
     features: str = "norm"
-    """phi. "norm": x / |x|; "elu": elu(x) + 1 divided by its sum, as in the source, whose memory is read softly."""
+    """phi. "norm": x / |x|; "elu": elu(x) + 1 divided by its sum, as in the source: reads mix several values."""
 
     def __post_init__(self) -> None:
         check_integer(self, "chunk", 1, "give the number of tokens in a chunk")
@@ -137,7 +137,7 @@ def delta_rule(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, beta_TH1: 
 def states(change: Tensor, new: Tensor, active: list[int]) -> Tensor:
     """(NC, H, K, K) each, step by step -> S before each chunk, where S' = S + change @ S + new.
 
-    active: how many chunks each step has; they belong to the first so many sequences, the longest ones.
+    active: how many chunks each step has; they belong to as many sequences, the longest ones, which come first.
     """
     state = torch.zeros_like(new[: active[0]])
     before = []

@@ -6,13 +6,12 @@
 
 Cost: N (2 w + 2 g) K; memory N (2 w + g) K.
 Source: ETC (Ainslie et al. 2020, arXiv 2004.08483), in the form of LongT5's transient global attention (Guo et al.
-2021, arXiv 2112.07916, section 3.1.2): global tokens are made anew in each layer and seen by all, with no stream of
-their own through the layers. LongT5 projects a normalised sum of hidden states; the mean of keys is the key of the mean
-hidden state, without a norm and so without parameters. Its blocks have a fixed length, here each sequence has g.
+2021, arXiv 2112.07916, section 3.1.2): each layer makes its global tokens anew, and all tokens see them. LongT5
+projects a normalised sum of hidden states; here the mean of keys is the key of the mean hidden state, without a norm
+and so without parameters. LongT5's blocks have a fixed length; here each sequence has g blocks.
 
-The rule that keeps sequences apart: positions and n are the sequence's own, and a global token is a mean of one
-sequence. With g >= n every token is seen a second time, as its own block; so with w >= n - 1 this is full softmax
-attention.
+Isolation: positions and n are the sequence's own, and a global token is a mean of one sequence. With g >= n every token
+appears a second time, as its own block; so with w >= n - 1 this is full softmax attention.
 """
 
 from dataclasses import dataclass
@@ -20,26 +19,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.heads.local import banded, window_mask
+from bert_pretrain.attention.heads.local import LocalOptions, banded, window_mask
 from bert_pretrain.attention.options import check_integer
-from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
+from bert_pretrain.attention.parts.pattern import PatternAttention, Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
 
 
 @dataclass(frozen=True)
-class EtcOptions(PatternOptions):
+class EtcOptions(LocalOptions):
     """What `use_attention(model, "etc", …)` takes."""
-
-    window: int = 128
-    """Tokens seen to each side; more see further, at a cost in proportion."""
 
     global_tokens: int = 16
     """Means of the sequence that every token sees: more are finer, at a cost in proportion."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer(self, "window", 0, "0 lets a token see itself and the global tokens only")
         check_integer(self, "global_tokens", 1, "without global tokens take local attention")
 
 
@@ -52,7 +47,7 @@ class EtcAttention(PatternAttention):
         near = banded(self.options.window)
 
         def sees(head, query, key, length):
-            return near(head, query, key, length) | (key < 0)  # -1: no token, but a mean of the sequence
+            return near(head, query, key, length) | (key < 0)  # -1: a mean of the sequence, no token
 
         return sees
 

@@ -4,13 +4,13 @@
     heads="split":  the first half of the heads attends over B_i, the other over C
     heads="merged": every head attends over the union of B_i and C, in one softmax
 
-Cost: N (l + c n / l) K, so N sqrt(n) K with l near sqrt(n); memory likewise.
+Cost: N (l + c n / l) K, so N sqrt(n) K with l near sqrt(n); memory grows alike.
 Source: Sparse Transformer (Child et al. 2019, arXiv 1904.10509, sections 4.2 and 4.3), there causal with
-C = {j : j mod l >= l - c}. Here both directions, and as a sequence rarely fills its last block, that block's last c
-tokens are the sequence's own last ones: every token can see a summary of every block.
+C = {j : j mod l >= l - c}. Here both directions. As a sequence rarely fills its last block, the summary there is the
+sequence's own last c tokens: every token can see a summary of every block.
 
-The rule that keeps sequences apart: positions and n are the sequence's own, and l comes from the options or from the
-model's max_sequence_length. Blocks are the rows of the sequence's own table (`bert_pretrain.attention.parts.fold`).
+Isolation: positions and n are the sequence's own, and l comes from the options or from the model's max_sequence_length.
+Blocks are the rows of the sequence's own table (`bert_pretrain.attention.parts.fold`).
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bert_pretrain.attention.heads.strided import StrideOptions, StridePattern
 from bert_pretrain.attention.options import check_integer
-from bert_pretrain.attention.parts.fold import Tables, along_rows, fold, from_rows, row_mask
+from bert_pretrain.attention.parts.fold import along_rows, fold, from_rows, row_mask
 from bert_pretrain.attention.parts.pattern import Sees
 from collate.layout import PackLayout
 
@@ -71,7 +71,7 @@ class FixedAttention(StridePattern):
         for valid, query, key, value in zip(tables.valid, *inputs, strict=True):
             parts = self.softmax(along_rows(query), along_rows(key), along_rows(value), row_mask(valid), dropout)
             found.append([from_rows(x, valid.shape[1]) for x in parts])
-        return to_tokens(tables, found)
+        return tables.scatter_each(found)
 
     def far(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
@@ -89,12 +89,7 @@ class FixedAttention(StridePattern):
                 mask = mask & other_rows(rows, self.stride, self.summary, mask.device)
             parts = self.softmax(query, key, value, mask, dropout)
             found.append([x.transpose(1, 2).unflatten(1, (rows, self.stride)) for x in parts])
-        return to_tokens(tables, found)
-
-
-def to_tokens(tables: Tables, found: list[list[Tensor]]) -> tuple[Tensor, ...]:
-    """Each group's context (S, R, C, H, K), and merged also its log sums (S, R, C, H) -> (T, H, …) each."""
-    return tuple(tables.scatter(list(parts)) for parts in zip(*found, strict=True))
+        return tables.scatter_each(found)
 
 
 def last_summary(lengths: Tensor, rows: int, columns: int, summary: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`flex`: full softmax attention within each sequence, by FlexAttention: CUDA; on CPUs forward only.
+"""`flex`: full softmax attention within each sequence, by FlexAttention, on CUDA; on CPUs forward only.
 
     context_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j,    j over the tokens of i's own sequence
 
@@ -31,7 +31,4 @@ class FlexAttention(PatternAttention):
     def attend(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
     ) -> Tensor:
-        inputs = (query_THK, key_THK, value_THK)
-        if not query_THK.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            raise ValueError("flex has no gradient on CPUs; use attention 'sdpa' there, or torch.no_grad()")
-        return self.attend_flex(*inputs, layout)
+        return self.attend_flex(query_THK, key_THK, value_THK, layout)

@@ -1,4 +1,4 @@
-"""`inducing`: a few learned queries sum each sequence up, and its tokens attend to these summaries.
+"""`inducing`: a few learned queries summarise each sequence, and its tokens attend to these summaries.
 
     a_mj  = softmax_j(p_m . k_j / sqrt(K))          p_m: m inducing points per head, parameters
     k'_m  = sum_j a_mj k_j,   v'_m = sum_j a_mj v_j                j over the tokens of one sequence
@@ -31,7 +31,7 @@ class InducingOptions:
     """What `use_attention(model, "inducing", …)` takes."""
 
     points: int = 64
-    """Summaries of each sequence. More keep finer detail and cost in proportion; fewer press harder."""
+    """Summaries of each sequence. More keep finer detail and cost in proportion."""
 
     def __post_init__(self) -> None:
         check_integer(self, "points", 1, "give the number of summaries of a sequence")
@@ -49,22 +49,17 @@ class InducingAttention(WholeSequenceHead):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of variance 1: summaries that differ from each other, while none is of a single token."""
+        """Draw with variance 1: summaries differ from each other, and none shows a single token only."""
         nn.init.normal_(self.points_HMK)
 
     def mix(
-        self,
-        query_SHWK: Tensor,
-        key_SHWK: Tensor,
-        value_SHWK: Tensor,
-        is_real_S11W: Tensor | None,
-        dropout: float = 0.0,
+        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0
     ) -> Tensor:
         key_wide_SHWK, value_wide_SHWK = map(at_least_float32, (key_SHWK, value_SHWK))
         with without_autocast(query_SHWK):
             points_HMK = self.points_HMK.to(key_wide_SHWK.dtype) / self.head_width**0.5
             points_SHMK = points_HMK.expand(len(query_SHWK), -1, -1, -1)
-            weights_SHMW = softmax_over_tokens(points_SHMK @ key_wide_SHWK.transpose(2, 3), is_real_S11W)
+            weights_SHMW = softmax_over_tokens(points_SHMK @ key_wide_SHWK.transpose(2, 3), real_S11W)
             weights_SHMW = F.dropout(weights_SHMW, dropout)
             key_SHMK, value_SHMK = (
                 (weights_SHMW @ x_SHWK).to(query_SHWK.dtype) for x_SHWK in (key_wide_SHWK, value_wide_SHWK)

@@ -1,4 +1,4 @@
-"""`linear`: softmax's kernel replaced by a product of features, so that a sequence is summed up once for all queries.
+"""`linear`: a product of features replaces softmax's kernel, so one sum over a sequence serves all of its queries.
 
     context_i = phi(q_i)^T (sum_j phi(k_j) v_j^T) / phi(q_i)^T (sum_j phi(k_j)),    phi(x) = elu(x) + 1
 
@@ -22,14 +22,9 @@ class LinearAttention(WholeSequenceHead):
     precise = True
 
     def mix(
-        self,
-        query_SHWK: Tensor,
-        key_SHWK: Tensor,
-        value_SHWK: Tensor,
-        is_real_S11W: Tensor | None,
-        dropout: float = 0.0,
+        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0
     ) -> Tensor:
-        return kernel_attention(elu_plus_one(query_SHWK), elu_plus_one(key_SHWK), value_SHWK, is_real_S11W)
+        return kernel_attention(elu_plus_one(query_SHWK), elu_plus_one(key_SHWK), value_SHWK, real_S11W)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -37,12 +32,12 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return x.relu() + x.clamp(max=0).exp()
 
 
-def kernel_attention(query_SHWF: Tensor, key_SHWF: Tensor, value_SHWK: Tensor, is_real_S11W: Tensor | None) -> Tensor:
+def kernel_attention(query_SHWF: Tensor, key_SHWF: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None) -> Tensor:
     """Attention with the weights query_i . key_j, divided by their sum over j: features (S, H, W, F) -> (S, H, W, K).
 
     The weights are at least 0. Where all weights of a query are 0, its context is 0.
     """
-    key_SHWF = zero_padding(key_SHWF, is_real_S11W)
+    key_SHWF = zero_padding(key_SHWF, real_S11W)
     sums_SHKF = value_SHWK.transpose(2, 3) @ key_SHWF
     context_SHWK = query_SHWF @ sums_SHKF.transpose(2, 3)
     weight_SHW1 = query_SHWF @ key_SHWF.sum(2)[..., None]

@@ -8,7 +8,7 @@ the projections shared between the heads ("headwise sharing").
 
 Isolation: a row of E belongs to a token's position in its own sequence, and each sequence is summed by itself.
 
-It is at home with long sequences: on one much shorter than max_sequence_length many of the r rows hold little.
+It suits long sequences: in one much shorter than max_sequence_length many of the r rows hold little.
 """
 
 from collections.abc import Callable
@@ -53,11 +53,11 @@ class LinformerOptions:
     """What `use_attention(model, "linformer", …)` takes."""
 
     rank: int = 128
-    """Rows that a sequence's keys and values are projected to, r; no more than max_sequence_length are made. More
-    follow full attention closer and cost in proportion."""
+    """r: rows that a sequence's keys and values are projected to, at most max_sequence_length. More follow full
+    attention closer and cost in proportion."""
 
     initial: str = "means"
-    """How the projections begin. "means" starts near a trained full attention: attention over means of neighbours;
+    """The first projections. "means" starts near a trained full attention, as attention over means of neighbours;
     "random" as published."""
 
     def __post_init__(self) -> None:
@@ -85,37 +85,25 @@ class LinformerAttention(WholeSequenceHead):
     def attend(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
     ) -> Tensor:
-        widest = layout.length_groups.shapes[-1][1]
-        if widest > self.max_sequence_length:  # only then is it worth to ask the device
-            longest = int(layout.lengths.max())
-            if longest > self.max_sequence_length:
-                raise ValueError(
-                    f"a sequence has {longest} tokens, but linformer has a row of its projections for each of "
-                    f"max_sequence_length={self.max_sequence_length} positions; give it a larger one"
-                )
+        self.refuse_longer(layout)  # the projections have a row for each of so many positions
         return super().attend(query_THK, key_THK, value_THK, layout, dropout)
 
     def mix(
-        self,
-        query_SHWK: Tensor,
-        key_SHWK: Tensor,
-        value_SHWK: Tensor,
-        is_real_S11W: Tensor | None,
-        dropout: float = 0.0,
+        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0
     ) -> Tensor:
-        key_SHRK = project(key_SHWK, is_real_S11W, self.key_projection_LR)
-        value_SHRK = project(value_SHWK, is_real_S11W, self.value_projection_LR)
+        key_SHRK = project(key_SHWK, real_S11W, self.key_projection_LR)
+        value_SHRK = project(value_SHWK, real_S11W, self.value_projection_LR)
         return F.scaled_dot_product_attention(query_SHWK, key_SHRK, value_SHRK, dropout_p=dropout)
 
 
-def project(x_SHWK: Tensor, is_real_S11W: Tensor | None, projection_LR: Tensor) -> Tensor:
+def project(x_SHWK: Tensor, real_S11W: Tensor | None, projection_LR: Tensor) -> Tensor:
     """(S, H, W, K) -> (S, H, R, K): the sum over each sequence's tokens, weighed by the row of their position."""
     sequences, heads, width, head_width = x_SHWK.shape
     missing = max(0, width - len(projection_LR))  # a width is rounded up, beyond the last row: these slots are padding
-    tokens_SHWK = zero_padding(at_least_float32(x_SHWK), is_real_S11W)
+    tokens_SHWK = zero_padding(at_least_float32(x_SHWK), real_S11W)
     projection_RW = F.pad(projection_LR[:width], (0, 0, 0, missing)).T.to(tokens_SHWK.dtype)
     tokens_SWJ = tokens_SHWK.transpose(1, 2).flatten(2)  # J = H * K: heads share a projection
-    # bmm and not matmul, which would fold the sequences into one product, rounded as their number has it
+    # bmm, as matmul would fold the sequences into one product, whose rounding depends on their number
     with without_autocast(x_SHWK):
         rows_SRJ = torch.bmm(projection_RW.expand(sequences, -1, -1), tokens_SWJ)
     return rows_SRJ.unflatten(2, (heads, head_width)).transpose(1, 2).to(x_SHWK.dtype)

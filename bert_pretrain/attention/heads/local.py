@@ -2,12 +2,12 @@
 
     context_i = sum_{|i - j| <= w} softmax_j(q_i . k_j / sqrt(K)) v_j,    i, j positions in one sequence
 
-Cost: N (2 w + C) K with chunks of C <= 64 tokens; memory likewise.
+Cost: N (2 w + C) K with chunks of C <= 64 tokens; memory grows alike.
 Source: the sliding window of Longformer (Beltagy et al. 2020, arXiv 2004.05150, section 3.1), without its global
 tokens; by blocks, as in local-attention (its exact_windowsize=True).
 
-The rule that keeps sequences apart: positions are the sequence's own, and a chunk's neighbours are chunks of the same
-sequence. With w >= n - 1 this is full softmax attention.
+Isolation: positions are the sequence's own, and a chunk's neighbours are chunks of the same sequence. With w >= n - 1
+this is full softmax attention.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class LocalOptions(PatternOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer(self, "window", 0, "0 lets a token see itself only")
+        check_integer(self, "window", 0, "0 lets a token see itself, and no neighbour")
 
 
 class LocalAttention(PatternAttention):

@@ -1,17 +1,17 @@
-"""`longformer`: a window, and the first tokens of each sequence, [CLS] above all, global.
+"""`longformer`: a window, and global tokens: the first ones of each sequence, such as [CLS].
 
     context_i = sum_{j in A_i} softmax_j(q_i . k_j / sqrt(K)) v_j
     A_i = {j : |i - j| <= w  or  i < g  or  j < g}                  i, j positions in one sequence
 
 Symmetric: global tokens see all of their sequence, and all of it sees them.
 
-Cost: N (2 w + g) K, and g n K for the global tokens of each sequence; memory likewise.
-Source: Longformer (Beltagy et al. 2020, arXiv 2004.05150, section 3.1). Its projections of their own for global
-attention are not possible here: an attention head gets one set of queries, keys and values. So it equals the paper's
-where the global projections are copies of the local ones, which is how the paper initialises them.
+Cost: N (2 w + g) K, and g n K for the global tokens of each sequence; memory grows alike.
+Source: Longformer (Beltagy et al. 2020, arXiv 2004.05150, section 3.1), there with separate projections for global
+attention, which a head cannot have: it gets one set of queries, keys and values. So it equals the paper's where the
+global projections are copies of the local ones, as the paper initialises them.
 
-The rule that keeps sequences apart: positions are the sequence's own, and each sequence has its own global tokens. With
-w >= n - 1 or g >= n this is full softmax attention.
+Isolation: positions are the sequence's own, and each sequence has its own global tokens. With w >= n - 1 or g >= n this
+is full softmax attention.
 """
 
 from dataclasses import dataclass
@@ -19,27 +19,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.heads.local import window_mask
+from bert_pretrain.attention.heads.local import LocalOptions, window_mask
 from bert_pretrain.attention.options import check_integer
 from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, replace_global
-from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
+from bert_pretrain.attention.parts.pattern import PatternAttention, Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
 
 
 @dataclass(frozen=True)
-class LongformerOptions(PatternOptions):
-    """What `use_attention(model, "longformer", …)` takes."""
-
-    window: int = 128
-    """Tokens seen to each side; more see further, at a cost in proportion. The paper's window is 2 w."""
+class LongformerOptions(LocalOptions):
+    """What `use_attention(model, "longformer", …)` takes. The paper's window is 2 w."""
 
     global_tokens: int = 1
     """How many tokens at the start of each sequence are global; 1 is [CLS]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer(self, "window", 0, "0 lets a token see itself and the global tokens only")
         check_integer(self, "global_tokens", 1, "without global tokens take local attention")
 
 

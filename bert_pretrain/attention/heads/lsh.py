@@ -2,25 +2,25 @@
 
     k_j = q_j / |q_j|,    hash(q) = argmax [q R; -q R]                   R (K, buckets / 2), other ones in each round
     sorted by (hash, position) and cut into chunks of C: a token sees its own chunk and the one before
-    s_ij = q_i . k_j / sqrt(K) - log N_ij,    s_ii = -5e4: to itself only where there is nothing else
+    s_ij = q_i . k_j / sqrt(K) - log N_ij,    s_ii = -5e4: a token sees itself only where there is nothing else
     context_i = sum_r exp(z_ir - logsumexp_r z_ir) context_ir,    z_ir = logsumexp_j s_ij in round r
 
 N_ij is how many times i sees j in all rounds together (appendix A). So a context is the softmax over the *union* of
-what the rounds show, and exact attention for n <= 2 C at any number of rounds. duplicates="count" leaves N_ij out, as
-most public code does: a token that is seen in two rounds then weighs twice.
+what the rounds show, and exact attention for n <= 2 C with any number of rounds. duplicates="count" leaves N_ij out, as
+most public code does: a token that two rounds show then weighs twice.
 
-A config from before this option is read as "union". To continue a model that was trained with several rounds before,
-set duplicates="count".
+A config without this option means "union". To continue an older model that was trained with several rounds, set
+duplicates="count".
 
 Cost: rounds * N * 2 C * (K + rounds) per head, the hash (n / 2C columns a round) and the sort; memory rounds * N * 2 C.
 
-Queries and keys are one: the keys given to this head are ignored. The layer's key projection idles, with a gradient of
-zeros, so that every parameter has one and checkpoints keep their form. The attention of a stock checkpoint becomes
-another function; it must be trained on.
+Queries and keys are one: this head ignores the keys that it gets. The layer's key projection idles with a gradient of
+zeros: every parameter has one, and checkpoints keep their form. The attention of a stock checkpoint becomes another
+function, which needs further training.
 
-Isolation: a sequence has a number of buckets that follows from its own length; a sort by (sequence, hash, position)
-leaves every sequence in its own place; the chunks are `PackLayout.chunks` of the sorted tokens; and the chunk before
-the first is the last of the same sequence's previous round. So the (round, chunk) chain closes within each sequence.
+Isolation: the number of buckets follows from the sequence's own length. A sort by (sequence, hash, position) leaves
+every sequence in its own place, and chunks are `PackLayout.chunks` of the sorted tokens. The chunk before the first is
+the last of the same sequence's previous round. So the chain of (round, chunk) closes within each sequence.
 """
 
 from dataclasses import dataclass
@@ -46,18 +46,18 @@ class LSHOptions:
     """What `use_attention(model, "lsh", …)` takes."""
 
     num_rounds: int = 2
-    """Hash rounds: what one misses the next may meet. Costs time and memory in proportion; the paper has 1 to 8."""
+    """Hash rounds: a later one may show what another misses. They cost in proportion; the paper has 1 to 8."""
 
     bucket_size: int = 64
-    """Tokens of a chunk, and about those of a bucket: each token sees twice as many a round. Up to this length the
-    head is exact attention (over shared queries and keys)."""
+    """Tokens of a chunk, and about of a bucket: each token sees twice as many a round. Up to this length the head is
+    exact attention (with shared queries and keys)."""
 
     duplicates: str = "union"
-    """A token that several rounds show is one token in "union", as in the paper. With "count" it weighs as many times,
-    as in reformer-pytorch and transformers."""
+    """A token that several rounds show counts once in "union", as in the paper. In "count" it counts in each, as in
+    reformer-pytorch and transformers."""
 
     seed: int = 0
-    """Of the rotations; every layer draws its own under the same seed."""
+    """Draws the rotations, others for each layer."""
 
     def __post_init__(self) -> None:
         check_integer(self, "num_rounds", 1, "give the number of hash rounds")
@@ -130,7 +130,7 @@ class LSHAttention(AttentionHead):
     def hash(self, query_THK: Tensor, layout: PackLayout) -> Tensor:
         """(R, H, T) int64: every token's bucket in each round, from 0 to below its sequence's num_buckets(n)."""
         columns_T = num_buckets(layout.lengths, self.options.bucket_size)[layout.sequence_of_token] // 2
-        # no more columns than the longest needs; read off the cached groups, so that a device is not waited for
+        # No more columns than the longest needs. The cached groups know the length: no wait for the device.
         longest = max(width for _, width in layout.length_groups.shapes)
         columns = num_buckets(longest, self.options.bucket_size) // 2
         rotations = self.rotations[..., :columns]
@@ -160,7 +160,7 @@ class LSHAttention(AttentionHead):
 
 
 def num_buckets(length: Length, bucket_size: int) -> Length:
-    """Of a sequence of `length` tokens, a number or a tensor: even, at least 2, and about length / bucket_size."""
+    """How many buckets a sequence of `length` tokens has: an even number, at least 2, about length / bucket_size."""
     return (length + 2 * bucket_size - 1) // (2 * bucket_size) * 2
 
 

@@ -1,4 +1,4 @@
-"""`nystrom`: the softmax matrix of a sequence rebuilt from m landmarks of it.
+"""`nystrom`: the softmax matrix of a sequence, approximated from m landmarks.
 
     context = softmax(Q K~^T / sqrt(K)) pinv(softmax(Q~ K~^T / sqrt(K))) softmax(Q~ K^T / sqrt(K)) V
 
@@ -8,11 +8,11 @@
 Cost: N m K over the batch's N tokens, and m^3 a sequence and iteration; memory N m. Source: Xiong et al., Nystromformer
 (2102.03902), section 3 (equations 11 to 15), without the convolution beside it.
 
-Isolation: landmarks, the pseudo-inverse and the norms that it starts from are those of one sequence and head. (A norm
-taken over the batch, as public code has it, lets every sequence shift the others.)
+Isolation: landmarks, the pseudo-inverse and the norms that it starts from belong to one sequence and head. (Public code
+takes a norm over the batch, so every sequence shifts the others.)
 
-Sequences of no more than m tokens, m rounded up to a multiple of 16, get the softmax itself, which then costs no more.
-Up to some hundreds of tokens the softmax is still the faster one on a CPU: the inverses take their time.
+Sequences of at most m tokens, m rounded up to a multiple of 16, get the softmax itself, which then costs no more. On a
+CPU the softmax stays faster up to some hundreds of tokens, as the inverses take time.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class NystromOptions:
     """Segments a sequence is cut into, m. More follow the softmax closer; the cost grows with N m and m^3."""
 
     iterations: int = 6
-    """Steps towards the pseudo-inverse. Fewer are cheaper and rougher; where m segments differ little, more help."""
+    """Steps towards the pseudo-inverse. Fewer are cheaper and rougher; more help where the segments differ little."""
 
     def __post_init__(self) -> None:
         check_integer(self, "landmarks", 1, "give the number of segments that a sequence is cut into")
@@ -48,41 +48,36 @@ class NystromAttention(WholeSequenceHead):
     precise = True
 
     def mix(
-        self,
-        query_SHWK: Tensor,
-        key_SHWK: Tensor,
-        value_SHWK: Tensor,
-        is_real_S11W: Tensor | None,
-        dropout: float = 0.0,
+        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0
     ) -> Tensor:
         width = query_SHWK.shape[2]
         # by the width, which is the sequence's own as well as its length is
         if width <= -(-self.options.landmarks // WIDTH_STEP) * WIDTH_STEP:
-            mask = None if is_real_S11W is None else is_real_S11W.expand(-1, -1, width, -1)  # a row per query: faster
+            mask = None if real_S11W is None else real_S11W.expand(-1, -1, width, -1)  # a row per query: faster
             return F.scaled_dot_product_attention(query_SHWK, key_SHWK, value_SHWK, attn_mask=mask)
-        return nystrom(query_SHWK, key_SHWK, value_SHWK, is_real_S11W, self.options.landmarks, self.options.iterations)
+        return nystrom(query_SHWK, key_SHWK, value_SHWK, real_S11W, self.options.landmarks, self.options.iterations)
 
 
 def nystrom(
     query_SHWK: Tensor,
     key_SHWK: Tensor,
     value_SHWK: Tensor,
-    is_real_S11W: Tensor | None,
+    real_S11W: Tensor | None,
     landmarks: int,
     iterations: int,
 ) -> Tensor:
     """The formula, for sequences of at least `landmarks` tokens."""
-    means_S1MW = segment_means(query_SHWK, is_real_S11W, landmarks)
+    means_S1MW = segment_means(query_SHWK, real_S11W, landmarks)
     query_SHWK = query_SHWK / query_SHWK.shape[3] ** 0.5
     query_SHMK, key_SHMK = means_S1MW @ query_SHWK, means_S1MW @ key_SHWK
     to_landmarks_SHWM = (query_SHWK @ key_SHMK.transpose(2, 3)).softmax(3)
     among_landmarks_SHMM = (query_SHMK @ key_SHMK.transpose(2, 3)).softmax(3)
-    from_landmarks_SHMW = softmax_over_tokens(query_SHMK @ key_SHWK.transpose(2, 3), is_real_S11W)
+    from_landmarks_SHMW = softmax_over_tokens(query_SHMK @ key_SHWK.transpose(2, 3), real_S11W)
     # from the right, as these products are the small ones
     return to_landmarks_SHWM @ (pseudo_inverse(among_landmarks_SHMM, iterations) @ (from_landmarks_SHMW @ value_SHWK))
 
 
-def segment_means(x_SHWK: Tensor, is_real_S11W: Tensor | None, landmarks: int) -> Tensor:
+def segment_means(x_SHWK: Tensor, real_S11W: Tensor | None, landmarks: int) -> Tensor:
     """(S, 1, M, W): the matrix that takes tokens to the means of M segments of each sequence.
 
     5 tokens, M = 2:   1/2 1/2  0   0   0
@@ -91,8 +86,8 @@ def segment_means(x_SHWK: Tensor, is_real_S11W: Tensor | None, landmarks: int) -
     sequences, _, width, _ = x_SHWK.shape
     token_W = torch.arange(width, device=x_SHWK.device)
     length_S1 = torch.full((sequences, 1), width, device=x_SHWK.device)
-    if is_real_S11W is not None:
-        length_S1 = is_real_S11W.flatten(1).sum(1, keepdim=True)
+    if real_S11W is not None:
+        length_S1 = real_S11W.flatten(1).sum(1, keepdim=True)
     segment_SW = ((token_W + 1) * landmarks - 1) // length_S1  # segment m begins at token floor(m n / M)
     segment_SW = torch.where(token_W < length_S1, segment_SW, -1)
     is_in_SMW = segment_SW[:, None, :] == torch.arange(landmarks, device=x_SHWK.device)[:, None]

@@ -5,10 +5,10 @@
 
     context_i = phi(q_i)^T (sum_j phi(k_j) v_j^T) / phi(q_i)^T (sum_j phi(k_j)),    j over i's own sequence
 
-c keeps exp in range and cancels in the quotient, but for epsilon: it is the largest w_f . y, of a query, or of all keys
-of a sequence. The error falls as 1/sqrt(m) and grows with exp(|q|^2) and exp(|k|^2): with queries and keys of variance
-1 and K = 64, 256 features are no nearer to the softmax than the plain mean of all values is. The gradient takes c for a
-constant, as the authors' code does: with epsilon above 0 it lacks the small part that c has in the quotient.
+c is the largest w_f . y, of a query, or of all keys of a sequence. It keeps exp in range, and cancels in the quotient
+except beside epsilon. The error falls as 1/sqrt(m) and grows with exp(|q|^2) and exp(|k|^2): with queries and keys of
+variance 1 and K = 64, 256 features are no nearer to the softmax than the plain mean of all values. The gradient treats
+c as a constant, like the authors' code: with epsilon above 0 it lacks the small part that c has in the quotient.
 
 Cost: N m K over the batch's N tokens; memory N m. Source: Choromanski et al., Rethinking attention with Performers
 (2009.14794), section 2.4 (positive and orthogonal features); c and epsilon as in the authors' code.
@@ -37,15 +37,15 @@ class PerformerOptions:
     """Random features, m. Four times as many halve the error and cost four times as much."""
 
     epsilon: float = 1e-4
-    """Added to every feature: no token's weight is ever 0, at the price of a small bias towards equal weights."""
+    """Added to every feature: no weight is ever 0, but all are a little more alike."""
 
     stabiliser: str = "product"
     """What c is the largest of. "product": w . y, as in the authors' code; epsilon outweighs the features of long
-    queries and keys, whose weights become equal. "exponent": w . y - |y|^2 / 2, so that epsilon stays small beside the
-    largest feature: peaked attention stays peaked, and is noisier."""
+    queries and keys, whose weights become equal. "exponent": w . y - |y|^2 / 2; epsilon stays small beside the largest
+    feature, so peaked attention stays peaked, and is noisier."""
 
     seed: int = 0
-    """Of the features, together with the layer's index. Another one draws others; a loaded head keeps its own."""
+    """Draws the features, together with the layer's index; a loaded head keeps its own."""
 
     def __post_init__(self) -> None:
         check_integer(self, "features", 1, "give the number of random features")
@@ -73,15 +73,10 @@ class PerformerAttention(WholeSequenceHead):
         self.projection_FK.copy_(orthogonal_features(self.options.features, self.head_width, seed))
 
     def mix(
-        self,
-        query_SHWK: Tensor,
-        key_SHWK: Tensor,
-        value_SHWK: Tensor,
-        is_real_S11W: Tensor | None,
-        dropout: float = 0.0,
+        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0
     ) -> Tensor:
         query_SHWF, key_SHWF = self.features(query_SHWK, over=(3,)), self.features(key_SHWK, over=(2, 3))
-        return kernel_attention(query_SHWF, key_SHWF, value_SHWK, is_real_S11W)
+        return kernel_attention(query_SHWF, key_SHWF, value_SHWK, real_S11W)
 
     def features(self, x_SHWK: Tensor, over: tuple[int, ...]) -> Tensor:
         """phi(x) (S, H, W, F), with c the maximum over the dimensions `over`.

@@ -7,16 +7,16 @@
 
 Cost: N (c + w) K per head, with c about sqrt(n) clusters of w = ceil(n / c) tokens: N sqrt(n) K. Memory N (c + w).
 
-Isolation: tokens are ranked among those of their own sequence, side by side in groups of like length, and c and w
-follow from the sequence's own length. A sequence of n tokens uses the first c(n) centroids.
+Isolation: a token's rank is among the tokens of its own sequence, and c and w follow from the sequence's own length. A
+sequence of n tokens uses the first c(n) centroids.
 
-Centroids are a buffer, moved once after each optimizer step by what all its micro-batches and all ranks have seen:
+Centroids are a buffer. It moves once after each optimizer step, by what all micro-batches and all ranks saw:
 
     trainer.add_callback(RoutingCallback())          # under Trainer
-    update_after_step(optimizer, model)              # in a loop of one's own: once, before training
+    update_after_step(optimizer, model)              # in your own loop: once, before training
 
-The sums are taken in the backward pass, which a micro-batch goes through once: gradient checkpointing, which runs
-forward twice, counts nothing twice, and evaluation counts nothing.
+The backward pass takes the sums, once in each micro-batch: gradient checkpointing, which runs forward twice, counts
+nothing twice, and evaluation counts nothing.
 """
 
 import math
@@ -37,7 +37,7 @@ from collate.layout import PackLayout
 from collate.length_groups import WIDTH_STEP
 
 PATIENCE = 1000
-"""Micro-batches without an update after which the head takes it for forgotten."""
+"""After so many micro-batches without an update the head refuses: somebody forgot it."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class RoutingOptions:
     keys. None: about sqrt(n), the cheapest. 1: full attention."""
 
     decay: float = 0.999
-    """How much of a centroid stays at each optimizer step; less follows the model faster. At its first moves it is
-    (1 + moves) / (10 + moves), if that is less, to forget the random start. 1: centroids stay as they are."""
+    """How much of a centroid stays at each optimizer step; less follows the model faster. In its first moves it is
+    (1 + moves) / (10 + moves), if that is less, to forget the random start. 1: centroids never move."""
 
     seed: int = 0
-    """Of the first centroids; every layer draws its own under the same seed."""
+    """Draws the first centroids, others for each layer."""
 
     def __post_init__(self) -> None:
         check_integer(self, "num_clusters", 1, "give the number of clusters, or None for about sqrt(n)", optional=True)
@@ -128,7 +128,7 @@ class RoutingAttention(AttentionHead):
     def _clusters(self, source: Tensor, mask: Tensor | None) -> "Clusters":
         """The clusters of a group: as many and as wide as any of its lengths asks for; the rest are not used."""
         width = source.shape[1]
-        # by the width and not by the members, so that nothing depends on which sequences are in the group
+        # By the width, not by the members: nothing may depend on which sequences are in the group.
         lengths = range(max(1, width - WIDTH_STEP + 1), width + 1)
         counts = torch.tensor([min(self.num_clusters(n), self.max_clusters) for n in lengths])
         windows = (torch.tensor(lengths) + counts - 1) // counts
@@ -195,7 +195,7 @@ class RoutingAttention(AttentionHead):
         return sums, counts
 
     def collect(self, sums: Tensor, counts: Tensor) -> None:
-        """Add what one micro-batch has seen."""
+        """Add what one micro-batch saw."""
         if self._sums is not None:
             sums, counts = self._sums[0] + sums, self._sums[1] + counts
         self._sums = sums, counts
@@ -211,7 +211,7 @@ class RoutingAttention(AttentionHead):
 
     @torch.no_grad()
     def update_centroids(self) -> None:
-        """Move the centroids towards what all ranks have seen since the last update; every rank must call it."""
+        """Move the centroids towards what all ranks saw since the last update; every rank must call it."""
         if self.options.decay == 1:
             return
         sums, counts = self.routing_statistics()
@@ -266,7 +266,7 @@ def _lengths(source: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _mean_by_row(row: Tensor, context: Tensor, seen: Tensor, like_THK: Tensor) -> Tensor:
-    """The mean of what a row was given where `seen`, 0 if that is nothing. row, seen (P,), context (P, K)."""
+    """The mean of each row's contexts where `seen`; 0 where it has none. row, seen (P,), context (P, K)."""
     count = torch.zeros(like_THK.shape[:2], dtype=torch.float32, device=row.device)
     count = count.flatten().index_add(0, row, seen.float())
     context = torch.where(seen[:, None], context / count.clamp(min=1).type_as(context)[row, None], 0)
@@ -274,7 +274,7 @@ def _mean_by_row(row: Tensor, context: Tensor, seen: Tensor, like_THK: Tensor) -
 
 
 class Collect(torch.autograd.Function):
-    """context, head, sums, counts -> context. Hands the statistics over when, and only when, its gradient is taken."""
+    """context, head, sums, counts -> context. The head gets the statistics when, and only when, backward runs."""
 
     @staticmethod
     def forward(ctx, context, head, sums, counts):

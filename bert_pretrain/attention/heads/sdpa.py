@@ -4,7 +4,7 @@
 
 Cost: sum of n^2 K over the sequences; memory N.
 
-Isolation: no two sequences ever meet in a product, so not even a NaN can pass from one to the other; see
+Isolation: no two sequences meet in a product, so not even a NaN can pass from one to the other; see
 `collate.isolation.exact_attention`, which isolated stock encoders run, too.
 """
 

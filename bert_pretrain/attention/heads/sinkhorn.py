@@ -8,19 +8,18 @@
 
 Cost: N 2 C K + (n/C)^2 C K per head; memory N 2 C + (n/C)^2.
 
-The sorting network is the "simple" one of the paper: W (2 K, blocks) is a parameter of each head, column v for the v-th
-block of a sequence. A slot of K'_u is masked where the block with the largest R_uv has padding in it.
+The sorting network is the paper's "simple" one: W (2 K, blocks) is a parameter of each head, with column v for the v-th
+block of a sequence. The mask hides a slot of K'_u where the block with the largest R_uv has padding.
 
 A context is a mean of values: rows of R are normalised last, and a slot is divided by the share of R_uv of the blocks
-that have a token there. normalized_last="columns" is the published form, where rows sum to 1 only nearly and the
-padding of the last block is mixed in as zeros. A config that does not name the option is read as "rows".
+that have a token there. normalized_last="columns" is the published form: rows sum to 1 only nearly, and the padding of
+the last block comes in as zeros. A config without the option means "rows".
 
-Isolation: blocks are cut from each sequence's own start, and its R is (its blocks x its blocks): sequences of equally
-many blocks lie side by side, those of other numbers in other products. Up to C tokens it is full attention.
+Isolation: blocks are cut from each sequence's own start, and its R is (its blocks x its blocks). Sequences of equally
+many blocks lie side by side; others are in other products. Up to C tokens it is full attention.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,9 +28,9 @@ from torch import Tensor, nn
 
 from bert_pretrain.attention.head import AttentionHead, without_autocast
 from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
+from bert_pretrain.attention.parts.fold import ChunkGroups
 from collate.chunks import Chunks
 from collate.layout import PackLayout
-from collate.length_groups import Gather
 from collate.views import at_least_float32
 
 EPSILON = 1e-6
@@ -45,21 +44,21 @@ class SinkhornOptions:
     """Tokens of a block: each token sees twice as many. Up to this length the head is exact attention."""
 
     num_iterations: int = 7
-    """Times that rows and columns are normalised in turn; with more, both sums of R are nearer to 1."""
+    """How often rows and columns are normalised in turn; more bring both sums of R nearer to 1."""
 
     temperature: float = 0.75
     """Less makes R sharper, nearer to a permutation of blocks."""
 
     noise: float = 0.0
-    """Scale of Gumbel noise on the scores, 1 in the paper. Drawn once for every layer, head and pair of block numbers:
-    it gives heads that score blocks alike different orders, in training and evaluation the same."""
+    """Scale of Gumbel noise on the scores, 1 in the paper. Drawn once for each layer, head and pair of blocks: heads
+    that score blocks alike then sort them differently, in training and evaluation the same."""
 
     normalized_last: str = "rows"
-    """"rows" makes a context a mean of values. "columns" is the published form: a constant value does not stay constant
-    there, but moves by a few per cent, and more near a padded block."""
+    """"rows" makes a context a mean of values. "columns" is the published form: there a constant value moves by a few
+    per cent, and by more near a padded block."""
 
     seed: int = 0
-    """Of the first W and the noise; every layer draws its own under the same seed."""
+    """Draws the first W and the noise, others for each layer."""
 
     def __post_init__(self) -> None:
         check_integer(self, "block_size", 1, "give the number of tokens of a block")
@@ -100,7 +99,7 @@ class SinkhornAttention(AttentionHead):
     ) -> Tensor:
         chunks = layout.chunks(self.options.block_size)
         query, key, value = (chunks.gather(x).transpose(1, 2) for x in (query_THK, key_THK, value_THK))
-        # (NC, H, C, K); what padding slots show must not be counted in sums, nor mixed into other blocks
+        # (NC, H, C, K); padding must not enter sums or other blocks
         query, key, value = (torch.where(chunks.valid[:, None, :, None], x, 0) for x in (query, key, value))
         with without_autocast(query):  # in float16 sums of a block overflow, and so does the gradient of R
             wide_query, wide_key, wide_value = map(at_least_float32, (query, key, value))
@@ -132,7 +131,7 @@ class SinkhornAttention(AttentionHead):
 
     def _sort(self, sums: Tensor, key: Tensor, value: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
         """Sorted keys and values (NC, H, C, K), and which of their slots count (NC, H, C)."""
-        groups = BlockGroups(chunks)
+        groups = ChunkGroups(chunks)
         both = torch.cat([key, value], dim=-1)
         mixed, valid = [], []
         for own_sums, own, own_valid in zip(*map(groups.gather, (sums, both, chunks.valid)), strict=True):
@@ -150,37 +149,6 @@ class SinkhornAttention(AttentionHead):
             mixed.append(blocks)
         sorted_key, sorted_value = groups.scatter(mixed).chunk(2, dim=-1)
         return sorted_key, sorted_value, groups.scatter(valid)
-
-
-class BlockGroups:
-    """The blocks of sequences with equally many, side by side: (NC, …) <-> of each group (M sequences, U blocks, …)."""
-
-    def __init__(self, chunks: Chunks):
-        counts, order = chunks.chunks_per_sequence.sort(stable=True)
-        counts, sizes = (values.tolist() for values in counts.unique_consecutive(return_counts=True))
-        self.shapes = list(zip(sizes, counts, strict=True))
-        self.order = torch.cat(
-            [
-                (chunks.first[members, None] + torch.arange(count, device=order.device)).flatten()
-                for members, count in zip(order.split(sizes), counts, strict=True)
-            ]
-        )
-
-    @cached_property
-    def place(self) -> Tensor:
-        """(NC,) the inverse of `order`."""
-        return self.order.argsort()
-
-    def gather(self, x: Tensor) -> list[Tensor]:
-        parts = _permute(x, self.order, self.place).split([size * count for size, count in self.shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    def scatter(self, parts: list[Tensor]) -> Tensor:
-        return _permute(torch.cat([part.flatten(0, 1) for part in parts]), self.place, self.order)
-
-
-def _permute(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
-    return Gather.apply(x, order, place) if x.is_floating_point() else x[order]
 
 
 def sinkhorn(logits: Tensor, num_iterations: int, last: str = "columns") -> Tensor:

@@ -4,13 +4,12 @@
     heads="split":  the first half of the heads attends over W_i, the other over C_i
     heads="merged": every head attends over the union of W_i and C_i, in one softmax
 
-Cost: N (l + n / l) K, so N sqrt(n) K with l near sqrt(n); memory likewise.
+Cost: N (l + n / l) K, so N sqrt(n) K with l near sqrt(n); memory grows alike.
 Source: Sparse Transformer (Child et al. 2019, arXiv 1904.10509, sections 4.2 and 4.3), there causal. Here both
 directions: the window to both sides, the columns up and down.
 
-The rule that keeps sequences apart: positions are the sequence's own, and l comes from the options or from the model's
-max_sequence_length, never from the length of a row or of a pack. Columns are those of the sequence's own table
-(`bert_pretrain.attention.parts.fold`).
+Isolation: positions are the sequence's own, and l comes from the options or from the model's max_sequence_length, never
+from the length of a pack. Columns are those of the sequence's own table (`bert_pretrain.attention.parts.fold`).
 """
 
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ class StridedAttention(StridePattern):
                 mask = mask & beyond_next_row(mask.shape[-1], mask.device)
             parts = self.softmax(along_columns(query), along_columns(key), along_columns(value), mask, dropout)
             found.append([from_columns(x, self.stride) for x in parts])
-        return tuple(tables.scatter(list(parts)) for parts in zip(*found, strict=True))
+        return tables.scatter_each(found)
 
 
 def beyond_next_row(rows: int, device: torch.device) -> Tensor:

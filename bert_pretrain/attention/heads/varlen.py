@@ -2,8 +2,8 @@
 
     context_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j,    j over the tokens of i's own sequence
 
-Cost: sum of n^2 K over the sequences; memory N. FlashAttention-2 (Dao 2023, arXiv 2307.08691), called as
-torch.nn.attention.varlen.varlen_attn, or in a torch that has it not as flash_attn.flash_attn_varlen_func.
+Cost: sum of n^2 K over the sequences; memory N. FlashAttention-2 (Dao 2023, arXiv 2307.08691), as
+torch.nn.attention.varlen.varlen_attn; where torch lacks it, as flash_attn.flash_attn_varlen_func.
 
 Isolation: the kernel takes the boundaries of the sequences (cu_seqlens) and works on one sequence at a time.
 """

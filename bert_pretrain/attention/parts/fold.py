@@ -4,18 +4,49 @@
                      2 3                  2 .
                      4 .
 
-The rows of a table are the sequence's own chunks, so that no table holds two sequences and nothing depends on where in
-the row of a batch a sequence lies. Python
-loops over the different numbers of rows only.
+The rows of a table are the sequence's own chunks: no table holds two sequences, and nothing depends on where in a batch
+a sequence lies. Python loops over the different numbers of rows only.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
+
+
+class ChunkGroups:
+    """The chunks of sequences with equally many, side by side: (NC, …) <-> of each group (S sequences, R chunks, …).
+
+    shapes: (S, R) of each group. members: of each group (S,) int64, which of the batch's N. order: (NC,) int64.
+    """
+
+    def __init__(self, chunks: Chunks):
+        counts, sequences = chunks.chunks_per_sequence.sort(stable=True)
+        group_counts, group_sizes = (values.tolist() for values in counts.unique_consecutive(return_counts=True))
+        self.shapes: list[tuple[int, int]] = list(zip(group_sizes, group_counts, strict=True))
+        self.members = list(sequences.split(group_sizes))
+        self.order = chunks.chunks_per_sequence[chunks.sequence].argsort(stable=True)  # keeps sequences whole
+
+    @cached_property
+    def place(self) -> Tensor:
+        """(NC,) the inverse of `order`."""
+        return self.order.argsort()
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        parts = _permute(x, self.order, self.place).split([size * count for size, count in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def scatter(self, parts: list[Tensor]) -> Tensor:
+        return _permute(torch.cat([part.flatten(0, 1) for part in parts]), self.place, self.order)
+
+
+def _permute(x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    return Gather.apply(x, order, place) if x.is_floating_point() else x[order]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +75,10 @@ class Tables:
         """Of each group (S, R, C, …) -> (T, …): the inverse of `gather`; padding slots are dropped."""
         return Scatter.apply(torch.cat([part.flatten(0, 2) for part in parts]), self.slot_of_token)
 
+    def scatter_each(self, found: list[list[Tensor]]) -> tuple[Tensor, ...]:
+        """The same for several results of each group, such as contexts and their log sums."""
+        return tuple(self.scatter(list(parts)) for parts in zip(*found, strict=True))
+
 
 def fold(layout: PackLayout, columns: int) -> Tables:
     """Every sequence of the batch in a table of `columns` columns; folded once for all layers that ask."""
@@ -52,20 +87,14 @@ def fold(layout: PackLayout, columns: int) -> Tables:
 
 def _fold(layout: PackLayout, columns: int) -> Tables:
     chunks = layout.chunks(columns)
-    rows, order = chunks.chunks_per_sequence.sort(stable=True)
-    group_rows, group_tables = (values.tolist() for values in rows.unique_consecutive(return_counts=True))
-    of_chunk = chunks.chunks_per_sequence[chunks.sequence].argsort(stable=True)  # groups hold whole sequences, in order
-    place = torch.empty_like(of_chunk)
-    place[of_chunk] = torch.arange(len(of_chunk), device=of_chunk.device)
-    shapes = list(zip(group_tables, group_rows, strict=True))
-    valid = chunks.valid[of_chunk].split([tables * rows for tables, rows in shapes])
+    groups = ChunkGroups(chunks)
     return Tables(
-        source=chunks.index[of_chunk].flatten(),
-        slot_of_token=place[chunks.slot_of_token // columns] * columns + chunks.slot_of_token % columns,
+        source=chunks.index[groups.order].flatten(),
+        slot_of_token=groups.place[chunks.slot_of_token // columns] * columns + chunks.slot_of_token % columns,
         columns=columns,
-        shapes=shapes,
-        valid=[part.unflatten(0, shape) for part, shape in zip(valid, shapes, strict=True)],
-        lengths=list(layout.lengths[order].split(group_tables)),
+        shapes=groups.shapes,
+        valid=groups.gather(chunks.valid),
+        lengths=[layout.lengths[members] for members in groups.members],
     )
 
 

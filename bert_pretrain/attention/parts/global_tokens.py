@@ -1,4 +1,4 @@
-"""Global tokens: a few tokens of each sequence that see all of it, and are seen by all of it."""
+"""Global tokens: a few tokens of each sequence that see all of it, and that all of it sees."""
 
 from dataclasses import dataclass
 

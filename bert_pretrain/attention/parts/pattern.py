@@ -7,13 +7,12 @@ predicate makes
 
     flex    FlexAttention with one BlockMask per batch, shared by all layers: CUDA
     chunks  the tokens that a chunk of queries may see, side by side, and batched products: everywhere, any dtype
-    whole   sequences so short that chunks would not pay, side by side in full, what is not seen hidden
-    mask(n) the whole matrix of one sequence: for tests
+    whole   sequences so short that chunks would not pay: side by side in full, with a mask over what is not seen
 
-The rule that keeps sequences apart: positions and n are the sequence's own, and in flex the predicate is AND-ed with
-"same sequence". Chunks never hold two sequences, so that a NaN stays where it is; flex computes in tiles that may hold
-several and hides what is not seen, so a huge number stays where it is, but a NaN does not. Whether a sequence is taken
-whole is decided by its own length alone.
+Isolation: positions and n are the sequence's own, and flex adds the predicate "same
+sequence". A chunk never holds two sequences, so a NaN stays where it is. A tile of flex may hold several and hides what
+is not seen: a huge number stays where it is, a NaN does not. Only a sequence's own length decides whether it is taken
+whole.
 """
 
 from collections.abc import Callable, Hashable
@@ -41,12 +40,12 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PatternOptions:
-    """What all pattern heads can be told."""
+    """The options of all pattern heads."""
 
     execution: str = "auto"
-    """By default, "auto", flex for CUDA tensors of 32 bits or fewer, without dropout; elsewhere short sequences whole
-    and long ones by chunks. "chunks" and "whole" take all sequences so, in float64 too, and confine NaN; "flex" never
-    copies keys, but has no gradient on CPUs."""
+    """"auto": flex for CUDA tensors of 32 bits or fewer, without dropout; elsewhere short sequences whole and long ones
+    by chunks. "chunks" and "whole" do so with all sequences, in float64 too, and confine NaN. "flex" never copies keys,
+    but has no gradient on CPUs."""
 
     def __post_init__(self) -> None:
         check_choice(self, "execution", ("auto", "flex", "chunks", "whole"))
@@ -75,7 +74,7 @@ class PatternAttention(AttentionHead):
         raise NotImplementedError
 
     def longest_whole(self) -> int:
-        """Up to which length "auto" takes a sequence whole; a number that the options alone decide."""
+        """Up to which length "auto" takes a sequence whole; only the options decide it."""
         raise NotImplementedError
 
     def extra_keys(
@@ -139,18 +138,17 @@ class PatternAttention(AttentionHead):
 
     def attend_flex(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
         extra = self.extra_keys(key_THK, value_THK, layout)
-        exists = None if extra is None else extra[2]
+        exists = None
         if extra is not None:
-            key_THK, value_THK = (
-                torch.cat([key_THK, extra[0].flatten(0, 1)]),
-                torch.cat([value_THK, extra[1].flatten(0, 1)]),
+            key_THK = torch.cat([key_THK, extra[0].flatten(0, 1)])
+            value_THK = torch.cat([value_THK, extra[1].flatten(0, 1)])
+            exists = extra[2]
+        has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query_THK, key_THK, value_THK))
+        if has_gradient and not query_THK.is_cuda:
+            raise ValueError(
+                "flex has no gradient on CPUs; set execution='chunks' there (for attention 'flex' take 'sdpa'), or use "
+                "torch.no_grad()"
             )
-        if (
-            not query_THK.is_cuda
-            and torch.is_grad_enabled()
-            and any(x.requires_grad for x in (query_THK, key_THK, value_THK))
-        ):
-            raise ValueError("flex has no gradient on CPUs; set execution='chunks' there, or use torch.no_grad()")
         block_mask = layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout, exists))
         flex_attention, _ = flex_functions()
         query, key, value = (x.transpose(0, 1)[None] for x in (query_THK, key_THK, value_THK))
@@ -186,14 +184,6 @@ class PatternAttention(AttentionHead):
 
         return mask_mod
 
-    def mask(self, length: int, device: torch.device | str = "cpu") -> Tensor:
-        """(H, n, n) bool: the pattern of one sequence in full, True = attend."""
-        device = torch.device(device)
-        head = torch.arange(self.num_heads, device=device)[:, None, None]
-        position = torch.arange(length, device=device)
-        seen = self.sees(device)(head, position[:, None], position, torch.tensor(length, device=device))
-        return seen.expand(self.num_heads, length, length)
-
     def cache_key(self) -> tuple[Hashable, ...]:
         """What the pattern depends on, besides the layout."""
         layer = self.layer_index if self.per_layer else None
@@ -226,7 +216,7 @@ class LengthSplit:
     def gather(self, x_T: Tensor) -> tuple[Tensor, Tensor]:
         """(T, …) -> the tokens of short sequences, those of long ones."""
         if self.short is None or self.long is None:
-            return x_T, x_T  # one of the two is not asked for
+            return x_T, x_T  # only one of the two is used
         number = self.short.num_tokens
         x_T = Gather.apply(x_T, self.order, self.place)
         return x_T[:number], x_T[number:]
@@ -268,8 +258,8 @@ def in_one_row(lengths: Tensor) -> PackLayout:
 def attend_part(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """Attention over these keys only, (…, Q, K) and mask (…, Q, M): the context (…, Q, K) and log sum exp (…, Q).
 
-    The least number hides and not -inf: a query may see none of this part. It then has a log sum exp far below any.
-    Scores and log sums are wide: 16 bits would overflow, or round a log sum so that the parts are joined wrongly.
+    The least number hides a key, not -inf: a query may see nothing of this part, and then has a tiny log sum exp.
+    Scores and log sums are wide: 16 bits would overflow, or round a log sum so that the join goes wrong.
     """
     with without_autocast(query):
         scores = at_least_float32(query) * query.shape[-1] ** -0.5 @ at_least_float32(key).transpose(-1, -2)

@@ -1,11 +1,11 @@
-"""Ground for heads that look at a sequence as a whole: sums, projections and pseudo-inverses over all of its tokens.
+"""The base of heads that look at a whole sequence: sums, projections and pseudo-inverses over all of its tokens.
 
     lengths 3, 20, 5, 17    ->    one call of `mix` for the sequences of 1 to 16 tokens, one for those of 17 to 32
 
-Sequences of like length lie side by side (`collate.length_groups`), each with a place of its own along the first
-dimension of every product. So a sum over a sequence is a matrix product over its own rows: no scatter, no order of
-addition that another sequence's values could change. Which kernel computes a product depends on the processor, and on
-the shape: on the width, a length rounded up to a multiple of 16, and on how many sequences share it.
+Sequences of like length lie side by side (`collate.length_groups`), each with its own place along the first dimension
+of every product. So a sum over a sequence is a matrix product over its own rows: no scatter, and no order of addition
+that another sequence could change. Which kernel computes a product depends on the processor and on the shape: the
+width, a length rounded up to a multiple of 16, and the number of sequences that share it.
 
 Shape letters: S sequences of a group, W its width, n a sequence's own length.
 """
@@ -24,7 +24,7 @@ class WholeSequenceHead(AttentionHead):
     """A head whose subclass mixes the tokens of one group of sequences, with `mix`."""
 
     precise: ClassVar[bool] = False
-    """Whether `mix` computes in float32 at least, also under autocast: for sums over a whole sequence and inverses."""
+    """Whether `mix` computes in float32 at least, even under autocast: for sums over whole sequences and inverses."""
 
     def attend(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
@@ -42,28 +42,23 @@ class WholeSequenceHead(AttentionHead):
         return groups.scatter(contexts).to(query_THK.dtype)
 
     def mix(
-        self,
-        query_SHWK: Tensor,
-        key_SHWK: Tensor,
-        value_SHWK: Tensor,
-        is_real_S11W: Tensor | None,
-        dropout: float = 0.0,
+        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0
     ) -> Tensor:
         """The context (S, H, W, K) of one group. dropout: as in `attend`.
 
-        Padding slots, at a sequence's end, show its last token; is_real_S11W is False there, None without padding.
+        Padding slots, at a sequence's end, show its last token; real_S11W is False there, None without padding.
         Mask them out of every sum over W: their gradient is dropped.
         """
         raise NotImplementedError
 
 
-def zero_padding(x_SHWK: Tensor, is_real_S11W: Tensor | None) -> Tensor:
+def zero_padding(x_SHWK: Tensor, real_S11W: Tensor | None) -> Tensor:
     """0 in padding slots, along W."""
-    return x_SHWK if is_real_S11W is None else x_SHWK.masked_fill(~is_real_S11W.transpose(2, 3), 0)
+    return x_SHWK if real_S11W is None else x_SHWK.masked_fill(~real_S11W.transpose(2, 3), 0)
 
 
-def softmax_over_tokens(scores_SHMW: Tensor, is_real_S11W: Tensor | None) -> Tensor:
+def softmax_over_tokens(scores_SHMW: Tensor, real_S11W: Tensor | None) -> Tensor:
     """Softmax over the real tokens of each sequence; 0 in padding slots."""
-    if is_real_S11W is not None:
-        scores_SHMW = scores_SHMW.masked_fill(~is_real_S11W, float("-inf"))
+    if real_S11W is not None:
+        scores_SHMW = scores_SHMW.masked_fill(~real_S11W, float("-inf"))
     return scores_SHMW.softmax(-1)

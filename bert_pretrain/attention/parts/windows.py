@@ -2,7 +2,7 @@
 
     chunks of a sequence  0 1 2 3,  reach 1    ->    chunk 0: . 0 1    chunk 1: 0 1 2    chunk 3: 2 3 .
 
-Where there is no neighbour the chunk itself stands in, hidden: what is read is always the sequence's own.
+Where a neighbour is missing, the mask hides the chunk itself in its place: reads never leave the sequence.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from collate.chunks import NO_CHUNK, Chunks
 from collate.layout import PackLayout
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 64
-"""Larger chunks copy each key less often, but reach further beyond the window than needed."""
+"""Larger chunks copy each key less often, but reach further beyond the window."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def chunk_and_reach(window: int) -> tuple[int, int]:
 
 
 def keys_per_query(window: int) -> int:
-    """Key slots that each query meets. Whole, a sequence of as many tokens is cheaper: no key is copied."""
+    """Key slots that each query meets. A sequence of as many tokens is cheaper whole: no key is copied."""
     size, reach = chunk_and_reach(window)
     return (2 * reach + 1) * size
 

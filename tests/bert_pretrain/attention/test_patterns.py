@@ -210,12 +210,20 @@ def test_slow_twin(name):
             torch.testing.assert_close(value, of_twin, rtol=0, atol=1e-11)
 
 
+def mask_of(attention, length):
+    """(H, n, n) bool: the pattern of one sequence in full, True = attend."""
+    head = torch.arange(attention.num_heads)[:, None, None]
+    position = torch.arange(length)
+    sees = attention.sees(torch.device("cpu"))
+    return sees(head, position[:, None], position, torch.tensor(length)).expand(attention.num_heads, length, length)
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_predicate_is_the_pattern(name):
     """The mask that flex gets, and that the chunks are tested against."""
     attention = make(HEADS[name])
     for n in (1, 2, 8, 37, 64):
-        mask = attention.mask(n)
+        mask = mask_of(attention, n)
         assert mask.shape == (2, n, n)
         twin = TWINS[name].__closure__[0].cell_contents
         assert mask.tolist() == [[[j in twin(h, i, n) for j in range(n)] for i in range(n)] for h in range(2)]
@@ -225,7 +233,7 @@ def test_the_patterns_as_drawn():
     """One row per query of a sequence of 6 tokens; x is seen."""
 
     def drawn(attention, head=0):
-        return ["".join(".x"[seen] for seen in row) for row in attention.mask(6)[head].tolist()]
+        return ["".join(".x"[seen] for seen in row) for row in mask_of(attention, 6)[head].tolist()]
 
     assert drawn(LocalAttention(2, 8, 64, window=1)) == ["xx....", "xxx...", ".xxx..", "..xxx.", "...xxx", "....xx"]
     strided = StridedAttention(2, 8, 64, stride=2)
@@ -460,7 +468,7 @@ def test_random_blocks_are_drawn_outside_global_ones(first, last):
 
 def test_random_blocks_differ_by_head_layer_block_length_and_seed_and_by_nothing_else():
     def mask(layer_index=0, n=200, **options):
-        return BigBirdAttention(2, 8, 256, layer_index=layer_index, block=4, global_tokens=0, **options).mask(n)
+        return mask_of(BigBirdAttention(2, 8, 256, layer_index=layer_index, block=4, global_tokens=0, **options), n)
 
     assert (mask() == mask()).all()
     assert (mask()[0] != mask()[1]).any()
@@ -470,7 +478,7 @@ def test_random_blocks_differ_by_head_layer_block_length_and_seed_and_by_nothing
 
 def test_no_head_of_any_layer_draws_the_blocks_of_another():
     """Heads draw different patterns. (Once 144 heads had 16: head 1 of layer 0 drew like head 2 of layer 1.)"""
-    layers = [BigBirdAttention(12, 8, 256, layer_index=layer, block=4).mask(256) for layer in range(12)]
+    layers = [mask_of(BigBirdAttention(12, 8, 256, layer_index=layer, block=4), 256) for layer in range(12)]
     assert len({mask.numpy().tobytes() for masks in layers for mask in masks}) == 144
 
 
