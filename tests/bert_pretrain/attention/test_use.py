@@ -181,7 +181,7 @@ def test_another_class_than_the_one_saved_gets_its_heads(tmp_path):
 def test_a_folder_without_the_weights_of_the_heads_is_refused(tmp_path):
     use_attention(BertModel(make_config()), ["linformer", "sdpa"]).save_pretrained(tmp_path / "one")
     use_attention(BertModel(make_config()), ["sdpa", "linformer"]).save_pretrained(tmp_path / "other")
-    said = r"not hold the weights of \['linformer', 'sdpa'\] in BertModel: it lacks \['encoder\.layer\.0\..*has besides"
+    said = r"not hold the weights of \['linformer', 'sdpa'\] in BertModel: it lacks \['encoder\.layer\.0\..*also has"
     with pytest.raises(ValueError, match=said + r" \['encoder\.layer\.1\..*saved from BertModel"):
         load_attention(BertModel.from_pretrained(tmp_path / "one"), tmp_path / "other")
 
