@@ -1,12 +1,11 @@
 """The command `bert-pretrain`: `prepare` turns text into sequences, `train` pretrains on their packs."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import version
 
 from bert_pretrain.failure import say_end, say_failure
-from bert_pretrain.options import parse, read_config_file, split_config_file
+from bert_pretrain.options import parse, read_arguments
 from bert_pretrain.stand_in import stand_in
 from packing.files.errors import suggestion
 
@@ -84,12 +83,6 @@ def main(arguments: list[str] | None = None) -> int:
             return stop.code
         raise
     return 0
-
-
-def read_arguments(arguments: Sequence[str]) -> tuple[str | None, dict, list[str]]:
-    """The config file, its values, and the flags."""
-    config_file, flags = split_config_file(arguments)
-    return config_file, {} if config_file is None else read_config_file(config_file), flags
 
 
 def _prepare(arguments: list[str]) -> None:

@@ -27,11 +27,11 @@ FORMATS = (".yaml", ".yml", ".json")
 SEE_HELP = "; --help lists the options"
 
 
-def split_config_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """["config.yaml", "--seed", "1"] -> "config.yaml", ["--seed", "1"]"""
+def read_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any], list[str]]:
+    """The config file, its values, and the flags: ["run.yaml", "--seed", "1"] -> "run.yaml", {…}, ["--seed", "1"]"""
     if arguments and not arguments[0].startswith("-"):
-        return arguments[0], list(arguments[1:])
-    return None, list(arguments)
+        return arguments[0], read_config_file(arguments[0]), list(arguments[1:])
+    return None, {}, list(arguments)
 
 
 def read_config_file(file: str) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def parse(words):
     from transformers import TrainingArguments
 
     from bert_pretrain.options import parse as parse_options
-    from bert_pretrain.options import read_config_file, split_config_file
+    from bert_pretrain.options import read_config_file
     from bert_pretrain.prepare.prepare import PrepareConfig
     from bert_pretrain.train.config import PretrainConfig
 
@@ -261,7 +261,7 @@ def parse(words):
         return
     command, *arguments = arguments
     kinds = {"prepare": (PrepareConfig,), "train": (PretrainConfig, TrainingArguments)}[command]
-    file, flags = split_config_file(arguments)
+    file, flags = (None, arguments) if arguments[0].startswith("-") else (arguments[0], arguments[1:])
     values = read_config_file(file) if file and Path(file).exists() else {}
     parse_options(kinds, name, file, values, flags)
 

@@ -83,6 +83,10 @@ class AttentionHead(nn.Module):
         """The keyword that `attend` gets where the head supports dropout."""
         return {"dropout": dropout} if self.supports_dropout else {}
 
+    def generator(self) -> torch.Generator:
+        """For what a layer draws when it is built, if the head has an option `seed`: each layer draws its own."""
+        return torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
+
     def register_at_least_float32(self, name: str, shape: tuple[int, ...]) -> None:
         """Give the head an empty buffer that is saved with it and keeps its precision: see `_apply`."""
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
@@ -124,6 +128,11 @@ def initialize_head(head: nn.Module) -> None:
         with torch.no_grad():
             for tensor, value in loaded:
                 tensor.copy_(value)
+
+
+def draw_normal(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Float32 on the CPU, whatever torch's defaults are: the draws are the same everywhere."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def as_one_type(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,7 +53,7 @@ def build_sequences(
 
     vocabulary: the tokenizer's fingerprint, kept in the dataset's info; training compares it.
     progress: show a bar on stderr.
-    Raises ValueError for options that don't fit the documents, and where SOP finds no pair.
+    Raises ValueError for options that do not fit the documents, and where they give no pair.
     """
     from datasets import DatasetInfo, Features
 
@@ -80,10 +80,10 @@ def build_sequences(
     info = DatasetInfo(features=Features.from_arrow_schema(_schema(options.objective)), config_name=vocabulary)
     # The fingerprint comes from the content: datasets keeps the results of map() under it.
     write_dataset(output, batches(), info, digest.hexdigest, split)
-    if options.objective == "sop" and not counts.pairs:
+    if OBJECTIVES[options.objective].column is not None and not counts.pairs:
         raise ValueError(
-            f"objective='sop' needs documents of two sentences or more, and all {len(documents)} have one; take whole "
-            "files for documents (documents='file'), or choose objective='none'"
+            f"objective={options.objective!r} needs documents of two sentences or more, and all {len(documents)} have "
+            "one; take whole files for documents (documents='file'), or choose objective='none'"
         )
     return counts
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.heads.local import LocalOptions, banded, window_mask
+from bert_pretrain.attention.heads.local import LocalAttention, LocalOptions, window_mask
 from bert_pretrain.attention.options import check_integer
-from bert_pretrain.attention.parts.pattern import PatternAttention, Sees
-from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
+from bert_pretrain.attention.parts.pattern import Sees
+from bert_pretrain.attention.parts.windows import Windows, attend, windows_of_tokens
 from collate.layout import PackLayout
 
 
@@ -38,13 +38,13 @@ class EtcOptions(LocalOptions):
         check_integer(self, "global_tokens", 1, "without global tokens take local attention")
 
 
-class EtcAttention(PatternAttention):
+class EtcAttention(LocalAttention):
     """Softmax attention over a window and means of the own sequence; no parameters."""
 
     Options = EtcOptions
 
     def sees(self, device: torch.device) -> Sees:
-        near = banded(self.options.window)
+        near = super().sees(device)
 
         def sees(head, query, key, length):
             return near(head, query, key, length) | (key < 0)  # -1: a mean of the sequence, no token
@@ -54,9 +54,6 @@ class EtcAttention(PatternAttention):
     def extra_keys(self, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
         key, value = (block_means(x, layout, self.options.global_tokens) for x in (key_THK, value_THK))
         return key, value, self.exists(layout)
-
-    def longest_whole(self) -> int:
-        return keys_per_query(self.options.window) * 3 // 2  # about where the two cost the same
 
     def attend_chunks(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0

@@ -39,7 +39,12 @@ class LocalAttention(PatternAttention):
     Options = LocalOptions
 
     def sees(self, device: torch.device) -> Sees:
-        return banded(self.options.window)
+        window = self.options.window
+
+        def sees(head, query, key, length):
+            return (query - key).abs() <= window
+
+        return sees
 
     def longest_whole(self) -> int:
         return keys_per_query(self.options.window) * 3 // 2  # about where the two cost the same
@@ -51,15 +56,6 @@ class LocalAttention(PatternAttention):
         mask = layout.derived((*self.cache_key(), "mask"), lambda: window_mask(view, self.options.window))
         context = attend(view.queries(query_THK), view.keys(key_THK), view.keys(value_THK), mask, dropout)
         return view.to_tokens(context)
-
-
-def banded(window: int) -> Sees:
-    """The pattern of own positions at most `window` apart."""
-
-    def sees(head, query, key, length):
-        return (query - key).abs() <= window
-
-    return sees
 
 
 def window_mask(view: Windows, window: int) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.head import AttentionHead, unit_vectors
+from bert_pretrain.attention.head import AttentionHead, draw_normal, unit_vectors
 from bert_pretrain.attention.options import check_choice, check_integer, check_seed
 from collate.chunks import Chunks
 from collate.layout import PackLayout
@@ -100,9 +100,7 @@ class LSHAttention(AttentionHead):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the rotations of this layer."""
-        generator = torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
-        drawn = torch.randn(self.rotations.shape, generator=generator, dtype=torch.float32, device="cpu")
-        self.rotations.copy_(drawn)
+        self.rotations.copy_(draw_normal(self.rotations.shape, self.generator()))
 
     def attend(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0

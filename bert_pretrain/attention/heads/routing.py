@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from bert_pretrain.attention.head import AttentionHead, unit_vectors, without_autocast
+from bert_pretrain.attention.head import AttentionHead, draw_normal, unit_vectors, without_autocast
 from bert_pretrain.attention.options import check_integer, check_number, check_seed
 from collate.layout import PackLayout
 from collate.length_groups import WIDTH_STEP
@@ -80,9 +80,7 @@ class RoutingAttention(AttentionHead):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw this layer's first centroids: random directions."""
-        generator = torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
-        drawn = torch.randn(self.centroids_HCK.shape, generator=generator, dtype=torch.float32, device="cpu")
-        self.centroids_HCK.copy_(F.normalize(drawn, dim=-1))
+        self.centroids_HCK.copy_(F.normalize(draw_normal(self.centroids_HCK.shape, self.generator()), dim=-1))
         self.num_updates.zero_()
         self._sums, self._micro_batches = None, 0
 

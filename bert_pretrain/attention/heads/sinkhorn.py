@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.head import AttentionHead, without_autocast
+from bert_pretrain.attention.head import AttentionHead, draw_normal, without_autocast
 from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
 from bert_pretrain.attention.parts.fold import ChunkGroups
 from collate.chunks import Chunks
@@ -86,8 +86,8 @@ class SinkhornAttention(AttentionHead):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw this layer's W and noise."""
-        generator = torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
-        drawn = torch.randn(self.sort_weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+        generator = self.generator()
+        drawn = draw_normal(self.sort_weight.shape, generator)
         # a W of 0 would be a dead relu; the scale does not matter, as sinkhorn takes it out
         self.sort_weight.copy_(drawn * (2 * self.head_width) ** -0.5)
         if self.options.noise:

@@ -11,8 +11,7 @@ import pytest
 from transformers import TrainingArguments
 
 from bert_pretrain.cli import main as bert_pretrain
-from bert_pretrain.cli import read_arguments
-from bert_pretrain.options import _make_parser, parse, read_config_file
+from bert_pretrain.options import _make_parser, parse, read_arguments, read_config_file
 from bert_pretrain.stand_in import stand_in
 from bert_pretrain.train.config import PretrainConfig
 
