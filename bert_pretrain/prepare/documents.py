@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import sentencex
 
+from packing.files.errors import SourceError
 from packing.files.names import NamedFile
 from packing.source.open import find_texts
 from packing.source.text_files import TextBlock, TextRows, paragraphs, read_lines
@@ -54,7 +55,7 @@ def find_sources(names: list[str], text_column: str | None = None) -> TextSource
     """
     if not names:
         raise ValueError("no text was named; give files, folders, globs, names of the hub, or URLs")
-    found = [(name, find_texts(name, text_column)) for name in names]
+    found = [(name, _texts(name, text_column)) for name in names]
     if all(len(splits) == 1 for _, splits in found):
         return {"": [source for _, splits in found for texts in splits.values() for source in texts]}
     joined: TextSources = {}
@@ -68,6 +69,16 @@ def find_sources(names: list[str], text_column: str | None = None) -> TextSource
         for split, texts in splits.items():
             joined.setdefault(split, []).extend(texts)
     return joined
+
+
+def _texts(name: str, text_column: str | None) -> TextSources:
+    """The text of one source; errors about its columns begin with its name."""
+    try:
+        return find_texts(name, text_column)
+    except SourceError as error:
+        if error.file is not None:
+            raise
+        raise ValueError(f"{name!r}: {error}") from None
 
 
 def no_text(sources: TextSources) -> ValueError:

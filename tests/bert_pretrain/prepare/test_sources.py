@@ -204,7 +204,19 @@ def test_of_two_columns_of_strings_one_must_be_named(tmp_path):
     (tmp_path / "pairs.csv").write_text("first,second\nOne is here.,Two is there.\n")
     with pytest.raises(ValueError, match=r"'first' and 'second' hold texts; .*--text-column"):
         documents_of(tmp_path / "pairs.csv")
+    with pytest.raises(ValueError, match=r"pairs.csv': no column 'secnd' .*did you mean 'second'\?"):
+        documents_of(tmp_path / "pairs.csv", text_column="secnd")
     assert documents_of(tmp_path / "pairs.csv", text_column="second") == [["Two is there."]]
+
+
+def test_chinese_rows_and_texts_are_the_same_sentences(tmp_path):
+    """A table with Chinese names of columns, and a file with blank lines between documents."""
+    texts = ["今天天气很好。我们去公园玩！", "他说：「好」。再见。"]
+    (tmp_path / "rows.csv").write_text("编号,正文\n" + "".join(f"{n},{text}\n" for n, text in enumerate(texts)))
+    (tmp_path / "text.txt").write_text("\n\n \n".join(texts) + "\n\n")
+    expected = [["今天天气很好。", "我们去公园玩！"], ["他说：「好」。", "再见。"]]
+    assert documents_of(tmp_path / "rows.csv", text_column="正文") == expected
+    assert documents_of(tmp_path / "text.txt") == expected
 
 
 def test_prepare_trains_on_the_text_of_json_lines(tmp_path):
