@@ -97,18 +97,13 @@ def refuse_unknown(known: Iterable[str], config_file: str | None, keys: Iterable
         if key not in known:
             meant = suggestion(key, known, SEE_HELP)
             raise ValueError(f"config file {config_file!r} has an unknown key {key!r}{meant}")
-    options = {_option(name) for name in known}
+    options = {f"--{name.replace('_', '-')}" for name in known}
     for flag in flags:
         option = flag.partition("=")[0]
         if not flag.startswith("--") or option in ("--help", "--version"):
             continue
         if option not in options and f"--{option.removeprefix('--no-')}" not in options:
             raise ValueError(f"unknown option {option}{suggestion(option, options, SEE_HELP)}")
-
-
-def _option(name: str) -> str:
-    """max_steps -> --max-steps"""
-    return f"--{name.replace('_', '-')}"
 
 
 def parse(

@@ -90,7 +90,9 @@ def no_text(sources: TextSources) -> ValueError:
 def documents_of(block: TextBlock, options: DocumentOptions) -> Iterator[Document]:
     """The documents of one block."""
     for lines in read_lines(block):
-        parts = [_sentences(part, options) for part in paragraphs(lines, options.documents)]
+        parts = list(paragraphs(lines, options.documents))
+        if options.sentences == "split":
+            parts = [split_sentences(" ".join(part), options.language) for part in parts]
         if options.documents == "file":
             parts = [[sentence for part in parts for sentence in part]]
         yield from filter(None, parts)
@@ -104,7 +106,3 @@ def split_sentences(paragraph: str, language: str = "en") -> list[str]:
     """
     found = (" ".join(sentence.split()) for sentence in sentencex.segment(language, paragraph))
     return [sentence for sentence in found if sentence]
-
-
-def _sentences(paragraph: list[str], options: DocumentOptions) -> Document:
-    return paragraph if options.sentences == "lines" else split_sentences(" ".join(paragraph), options.language)

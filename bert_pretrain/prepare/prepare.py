@@ -152,7 +152,7 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
         tokenizer = _tokenizer(text, splits, config)
         with TemporaryDirectory(prefix="tokens-", dir=folder) as temporary:
             summary = {
-                split: _prepare_split(split, members, text, tokenizer, config, folder / split, Path(temporary), workers)
+                split: _prepare_split(split, members, text, tokenizer, config, folder / split, Path(temporary))
                 for split, members in splits.items()
             }
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -167,7 +167,7 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
 
 
 def _tokenizer(text: Text, splits: dict[str, np.ndarray], config: PrepareConfig) -> "PreTrainedTokenizerFast":
-    """The given one, or one that is trained on the training split."""
+    """The given tokenizer, or one that is trained on the training split."""
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     train = splits["train"]
@@ -182,7 +182,6 @@ def _prepare_split(
     config: PrepareConfig,
     output: Path,
     temporary: Path,
-    workers: Workers,
 ) -> SplitSummary:
     """Documents -> token ids, in a temporary folder -> sequences, in `output`."""
     tokenizer_file, tokens = temporary / "tokenizer.json", temporary / split
@@ -190,7 +189,9 @@ def _prepare_split(
     longest = longest_sentence(config.objective, config.max_sequence_length)
     documents = text.tokenize(members, tokenizer_file, tokens, split, longest)
     if not len(documents):
-        raise ValueError(f"{split} split: the tokenizer left no token of {members.sum()} documents")
+        raise ValueError(
+            f"{split} split: the tokenizer left no token of {members.sum()} documents; give one of this language"
+        )
     options = BuildOptions(
         objective=config.objective,
         cls_token_id=tokenizer.cls_token_id,
@@ -201,7 +202,7 @@ def _prepare_split(
     )
     vocabulary = vocabulary_fingerprint(tokenizer)
     try:
-        counts = build_sequences(tokens, options, vocabulary, output, split, workers, text.progress)
+        counts = build_sequences(tokens, options, vocabulary, output, split, text.workers, text.progress)
     except ValueError as error:
         hint = "; test_fraction=0 makes no test split" if split == "test" else ""
         raise ValueError(f"{split} split: {error}{hint}") from None
@@ -267,7 +268,7 @@ A_DOCUMENT_IS = {"paragraph": "what blank lines part", "line": "each line", "fil
 
 
 def _check_documents(num_documents: int, config: PrepareConfig) -> None:
-    """Before a vocabulary is trained: a random next sentence comes from another document of the same split."""
+    """Refuse too few documents, before a vocabulary is trained: a random next sentence comes from another document."""
     num_test = math.ceil(config.test_fraction * num_documents)
     least = OBJECTIVES[config.objective].documents
     why = f"objective={config.objective!r} needs {least} documents in each split"

@@ -95,13 +95,7 @@ def check_draws(short_sequence_probability: float, seed: int) -> None:
 
 
 def nsp_pairs(
-    documents: TokenDocuments,
-    document: int,
-    target: int,
-    room: int,
-    cls_token_id: int,
-    sep_token_id: int,
-    draw: np.random.Generator,
+    documents: TokenDocuments, document: int, target: int, room: int, cls: int, sep: int, draw: np.random.Generator
 ) -> Iterator[BuiltSequence]:
     """Sentence pairs of one document for next-sentence prediction, as the original BERT builds them.
 
@@ -140,7 +134,7 @@ def nsp_pairs(
         a, b = _fit(whole_a, whole_b, room, draw)
         # A random B is no loss: its document shows all of its tokens itself.
         dropped = len(whole_a) - len(a) + (0 if is_random else len(whole_b) - len(b))
-        yield _pair(a, b, cls_token_id, sep_token_id, IS_RANDOM if is_random else IS_NEXT, dropped)
+        yield _pair(a, b, cls, sep, IS_RANDOM if is_random else IS_NEXT, dropped)
         start = a_end if is_random else end
 
 
@@ -153,13 +147,7 @@ def _random_place(documents: TokenDocuments, document: int, draw: np.random.Gene
 
 
 def sop_pairs(
-    documents: TokenDocuments,
-    document: int,
-    target: int,
-    room: int,
-    cls_token_id: int,
-    sep_token_id: int,
-    draw: np.random.Generator,
+    documents: TokenDocuments, document: int, target: int, room: int, cls: int, sep: int, draw: np.random.Generator
 ) -> Iterator[BuiltSequence]:
     """Pairs of consecutive segments of one document, half of them switched, for sentence-order prediction.
 
@@ -187,22 +175,16 @@ def sop_pairs(
         # First switch, then cut: the cut treats A and B a little differently, which must not tell the order.
         a, b = _fit(b, a, room, draw) if is_switched else _fit(a, b, room, draw)
         dropped = int(offsets[end] - offsets[start]) - len(a) - len(b)
-        yield _pair(a, b, cls_token_id, sep_token_id, SWITCHED if is_switched else IN_ORDER, dropped)
+        yield _pair(a, b, cls, sep, SWITCHED if is_switched else IN_ORDER, dropped)
         start = end
     if start < last:
         whole = documents.tokens[offsets[start] : offsets[last]]
         kept = _cut(whole, min(len(whole), room + PAIR_SPECIALS - SINGLE_SPECIALS), draw)
-        yield _single(kept, cls_token_id, sep_token_id, NO_PAIR, len(whole) - len(kept))
+        yield _single(kept, cls, sep, NO_PAIR, len(whole) - len(kept))
 
 
 def single_sequences(
-    documents: TokenDocuments,
-    document: int,
-    target: int,
-    room: int,
-    cls_token_id: int,
-    sep_token_id: int,
-    draw: np.random.Generator,
+    documents: TokenDocuments, document: int, target: int, room: int, cls: int, sep: int, draw: np.random.Generator
 ) -> Iterator[BuiltSequence]:
     """Runs of full sentences of one document, without pairs or labels; no token is lost.
 
@@ -216,7 +198,7 @@ def single_sequences(
     RoBERTa's DOC-SENTENCES, Liu et al. 2019, https://arxiv.org/abs/1907.11692, section 4.2.
     """
     for start, end in _runs(documents, document, target, room):
-        yield _single(documents.tokens[start:end], cls_token_id, sep_token_id, None, 0)
+        yield _single(documents.tokens[start:end], cls, sep, None, 0)
 
 
 def _runs(documents: TokenDocuments, document: int, target: int, room: int) -> Iterator[tuple[int, int]]:

@@ -247,7 +247,7 @@ def test_pairs_are_those_built_sentence_by_sentence(draws, lengths, target, more
     ids = iter(range(10, 10_000))
     lists = [[[next(ids) for _ in range(n)] for n in document] for document in lengths]
     for number in range(len(lists)):
-        options = {"target": target, "room": room, "cls_token_id": CLS, "sep_token_id": SEP}
+        options = {"target": target, "room": room, "cls": CLS, "sep": SEP}
         built = nsp_pairs(documents, number, **options, draw=draws(start))
         assert [sides(pair) for pair in built] == nsp_one_by_one(lists, number, target, room, draws(start))
         built = sop_pairs(documents, number, **options, draw=draws(start))
