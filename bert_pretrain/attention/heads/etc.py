@@ -72,8 +72,7 @@ class EtcAttention(LocalAttention):
         """(N, G) bool: a sequence of fewer than G tokens has as many global tokens as tokens."""
         number = self.options.global_tokens
         return layout.derived(
-            ("etc exists", number),
-            lambda: torch.arange(number, device=layout.lengths.device) < layout.lengths[:, None],
+            ("etc exists", number), lambda: torch.arange(number, device=layout.lengths.device) < layout.lengths[:, None]
         )
 
     def chunk_mask(self, view: Windows, layout: PackLayout) -> Tensor:

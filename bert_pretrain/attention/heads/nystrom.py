@@ -59,12 +59,7 @@ class NystromAttention(WholeSequenceHead):
 
 
 def nystrom(
-    query_SHWK: Tensor,
-    key_SHWK: Tensor,
-    value_SHWK: Tensor,
-    real_S11W: Tensor | None,
-    landmarks: int,
-    iterations: int,
+    query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, landmarks: int, iterations: int
 ) -> Tensor:
     """The formula, for sequences of at least `landmarks` tokens."""
     means_S1MW = segment_means(query_SHWK, real_S11W, landmarks)
