@@ -93,7 +93,7 @@ def block_means(x_THK: Tensor, layout: PackLayout, number: int) -> Tensor:
 
 
 def mean_weights(layout: PackLayout, number: int, dtype: torch.dtype) -> list[Tensor]:
-    """Of each length group (S, G, width): 1 / (tokens of the block) on the tokens of each block, 0 elsewhere."""
+    """For each length group (S, G, width): 1 / (tokens of the block) on the tokens of each block, 0 elsewhere."""
     weights = []
     for members, (_, width) in zip(layout.length_groups.members, layout.length_groups.shapes, strict=True):
         length = layout.lengths[members, None]

@@ -252,7 +252,7 @@ class Clusters:
 
 
 def _sources(layout: PackLayout) -> list[Tensor]:
-    """Of each length group (M, width): the token that each slot shows."""
+    """For each length group (M, width): the token that each slot shows."""
     groups = layout.length_groups
     parts = groups.source.split([n * width for n, width in groups.shapes])
     return [part.unflatten(0, shape) for part, shape in zip(parts, groups.shapes, strict=True)]

@@ -73,17 +73,17 @@ class StridePattern(PatternAttention):
     def near(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
     ) -> tuple[Tensor, ...]:
-        """The near pattern's context; merged, its log sum besides."""
+        """The near pattern's context; if merged, also its log sum."""
         raise NotImplementedError
 
     def far(
         self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
     ) -> tuple[Tensor, ...]:
-        """The far pattern's context; merged, only what the near pattern lacks, and its log sum besides."""
+        """The far pattern's context; if merged, only of what the near pattern lacks, and also its log sum."""
         raise NotImplementedError
 
     def softmax(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> tuple[Tensor, ...]:
-        """The context; merged, its log sum besides."""
+        """The context; if merged, also its log sum."""
         inputs = query, key, value, mask, dropout
         return (attend(*inputs),) if self.split else attend_part(*inputs)
 

@@ -72,7 +72,7 @@ class Tables:
         return [part.unflatten(0, (*shape, self.columns)) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def scatter(self, parts: list[Tensor]) -> Tensor:
-        """Of each group (S, R, C, …) -> (T, …): the inverse of `gather`; padding slots are dropped."""
+        """Each group's (S, R, C, …) -> (T, …): the inverse of `gather`; padding slots are dropped."""
         return Scatter.apply(torch.cat([part.flatten(0, 2) for part in parts]), self.slot_of_token)
 
     def scatter_each(self, found: list[list[Tensor]]) -> tuple[Tensor, ...]:

@@ -120,7 +120,7 @@ class PatternAttention(AttentionHead):
         return groups.scatter(contexts)
 
     def group_masks(self, layout: PackLayout, extra: tuple | None) -> list[Tensor]:
-        """Of each length group (S, H or 1, width, width + G) bool."""
+        """For each length group (S, H or 1, width, width + G) bool."""
         device = layout.lengths.device
         sees = self.sees(device)
         head = torch.arange(self.num_heads if self.per_head else 1, device=device)[:, None, None]

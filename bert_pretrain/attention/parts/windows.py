@@ -44,7 +44,7 @@ class Windows:
         return self.neighbours(self.chunks.gather(x_THK)).transpose(1, 2)
 
     def neighbours(self, x: Tensor) -> Tensor:
-        """Of each chunk (NC, C, …) -> of its neighbours (NC, M, …)."""
+        """Each chunk (NC, C, …) -> its neighbours (NC, M, …)."""
         return x.index_select(0, self.source.flatten()).unflatten(0, self.source.shape).flatten(1, 2)
 
     def to_tokens(self, context: Tensor) -> Tensor:
