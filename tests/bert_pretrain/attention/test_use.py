@@ -150,8 +150,8 @@ def test_flex_execution_refuses_gradients_on_cpus():
 
 def test_the_head_in_the_docs_keeps_the_contract():
     page = (Path(__file__).parents[3] / "docs/attention.md").read_text(encoding="utf-8")
-    source = re.search(r"class MeanAttention.*?(?=\n\n\n)", page, re.DOTALL).group()
-    names = {"AttentionHead": AttentionHead}
+    source = re.search(r"from torch import Tensor.*?class MeanAttention.*?(?=\n\n\n)", page, re.DOTALL).group()
+    names: dict = {}
     exec(source, names)
     check_contract(names["MeanAttention"])
 
