@@ -42,9 +42,9 @@ def _run(arguments: Namespace) -> int:
     from packing.files.cache import new_cache
 
     sources.check_text_options(arguments)
-    if arguments.source is None and arguments.text_column is not None:
-        raise ValueError(f"--text-column {arguments.text_column!r} is for texts in a source; also give --source")
     if arguments.source is None:
+        if arguments.text_column is not None:
+            raise ValueError(f"--text-column {arguments.text_column!r} is for texts in a source; also give --source")
         return 0 if verify(arguments.packed, None) else 1
     with new_cache() as cache:  # the cache that packing used may be damaged
         return 0 if verify(arguments.packed, sources.load_sequences(arguments, cache).splits) else 1
@@ -63,15 +63,12 @@ def verify(packed: str, source: dict | None) -> bool:
             print(f"not verified: {error}")
             return False
         faults = list(_beside_splits(folder, names))
-    ok = not faults
+    for name in sorted({*(source or ())} - {*names}):
+        faults.append(f"split {name!r} of the source is not among the packed ones" if name else NO_SPLITS)
     for fault in faults:
         print(f"not verified: {fault}")
-    for name in names:
-        ok &= _verify_split(folder, name, source)
-    for name in sorted({*source} - {*names}) if source is not None else ():
-        print(f"not verified: split {name!r} of the source is not among the packed ones" if name else NO_SPLITS)
-        ok = False
-    return ok
+    verified = [_verify_split(folder, name, source) for name in names]
+    return all(verified) and not faults
 
 
 def _verify_split(folder: Path | RemotePath, name: str, source: dict | None) -> bool:
@@ -110,7 +107,7 @@ def _beside_splits(folder: Path | RemotePath, names: list[str]) -> Iterator[str]
             yield f"{name} does not belong beside {DICT}: load_from_disk would open it instead of the splits; remove it"
 
 
-NO_SPLITS = "not verified: the source has no splits, and the packed folder has"
+NO_SPLITS = "the source has no splits, and the packed folder has"
 
 COMMAND = Subcommand(
     description="Prove that a packed folder holds every sequence once and unchanged, and that no pack is too long.",

@@ -10,6 +10,7 @@ Memory: a bit for each row of the source that has been seen, and 40 bytes for ea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,44 +73,46 @@ class PackCheck:
     def __init__(self, facts: PackedInfo, features: datasets.Features, findings: Findings):
         assert facts.source_rows is not None  # checked_facts refuses a stream's
         self.facts, self.source_rows, self.findings = facts, facts.source_rows, findings
-        self.schema, self.features = features.arrow_schema, features
+        self.features = features
+        self._types = {column.name: column.type for column in features.arrow_schema}
         self.packs = self.sequences = self.tokens = self.deepest = 0
         self.overlong_rows = np.array(facts.overlong_rows, np.int64)
         self._seen = np.zeros(-(-self.source_rows // 8), np.uint8)  # a bit for each row
         self._pieces: list[np.ndarray] = []  # (5, n), as in PIECE
         self._schemas: set = set()
-        self._check_features(features)
+        self._check_columns()
 
-    def _check_features(self, features: datasets.Features) -> None:
+    def _check_columns(self) -> None:
         """Check that the dataset's columns are those of a packing."""
-        for name in self.schema.names:
-            if not is_list(self.schema.field(name).type):
-                what = f"holds {self.schema.field(name).type}, not a list for each pack"
-                self.findings.add("columns", what, column=name)
+        values = {name: type_.value_type if is_list(type_) else None for name, type_ in self._types.items()}
+        for name, value in values.items():
+            if value is None:
+                self.findings.add("columns", f"holds {self._types[name]}, not a list for each pack", column=name)
         added = {name: type_ for name, type_ in ADDED.items() if name != STARTS or self.facts.overlong == "split"}
         for name, type_ in added.items():
-            if name not in features:
+            if name not in values:
                 self.findings.add("columns", "is missing", column=name)
-            elif self._value_type(name) != type_:
-                self.findings.add("columns", "type", column=name, found=self._value_type(name), expected=type_)
+            elif values[name] != type_:
+                self.findings.add("columns", "type", column=name, found=values[name], expected=type_)
         for name in self.facts.token_columns:
-            if name not in features:
+            if name not in values:
                 self.findings.add("columns", "is missing: it has one value per token", column=name)
-        if INPUT_IDS in features and not pa.types.is_integer(self._value_type(INPUT_IDS) or pa.null()):
-            self.findings.add("columns", f"holds {self.schema.field(INPUT_IDS).type}", column=INPUT_IDS)
+        if INPUT_IDS in values and not pa.types.is_integer(values[INPUT_IDS] or pa.null()):
+            self.findings.add("columns", f"holds {self._types[INPUT_IDS]}", column=INPUT_IDS)
         self._needed = (*added, *self.facts.token_columns)
         self.can_be_read = not self.findings.counts["columns"]
-
-    def _value_type(self, name: str) -> pa.DataType | None:
-        type_ = self.schema.field(name).type
-        return type_.value_type if is_list(type_) else None
 
     def check(self, block: Block) -> PackedSequences | None:
         """The sequences that can be compared with the source; None: there are none."""
         if not self._check_schema(block) or not block.batch.num_rows:
             self.packs += block.batch.num_rows
             return None
-        columns = self._open(block)
+        columns = {
+            name: open_token_column(
+                name, pa.chunked_array([block.batch.column(name)]), None, nulls=name not in self._needed
+            )
+            for name in self._types
+        }
         local = np.arange(block.batch.num_rows)
         found = {name: column.find(local) for name, column in columns.items()}
         sound = self._without_nulls(block, columns, found)
@@ -150,19 +153,16 @@ class PackCheck:
     def _check_schema(self, block: Block) -> bool:
         """Whether the columns are those of dataset_info.json; adds problems once for each file."""
         schema = block.batch.schema
-        faults = {}
-        for name in {*schema.names, *self.schema.names}:
-            if schema.names.count(name) != 1 or name not in self.schema.names:
-                faults[name] = f"{schema.names.count(name)} times" if name in schema.names else None
-            elif schema.field(name).type != self.schema.field(name).type:
-                faults[name] = schema.field(name).type
+        found: dict[str, object] = dict(zip(schema.names, schema.types, strict=True))
+        found |= {name: f"{count} times" for name, count in Counter(schema.names).items() if count > 1}
+        faults = sorted(name for name in {*found, *self._types} if found.get(name) != self._types.get(name))
         if block.file not in self._schemas:
             self._schemas.add(block.file)
             self._check_notes(block)
-            for name, found in sorted(faults.items()):
-                expected = self.schema.field(name).type if name in self.schema.names else None
+            for name in faults:
                 what = "a column or a type that is not in dataset_info.json"
-                self.findings.add("columns", what, file=block.file, column=name, found=found, expected=expected)
+                types = {"found": found.get(name), "expected": self._types.get(name)}
+                self.findings.add("columns", what, file=block.file, column=name, **types)
         return not faults
 
     def _check_notes(self, block: Block) -> None:
@@ -179,13 +179,6 @@ class PackCheck:
                 what = "is another in the file's head than in dataset_info.json"
                 values = {"found": found[name], "expected": self.features[name]}
                 self.findings.add("columns", what, file=block.file, column=name, **values)
-
-    def _open(self, block: Block) -> dict[str, TokenColumn]:
-        opened = {}
-        for name in self.schema.names:
-            column = pa.chunked_array([block.batch.column(name)])
-            opened[name] = open_token_column(name, column, None, nulls=name not in self._needed)
-        return opened
 
     def _without_nulls(self, block: Block, columns: dict[str, TokenColumn], found: dict) -> np.ndarray:
         """(packs,) whether every list is there, and every value that may not be null."""
