@@ -4,10 +4,9 @@ s3://bucket/rows.parquet      one file
 s3://bucket/data/*.parquet    a glob
 s3://bucket/tokenized         a folder, with its subfolders; hidden files are left where they are
 
-Into HF_DATASETS_CACHE/pack-dataset, under the URL and what the file system says of each file (size, time, ETag). A
-file has its name there when it is whole: a copy that was killed goes on with the files that are missing or
-damaged, and a run that is resumed copies nothing. Where the file system tells only a file's size, a change that keeps
-it is not seen.
+They lie in HF_DATASETS_CACHE/pack-dataset, under the URL and what the file system says of each file (size, time, ETag).
+A file has its name there when it is whole: a copy that was killed continues with the files that are missing or damaged.
+Where the file system tells only a file's size, a change that keeps it is not seen.
 """
 
 from __future__ import annotations

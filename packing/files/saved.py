@@ -97,18 +97,14 @@ def state_shards(state: dict, path: Place) -> list[str]:
 
 def state_faults(state: dict, shards: list[str], fingerprint: str, path: Place) -> list[dict]:
     """How the state of a packed folder differs from what packing wrote: its shards in order, and no view of columns."""
-    wanted = dict(STATE_AS_WRITTEN)
-    found = {name: value for name, value in state.items() if name in wanted}
+    wanted = {**STATE_AS_WRITTEN, "_fingerprint": fingerprint}
     faults = [
-        {"what": f"is not what packing wrote: {name}", "found": found.get(name), "expected": value}
+        {"what": f"is not what packing wrote: {name}", "found": state.get(name), "expected": value}
         for name, value in wanted.items()
-        if name not in found or found[name] != value or type(found[name]) is not type(value)
+        if name not in state or state[name] != value or type(state[name]) is not type(value)
     ]
-    if unknown := sorted(set(state) - set(wanted) - {"_data_files", "_fingerprint", "_split"}):
+    if unknown := sorted({*state} - {*wanted} - {"_data_files", "_split"}):
         faults.append({"what": f"is not what packing wrote: it has {unknown[0]!r}, which packing does not write"})
-    if state.get("_fingerprint") != fingerprint:
-        what = "is not what packing wrote: _fingerprint"
-        faults.append({"what": what, "found": state.get("_fingerprint"), "expected": fingerprint})
     split = state.get("_split")
     if split is not None and not (isinstance(split, str) and SPLIT.fullmatch(split)):
         faults.append({"what": "is not what packing wrote: _split", "found": split})

@@ -39,15 +39,9 @@ EXACT = 2**53  # up to here every whole number is a float64
 MOST = 60  # lists and objects around a value; Arrow hands on types of 64 at most
 
 
-class DifferError(Exception):
-    """Two types of a column that have none in common."""
-
-
 def first_columns(file: NamedFile) -> pa.Schema | None:
     """The columns of a file's first lines; None: it has no rows."""
-    for line, data in blocks(file, FIRST_BLOCK):
-        return read_block(file, line, data).schema
-    return None
+    return next((read_block(file, line, data).schema for line, data in blocks(file, FIRST_BLOCK)), None)
 
 
 def write_rows(files: list[NamedFile], path: Path) -> None:
@@ -97,7 +91,7 @@ def read_block(
         wide = _joined_schema(known, table.schema)
         if table.schema != wide:
             table = _parse(data, wide)
-    except (pa.ArrowInvalid, DifferError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         find_bad_line(list(files) or [file])
         raise ValueError(f"{str(file)!r} cannot be read, from line {line} on: {error}") from None
     _refuse_lost_numbers(file, line, data, table)
@@ -142,31 +136,11 @@ def _check_text(file: NamedFile, line: int, data: bytes, unit: str = "") -> None
 
 
 def _joined_schema(known: pa.Schema | None, found: pa.Schema) -> pa.Schema:
+    """The columns of both; whole numbers and fractions of one column, or field, are fractions."""
     import pyarrow as pa
 
-    found_type = _without_times(pa.struct(list(found)))
-    return pa.schema(list(found_type if known is None else _joined(pa.struct(list(known)), found_type)))
-
-
-def _joined(known: pa.DataType, found: pa.DataType, name: str = "") -> pa.DataType:
-    """The type that holds values of both. name: of the column, with a field's after a dot."""
-    import pyarrow as pa
-
-    if known == found or pa.types.is_null(found):
-        return known
-    if pa.types.is_null(known):
-        return found
-    if {known, found} == {pa.int64(), pa.float64()}:
-        return pa.float64()
-    if pa.types.is_list(known) and pa.types.is_list(found):
-        return pa.list_(_joined(known.value_type, found.value_type, name))
-    if pa.types.is_struct(known) and pa.types.is_struct(found):
-        types = {field.name: field.type for field in known}
-        for field in found:
-            inner = f"{name}.{field.name}" if name else field.name
-            types[field.name] = _joined(types.get(field.name, pa.null()), field.type, inner)
-        return pa.struct(list(types.items()))
-    raise DifferError(f"column {name!r} holds {found}, and before it {known}; make them alike")
+    found = pa.schema(list(_without_times(pa.struct(list(found)))))
+    return found if known is None else pa.unify_schemas([known, found], promote_options="permissive")
 
 
 def _without_times(type_: pa.DataType) -> pa.DataType:

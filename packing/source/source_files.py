@@ -1,8 +1,7 @@
 """The files that a dataset lies in, mapped into memory: whoever reads them looks first whether they have changed.
 
-A mapped file that is cut short ends the process (SIGBUS) as soon as it reads behind the new end. No Python code can
-turn that into an error. So the files are looked at before each step of reading. A cut within a step is still not seen:
-some hundredths of a second. Whoever must be safe from it packs a copy.
+A read behind the new end of a mapped file that was cut short ends the process (SIGBUS), and Python cannot catch that.
+So each step of reading looks at the files before. It misses a cut within the step, of some hundredths of a second.
 """
 
 from __future__ import annotations
