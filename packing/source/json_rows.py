@@ -306,7 +306,7 @@ def find_bad_line(files: list[NamedFile]) -> None:
             if not isinstance(row, dict):
                 what = f'holds {type(row).__name__}; each line is an object: {{"input_ids": […]}}'
                 raise TypeError(f"{_where(file, number)} {what}")
-            for name, value in row.items():
+            for name, value in _fields(row):
                 found, before = _kinds_of(value), kinds.setdefault(name, set())
                 if found and before and found != before:
                     raise TypeError(
@@ -314,6 +314,15 @@ def find_bad_line(files: list[NamedFile]) -> None:
                         f"before it hold {', '.join(sorted(before))}; make them alike"
                     )
                 before |= found
+
+
+def _fields(row: dict, inside: str = "") -> Iterator[tuple[str, Any]]:
+    """{"a": [{"b": 1}]} -> ("a", [{"b": 1}]), ("a.b", 1)"""
+    for name, value in row.items():
+        yield inside + name, value
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, dict):
+                yield from _fields(inner, f"{inside}{name}.")
 
 
 def _kinds_of(value: Any) -> set[str]:
