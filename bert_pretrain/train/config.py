@@ -103,6 +103,11 @@ class PretrainConfig:
         None,
     )
 
+    @property
+    def attention_names(self) -> list[str]:
+        """ "local, sdpa" -> ["local", "sdpa"]: one name for all layers, or one per layer."""
+        return [name.strip() for name in self.attention.split(",")]
+
     def __post_init__(self) -> None:
         for name in ("sequences_per_step", *SHAPE):
             if getattr(self, name) is not None and getattr(self, name) < 1:

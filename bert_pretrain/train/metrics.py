@@ -1,8 +1,8 @@
 """How fast a run is: real tokens and sequences per second, model FLOPs, memory, waiting for data.
 
 Only real tokens count, never padding; and only the time of training steps, not that of evaluations and checkpoints
-between them. Counts stay on the device and are read when something is logged, so no step waits for the device. After
-a resume the first figures are of the steps since it, counts and time alike.
+between them. Counts stay on the device until a log reads them, so no step waits for the device. After a resume the
+first figures cover the steps since then.
 """
 
 import re

@@ -104,7 +104,15 @@ def _loaded_model(config: PretrainConfig, name: str, vocabulary_size: int, longe
 
 def _own_options(config: PretrainConfig) -> dict[str, Any]:
     """What our model's config has beside stock BERT's."""
-    attention, options = _chosen_attention(config)
+    given = f"attention_options={config.attention_options!r}"
+    try:
+        options = json.loads(config.attention_options or "{}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{given} is no JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f'{given} must be a JSON object, such as {{"window": 64}}')
+    names = config.attention_names
+    attention = names[0] if len(names) == 1 else names
     return {"mlm_loss": config.mlm_loss, "packed_attention": attention, "packed_attention_options": options}
 
 
@@ -119,13 +127,12 @@ def _checkpoint_config(name: str, place: str) -> PreTrainedConfig:
 
 
 def resolve_attention(config: PretrainConfig, training: TrainingArguments) -> PretrainConfig:
-    """The same configuration with a name in the place of each "auto", logged with the reason.
+    """The same configuration with a name in the place of each "auto"; it logs the reason.
 
-    Attention dropout that nobody asked for is 0 with "auto", on any device: most fast kernels have none, and what a run
-    learns must not depend on where it runs.
+    With "auto" attention dropout is 0 by default, on any device: most fast kernels have none, and what a run learns
+    must not depend on where it runs.
     """
-    names = [name.strip() for name in config.attention.split(",")]
-    if AUTO not in names:
+    if AUTO not in config.attention_names:
         return config
     dropout = config.attention_probs_dropout_prob or 0.0
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
@@ -135,30 +142,15 @@ def resolve_attention(config: PretrainConfig, training: TrainingArguments) -> Pr
     head_width = bert.hidden_size // bert.num_attention_heads
     chosen, reason = choose_attention(training.device, dtype, head_width, dropout)
     logger.info("attention: %s, chosen by %s: %s; attention_probs_dropout_prob %s", chosen, AUTO, reason, dropout)
-    names = [chosen if name == AUTO else name for name in names]
-    return replace(config, attention=",".join(names), attention_probs_dropout_prob=dropout)
-
-
-def _chosen_attention(config: PretrainConfig) -> tuple[str | list[str], dict]:
-    """ "local, sdpa" and '{"window": 64}' -> ["local", "sdpa"], {"window": 64}"""
-    choices = [name.strip() for name in config.attention.split(",")]
-    try:
-        options = json.loads(config.attention_options or "{}")
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"attention_options={config.attention_options!r} is no JSON: {error}") from None
-    if not isinstance(options, dict):
-        raise ValueError(
-            f'attention_options={config.attention_options!r} must be a JSON object, such as {{"window": 64}}'
-        )
-    return choices[0] if len(choices) == 1 else choices, options
+    names = ",".join(chosen if name == AUTO else name for name in config.attention_names)
+    return replace(config, attention=names, attention_probs_dropout_prob=dropout)
 
 
 def _attention_dropout(config: PretrainConfig, default: float) -> float:
-    """What was asked for, or else the default, where all chosen heads can drop attention weights."""
+    """What the user asks for, or else the default, where all chosen heads can drop attention weights."""
     if config.attention_probs_dropout_prob is not None:
         return config.attention_probs_dropout_prob
-    heads = [ATTENTION.get(name.strip()) for name in config.attention.split(",")]
-    if all(getattr(head, "supports_dropout", True) for head in heads):
+    if all(getattr(ATTENTION.get(name), "supports_dropout", True) for name in config.attention_names):
         return default
     logger.info("attention_probs_dropout_prob is 0: %s cannot drop attention weights", config.attention)
     return 0.0

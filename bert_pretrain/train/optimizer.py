@@ -59,9 +59,8 @@ def freeze_unlearned(model: BertForPreTraining, objective: str) -> None:
 def power_betas(config: PretrainConfig, betas: tuple[float, float], train: Dataset) -> tuple[float, float]:
     """(0.9, 0.999) at a packing factor of 2 -> (0.81, 0.998001)
 
-    "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027) says how to adjust hyperparameters: with
-    p times as many sequences in a step, a moving average over steps must forget p times as fast to reach back over
-    equally many sequences.
+    With p times as many sequences in a step, a moving average over steps must forget p times as fast to reach back over
+    equally many sequences: "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027).
     """
     if config.batch_policy != "packs":
         raise ValueError(

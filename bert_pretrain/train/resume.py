@@ -114,7 +114,7 @@ def _attend_alike(before: str, now: str, dropout: float | None) -> bool:
 
     "auto" chooses among them by the device. Where no dropout is given, it depends on the head's name.
     """
-    heads = [[name.strip() for name in names.split(",")] for names in (before, now)]
     full = {name for name, head in ATTENTION.items() if getattr(head, "is_full", False)}
-    unified = [["full" if name in full else name for name in names] for names in heads]
-    return dropout is not None and unified[0] == unified[1]
+    heads = [[name.strip() for name in names.split(",")] for names in (before, now)]
+    old, new = (["full" if name in full else name for name in names] for names in heads)
+    return dropout is not None and old == new

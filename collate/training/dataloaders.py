@@ -118,11 +118,11 @@ class LoadsPacks(ResumesExactly):
         if not _has_length(packs):
             return packs
         taken_at_once = self.args.world_size * batch_size
-        is_dropped = not is_training and self.args.dataloader_drop_last  # with empty packs nothing is left over
+        is_dropped = not is_training and self.args.dataloader_drop_last  # empty packs leave nothing to drop
         if self.args.world_size > 1 or is_dropped:
             return EvenedPacks(packs, taken_at_once)
         if has_epochs or (is_training and self.sequences_per_step is not None):
-            return EvenedPacks(packs, 1)  # without a set_epoch, by which accelerate would start each evaluation anew
+            return EvenedPacks(packs, 1)  # it has no set_epoch, by which accelerate would restart evaluations
         return packs
 
     def _get_train_sampler(self, train_dataset=None):

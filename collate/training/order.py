@@ -69,10 +69,9 @@ def plan_steps(depths: np.ndarray, sequences_per_step: int) -> StepPlan:
     """Share out packs, given by their depths, to ceil(sequences / sequences_per_step) steps.
 
     Each step in turn takes packs of the depth that is furthest behind its share, until it has enough. If it has too
-    many sequences, it exchanges a pack, or two, for shallower ones that are still to be dealt. The result is exact
-    wherever such an exchange exists. It may not exist for few depths (packs of 3 do not make 256), in steps of few
-    packs, or in an epoch of few packs. Then the step has the nearest number that one exchange gives, and the next makes
-    up for it: the number of steps stays, none is empty, and each pack has its place once.
+    many sequences, it exchanges a pack, or two, for shallower ones that are still to be dealt. Where no exchange fits
+    (packs of 3 do not make 256), the step has the nearest number that one exchange gives, and the next makes up for it.
+    The number of steps stays, none is empty, and each pack has its place once.
 
     Raises ValueError if a pack holds more than sequences_per_step.
     """
@@ -154,7 +153,7 @@ class SequencesPerStep(Sampler):
     """Packs in the order of training, `sequences_per_step` sequences to an optimizer step.
 
     Empty packs have number len(dataset), see EvenedPacks. accelerate deals batches of packs_per_pass to the ranks in
-    turns; each rank accumulates `passes`: 2 passes on 2 ranks: rank 0, rank 1, rank 0, rank 1 | the next step
+    turns: 2 passes on 2 ranks are rank 0, rank 1, rank 0, rank 1 | the next step
 
     dataset: one of pack_dataset, or EpochPacks, which it tells each new epoch. width: the model's, see pack_costs.
     """
@@ -326,8 +325,10 @@ def _most_overdue(dealt, counts):
 
 @njit(cache=True)
 def _turn(kind, number, counts):
-    """When in the epoch, 0 to 1, pack `number` of a kind is due. Kinds begin at different times (multiples of the
-    golden ratio): else rare ones, of which there are few packs, would all be due at once."""
+    """When in the epoch, 0 to 1, pack `number` of a kind is due.
+
+    Kinds begin at different times, multiples of the golden ratio, so that rare kinds are not all due at once.
+    """
     return (number + (kind + 1) * GOLDEN % 1.0) / counts[kind]
 
 

@@ -33,8 +33,8 @@ class SeenModel:
     """The model of one batch, as an overridden compute_loss sees it; all but the call is the model's own.
 
     inputs: the batch, its label columns with one row per label; beside labels of sequences, so are `others`.
-    count: what divides the loss of a whole step: labels, over all passes and ranks. With several ranks it is the
-        number per rank, since ranks average their gradients. None: the task has no labels.
+    count: what divides the loss of a whole step: labels over all passes, per rank, since ranks average their gradients.
+        None: the task has no labels.
     output: what the task made of the batch, once the model was called; was_called: True even if that failed.
     is_counted: whether the loss came from PackedTrainer.compute_loss with this count.
     """

@@ -49,7 +49,7 @@ class Predictions:
         self.batches.append((_on_cpu(outputs.predictions), labels, keys))
 
     def gathered(self, num_processes: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """(N, …) each; what is ragged is padded: logits with -inf, labels with -100."""
+        """(N, …) each; it pads ragged values: logits with -inf, labels with -100."""
         batches = self.batches
         if num_processes > 1:  # the ranks take turns: for rows without indices this is their order
             turns = itertools.zip_longest(*gather_object([batches]))
