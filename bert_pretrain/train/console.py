@@ -13,6 +13,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback
 
 from bert_pretrain.objective import pair_columns
+from collate.training.hooks import overrides_callback
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def _duration(seconds: float) -> str:
     return " ".join(f"{number} {unit}" for number, unit in parts if number or unit == "s")
 
 
+@overrides_callback
 class LinesCallback(TrainerCallback):
     """Prints the lines, on the first rank alone."""
 

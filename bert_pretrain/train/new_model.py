@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, BertConfig, PreTrainedConfig, TrainingArguments
@@ -15,14 +16,17 @@ from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.places import find_pretrained
 from bert_pretrain.train.config import AUTO, NEW_MODEL, SHAPE, PretrainConfig
 from bert_pretrain.train.run_record import parameters_digest
-from collate.training.order import pack_lengths
 
 logger = logging.getLogger(__name__)
+
+READ_PACKS = 10_000  # at a time
 
 
 def longest_sequence(*splits: Dataset | None) -> int:
     """sequence_lengths [[3, 5], [8]], [[2, 6]] -> 8; positions start again in each sequence, so no pack needs more."""
-    return max(int(pack_lengths(split)[0].max()) for split in splits if split is not None)
+    columns = [split.select_columns("sequence_lengths").with_format("arrow") for split in splits if split is not None]
+    tables = (table for column in columns for table in column.iter(READ_PACKS))
+    return max(pc.max(table["sequence_lengths"].combine_chunks().flatten()).as_py() for table in tables)
 
 
 def resolve_shape(config: PretrainConfig, max_sequence_length: int) -> PretrainConfig:

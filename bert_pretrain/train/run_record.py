@@ -131,7 +131,11 @@ def run_record(
     arguments = training.to_dict()
     record = {
         "config": {name: value for name, value in asdict(config).items() if name not in PLACES | NOT_TRAINING},
-        "training": {name: value for name, value in arguments.items() if _must_stay(name)},
+        "training": {
+            name: value
+            for name, value in arguments.items()
+            if name in MUST_STAY or not (name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES))
+        },
         "steps": {
             "packs_per_step": packs,
             "split_batches": split_batches,
@@ -144,10 +148,6 @@ def run_record(
         "versions": versions(),
     }
     return json.loads(json.dumps(record, default=str))
-
-
-def _must_stay(name: str) -> bool:
-    return name in MUST_STAY or not (name in MAY_CHANGE or name.startswith(MAY_CHANGE_PREFIXES))
 
 
 def dataset_contents(**splits: Dataset | None) -> dict[str, Any]:

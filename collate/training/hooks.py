@@ -4,7 +4,7 @@ Python never says that an override overrides nothing. After a rename upstream ou
 training would silently go wrong. So each class that overrides Trainer's methods, or a callback's, has a decorator:
 
     @overrides_trainer
-    class PackedTrainer(ResumesExactly, Trainer): ...
+    class ResumesExactly(Trainer): ...
 
 Trainer's private methods are in the list because it has no public place for what they do.
 """

@@ -45,21 +45,20 @@ def refuse_arguments(args: TrainingArguments, who: str) -> None:
 
     who: whose arguments they are, for the message.
     """
+
+    def refuse(what: str, reason: str) -> None:
+        raise ValueError(f"{who} cannot honour {what}: {reason}; leave it out")
+
     for name, harmless, reason in REFUSED_ARGUMENTS:
         value = getattr(args, name, harmless[0])
         if value not in harmless:
-            raise ValueError(f"{who} cannot honour {name}={value!r}: {reason}; leave it out")
+            refuse(f"{name}={value!r}", reason)
     if args.world_size > 1 and not args.average_tokens_across_devices:
-        raise ValueError(
-            f"{who} cannot honour average_tokens_across_devices=False: a loss is divided by the counts of all ranks; "
-            "leave it out"
-        )
+        refuse("average_tokens_across_devices=False", "a loss is divided by the counts of all ranks")
     for axis in ("cp", "sp", "tp"):
         if getattr(getattr(args, "parallelism_config", None), f"{axis}_size", 1) not in (1, None):
-            raise ValueError(
-                f"{who} cannot honour {axis}_size in parallelism_config: it cuts up rows, or repeats them on several "
-                "ranks, and packs are counted over ranks; leave it out"
-            )
+            reason = "it cuts up rows, or repeats them on several ranks, and packs are counted over ranks"
+            refuse(f"{axis}_size in parallelism_config", reason)
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would run as nn.DataParallel, which cannot count a loss over "
