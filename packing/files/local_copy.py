@@ -25,7 +25,7 @@ import xxhash
 from packing.files.cache import cache_folder
 from packing.files.hashed import checksum, sync, write_file
 from packing.files.locks import held
-from packing.files.names import checked_path
+from packing.files.names import checked_path, is_hidden
 from packing.files.paths import is_file_in, named_errors, open_store
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _find(
     found = {name: info for name, info in found.items() if info.get("type") == "file" and is_file_in(root, name)}
     files = {checked_path(name.removeprefix(root), root): info for name, info in found.items()}  # of an archive, say
     if path not in found:
-        chosen = wanted({name for name in files if not _is_hidden(name)})
+        chosen = wanted({name for name in files if not is_hidden(name)})
         files = {name: info for name, info in files.items() if name in chosen}
     return root, dict(sorted(files.items()))
 
@@ -105,10 +105,6 @@ def _find(
 def _stamps(found: dict[str, dict]) -> dict[str, dict]:
     """What changes when a file does."""
     return {n: {k: str(v) for k, v in info.items() if not OF_ACCESS.search(k)} for n, info in found.items()}
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
 def _seal(copy: Path) -> Path:

@@ -77,6 +77,11 @@ def check_is_file(file: Path) -> None:
         raise ValueError(f"{str(file)!r} is {kind} and no file; put the file there")
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a path from some folder on has a part that starts with a dot or an underscore."""
+    return any(part.startswith((".", "_")) for part in path.split("/"))
+
+
 @dataclass(frozen=True)
 class NamedFile:
     """A file of this machine, and what errors call it: a copy has the name of the file that it was copied from."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 from packing.files.errors import SourceError, in_split, path_suggestion, suggestion
-from packing.files.names import NamedFile
+from packing.files.names import NamedFile, is_hidden
 from packing.files.paths import URL, is_url, place
 from packing.source.formats import TEXT, Format, endings, format_of, open_files, read_arrow
 from packing.source.text_files import TextRows, check_documents, refuse_other_formats, uncompressed
@@ -341,7 +341,10 @@ def find_files(source: str, for_text: bool = False, name_of: Callable[[Path], st
     if path.is_file():
         root, files = path.parent, [path]
     elif path.is_dir():
-        root, files = path, sorted(f for f in path.rglob("*") if f.is_file() and not _is_hidden(f.relative_to(path)))
+        root, files = (
+            path,
+            sorted(f for f in path.rglob("*") if f.is_file() and not is_hidden(f.relative_to(path).as_posix())),
+        )
     elif glob.has_magic(source):
         files = sorted(f for f in map(Path, glob.glob(source, recursive=True)) if f.is_file())
         root = Path(*[part for part in path.parts if not glob.has_magic(part)])
@@ -412,10 +415,6 @@ def _split_of(name: str) -> str | None:
     """ "wiki_train-00000-of-00002" -> "train"; None where no word says so, or two do."""
     found = {SPLIT_OF_WORD[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_OF_WORD}
     return found.pop() if len(found) == 1 else None
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
 
 
 def _there_are(files: list[Path]) -> str:
