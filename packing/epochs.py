@@ -40,15 +40,10 @@ class EpochPacks:
     seed: of the assignments. Epoch e is drawn by assign() under a key of (seed, e): the same on every machine, process
         and resume. A dataset with `balance` is balanced anew in every epoch.
 
-    A map-style dataset for DataLoader, with the columns of `packed`: epochs[3] is a row as a dict, and
-    `__getitems__([3, 1])` an Arrow table, which DataCollatorWithPacking reads. Tokens are gathered from the memory (or
-    the memory map) of `packed` when asked for. packed_info(epochs) is that of `packed`.
-
-    The epoch lives in shared memory: dataloader workers hear of a new one between batches, be they forked or spawned,
-    persistent or not, and draw its assignment for themselves (a second for some ten million sequences). A pickle or a
-    deep copy outside the start of a process keeps the epoch and hears of no other.
-
-    Memory: 12 bytes a sequence, 8 a pack for each column, and 4 each for the assignment.
+    A map-style dataset for DataLoader, with the columns of `packed`: epochs[3] is a pack as a dict, and
+    `__getitems__([3, 1])` an Arrow table, which DataCollatorWithPacking reads. packed_info(epochs) is that of `packed`.
+    Workers of a DataLoader hear of a new epoch between batches, and draw its assignment for themselves. docs/packing.md
+    says what memory it takes.
 
     Raises ValueError for a dataset that was not packed, is damaged, has no rows, a transform of its own, or whose
     columns no longer belong to its sequences.
@@ -70,7 +65,7 @@ class EpochPacks:
             )
         self.packed, self._info = packed, packed_info(packed)
         if packed.format["type"] == "custom":
-            raise ValueError("the packed dataset has a transform, which new packs would not go through; remove it")
+            raise ValueError("the packed dataset has a transform, which new packs would not pass; remove it")
         if not len(packed):
             raise ValueError("the packed dataset has no rows, so there is nothing to re-assign")
         table, rows = packed.data, chosen_rows(packed)

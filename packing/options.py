@@ -1,4 +1,4 @@
-"""The options of one packing, each said once: a field of PackOptions.
+"""The options of one packing, each written once: a field of PackOptions.
 
     PackOptions ->  pack_dataset's keywords        the same names and defaults, in the same order
                     the command's options          --max-sequence-length, made of the field's name, type, default

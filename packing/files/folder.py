@@ -72,14 +72,9 @@ def partial_folder(target: str | os.PathLike) -> Iterator[Path]:
     Raises BlockingIOError while another run writes there.
     """
     target = check_target(target).absolute()
-    made = [parent for parent in target.parents if not parent.exists()]  # the parents that we make, nearest first
     partial = _partial_of(target)
-    try:
-        with _made_and_locked(partial, target):
-            yield from _becomes(target, partial)
-    except BaseException:
-        _remove_empty(made)
-        raise
+    with _no_empty_parents(target), _made_and_locked(partial, target):
+        yield from _becomes(target, partial)
 
 
 def _becomes(target: Path, partial: Path) -> Iterator[Path]:
@@ -165,13 +160,20 @@ def count_shards(folder: Path | RemotePath) -> int:
 def say_how_to_resume(error: BaseException, partial: Path | RemotePath, kept: int) -> None:
     """Add to the error that finished shards are kept, and what to do with them."""
     shards = f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept in {str(partial)!r}"
-    error.add_note(f"{shards}: run the same again to go on from there, or remove that folder")
+    error.add_note(f"{shards}: run the same again to continue from there, or remove that folder")
 
 
-def _remove_empty(made: list[Path]) -> None:
-    with suppress(OSError):  # a parent with something in it stays
-        for parent in made:
-            parent.rmdir()
+@contextmanager
+def _no_empty_parents(target: Path) -> Iterator[None]:
+    """An error removes the parents that were made for the target, unless there is something in them."""
+    made = [parent for parent in target.parents if not parent.exists()]  # nearest first
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        raise
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
@@ -195,20 +197,15 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
     Raises BlockingIOError while another run writes there.
     """
     target = check_target(target).absolute()
-    made = [parent for parent in target.parents if not parent.exists()]  # the parents that we make, nearest first
-    try:
-        with ExitStack() as stack:
-            with writing_errors(target):
-                _lock_beside(stack, target, target)
-                folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)  # what has its name by then is not there
-            folder.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
-            yield folder
-            check_target(target)
-            os.rename(folder, target)
-    except BaseException:
-        _remove_empty(made)
-        raise
+    with _no_empty_parents(target), ExitStack() as stack:
+        with writing_errors(target):
+            _lock_beside(stack, target, target)
+            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)  # what has its name by then is not there
+        folder.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
+        yield folder
+        check_target(target)
+        os.rename(folder, target)
 
 
 def _umask() -> int:

@@ -50,7 +50,7 @@ class ColumnPrint:
 
 @dataclass(frozen=True)
 class RowDigests:
-    """Of some rows, for each column: the digests of their blocks, end to end, and how many bytes were hashed."""
+    """Some rows, for each column: the digests of their blocks, end to end, and how many bytes were hashed."""
 
     digests: tuple[bytes, ...]
     bytes: tuple[int, ...]
@@ -207,7 +207,7 @@ class _Hasher:
         self._add_values(array)
 
     def _add_values(self, array: pa.Array) -> None:
-        """Of an array without nulls."""
+        """The values of an array without nulls."""
         type_ = array.type
         if isinstance(array, pa.ExtensionArray):
             self.add_array(array.storage)

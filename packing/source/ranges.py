@@ -7,8 +7,8 @@
 
 What comes back is 4 bytes a row (8 where there is padding in front) and 16 bytes a column for 4,096 rows; no token.
 
-Most checks of a source are of single rows. Where ranges say different things (a column is token-level in some only), or
-one of them finds something wrong, the whole is read by this process, so that what is said is what one process says.
+Most checks look at single rows. Where ranges disagree (a column is token-level in some only), or one finds something
+wrong, this process reads the whole, so the error is that of one process.
 """
 
 from __future__ import annotations

@@ -370,10 +370,13 @@ def _trim_ends(values, starts, lengths, padding, skipped, kept):
 @njit(cache=True, nogil=True)
 def _first_not_one(mask, begins, counts):
     """The first row with a value other than 1, or NONE."""
+    one = np.uint64(1)
     for row in range(len(begins)):
-        for i in range(begins[row], begins[row] + counts[row]):
-            if mask[i] != 1:
-                return row
+        first, other = np.uint64(begins[row]), np.uint64(0)
+        for i in range(np.uint64(counts[row])):
+            other |= np.uint64(mask[first + i]) ^ one
+        if other != 0:
+            return row
     return NONE
 
 

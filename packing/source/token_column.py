@@ -315,7 +315,7 @@ class Values:
 def _flat_view(children: list[pa.Array], value_type: pa.DataType) -> tuple[np.ndarray, np.ndarray]:
     """One array from the lowest token in memory to the highest, and each chunk's distance from its beginning in tokens.
 
-    Between the chunks lies memory that is none of ours; nobody looks there, because starts lead into chunks only.
+    The memory between the chunks is not ours; nobody looks there, because starts lead into chunks only.
     The view owns the chunks' buffers.
     """
     width = value_type.bit_width // 8

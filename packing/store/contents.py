@@ -31,7 +31,7 @@ from packing.store.shards import check_parquet, gather_packs
 
 BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
 BATCH_BYTES = 1 << 27  # or so many bytes, where other columns are wide (images)
-ROW_GROUPS = 8  # times as many: a row group of Parquet is read as a whole, and wants to be larger
+ROW_GROUPS = 8  # times as many: a row group of Parquet is read as a whole, so it is larger
 SHARD_BYTES = 500_000_000  # of a file, more or less; before Parquet makes it smaller
 FACTS_BYTES = 1 << 24  # in a Parquet file's head
 # what DatasetInfo says about the files of the source

@@ -85,6 +85,6 @@ def _write(task: ShardTask) -> ShardRecord:
 
     def stop_if_told(packs: int) -> None:
         if is_stopped():
-            raise InterruptedError(f"{task.file} was left off")
+            raise InterruptedError(f"{task.file} stays unfinished: the pool ends")
 
     return write_shard(prepared(), task, stop_if_told)

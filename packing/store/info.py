@@ -37,7 +37,7 @@ class PackedInfo:
     """The packing depth asked for; None = no limit."""
 
     max_depth: int | None
-    """Sequences in the deepest pack: the sequence slots of a batch. Of a stream: its max_sequences_per_pack."""
+    """Sequences in the deepest pack: the sequence slots of a batch. For a stream: its max_sequences_per_pack."""
 
     token_columns: tuple[str, ...]
     """Columns with one value per token, concatenated per pack; input_ids first."""

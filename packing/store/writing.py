@@ -104,19 +104,19 @@ def write_packings(
     """
     with output_folder(output, storage_options) as folder:
         _refuse_other_splits(folder, list(packings))
-        for name, packing in packings.items():
-            start(packing, folder / name)
+        manifests = {name: start(packing, folder / name) for name, packing in packings.items()}
         if isinstance(folder, Path):  # a store does not say how much room it has
             check_space(folder, sum(_bytes_missing(packing, folder / name) for name, packing in packings.items()))
         for name, packing in packings.items():
-            write_packs(packing, folder / name, progress)
+            write_packs(packing, manifests[name], folder / name, progress)
         if "" not in packings:
             write_file(folder / DICT, json.dumps({"splits": list(packings)}).encode())
 
 
-def start(packing: Packing, folder: Path | RemotePath) -> None:
+def start(packing: Packing, folder: Path | RemotePath) -> Manifest:
     """Make the folder ready to be written to, or to be resumed. Changes no shard that is finished.
 
+    Returns the manifest of the packing, before anything is written.
     Raises ValueError where the folder was started by a packing that would end with other bytes.
     """
     if isinstance(folder, Path) and os.path.lexists(folder):
@@ -129,9 +129,9 @@ def start(packing: Packing, folder: Path | RemotePath) -> None:
     _remove_unfinished(folder)
     if found is None:
         manifest.write(folder)
-        return
-    for record in found.shards:  # the run was killed between its manifest and its name
+    for record in found.shards if found is not None else ():  # the run was killed between its manifest and its name
         write_record(folder / record.file, record)
+    return manifest
 
 
 def _own_files(packing: Packing) -> list[str]:
@@ -167,7 +167,7 @@ def shard_tasks(packing: Packing, folder: Path | RemotePath) -> Iterator[ShardTa
         yield ShardTask(str(folder), file, packs, schema, packing.batch_packs, options)
 
 
-def write_packs(packing: Packing, folder: Path | RemotePath, progress: bool = False) -> None:
+def write_packs(packing: Packing, manifest: Manifest, folder: Path | RemotePath, progress: bool = False) -> None:
     """Write the packed dataset into a folder that `start` has made ready."""
     records: dict[str, ShardRecord] = {}
     with progress_bar(total=packing.plan.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
@@ -178,10 +178,10 @@ def write_packs(packing: Packing, folder: Path | RemotePath, progress: bool = Fa
         except (SourceChangedError, ChildProcessError):  # or a process that read behind a file's end
             _refuse_changed_source(packing, folder)  # with the folder that can no longer be resumed
             raise
-    finish(packing, folder, [records[file] for file in packing.shard_files])
+    finish(packing, manifest, folder, [records[file] for file in packing.shard_files])
 
 
-def finish(packing: Packing, folder: Path | RemotePath, records: list[ShardRecord]) -> None:
+def finish(packing: Packing, manifest: Manifest, folder: Path | RemotePath, records: list[ShardRecord]) -> None:
     """All shards are written: now the folder becomes a dataset. records: in the order of the shards.
 
     At a URL the folder has its name already, so the file without which it is no dataset comes last."""
@@ -198,7 +198,7 @@ def finish(packing: Packing, folder: Path | RemotePath, records: list[ShardRecor
     for file in first:
         write_file(folder / file, files[file])
     checksums = {file: xxhash.xxh3_128_hexdigest(data) for file, data in files.items()}
-    Manifest.of(packing).finished(records, checksums).write(folder)
+    manifest.finished(records, checksums).write(folder)
     for file in packing.shard_files:
         record_path(folder / file).unlink()
     write_file(folder / last, files[last])

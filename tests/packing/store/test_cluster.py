@@ -217,7 +217,7 @@ def test_a_shard_that_always_fails_ends_the_run_which_any_engine_goes_on_with(
     monkeypatch.setattr(cluster, "_write", write)
     with pytest.raises(kind, match=said) as error:
         pack_dataset(source, **PACK, output=tmp_path / "packed", engine="ray")
-    assert any("run the same again to go on from there" in note for note in error.value.__notes__)
+    assert any("run the same again to continue from there" in note for note in error.value.__notes__)
     assert not (tmp_path / "packed").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".packed.partial").glob("*.arrow")}
     assert kept

@@ -437,7 +437,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(two_splits, tmp_path,
         assert not partial_of(tmp_path / "packed").exists()
     else:
         assert "finished shards are kept in" in error
-        assert "run the same again to go on from there" in error
+        assert "run the same again to continue from there" in error
     assert not (tmp_path / "packed").exists()
     assert cli.main(two_splits) == 0
     assert contents(tmp_path / "packed") == contents(tmp_path / "whole")

@@ -547,7 +547,7 @@ def test_a_put_that_fails(source, whole, what, format):
         OSError, match=r"ShelfError: the shelf fell down: 'shelf://bucket/a/packed/data-00003-of-"
     ) as caught:
         pack(source, URL, format=format)
-    note = f"3 finished shards are kept in '{URL}': run the same again to go on from there"
+    note = f"3 finished shards are kept in '{URL}': run the same again to continue from there"
     assert [note in said for said in caught.value.__notes__] == [True]
     Shelf.forget()
     pack(source, URL, format=format)
@@ -804,11 +804,11 @@ def test_another_process_opens_and_writes_the_same(source, whole, shelf, tmp_pat
     source.save_to_disk(shelf / "tokens")
     packing = prepare_packing(open_split("shelf://bucket/tokens"), PackOptions(**PACK), to_write=True)
     with output_folder(URL) as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        start(packing, folder)
+        manifest = start(packing, folder)
         tasks = list(shard_tasks(packing, folder))
         arguments = str(shelf.parent), str(tmp_path / "cache"), "shelf://bucket/tokens", tasks
         prints, records = pool.submit(write_elsewhere, *arguments).result()
-        finish(packing, folder, records)
+        finish(packing, manifest, folder, records)
     assert prints == column_prints(source)
     assert url_contents(URL) == contents(whole["arrow"])
 

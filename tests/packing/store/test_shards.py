@@ -190,14 +190,14 @@ def test_any_engine_writes_the_same_bytes(source, tmp_path):
     assert len(whole.cache_files) > 5
     packing = prepare_packing(source, PackOptions(max_sequence_length=64, overlong="truncate"))
     with partial_folder(tmp_path / "packed") as folder:
-        start(packing, folder)
+        manifest = start(packing, folder)
         records = []
         for task in reversed(list(shard_tasks(packing, folder))):
             dataset, task = pickle.loads(pickle.dumps((source, task)))
             columns = open_columns(dataset, packing.facts.token_columns)
             records.insert(0, write_shard(columns, task))
             assert write_shard(columns, task) == records[0]  # again: nothing changes
-        finish(packing, folder, records)
+        finish(packing, manifest, folder, records)
     assert files(tmp_path / "packed") == files(tmp_path / "whole")
 
 
