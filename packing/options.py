@@ -11,6 +11,7 @@ field.metadata holds, by these names:
     metavar   what stands for its value there; None: the choices
     choices   the values that it may have; None: any of its type
     decides   whether another value can make another packed dataset: then it stands in the manifest
+    added     after 0.1.0: the manifest leaves out its default, so packings of earlier versions resume
 
 To add an option: a field here (with its check, in __post_init__), a keyword of pack_dataset, and the code that it
 changes. Importing this is cheap; what checks the values is imported when there are some.
@@ -32,9 +33,15 @@ ENGINES = ("processes", "ray")  # of this machine, or of a cluster
 FORMATS = ("arrow", "parquet")
 
 
-def about(help: str, metavar: str | None = None, choices: tuple[str, ...] | None = None, decides: bool = True) -> dict:
+def about(
+    help: str,
+    metavar: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    decides: bool = True,
+    added: bool = False,
+) -> dict[str, Any]:
     """The metadata of a field; see the top of the file."""
-    return {"help": help, "metavar": metavar, "choices": choices, "decides": decides}
+    return {"help": help, "metavar": metavar, "choices": choices, "decides": decides, "added": added}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +128,10 @@ class PackOptions:
 
     def parameters(self) -> dict[str, Any]:
         """The options that decide a byte, as the manifest has them. packer and token_columns are as they were given."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.metadata["decides"]}
+        values = {each: getattr(self, each.name) for each in fields(self) if each.metadata["decides"]}
+        return {
+            each.name: value for each, value in values.items() if not each.metadata["added"] or value != each.default
+        }
 
 
 def checked_pad_token_id(value: int) -> int:

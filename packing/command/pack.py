@@ -44,7 +44,7 @@ def _add_options(parser: Parser) -> None:
     parser.add_argument("target", metavar="TARGET", help="folder to write, a path or a URL; must not exist")
     add_pack_options(parser, PLANNING)
     sources.add_reading_options(parser)
-    add_pack_options(parser, ("engine", "format"))
+    add_pack_options(parser, {each.name for each in fields(PackOptions)} - {*PLANNING, *sources.READING})
 
 
 def _run(arguments: Namespace) -> int:

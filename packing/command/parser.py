@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -83,13 +83,15 @@ def with_hyphens(arguments: Iterable[str]) -> list[str]:
     return [*spelled, *arguments]
 
 
-def add_pack_options(parser: Parser, names: Sequence[str]) -> None:
+def add_pack_options(parser: Parser, names: Collection[str]) -> None:
     """Add an option for each of these fields of PackOptions, with its type, default, choices and help."""
     for field in fields(PackOptions):
-        if field.name in names:
-            choices = field.metadata["choices"]
+        name, choices = f"--{field.name.replace('_', '-')}", field.metadata["choices"]
+        if field.name in names and field.type == "bool":
+            parser.add_argument(name, action="store_true", help=field.metadata["help"])
+        elif field.name in names:
             parser.add_argument(
-                f"--{field.name.replace('_', '-')}",
+                name,
                 type=one_of(choices) if choices else int if str(field.type).startswith("int") else str,
                 nargs="+" if str(field.type).startswith("Sequence") else None,
                 default=field.default,
