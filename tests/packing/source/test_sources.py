@@ -572,7 +572,7 @@ def test_packed_texts_are_verified_against_the_texts(texts, capsys):
     assert cli.main([*verify, "--source", str(folder / "others.jsonl"), *options]) == 1
     assert "source row 7, column sequence_lengths" in capsys.readouterr().out
     for wrong, message in (
-        (options, "--text-column 'text' is for texts in a source; give --source, too"),
+        (options, "--text-column 'text' is for texts in a source; also give --source"),
         (["--source", "x", *options[2:]], "--text-column needs --tokenizer"),
         (["--source", "x", "--keep-text"], "--keep-text would be ignored: there is no --text-column"),
         (["--source", str(folder / "texts.jsonl")], "tokenize before packing, or let it be done here: --text-column"),
@@ -629,7 +629,7 @@ def test_texts_are_tokenized_once_and_kept_when_asked(texts, cache):
         (["--text-column", "txt"], "no column 'txt' among text, reply, label; did you mean 'text'?"),
         (["--text-column", "label"], "column 'label' holds int64; texts to tokenize are strings"),
         (["--text-column", "text", "--text-pair-column", "replies"], "no column 'replies' among text, reply"),
-        (["--text-column", "text", "--text-pair-column", "reply", "--overlong", "truncate"], "of a pair alone"),
+        (["--text-column", "text", "--text-pair-column", "reply", "--overlong", "truncate"], "only the second text of a pair"),
         (["--keep-text"], "columns 'text' and 'reply' hold texts; name the one that is meant: --text-column text"),
         (["--text-column", "text", "--tokenizer", "./nowhere"], "there is no folder './nowhere' with a tokenizer"),
     ],
