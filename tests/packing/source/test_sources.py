@@ -629,7 +629,10 @@ def test_texts_are_tokenized_once_and_kept_when_asked(texts, cache):
         (["--text-column", "txt"], "no column 'txt' among text, reply, label; did you mean 'text'?"),
         (["--text-column", "label"], "column 'label' holds int64; texts to tokenize are strings"),
         (["--text-column", "text", "--text-pair-column", "replies"], "no column 'replies' among text, reply"),
-        (["--text-column", "text", "--text-pair-column", "reply", "--overlong", "truncate"], "only the second text of a pair"),
+        (
+            ["--text-column", "text", "--text-pair-column", "reply", "--overlong", "truncate"],
+            "only the second text of a pair",
+        ),
         (["--keep-text"], "columns 'text' and 'reply' hold texts; name the one that is meant: --text-column text"),
         (["--text-column", "text", "--tokenizer", "./nowhere"], "there is no folder './nowhere' with a tokenizer"),
     ],
