@@ -92,7 +92,8 @@ class PackedTrainer(EvaluatesSequences):
     def _find_task(self, model: nn.Module) -> Any:
         """The task of a model; stock models are isolated, and their heads prepared."""
         if has_own_loss(model):
-            for name, value in (("task", self._given_task), ("compute_metrics", self.compute_metrics)):
+            metrics = getattr(self, "compute_metrics", None)  # Trainer calls model_init before it sets this
+            for name, value in (("task", self._given_task), ("compute_metrics", metrics)):
                 if value is not None:
                     raise ValueError(
                         f"PackedTrainer cannot honour {name}={value!r}: {type(model).__name__} has a loss and metrics "
