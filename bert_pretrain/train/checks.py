@@ -76,8 +76,6 @@ def check_objective(config: PretrainConfig, dataset: Dataset) -> str:
     """
     found = {objective: column for objective, column in pair_columns().items() if column in dataset.column_names}
     if config.objective == "none":
-        for column in found.values():
-            logger.info("objective=none: %s is in the dataset, and is not learned", column)
         return "none"
     if len(found) > 1:
         raise ValueError(
@@ -107,6 +105,10 @@ def for_objective(config: PretrainConfig, *splits: Dataset | None) -> list[Datas
     for split in filter(None, splits):
         for objective in learned:
             _check_labels(config.dataset, split, pair_columns()[objective])
+    if config.objective == "none":
+        for column in pair_columns().values():
+            if any(split is not None and column in split.column_names for split in splits):
+                logger.info("objective=none: %s is in the dataset, and is not learned", column)
     logger.info("objective: masked language modelling%s", "".join(f" and {objective}" for objective in learned))
     return [None if split is None else _without_others(split, objectives) for split in splits]
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from packing.files.errors import SourceError
 from packing.files.names import NamedFile
 from packing.numba_tools import njit
 
@@ -128,11 +129,7 @@ def _check_text(file: NamedFile, line: int, data: bytes, unit: str = "") -> None
         bad = line + data.count(b"\n", 0, error.start)
         said = f"byte 0x{data[error.start]:02x}: {error.reason}"
         raise ValueError(f"{_where(file, bad, unit)} is no UTF-8 ({said}); save the file as UTF-8") from None
-    try:
-        check_depth(data, line)
-    except ValueError as error:
-        said = str(error).replace("line", unit or _unit(file), 1)
-        raise ValueError(f"{str(file)!r} {said}") from None
+    check_depth(data, line, file=file, unit=unit or _unit(file))
 
 
 def _joined_schema(known: pa.Schema | None, found: pa.Schema) -> pa.Schema:
@@ -362,12 +359,13 @@ def describe_object(content: dict) -> str:
 # Depth: looked at before a parser, as Arrow's ends the process at great depths, and Python's gives up
 
 
-def check_depth(data: bytes, first_line: int = 1) -> None:
-    """Raise ValueError, naming the line, where brackets are nested too deep. Brackets in strings do not count."""
+def check_depth(data: bytes, first_line: int = 1, file: object = None, unit: str = "line") -> None:
+    """Raise SourceError, naming the line, where brackets are nested too deep. Brackets in strings do not count."""
     place = _first_deeper(np.frombuffer(data, np.uint8), MOST)
     if place >= 0:
         line = first_line + data.count(b"\n", 0, place)
-        raise ValueError(f"line {line} is nested more than {MOST} deep; rows of a table are not: flatten them")
+        what = f"is nested more than {MOST} deep"
+        raise SourceError(what, file=file, row=line, unit=unit, cure="rows of a table are not: flatten them")
 
 
 @njit(cache=True, nogil=True)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from packing.files.errors import SourceError
 from packing.files.names import NamedFile
 
 if TYPE_CHECKING:
@@ -80,7 +81,11 @@ def read_lines(block: TextBlock) -> Iterator[Iterable[str]]:
     split: Iterable[list[str]]
     if isinstance(source := block.source, TextRows):
         texts = source.dataset.select_columns(source.column)[block.start : block.end][source.column]
-        split = ((text or "").splitlines() for text in texts)
+        if None in texts:
+            row = block.start + texts.index(None)
+            cure = "fill it in or leave the row out"
+            raise SourceError("has no text (null)", file=source, column=source.column, row=row, cure=cure)
+        split = (text.splitlines() for text in texts)
     else:
         split = [_decoded(source, block).split(block.newline.decode())]
     for lines in split:

@@ -244,3 +244,13 @@ def test_splits_of_a_source_stay_splits(tmp_path):
         text = [tokenizer.decode(row) for row in prepared[name]["input_ids"]]
         numbers = {int(number) for line in text for number in re.findall(r"row (\d+)", line)}
         assert numbers and numbers <= {n for n in range(40) if rows[n] in parts[name]}
+
+
+def test_a_row_without_a_text_is_refused(tmp_path):
+    """As by pack-dataset: nobody misses a text that is left out without a word."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one"}\n{"text": null}\n', encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"texts\.jsonl' column 'text' in row 1 has no text \(null\); fill it in or leave"
+    ):
+        list(read_documents(path))
