@@ -29,50 +29,32 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # "as": type checkers take these for public names
     __version__: str
-    from packing.assignment import Assignment, assign
-    from packing.balance import StepCosts, attention_cost, balance_packs, step_costs
-    from packing.dataset import pack_dataset
-    from packing.epochs import EpochPacks
-    from packing.histogram import length_histogram
-    from packing.packers.table import PACKERS, Packer, plan_packs
-    from packing.plan import PackPlan
-    from packing.report.compare import Comparison, compare_packers
-    from packing.report.page import write_report
-    from packing.source.lengths import published_histogram, read_histogram
-    from packing.store.info import PackedInfo, packed_info
-    from packing.store.loading import load_packed
-    from packing.stream import pack_stream
-    from packing.unpack import unpack_dataset
-    from packing.verify.verify import verify_packed
-
-__all__ = [
-    "PACKERS",
-    "Assignment",
-    "Comparison",
-    "EpochPacks",
-    "PackPlan",
-    "PackedInfo",
-    "Packer",
-    "StepCosts",
-    "assign",
-    "attention_cost",
-    "balance_packs",
-    "compare_packers",
-    "length_histogram",
-    "load_packed",
-    "pack_dataset",
-    "pack_stream",
-    "packed_info",
-    "plan_packs",
-    "published_histogram",
-    "read_histogram",
-    "step_costs",
-    "unpack_dataset",
-    "verify_packed",
-    "write_report",
-]
+    from packing.assignment import Assignment as Assignment
+    from packing.assignment import assign as assign
+    from packing.balance import StepCosts as StepCosts
+    from packing.balance import attention_cost as attention_cost
+    from packing.balance import balance_packs as balance_packs
+    from packing.balance import step_costs as step_costs
+    from packing.dataset import pack_dataset as pack_dataset
+    from packing.epochs import EpochPacks as EpochPacks
+    from packing.histogram import length_histogram as length_histogram
+    from packing.packers.table import PACKERS as PACKERS
+    from packing.packers.table import Packer as Packer
+    from packing.packers.table import plan_packs as plan_packs
+    from packing.plan import PackPlan as PackPlan
+    from packing.report.compare import Comparison as Comparison
+    from packing.report.compare import compare_packers as compare_packers
+    from packing.report.page import write_report as write_report
+    from packing.source.lengths import published_histogram as published_histogram
+    from packing.source.lengths import read_histogram as read_histogram
+    from packing.store.info import PackedInfo as PackedInfo
+    from packing.store.info import packed_info as packed_info
+    from packing.store.loading import load_packed as load_packed
+    from packing.stream import pack_stream as pack_stream
+    from packing.unpack import unpack_dataset as unpack_dataset
+    from packing.verify.verify import verify_packed as verify_packed
 
 # Where each name lives. They load when first used: Numba takes a second to import, datasets three.
 _NAMES = {
@@ -93,6 +75,7 @@ _NAMES = {
     "verify.verify": "verify_packed",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_MODULES)
 
 
 if not TYPE_CHECKING:  # else a checker would take any name for one of ours

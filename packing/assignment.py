@@ -11,22 +11,9 @@ import numpy as np
 from numba import config
 from numpy.typing import ArrayLike
 
-from packing.draws import (
-    BUCKETS,
-    BYTE,
-    EIGHT,
-    LINE,
-    ONE,
-    STEP,
-    count_buckets,
-    deal,
-    make_key,
-    mix,
-    shuffle,
-    shuffle_buckets,
-)
+from packing.draws import BUCKETS, BYTE, EIGHT, LINE, ONE, STEP, collect, count_buckets, deal, make_key, mix, shuffle
 from packing.files.errors import whole_number
-from packing.histogram import as_lengths, check_lengths, offsets_of
+from packing.histogram import as_lengths, check_lengths, index_type, offsets_of
 from packing.numba_tools import njit, prefetch
 from packing.plan import PackPlan
 
@@ -67,9 +54,8 @@ class Assignment:
 
     def equals(self, other: Assignment) -> bool:
         """Same sequences in the same packs, in the same order."""
-        return np.array_equal(self.pack_offsets, other.pack_offsets) and np.array_equal(
-            self.sequence_indices, other.sequence_indices
-        )
+        pairs = (self.pack_offsets, other.pack_offsets), (self.sequence_indices, other.sequence_indices)
+        return all(np.array_equal(*pair) for pair in pairs)
 
 
 def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int | None = None) -> Assignment:
@@ -101,18 +87,18 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
         is_lone = _lone_lengths(plan)
         # numpy.empty gets huge pages, which scattered writes need, so no kernel allocates arrays. They are few, since
         # fresh memory takes a good part of the time, and uint32 where that suffices, to keep tables in the cache.
-        index_type = _index_type(len(lengths) + len(plan.repeats))
+        type_ = index_type(len(lengths) + len(plan.repeats))
         num_packs = plan.num_packs
         shared_starts = offsets_of(np.where(is_lone, 0, counts.sum(0)))
         lone_starts = offsets_of(np.where(is_lone, counts.sum(0), 0))
         # [ | packs: sequences of lone lengths, then the other strategies | sequences of shared lengths]
         # The first two parts become pack_offsets while the last one is read.
-        work = np.empty(1 + num_packs + shared_starts[-1], index_type)
+        work = np.empty(1 + num_packs + shared_starts[-1], type_)
         packs, by_length = work[1 : 1 + num_packs], work[1 + num_packs :]
-        sequence_indices: np.ndarray = np.empty(len(lengths), index_type)
+        sequence_indices: np.ndarray = np.empty(len(lengths), type_)
 
         starts = np.where(is_lone, 1 + lone_starts[:-1], 1 + num_packs + shared_starts[:-1])
-        _sort_by_length(lengths, (starts + _before(counts)).astype(_index_type(len(work))), work, team)
+        _sort_by_length(lengths, (starts + _before(counts)).astype(index_type(len(work))), work, team)
         _shuffle_lengths(by_length, shared_starts, sequence_indices, key, team)
         strategy_starts = lone_starts[-1] + offsets_of(_shared_repeats(plan, is_lone))
         _shuffle_packs(packs, strategy_starts, sequence_indices, np.uint64(make_key(key, NO_LENGTH)), team)
@@ -156,11 +142,6 @@ def _checked_threads(num_threads: int | None) -> int:
     return whole_number("num_threads", num_threads, cure=", or None for all cores")
 
 
-def _index_type(count: int) -> type:
-    """The type that can number `count` things."""
-    return np.uint32 if count <= 2**32 else np.int64
-
-
 def _checked_counts(plan: PackPlan, lengths: np.ndarray, team: _Team) -> np.ndarray:
     """(threads, max_sequence_length + 1) sequences of each length in each part. Raises if they are not the plan's."""
     parts = team.parts(len(lengths))
@@ -170,10 +151,8 @@ def _checked_counts(plan: PackPlan, lengths: np.ndarray, team: _Team) -> np.ndar
     found, planned = counts.sum(0), plan.histogram()
     if not np.array_equal(found, planned):
         culprit = int(np.argmax(found != planned))
-        raise ValueError(
-            f"the plan was made for other lengths: it places {planned[culprit]} sequences of length {culprit}, "
-            f"here there are {found[culprit]}; make it from length_histogram(lengths)"
-        )
+        what = f"the plan was made for other lengths: it places {planned[culprit]} sequences of length {culprit}"
+        raise ValueError(f"{what}, here there are {found[culprit]}; make it from length_histogram(lengths)")
     return counts
 
 
@@ -201,60 +180,51 @@ def _sort_by_length(lengths: np.ndarray, free: np.ndarray, by_length: np.ndarray
     team.run(_sort_part, [(lengths[a:b], a, free[i], by_length) for i, (a, b) in enumerate(parts)])
 
 
-def _shuffle_lengths(
-    by_length: np.ndarray, starts: np.ndarray, scratch: np.ndarray, seed: np.uint64, team: _Team
-) -> None:
+def _shuffle_lengths(by_length: np.ndarray, starts: np.ndarray, spare: np.ndarray, key: np.uint64, team: _Team) -> None:
     """Each thread takes neighbouring lengths with its share of the sequences, give or take a length."""
     bounds = np.searchsorted(starts, [first for first, _ in team.parts(starts[-1])] + [starts[-1]])
-    shares = [(by_length, starts[: b + 1], a, scratch, seed) for a, b in pairwise(bounds.tolist())]
+    shares = [(by_length, starts[: b + 1], a, spare, key) for a, b in pairwise(bounds.tolist())]
     team.run(_shuffle_each_length, shares)
 
 
-def _shuffle_packs(
-    packs: np.ndarray, strategy_starts: np.ndarray, scratch: np.ndarray, key: np.uint64, team: _Team
-) -> None:
+def _shuffle_packs(packs: np.ndarray, first_packs: np.ndarray, spare: np.ndarray, key: np.uint64, team: _Team) -> None:
     """draws.shuffle by several threads, always by buckets.
 
-    The packs of strategy s are numbers strategy_starts[s] to strategy_starts[s + 1]; lone sequences stand before them.
+    The packs of strategy s are numbers first_packs[s] to first_packs[s + 1]; lone sequences stand before them.
     """
     parts = team.parts(len(packs))
     counts = np.zeros((team.size, BUCKETS), np.int64)
     team.run(count_buckets, [(a, b, key, counts[i]) for i, (a, b) in enumerate(parts)])
     starts = offsets_of(counts.sum(0))
     free = starts[:-1] + _before(counts)
-    dealt = [(packs[a:b], a, strategy_starts, key, free[i], scratch) for i, (a, b) in enumerate(parts)]
+    dealt = [(packs[a:b], a, first_packs, key, free[i], spare) for i, (a, b) in enumerate(parts)]
     team.run(_deal_packs, dealt)
-    shares = [(scratch, starts[a : b + 1], a, key, packs) for a, b in team.parts(BUCKETS)]
-    team.run(shuffle_buckets, shares)
+    shares = [(spare, starts[a : b + 1], a, key, packs) for a, b in team.parts(BUCKETS)]
+    team.run(collect, shares)
 
 
 def _fill_packs(
-    plan: PackPlan,
-    is_lone: np.ndarray,
-    pack_offsets: np.ndarray,
-    by_length: np.ndarray,
-    sequence_indices: np.ndarray,
-    team: _Team,
+    plan: PackPlan, is_lone: np.ndarray, offsets: np.ndarray, by_length: np.ndarray, indices: np.ndarray, team: _Team
 ) -> None:
     """Each thread fills a part of the packs. Counting strategies first shows what the parts before each one take.
 
-    pack_offsets: (1 + packs,) holds the packs from its second place on, and in the end the offsets.
+    offsets: (1 + packs,) holds the packs from its second place on, and in the end the offsets.
     """
-    packs, depths = pack_offsets[1:], np.append(plan.depths, 1)  # one more "strategy": a lone sequence
+    packs, depths = offsets[1:], np.append(plan.depths, 1)  # one more "strategy": a lone sequence
     parts = team.parts(len(packs))
     before = np.zeros((team.size, len(depths)), np.int64)
     for i, (start, end) in enumerate(parts[:-1]):
         counts = np.zeros_like(before)
         shares = [packs[start + a : start + b] for a, b in team.parts(end - start)]
-        team.run(_count_strategies, [(share, len(sequence_indices), counts[j]) for j, share in enumerate(shares)])
+        team.run(_count_strategies, [(share, len(indices), counts[j]) for j, share in enumerate(shares)])
         before[i + 1] = before[i] + counts.sum(0)
     slot_starts = _slot_starts(plan, _shared_repeats(plan, is_lone))
     strategies = [a.astype(packs.dtype) for a in (slot_starts, plan.strategy_offsets, depths)]
     calls = [
-        (packs[a:b], before[i] @ depths, *strategies, before[i].astype(packs.dtype), by_length, sequence_indices)
+        (packs[a:b], before[i] @ depths, *strategies, before[i].astype(packs.dtype), by_length, indices)
         for i, (a, b) in enumerate(parts)
     ]
-    pack_offsets[0] = 0
+    offsets[0] = 0
     team.run(_fill_part, calls)
 
 

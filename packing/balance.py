@@ -73,10 +73,8 @@ def attention_cost(assignment: Assignment, lengths: ArrayLike) -> np.ndarray:
     """(num_packs,) int64: Σ n² over the sequences of each pack. [[3, 1], [2]] -> [10, 4]"""
     lengths = as_lengths(lengths)
     if len(lengths) != assignment.num_sequences:
-        raise ValueError(
-            f"the assignment has {assignment.num_sequences} sequences, but there are {len(lengths)} lengths; "
-            "give the lengths that it was made for"
-        )
+        what = f"the assignment has {assignment.num_sequences} sequences, but there are {len(lengths)} lengths"
+        raise ValueError(f"{what}; give the lengths that it was made for")
     costs = np.empty(assignment.num_packs, np.int64)
     _cost_of_packs(assignment.sequence_indices, assignment.pack_offsets, lengths, costs)
     return costs
@@ -96,10 +94,8 @@ def checked_packs_per_step(packs_per_step: int, num_packs: int | None = None) ->
     """The number as an int. Raises ValueError below 1 and above num_packs; None: not known yet."""
     packs_per_step = whole_number("packs_per_step", packs_per_step)
     if num_packs is not None and packs_per_step > num_packs:
-        raise ValueError(
-            f"packs_per_step={packs_per_step} is more than the {num_packs} packs, so no batch would be whole; "
-            f"give at most {num_packs} as balance, or leave it out"
-        )
+        what = f"packs_per_step={packs_per_step} is more than the {num_packs} packs, so no batch would be whole"
+        raise ValueError(f"{what}; give at most {num_packs} as balance, or leave it out")
     return packs_per_step
 
 
@@ -125,7 +121,6 @@ def _reordered(assignment: Assignment, order: np.ndarray) -> Assignment:
 
 @njit(cache=True, nogil=True)
 def _cost_of_packs(sequence_indices, pack_offsets, lengths, costs):
-    """Fills costs (num_packs,)."""
     for pack in range(len(costs)):
         cost = np.int64(0)
         for place in range(pack_offsets[pack], pack_offsets[pack + 1]):
@@ -136,7 +131,6 @@ def _cost_of_packs(sequence_indices, pack_offsets, lengths, costs):
 
 @njit(cache=True, nogil=True)
 def _shuffle_in_steps(order, packs_per_step, key):
-    """Shuffle each packs_per_step of order, in place."""
     for start in range(0, len(order), packs_per_step):
         step = order[start : start + packs_per_step]
         fisher_yates(step, step, make_key(key, np.uint64(start)))

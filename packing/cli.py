@@ -20,13 +20,8 @@ from packing.command.parser import Parser, with_hyphens
 from packing.files.errors import suggestion
 from packing.options import PackOptions
 
-COMMANDS = {
-    "pack": pack.COMMAND,
-    "plan": plan.COMMAND,
-    "compare": compare.COMMAND,
-    "verify": verify.COMMAND,
-    "unpack": unpack.COMMAND,
-}
+MODULES = {"pack": pack, "plan": plan, "compare": compare, "verify": verify, "unpack": unpack}
+COMMANDS = {name: module.COMMAND for name, module in MODULES.items()}
 
 OVERVIEW = """\
 Pack tokenized sequences into rows of one length, without padding. Subcommands, each with its own --help:
@@ -132,15 +127,13 @@ def in_command_words(message: str) -> str:
         name, value = found["name"], found["value"]
         if value is None and "_" not in name:
             return name  # an ordinary word
-        value = "" if value is None else f" {value.strip(QUOTES)}"
+        value = "" if value is None else " " + value.strip("\"'")
         return f"--{name.replace('_', '-')}{value}"
 
     names = "|".join(field.name for field in fields(PackOptions))
     value = r"""(?:=(?P<value>"[^"]*"|'[^']*'|[^\s,;:()"']+)?)?"""
     return re.sub(rf"""(?P<quoted>(?<![=\w])'[^']*')|(?<![-\w])(?P<name>{names})\b{value}""", option, message)
 
-
-QUOTES = "\"'"
 
 if __name__ == "__main__":
     sys.exit(main())

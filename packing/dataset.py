@@ -153,29 +153,22 @@ def _check_use(options: PackOptions, output: str | os.PathLike | None, storage_o
     if output is None:
         raise ValueError(f"engine={options.engine!r} writes a folder; give output=, or leave the engine out")
     if options.num_proc != 1:
-        raise ValueError(
-            f"num_proc={options.num_proc} would be ignored: engine={options.engine!r} takes all CPUs it has; "
-            "leave it out"
-        )
+        what = f"num_proc={options.num_proc} would be ignored: engine={options.engine!r} takes all CPUs it has"
+        raise ValueError(f"{what}; leave it out")
 
 
 def prepare_packing(
-    dataset: datasets.Dataset,
-    options: PackOptions,
-    *,
-    to_write: bool = False,
-    opener: Opener | None = None,
-    progress: bool = False,
+    rows: datasets.Dataset, options: PackOptions, to_write: bool = False, opener: Opener = None, progress: bool = False
 ) -> Packing:
-    """Read the dataset, plan its packs and assign them; what is lost on the way is logged.
+    """Read the rows, plan their packs and assign them; what is lost on the way is logged.
 
     to_write: the packs will be written to a folder, so the source must be hashed; that starts beside the planning.
     opener: gives the same dataset on another machine; picklable. None: machines see its files under the same path.
     Raises TypeError or ValueError for whatever is wrong with the dataset.
     """
-    _check_dataset(dataset)
-    source, hashing = read(dataset, options, to_hash=to_write, opener=opener, progress=progress)
-    packing = plan_packing(dataset, source, options, progress, hashing=hashing, opener=opener)
+    _check_dataset(rows)
+    source, hashing = read(rows, options, to_hash=to_write, opener=opener, progress=progress)
+    packing = plan_packing(rows, source, options, progress, hashing=hashing, opener=opener)
     for sentence in losses(source, packing.sequences, options):
         logger.warning(sentence)
     return packing
@@ -183,18 +176,14 @@ def prepare_packing(
 
 def _check_dataset(dataset: object) -> None:
     if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(
-            f"pack_dataset needs a datasets.Dataset, got {type(dataset).__name__}; make one with Dataset.from_dict"
-        )
+        kind = type(dataset).__name__
+        raise TypeError(f"pack_dataset needs a datasets.Dataset, got {kind}; make one with Dataset.from_dict")
     if dataset.format["type"] == "custom":
-        raise ValueError(
-            "the dataset has a transform (set_transform, with_transform), which packing does not apply; apply it with "
-            "dataset.map, or take it off: dataset.with_format(None)"
-        )
+        what = "the dataset has a transform (set_transform, with_transform), which packing does not apply"
+        raise ValueError(f"{what}; apply it with dataset.map, or take it off: dataset.with_format(None)")
 
 
 def _in_memory(packing: Packing, progress: bool) -> datasets.Dataset:
-    """The packed dataset, in memory as a whole."""
     text = f"{packing.dataset._fingerprint} {packing.facts.to_description()}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     table = pa.Table.from_batches(gather_all(packing, progress), packing.features.arrow_schema)

@@ -55,7 +55,7 @@ def shuffle(values, scratch, key):
         free[bucket] = starts[bucket]
         starts[bucket + 1] = starts[bucket] + counts[bucket]
     deal(values, first, key, free, scratch)
-    shuffle_buckets(scratch, starts, first, key, values)
+    collect(scratch, starts, first, key, values)
 
 
 @njit(cache=True, nogil=True)
@@ -86,7 +86,7 @@ def deal(values, first, key, free, dealt):
 
 
 @njit(cache=True, nogil=True)
-def shuffle_buckets(dealt, starts, first, key, values):
+def collect(dealt, starts, first, key, values):
     """Shuffle each bucket of dealt, bucket `first` from starts[0] to starts[1] and so on, into values. Spoils dealt."""
     for bucket in range(len(starts) - 1):
         start, end = starts[bucket], starts[bucket + 1]

@@ -14,16 +14,9 @@ import pyarrow as pa
 from packing.assignment import Assignment, assign, checked_seed
 from packing.balance import balance_packs
 from packing.draws import make_key
-from packing.histogram import offsets_of
+from packing.histogram import index_type, offsets_of
 from packing.plan import PackPlan
-from packing.source.token_column import (
-    TokenColumn,
-    chosen_rows,
-    list_array,
-    list_lengths,
-    read_token_column,
-    refuse_broken,
-)
+from packing.source.token_column import TokenColumn, chosen_rows, list_array, list_lengths, read_lists, refuse_broken
 from packing.store.info import packed_info
 
 LENGTHS = "sequence_lengths"
@@ -59,10 +52,9 @@ class EpochPacks:
 
     def _open(self, packed: datasets.Dataset) -> None:
         if isinstance(packed, datasets.IterableDataset):
-            raise TypeError(
-                "EpochPacks needs a packed datasets.Dataset, got a stream; a stream is packed anew by another order of "
-                "its source: shuffle that before pack_stream, and set_epoch"
-            )
+            what = "EpochPacks needs a packed datasets.Dataset, got a stream"
+            cure = "shuffle that before pack_stream, and set_epoch"
+            raise TypeError(f"{what}; a stream is packed anew by another order of its source: {cure}")
         self.packed, self._info = packed, packed_info(packed)
         if packed.format["type"] == "custom":
             raise ValueError("the packed dataset has a transform, which new packs would not pass; remove it")
@@ -73,19 +65,17 @@ class EpochPacks:
         self._pack_offsets = offsets_of(depths)  # (packs + 1,) among the sequences, in their stored order
         if not depths.all():
             raise ValueError(f"row {int(np.argmin(depths))} of the packed dataset holds no sequence; leave it out")
-        stored = read_token_column(LENGTHS, table.column(LENGTHS), rows)
+        stored = read_lists(LENGTHS, table.column(LENGTHS), rows)
         lengths = stored.gather(stored.starts, stored.lengths, stored.starts + stored.lengths - 1)
         self.lengths = lengths.to_numpy().astype(np.int32, copy=False)  # (sequences,) in their stored order
-        if self.lengths.min() < 1:
-            raise ValueError(
-                f"the packed dataset has a sequence of length {self.lengths.min()}; lengths are at least 1"
-            )
+        if (shortest := self.lengths.min()) < 1:
+            raise ValueError(f"the packed dataset has a sequence of length {shortest}; lengths are at least 1")
         self._token_offsets = offsets_of(self.lengths)
         tokens = np.diff(self._token_offsets[self._pack_offsets])
         self._columns: dict[str, tuple[TokenColumn, pa.DataType]] = {}
         for name in table.column_names:
             is_token_level = name in self._info.token_columns
-            column = read_token_column(name, table.column(name), rows, nulls=not is_token_level)
+            column = read_lists(name, table.column(name), rows, nulls=not is_token_level)
             _check_counts(name, column.lengths, tokens if is_token_level else depths, is_token_level)
             self._columns[name] = column, table.column(name).type
         self._drawn: tuple[int, Assignment] | None = None
@@ -129,7 +119,7 @@ class EpochPacks:
 
     def _draw(self, epoch: int) -> Assignment:
         if epoch == 0:
-            stored = np.arange(self.num_sequences, dtype=np.uint32 if self.num_sequences <= 2**32 else np.int64)
+            stored: np.ndarray = np.arange(self.num_sequences, dtype=index_type(self.num_sequences))
             return Assignment(stored, self._pack_offsets)
         key = make_key(np.uint64(make_key(np.uint64(self.seed), REASSIGN)), np.uint64(epoch))
         assignment = assign(self.plan, self.lengths, int(key))

@@ -33,6 +33,11 @@ def offsets_of(counts: ArrayLike) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
+def index_type(count: int) -> type:
+    """The type that can number `count` things."""
+    return np.uint32 if count <= 2**32 else np.int64
+
+
 def as_lengths(lengths: ArrayLike) -> np.ndarray:
     """Any flat list of whole numbers as an integer array, with any values."""
     array = np.asarray(lengths)
@@ -43,10 +48,9 @@ def as_lengths(lengths: ArrayLike) -> np.ndarray:
     if array.dtype.kind not in "iu":
         is_wrong = [isinstance(x, bool) or not isinstance(x, int | np.integer) for x in np.asarray(lengths, object)]
         culprit = is_wrong.index(True) if any(is_wrong) else 0
-        raise ValueError(
-            f"lengths must be integers: index {culprit} holds {array[culprit : culprit + 1].tolist()[0]!r} "
-            f"(dtype {array.dtype}); give the number of tokens of each sequence"
-        )
+        found = array[culprit : culprit + 1].tolist()[0]
+        what = f"lengths must be integers: index {culprit} holds {found!r} (dtype {array.dtype})"
+        raise ValueError(f"{what}; give the number of tokens of each sequence")
     return array.astype(array.dtype.newbyteorder("="), copy=False)  # files may hold the other byte order
 
 
@@ -59,7 +63,5 @@ def check_lengths(lengths: np.ndarray, max_sequence_length: int) -> None:
         raise ValueError(f"sequence {culprit} has length {lengths[culprit]}, but a length is at least 1; leave it out")
     if lengths.max() > max_sequence_length:
         culprit = int(np.argmax(lengths > max_sequence_length))
-        raise ValueError(
-            f"sequence {culprit} has {lengths[culprit]} tokens, more than max_sequence_length={max_sequence_length}; "
-            "truncate or split it before packing, or raise max_sequence_length"
-        )
+        what = f"sequence {culprit} has {lengths[culprit]} tokens, more than max_sequence_length={max_sequence_length}"
+        raise ValueError(f"{what}; truncate or split it before packing, or raise max_sequence_length")

@@ -96,9 +96,8 @@ def prefetch(typing_context, array, index):
     def emit(context, builder, signature, arguments):
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        hint = builder.module.declare_intrinsic(
-            "llvm.prefetch", (byte,), ir.FunctionType(ir.VoidType(), (byte, number, number, number))
-        )
+        kind = ir.FunctionType(ir.VoidType(), (byte, number, number, number))
+        hint = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
         address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
         # for writing; keep in all caches; data, not instructions
         builder.call(hint, (address, number(1), number(3), number(1)))

@@ -33,15 +33,17 @@ ENGINES = ("processes", "ray")  # of this machine, or of a cluster
 FORMATS = ("arrow", "parquet")
 
 
-def about(
+def option(
+    default: Any,
     help: str,
     metavar: str | None = None,
     choices: tuple[str, ...] | None = None,
     decides: bool = True,
     added: bool = False,
-) -> dict[str, Any]:
-    """The metadata of a field; see the top of the file."""
-    return {"help": help, "metavar": metavar, "choices": choices, "decides": decides, "added": added}
+) -> Any:
+    """A field with this default. The others are its metadata; see the top of the file."""
+    about = {"help": help, "metavar": metavar, "choices": choices, "decides": decides, "added": added}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,47 +53,32 @@ class PackOptions:
     Whole numbers of any integer type become int, token_columns a tuple.
     """
 
-    max_sequence_length: int = field(default=512, metadata=about("token slots in a pack", "N"))
-    max_sequences_per_pack: int | None = field(
-        default=None, metadata=about("sequences in a pack at most; left out: no limit", "N")
+    max_sequence_length: int = option(512, "token slots in a pack", "N")
+    max_sequences_per_pack: int | None = option(None, "sequences in a pack at most; left out: no limit", "N")
+    packer: str | Packer = option("optimal", "algorithm that makes the plan", "NAME")  # noqa: RUF009 makes a field
+    overlong: str = option("error", "what to do with rows longer than a pack", choices=OVERLONG)
+    seed: int = option(0, "decides which equally long sequences lie together", "N")
+    token_columns: Sequence[str] | None = option(
+        None, "columns with one value per token; left out: those that are as long as input_ids in every row", "NAME"
     )
-    packer: str | Packer = field(default="optimal", metadata=about("algorithm that makes the plan", "NAME"))
-    overlong: str = field(default="error", metadata=about("what to do with rows longer than a pack", choices=OVERLONG))
-    seed: int = field(default=0, metadata=about("decides which equally long sequences lie together", "N"))
-    token_columns: Sequence[str] | None = field(
-        default=None,
-        metadata=about(
-            "columns with one value per token; left out: those that are as long as input_ids in every row", "NAME"
-        ),
+    pad_token_id: int | None = option(None, "token to trim at row ends, if there is no attention_mask", "ID")
+    balance: int | None = option(None, "order packs so that every N of them cost attention nearly the same", "N")
+    num_proc: int = option(
+        1,
+        "processes that tokenize and (unless --engine ray does) write; the same bytes for any number",
+        "N",
+        decides=False,
     )
-    pad_token_id: int | None = field(
-        default=None, metadata=about("token to trim at row ends, if there is no attention_mask", "ID")
+    engine: str = option(
+        "processes",
+        "who does it, the same bytes: processes of this machine, or a Ray cluster that sees SOURCE and TARGET",
+        choices=ENGINES,
+        decides=False,
     )
-    balance: int | None = field(
-        default=None, metadata=about("order packs so that every N of them cost attention nearly the same", "N")
-    )
-    num_proc: int = field(
-        default=1,
-        metadata=about(
-            "processes that tokenize and (unless --engine ray does) write; the same bytes for any number",
-            "N",
-            decides=False,
-        ),
-    )
-    engine: str = field(
-        default="processes",
-        metadata=about(
-            "who does it, the same bytes: processes of this machine, or a Ray cluster that sees SOURCE and TARGET",
-            choices=ENGINES,
-            decides=False,
-        ),
-    )
-    format: str = field(
-        default="arrow",
-        metadata=about(
-            "files of TARGET: arrow is mapped into memory, by load_from_disk; parquet is compressed, for load_dataset",
-            choices=FORMATS,
-        ),
+    format: str = option(
+        "arrow",
+        "files of TARGET: arrow is mapped into memory, by load_from_disk; parquet is compressed, for load_dataset",
+        choices=FORMATS,
     )
 
     def __post_init__(self) -> None:
@@ -129,9 +116,7 @@ class PackOptions:
     def parameters(self) -> dict[str, Any]:
         """The options that decide a byte, as the manifest has them. packer and token_columns are as they were given."""
         values = {each: getattr(self, each.name) for each in fields(self) if each.metadata["decides"]}
-        return {
-            each.name: value for each, value in values.items() if not each.metadata["added"] or value != each.default
-        }
+        return {own.name: value for own, value in values.items() if not own.metadata["added"] or value != own.default}
 
 
 def checked_pad_token_id(value: int) -> int:

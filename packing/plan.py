@@ -130,10 +130,8 @@ class PackPlan:
 
     def __str__(self) -> str:
         limit = "no limit" if self.max_sequences_per_pack is None else f"{self.max_sequences_per_pack:,}"
-        above = self.num_packs - self.lower_bound
-        verdict = (
-            f"{above:,} {'pack' if above == 1 else 'packs'} above it" if above else "met: no packing has fewer packs"
-        )
+        gap = self.num_packs - self.lower_bound
+        verdict = f"{gap:,} {'pack' if gap == 1 else 'packs'} above it" if gap else "met: no packing has fewer packs"
         rows = [
             ("packer", self.packer, ""),
             ("max_sequence_length", f"{self.max_sequence_length:,}", "token slots in a pack"),
@@ -218,10 +216,8 @@ def _check_shape(plan: PackPlan) -> None:
     if not strategies:
         raise ValueError("a plan has at least one strategy; an empty histogram cannot be packed")
     if len(offsets) != strategies + 1 or offsets[0] != 0 or offsets[-1] != len(plan.strategy_lengths):
-        raise ValueError(
-            f"strategy_offsets must be {strategies + 1} numbers from 0 to {len(plan.strategy_lengths)}, "
-            f"one more than there are repeats; got {len(offsets)}"
-        )
+        what = f"strategy_offsets must be {strategies + 1} numbers from 0 to {len(plan.strategy_lengths)}"
+        raise ValueError(f"{what}, one more than there are repeats; got {len(offsets)}")
     if (np.diff(offsets) < 1).any():
         raise ValueError(f"strategy {int(np.argmax(np.diff(offsets) < 1))} is empty; leave it out")
     if (plan.repeats < 1).any():
@@ -245,10 +241,8 @@ def _check_fit(plan: PackPlan) -> None:
     limit = plan.max_sequences_per_pack
     if limit is not None and plan.max_depth > limit:
         culprit = int(np.argmax(plan.depths > limit))
-        raise ValueError(
-            f"strategy {culprit} {plan.strategies[culprit][:8]} has {plan.depths[culprit]} sequences, more than "
-            f"max_sequences_per_pack={limit}; the packer must keep to it"
-        )
+        what = f"strategy {culprit} {plan.strategies[culprit][:8]} has {plan.depths[culprit]} sequences"
+        raise ValueError(f"{what}, more than max_sequences_per_pack={limit}; the packer must keep to it")
 
 
 def _tokens(plan: PackPlan) -> np.ndarray:

@@ -21,6 +21,7 @@ from packing.options import PackOptions
 from packing.source.exact import REFUSALS, NotHeldError, exact_array
 from packing.source.rows import INPUT_IDS, closing_token, last_tokens
 from packing.source.sequences import DONE
+from packing.source.token_column import AS_BYTES
 from packing.source.token_ids import read_checked
 from packing.store.contents import gather_all, plan_packing
 from packing.store.info import packed_facts
@@ -75,14 +76,10 @@ def pack_stream(
         packing = plan_packing(rows, read_checked(rows, token_columns, pad_token_id), options)
     names = packing.facts.token_columns
     packed_features = datasets.Features({name: f for name, f in packing.features.items() if name != INDICES})
-    pack = _PackBuffer(
-        features,
-        packed_features,
-        replace(options, token_columns=[name for name in names if name != INPUT_IDS]),
-        closing_token(packing.source) if overlong == "truncate" else None,
-        _has_shuffle_buffer(dataset._ex_iterable),
-        dataset.features is not None,
-    )
+    of_buffers = replace(options, token_columns=[name for name in names if name != INPUT_IDS])
+    closing = closing_token(packing.source) if overlong == "truncate" else None
+    stream = _has_shuffle_buffer(dataset._ex_iterable), dataset.features is not None
+    pack = _PackBuffer(features, packed_features, of_buffers, closing, *stream)
     form = {"batched": True, "batch_size": buffer_size, "with_indices": True, "features": packed_features}
     if is_arrow:
         packed = dataset.with_format("arrow").map(pack, **form).with_format(None)
@@ -170,10 +167,8 @@ class _PackBuffer:
 
 def _check_stream(dataset: object) -> None:
     if isinstance(dataset, datasets.IterableDatasetDict | datasets.DatasetDict):
-        raise TypeError(
-            f"{type(dataset).__name__} with splits {', '.join(map(str, dataset))} was given; pack split by split: "
-            "pack_stream(dataset['train'])"
-        )
+        what = f"{type(dataset).__name__} with splits {', '.join(map(str, dataset))} was given"
+        raise TypeError(f"{what}; pack split by split: pack_stream(dataset['train'])")
     if not isinstance(dataset, datasets.IterableDataset):
         is_whole = isinstance(dataset, datasets.Dataset)
         whole = "use pack_dataset, which packs it as a whole, or dataset.to_iterable_dataset(num_shards=…)"
@@ -251,12 +246,8 @@ def _encoded(feature: Any, value: Any) -> Any:
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     if inner is not None and isinstance(value, list | tuple):
         return [_encoded(inner, each) for each in value]
-    is_number = isinstance(feature, datasets.Value) and not _is_text(feature)
+    is_number = isinstance(feature, datasets.Value) and feature.pa_type not in AS_BYTES
     return value if value is None or is_number else encode_nested_example(feature, value)
-
-
-def _is_text(feature: datasets.Value) -> bool:
-    return pa.types.is_string(feature.pa_type) or pa.types.is_large_string(feature.pa_type)
 
 
 def _is_of_values(feature: Any) -> bool:

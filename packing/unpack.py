@@ -13,7 +13,7 @@ import pyarrow as pa
 from packing.epochs import EpochPacks
 from packing.files.folder import check_target, new_folder
 from packing.source.rows import RESERVED
-from packing.source.token_column import chosen_rows, read_token_column
+from packing.source.token_column import chosen_rows, read_lists
 from packing.store.dataset_files import write_dataset
 from packing.store.info import PackedInfo, packed_info
 
@@ -58,7 +58,7 @@ def unpack_dataset(packed: datasets.Dataset, output: str | os.PathLike | None = 
         return datasets.Dataset(table, info=info, split=packed.split, fingerprint=fingerprint)
     with new_folder(output) as folder:
         split = None if packed.split is None else str(packed.split)
-        write_dataset(folder, batches, info, fingerprint, split)
+        write_dataset(folder, batches, info, lambda: fingerprint, split)
     return datasets.load_from_disk(str(output))
 
 
@@ -100,7 +100,7 @@ WHOLE = "the whole packed dataset as pack_dataset made it (verify_packed names w
 
 def _stored(packed: datasets.Dataset, name: str) -> np.ndarray:
     """(sequences,) values of a column with one number per sequence, pack after pack."""
-    column = read_token_column(name, packed.data.column(name), chosen_rows(packed))
+    column = read_lists(name, packed.data.column(name), chosen_rows(packed))
     starts, lengths = column.find(np.arange(column.num_rows))
     return column.gather(starts, lengths, starts + lengths - 1).to_numpy()
 

@@ -7,6 +7,7 @@ from argparse import Namespace
 from packing.command import sources
 from packing.command.parser import Parser, Subcommand, add_pack_options
 
+ABOUT = "Print what every packer makes of SOURCE at several depths, or at the given one."
 EXAMPLES = """\
 examples:
   pack-dataset compare tokenized
@@ -18,7 +19,6 @@ examples:
 
 
 def _add_options(parser: Parser) -> None:
-    """SOURCE, and how to read it."""
     sources.add_source(parser, sources.LENGTHS)
     add_pack_options(parser, ("max_sequence_length", "max_sequences_per_pack"))
     sources.add_reading_options(parser)
@@ -26,7 +26,6 @@ def _add_options(parser: Parser) -> None:
 
 
 def _run(arguments: Namespace) -> int:
-    """Print a table for each split, and write the report."""
     from packing.report.compare import DEPTHS, compare_packers
     from packing.report.page import check_report, write_report
 
@@ -43,10 +42,4 @@ def _run(arguments: Namespace) -> int:
     return 0
 
 
-COMMAND = Subcommand(
-    description="Print what every packer makes of SOURCE at several depths, or at the given one.",
-    examples=EXAMPLES,
-    add_options=_add_options,
-    run=_run,
-    lacks="compare tries all packers and writes no packs",
-)
+COMMAND = Subcommand(ABOUT, EXAMPLES, _add_options, _run, "compare tries all packers and writes no packs")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from packing.source.open import OpenedSource
     from packing.store.contents import Packing
 
+ABOUT = "Pack the sequences of SOURCE, several to a pack, and write the packs to the folder TARGET."
 EXAMPLES = f"""\
 examples:
   pack-dataset pack tokenized packed                          packs of 512 tokens
@@ -39,7 +40,6 @@ PLANNING = ("max_sequence_length", "max_sequences_per_pack", "packer", "seed", "
 
 
 def _add_options(parser: Parser) -> None:
-    """SOURCE TARGET, and all options of packing."""
     sources.add_source(parser)
     parser.add_argument("target", metavar="TARGET", help="folder to write, a path or a URL; must not exist")
     add_pack_options(parser, PLANNING)
@@ -102,9 +102,4 @@ def opener(split: str, arguments: Namespace) -> Callable[[], datasets.Dataset]:
     return partial(open_split, source, split)
 
 
-COMMAND = Subcommand(
-    description="Pack the sequences of SOURCE, several to a pack, and write the packs to the folder TARGET.",
-    examples=EXAMPLES,
-    add_options=_add_options,
-    run=_run,
-)
+COMMAND = Subcommand(ABOUT, EXAMPLES, _add_options, _run)

@@ -90,15 +90,10 @@ def add_pack_options(parser: Parser, names: Collection[str]) -> None:
         if field.name in names and field.type == "bool":
             parser.add_argument(name, action="store_true", help=field.metadata["help"])
         elif field.name in names:
-            parser.add_argument(
-                name,
-                type=one_of(choices) if choices else int if str(field.type).startswith("int") else str,
-                nargs="+" if str(field.type).startswith("Sequence") else None,
-                default=field.default,
-                choices=choices,
-                metavar=field.metadata["metavar"],
-                help=field.metadata["help"],
-            )
+            type_ = one_of(choices) if choices else int if str(field.type).startswith("int") else str
+            nargs = "+" if str(field.type).startswith("Sequence") else None
+            about: dict[str, Any] = {key: field.metadata[key] for key in ("choices", "metavar", "help")}
+            parser.add_argument(name, type=type_, nargs=nargs, default=field.default, **about)
 
 
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:

@@ -7,6 +7,7 @@ from argparse import Namespace
 from packing.command import pack, sources
 from packing.command.parser import Parser, Subcommand, add_pack_options
 
+ABOUT = "Print how well SOURCE would pack, and write nothing."
 EXAMPLES = """\
 examples:
   pack-dataset plan tokenized
@@ -19,14 +20,12 @@ object {"length": count}, an .npy array of rows length, count. `pack-dataset --h
 
 
 def _add_options(parser: Parser) -> None:
-    """SOURCE, and the options that a plan depends on."""
     sources.add_source(parser, sources.LENGTHS)
     add_pack_options(parser, pack.PLANNING)
     sources.add_reading_options(parser)
 
 
 def _run(arguments: Namespace) -> int:
-    """Print the plan of each split."""
     if sources.is_lengths(arguments):
         _plan_lengths(arguments)
     else:
@@ -44,10 +43,4 @@ def _plan_lengths(arguments: Namespace) -> None:
     print(f"{histogram.sum():,} sequences\n{plan}")
 
 
-COMMAND = Subcommand(
-    description="Print how well SOURCE would pack, and write nothing.",
-    examples=EXAMPLES,
-    add_options=_add_options,
-    run=_run,
-    lacks="plan writes no packs",
-)
+COMMAND = Subcommand(ABOUT, EXAMPLES, _add_options, _run, "plan writes no packs")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from packing.files.hashed import HashedFile
 
+ABOUT = "Write the rows that were packed into PACKED to TARGET."
 EXAMPLES = """\
 examples:
   pack-dataset unpack packed rows                  a folder, for load_from_disk; splits stay splits
@@ -27,7 +28,6 @@ dropped or truncated stay dropped or truncated.
 
 
 def _add_options(parser: Parser) -> None:
-    """PACKED TARGET"""
     parser.add_argument("packed", metavar="PACKED", help="folder, or URL, that pack-dataset wrote")
     parser.add_argument(
         "target", metavar="TARGET", help="folder to write, or a file .parquet or .jsonl; must not exist"
@@ -35,7 +35,6 @@ def _add_options(parser: Parser) -> None:
 
 
 def _run(arguments: Namespace) -> int:
-    """Write the rows of every split."""
     import datasets
 
     from packing.files.folder import check_target
@@ -74,10 +73,8 @@ def _write_file(splits: dict, target: Path) -> None:
     from packing.unpack import unpack_dataset
 
     if "" not in splits:
-        raise ValueError(
-            f"PACKED has the splits {', '.join(splits)}, and {target.suffix} is one file; give a folder as TARGET, or "
-            "the folder of one split as PACKED"
-        )
+        what = f"PACKED has the splits {', '.join(splits)}, and {target.suffix} is one file"
+        raise ValueError(f"{what}; give a folder as TARGET, or the folder of one split as PACKED")
     rows = unpack_dataset(splits[""])
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with hashed_file(target) as file:
@@ -93,10 +90,4 @@ def _write_lines(rows: datasets.Dataset, file: HashedFile) -> None:
 
 FILES = {".parquet": lambda rows, file: rows.to_parquet(file), ".jsonl": _write_lines}
 
-COMMAND = Subcommand(
-    description="Write the rows that were packed into PACKED to TARGET.",
-    examples=EXAMPLES,
-    add_options=_add_options,
-    run=_run,
-    lacks="unpack takes the rows as they were packed",
-)
+COMMAND = Subcommand(ABOUT, EXAMPLES, _add_options, _run, "unpack takes the rows as they were packed")

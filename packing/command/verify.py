@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packing.command import sources
 from packing.command.parser import Parser, Subcommand
 
 if TYPE_CHECKING:
-    from packing.files.paths import RemotePath
+    from packing.files.paths import Place
 
+ABOUT = "Prove that a packed folder holds every sequence once and unchanged, and that no pack is too long."
 EXAMPLES = """\
 examples:
   pack-dataset verify packed                            files against their checksums, packs by themselves
@@ -26,7 +26,6 @@ Exit status: 0 if nothing is wrong, 1 if something is, 2 if an argument was refu
 
 
 def _add_options(parser: Parser) -> None:
-    """PACKED, and what to compare it with."""
     parser.add_argument("packed", metavar="PACKED", help="folder, or URL, that pack-dataset or pack_dataset wrote")
     parser.add_argument(
         "--source",
@@ -71,8 +70,7 @@ def verify(packed: str, source: dict | None) -> bool:
     return all(verified) and not faults
 
 
-def _verify_split(folder: Path | RemotePath, name: str, source: dict | None) -> bool:
-    """Print the table of one split, or why there is none."""
+def _verify_split(folder: Place, name: str, source: dict | None) -> bool:
     from packing.files.saved import check_split
     from packing.verify.verify import verify_packed
 
@@ -95,7 +93,7 @@ def _verify_split(folder: Path | RemotePath, name: str, source: dict | None) -> 
     return False
 
 
-def _beside_splits(folder: Path | RemotePath, names: list[str]) -> Iterator[str]:
+def _beside_splits(folder: Place, names: list[str]) -> Iterator[str]:
     """Files that load_from_disk would leave out, or open instead of the splits."""
     from packing.files.saved import DICT, INFO, STATE
     from packing.store.manifest import FILE
@@ -109,10 +107,4 @@ def _beside_splits(folder: Path | RemotePath, names: list[str]) -> Iterator[str]
 
 NO_SPLITS = "the source has no splits, and the packed folder has"
 
-COMMAND = Subcommand(
-    description="Prove that a packed folder holds every sequence once and unchanged, and that no pack is too long.",
-    examples=EXAMPLES,
-    add_options=_add_options,
-    run=_run,
-    lacks="verify finds in PACKED how it was packed",
-)
+COMMAND = Subcommand(ABOUT, EXAMPLES, _add_options, _run, "verify finds in PACKED how it was packed")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packing.files.hashed import UNFINISHED, sync
 from packing.files.locks import held, holder
-from packing.files.paths import RemotePath, place
+from packing.files.paths import Place, place
 
 TRIES = 100  # a folder may go while files are put into it, if another run ends
 CURE = "choose another output, or make its folder writable"
@@ -74,26 +74,21 @@ def partial_folder(target: str | os.PathLike) -> Iterator[Path]:
     target = check_target(target).absolute()
     partial = _partial_of(target)
     with _no_empty_parents(target), _made_and_locked(partial, target):
-        yield from _becomes(target, partial)
-
-
-def _becomes(target: Path, partial: Path) -> Iterator[Path]:
-    """Give out the partial folder, and give it its name after that."""
-    try:
-        yield partial
-        check_target(target)
-        for folder, _, _ in os.walk(partial):
-            sync(Path(folder))
-        os.rename(partial, target)
-        sync(target.parent)
-    except NotOurs:
-        raise
-    except BaseException as error:
-        if kept := count_shards(partial):
-            say_how_to_resume(error, partial, kept)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            yield partial
+            check_target(target)
+            for folder, _, _ in os.walk(partial):
+                sync(Path(folder))
+            os.rename(partial, target)
+            sync(target.parent)
+        except NotOurs:
+            raise
+        except BaseException as error:
+            if kept := count_shards(partial):
+                note_resume(error, partial, kept)
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _partial_of(target: Path) -> Path:
@@ -146,18 +141,16 @@ def refuse_others(folder: Path, names: Iterable[str] | None = None) -> None:
         is_unfinished = path.name.startswith(".") and path.name.endswith(UNFINISHED)
         is_ours = is_folder and (wanted is None or path.name in wanted or is_unfinished)
         if path.is_symlink() or not is_ours or not (path.is_dir() or path.is_file()):
-            raise NotOurs(
-                f"{str(path)!r} was not put there by this packing, and would be part of the output; move it away, or "
-                f"remove {str(folder)!r} to start anew"
-            )
+            what = f"{str(path)!r} was not put there by this packing, and would be part of the output"
+            raise NotOurs(f"{what}; move it away, or remove {str(folder)!r} to start anew")
 
 
-def count_shards(folder: Path | RemotePath) -> int:
+def count_shards(folder: Place) -> int:
     """Those that are finished, or nearly."""
     return sum(not file.name.endswith(".record") for file in folder.rglob("data-*"))
 
 
-def say_how_to_resume(error: BaseException, partial: Path | RemotePath, kept: int) -> None:
+def note_resume(error: BaseException, partial: Place, kept: int) -> None:
     """Add to the error that finished shards are kept, and what to do with them."""
     shards = f"{kept} finished {'shard is' if kept == 1 else 'shards are'} kept in {str(partial)!r}"
     error.add_note(f"{shards}: run the same again to continue from there, or remove that folder")
@@ -180,11 +173,8 @@ def check_space(folder: Path, num_bytes: int) -> None:
     """Raise OSError if the disk has not so many bytes left."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"{num_bytes:,} bytes are to be written, and {free:,} are free; make space, or choose another output",
-            str(folder),
-        )
+        what = f"{num_bytes:,} bytes are to be written, and {free:,} are free; make space, or choose another output"
+        raise OSError(errno.ENOSPC, what, str(folder))
 
 
 @contextmanager
@@ -202,13 +192,8 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
             _lock_beside(stack, target, target)
             folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)  # what has its name by then is not there
-        folder.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
+        os.umask(umask := os.umask(0))
+        folder.chmod(0o777 & ~umask)  # mkdtemp keeps others out
         yield folder
         check_target(target)
         os.rename(folder, target)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask

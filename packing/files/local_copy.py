@@ -34,13 +34,10 @@ if TYPE_CHECKING:
 OF_ACCESS = re.compile("^(atime|time|ino|nlink)$|access", re.I)  # changes without the file, or differs by machine
 MAGIC = re.compile(r"[*\[]")
 
+Wanted = Callable[[set[str]], set[str]]
 
-def local_copy(
-    url: str,
-    storage_options: dict | None = None,
-    wanted: Callable[[set[str]], set[str]] = set,
-    cache: Path | None = None,
-) -> Path:
+
+def local_copy(url: str, storage_options: dict | None = None, wanted: Wanted = set, cache: Path | None = None) -> Path:
     """Where the file, or the folder of the files, lies now. Raises FileNotFoundError where there is none.
 
     wanted: of the names in a folder or a glob, those to copy. cache: None is cache_folder()."""
@@ -76,9 +73,7 @@ def local_copy(
     return folder / path.removeprefix(root) if path.removeprefix(root) in found else folder
 
 
-def _find(
-    fs: fsspec.AbstractFileSystem, path: str, wanted: Callable[[set[str]], set[str]]
-) -> tuple[str, dict[str, dict]]:
+def _find(fs: fsspec.AbstractFileSystem, path: str, wanted: Wanted) -> tuple[str, dict[str, dict]]:
     """The folder that all lie in, with a slash at its end; names in it -> what the file system says of them."""
     fs.invalidate_cache()
     if magic := MAGIC.search(path):
@@ -108,7 +103,6 @@ def _stamps(found: dict[str, dict]) -> dict[str, dict]:
 
 
 def _seal(copy: Path) -> Path:
-    """Where the checksum of a copy is."""
     return copy.with_name(f".{copy.name}.xxh3")
 
 

@@ -60,14 +60,11 @@ def _too_deep(what: str) -> str:
 def _is_deeper(value: object, depth: int) -> bool:
     level = [value]
     for _ in range(depth + 1):
-        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
+        inside = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [value for values in inside for value in values]
         if not level:
             return False
     return True
-
-
-def _inside(outer: dict | list) -> typing.Iterable:
-    return outer.values() if isinstance(outer, dict) else outer
 
 
 def build(cls: type[T], content: object, what: str, **names: type) -> T:
@@ -78,7 +75,7 @@ def build(cls: type[T], content: object, what: str, **names: type) -> T:
     Numbers are whole and not negative where the annotation is int. names: types that annotations name without the
     class's module having them. Raises ValueError that names the field."""
     if not isinstance(content, dict):
-        raise ValueError(f"{what} is {_shown(content)}, and no object of its fields")
+        raise ValueError(f"{what} is {shown(content)}, and no object of its fields")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     required = {name for name, field in fields.items() if _has_no_default(field)}
     if other := sorted((required - set(content)) | (set(content) - set(fields))):
@@ -115,13 +112,14 @@ def _typed(value: typing.Any, hint: typing.Any, what: str) -> typing.Any:
     if hint in (str, dict, type(None)) and isinstance(value, hint):
         return value
     wanted = getattr(hint, "__name__", None) if kind is None else str(hint)
-    raise ValueError(f"{what} is {_shown(value)}, which is no {wanted}")
+    raise ValueError(f"{what} is {shown(value)}, which is no {wanted}")
 
 
 def _in_range(values: list) -> bool:
     return not values or isinstance(values[0], str) or (min(values) >= 0 and max(values) < MAX_WHOLE)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value in an error, cut short."""
     text = repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

@@ -31,10 +31,8 @@ def checked_name(name: object, said_by: object) -> str:
     except UnicodeEncodeError:
         length = None
     if length is None or length > LONGEST:
-        raise ValueError(
-            f"{str(said_by)!r} names {name[:40]!r}…, which no file can be called: a name has {LONGEST} bytes of UTF-8 "
-            "at most; make it anew"
-        )
+        what = f"{str(said_by)!r} names {name[:40]!r}…, which no file can be called"
+        raise ValueError(f"{what}: a name has {LONGEST} bytes of UTF-8 at most; make it anew")
     return name
 
 
@@ -62,10 +60,8 @@ def check_file(file: Path, folder: Path) -> None:
     except RuntimeError:
         raise ValueError(f"{str(file)!r} is a link to itself; put the file there") from None
     if not lies.is_relative_to(root):
-        raise ValueError(
-            f"{str(file)!r} is a link that leads out of {str(folder)!r}; copy the files themselves (cp -rL), for "
-            "nothing outside a folder is read"
-        )
+        what = f"{str(file)!r} is a link that leads out of {str(folder)!r}"
+        raise ValueError(f"{what}; copy the files themselves (cp -rL), for nothing outside a folder is read")
     check_is_file(file)
 
 

@@ -169,9 +169,6 @@ class RemotePath:
         except FileNotFoundError:
             return False
 
-    def is_symlink(self) -> bool:
-        return False
-
     def is_dir(self) -> bool:
         with self._store() as (fs, path):
             return fs.isdir(path)
@@ -200,9 +197,6 @@ class RemotePath:
     def read_bytes(self) -> bytes:
         with self._store() as (fs, path):
             return fs.cat_file(path)
-
-    def read_text(self, encoding: str = "utf-8") -> str:
-        return self.read_bytes().decode(encoding)
 
     def open(self, mode: str = "rb", buffering: int = -1) -> io.BufferedReader:
         with self._store() as (fs, path):

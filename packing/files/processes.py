@@ -46,27 +46,22 @@ class Workers:
             self._executor.shutdown(cancel_futures=True)
 
     def map(
-        self,
-        function: Callable[[Task], Result],
-        tasks: Iterable[Task],
-        *,
-        in_order: bool = True,
-        most: int | None = None,
+        self, do: Callable[[Task], Result], tasks: Iterable[Task], *, in_order: bool = True, most: int | None = None
     ) -> Iterator[Result]:
         """The results, in the order of the tasks or as they come.
 
         most: tasks that are handed out at a time; None: TASKS_AHEAD for each process.
-        Raises what the function raises, and ChildProcessError where a process has died.
+        Raises what `do` raises, and ChildProcessError where a process has died.
         """
         if self.num_proc == 1:
-            yield from map(function, tasks)
+            yield from map(do, tasks)
             return
         waiting: deque[Future[Result]] = deque()
         most = TASKS_AHEAD * self.num_proc if most is None else most
         try:
             executor = self._executor or self._start()
             for task in tasks:
-                waiting.append(executor.submit(function, task))
+                waiting.append(executor.submit(do, task))
                 if len(waiting) >= most:
                     yield _take(waiting, in_order)
             while waiting:

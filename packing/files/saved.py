@@ -25,12 +25,7 @@ if TYPE_CHECKING:
     from packing.files.paths import Place
 
 DICT, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"
-STATE_AS_WRITTEN: dict[str, object] = {
-    "_format_columns": None,
-    "_format_kwargs": {},
-    "_format_type": None,
-    "_output_all_columns": False,
-}
+NO_VIEW: dict = {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
 SPLIT = re.compile(r"\w+(\.\w+)*")  # as datasets has it
 MOST_CLASSES = 1 << 20  # of a ClassLabel that has no names: datasets makes some
 
@@ -59,10 +54,8 @@ def check_saved(folder: Path) -> None:
 
 def check_split(folder: Place, name: str) -> None:
     """Raise ValueError where the folder of a split is a link that leads out of the folder of all."""
-    if isinstance(folder, Path) and not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"{str(folder / name)!r} is a link that leads out of {str(folder)!r}; copy the files themselves"
-        )
+    if isinstance(folder, Path) and not (split := folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{str(split)!r} is a link that leads out of {str(folder)!r}; copy the files themselves")
 
 
 def split_names(path: Place) -> list[str]:
@@ -95,9 +88,9 @@ def state_shards(state: dict, path: Place) -> list[str]:
     return [checked_name(entry.get("filename"), path) for entry in entries]
 
 
-def state_faults(state: dict, shards: list[str], fingerprint: str, path: Place) -> list[dict]:
+def state_faults(folder: Place, shards: list[str], fingerprint: str) -> list[dict]:
     """How the state of a packed folder differs from what packing wrote: its shards in order, and no view of columns."""
-    wanted = {**STATE_AS_WRITTEN, "_fingerprint": fingerprint}
+    state, wanted = read_state(folder), {**NO_VIEW, "_fingerprint": fingerprint}
     faults = [
         {"what": f"is not what packing wrote: {name}", "found": state.get(name), "expected": value}
         for name, value in wanted.items()
@@ -109,7 +102,7 @@ def state_faults(state: dict, shards: list[str], fingerprint: str, path: Place) 
     if split is not None and not (isinstance(split, str) and SPLIT.fullmatch(split)):
         faults.append({"what": "is not what packing wrote: _split", "found": split})
     try:
-        listed = state_shards(state, path)
+        listed = state_shards(state, folder / STATE)
     except ValueError as error:
         return [*faults, {"what": str(error)}]
     if listed != shards:

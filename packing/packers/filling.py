@@ -73,7 +73,6 @@ def as_packs(lengths: np.ndarray, offsets: np.ndarray, repeats: np.ndarray) -> P
 
 
 def _as_arrays(packs: Mapping[Strategy, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """lengths, offsets, repeats: int64, flat."""
     lengths = np.array([length for pack in packs for length in pack], np.int64)
     return lengths, np.cumsum([0, *map(len, packs)]), np.array(list(packs.values()), np.int64)
 
@@ -175,9 +174,7 @@ def _fill_longest_first(histogram, depth_limit, nodes, groups, heads, bits, num_
                 num_groups += 1
             first = num_groups
             copies = min(groups[group, SPACE] // length, depth_limit - groups[group, DEPTH])
-            left, num_nodes, num_groups = _give_copies(
-                length, copies, left, group, nodes, groups, num_nodes, num_groups
-            )
+            left, num_nodes, num_groups = _give(length, copies, left, group, nodes, groups, num_nodes, num_groups)
             if space == 0:
                 groups[group, COUNT] = 0
             elif groups[group, COUNT] == 0:
@@ -188,7 +185,7 @@ def _fill_longest_first(histogram, depth_limit, nodes, groups, heads, bits, num_
 
 
 @njit(cache=True)
-def _give_copies(length, copies, left, group, nodes, groups, num_nodes, num_groups):
+def _give(length, copies, left, group, nodes, groups, num_nodes, num_groups):
     """Give packs of a group `copies` sequences of a length each, as far as `left` sequences of it go. In place.
 
     5 packs, copies=2, left=5 -> 2 packs get 2, one gets 1: two new groups at the end; 2 packs stay in the group.

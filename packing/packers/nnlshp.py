@@ -61,12 +61,10 @@ def fit_histogram(
     """Step 2: slots, x and the norm, as nnls.fit_strategies returns them.
 
     The search starts at the full packs of lpfhp, which saves more than half of it (a tenth at depth 3)."""
-    start = lpfhp(histogram, max_sequence_length, max_sequences_per_pack)
+    plan = lpfhp(histogram, max_sequence_length, max_sequences_per_pack)
     weights = np.where(np.arange(max_sequence_length + 1) <= SHORT, SHORT_WEIGHT, 1.0)
     depth_limit = max_sequences_per_pack or max_sequence_length
-    return fit_strategies(
-        histogram, weights, depth_limit, start.strategy_lengths, start.strategy_offsets, start.repeats
-    )
+    return fit_strategies(histogram, weights, depth_limit, plan.strategy_lengths, plan.strategy_offsets, plan.repeats)
 
 
 def _build(slots: np.ndarray, repeats: np.ndarray, histogram: np.ndarray) -> tuple[Packs, np.ndarray]:

@@ -39,9 +39,7 @@ PRICED_SLOTS = 1024  # token slots of the longest packs that are priced token by
 TOLERANCE = 1 / 500  # share of packs above the cheap bound up to which step 5 is not worth its seconds
 STRATEGIES_PER_ROUND, STRATEGIES_PER_LENGTH = 200, 3
 ROUNDS, DIVES = 300, 40
-SOLVING_WORK = (
-    60_000_000  # simplex steps * lengths of step 2: about eight seconds; Wikipedia's 512 lengths take 1 million
-)
+SOLVING_WORK = 60_000_000  # simplex steps * lengths of step 2: eight seconds; Wikipedia's 512 lengths take 1 million
 CLOSING_WORK = 14  # the same for steps 3 and 4, per max_sequence_length ** 2; three times that while the gap is above 1
 APART = 100  # packs that step 4 takes apart: enough for another result, few enough to solve in a tenth of the time
 PRICED_AGAIN = 4  # rounds of pricing for what is left in a dive, before the dive stops
@@ -76,9 +74,7 @@ def optimal(
 class Search:
     """The fewest packs and the greatest lower bound found so far for one histogram."""
 
-    def __init__(
-        self, histogram: np.ndarray, limits: tuple[int, int | None], deadline: float | None, bar: tqdm
-    ) -> None:
+    def __init__(self, histogram: np.ndarray, limits: tuple[int, int | None], deadline: float | None, bar: tqdm):
         self.histogram, self.limits = histogram, limits
         self.deadline, self.bar = deadline, bar
         self.slots = Slots.of(histogram, *self.limits)

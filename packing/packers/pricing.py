@@ -80,12 +80,10 @@ class Valuation:
         order = order[self.values[order] > above]
         most = min(at_most, len(order))
         # one more, since a slot that holds nothing is written before it is dropped
-        rows, offsets = np.empty(most * self.slots.depth + 1, np.int64), np.zeros(most + 1, np.int64)
-        count = _complete(
-            order, self.slots.lengths, self.row_of_slot, self.tables, self.parts, rows, offsets, per_length
-        )
+        rows, edges = np.empty(most * self.slots.depth + 1, np.int64), np.zeros(most + 1, np.int64)
+        count = _complete(order, self.slots.lengths, self.row_of_slot, self.tables, self.parts, rows, edges, per_length)
         flat = rows.tolist()
-        found = (tuple(sorted(flat[a:b])) for a, b in pairwise(offsets[: count + 1].tolist()))
+        found = (tuple(sorted(flat[a:b])) for a, b in pairwise(edges[: count + 1].tolist()))
         return list(dict.fromkeys(found))
 
 

@@ -18,12 +18,7 @@ from packing.plan import PackPlan
 # histogram (max_sequence_length + 1,) int64, max_sequence_length, max_sequences_per_pack (None = no limit) -> plan
 Packer = Callable[[np.ndarray, int, int | None], PackPlan]
 
-PACKERS: dict[str, Packer] = {
-    "spfhp": spfhp,
-    "lpfhp": lpfhp,
-    "nnlshp": nnlshp,
-    "optimal": optimal,
-}
+PACKERS: dict[str, Packer] = {"spfhp": spfhp, "lpfhp": lpfhp, "nnlshp": nnlshp, "optimal": optimal}
 
 LONGEST_PACK = 64**4 - 1  # token slots; the packers' tables are indexed by space
 
@@ -79,7 +74,6 @@ def _shows_progress(pack: Packer) -> bool:
 
 
 def _checked_histogram(histogram: ArrayLike) -> np.ndarray:
-    """The histogram as int64. Raises ValueError for what is no histogram."""
     array = np.asarray(histogram)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"a histogram is one flat array of counts, indexed by length; got shape {array.shape}")
@@ -119,45 +113,31 @@ def checked_depth(max_sequences_per_pack: int | None) -> int | None:
 
 
 def _fitted(histogram: np.ndarray, max_sequence_length: int) -> np.ndarray:
-    """The histogram with max_sequence_length + 1 entries."""
     beyond = histogram[max_sequence_length + 1 :]
     if beyond.any():
         culprit = max_sequence_length + 1 + int(np.argmax(beyond > 0))
-        raise ValueError(
-            f"the histogram counts {histogram[culprit]} sequences of length {culprit}, more than "
-            f"max_sequence_length={max_sequence_length}; truncate or split them before packing"
-        )
+        limit = f"max_sequence_length={max_sequence_length}; truncate or split them before packing"
+        raise ValueError(f"the histogram counts {histogram[culprit]} sequences of length {culprit}, more than {limit}")
     fitted = np.zeros(max_sequence_length + 1, np.int64)
     kept = min(len(histogram), len(fitted))
     fitted[:kept] = histogram[:kept]
     return fitted
 
 
-def _check_plan(
-    plan: object, histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None, packer: object
-) -> None:
+def _check_plan(plan: object, histogram: np.ndarray, longest: int, deepest: int | None, packer: object) -> None:
     """Raise unless the plan is one, keeps to the limits, and places every sequence of the histogram exactly once."""
-    name = repr(packer) if isinstance(packer, str) else getattr(packer, "__name__", repr(packer))
+    who = f"packer {packer!r}" if isinstance(packer, str) else f"packer {getattr(packer, '__name__', repr(packer))}"
     if not isinstance(plan, PackPlan):
-        raise TypeError(f"packer {name} returned {type(plan).__name__}; a packer returns a PackPlan")
-    if plan.max_sequence_length != max_sequence_length:
-        raise ValueError(
-            f"packer {name} made a plan for max_sequence_length={plan.max_sequence_length}, "
-            f"but was given {max_sequence_length}"
-        )
-    if max_sequences_per_pack is not None and plan.max_depth > max_sequences_per_pack:
-        raise ValueError(
-            f"packer {name} put {plan.max_depth} sequences into a pack, more than "
-            f"max_sequences_per_pack={max_sequences_per_pack}; it must keep to the given limit"
-        )
+        raise TypeError(f"{who} returned {type(plan).__name__}; a packer returns a PackPlan")
+    if (found := plan.max_sequence_length) != longest:
+        raise ValueError(f"{who} made a plan for max_sequence_length={found}, but was given {longest}")
+    if deepest is not None and plan.max_depth > deepest:
+        what = f"{who} put {plan.max_depth} sequences into a pack, more than max_sequences_per_pack={deepest}"
+        raise ValueError(f"{what}; it must keep to the given limit")
     placed = plan.histogram()
     if not np.array_equal(placed, histogram):
-        culprit = int(np.argmax(placed != histogram))
-        raise ValueError(
-            f"packer {name} placed {placed[culprit]} sequences of length {culprit}, the histogram counts "
-            f"{histogram[culprit]}; a plan must place each sequence exactly once"
-        )
+        length = int(np.argmax(placed != histogram))
+        what = f"{who} placed {placed[length]} sequences of length {length}, the histogram counts {histogram[length]}"
+        raise ValueError(f"{what}; a plan must place each sequence exactly once")
     if plan.lower_bound > plan.num_packs:
-        raise ValueError(
-            f"packer {name} claims proven_bound={plan.proven_bound}, more than its own {plan.num_packs} packs"
-        )
+        raise ValueError(f"{who} claims proven_bound={plan.proven_bound}, more than its own {plan.num_packs} packs")

@@ -210,7 +210,6 @@ def _attempt(name: str, packer: Packer, padded: PackPlan, depth: int | None) -> 
 
 
 def _distinct(depths: Iterable[int | None], padded: PackPlan) -> tuple[int | None, ...]:
-    """Ascending, each once."""
     depths = sorted(set(depths), key=_limit)
     if not depths:
         raise ValueError("no depth to compare: give at least one; None is no limit")

@@ -98,7 +98,6 @@ def _short(value: object) -> str:
 
 
 def _is_held(values: Sequence, array: pa.Array, rounds: bool) -> bool:
-    """Whether the array holds all values unchanged."""
     kinds = set(map(type, values)) - {type(None)}
     if _by_kind(kinds, array.type):
         return True

@@ -25,7 +25,7 @@ from numba import config
 
 from packing.histogram import offsets_of
 from packing.source.source_files import SourceFiles
-from packing.source.token_column import TokenColumn, Values, chosen_rows, is_list, open_token_column
+from packing.source.token_column import TEXTS, TokenColumn, Values, chosen_rows, is_list, open_lists
 
 if TYPE_CHECKING:
     import datasets
@@ -139,7 +139,7 @@ def _block_digester(column: pa.ChunkedArray, rows: np.ndarray | None, files: Sou
     """(first, end) -> digest of these rows, bytes. How they are hashed follows from these rows alone: others may be in
     another file, or read on another machine."""
     # Without its name, by which word ids with None would be no numbers: blocks that have none of them are.
-    opened = open_token_column("", column, rows) if is_list(column.type) else None
+    opened = open_lists("", column, rows) if is_list(column.type) else None
     tokens = opened if opened is not None and opened.is_numbers else None
     nulls_somewhere = column.null_count or (tokens is not None and any(c.values.null_count for c in column.chunks))
     values = Values.of(column.chunks, column.type)
@@ -223,7 +223,7 @@ class _Hasher:
         elif pa.types.is_struct(type_):
             for field in array.flatten():
                 self.add_array(field)
-        elif _is_text(type_):
+        elif type_ in TEXTS:
             self._add_text(array)
         elif pa.types.is_primitive(type_) or pa.types.is_fixed_size_binary(type_) or pa.types.is_decimal(type_):
             width = type_.bit_width // 8
@@ -240,8 +240,3 @@ class _Hasher:
         if len(array) and values is not None:
             bounds = np.frombuffer(offsets, np.int64 if is_large else np.int32)
             self.add(values[int(bounds[array.offset]) : int(bounds[array.offset + len(array)])])
-
-
-def _is_text(type_: pa.DataType) -> bool:
-    kinds = pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary
-    return any(is_kind(type_) for is_kind in kinds)

@@ -37,7 +37,7 @@ NUMBERS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Format:
     """One kind of file. An Arrow error or an OSError of its functions becomes a ValueError that names the file.
 
@@ -86,6 +86,8 @@ def open_files(
     """
     import datasets
 
+    from packing.files.cache import kept_rows, key_of
+
     if format.is_text:
         format, files = _text(documents), [uncompressed(file, cache) for file in files]
     schemas = [(file, schema) for file in files if (schema := _columns(format, file)) is not None]
@@ -94,27 +96,16 @@ def open_files(
         raise ValueError(f"{str(files[0])!r} {'has' if len(files) == 1 else 'and the other files have'} no {lacks}")
     features, files = _common_features(schemas), [file for file, _ in schemas]
     if all(map(format.is_mapped, files)):
-        loaded = datasets.concatenate_datasets([_map_stream(file) for file in files])
-    else:
-        loaded = _convert(format, files, features, cache)
-    return datasets.Dataset(
-        loaded.data, info=datasets.DatasetInfo(features=loaded.features), fingerprint=loaded._fingerprint
-    )
+        rows = datasets.concatenate_datasets([_map_stream(file) for file in files])
+    else:  # into an Arrow stream that is kept, under what the system says of the files
+        key = key_of(FORM, format.words, [file.stamp() for file in files], str(features))
+        rows = kept_rows(key, lambda folder: format.write(files, folder / "rows.arrow", features), cache)
+    return datasets.Dataset(rows.data, info=datasets.DatasetInfo(features=rows.features), fingerprint=rows._fingerprint)
 
 
 def _columns(format: Format, file: NamedFile) -> pa.Schema | None:
     with _naming(file):
         return format.columns(file)
-
-
-def _convert(
-    format: Format, files: list[NamedFile], features: datasets.Features, cache: Path | None
-) -> datasets.Dataset:
-    """Into an Arrow stream that is kept, under what the system says of the files."""
-    from packing.files.cache import kept_rows, key_of
-
-    key = key_of(FORM, format.words, [file.stamp() for file in files], str(features))
-    return kept_rows(key, lambda folder: format.write(files, folder / "rows.arrow", features), cache)
 
 
 def _write_batches(
@@ -182,6 +173,14 @@ def _arrow_columns(file: NamedFile) -> pa.Schema | None:
     return schema if any(batch.num_rows for batch in batches) else None
 
 
+def _arrow_batches(file: NamedFile) -> Iterator[pa.RecordBatch]:
+    return read_arrow(file.path)[2]
+
+
+def _is_stream(file: NamedFile) -> bool:
+    return read_arrow(file.path)[1]
+
+
 def _map_stream(file: NamedFile) -> datasets.Dataset:
     import datasets
 
@@ -213,7 +212,7 @@ def _write_json(files: list[NamedFile], path: Path, features: datasets.Features)
 def _delimited(words: str, endings: tuple[str, ...], delimiter: str) -> Format:
     """Files with a row a line, whose values a character parts. Quotes may hold the character and line ends."""
     columns, write = partial(_value_columns, delimiter), partial(_write_values, delimiter)
-    return Format(words=words, endings=endings, columns=columns, write=write, may_be_compressed=True)
+    return Format(words, endings, columns, write, may_be_compressed=True)
 
 
 def _value_columns(delimiter: str, file: NamedFile) -> pa.Schema | None:
@@ -300,14 +299,8 @@ def _typed_batches(delimiter: str, schema: pa.Schema, file: NamedFile) -> Iterat
 
 def _text(documents: str = "paragraph") -> Format:
     """Text files, with a document a row."""
-    return Format(
-        words=f"text, {documents}",
-        endings=(".txt",),
-        columns=_text_columns,
-        write=partial(_write_text, documents),
-        may_be_compressed=True,
-        is_text=True,
-    )
+    write = partial(_write_text, documents)
+    return Format(f"text, {documents}", (".txt",), _text_columns, write, may_be_compressed=True, is_text=True)
 
 
 def _text_columns(file: NamedFile) -> pa.Schema | None:
@@ -345,10 +338,8 @@ def _common_features(schemas: list[tuple[NamedFile, pa.Schema]]) -> datasets.Fea
                 raise ValueError(f"{str(has)!r} has a column {name!r}, and {str(lacks)!r} has none; make them alike")
             joined = _joined(common[name], found[name])
             if joined is None:
-                raise ValueError(
-                    f"column {name!r} is {common[name]} in {str(first)!r}, but {found[name]} in {str(file)!r}; "
-                    "make them alike"
-                )
+                what = f"column {name!r} is {common[name]} in {str(first)!r}, but {found[name]} in {str(file)!r}"
+                raise ValueError(f"{what}; make them alike")
             common[name] = joined
     return datasets.Features(common)
 
@@ -385,26 +376,9 @@ def _features(file: NamedFile, schema: pa.Schema) -> dict:
 
 TEXT = _text()
 FORMATS: tuple[Format, ...] = (
-    Format(
-        words="Parquet",
-        endings=(".parquet",),
-        columns=_parquet_columns,
-        write=partial(_write_batches, _parquet_batches),
-    ),
-    Format(
-        words="JSON",
-        endings=(".jsonl", ".ndjson", ".json"),
-        columns=_json_columns,
-        write=_write_json,
-        may_be_compressed=True,
-    ),
-    Format(
-        words="Arrow",
-        endings=(".arrow",),
-        columns=_arrow_columns,
-        write=partial(_write_batches, lambda file: read_arrow(file.path)[2]),
-        is_mapped=lambda file: read_arrow(file.path)[1],
-    ),
+    Format("Parquet", (".parquet",), _parquet_columns, partial(_write_batches, _parquet_batches)),
+    Format("JSON", (".jsonl", ".ndjson", ".json"), _json_columns, _write_json, may_be_compressed=True),
+    Format("Arrow", (".arrow",), _arrow_columns, partial(_write_batches, _arrow_batches), is_mapped=_is_stream),
     _delimited("CSV", (".csv",), ","),
     _delimited("TSV", (".tsv",), "\t"),
     TEXT,

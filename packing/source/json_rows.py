@@ -171,10 +171,9 @@ def _refuse_lost_numbers(file: NamedFile, line: int, data: bytes, table: pa.Tabl
             lost = _lost(value, types[name])
             if lost is not None:
                 where = _where(file, line + text.count("\n", 0, place))
-                raise ValueError(
-                    f"{where} has {lost} in column {name!r}, which holds fractions, too; as float64 it would be "
-                    "another number: write all of the column as whole numbers, or as texts"
-                )
+                what = f"{where} has {lost} in column {name!r}, which holds fractions, too"
+                cure = "write all of the column as whole numbers, or as texts"
+                raise ValueError(f"{what}; as float64 it would be another number: {cure}")
         place = _skip_blank(text, end)
 
 
@@ -306,10 +305,8 @@ def find_bad_line(files: list[NamedFile]) -> None:
             for name, value in _fields(row):
                 found, before = _kinds_of(value), kinds.setdefault(name, set())
                 if found and before and found != before:
-                    raise TypeError(
-                        f"{_where(file, number)} holds {', '.join(sorted(found))} in column {name!r}, and lines "
-                        f"before it hold {', '.join(sorted(before))}; make them alike"
-                    )
+                    what = f"{_where(file, number)} holds {', '.join(sorted(found))} in column {name!r}"
+                    raise TypeError(f"{what}, and lines before it hold {', '.join(sorted(before))}; make them alike")
                 before |= found
 
 

@@ -88,10 +88,7 @@ def holds_lengths(file: str | PathLike, may_hold_text: bool = False) -> bool:
 
 
 def dataset_histogram(
-    dataset: datasets.Dataset,
-    max_sequence_length: int,
-    say: Callable[[str], None] = lambda sentence: None,
-    **options: Any,
+    dataset: datasets.Dataset, max_sequence_length: int, say: Callable[[str], None] = lambda said: None, **options: Any
 ) -> np.ndarray:
     """What pack_dataset would plan on: (max_sequence_length + 1,) int64, read from list offsets, not from tokens.
 
@@ -120,10 +117,8 @@ def cut_histogram(histogram: np.ndarray, max_sequence_length: int, overlong: str
         return kept
     counts = histogram[lengths]
     if overlong == "error":
-        raise ValueError(
-            f"{counts.sum()} sequences are longer than max_sequence_length={max_sequence_length}, up to "
-            f"{lengths[-1]} tokens; choose {CHOICES}, or raise max_sequence_length"
-        )
+        what = f"{counts.sum()} sequences are longer than max_sequence_length={max_sequence_length}"
+        raise ValueError(f"{what}, up to {lengths[-1]} tokens; choose {CHOICES}, or raise max_sequence_length")
     if overlong == "truncate":
         kept[max_sequence_length] += counts.sum()
     elif overlong == "split":
@@ -200,13 +195,7 @@ def _read_npz(path: Path) -> np.ndarray:
     return _from_counts(pairs if array[:1].any() else pairs[1:])  # length 0 is refused, not left out
 
 
-READERS: dict[str, Callable[[Path], np.ndarray]] = {
-    ".txt": _read_text,
-    ".csv": _read_csv,
-    ".json": _read_json,
-    ".npy": _read_npy,
-    ".npz": _read_npz,
-}
+READERS = {".txt": _read_text, ".csv": _read_csv, ".json": _read_json, ".npy": _read_npy, ".npz": _read_npz}
 
 
 def _load_numbers(path: Path, **form: Any) -> np.ndarray:

@@ -249,11 +249,14 @@ def _check_has_tokens(dataset: datasets.Dataset) -> None:
 
 def _find(source: str, storage_options: dict | None, cache: Path | None, for_text: bool = False) -> Found:
     """Files of one format; or rows that are open: a folder of save_to_disk, or a dataset of the hub."""
+    from packing.files.local_copy import local_copy
+
     if not source:
         raise ValueError("SOURCE is empty; name a folder, a file or a dataset ('.' is this folder)")
     name_of: Callable[[Path], str] = str
     if is_url(source):
-        path, name_of = _copy(source, storage_options, cache, for_text)
+        path = str(copy := local_copy(source, storage_options, partial(_to_copy, for_text), cache))
+        name_of = partial(_url_of, source, copy)
     elif storage_options:
         raise ValueError(f"storage_options would be ignored: {source!r} is no URL; leave them out")
     else:
@@ -261,16 +264,6 @@ def _find(source: str, storage_options: dict | None, cache: Path | None, for_tex
     if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
         return _open_saved(path, source)
     return find_files(path, for_text, name_of) or _load_from_hub(source)
-
-
-def _copy(
-    url: str, storage_options: dict | None, cache: Path | None, for_text: bool
-) -> tuple[str, Callable[[Path], str]]:
-    """Where the copy of what is at a URL lies, and what each file of it is called."""
-    from packing.files.local_copy import local_copy
-
-    copy = local_copy(url, storage_options, partial(_to_copy, for_text), cache)
-    return str(copy), partial(_url_of, url, copy)
 
 
 def _to_copy(for_text: bool, names: set[str]) -> set[str]:
@@ -341,10 +334,8 @@ def find_files(source: str, for_text: bool = False, name_of: Callable[[Path], st
     if path.is_file():
         root, files = path.parent, [path]
     elif path.is_dir():
-        root, files = (
-            path,
-            sorted(f for f in path.rglob("*") if f.is_file() and not is_hidden(f.relative_to(path).as_posix())),
-        )
+        root = path
+        files = sorted(f for f in path.rglob("*") if f.is_file() and not is_hidden(f.relative_to(path).as_posix()))
     elif glob.has_magic(source):
         files = sorted(f for f in map(Path, glob.glob(source, recursive=True)) if f.is_file())
         root = Path(*[part for part in path.parts if not glob.has_magic(part)])
@@ -404,10 +395,8 @@ def _by_split(files: list[NamedFile], root: Path, format: Format) -> dict[str, l
     if None in splits:
         unnamed = splits.pop(None)
         split, (named, *_) = next(iter(splits.items()))
-        raise ValueError(
-            f"{str(named)!r} is named as of split {split!r}, but {str(unnamed[0])!r} as of none; "
-            "give a glob for those that belong together, or move the others away"
-        )
+        what = f"{str(named)!r} is named as of split {split!r}, but {str(unnamed[0])!r} as of none"
+        raise ValueError(f"{what}; give a glob for those that belong together, or move the others away")
     return {split: splits[split] for split in SPLITS if split in splits}
 
 

@@ -23,14 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from packing.source.fingerprint import BLOCK_ROWS, ColumnPrint, RowDigests, column_prints, digest_rows, join_digests
-from packing.source.rows import (
-    ATTENTION_MASK,
-    Source,
-    check_source,
-    closing_token,
-    open_columns,
-    refuse_padding,
-)
+from packing.source.rows import ATTENTION_MASK, Source, check_source, closing_token, open_columns, refuse_padding
 from packing.source.source_files import SourceFiles
 from packing.source.token_ids import read_checked
 
@@ -76,16 +69,11 @@ class RangeWrong:
     error: str
 
 
-@dataclass(frozen=True)
-class RangeLost:
-    """Rows whose files could not be read, for the moment perhaps; error says why."""
-
-    first: int
-    rows: int
-    error: str
+class RangeLost(RangeWrong):
+    """Rows whose files could not be read, for the moment perhaps."""
 
 
-Range = RangeRead | RangeWrong | RangeLost
+Range = RangeRead | RangeWrong
 
 
 def to_arrow(found: Range) -> pa.Table:
@@ -113,17 +101,10 @@ def read_range(dataset: datasets.Dataset, reading: Reading, first: int, end: int
         source = read_checked(rows, reading.token_columns, reading.pad_token_id)
     except ValueError as error:
         return RangeWrong(first, end - first, str(error))
-    return RangeRead(
-        first,
-        end - first,
-        source.skipped,
-        source.kept,
-        source.trimmed_rows,
-        source.trimmed_tokens,
-        tuple(column.name for column in source.columns.token_columns),
-        closing_token(source),
-        digest_rows(rows) if reading.to_hash else None,
-    )
+    trimmed = source.trimmed_rows, source.trimmed_tokens
+    names = tuple(column.name for column in source.columns.token_columns)
+    digests = digest_rows(rows) if reading.to_hash else None
+    return RangeRead(first, end - first, source.skipped, source.kept, *trimmed, names, closing_token(source), digests)
 
 
 def join_ranges(
@@ -150,14 +131,10 @@ def join_ranges(
     seen.sort(key=lambda part: part.first)
     if [*(part.first for part in seen), len(dataset)] != [0, *(part.first + part.rows for part in seen)]:
         raise RuntimeError(f"the {len(seen)} ranges read are not the {len(dataset):,} rows of the source, each once")
-    source = Source(
-        open_columns(dataset, seen[0].token_columns, files),
-        skipped if len(skipped) else None,
-        kept,
-        sum(part.trimmed_rows for part in seen),
-        sum(part.trimmed_tokens for part in seen),
-        seen[0].closing is not None and all(part.closing == seen[0].closing for part in seen),
-    )
+    columns, closing = open_columns(dataset, seen[0].token_columns, files), seen[0].closing
+    trimmed = sum(part.trimmed_rows for part in seen), sum(part.trimmed_tokens for part in seen)
+    alike = closing is not None and all(part.closing == closing for part in seen)
+    source = Source(columns, skipped if len(skipped) else None, kept, *trimmed, alike)
     if reading.pad_token_id is None and ATTENTION_MASK not in dataset.column_names:
         refuse_padding(source.input_ids, kept)  # looks at tokens only where all rows have one length
     digests = [part.digests for part in seen if part.digests is not None]

@@ -20,20 +20,12 @@ from packing.files.errors import SourceError, suggestion
 from packing.numba_tools import njit
 from packing.options import checked_pad_token_id
 from packing.source.source_files import SourceFiles
-from packing.source.token_column import (
-    TokenColumn,
-    TokenRows,
-    Values,
-    chosen_rows,
-    is_list,
-    null_rows,
-    open_token_column,
-    read_token_column,
-    refuse_broken,
-)
+from packing.source.token_column import Values, chosen_rows, is_list, null_rows, open_lists, read_lists, refuse_broken
 
 if TYPE_CHECKING:
     import datasets
+
+    from packing.source.token_column import TokenColumn
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"  # says where padding is; never stored
@@ -90,15 +82,13 @@ class Source:
         return self.columns.token_columns[0]
 
 
-def open_columns(
-    dataset: datasets.Dataset, token_columns: Sequence[str], files: SourceFiles | None = None
-) -> SourceColumns:
-    """The columns of a dataset that read_source has checked; token_columns: their names, input_ids first.
+def open_columns(dataset: datasets.Dataset, tokens: Sequence[str], files: SourceFiles | None = None) -> SourceColumns:
+    """The columns of a dataset that read_source has checked; tokens: names of its token columns, input_ids first.
 
     files: the dataset's, as they were before it was read; None: as they are now."""
     table, rows = dataset.data, chosen_rows(dataset)
-    columns = tuple(open_token_column(name, table.column(name), rows) for name in token_columns)
-    names = [name for name in table.column_names if name not in (ATTENTION_MASK, *token_columns)]
+    columns = tuple(open_lists(name, table.column(name), rows) for name in tokens)
+    names = [name for name in table.column_names if name not in (ATTENTION_MASK, *tokens)]
     row_columns = {name: Values.of(table.column(name).chunks, table.column(name).type) for name in names}
     return SourceColumns(table, rows, columns, row_columns, files or SourceFiles.of(dataset))
 
@@ -122,19 +112,17 @@ def read_source(
         files.check()
         if name != INPUT_IDS:  # whose rows are looked at one by one
             refuse_broken(name, table.column(name))
-    input_ids = read_token_column(INPUT_IDS, table.column(INPUT_IDS), rows)
+    input_ids = read_lists(INPUT_IDS, table.column(INPUT_IDS), rows)
     lengths = _read_lengths(input_ids)
-    names = _token_names(table, rows, lengths, token_columns)
+    names = _names(table, rows, lengths, token_columns)
     for name in names:
         files.check()
-        read_token_column(name, table.column(name), rows)  # raises for nulls
+        read_lists(name, table.column(name), rows)  # raises for nulls
     columns, skipped, kept = open_columns(dataset, (INPUT_IDS, *names), files), None, lengths
     if ATTENTION_MASK in table.column_names:
         if pad_token_id is not None:
-            raise SourceError(
-                f"pad_token_id={pad_token_id} was given, but the column attention_mask says already where padding is",
-                cure="leave pad_token_id out, or remove the column",
-            )
+            what = f"pad_token_id={pad_token_id} was given, but the column attention_mask says already where padding is"
+            raise SourceError(what, cure="leave pad_token_id out, or remove the column")
         skipped, kept = _trim(_read_mask(table.column(ATTENTION_MASK), rows, lengths), 0)
     elif pad_token_id is not None:
         skipped, kept = _trim(input_ids, checked_pad_token_id(pad_token_id))
@@ -165,29 +153,24 @@ def check_source(dataset: datasets.Dataset) -> None:
     table = dataset.data
     columns = table.column_names
     if {"sequence_lengths", "sequence_indices"} <= set(columns):
-        raise SourceError(
-            "the dataset is packed already: it has the columns sequence_lengths and sequence_indices",
-            cure="pack its source instead",
-        )
+        what = "the dataset is packed already: it has the columns sequence_lengths and sequence_indices"
+        raise SourceError(what, cure="pack its source instead")
     taken = [name for name in RESERVED if name in columns]
     if taken:
         raise SourceError("has a reserved name: packing makes it anew", column=taken[0], cure="remove or rename it")
     if INPUT_IDS not in columns:
-        raise SourceError(
-            f"no column 'input_ids' among {', '.join(columns) or 'no columns'}", cure="tokenize before packing"
-        )
+        what = f"no column 'input_ids' among {', '.join(columns) or 'no columns'}"
+        raise SourceError(what, cure="tokenize before packing")
     type_ = table.column(INPUT_IDS).type
     if not is_list(type_) or not pa.types.is_integer(type_.value_type):
-        raise SourceError(
-            f"holds {type_}", column=INPUT_IDS, cure="it must be a list of integers: tokenize before packing"
-        )
+        cure = "it must be a list of integers: tokenize before packing"
+        raise SourceError(f"holds {type_}", column=INPUT_IDS, cure=cure)
 
 
 def _read_lengths(input_ids: TokenColumn) -> np.ndarray:
     """(rows,) int32 tokens in each row; at least 1."""
     lengths = np.empty(input_ids.num_rows, np.int32)
     for block in input_ids.blocks():
-        _refuse_damage(input_ids, block)
         if not block.lengths.all():
             row = block.first + int(np.argmin(block.lengths != 0))
             raise SourceError("has length 0: its input_ids are empty", row=row, cure="filter out such rows first")
@@ -198,16 +181,7 @@ def _read_lengths(input_ids: TokenColumn) -> np.ndarray:
     return lengths
 
 
-def _refuse_damage(column: TokenColumn, block: TokenRows) -> None:
-    if block.lengths.min() < 0:
-        row = block.first + int(np.argmin(block.lengths))
-        what = "is damaged: its offsets lead out of its tokens"
-        raise SourceError(what, column=column.name, row=row, cure="make the file anew")
-
-
-def _token_names(
-    table: pa.Table, rows: np.ndarray | None, lengths: np.ndarray, wanted: Sequence[str] | None
-) -> list[str]:
+def _names(table: pa.Table, rows: np.ndarray | None, lengths: np.ndarray, wanted: Sequence[str] | None) -> list[str]:
     """The token-level columns besides input_ids and attention_mask."""
     candidates = [c for c in table.column_names if c not in (INPUT_IDS, ATTENTION_MASK)]
     if wanted is None:
@@ -220,7 +194,7 @@ def _token_names(
         if not is_list(column.type):
             what = f"token_columns names {name!r}, which holds {column.type} and no list of one value per token"
             raise SourceError(what)
-        _refuse_other_lengths(open_token_column(name, column, rows), lengths)
+        _refuse_other_lengths(open_lists(name, column, rows), lengths)
     return [c for c in candidates if c in wanted]
 
 
@@ -232,7 +206,7 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows: np.ndarray | None,
     """
     if not is_list(column.type):
         return False
-    opened = open_token_column(name, column, rows)
+    opened = open_lists(name, column, rows)
     if not column.null_count:
         alike, row, length = _compare_lengths(opened, lengths)
         if len(lengths) > alike > len(lengths) / 2:
@@ -246,12 +220,9 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows: np.ndarray | None,
         return alike == len(lengths)
     same, missing = opened.lengths == lengths, null_rows(column, rows)
     if missing.any() and not missing.all() and (same | missing).all():
-        raise SourceError(
-            "has no value (null), and one value per token in other rows",
-            column=name,
-            row=int(np.argmax(missing)),
-            cure="fill it in, leave the row out, or give token_columns= without it to keep it as a list per pack",
-        )
+        what, row = "has no value (null), and one value per token in other rows", int(np.argmax(missing))
+        cure = "fill it in, leave the row out, or give token_columns= without it to keep it as a list per pack"
+        raise SourceError(what, column=name, row=row, cure=cure)
     return bool(same.all())
 
 
@@ -259,7 +230,6 @@ def _compare_lengths(column: TokenColumn, lengths: np.ndarray) -> tuple[int, int
     """How many rows are as long as input_ids; the first other row and its length, where there is one."""
     alike, row, length = 0, NONE, 0
     for block in column.blocks():
-        _refuse_damage(column, block)
         same = block.lengths == lengths[block.rows]
         alike += int(np.count_nonzero(same))
         if row == NONE and not same.all():
@@ -281,7 +251,7 @@ def _read_mask(column: pa.ChunkedArray, rows: np.ndarray | None, lengths: np.nda
         raise SourceError(f"holds {type_}", column=ATTENTION_MASK, cure="it must be a list of 0 and 1 for each token")
     if pa.types.is_boolean(type_.value_type):
         column = column.cast(pa.large_list(pa.uint8()))  # bits have no address of their own
-    mask = read_token_column(ATTENTION_MASK, column, rows)
+    mask = read_lists(ATTENTION_MASK, column, rows)
     _refuse_other_lengths(mask, lengths)
     return mask
 

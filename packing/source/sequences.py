@@ -7,12 +7,12 @@ drop      nothing               split     [c 1 2 3] [4 s], which remember that t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from packing.files.errors import SourceError
+from packing.histogram import index_type
 from packing.numba_tools import njit
 from packing.options import PackOptions
 from packing.source.rows import Source, closing_token
@@ -29,11 +29,8 @@ class OverlongError(SourceError):
 
     def __init__(self, row: int, tokens: int, max_sequence_length: int, others: int | None = None):
         also = f" (and {others} more rows are too long)" if others else ""
-        super().__init__(
-            f"has {tokens} tokens, more than max_sequence_length={max_sequence_length}{also}",
-            row=row,
-            cure=f"choose {CHOICES}, or raise max_sequence_length",
-        )
+        what = f"has {tokens} tokens, more than max_sequence_length={max_sequence_length}{also}"
+        super().__init__(what, row=row, cure=f"choose {CHOICES}, or raise max_sequence_length")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +99,7 @@ def cut_sequences(source: Source, max_sequence_length: int, overlong: str) -> Se
     """
     rows = np.flatnonzero(source.kept > max_sequence_length)
     if not len(rows):
-        return _whole_rows(source)
+        return Sequences(source.kept, None, source.skipped, None, rows)
     return CUTS[overlong](source, rows, max_sequence_length)
 
 
@@ -111,10 +108,8 @@ def losses(source: Source, sequences: Sequences, options: PackOptions) -> list[s
     found = []
     if source.trimmed_rows:
         padding = "attention_mask 0" if options.pad_token_id is None else f"pad_token_id={options.pad_token_id}"
-        found.append(
-            f"{source.trimmed_tokens} padding tokens trimmed from {source.trimmed_rows} of {source.num_rows} rows "
-            f"({padding})"
-        )
+        where = f"{source.trimmed_rows} of {source.num_rows} rows ({padding})"
+        found.append(f"{source.trimmed_tokens} padding tokens trimmed from {where}")
     rows = sequences.overlong_rows
     if len(rows):
         found.append(
@@ -132,22 +127,13 @@ def refuse_moved_answers(source: Source, sequences: Sequences, overlong: str) ->
         return
     if source.skipped is not None:
         row = int(np.argmax(source.skipped > 0))
-        raise SourceError(
-            f"counts tokens of its row, but row {row} begins with {source.skipped[row]} tokens of padding, which "
-            "packing trims",
-            column=answers[0],
-            cure="tokenize without padding, or with padding_side='right'",
-        )
+        padding = f"{source.skipped[row]} tokens of padding, which packing trims"
+        what = f"counts tokens of its row, but row {row} begins with {padding}"
+        raise SourceError(what, column=answers[0], cure="tokenize without padding, or with padding_side='right'")
     if len(sequences.overlong_rows) and overlong in ("truncate", "split"):
-        raise SourceError(
-            f"counts tokens of its row, but row {sequences.overlong_rows[0]} would be cut by overlong={overlong!r}",
-            column=answers[0],
-            cure="let the tokenizer cut it (truncation, stride), or say overlong='drop'",
-        )
-
-
-def _whole_rows(source: Source) -> Sequences:
-    return Sequences(source.kept, None, source.skipped, None, np.empty(0, np.int64))
+        what = f"counts tokens of its row, but row {sequences.overlong_rows[0]} would be cut by overlong={overlong!r}"
+        cure = "let the tokenizer cut it (truncation, stride), or say overlong='drop'"
+        raise SourceError(what, column=answers[0], cure=cure)
 
 
 def _error(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
@@ -169,7 +155,7 @@ def _split(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequen
     """As many pieces as needed, all but a row's last one full: a sequence each, all of the same row."""
     pieces = -(-source.kept // np.int32(max_sequence_length))
     count = int(pieces.sum(dtype=np.int64))
-    row: np.ndarray = np.empty(count, row_type(source.num_rows))
+    row: np.ndarray = np.empty(count, index_type(source.num_rows))
     begins, lengths = np.empty(count, np.int32), np.empty(count, np.int32)
     skipped = np.zeros(1, np.int32) if source.skipped is None else source.skipped
     _cut_evenly(source.kept, skipped, max_sequence_length, row, begins, lengths)
@@ -177,8 +163,7 @@ def _split(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequen
 
 
 def _drop(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
-    """Leave the rows out."""
-    kept: np.ndarray = np.flatnonzero(source.kept <= max_sequence_length).astype(row_type(source.num_rows))
+    kept: np.ndarray = np.flatnonzero(source.kept <= max_sequence_length).astype(index_type(source.num_rows))
     if not len(kept):
         raise SourceError(
             f"every row has more than max_sequence_length={max_sequence_length} tokens, so that overlong='drop' leaves "
@@ -188,11 +173,6 @@ def _drop(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequenc
     begins = None if source.skipped is None else source.skipped[kept]
     lost = int(source.kept[rows].sum(dtype=np.int64))
     return Sequences(source.kept[kept], kept, begins, None, rows, lost)
-
-
-def row_type(num_rows: int) -> type:
-    """The type that numbers so many rows."""
-    return np.uint32 if num_rows <= 2**32 else np.int64
 
 
 @njit(cache=True, nogil=True)
@@ -206,9 +186,4 @@ def _cut_evenly(kept, skipped, longest, rows, begins, lengths):
             piece += 1
 
 
-CUTS: dict[str, Callable[[Source, np.ndarray, int], Sequences]] = {
-    "error": _error,
-    "truncate": _truncate,
-    "split": _split,
-    "drop": _drop,
-}
+CUTS = {"error": _error, "truncate": _truncate, "split": _split, "drop": _drop}

@@ -237,7 +237,7 @@ class Other(NamedTuple):
 
 
 READ_ROWS = "rename it to end in {}, and its rows are read"
-UNCOMPRESS = "uncompress it first: {} {{file}}"
+UNPACK = "uncompress it first: {} {{file}}"
 TAKE_OUT = "take the text out of it, and write it to a .txt file"
 WEIGHTS = (".bin", ".pt", ".pth", ".safetensors", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".db")
 JSON_LINES = Other("rows (JSON lines)", READ_ROWS.format(".jsonl"))
@@ -248,15 +248,13 @@ OTHERS = (
     XML,
     Other("rows (Parquet)", READ_ROWS.format(".parquet"), (), (b"PAR1",)),
     Other("rows (Arrow)", READ_ROWS.format(".arrow"), (".feather",), (b"ARROW1",)),
-    Other("compressed data (gzip)", UNCOMPRESS.format("gunzip -k"), (".gz", ".tgz"), (b"\x1f\x8b",)),
-    Other(
-        "compressed data (bzip2)", UNCOMPRESS.format("bunzip2 -k"), (".bz2",), (*(b"BZh%d" % n for n in range(1, 10)),)
-    ),
-    Other("compressed data (xz)", UNCOMPRESS.format("unxz -k"), (".xz",), (b"\xfd7zXZ\0",)),
-    Other("compressed data (zstd)", UNCOMPRESS.format("unzstd"), (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd",)),
-    Other("compressed data (zip)", UNCOMPRESS.format("unzip"), (".zip",), (b"PK\x03\x04",)),
-    Other("compressed data (tar)", UNCOMPRESS.format("tar -xf"), (".tar",)),
-    Other("compressed data (7-Zip)", UNCOMPRESS.format("7z x"), (".7z",), (b"7z\xbc\xaf\x27\x1c",)),
+    Other("compressed data (gzip)", UNPACK.format("gunzip -k"), (".gz", ".tgz"), (b"\x1f\x8b",)),
+    Other("compressed data (bzip2)", UNPACK.format("bunzip2 -k"), (".bz2",), (*(b"BZh%d" % n for n in range(1, 10)),)),
+    Other("compressed data (xz)", UNPACK.format("unxz -k"), (".xz",), (b"\xfd7zXZ\0",)),
+    Other("compressed data (zstd)", UNPACK.format("unzstd"), (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd",)),
+    Other("compressed data (zip)", UNPACK.format("unzip"), (".zip",), (b"PK\x03\x04",)),
+    Other("compressed data (tar)", UNPACK.format("tar -xf"), (".tar",)),
+    Other("compressed data (7-Zip)", UNPACK.format("7z x"), (".7z",), (b"7z\xbc\xaf\x27\x1c",)),
     Other("PDF", TAKE_OUT, (".pdf",), (b"%PDF-",)),
     Other("a notebook", TAKE_OUT, (".ipynb",)),
     Other("GeoJSON", TAKE_OUT, (".geojson",)),

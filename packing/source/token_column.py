@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS = 1 << 18  # rows looked at together, where all are; memory follows this and not their number
 AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+TEXTS = (*AS_BYTES, *AS_BYTES.values())
 NULLABLE = ("word_ids",)  # a tokenizer's word ids are None for special tokens, which are in no word
 
 
@@ -80,10 +81,13 @@ class TokenColumn:
         return starts, lengths
 
     def blocks(self) -> Iterator[TokenRows]:
-        """All rows in order, so many at a time that memory does not follow their number."""
+        """All rows in order, so many at a time that memory does not follow their number. Refuses a damaged file."""
         for first in range(0, self.num_rows, BLOCK_ROWS):
-            rows = np.arange(first, min(first + BLOCK_ROWS, self.num_rows))
-            yield TokenRows(first, *self.find(rows))
+            block = TokenRows(first, *self.find(np.arange(first, min(first + BLOCK_ROWS, self.num_rows))))
+            if block.lengths.min() < 0:
+                row, what = first + int(np.argmin(block.lengths)), "is damaged: its offsets lead out of its tokens"
+                raise SourceError(what, column=self.name, row=row, cure="make the file anew")
+            yield block
 
     @property
     def starts(self) -> np.ndarray:
@@ -164,11 +168,9 @@ def refuse_broken(name: str, column: pa.ChunkedArray) -> None:
     try:
         pa.array([], column.type).take(pa.array([], pa.int64()))
     except pa.ArrowNotImplementedError:
-        raise SourceError(
-            f"holds {column.type}, of which Arrow takes no single values",
-            column=name,
-            cure=f"cast it (a view of texts: dataset.cast_column({name!r}, Value('string'))), or remove it",
-        ) from None
+        what = f"holds {column.type}, of which Arrow takes no single values"
+        cure = f"cast it (a view of texts: dataset.cast_column({name!r}, Value('string'))), or remove it"
+        raise SourceError(what, column=name, cure=cure) from None
     first = 0
     for chunk in column.chunks:
         # As bytes: whether they are text need not be known, and would have all of them read.
@@ -196,7 +198,7 @@ def is_list(type_: pa.DataType) -> bool:
 
 def list_lengths(column: pa.ChunkedArray, rows: np.ndarray | None) -> np.ndarray:
     """(rows,) int64: the number of tokens in each row, from the offsets."""
-    return open_token_column("", column, rows).lengths
+    return open_lists("", column, rows).lengths
 
 
 def null_rows(column: pa.ChunkedArray, rows: np.ndarray | None) -> np.ndarray:
@@ -205,10 +207,8 @@ def null_rows(column: pa.ChunkedArray, rows: np.ndarray | None) -> np.ndarray:
     return whole if rows is None else whole[rows]
 
 
-def read_token_column(
-    name: str, column: pa.ChunkedArray, rows: np.ndarray | None, *, nulls: bool = False
-) -> TokenColumn:
-    """open_token_column, checked.
+def read_lists(name: str, column: pa.ChunkedArray, rows: np.ndarray | None, *, nulls: bool = False) -> TokenColumn:
+    """open_lists, checked.
 
     nulls: whether a token may be null; then numbers are kept as Arrow has them, where there is one.
     Raises ValueError, naming the row, where a list is null, or a token that may not be.
@@ -217,7 +217,7 @@ def read_token_column(
         culprit = int(np.argmax(null_rows(column, rows)))
         raise SourceError("has no value (null)", column=name, row=culprit, cure="fill it in or leave the row out")
     nulls = nulls or name in NULLABLE
-    opened = open_token_column(name, column, rows, nulls=nulls)
+    opened = open_lists(name, column, rows, nulls=nulls)
     children = [chunk.values for chunk in column.chunks if len(chunk)]
     if not nulls and any(child.null_count for child in children):
         # Positions of nulls, counted as starts are.
@@ -226,9 +226,7 @@ def read_token_column(
     return opened
 
 
-def open_token_column(
-    name: str, column: pa.ChunkedArray, rows: np.ndarray | None, *, nulls: bool = False
-) -> TokenColumn:
+def open_lists(name: str, column: pa.ChunkedArray, rows: np.ndarray | None, *, nulls: bool = False) -> TokenColumn:
     """Find where tokens and offsets lie. rows: the dataset's own choice (after select, shuffle, filter); None = all.
 
     Takes a moment for each chunk, none for rows or tokens, and checks nothing.
@@ -240,22 +238,20 @@ def open_token_column(
     is_numbers = pa.types.is_integer(value_type) or pa.types.is_floating(value_type)
     values = None
     if is_numbers and not (nulls and any(child.null_count for child in children)):
-        tokens, token_shifts = _flat_view(children, value_type)
+        tokens, shifts = _flat_view(children, value_type)
     else:
         tokens, values = np.empty(0, np.uint8), Values.of(children, value_type)
-        token_shifts = values.bounds[:-1]
+        shifts = values.bounds[:-1]
     if pa.types.is_fixed_size_list(column.type):
         # .values is not sliced with the chunk, so the chunk's offset counts
-        list_size, offsets = column.type.list_size, np.empty(0, np.uint32)
+        size, offsets = column.type.list_size, np.empty(0, np.uint32)
         offset_shifts = np.array([chunk.offset for chunk in chunks], np.int64)
     else:
-        list_size, width = 0, pa.int64() if pa.types.is_large_list(column.type) else pa.int32()
+        size, width = 0, pa.int64() if pa.types.is_large_list(column.type) else pa.int32()
         offsets, offset_shifts = _flat_view([chunk.offsets for chunk in chunks], width)
     chunk_rows = offsets_of([len(chunk) for chunk in chunks])
     counts = np.array([len(child) for child in children], np.int64)
-    return TokenColumn(
-        name, tokens, values, value_type, rows, chunk_rows, token_shifts, counts, offsets, offset_shifts, list_size
-    )
+    return TokenColumn(name, tokens, values, value_type, rows, chunk_rows, shifts, counts, offsets, offset_shifts, size)
 
 
 def list_array(offsets: np.ndarray, values: pa.Array, type_: pa.DataType) -> pa.Array:
@@ -345,10 +341,8 @@ def _refuse_nulls(column: TokenColumn, nulls: np.ndarray) -> None:
         ends = block.starts + block.lengths
         hit = np.searchsorted(nulls, block.starts, side="left") < np.searchsorted(nulls, ends, side="left")
         if hit.any():
-            culprit = block.first + int(np.argmax(hit))
-            raise SourceError(
-                "has a null token", column=column.name, row=culprit, cure="fill it in or leave the row out"
-            )
+            row = block.first + int(np.argmax(hit))
+            raise SourceError("has a null token", column=column.name, row=row, cure="fill it in or leave the row out")
 
 
 @njit(cache=True, nogil=True)

@@ -47,11 +47,9 @@ def refuse_foreign_ids(source: Source) -> None:
         if row >= 0:
             tokens = input_ids.numbers()[begins[row] : begins[row] + source.kept[block.rows][row]]
             place = int(np.argmax((tokens < 0) | (tokens >= least)))
-            raise SourceError(
-                f"has the token id {tokens[place]} (its token {place}); ids are from 0 to 2**31 - 1",
-                row=block.first + row,
-                cure="tokenize anew, or leave the row out (if it marks padding, give it as pad_token_id)",
-            )
+            what = f"has the token id {tokens[place]} (its token {place}); ids are from 0 to 2**31 - 1"
+            cure = "tokenize anew, or leave the row out (if it marks padding, give it as pad_token_id)"
+            raise SourceError(what, row=block.first + row, cure=cure)
 
 
 def _first_foreign_of_all(tokens: np.ndarray, begins: np.ndarray, counts: np.ndarray, least: int) -> int:

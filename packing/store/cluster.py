@@ -14,7 +14,6 @@ write_shard is idempotent and names a shard when it is whole: a task whose worke
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import logging
 import platform
@@ -31,7 +30,7 @@ import xxhash
 
 from packing.source.ranges import RangeLost, RangeRead, RangeWrong, Reading, from_arrow, read_range, to_arrow
 from packing.source.rows import INPUT_IDS, open_columns
-from packing.source.token_column import chosen_rows, open_token_column
+from packing.source.token_column import chosen_rows, open_lists
 from packing.store.shards import ShardRecord, ShardTask, write_shard
 
 if TYPE_CHECKING:
@@ -43,13 +42,7 @@ END_SECONDS = 60  # that tasks have to leave off
 SAMPLED = 256  # rows by which a worker knows the source
 
 Advance = Callable[[int], None]
-Opener = Callable[[], "datasets.Dataset"]
-
-
-def check_ray() -> None:
-    """Raise ImportError where there is no Ray."""
-    if importlib.util.find_spec("ray") is None:
-        raise ImportError("engine='ray' needs Ray: pip install 'dataset-packing[ray]', here and on every machine")
+Opener = Callable[[], "datasets.Dataset"] | None  # None: the dataset opens itself, by the paths of its files
 
 
 @contextmanager
@@ -75,13 +68,13 @@ class SharedSource:
     rows, types, tokens: what it has where packing began; of the tokens, the XXH3 of SAMPLED rows.
     """
 
-    source: datasets.Dataset | Opener
+    source: datasets.Dataset | Callable[[], datasets.Dataset]
     rows: int
     types: str
     tokens: str
 
     @classmethod
-    def of(cls, dataset: datasets.Dataset, opener: Opener | None = None) -> SharedSource:
+    def of(cls, dataset: datasets.Dataset, opener: Opener = None) -> SharedSource:
         return cls(opener or dataset, len(dataset), str(dataset.features), _sampled_tokens(dataset))
 
     def open(self) -> datasets.Dataset:
@@ -99,7 +92,7 @@ class SharedSource:
 
 def _sampled_tokens(dataset: datasets.Dataset) -> str:
     """XXH3 of input_ids in rows that lie evenly apart. The file may be damaged: nothing has been checked."""
-    column = open_token_column(INPUT_IDS, dataset.data.column(INPUT_IDS), chosen_rows(dataset))
+    column = open_lists(INPUT_IDS, dataset.data.column(INPUT_IDS), chosen_rows(dataset))
     starts, lengths = column.find(np.linspace(0, len(dataset) - 1, SAMPLED).astype(np.int64))
     starts, whole = starts[lengths > 0], lengths[lengths > 0]
     tokens = column.gather_numbers(starts, whole, starts + whole - 1)
@@ -202,9 +195,8 @@ def _next_record(ray: Any, waiting: list, advance: Advance) -> ShardRecord:
     except ray.exceptions.RayTaskError as error:
         raise _with_cure(error.cause) from None
     except ray.exceptions.RayError as error:
-        raise ChildProcessError(
-            f"a worker that wrote a shard died {RETRIES + 1} times, perhaps for want of memory: {error}"
-        ) from None
+        what = f"a worker that wrote a shard died {RETRIES + 1} times, perhaps for want of memory"
+        raise ChildProcessError(f"{what}: {error}") from None
     advance(record.packs)
     return record
 

@@ -56,7 +56,7 @@ class Packing:
     facts: PackedInfo
     options: PackOptions
     hashing: Callable[[], tuple[ColumnPrint, ...]] | None = None
-    opener: Opener | None = None
+    opener: Opener = None
 
     @cached_property
     def assignment(self) -> Assignment:

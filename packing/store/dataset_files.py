@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from packing.files.hashed import HashedFile, hashed_file
-from packing.files.paths import RemotePath
-from packing.files.saved import STATE, STATE_AS_WRITTEN
+from packing.files.paths import Place
+from packing.files.saved import NO_VIEW, STATE
 
 if TYPE_CHECKING:
     import datasets
@@ -33,10 +33,7 @@ def shard_names(count: int, ending: str = ARROW) -> list[str]:
 
 
 def write_batches(
-    path: Path | RemotePath,
-    schema: pa.Schema,
-    batches: Iterable[pa.RecordBatch],
-    advance: Callable[[int], None] | None = None,
+    path: Place, schema: pa.Schema, batches: Iterable[pa.RecordBatch], advance: Callable[[int], None] | None = None
 ) -> HashedFile:
     """Write one shard, in the format that its ending says. The file appears when it is whole.
 
@@ -62,26 +59,21 @@ def _open_writer(file: HashedFile, schema: pa.Schema, ending: str) -> Any:
 
 
 def write_dataset(
-    folder: Path,
-    batches: Iterable[pa.RecordBatch],
-    info: datasets.DatasetInfo,
-    fingerprint: str | Callable[[], str],
-    split: str | None,
+    into: Path, batches: Iterable[pa.RecordBatch], info: datasets.DatasetInfo, key: Callable[[], str], split: str | None
 ) -> None:
     """Write a dataset into an existing folder, in shards of SHARD_BYTES.
 
-    fingerprint: by which datasets keeps what it makes of this one; a function is called after the last batch.
+    key: gives the fingerprint, by which datasets keeps what it makes of this one; called after the last batch.
     """
     batches, count = iter(batches), 0
     for batch in batches:
-        write_batches(folder / f"{count}{ARROW}", info.features.arrow_schema, _one_shard(batch, batches))
+        write_batches(into / f"{count}{ARROW}", info.features.arrow_schema, _one_shard(batch, batches))
         count += 1
     names = shard_names(count)  # how many there are is known now
     for i, name in enumerate(names):
-        (folder / f"{i}{ARROW}").rename(folder / name)
-    fingerprint = fingerprint if isinstance(fingerprint, str) else fingerprint()
-    for name, data in state_files(names, info, fingerprint, split).items():
-        (folder / name).write_bytes(data)
+        (into / f"{i}{ARROW}").rename(into / name)
+    for name, data in state_files(names, info, key(), split).items():
+        (into / name).write_bytes(data)
 
 
 def _one_shard(batch: pa.RecordBatch | None, others: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -95,13 +87,9 @@ def _one_shard(batch: pa.RecordBatch | None, others: Iterator[pa.RecordBatch]) -
 
 def state_files(shards: list[str], info: datasets.DatasetInfo, fingerprint: str, split: str | None) -> dict[str, bytes]:
     """What makes a dataset of these Arrow files: LICENSE if the source has one, dataset_info.json, state.json last."""
-    state = {
-        "_data_files": [{"filename": name} for name in shards],
-        "_fingerprint": fingerprint,
-        **STATE_AS_WRITTEN,
-        "_split": split,
-    }
+    files = [{"filename": name} for name in shards]
+    state = {"_data_files": files, "_fingerprint": fingerprint, **NO_VIEW, "_split": split}
     with tempfile.TemporaryDirectory() as folder:
         info.write_to_directory(folder, pretty_print=True)
-        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
-    return files | {STATE: json.dumps(state, indent=2).encode()}
+        others = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    return others | {STATE: json.dumps(state, indent=2).encode()}

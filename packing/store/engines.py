@@ -6,6 +6,7 @@ for each worker.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
@@ -19,15 +20,15 @@ from packing.source.fingerprint import ColumnPrint, column_prints, in_background
 from packing.source.ranges import Reading, join_ranges, row_ranges
 from packing.source.rows import Source, check_source, open_columns
 from packing.source.token_ids import read_checked
-from packing.store.cluster import Advance, Opener, SharedSource, check_ray, connection, read_on_ray, write_on_ray
+from packing.store.cluster import Advance, Opener, SharedSource, connection, read_on_ray, write_on_ray
 from packing.store.contents import Packing
 from packing.store.shards import ShardRecord, ShardTask, write_shard
 
 
 def check_engine(engine: str) -> None:
     """Raise ImportError where the engine is not installed."""
-    if engine == "ray":
-        check_ray()
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise ImportError("engine='ray' needs Ray: pip install 'dataset-packing[ray]', here and on every machine")
 
 
 def opened_engine(engine: str) -> AbstractContextManager[None]:
@@ -37,14 +38,9 @@ def opened_engine(engine: str) -> AbstractContextManager[None]:
 
 
 def read(
-    dataset: datasets.Dataset,
-    options: PackOptions,
-    *,
-    to_hash: bool = False,
-    opener: Opener | None = None,
-    progress: bool = False,
+    dataset: datasets.Dataset, options: PackOptions, to_hash: bool, opener: Opener = None, progress: bool = False
 ) -> tuple[Source, Callable[[], tuple[ColumnPrint, ...]] | None]:
-    """The source, and what waits for its fingerprint; None without to_hash.
+    """The source, and what waits for its fingerprint; None if not to_hash.
 
     opener: opens the same dataset on another machine. Raises ValueError for what cannot be packed.
     """
@@ -81,7 +77,6 @@ def write_shards(packing: Packing, tasks: Iterable[ShardTask], advance: Advance)
 
 
 def _write(task: ShardTask) -> ShardRecord:
-    """In one of the processes."""
 
     def stop_if_told(packs: int) -> None:
         if is_stopped():

@@ -28,64 +28,48 @@ PREFIX = "Packed by dataset-packing, format 1: "
 @dataclass(frozen=True, kw_only=True)
 class PackedInfo:
     """The making of one packed dataset. It survives save_to_disk, select and shuffle, so num_packs may be more than the
-    rows that are left. A stream has not been counted: its counts are None, and only the log says what was lost."""
+    rows that are left. A stream has not been counted: its counts are None, and only the log says what was lost.
+
+    max_sequence_length: token slots in a pack.
+    max_sequences_per_pack: the packing depth asked for; None = no limit.
+    max_depth: sequences in the deepest pack: the sequence slots of a batch. For a stream: its max_sequences_per_pack.
+    token_columns: columns with one value per token, concatenated per pack; input_ids first.
+    packer: name of the packer that made the plan.
+    seed: seed of the assignment.
+    source_rows: rows of the dataset that was packed.
+    num_sequences: sequences in all packs: rows less what was dropped, pieces of a split counted each.
+    num_packs: packs made.
+    num_tokens: real tokens in all packs.
+    overlong: what was done to rows with more tokens than a pack has slots: "error", "truncate", "split" or "drop".
+    overlong_rows: the source rows to which it was done.
+    overlong_tokens: tokens that were cut off or dropped with their rows; 0 for a split.
+    trimmed_rows: rows from which padding was trimmed.
+    trimmed_tokens: padding tokens that were trimmed.
+    balance: packs per global batch for which the order of packs balances attention cost; None = any order.
+    step_costs_before: how the cost of the global batches would spread in any order; None without balance.
+    step_costs_after: how it spreads in the order of the packs.
+    buffer_size: rows of a stream that were packed at a time; None: all, this is no stream.
+    """
 
     max_sequence_length: int
-    """Token slots in a pack."""
-
     max_sequences_per_pack: int | None
-    """The packing depth asked for; None = no limit."""
-
     max_depth: int | None
-    """Sequences in the deepest pack: the sequence slots of a batch. For a stream: its max_sequences_per_pack."""
-
     token_columns: tuple[str, ...]
-    """Columns with one value per token, concatenated per pack; input_ids first."""
-
     packer: str
-    """Name of the packer that made the plan."""
-
     seed: int
-    """Seed of the assignment."""
-
     source_rows: int | None
-    """Rows of the dataset that was packed."""
-
     num_sequences: int | None
-    """Sequences in all packs: rows less what was dropped, pieces of a split counted each."""
-
     num_packs: int | None
-    """Packs made."""
-
     num_tokens: int | None
-    """Real tokens in all packs."""
-
     overlong: str
-    """What was done to rows with more tokens than a pack has slots: "error", "truncate", "split" or "drop"."""
-
     overlong_rows: tuple[int, ...] = ()
-    """The source rows to which it was done."""
-
     overlong_tokens: int = 0
-    """Tokens that were cut off or dropped with their rows; 0 for a split."""
-
     trimmed_rows: int = 0
-    """Rows from which padding was trimmed."""
-
     trimmed_tokens: int = 0
-    """Padding tokens that were trimmed."""
-
     balance: int | None = None
-    """Packs per global batch for which the order of packs balances attention cost; None = any order."""
-
     step_costs_before: StepCosts | None = None
-    """How the cost of the global batches would spread in any order; None without balance."""
-
     step_costs_after: StepCosts | None = None
-    """How it spreads in the order of the packs."""
-
     buffer_size: int | None = None
-    """Rows of a stream that were packed at a time; None: all, this is no stream."""
 
     def to_description(self) -> str:
         return PREFIX + json.dumps(asdict(self))
@@ -108,9 +92,8 @@ def packed_info(dataset: datasets.Dataset) -> PackedInfo:
         if by_id is not None:
             _refuse_several(getattr(info, "splits", None) or {}, by_id)
     elif by_id is not None and by_id != description:
-        raise ValueError(
-            "the packing facts of this dataset are two: its description differs from its columns; pack the source again"
-        )
+        what = "the packing facts of this dataset are two: its description differs from its columns"
+        raise ValueError(f"{what}; pack the source again")
     if not isinstance(description, str) or not description.startswith(PREFIX):
         raise ValueError("this dataset was not packed: it carries no packing facts; make it with pack_dataset")
     return read_facts(description.removeprefix(PREFIX))

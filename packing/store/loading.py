@@ -13,14 +13,13 @@ import xxhash
 from packing.files.hashed import checksum
 from packing.files.local_copy import local_copy
 from packing.files.names import file_in
-from packing.files.paths import RemotePath, place
+from packing.files.paths import Place, place
 from packing.files.saved import (
     DICT,
     INFO,
     STATE,
     check_split,
     read_info,
-    read_state,
     schema_features,
     split_names,
     state_faults,
@@ -58,7 +57,7 @@ def load_packed(
     return datasets.DatasetDict({name: _open(root / name) for name in names})
 
 
-def _open(folder: Path | RemotePath) -> datasets.Dataset:
+def _open(folder: Place) -> datasets.Dataset:
     _refuse_unfinished(folder)
     path = folder if isinstance(folder, Path) else local_copy(folder.url, folder.storage_options)
     manifest = read_manifest(path)
@@ -67,20 +66,17 @@ def _open(folder: Path | RemotePath) -> datasets.Dataset:
         if checksum(_checked_file(path, name)) != xxh3:
             raise ValueError(f"{str(path / name)!r} is damaged: it is not what packing wrote; pack the source again")
     info = read_info(path)
-    fingerprint = packed_fingerprint(manifest.source_columns, info.description)
-    loaded = _load_arrow if files[0].suffix == ARROW else _load_parquet
-    dataset = loaded(path, manifest, files, info, fingerprint)
-    if len(dataset) != manifest.packs:
-        raise ValueError(
-            f"{str(path)!r} holds {len(dataset):,} packs, and {manifest.packs:,} were made; pack the source again"
-        )
+    is_arrow = files[0].suffix == ARROW
+    dataset = _load_arrow(path, manifest, files, info) if is_arrow else _load_parquet(manifest, files, info)
+    if len(dataset) != (packs := manifest.packs):
+        raise ValueError(f"{str(path)!r} holds {len(dataset):,} packs, and {packs:,} were made; pack the source again")
     packed_info(dataset)  # raises where the facts cannot be true
     for name in dataset.column_names:
         refuse_broken(name, dataset.data.column(name))
     return dataset
 
 
-def _refuse_unfinished(folder: Path | RemotePath) -> None:
+def _refuse_unfinished(folder: Place) -> None:
     try:
         finished = is_finished(folder)
     except FileNotFoundError:
@@ -102,12 +98,11 @@ def _checked_file(folder: Path, name: str, size: int | None = None) -> Path:
     return file
 
 
-def _load_arrow(
-    path: Path, manifest: Manifest, files: list[Path], info: datasets.DatasetInfo, fingerprint: str
-) -> datasets.Dataset:
+def _load_arrow(path: Path, manifest: Manifest, files: list[Path], info: datasets.DatasetInfo) -> datasets.Dataset:
     """load_from_disk, which reads state.json and not the manifest: both must say the same."""
     shards = [record.file for record in manifest.shards]
-    for fault in state_faults(read_state(path), shards, fingerprint, path / STATE):
+    fingerprint = packed_fingerprint(manifest.source_columns, info.description)
+    for fault in state_faults(path, shards, fingerprint):
         values = f": {fault['found']!r} found, {fault.get('expected')!r} expected" if "found" in fault else ""
         raise ValueError(f"{str(path / STATE)!r} {fault['what']}{values}; pack the source again")
     for file in files:
@@ -119,9 +114,7 @@ def _load_arrow(
         raise ValueError(f"{str(path)!r} is damaged: {error}; pack the source again") from None
 
 
-def _load_parquet(
-    path: Path, manifest: Manifest, files: list[Path], info: datasets.DatasetInfo, fingerprint: str
-) -> datasets.Dataset:
+def _load_parquet(manifest: Manifest, files: list[Path], info: datasets.DatasetInfo) -> datasets.Dataset:
     content = " ".join(record.xxh3 for record in manifest.shards).encode()
     loaded = datasets.load_dataset(
         "parquet",

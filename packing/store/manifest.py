@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import xxhash
@@ -27,7 +27,7 @@ import xxhash
 from packing.files.hashed import write_file
 from packing.files.metadata import build, read_json
 from packing.files.names import checked_name, file_in
-from packing.files.paths import RemotePath, place
+from packing.files.paths import Place, place
 from packing.files.saved import INFO, STATE
 from packing.source.fingerprint import ColumnPrint
 from packing.store.contents import Packing
@@ -87,14 +87,14 @@ class Manifest:
         """The manifest of the whole folder. files: XXH3 of each other file."""
         return replace(self, shards=tuple(shards), files=files)
 
-    def write(self, folder: Path | RemotePath) -> None:
+    def write(self, folder: Place) -> None:
         """All at once: there is never half a manifest."""
         content = {"format": FORMAT, **asdict(self)}
         content["checksum"] = _checksum(content)
         write_file(folder / FILE, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_manifest(folder: str | Path | RemotePath) -> Manifest:
+def read_manifest(folder: str | Place) -> Manifest:
     """Read folder/manifest.json. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
     path = place(folder) / FILE
     content = read_json(file_in(place(folder), FILE, FILE))
@@ -106,17 +106,13 @@ def read_manifest(folder: str | Path | RemotePath) -> Manifest:
     if checksum != _checksum({"format": found, **content}):
         raise ValueError(f"{str(path)!r} is damaged: its content is not what its checksum says")
     manifest = build(Manifest, content, f"{str(path)!r} is damaged: it")
-    _check_content(manifest, path)
+    for fault in _faults(manifest, path):
+        raise ValueError(f"{str(path)!r} is damaged: {fault}")
     return manifest
 
 
-def _check_content(manifest: Manifest, path: Path | RemotePath) -> None:
-    """Raise ValueError for names or numbers of files that cannot be true: anybody can write a matching checksum."""
-    for fault in _faults(manifest, path):
-        raise ValueError(f"{str(path)!r} is damaged: {fault}")
-
-
-def _faults(manifest: Manifest, path: Path | RemotePath) -> Iterator[str]:
+def _faults(manifest: Manifest, path: Place) -> Iterator[str]:
+    """Names or numbers of files that cannot be true: anybody can write a matching checksum."""
     shards = manifest.shards
     names = [checked_name(name, path) for name in (FILE, *(record.file for record in shards), *manifest.files)]
     if len({name.casefold() for name in names}) < len(names):
@@ -142,7 +138,7 @@ def _faults(manifest: Manifest, path: Path | RemotePath) -> Iterator[str]:
             yield f"it does not list {name}"
 
 
-def is_finished(folder: Path | RemotePath) -> bool:
+def is_finished(folder: Place) -> bool:
     """Whether a packing has put its last file into this folder."""
     manifest = read_manifest(folder)
     return manifest.is_complete and all((folder / name).exists() for name in manifest.files)
@@ -178,7 +174,6 @@ def _checksum(content: dict) -> str:
 
 
 def _digest(*parts: Any) -> str:
-    """XXH3 of arrays or bytes."""
     digest = xxhash.xxh3_128()
     for part in parts:
         digest.update(memoryview(part).cast("B"))

@@ -17,14 +17,13 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from packing.files.hashed import checksum, write_file
 from packing.files.metadata import build, read_json
-from packing.files.paths import RemotePath, place
+from packing.files.paths import Place, place
 from packing.histogram import offsets_of
 from packing.source.rows import SourceColumns
 from packing.source.sequences import PackSlice
@@ -47,10 +46,8 @@ def check_parquet(schema: pa.Schema) -> None:
         except pa.ArrowException as error:
             fault = str(error)
         if fault:
-            raise ValueError(
-                f"column {column.name!r} holds {column.type}, no type of Parquet: {fault}; take format='arrow', "
-                "or leave the column out"
-            )
+            what = f"column {column.name!r} holds {column.type}, no type of Parquet: {fault}"
+            raise ValueError(f"{what}; take format='arrow', or leave the column out")
 
 
 @dataclass(frozen=True)
@@ -113,14 +110,12 @@ def gather_packs(
     return pa.record_batch([list_array(*packed[field.name], field.type) for field in schema], schema)
 
 
-def gather_batches(
-    columns: SourceColumns, packs: PackSlice, schema: pa.Schema, batch_packs: int
-) -> Iterator[pa.RecordBatch]:
-    """The packs, batch_packs at a time, gathered by a thread while the caller writes the batch before.
+def gather_batches(columns: SourceColumns, packs: PackSlice, schema: pa.Schema, step: int) -> Iterator[pa.RecordBatch]:
+    """The packs, `step` at a time, gathered by a thread while the caller writes the batch before.
 
     A batch is good until the next one is asked for: its memory is used again.
     """
-    bounds = [(i, min(i + batch_packs, packs.num_packs)) for i in range(0, packs.num_packs, batch_packs)]
+    bounds = [(i, min(i + step, packs.num_packs)) for i in range(0, packs.num_packs, step)]
     rooms: list[dict[str, np.ndarray]] = [{} for _ in range(BATCHES_AHEAD + 1)]
 
     def gather(number: int) -> pa.RecordBatch:
@@ -156,17 +151,17 @@ def write_shard(columns: SourceColumns, task: ShardTask, advance: Callable[[int]
     return record
 
 
-def record_path(shard: Path | RemotePath) -> Path | RemotePath:
+def record_path(shard: Place) -> Place:
     """data-00000-of-00003.arrow -> data-00000-of-00003.record, there until the manifest has all of them."""
     return shard.with_suffix(".record")
 
 
-def write_record(shard: Path | RemotePath, record: ShardRecord) -> None:
+def write_record(shard: Place, record: ShardRecord) -> None:
     """After the shard itself is on the disk."""
     write_file(record_path(shard), json.dumps(asdict(record)).encode())
 
 
-def read_record(shard: Path | RemotePath) -> ShardRecord | None:
+def read_record(shard: Place) -> ShardRecord | None:
     """The record of a finished shard whose file has the size that it says."""
     try:
         record = build(ShardRecord, read_json(record_path(shard)), "the record")

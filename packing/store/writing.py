@@ -14,16 +14,9 @@ from pathlib import Path
 
 import xxhash
 
-from packing.files.folder import (
-    check_space,
-    check_target,
-    count_shards,
-    partial_folder,
-    refuse_others,
-    say_how_to_resume,
-)
+from packing.files.folder import check_space, check_target, count_shards, note_resume, partial_folder, refuse_others
 from packing.files.hashed import UNFINISHED, write_file
-from packing.files.paths import RemotePath, place
+from packing.files.paths import Place, place
 from packing.files.progress import progress_bar
 from packing.files.saved import DICT, INFO, STATE
 from packing.source.fingerprint import packed_fingerprint
@@ -35,9 +28,7 @@ from packing.store.manifest import FILE, Manifest, differences, is_finished, rea
 from packing.store.shards import ShardRecord, ShardTask, read_record, record_path, write_record
 
 
-def check_output(
-    output: str | os.PathLike, storage_options: dict | None = None, *, one_process: bool = True
-) -> Path | RemotePath:
+def check_output(output: str | os.PathLike, storage_options: dict | None = None, *, one_process: bool = True) -> Place:
     """The folder to write. It must not exist yet; at a URL it may hold what an interrupted run has left.
 
     one_process: whether nobody but this process will write.
@@ -57,14 +48,13 @@ def check_output(
     return folder
 
 
-def _refuse_other_splits(folder: Path | RemotePath, splits: list[str]) -> None:
+def _refuse_other_splits(folder: Place, splits: list[str]) -> None:
     """A folder that was started with other splits would end with theirs in it, too; "" is a dataset without splits."""
     found = [path.parent.name if path.parent != folder else "" for path in folder.rglob(FILE)]
     if other := sorted(set(found) - set(splits)):
-        raise ValueError(
-            f"cannot resume the packing in {str(folder)!r}: it had {_splits(other)}, and now there is "
-            f"{_splits(splits)}; give the source that it was started with, or remove {str(folder)!r} to start anew"
-        )
+        cure = f"give the source that it was started with, or remove {str(folder)!r} to start anew"
+        what = f"it had {_splits(other)}, and now there is {_splits(splits)}"
+        raise ValueError(f"cannot resume the packing in {str(folder)!r}: {what}; {cure}")
     if isinstance(folder, Path) and splits != [""]:
         refuse_others(folder, [*splits, DICT])
 
@@ -74,7 +64,7 @@ def _splits(names: list[str]) -> str:
 
 
 @contextmanager
-def output_folder(output: str | os.PathLike, storage_options: dict | None = None) -> Iterator[Path | RemotePath]:
+def output_folder(output: str | os.PathLike, storage_options: dict | None = None) -> Iterator[Place]:
     """The folder to write to; it is `output`, or becomes it, at the end. It outlives a run that is killed or fails."""
     folder = check_output(output, storage_options)
     if isinstance(folder, Path):
@@ -86,17 +76,14 @@ def output_folder(output: str | os.PathLike, storage_options: dict | None = None
     except BaseException as error:
         with suppress(OSError):
             if kept := count_shards(folder):
-                say_how_to_resume(error, folder, kept)
+                note_resume(error, folder, kept)
             elif folder.rglob(FILE):  # not removed: without a lock, it may be another run's
                 error.add_note(f"started in {str(folder)!r}: run the same again, or remove that folder")
         raise
 
 
 def write_packings(
-    packings: dict[str, Packing],
-    output: str | os.PathLike,
-    storage_options: dict | None = None,
-    progress: bool = False,
+    packings: dict[str, Packing], output: str | os.PathLike, storage_options: dict | None = None, progress: bool = False
 ) -> None:
     """Write all splits into a folder each, or resume; "" is a dataset without splits, written into the output itself.
 
@@ -113,7 +100,7 @@ def write_packings(
             write_file(folder / DICT, json.dumps({"splits": list(packings)}).encode())
 
 
-def start(packing: Packing, folder: Path | RemotePath) -> Manifest:
+def start(packing: Packing, folder: Place) -> Manifest:
     """Make the folder ready to be written to, or to be resumed. Changes no shard that is finished.
 
     Returns the manifest of the packing, before anything is written.
@@ -125,7 +112,8 @@ def start(packing: Packing, folder: Path | RemotePath) -> Manifest:
     manifest = Manifest.of(packing)
     found = _resumed(manifest, folder) if (folder / FILE).exists() else None
     if isinstance(folder, Path):
-        refuse_others(folder, _own_files(packing))
+        records = [record_path(Path(file)).name for file in packing.shard_files]
+        refuse_others(folder, [*packing.shard_files, *records, FILE, INFO, STATE, "LICENSE"])
     _remove_unfinished(folder)
     if found is None:
         manifest.write(folder)
@@ -134,13 +122,7 @@ def start(packing: Packing, folder: Path | RemotePath) -> Manifest:
     return manifest
 
 
-def _own_files(packing: Packing) -> list[str]:
-    """All that lies in the folder, until it is finished and then."""
-    records = [record_path(Path(file)).name for file in packing.shard_files]
-    return [*packing.shard_files, *records, FILE, INFO, STATE, "LICENSE"]
-
-
-def _resumed(manifest: Manifest, folder: Path | RemotePath) -> Manifest:
+def _resumed(manifest: Manifest, folder: Place) -> Manifest:
     """The manifest of a folder that a packing with this manifest may resume."""
     cure = f"give the options and the source that it was started with, or remove {str(folder)!r} to start anew"
     try:
@@ -152,14 +134,14 @@ def _resumed(manifest: Manifest, folder: Path | RemotePath) -> Manifest:
     return found
 
 
-def _bytes_missing(packing: Packing, folder: Path | RemotePath) -> int:
+def _bytes_missing(packing: Packing, folder: Place) -> int:
     """About how many bytes `write_packs` will add to the folder."""
     shards = len(packing.shard_files)
     done = sum(read_record(folder / file) is not None for file in packing.shard_files)
     return packing.num_bytes * (shards - done) // shards
 
 
-def shard_tasks(packing: Packing, folder: Path | RemotePath) -> Iterator[ShardTask]:
+def shard_tasks(packing: Packing, folder: Place) -> Iterator[ShardTask]:
     """All shards to write into the folder, made one by one, for any engine."""
     schema, options = packing.features.arrow_schema, getattr(folder, "storage_options", None)
     for i, file in enumerate(packing.shard_files):
@@ -167,7 +149,7 @@ def shard_tasks(packing: Packing, folder: Path | RemotePath) -> Iterator[ShardTa
         yield ShardTask(str(folder), file, packs, schema, packing.batch_packs, options)
 
 
-def write_packs(packing: Packing, manifest: Manifest, folder: Path | RemotePath, progress: bool = False) -> None:
+def write_packs(packing: Packing, manifest: Manifest, folder: Place, progress: bool = False) -> None:
     """Write the packed dataset into a folder that `start` has made ready."""
     records: dict[str, ShardRecord] = {}
     with progress_bar(total=packing.plan.num_packs, desc="packing", unit="pack", disable=not progress) as bar:
@@ -181,7 +163,7 @@ def write_packs(packing: Packing, manifest: Manifest, folder: Path | RemotePath,
     finish(packing, manifest, folder, [records[file] for file in packing.shard_files])
 
 
-def finish(packing: Packing, manifest: Manifest, folder: Path | RemotePath, records: list[ShardRecord]) -> None:
+def finish(packing: Packing, manifest: Manifest, folder: Place, records: list[ShardRecord]) -> None:
     """All shards are written: now the folder becomes a dataset. records: in the order of the shards.
 
     At a URL the folder has its name already, so the file without which it is no dataset comes last."""
@@ -204,20 +186,18 @@ def finish(packing: Packing, manifest: Manifest, folder: Path | RemotePath, reco
     write_file(folder / last, files[last])
 
 
-def _check_record(record: ShardRecord, folder: Path | RemotePath) -> None:
+def _check_record(record: ShardRecord, folder: Place) -> None:
     if (found := read_record(folder / record.file)) != record:
         what = "is not there" if found is None else "is another one's"
-        raise OSError(
-            f"{record.file} was written, and {what} in {str(folder)!r}: all processes that write must see one "
-            "folder there, and no other run may write to it"
-        )
+        cure = "all processes that write must see one folder there, and no other run may write to it"
+        raise OSError(f"{record.file} was written, and {what} in {str(folder)!r}: {cure}")
 
 
-def _refuse_changed_source(packing: Packing, folder: Path | RemotePath) -> None:
+def _refuse_changed_source(packing: Packing, folder: Place) -> None:
     """Shards would hold some values from before, and some from after."""
     packing.source.columns.files.refuse_changed(f"remove {str(folder)!r}, and pack it again once nobody writes to it")
 
 
-def _remove_unfinished(folder: Path | RemotePath) -> None:
+def _remove_unfinished(folder: Place) -> None:
     for file in folder.glob(f".*{UNFINISHED}"):
         file.unlink()

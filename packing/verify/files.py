@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from packing.files.hashed import checksum
 from packing.files.names import file_in
-from packing.files.paths import RemotePath
+from packing.files.paths import Place, RemotePath
 from packing.files.saved import INFO, STATE, read_info, read_state, state_faults, state_shards
 from packing.source.fingerprint import packed_fingerprint
 from packing.store.info import PackedInfo, packed_info
@@ -41,7 +41,7 @@ class PackedFolder:
     packs: number of packs in each shard by the manifest; empty without one. looked_at: the files, in words.
     """
 
-    path: Path | RemotePath
+    path: Place
     manifest: Manifest | None
     shards: list[str]
     packs: list[int]
@@ -58,7 +58,7 @@ class Block:
     file: str | None = None
 
 
-def open_folder(path: Path | RemotePath, findings: Findings) -> PackedFolder:
+def open_folder(path: Place, findings: Findings) -> PackedFolder:
     """Check the files of a packed folder, and read those that tell how to read the packs."""
     manifest = _read_manifest(path, findings)
     records = () if manifest is None else manifest.shards
@@ -81,12 +81,12 @@ def open_folder(path: Path | RemotePath, findings: Findings) -> PackedFolder:
     if manifest is not None and STATE in as_written and info is not None:
         fingerprint = packed_fingerprint(manifest.source_columns, info.description)
         with findings.reading(STATE):  # load_from_disk follows it, and not the manifest
-            for fault in state_faults(read_state(path), shards, fingerprint, path / STATE):
+            for fault in state_faults(path, shards, fingerprint):
                 findings.add("files", **fault, file=STATE)
     return PackedFolder(path, manifest, shards, [record.packs for record in records], info, looked_at)
 
 
-def _present(path: Path | RemotePath) -> set[str]:
+def _present(path: Place) -> set[str]:
     """Names of everything in the folder except folders."""
     if isinstance(path, RemotePath):
         return {file.relative_to(path) for file in path.rglob("*")}
@@ -112,7 +112,7 @@ def num_bytes_of(folder: PackedFolder) -> int:
     return sum((folder.path / name).stat().st_size for name in folder.shards if _is_readable(folder.path, name))
 
 
-def _is_readable(path: Path | RemotePath, name: str) -> bool:
+def _is_readable(path: Place, name: str) -> bool:
     """Whether the file is there, and in the folder; open_folder has added a problem where it is not."""
     try:
         return file_in(path, name, FILE).exists()
@@ -160,7 +160,7 @@ def _is_sound(table: pa.Table, first: int, findings: Findings) -> bool:
     return True
 
 
-def _read_manifest(path: Path | RemotePath, findings: Findings) -> Manifest | None:
+def _read_manifest(path: Place, findings: Findings) -> Manifest | None:
     try:
         manifest = read_manifest(path)
     except FileNotFoundError:
@@ -175,7 +175,7 @@ def _read_manifest(path: Path | RemotePath, findings: Findings) -> Manifest | No
     return manifest
 
 
-def _checked_size(folder: Path | RemotePath, name: str, size: int | None, xxh3: str, findings: Findings) -> int | None:
+def _checked_size(folder: Place, name: str, size: int | None, xxh3: str, findings: Findings) -> int | None:
     """The bytes of a file, or None and a finding where it is not what was written. size: None is any size."""
     what = "is not what was written"
     with findings.reading(name):
@@ -190,7 +190,7 @@ def _checked_size(folder: Path | RemotePath, name: str, size: int | None, xxh3: 
     return None
 
 
-def _listed_shards(path: Path | RemotePath, findings: Findings) -> list[str]:
+def _listed_shards(path: Place, findings: Findings) -> list[str]:
     """Without a manifest: the Parquet files, or the files that state.json names."""
     if parquet := sorted(file.name for file in path.glob("data-*.parquet")):
         return parquet
@@ -206,7 +206,7 @@ def _listed_shards(path: Path | RemotePath, findings: Findings) -> list[str]:
     return shards
 
 
-def _readable_batches(file: Path | RemotePath, findings: Findings) -> Iterator[pa.RecordBatch]:
+def _readable_batches(file: Place, findings: Findings) -> Iterator[pa.RecordBatch]:
     """The batches before the first damaged one."""
     try:
         with _batches(file) as batches:
@@ -220,7 +220,7 @@ def _readable_batches(file: Path | RemotePath, findings: Findings) -> Iterator[p
 
 
 @contextmanager
-def _batches(file: Path | RemotePath) -> Iterator[Iterator[pa.RecordBatch]]:
+def _batches(file: Place) -> Iterator[Iterator[pa.RecordBatch]]:
     with pa.memory_map(str(file)) if isinstance(file, Path) else pa.PythonFile(file.open(), "r") as opened:
         if file.suffix == ".parquet":
             import pyarrow.parquet as pq

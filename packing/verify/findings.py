@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from packing.files.metadata import shown
+
 CHECKS = {
     "files": "every file is there, with the bytes that were written",
     "columns": "columns and types are those that packing made",
@@ -16,7 +18,6 @@ CHECKS = {
     "sequences": "every source row exactly once",
     "source": "every value is the source's",
 }
-SHOWN = 60  # characters of a value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Problem:
         place = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
         values = ""
         if self.expected is not None or self.found is not None:
-            values = f": {_shown(self.found)} found, {_shown(self.expected)} expected"
+            values = f": {shown(self.found)} found, {shown(self.expected)} expected"
         return f"{place}: {self.what}{values}" if place else f"{self.what}{values}"
 
 
@@ -117,8 +118,3 @@ class Verification:
                 lines.append(f"{check}: … and {more:,} more")
         total = f"{self.num_problems:,} problem{'s' if self.num_problems != 1 else ''}"
         return "\n".join([*lines, "verified: nothing is wrong" if self.ok else f"not verified: {total}"])
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

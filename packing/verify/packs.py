@@ -24,7 +24,7 @@ from packing.files.saved import schema_features
 from packing.histogram import offsets_of
 from packing.numba_tools import njit
 from packing.source.rows import INPUT_IDS, Source
-from packing.source.token_column import NULLABLE, TokenColumn, is_list, open_token_column
+from packing.source.token_column import NULLABLE, TokenColumn, is_list, open_lists
 from packing.store.info import PackedInfo
 from packing.verify.files import Block
 from packing.verify.findings import Findings
@@ -108,9 +108,7 @@ class PackCheck:
             self.packs += block.batch.num_rows
             return None
         columns = {
-            name: open_token_column(
-                name, pa.chunked_array([block.batch.column(name)]), None, nulls=name not in self._needed
-            )
+            name: open_lists(name, pa.chunked_array([block.batch.column(name)]), None, nulls=name not in self._needed)
             for name in self._types
         }
         local = np.arange(block.batch.num_rows)
@@ -197,10 +195,8 @@ class PackCheck:
 
     def _check_limits(self, at: Callable[[int], dict], depths: np.ndarray, tokens: np.ndarray) -> None:
         self.findings.add_all("packs", "holds no sequence", depths == 0, at, column=LENGTHS)
-        for unit, counts, name in (
-            ("tokens", tokens, "max_sequence_length"),
-            ("sequences", depths, "max_sequences_per_pack"),
-        ):
+        limits = ("tokens", tokens, "max_sequence_length"), ("sequences", depths, "max_sequences_per_pack")
+        for unit, counts, name in limits:
             limit = getattr(self.facts, name)
             if limit is not None:
                 what, values = f"{unit}, more than {name}={limit}", {"found": counts, "expected": f"at most {limit}"}
@@ -279,7 +275,7 @@ class PackCheck:
 
         def add(what: str, wrong: np.ndarray, **values: Any) -> None:
             place = {"pack": packs, "sequence": slots, "row": rows, "column": STARTS}
-            self.findings.add_all("sequences", what, wrong, lambda i: {}, **place, **values)
+            self.findings.add_all("sequences", what, wrong, **place, **values)
 
         add("this piece of the row is there a second time", twice)
         add("the row's pieces do not lie end to end", wrong & ~twice, found=begins, expected=expected)

@@ -20,30 +20,24 @@ from packing.numba_tools import njit, prefetch
 from packing.source.fingerprint import array_print
 from packing.source.rows import Source, read_source
 from packing.source.sequences import Sequences, cut_sequences
-from packing.source.token_column import TokenColumn, Values, is_list, open_token_column
+from packing.source.token_column import TEXTS, TokenColumn, Values, is_list, open_lists
 from packing.store.info import PackedInfo
 from packing.verify.findings import Findings
 from packing.verify.packs import INDICES, LENGTHS, STARTS, PackedSequences
 
-TEXTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
-
 
 def source_check(
-    dataset: datasets.Dataset,
-    facts: PackedInfo,
-    packed_features: datasets.Features,
-    pad_token_id: int | None,
-    findings: Findings,
+    dataset: datasets.Dataset, facts: PackedInfo, packed: datasets.Features, padding: int | None, findings: Findings
 ) -> SourceCheck | None:
     """What compares packs with their source; None, and a finding, where the packs cannot come from it."""
     try:
-        source = read_source(dataset, facts.token_columns, pad_token_id)
+        source = read_source(dataset, facts.token_columns, padding)
         sequences = cut_sequences(source, facts.max_sequence_length, facts.overlong)
     except (ValueError, TypeError) as error:
         findings.add("source", f"this source cannot have been packed so: {error}")
         return None
     check = SourceCheck(source, facts, findings, sequences)
-    check.choose_columns(dataset.features, packed_features)
+    check.choose_columns(dataset.features, packed)
     return check
 
 
@@ -63,12 +57,9 @@ class SourceCheck:
             other = sorted({*overlong} ^ {*facts.overlong_rows})
             what = f"rows with more than {facts.max_sequence_length} tokens are others than the packs' facts list"
             findings.add("source", what, row=other[0], found=len(overlong), expected=len(facts.overlong_rows))
-        for name, found in (
-            ("source_rows", source.num_rows),
-            ("overlong_tokens", sequences.overlong_tokens),
-            ("trimmed_rows", source.trimmed_rows),
-            ("trimmed_tokens", source.trimmed_tokens),
-        ):
+        counts = {"source_rows": source.num_rows, "overlong_tokens": sequences.overlong_tokens}
+        counts |= {"trimmed_rows": source.trimmed_rows, "trimmed_tokens": source.trimmed_tokens}
+        for name, found in counts.items():
             if found != (expected := getattr(facts, name)):
                 what = f"{name.replace('_', ' ')} of the source differ from the packs' facts"
                 findings.add("source", what, found=found, expected=expected)
@@ -127,23 +118,18 @@ class SourceCheck:
                 self._check_tokens(column, sequences, begins, lengths, lasts)
 
     def _check_tokens(
-        self,
-        column: TokenColumn,
-        sequences: PackedSequences,
-        begins: np.ndarray,
-        lengths: np.ndarray,
-        lasts: np.ndarray,
+        self, truth: TokenColumn, sequences: PackedSequences, begins: np.ndarray, lengths: np.ndarray, lasts: np.ndarray
     ) -> None:
-        name, packed = column.name, sequences.columns[column.name]
-        starts, _ = column.find(sequences.rows)
+        name, packed = truth.name, sequences.columns[truth.name]
+        starts, _ = truth.find(sequences.rows)
         places = sequences.places(name, sequences.positions)
         firsts, differing = np.full(len(places), -1), np.zeros(len(places), np.int64)
-        if packed.is_numbers and column.is_numbers:
-            both = packed.tokens, places, column.tokens, starts + begins, lengths, starts + lasts
+        if packed.is_numbers and truth.is_numbers:
+            both = packed.tokens, places, truth.tokens, starts + begins, lengths, starts + lasts
             _compare(*both, firsts, differing)
         else:
             found = packed.gather(places, lengths, places + lengths - 1)
-            expected = _as(column.gather(starts + begins, lengths, starts + lasts), found.type)
+            expected = _as(truth.gather(starts + begins, lengths, starts + lasts), found.type)
             where = _differing_places(found, expected)
             ends = np.cumsum(lengths)
             run = np.searchsorted(ends, where, side="right")
@@ -152,14 +138,13 @@ class SourceCheck:
 
         def describe(i: int) -> dict:
             source_place = (lasts if firsts[i] == lengths[i] - 1 else begins + firsts)[i]
-            found, expected = _value(packed, places[i] + firsts[i]), _value(column, starts[i] + source_place)
+            found, expected = _value(packed, places[i] + firsts[i]), _value(truth, starts[i] + source_place)
             return sequences.where(i) | {"found": found, "expected": expected}
 
         what, positions = "first of the sequence's values that differ", sequences.positions + firsts
         self.findings.add_all("source", what, differing > 0, describe, position=positions, column=name)
 
     def _check_values(self, name: str, of_source: TokenColumn | None, sequences: PackedSequences) -> None:
-        """Compare a column with one value per sequence."""
         packed, places = sequences.columns[name], sequences.places(name, sequences.slots)
         of_packs = _packed_runs(packed)
         if of_source is not None and of_packs is not None:
@@ -204,7 +189,7 @@ def as_runs(column: Values, rows: np.ndarray | None = None) -> TokenColumn | Non
             return None
     else:
         return None
-    return open_token_column("", pa.chunked_array(chunks, type_), rows)
+    return open_lists("", pa.chunked_array(chunks, type_), rows)
 
 
 def _is_number(type_: pa.DataType) -> bool:
@@ -255,7 +240,6 @@ def _differing_places(found: pa.Array, expected: pa.Array) -> np.ndarray:
 
 
 def _value(column: TokenColumn, place: int) -> object:
-    """One value of a column, as Python has it."""
     at = np.array([place])
     return column.gather(at, np.ones(1, np.int64), at)[0].as_py()
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import datasets
 
-from packing.files.paths import RemotePath, place
+from packing.files.paths import Place, RemotePath, place
 from packing.files.saved import DICT
 from packing.store.info import PackedInfo
 from packing.store.manifest import Manifest
@@ -82,7 +81,7 @@ def verify_packed(
     return Verification(looked_at, findings.counts, tuple(findings.problems))
 
 
-def _checked_folder(packed: object, storage_options: dict | None) -> Path | RemotePath:
+def _checked_folder(packed: object, storage_options: dict | None) -> Place:
     if not isinstance(packed, str | os.PathLike | RemotePath):
         raise TypeError(f"packed must be a folder or a datasets.Dataset, not {type(packed).__name__}")
     path = place(packed, storage_options)

@@ -102,13 +102,13 @@ def test_numbers_of_more_than_32_bits(monkeypatch):
     """2**32 sequences are too many for a test, so it forces the wide type."""
     plan, lengths = many_sequences()
     expected = assign(plan, lengths, 5)
-    monkeypatch.setattr(assignment, "_index_type", lambda count: np.int64)
+    monkeypatch.setattr(assignment, "index_type", lambda count: np.int64)
     found = assign(plan, lengths, 5)
     assert (expected.sequence_indices.dtype, found.sequence_indices.dtype) == (np.uint32, np.int64)
     assert found.equals(expected)
     monkeypatch.undo()
-    assert assignment._index_type(2**32) is np.uint32
-    assert assignment._index_type(2**32 + 1) is np.int64
+    assert assignment.index_type(2**32) is np.uint32
+    assert assignment.index_type(2**32 + 1) is np.int64
 
 
 @settings(max_examples=50, deadline=None)

@@ -22,7 +22,7 @@ from packing.files.hashed import checksum
 from packing.options import PackOptions
 from packing.source.fingerprint import column_prints, combined_print
 from packing.source.rows import open_columns
-from packing.source.token_column import open_token_column, read_token_column
+from packing.source.token_column import open_lists, read_lists
 from packing.store.manifest import read_manifest
 from packing.store.shards import write_shard
 from packing.store.writing import finish, shard_tasks, start
@@ -45,7 +45,7 @@ def test_rows_are_found_in_any_chunks(type_, cuts, chosen):
     draw = np.random.default_rng(0)
     rows = [draw.integers(0, 99, n).tolist() for n in draw.integers(1, 9, 40)]
     choice = None if chosen is None else np.array(chosen)
-    column = read_token_column("tokens", chunked(rows, type_, cuts), choice)
+    column = read_lists("tokens", chunked(rows, type_, cuts), choice)
     expected = rows if chosen is None else [rows[i] for i in chosen]
     starts, lengths = column.find(np.arange(column.num_rows))
     numbers = column.numbers()
@@ -54,7 +54,7 @@ def test_rows_are_found_in_any_chunks(type_, cuts, chosen):
 
 def test_rows_of_a_sliced_list_of_fixed_size():
     whole = pa.array([[i, i + 1] for i in range(20)], pa.list_(pa.int64(), 2))
-    column = read_token_column("tokens", pa.chunked_array([whole[3:5], whole[7:7], whole[9:20]]), None)
+    column = read_lists("tokens", pa.chunked_array([whole[3:5], whole[7:7], whole[9:20]]), None)
     starts, lengths = column.find(np.array([0, 1, 2, 12]))
     assert column.numbers()[starts].tolist() == [3, 4, 9, 19]
     assert lengths.tolist() == [2, 2, 2, 2]
@@ -65,7 +65,7 @@ def test_damaged_offsets_are_refused(offsets):
     """Offsets as a flipped bit makes them; without a check they would lead anywhere in memory."""
     buffers = [None, pa.py_buffer(np.array(offsets, np.int32))]
     damaged = pa.Array.from_buffers(pa.list_(pa.int64()), 3, buffers, children=[pa.array([1, 2, 3, 4])])
-    column = open_token_column("input_ids", pa.chunked_array([damaged]), None)
+    column = open_lists("input_ids", pa.chunked_array([damaged]), None)
     assert (column.find(np.arange(3))[1] < 0).any()
     with pytest.raises(ValueError, match=r"column 'input_ids' in row [012] is damaged: its offsets lead out"):
         pack_dataset(datasets.Dataset(pa.table({"input_ids": damaged}), fingerprint="damaged"), 8)
