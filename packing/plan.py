@@ -234,10 +234,9 @@ def _check_fit(plan: PackPlan) -> None:
     tokens = _tokens(plan)
     if tokens.max() > plan.max_sequence_length:
         culprit = int(np.argmax(tokens > plan.max_sequence_length))
-        raise ValueError(
-            f"strategy {culprit} {plan.strategies[culprit][:8]} has {tokens[culprit]} tokens, more than "
-            f"max_sequence_length={plan.max_sequence_length}; the packer must not fill a pack beyond that"
-        )
+        what = f"strategy {culprit} {plan.strategies[culprit][:8]} has {tokens[culprit]} tokens"
+        most = f"max_sequence_length={plan.max_sequence_length}"
+        raise ValueError(f"{what}, more than {most}; the packer must not fill a pack beyond that")
     limit = plan.max_sequences_per_pack
     if limit is not None and plan.max_depth > limit:
         culprit = int(np.argmax(plan.depths > limit))

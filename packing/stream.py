@@ -232,10 +232,8 @@ def _as_array(name: str, values: list, feature: Any = None, is_declared: bool = 
                 return exact_array([_encoded(feature, value) for value in values], type_, rounds=True)
         known = "be of one type in all rows" if type_ is None else f"hold {type_}, by the features or the first rows"
         where = f" in row {error.row} of a buffer" if isinstance(error, NotHeldError) else ""
-        raise ValueError(
-            f"column {name!r} must {known}, which it does not{where}: {error}; give the stream "
-            "features that all rows have (from_generator(features=…), cast), or remove the column"
-        ) from None
+        cure = "give the stream features that all rows have (from_generator(features=…), cast), or remove the column"
+        raise ValueError(f"column {name!r} must {known}, which it does not{where}: {error}; {cure}") from None
 
 
 def _encoded(feature: Any, value: Any) -> Any:

@@ -55,10 +55,9 @@ def _run(arguments: Namespace) -> int:
 
     sources.check_text_options(arguments)
     if sources.is_lengths(arguments):
-        raise ValueError(
-            f"SOURCE {arguments.source!r} is a file of lengths, which only pack-dataset plan and compare take; give a "
-            f"folder of save_to_disk, or a file {endings()} with rows or texts"
-        )
+        what = f"SOURCE {arguments.source!r} is a file of lengths, which only pack-dataset plan and compare take"
+        cure = f"give a folder of save_to_disk, or a file {endings()} with rows or texts"
+        raise ValueError(f"{what}; {cure}")
     check_engine(arguments.engine)
     whole_number("num_proc", arguments.num_proc)
     one_process = arguments.num_proc == 1 and arguments.engine == "processes"

@@ -67,10 +67,9 @@ class Workers:
             while waiting:
                 yield _take(waiting, in_order)
         except BrokenProcessPool:
-            raise ChildProcessError(
-                f"one of num_proc={self.num_proc} processes died, perhaps for want of memory: take fewer; in a script "
-                'of your own, what starts them must stand under `if __name__ == "__main__":`'
-            ) from None
+            what = f"one of num_proc={self.num_proc} processes died, perhaps for want of memory: take fewer"
+            hint = 'in a script of your own, what starts them must stand under `if __name__ == "__main__":`'
+            raise ChildProcessError(f"{what}; {hint}") from None
         finally:
             for future in waiting:
                 future.cancel()

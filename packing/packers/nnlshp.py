@@ -38,10 +38,9 @@ def nnlshp(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pa
     Raises ValueError if max_sequence_length is above 2048.
     """
     if max_sequence_length > LONGEST:
-        raise ValueError(
-            f"max_sequence_length={max_sequence_length} is more than the {LONGEST} that nnlshp solves: its time grows "
-            "with the cube, up to 15 s there; use packer='lpfhp', which takes any length"
-        )
+        what = f"max_sequence_length={max_sequence_length} is more than the {LONGEST} that nnlshp solves"
+        why = "its time grows with the cube, up to 15 s there; use packer='lpfhp', which takes any length"
+        raise ValueError(f"{what}: {why}")
     slots, x, _ = fit_histogram(histogram, max_sequence_length, max_sequences_per_pack)
     packings = []
     for repeats in (np.rint(x), np.floor(x)):

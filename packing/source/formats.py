@@ -253,10 +253,9 @@ def _column_names(delimiter: str, file: NamedFile) -> list[str]:
         raise ValueError(f"{str(file)!r} names two columns {twice[0]!r} in its first line; rename one of them")
     other = next((character for character in ",;\t|" if len(names) == 1 and character in names[0]), None)
     if other is not None:
-        raise ValueError(
-            f"{str(file)!r} names one column, {names[0]!r}: {other!r} seems to part its values, and {delimiter!r} is "
-            f"expected; write it with {delimiter!r}, or rename the column"
-        )
+        what = f"{str(file)!r} names one column, {names[0]!r}: {other!r} seems to part its values"
+        cure = f"write it with {delimiter!r}, or rename the column"
+        raise ValueError(f"{what}, and {delimiter!r} is expected; {cure}")
     return names
 
 

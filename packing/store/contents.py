@@ -175,10 +175,9 @@ def plan_packing(
 def _check_parquet(packing: Packing) -> None:
     check_parquet(packing.features.arrow_schema)
     if len(packing.facts.to_description()) > FACTS_BYTES:
-        raise ValueError(
-            f"format='parquet' keeps the numbers of rows that were too long in each file, and "
-            f"{len(packing.facts.overlong_rows):,} are too many; take format='arrow', or a larger max_sequence_length"
-        )
+        what = "format='parquet' keeps the numbers of rows that were too long in each file"
+        cure = "take format='arrow', or a larger max_sequence_length"
+        raise ValueError(f"{what}, and {len(packing.facts.overlong_rows):,} are too many; {cure}")
 
 
 def gather_all(packing: Packing, progress: bool = False) -> Iterator[pa.RecordBatch]:

@@ -105,10 +105,8 @@ def read_facts(text: str) -> PackedInfo:
     try:
         content = parse_json(text, what)
     except ValueError as error:
-        raise ValueError(
-            f"{error}. Or it carries those of several packings: use packed datasets one by one, or concatenate the "
-            "sources and pack them together"
-        ) from None
+        cure = "use packed datasets one by one, or concatenate the sources and pack them together"
+        raise ValueError(f"{error}. Or it carries those of several packings: {cure}") from None
     costs: type = type(None)
     if isinstance(content, dict) and content.get("balance") is not None:
         from packing.balance import StepCosts  # not at the top: Numba takes a second to import
@@ -157,7 +155,6 @@ def _refuse_several(splits: dict, description: str) -> None:
     num_rows = sum(split.num_examples or 0 for split in splits.values())
     found = re.search(r'"num_packs": (\d+)', description)
     if len(splits) > 1 or (found and num_rows > int(found[1])):
-        raise ValueError(
-            f"load_dataset was given files of several packings, {num_rows:,} packs in splits {', '.join(splits)}, but "
-            "read the facts of the first only: open the folder with load_packed, or load the files of one packing"
-        )
+        given = f"{num_rows:,} packs in splits {', '.join(splits)}, but read the facts of the first only"
+        cure = "open the folder with load_packed, or load the files of one packing"
+        raise ValueError(f"load_dataset was given files of several packings, {given}: {cure}")
