@@ -4,7 +4,6 @@ cli          the command bert-pretrain
 options      config files and flags
 stand_in     the options of a class that is slow to import
 places       folders and names that a user gives
-failure      how a command ends that cannot continue
 objective    OBJECTIVES: what is learned about sentence pairs, one row each
 prepare/     text -> sequences
 model        PackedBertForPreTraining

@@ -1,10 +1,20 @@
-"""The command `bert-pretrain`: `prepare` turns text into sequences, `train` pretrains on their packs."""
+"""The command `bert-pretrain`: `prepare` turns text into sequences, `train` pretrains on their packs.
 
+A command that cannot continue ends with one line, once, for any number of processes:
+
+alone                   the line on stderr
+rank 0 under torchrun   the line in torchrun's report, at its end; printed, it would stand above torchrun's traceback
+other ranks             nothing at first: most faults meet all ranks, and torchrun ends the others after rank 0. A rank
+                        that still runs after PATIENCE has a fault of its own, and prints the line.
+"""
+
+import json
+import os
 import sys
+import time
 from dataclasses import fields
 from importlib.metadata import version
 
-from bert_pretrain.failure import say_end, say_failure
 from bert_pretrain.options import parse, read_arguments
 from bert_pretrain.stand_in import stand_in
 from packing.files.errors import suggestion
@@ -42,6 +52,9 @@ LOGGING = [
 ]
 """The options of transformers that a pretraining run may want; --help shows them before the hundred others."""
 
+PATIENCE = 20
+"""Seconds in which rank 0 finds the same fault and torchrun ends the other ranks."""
+
 
 def help_groups(own: list[str], others: list[str]) -> dict[str, list[str]]:
     """Which options `train --help` shows under which title; an option is shown where it is named first."""
@@ -72,17 +85,37 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         commands[name](arguments[1:])
     except (ValueError, OSError, ImportError) as error:
-        say_failure(f"bert-pretrain {name}: {error}")
+        _say_failure(f"bert-pretrain {name}: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
-        say_end(f"bert-pretrain {name}: interrupted{interrupt}")
+        _say_end(f"bert-pretrain {name}: interrupted{interrupt}")
         return 130
     except SystemExit as stop:  # --help, or a signal after which a checkpoint was saved
         if isinstance(stop.code, int) and stop.code > 128:
-            say_end(f"bert-pretrain {name}: {stop}")
+            _say_end(f"bert-pretrain {name}: {stop}")
             return stop.code
         raise
     return 0
+
+
+def _say_failure(message: str) -> None:
+    """Report a fault. Call it last: torchrun may end other ranks than the first while they wait here."""
+    if rank := int(os.environ.get("RANK", "0")):
+        time.sleep(PATIENCE)
+        message = f"rank {rank}: {message}"
+    # What torchrun reads after a failure: https://docs.pytorch.org/docs/stable/elastic/errors.html
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report is None:
+        print(message, file=sys.stderr)
+        return
+    with open(report, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)
+
+
+def _say_end(message: str) -> None:
+    """Report an end that was asked for, which all ranks reach together: only the first prints it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
 
 
 def _prepare(arguments: list[str]) -> None:
@@ -106,7 +139,6 @@ def _train(arguments: list[str]) -> None:
         _parse_training((PretrainConfig, quick), given)
 
     import logging
-    import os
 
     from huggingface_hub.utils import logging as hub_logging
     from transformers import TrainingArguments

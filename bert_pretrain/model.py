@@ -18,8 +18,9 @@ from bert_pretrain.attention import AttentionHead, use_attention
 from bert_pretrain.attention.head import initialize_head
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.layout import PackLayout
-from collate.losses import Loss, check_mlm_loss, mlm_sums, pair_sums, pretraining_loss
+from collate.losses import MLM_TERMS, Loss, mlm_sums, pair_sums, pretraining_loss
 from collate.views import at_least_float32
+from packing.files.errors import check_known
 
 DEFAULT_ATTENTION = "sdpa"
 
@@ -54,7 +55,7 @@ class PackedBertForPreTraining(BertForPreTraining):
 
     def __init__(self, config: BertConfig):
         mlm_loss = getattr(config, "mlm_loss", None) or "sequence"
-        check_mlm_loss(mlm_loss)
+        check_known("mlm_loss", mlm_loss, MLM_TERMS)
         if config.is_decoder or config.add_cross_attention:
             raise ValueError("packed pretraining is for encoders; set is_decoder=False and add_cross_attention=False")
         super().__init__(config)
@@ -109,7 +110,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         labels_T = torch.full_like(layout.token_index, IGNORED) if labels is None else layout.unpad(labels)
         predicted = (labels_T != IGNORED).nonzero().squeeze(1)
         mlm_logits_PV = self.cls.predictions(hidden_TD[predicted])
-        labelled, pair_labels_N = self._pair_targets(cls_positions, pair_label, cls_token)
+        labelled, pair_labels_N = _pair_targets(cls_positions, pair_label, cls_token)
         sequence_P = layout.sequence_of_token[predicted]
         predicted_N = torch.bincount(sequence_P, minlength=layout.num_sequences)
         sums = mlm_sums(at_least_float32(mlm_logits_PV), labels_T[predicted], sequence_P, predicted_N)
@@ -171,20 +172,6 @@ class PackedBertForPreTraining(BertForPreTraining):
         pack, slot = (cls_positions >= 0).nonzero(as_tuple=True)
         return layout.token_of_slot[pack * layout.sequence_ids_BL.shape[1] + cls_positions[pack, slot]]
 
-    @staticmethod
-    def _pair_targets(
-        cls_positions: Tensor | None, pair_label: Tensor | None, cls_token: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Which of the N [CLS] have a label, and the labels."""
-        if pair_label is None:
-            nothing = cls_token[:0]
-            return nothing, nothing
-        if cls_positions is None:
-            raise ValueError("labels of sentence pairs (packs, sequence slots) need cls_positions of the same shape")
-        labels_N = pair_label[cls_positions >= 0]
-        labelled = (labels_N != IGNORED).nonzero().squeeze(1)
-        return labelled, labels_N[labelled]
-
     def initialize_weights(self) -> None:
         """Draw the weights of a new model, or those that a checkpoint lacks; attention heads draw their own."""
         super().initialize_weights()
@@ -215,6 +202,17 @@ def _pair_label(pair_labels: dict[str, Tensor | None]) -> tuple[str, Tensor | No
             "dataset"
         )
     return next(((names[column], labels) for column, labels in given.items()), ("nsp", None))
+
+
+def _pair_targets(cls_positions: Tensor | None, pair_label: Tensor | None, cls_token: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the N [CLS] have a label, and the labels."""
+    if pair_label is None:
+        return cls_token[:0], cls_token[:0]
+    if cls_positions is None:
+        raise ValueError("labels of sentence pairs (packs, sequence slots) need cls_positions of the same shape")
+    labels_N = pair_label[cls_positions >= 0]
+    labelled = (labels_N != IGNORED).nonzero().squeeze(1)
+    return labelled, labels_N[labelled]
 
 
 def _labelled(objective: str) -> str:

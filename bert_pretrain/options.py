@@ -61,9 +61,7 @@ def _load_yaml(text: str) -> Any:
         yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name for it; add_implicit_resolver fills it)
 
         def construct_mapping(self, node, deep=False):
-            return _without_twins(
-                [(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value]
-            )
+            return _without_twins(self.construct_pairs(node, deep=True))
 
     for tag, pattern in (
         ("null", r"null|~|"),

@@ -88,7 +88,7 @@ def _is_known(model: nn.Module) -> bool:
 
 def _refuse_several(model: nn.Module) -> None:
     """Raise ValueError for two encoders side by side, of which only one would be isolated."""
-    models = outermost(model)
+    models = [module for _, module in outermost(model)]
     if len(models) > 1 and not all(map(is_isolated, models)):
         raise ValueError(
             f"{type(model).__name__} holds {len(models)} transformers models, "

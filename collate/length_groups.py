@@ -36,7 +36,11 @@ class LengthGroups:
 
     def gather(self, x_T: Tensor) -> list[Tensor]:
         """(T, …) -> of each group (sequences, width, …). The gradient of padding slots is taken for 0."""
-        parts = Gather.apply(x_T, self.source, self.slot_of_token).split([n * width for n, width in self.shapes])
+        return self.part(Gather.apply(x_T, self.source, self.slot_of_token))
+
+    def part(self, slots: Tensor) -> list[Tensor]:
+        """All slots (P, …) -> of each group (sequences, width, …)."""
+        parts = slots.split([n * width for n, width in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def scatter(self, parts: list[Tensor]) -> Tensor:

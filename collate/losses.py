@@ -275,12 +275,6 @@ MLM_TERMS = {
 }
 
 
-def check_mlm_loss(name: str) -> None:
-    """Raise ValueError for a name that MLM_TERMS does not have."""
-    if name not in MLM_TERMS:
-        raise ValueError(f"unknown mlm_loss {name!r}; choose from {list(MLM_TERMS)}")
-
-
 def mlm_loss_of(mlm_loss: str) -> Loss:
     """Masked tokens alone."""
     return Loss(

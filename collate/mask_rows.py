@@ -21,11 +21,8 @@ def masking_rule(tokenizer: Any, mlm_probability: float | None, **options: Any) 
     """
     if mlm_probability is None:
         defaults = {field.name: field.default for field in fields(MaskingRule)} | {"masking": MASKING[0]}
-        for name, value in options.items():
-            if value != defaults[name]:
-                raise ValueError(
-                    f"{name}={value!r} is for masking, but mlm_probability=None switches it off; leave it out"
-                )
+        for given in (f"{name}={value!r}" for name, value in options.items() if value != defaults[name]):
+            raise ValueError(f"{given} is for masking, but mlm_probability=None switches it off; leave it out")
         return None
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token; set tokenizer.mask_token or mlm_probability=None")
@@ -35,13 +32,8 @@ def masking_rule(tokenizer: Any, mlm_probability: float | None, **options: Any) 
     if options["whole_word_mask"]:
         with contextlib.suppress(ValueError):  # then the rows must have word_ids, and masking refuses them without
             options |= {"continues_word_V": word_continuations(tokenizer), "boundaries": word_boundaries(tokenizer)}
-    return MaskingRule(
-        mlm_probability,
-        mask_token_id=tokenizer.mask_token_id,
-        is_special_V=is_special_V,
-        has_token_V=has_token_V,
-        **options,
-    )
+    tables = {"is_special_V": is_special_V, "has_token_V": has_token_V}
+    return MaskingRule(mlm_probability, mask_token_id=tokenizer.mask_token_id, **tables, **options)
 
 
 def mask_rows(rule: MaskingRule, flat: FlatRows, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,16 +64,14 @@ def _marks(rule: MaskingRule, flat: FlatRows) -> dict[str, np.ndarray | None]:
     return {f"{name}_T": flat.token_columns.get(name) for name in names}
 
 
-def sequence_keys(
-    seed: int, epoch: int, sequence_indices: np.ndarray, sequence_starts: np.ndarray | None = None
-) -> np.ndarray:
+def sequence_keys(seed: int, epoch: int, indices: np.ndarray, starts: np.ndarray | None = None) -> np.ndarray:
     """(N,) uint64 generator keys: within a seed and epoch, different sequences have different keys.
 
-    sequence_starts tells pieces of one split source row apart.
+    indices, starts: the rows' sequence_indices and sequence_starts; these tell pieces of one split source row apart.
     """
-    starts = np.zeros(len(sequence_indices), np.int64) if sequence_starts is None else sequence_starts
+    starts = np.zeros(len(indices), np.int64) if starts is None else starts
     seed, epoch = (value & 0xFFFFFFFFFFFFFFFF for value in (seed, epoch))
-    return _sequence_keys(np.uint64(seed), np.uint64(epoch), np.asarray(sequence_indices), np.asarray(starts))
+    return _sequence_keys(np.uint64(seed), np.uint64(epoch), np.asarray(indices), np.asarray(starts))
 
 
 @njit(cache=True, nogil=True)

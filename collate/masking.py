@@ -33,7 +33,7 @@ from collate.words import (
 )
 from collate.words import word_continuations as word_continuations
 from packing.draws import STEP, make_key, mix
-from packing.files.errors import whole_number
+from packing.files.errors import check_known, whole_number
 from packing.numba_tools import njit
 
 MASKING = ("exact", "independent", "span")
@@ -94,8 +94,7 @@ class MaskingRule:
     max_span_length: int = 10
 
     def __post_init__(self) -> None:
-        if self.masking not in MASKING:
-            raise ValueError(f"unknown masking {self.masking!r}; choose from {list(MASKING)}")
+        check_known("masking", self.masking, MASKING)
         if not 0 < self.mlm_probability <= 1:
             raise ValueError(f"mlm_probability={self.mlm_probability} must lie in (0, 1]; None switches masking off")
         for name in ("mask_replace_prob", "random_replace_prob"):
@@ -207,17 +206,13 @@ class MaskingRule:
             raise ValueError(f"offsets must ascend from 0 to the {len(input_ids_T)} tokens of input_ids_T")
 
     def _parts(
-        self,
-        input_ids_T: np.ndarray,
-        offsets: np.ndarray,
-        word_ids_T: ArrayLike | None,
-        special_tokens_mask_T: ArrayLike | None,
+        self, input_ids_T: np.ndarray, offsets: np.ndarray, word_ids_T: ArrayLike | None, special_T: ArrayLike | None
     ) -> np.ndarray:
         """(T,) int8: STARTS, CONTINUES or NO_WORD."""
         self._check_batch(input_ids_T, offsets)
         is_special_T = self.is_special_V[input_ids_T]
-        if special_tokens_mask_T is not None:
-            is_special_T |= _checked("special_tokens_mask_T", special_tokens_mask_T, input_ids_T) != 0
+        if special_T is not None:
+            is_special_T |= _checked("special_tokens_mask_T", special_T, input_ids_T) != 0
         if word_ids_T is None:
             if self.whole_word_mask and self.continues_word_V is None:
                 raise ValueError(

@@ -158,7 +158,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module, tokenizer: Any, seed: int, dtype: torch.dtype | None):
         self.reason: str | None = None  # why it is known to leak
-        if not isinstance(model, nn.Module) or outermost(model):
+        if not isinstance(model, nn.Module) or any(outermost(model)):
             refuse_unfit(model, "check_isolation", may_be=("causal", "leaks"))
             self.reason = next((reason for _, reason in obstacles(model, "isolate_sequences")), None)
         model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
@@ -166,14 +166,12 @@ class _Probe:
         self.name = type(model if pretrained is None else pretrained).__name__
         self.config: Any = getattr(model if pretrained is None else pretrained, "config", None)
         inside = [] if pretrained is None else [pretrained, pretrained.base_model]  # task models hand keywords down
-        self.arguments = {name for module in (model, *inside) for name in named_parameters(module)}
-        if "input_ids" not in self.arguments:
-            raise ValueError(
-                f"{self.name} takes no input_ids, only {sorted(self.arguments)}; check_isolation needs tokens"
-            )
+        self.takes = {name for module in (model, *inside) for name in named_parameters(module)}
+        if "input_ids" not in self.takes:
+            raise ValueError(f"{self.name} takes no input_ids, only {sorted(self.takes)}; check_isolation needs tokens")
         implementation = getattr(self.config, "_attn_implementation", None) or ""
         self.is_hooked = is_isolated(model)
-        self.needs_ids = "sequence_ids" in self.arguments or implementation in TAKES_SEQUENCE_IDS
+        self.needs_ids = "sequence_ids" in self.takes or implementation in TAKES_SEQUENCE_IDS
         self.takes_ids = self.is_hooked or self.needs_ids
         self.model: Any = copy.deepcopy(model).eval()
         if dtype is None and not any(name in implementation for name in ("flash", "flex")):
@@ -185,7 +183,7 @@ class _Probe:
         self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float64)
         self.first_layer = next((m[0] for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
         self.start = position_ids_start(self.config) if self.config and hasattr(self.config, "model_type") else 0
-        has_token_types = "token_type_ids" in self.arguments
+        has_token_types = "token_type_ids" in self.takes
         self.num_token_types = (getattr(self.config, "type_vocab_size", 0) or 0) if has_token_types else 0
         self.words, self.special = self._vocabulary(tokenizer)
         self.random = np.random.default_rng(seed)
@@ -224,7 +222,7 @@ class _Probe:
             arguments["sequence_ids"] = sequence_ids
         elif not alone:
             arguments["attention_mask"] = (sequence_ids != PADDING).long()
-        if not alone and not self.is_hooked and "position_ids" in self.arguments:
+        if not alone and not self.is_hooked and "position_ids" in self.takes:
             arguments["position_ids"] = own_positions(sequence_ids) + self.start
         if token_types is not None or self.num_token_types:
             arguments["token_type_ids"] = torch.zeros_like(input_ids) if token_types is None else token_types
@@ -315,7 +313,7 @@ class _Probe:
         most = (most if most > 0 else 4096) - self.start  # XLNet says -1
         long = max(2 * self.window + 7, 40)
         in_one_row = (most - 10) // 2  # for models that count through the row, or keep tables of that length
-        if in_one_row > self.window or not (self.takes_ids or "position_ids" in self.arguments):
+        if in_one_row > self.window or not (self.takes_ids or "position_ids" in self.takes):
             most = in_one_row
         return [(min(9, most), min(14, most)), (min(long, most), min(long + 3, most))]
 

@@ -357,13 +357,11 @@ def _is_text(type_: pa.DataType) -> bool:
     return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
-def _is_token_level(
-    name: str, counts: np.ndarray, tokens_per_row: np.ndarray, sequences_per_row: np.ndarray, levels: Levels
-) -> bool:
+def _is_token_level(name: str, counts: np.ndarray, tokens: np.ndarray, sequences: np.ndarray, levels: Levels) -> bool:
     known = levels.is_token_level(name)
     if known is not None:
         return known
-    per_token, per_sequence = np.array_equal(counts, tokens_per_row), np.array_equal(counts, sequences_per_row)
+    per_token, per_sequence = np.array_equal(counts, tokens), np.array_equal(counts, sequences)
     if per_token and per_sequence and len(counts) and counts.any():
         raise ValueError(
             f"column {name!r} has as many values as tokens and as sequences in every row of the batch, so what they "

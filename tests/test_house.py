@@ -58,7 +58,7 @@ FLOORS = {
         "attention.heads",
         "attention",
         "model",
-        "objective stand_in options places failure",
+        "objective stand_in options places",
         "prepare train",
         "cli",
     ],

@@ -70,9 +70,7 @@ class AttentionHead(nn.Module):
         inputs = as_one_type(query_THK, key_THK, value_THK)
         return self.attend(*inputs, layout, **self.dropout_settings(dropout)).to(value_THK.dtype)
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         """The mechanism, for a batch with at least one sequence.
 
         dropout: 0 unless the head supports it. Your own head may leave the parameter out if it does not.

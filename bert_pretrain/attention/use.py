@@ -39,14 +39,12 @@ def use_attention(model: Model, attention: str | Callable | Sequence, **options:
     as it is.
     """
     layers = attention_layers(model)
-    choices = [attention] * len(layers) if isinstance(attention, str) or callable(attention) else attention
-    if not isinstance(choices, Sequence):
+    chosen = [attention] * len(layers) if isinstance(attention, str) or callable(attention) else attention
+    if not isinstance(chosen, Sequence):
         raise ValueError(f"attention={attention!r} must be a name, a callable, or a list of these, one per layer")
-    if len(choices) != len(layers):
-        raise ValueError(
-            f"got {len(choices)} attention heads for {len(layers)} layers; give one per layer, or one name"
-        )
-    builders = [_builder(choice) for choice in choices]
+    if len(chosen) != len(layers):
+        raise ValueError(f"got {len(chosen)} attention heads for {len(layers)} layers; give one per layer, or one name")
+    builders = [_builder(choice) for choice in chosen]
     _refuse_unknown_options(builders, options)
     config = model.config
     heads = []
@@ -67,7 +65,7 @@ def use_attention(model: Model, attention: str | Callable | Sequence, **options:
         heads.append(head.to(next(layer.parameters())))
     for layer, head in zip(layers, heads, strict=True):
         layer.attention_head = head
-    names = [choice if isinstance(choice, str) else f"{_name(choice)} (a callable)" for choice in choices]
+    names = [choice if isinstance(choice, str) else f"{_name(choice)} (a callable)" for choice in chosen]
     config.packed_attention = names[0] if len(set(names)) == 1 else names
     config.packed_attention_options = options
     AttentionInterface.register(IMPLEMENTATION, packed_attention)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_pretrain.objective import OBJECTIVES
-from packing.files.errors import suggestion
+from packing.files.errors import check_known
 
 OPTIMIZERS = ("adamw", "lamb")
 BATCH_POLICIES = ("sequences", "packs")
@@ -124,16 +124,12 @@ class PretrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0 and at most 1; BERT's is 0.15")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(f"peak_tflops={self.peak_tflops} must be more than 0; an A100 has 312")
-        from collate.losses import check_mlm_loss  # not at the top: it needs torch
+        from collate.losses import MLM_TERMS  # not at the top: it needs torch
 
-        check_mlm_loss(self.mlm_loss)
-        for name, choices in (
-            ("objective", (AUTO, *OBJECTIVES)),
-            ("batch_policy", BATCH_POLICIES),
-            ("optimizer", OPTIMIZERS),
-        ):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"unknown {name} {value!r}{suggestion(value, choices)}; choose from {list(choices)}")
+        check_known("mlm_loss", self.mlm_loss, MLM_TERMS)
+        check_known("objective", self.objective, (AUTO, *OBJECTIVES))
+        check_known("batch_policy", self.batch_policy, BATCH_POLICIES)
+        check_known("optimizer", self.optimizer, OPTIMIZERS)
         if self.batch_policy == "packs" and self.sequences_per_step != SEQUENCES_PER_STEP:
             raise ValueError(
                 f"sequences_per_step={self.sequences_per_step} is for batch_policy='sequences'; with 'packs' a step "

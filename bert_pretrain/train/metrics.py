@@ -150,15 +150,15 @@ class Meter:
         slowest = float(seconds.max())
         if not slowest > 0:  # a clock so coarse that no step took time
             return {}
-        flops_per_second = self.flops(tokens, squares, predicted) / slowest / num_processes
+        flops = self.flops(tokens, squares, predicted) / slowest / num_processes  # a second, of one device
         name = "model_tflops" if self.flops.attention else "model_tflops_without_attention"
         metrics = {
             "tokens_per_second": tokens / slowest,
             "sequences_per_second": sequences / slowest,
-            name: flops_per_second / 1e12,
+            name: flops / 1e12,
         }
         if self.peak is not None and self.flops.attention:
-            metrics["mfu"] = flops_per_second / self.peak
+            metrics["mfu"] = flops / self.peak
         metrics["peak_memory_gib"] = float(memory.max()) / GIB
         metrics["data_wait_share"] = float((waited / seconds).nanmean())
         return metrics

@@ -43,22 +43,18 @@ def resolve_shape(config: PretrainConfig, max_sequence_length: int) -> PretrainC
     )
 
 
-def build_model(
-    config: PretrainConfig, vocabulary_size: int, pad_token_id: int, longest: int
-) -> PackedBertForPreTraining:
+def build_model(config: PretrainConfig, vocab_size: int, pad_token_id: int, longest: int) -> PackedBertForPreTraining:
     """A new model with the dataset's vocabulary, or the checkpoint to continue from; checked against the data.
 
     config: of `resolve_shape`. longest: `longest_sequence` of the data.
     Raises ValueError for a model that is too small for the data, or a checkpoint of something else.
     """
     if config.model is None:
-        return _new_model(config, vocabulary_size, pad_token_id, longest)
-    return _loaded_model(config, config.model, vocabulary_size, longest)
+        return _new_model(config, vocab_size, pad_token_id, longest)
+    return _loaded_model(config, config.model, vocab_size, longest)
 
 
-def _new_model(
-    config: PretrainConfig, vocabulary_size: int, pad_token_id: int, longest: int
-) -> PackedBertForPreTraining:
+def _new_model(config: PretrainConfig, vocab_size: int, pad_token_id: int, longest: int) -> PackedBertForPreTraining:
     shape: dict[str, Any] = {name: getattr(config, name) for name in (*SHAPE, "hidden_dropout_prob")}
     if shape["max_position_embeddings"] < longest:
         raise ValueError(
@@ -66,7 +62,7 @@ def _new_model(
             f"{config.dataset} has {longest} tokens; give at least as many, or leave it out"
         )
     bert = BertConfig(
-        vocab_size=vocabulary_size,
+        vocab_size=vocab_size,
         attention_probs_dropout_prob=_attention_dropout(config, 0.1),
         pad_token_id=pad_token_id,
         **shape,
@@ -80,7 +76,7 @@ def _new_model(
     return model
 
 
-def _loaded_model(config: PretrainConfig, name: str, vocabulary_size: int, longest: int) -> PackedBertForPreTraining:
+def _loaded_model(config: PretrainConfig, name: str, vocab_size: int, longest: int) -> PackedBertForPreTraining:
     place = find_pretrained("model", name)
     bert = _checkpoint_config(name, place)
     if not isinstance(bert, BertConfig):
@@ -89,9 +85,9 @@ def _loaded_model(config: PretrainConfig, name: str, vocabulary_size: int, longe
     if config.hidden_dropout_prob is not None:
         bert.hidden_dropout_prob = config.hidden_dropout_prob
     bert.attention_probs_dropout_prob = _attention_dropout(config, bert.attention_probs_dropout_prob)
-    if bert.vocab_size < vocabulary_size:
+    if bert.vocab_size < vocab_size:
         raise ValueError(
-            f"{name} has a vocabulary of {bert.vocab_size}, the tokenizer one of {vocabulary_size}; "
+            f"{name} has a vocabulary of {bert.vocab_size}, the tokenizer one of {vocab_size}; "
             "prepare the dataset with the checkpoint's own tokenizer"
         )
     if bert.max_position_embeddings < longest:

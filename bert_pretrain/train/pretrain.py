@@ -36,12 +36,10 @@ from packing import EpochPacks, packed_info
 
 logger = logging.getLogger(__name__)
 
+Callbacks = Sequence[TrainerCallback | type[TrainerCallback]]
 
-def pretrain(
-    config: PretrainConfig,
-    training: TrainingArguments,
-    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
-) -> PretrainTrainer:
+
+def pretrain(config: PretrainConfig, training: TrainingArguments, callbacks: Callbacks = ()) -> PretrainTrainer:
     """Train BERT on packed data; the loss is counted per sequence. Returns the trainer, its model trained and saved.
 
         trainer = pretrain(PretrainConfig("packed", "prepared/tokenizer"), TrainingArguments("bert"))
@@ -63,11 +61,7 @@ def pretrain(
 
 
 def _pretrain(
-    config: PretrainConfig,
-    training: TrainingArguments,
-    callbacks: Sequence[TrainerCallback | type[TrainerCallback]],
-    train: Dataset,
-    test: Dataset | None,
+    config: PretrainConfig, training: TrainingArguments, callbacks: Callbacks, train: Dataset, test: Dataset | None
 ) -> PretrainTrainer:
     config = resolve_shape(config, packed_info(train).max_sequence_length)
     config = resolve_attention(config, training)

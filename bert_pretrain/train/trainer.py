@@ -108,10 +108,8 @@ class PretrainTrainer(SaysWhatFailed):
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
-    def _bound_collator(
-        self, collator: DataCollatorWithPacking, dataset: Any, is_training: bool
-    ) -> DataCollatorWithPacking:
-        return super()._bound_collator(collator if is_training else self.eval_data_collator, dataset, is_training)
+    def _bound(self, collator: DataCollatorWithPacking, dataset: Any, is_training: bool) -> DataCollatorWithPacking:
+        return super()._bound(collator if is_training else self.eval_data_collator, dataset, is_training)
 
     # -- time: that of training steps only -----------------------------------------------------------------------
 
@@ -127,9 +125,7 @@ class PretrainTrainer(SaysWhatFailed):
             )
         return output
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         self.meter.run()
         return super().get_batch_samples(self.meter.waiting(epoch_iterator), num_batches, device)
 

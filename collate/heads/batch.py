@@ -1,7 +1,7 @@
 """What goes into a packed head: one batch, and the slots that the head reads."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 from collate.heads.gather import has_gather, task_model
 from collate.isolation.hook import is_isolated
 from collate.layout import PackLayout, holds_sequence
-from collate.losses import has_label
+from collate.losses import Batch, has_label
 
 NOT_PASSED = ("attention_mask", "sequence_ids")
 """What an encoder takes, but sequence_ids say better. It gets all else that it takes and a batch has."""
@@ -19,7 +19,7 @@ NOT_PASSED = ("attention_mask", "sequence_ids")
 class PackedBatch:
     """A batch of the collator, and the slots that heads read."""
 
-    def __init__(self, batch: Mapping[str, Tensor]):
+    def __init__(self, batch: Batch):
         if "sequence_ids" not in batch:
             raise ValueError(
                 f"the batch has no 'sequence_ids', only {sorted(batch)}; make it with DataCollatorWithPacking"

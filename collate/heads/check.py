@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from collate.columns import IGNORED
 from collate.layout import PADDING, holds_sequence
-from collate.losses import has_label
+from collate.losses import Batch, has_label
 
 EMBEDDINGS = {
     "input_ids": "word_embeddings",
@@ -27,7 +27,7 @@ CURES = {
 }
 
 
-def check_label_ids(batch: Mapping[str, Tensor], column: str, number: int | None, of: str = "num_labels") -> None:
+def check_label_ids(batch: Batch, column: str, number: int | None, of: str = "num_labels") -> None:
     """Raise ValueError unless each label of a sequence or token is an id of 0 to number - 1, or -100.
 
     number: None: unknown. of: what the number counts, a key of CURES.
@@ -44,7 +44,7 @@ def check_label_ids(batch: Mapping[str, Tensor], column: str, number: int | None
     _refuse(batch, column, wrong, f"{limit}; {CURES[of]}")
 
 
-def check_shares(batch: Mapping[str, Tensor], column: str) -> None:
+def check_shares(batch: Batch, column: str) -> None:
     """Raise ValueError unless all numbers are within 0 and 1, or NaN for a label that is missing."""
     labels = _on_host(batch, column)
     if labels is not None and labels.dim() == 3 and labels.is_floating_point():
@@ -63,7 +63,7 @@ def embedding_sizes(model: nn.Module) -> dict[str, int]:
     return {column: table.num_embeddings for column, table in found.items() if isinstance(table, nn.Embedding)}
 
 
-def check_inputs(batch: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+def check_inputs(batch: Batch, sizes: Mapping[str, int]) -> None:
     """Raise ValueError for an id that has no embedding. sizes: see embedding_sizes."""
     for column, size in sizes.items():
         if (values := _on_host(batch, column)) is not None:
@@ -103,7 +103,7 @@ def _texts(values: Any) -> list[str]:
 class CheckedCollator:
     """A collator of packs that checks its batches; errors name the row in the source."""
 
-    def __init__(self, collator: Any, checks: Sequence[Callable[[Mapping[str, Tensor]], None]]):
+    def __init__(self, collator: Any, checks: Sequence[Callable[[Batch], None]]):
         self.collator, self.checks = collator, checks
 
     def __call__(self, rows: Any) -> Any:
@@ -115,18 +115,18 @@ class CheckedCollator:
             raise
         return batch
 
-    def _check(self, batch: Mapping[str, Tensor]) -> None:
+    def _check(self, batch: Batch) -> None:
         for check in self.checks:
             check(batch)
 
 
-def _on_host(batch: Mapping[str, Tensor], column: str) -> Tensor | None:
+def _on_host(batch: Batch, column: str) -> Tensor | None:
     """The values of a column that lie on the host; None: they do not, or the batch has none."""
     values = batch.get(column)
     return values if isinstance(values, Tensor) and values.device.type == "cpu" else None
 
 
-def _is_real(batch: Mapping[str, Tensor], values: Tensor) -> Tensor | bool:
+def _is_real(batch: Batch, values: Tensor) -> Tensor | bool:
     """Bool: the values that belong to a token or a sequence. Of other shapes none: they are refused elsewhere."""
     sequence_ids_BL = batch["sequence_ids"]
     if values.shape == sequence_ids_BL.shape:
@@ -138,7 +138,7 @@ def _is_real(batch: Mapping[str, Tensor], values: Tensor) -> Tensor | bool:
     return is_sequence_BS.view(*is_sequence_BS.shape, *[1] * (values.dim() - 2)).expand_as(values)
 
 
-def _refuse(batch: Mapping[str, Tensor], column: str, wrong: Tensor, cure: str) -> None:
+def _refuse(batch: Batch, column: str, wrong: Tensor, cure: str) -> None:
     """Raise ValueError that says where the first wrong value stands, if a token or a sequence has one."""
     values, sequence_ids_BL = batch[column], batch["sequence_ids"]
     wrong = wrong & _is_real(batch, values)

@@ -1,6 +1,5 @@
 """Labels of sequences, and of tokens."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +8,12 @@ from transformers import PretrainedConfig
 
 from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids, check_shares
-from collate.heads.task import HeadRun, Task, check_pooling
+from collate.heads.task import HeadRun, Task
 from collate.heads.values import PerSequence, mean_by_sequence
 from collate.layout import PADDING
-from collate.losses import NUMBER_LOSS, SEQUENCE_LABEL_LOSS, TOKEN_LABEL_LOSS, Loss, label_sums, number_sums
+from collate.losses import NUMBER_LOSS, SEQUENCE_LABEL_LOSS, TOKEN_LABEL_LOSS, Batch, Loss, label_sums, number_sums
 from collate.views import at_least_float32
+from packing.files.errors import check_known
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -37,7 +37,7 @@ class SequenceClassification(Task):
     def __post_init__(self) -> None:
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"unknown problem_type {self.problem_type!r}; choose from {list(PROBLEM_TYPES)} or None")
-        check_pooling(self.pooling, ("cls", "mean", "late"))
+        check_known("pooling", self.pooling, ("cls", "mean", "late"))
 
     @classmethod
     def for_config(cls, config: PretrainedConfig, **options: Any) -> "SequenceClassification":
@@ -55,7 +55,7 @@ class SequenceClassification(Task):
     def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
         return packed.labels_by(packed.per_sequence)
 
-    def check(self, batch: Mapping[str, Tensor]) -> None:
+    def check(self, batch: Batch) -> None:
         labels = batch.get("labels")
         if labels is None or labels.device.type != "cpu":  # the check would wait for another device
             return
@@ -136,7 +136,7 @@ class TokenClassification(Task):
     def targets(self, packed: PackedBatch) -> dict[str, Tensor]:
         return packed.labels_by(packed.per_token)
 
-    def check(self, batch: Mapping[str, Tensor]) -> None:
+    def check(self, batch: Batch) -> None:
         check_label_ids(batch, "labels", self.num_labels)
 
     def run(self, model: nn.Module, packed: PackedBatch) -> HeadRun:

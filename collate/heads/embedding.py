@@ -1,14 +1,14 @@
 """Vectors of sequences, for inference."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from collate.heads.batch import PackedBatch
-from collate.heads.task import HeadRun, Task, check_pooling
+from collate.heads.task import HeadRun, Task
 from collate.heads.values import PerSequence
-from collate.losses import NO_LOSS
+from collate.losses import NO_LOSS, Batch
+from packing.files.errors import check_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,9 @@ class SequenceEmbedding(Task):
     formula = NO_LOSS
 
     def __post_init__(self) -> None:
-        check_pooling(self.pooling, ("cls", "mean"))
+        check_known("pooling", self.pooling, ("cls", "mean"))
 
-    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def weight(self, batch: Batch) -> Tensor:
         return batch["sequence_ids"].amax(1).sum()  # its sequences
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Masked language modelling, alone and with sentence pairs."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +12,9 @@ from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids
 from collate.heads.task import HeadRun, Task
 from collate.heads.values import PerSequence
-from collate.losses import Loss, check_mlm_loss, mlm_loss_of, mlm_sums, pair_sums, pretraining_loss
+from collate.losses import MLM_TERMS, Batch, Loss, mlm_loss_of, mlm_sums, pair_sums, pretraining_loss
 from collate.views import at_least_float32
+from packing.files.errors import check_known
 
 PAIR_OUTPUTS = {
     "albert": ("sop_logits", PAIR_LABELS["sop"]),
@@ -44,13 +44,13 @@ class MaskedLM(Task):
         return cls(**{"vocab_size": config.vocab_size} | options)
 
     def __post_init__(self) -> None:
-        check_mlm_loss(self.mlm_loss)
+        check_known("mlm_loss", self.mlm_loss, MLM_TERMS)
 
     @property
     def formula(self) -> Loss:
         return mlm_loss_of(self.mlm_loss)
 
-    def check(self, batch: Mapping[str, Tensor]) -> None:
+    def check(self, batch: Batch) -> None:
         check_label_ids(batch, "labels", self.vocab_size, "vocab_size")
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor] | None:
@@ -97,7 +97,7 @@ class PreTraining(MaskedLM):
         """ "nsp" or "sop": what the log calls the pairs."""
         return next(name for name, column in PAIR_LABELS.items() if column == self.pair_label)
 
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def count(self, batch: Batch) -> Tensor:
         """(3,) predicted tokens, sequences with predicted tokens, sequences with a label of their pair."""
         others = [column for column in PAIR_LABELS.values() if column in batch]
         if others and self.pair_label not in others:
@@ -107,7 +107,7 @@ class PreTraining(MaskedLM):
             )
         return super().count(batch)
 
-    def check(self, batch: Mapping[str, Tensor]) -> None:
+    def check(self, batch: Batch) -> None:
         super().check(batch)
         check_label_ids(batch, self.pair_label, 2, "kinds of pairs")
 

@@ -1,17 +1,16 @@
 """Answers that are spans of their own sequence."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from collate.columns import ANSWERS
 from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids
 from collate.heads.task import HeadRun, Task
 from collate.heads.values import PerSequence
-from collate.losses import SPAN_LOSS, span_sums
+from collate.losses import SPAN_LOSS, Batch, span_sums
 from collate.views import at_least_float32
 
 
@@ -29,7 +28,7 @@ class QuestionAnswering(Task):
 
     formula = SPAN_LOSS
 
-    def check(self, batch: Mapping[str, Tensor]) -> None:
+    def check(self, batch: Batch) -> None:
         for name in ANSWERS:
             check_label_ids(batch, name, None)
 

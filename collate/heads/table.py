@@ -1,7 +1,6 @@
 """TASKS: which task a stock model has, by the name of its class; one row a kind of head."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from collate.heads.gather import prepare_head, task_model
 from collate.heads.pretraining import MaskedLM, PreTraining
 from collate.heads.question_answering import QuestionAnswering
 from collate.heads.task import Task
+from collate.losses import Batch
 
 TASKS: dict[str, type[Task]] = {
     "ForSequenceClassification": SequenceClassification,
@@ -56,7 +56,7 @@ def _task_class(stock: PreTrainedModel) -> type[Task]:
     )
 
 
-def packed_predictions(model: nn.Module, batch: Mapping[str, Tensor], task: Task | None = None) -> tuple[Tensor, ...]:
+def packed_predictions(model: nn.Module, batch: Batch, task: Task | None = None) -> tuple[Tensor, ...]:
     """Inference on one batch: a tensor for each sequence, in the batch's order.
 
     Classification (C,), token classification (n, C), question answering (n, 2), embeddings (D,); see the tasks.

@@ -1,6 +1,5 @@
 """Task: what a packed head is trained for. The tasks themselves are in the files beside this one."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ from transformers import PretrainedConfig
 
 from collate.heads.batch import PackedBatch
 from collate.heads.values import PerSequence
-from collate.losses import Loss
+from collate.losses import Batch, Loss, Sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,7 @@ class PackedOutput:
 class HeadRun(NamedTuple):
     """What a task makes of one batch before its loss. sums: by name; None without labels. Others as in PackedOutput."""
 
-    sums: Mapping[str, Tensor] | None
+    sums: Sums | None
     logits: Tensor
     predictions: PerSequence
     labels: PerSequence | None = None
@@ -61,7 +60,7 @@ class Task:
         """The terms of the loss, what is counted for them, and what is logged."""
         raise NotImplementedError
 
-    def check(self, batch: Mapping[str, Tensor]) -> None:
+    def check(self, batch: Batch) -> None:
         """Raise ValueError for labels that the head has no place for; see collate.heads.check."""
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor] | None:
@@ -72,9 +71,7 @@ class Task:
         """Let the head read its slots of one batch, check the labels, and add up the loss."""
         raise NotImplementedError
 
-    def __call__(
-        self, model: nn.Module, batch: Mapping[str, Tensor], denominators: Tensor | None = None
-    ) -> PackedOutput:
+    def __call__(self, model: nn.Module, batch: Batch, denominators: Tensor | None = None) -> PackedOutput:
         """The model on one batch. denominators: what divides the loss; None: `count` of this batch.
 
         Raises ValueError for a batch without labels that is to be trained on, one with `denominators`.
@@ -91,20 +88,14 @@ class Task:
             )
         return PackedOutput(loss, self.formula.stacked(sums, packed.layout), logits, predictions, labels)
 
-    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def count(self, batch: Batch) -> Tensor:
         """(k,) what the terms of the loss are divided by, in the order of `formula.counts`."""
         return self.formula.count(batch)
 
-    def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def weight(self, batch: Batch) -> Tensor:
         """What the loss of a batch is a mean over, and so its weight in the mean over several batches."""
         return self.formula.weight(batch)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """What added-up sums mean; a metric without anything to count is left out."""
         return self.formula.metrics(sums)
-
-
-def check_pooling(pooling: str, choices: Sequence[str]) -> None:
-    """Raise ValueError for a pooling that is not among the choices."""
-    if pooling not in choices:
-        raise ValueError(f"unknown pooling {pooling!r}; choose from {list(choices)}")

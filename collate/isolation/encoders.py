@@ -52,7 +52,6 @@ def refuse_unfit(model: nn.Module, asks: str, may_be: tuple[str, ...] = ()) -> N
 
     may_be: kinds of obstacle that are allowed, such as "causal" and "leaks".
     """
-    pretrained_model(model, asks)
     for kind, reason in obstacles(model, asks):
         if kind not in may_be:
             raise ValueError(reason)
@@ -62,17 +61,14 @@ def obstacles(model: nn.Module, asks: str) -> Iterator[tuple[str, str]]:
     """(kind, reason and cure) of all that is known to keep a model from being isolated."""
     inner = pretrained_model(model, asks)
     encoder, config = base_of(inner), inner.config
-    kind, arguments = config.model_type, named_parameters(encoder)
+    name, kind, arguments = type(inner).__name__, config.model_type, named_parameters(encoder)
     if "input_ids" not in arguments:
         taken = getattr(encoder, "main_input_name", "input_ids")
         taken = taken if taken != "input_ids" else ", ".join(arguments)
-        yield "input", f"{type(inner).__name__} takes no input_ids, only {taken}; {asks} is for encoders of tokens"
+        yield "input", f"{name} takes no input_ids, only {taken}; {asks} is for encoders of tokens"
     if getattr(config, "is_encoder_decoder", False):
-        yield (
-            "encoder-decoder",
-            f"{type(inner).__name__} is an encoder-decoder ({kind}); {asks} is for encoders alone: {CURE}",
-        )
-    elif any(getattr(config, name, False) for name in ("is_decoder", "add_cross_attention")):
+        yield "encoder-decoder", f"{name} is an encoder-decoder ({kind}); {asks} is for encoders alone: {CURE}"
+    elif any(getattr(config, option, False) for option in ("is_decoder", "add_cross_attention")):
         yield (
             "causal",
             f"{kind} is configured as a decoder; {asks} is for encoders: set is_decoder=False and "
@@ -85,7 +81,7 @@ def obstacles(model: nn.Module, asks: str) -> Iterator[tuple[str, str]]:
     if any(type(module).__module__.startswith("torch.ao.nn.quantized.dynamic") for module in encoder.modules()):
         yield (
             "leaks",
-            f"{type(inner).__name__} is quantized dynamically: one scale for all activations of a batch leaks between "
+            f"{name} is quantized dynamically: one scale for all activations of a batch leaks between "
             "packed sequences; give the model as it was before it was quantized",
         )
     if (obstacle := task_obstacle(inner)) is not None:

@@ -28,12 +28,10 @@ from torch import Tensor
 from collate.layout import PackLayout
 
 
-def attend_tokens(
-    query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-) -> Tensor:
+def attend_tokens(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
     """The context (T, H, K) of queries, keys and values (T, H, K) of real tokens, scores scaled by 1/sqrt(K)."""
-    inputs = (query_THK, key_THK, value_THK)
-    if not takes_one_by_one(query_THK, num_heads=query_THK.shape[1], dropout=dropout):
+    inputs = (q_THK, k_THK, v_THK)
+    if not takes_one_by_one(q_THK, num_heads=q_THK.shape[1], dropout=dropout):
         return attend_grouped(*inputs, layout, dropout)
     pieces = layout.derived("pieces of tokens", lambda: pieces_of_tokens(layout))
     rows = (x.transpose(0, 1).unsqueeze(0) for x in inputs)
@@ -59,8 +57,8 @@ def attend_rows(
         return OneByOne.apply(*rows, pieces, scale)
     if layout.num_sequences == 0:  # no token, but a part of the graph
         return (query_BHLK + key_BHLK + value_BHLK) * 0
-    query_THK, key_THK, value_THK = (layout.unpad(x.transpose(1, 2)) for x in rows)
-    return layout.pad(attend_grouped(query_THK, key_THK, value_THK, layout, dropout, scale, window)).transpose(1, 2)
+    q_THK, k_THK, v_THK = (layout.unpad(x.transpose(1, 2)) for x in rows)
+    return layout.pad(attend_grouped(q_THK, k_THK, v_THK, layout, dropout, scale, window)).transpose(1, 2)
 
 
 def takes_one_by_one(query: Tensor, num_heads: int, dropout: float) -> bool:
@@ -72,9 +70,9 @@ def takes_one_by_one(query: Tensor, num_heads: int, dropout: float) -> bool:
 
 
 def attend_grouped(
-    query_THK: Tensor,
-    key_THK: Tensor,
-    value_THK: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
     layout: PackLayout,
     dropout: float = 0.0,
     scale: float | None = None,
@@ -84,7 +82,7 @@ def attend_grouped(
     groups = layout.length_groups
     masks = layout.derived(("masks of groups", window), lambda: _group_masks(layout, window))
     contexts = []
-    for query, key, value, mask in zip(*map(groups.gather, (query_THK, key_THK, value_THK)), masks, strict=True):
+    for query, key, value, mask in zip(*map(groups.gather, (q_THK, k_THK, v_THK)), masks, strict=True):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
         contexts.append(context.transpose(1, 2))

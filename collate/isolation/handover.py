@@ -37,17 +37,12 @@ def pretrained_model(model: nn.Module, asks: str) -> PreTrainedModel:
         elif isinstance(model, str) or hasattr(model, "__fspath__"):
             cure = f"load the model first, as by AutoModel.from_pretrained({str(model)!r})"
         raise ValueError(f"{asks} got {model!r:.80}, a {type(model).__name__}; {cure}")
-    for _, inner in outermost_by_path(model):
+    for _, inner in outermost(model):
         return inner
     raise ValueError(f"{type(model).__name__} holds no transformers model; {asks} needs one")
 
 
-def outermost(model: nn.Module) -> list[PreTrainedModel]:
-    """The transformers models in a module that are not inside another one."""
-    return [module for _, module in outermost_by_path(model)]
-
-
-def outermost_by_path(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
+def outermost(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel]]:
     """(path, model) of the transformers models in a module that are not inside another one."""
     inside: set[nn.Module] = set()
     for path, module in model.named_modules():
@@ -69,14 +64,14 @@ def task_obstacle(inner: PreTrainedModel) -> str | None:
 def wrapper_obstacle(model: nn.Module, asks: str) -> str | None:
     """Why the module around an encoder cannot hand tokens and sequence_ids down; None if it may."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    if isinstance(model, PreTrainedModel) or len(outermost(model)) != 1:
+    (path, encoder), *others = outermost(model)
+    if isinstance(model, PreTrainedModel) or others:
         return None
     named = named_parameters(model)
     needed = {name for name, parameter in named.items() if parameter.default is parameter.empty}
     told_apart = takes_any(model) or named.keys() & {"sequence_ids", "attention_mask"}
     if needed <= {"input_ids", "sequence_ids", "attention_mask"} and told_apart:
         return None
-    path, encoder = next(outermost_by_path(model))
     path = "".join(f"[{name}]" if name.isdigit() else f".{name}" for name in path.split("."))
     return (
         f"{type(model).__name__} is a module around a {type(encoder).__name__}, and its forward cannot be called with "

@@ -13,10 +13,10 @@ from collate.layout import PackLayout
 WIDEST_HEAD, AMPERE = 256, (8, 0)
 
 
-def attend_varlen(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
+def attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> Tensor:
     """The context (T, H, K), scores scaled by 1/sqrt(K); each sequence of the layout by itself."""
     longest = layout.sequence_ids_BL.shape[1]  # an upper bound is enough, and needs no wait for the device
-    inputs = (x.contiguous() for x in (query_THK, key_THK, value_THK))
+    inputs = (x.contiguous() for x in (q_THK, k_THK, v_THK))
     return varlen_kernel()(*inputs, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
 
 

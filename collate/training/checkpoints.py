@@ -66,12 +66,11 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """{name: (bytes, hash)}"""
+    file = folder / MANIFEST
     try:
-        manifest: Any = read_json(folder / MANIFEST)
+        manifest: Any = read_json(file)
         files = manifest["files"]
-        expected = {
-            checked_path(name, folder / MANIFEST): (entry["bytes"], entry["xxh3_128"]) for name, entry in files.items()
-        }
+        expected = {checked_path(name, file): (entry["bytes"], entry["xxh3_128"]) for name, entry in files.items()}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{folder} has no {MANIFEST}: it is incomplete, or another program wrote it") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -16,16 +16,10 @@ from collate.columns import LABELS
 from collate.heads.check import CheckedCollator, check_inputs, embedding_sizes, refuse_text
 from collate.training.checkpoints import what_is_saved
 from collate.training.hooks import overrides_trainer
-from collate.training.order import (
-    EMPTY_PACK,
-    ArrowRows,
-    EvenedPacks,
-    SequencesPerStep,
-    StepSampler,
-    check_sequences_per_step,
-)
+from collate.training.order import EMPTY_PACK, ArrowRows, EvenedPacks, SequencesPerStep, StepSampler
 from collate.training.resume import ResumesExactly
 from packing import EpochPacks, PackedInfo, packed_info
+from packing.files.errors import whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +92,7 @@ class LoadsPacks(ResumesExactly):
             )
 
     def _checked_collator(self, collator: DataCollatorWithPacking, dataset: Any, is_training: bool) -> CheckedCollator:
-        bound = self._bound_collator(collator, dataset, is_training)
+        bound = self._bound(collator, dataset, is_training)
         if bound.masking_rule is None:
             refuse_text(dataset, ("labels", *LABELS), bound.columns)
         checked = CheckedCollator(bound, [partial(check_inputs, sizes=embedding_sizes(self.model)), self.task.check])
@@ -106,9 +100,7 @@ class LoadsPacks(ResumesExactly):
             self._empty_batch = checked([EMPTY_PACK])
         return checked
 
-    def _bound_collator(
-        self, collator: DataCollatorWithPacking, dataset: Any, is_training: bool
-    ) -> DataCollatorWithPacking:
+    def _bound(self, collator: DataCollatorWithPacking, dataset: Any, is_training: bool) -> DataCollatorWithPacking:
         if _packed_info(dataset) is not None or collator.unpacked_rows is not None:
             collator = collator.for_dataset(dataset)
         return collator if is_training else collator.for_prediction()
@@ -204,7 +196,7 @@ def names_killed_workers(args: TrainingArguments) -> Iterator[None]:
 
 def refuse_torn_steps(args: TrainingArguments, sequences_per_step: int) -> None:
     """Raise ValueError for arguments that would tear the steps of sequences_per_step."""
-    check_sequences_per_step(sequences_per_step)
+    whole_number("sequences_per_step", sequences_per_step)
     for name, value, instead in (
         ("train_sampling_strategy", args.train_sampling_strategy, "random"),
         ("auto_find_batch_size", args.auto_find_batch_size, False),

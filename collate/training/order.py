@@ -25,6 +25,7 @@ import pyarrow as pa
 from torch.utils.data import Dataset, Sampler
 
 from packing import EpochPacks
+from packing.files.errors import whole_number
 from packing.numba_tools import njit
 
 NO_DEPTH = -1
@@ -76,7 +77,7 @@ def plan_steps(depths: np.ndarray, sequences_per_step: int) -> StepPlan:
     Raises ValueError if a pack holds more than sequences_per_step.
     """
     depths = np.asarray(depths, np.int64)
-    check_sequences_per_step(sequences_per_step)
+    whole_number("sequences_per_step", sequences_per_step)
     if not len(depths):
         raise ValueError("the training dataset has no packs")
     deepest = int(depths.max())
@@ -90,12 +91,6 @@ def plan_steps(depths: np.ndarray, sequences_per_step: int) -> StepPlan:
     planned, offsets = np.empty(len(depths), np.int32), np.empty(num_steps + 1, np.int64)
     _share_out(found, counts.astype(np.int64), sequences_per_step, planned, offsets)
     return StepPlan(planned, offsets)
-
-
-def check_sequences_per_step(value: int) -> None:
-    """Raise ValueError unless the value is a whole number, at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"sequences_per_step={value!r} must be a whole number, at least 1")
 
 
 def pack_costs(lengths: np.ndarray, pack_offsets: np.ndarray, width: int) -> np.ndarray:

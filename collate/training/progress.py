@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
@@ -14,8 +13,7 @@ from collate.losses import lengths_by_slot
 from collate.training.hooks import overrides_callback
 from collate.training.order import ArrowRows, EvenedPacks
 from packing import EpochPacks
-
-COUNTED_PACKS = 10_000  # at a time
+from packing.source.token_column import chosen_rows, list_lengths
 
 
 def count_packs(batch: Mapping[str, Tensor]) -> Tensor:
@@ -106,10 +104,7 @@ def count_sequences(dataset: Any) -> int | None:
         return None
     if "sequence_lengths" not in dataset.column_names:
         return len(dataset)
-    lengths = dataset.select_columns(["sequence_lengths"]).with_format("arrow")
-    return sum(
-        pc.sum(pc.list_value_length(table["sequence_lengths"])).as_py() or 0 for table in lengths.iter(COUNTED_PACKS)
-    )
+    return int(list_lengths(dataset.data.column("sequence_lengths"), chosen_rows(dataset)).sum())
 
 
 def drop_figures_of_rows(metrics: dict[str, Any]) -> None:

@@ -1,43 +1,31 @@
 """TrainingArguments that packs cannot honour: one list for PackedTrainer and for the callback of plain Trainer."""
 
-from typing import NamedTuple
-
 from transformers import TrainingArguments
-
-
-class Refused(NamedTuple):
-    """An argument, the values that are harmless, and what any other would do."""
-
-    name: str
-    harmless: tuple
-    reason: str
-
 
 LOGITS = "it would see the logits of packs, not of sequences"
 HALF = "evaluation adds up sums, for which the model stays as it is; set bf16 or fp16"
-REFUSED_ARGUMENTS = (
-    Refused("label_smoothing_factor", (0, None), "it would replace the loss by one that is not counted over the step"),
-    Refused("neftune_noise_alpha", (None, 0), "its noise is scaled by the length of the whole pack"),
-    Refused("use_liger_kernel", (False,), "it replaces the model's forward, which packs are isolated in"),
-    Refused("bf16_full_eval", (False,), HALF),
-    Refused("fp16_full_eval", (False,), HALF),
-    Refused("include_for_metrics", ([], None), LOGITS),
-    Refused("batch_eval_metrics", (False,), LOGITS),
-    Refused("eval_do_concat_batches", (True,), "predictions of all batches are sorted together"),
-    Refused(
-        "dataloader_in_order", (True,), "it takes batches as workers finish them, so that no two runs would be alike"
-    ),
-    Refused(
+REFUSED_ARGUMENTS: tuple[tuple[str, tuple, str], ...] = (
+    ("label_smoothing_factor", (0, None), "it would replace the loss by one that is not counted over the step"),
+    ("neftune_noise_alpha", (None, 0), "its noise is scaled by the length of the whole pack"),
+    ("use_liger_kernel", (False,), "it replaces the model's forward, which packs are isolated in"),
+    ("bf16_full_eval", (False,), HALF),
+    ("fp16_full_eval", (False,), HALF),
+    ("include_for_metrics", ([], None), LOGITS),
+    ("batch_eval_metrics", (False,), LOGITS),
+    ("eval_do_concat_batches", (True,), "predictions of all batches are sorted together"),
+    ("dataloader_in_order", (True,), "it takes batches as workers finish them, so that no two runs would be alike"),
+    (
         "restore_callback_states_from_checkpoint",
         (False,),
         "it would replace the callback that counts what was seen, whose counts are restored in any case",
     ),
-    Refused(
+    (
         "train_sampling_strategy",
         ("random", "sequential"),
         "it is for rows of unequal length, and packs have one length: choose 'random' or 'sequential'",
     ),
 )
+"""An argument, the values that are harmless, and what any other would do."""
 
 
 def refuse_arguments(args: TrainingArguments, who: str) -> None:

@@ -86,6 +86,12 @@ def suggestion(name: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"; did you mean {near[0] if near[0].startswith('--') else repr(near[0])}?"
 
 
+def check_known(what: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError for a value that is not among the choices: unknown masking 'exakt'; did you mean 'exact'?; …"""
+    if value not in choices:
+        raise ValueError(f"unknown {what} {value!r}{suggestion(str(value), choices)}; choose from {list(choices)}")
+
+
 def path_suggestion(name: str, *, only_folders: bool = False) -> str:
     """The same for a path that does not exist: the nearest one that does, or ""."""
     near = near_path(name, only_folders=only_folders)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bert_pretrain import failure
+from bert_pretrain import cli
 from bert_pretrain.cli import main as bert_pretrain
 
 WRONG = ["train", "--lerning_rate", "1"]
@@ -17,7 +17,7 @@ MESSAGE = "bert-pretrain train: unknown option --lerning-rate; did you mean --le
 def waits(monkeypatch):
     """How long it would have slept; no test waits."""
     slept = []
-    monkeypatch.setattr(failure.time, "sleep", slept.append)
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
     return slept
 
 
@@ -38,7 +38,7 @@ def test_rank_0_tells_torchrun(monkeypatch, capsys, waits, tmp_path):
 def test_another_rank_gives_rank_0_time_to_say_it(monkeypatch, capsys, waits):
     monkeypatch.setenv("RANK", "3")
     assert bert_pretrain(WRONG) == 2
-    assert waits == [failure.PATIENCE] and capsys.readouterr().err == f"rank 3: {MESSAGE}\n"
+    assert waits == [cli.PATIENCE] and capsys.readouterr().err == f"rank 3: {MESSAGE}\n"
 
 
 @pytest.mark.long

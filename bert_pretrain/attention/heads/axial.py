@@ -65,13 +65,11 @@ class AxialAttention(AttentionHead):
         super().__init__(*args, **kwargs)
         self.columns = self.options.columns or default_stride(self.max_sequence_length)
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         tables = fold(layout, self.columns)
         masks = layout.derived(("axial", self.columns), lambda: list(map(column_mask, tables.valid)))
         contexts = []
-        inputs = map(tables.gather, (query_THK, key_THK, value_THK))
+        inputs = map(tables.gather, (q_THK, k_THK, v_THK))
         for valid, mask, query, key, value in zip(tables.valid, masks, *inputs, strict=True):
             row = attend(along_rows(query), along_rows(key), along_rows(value), row_mask(valid), dropout)
             row = from_rows(row, valid.shape[1])

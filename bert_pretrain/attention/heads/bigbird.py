@@ -92,16 +92,14 @@ class BigBirdAttention(PatternAttention):
         keys_per_query = (2 * self.options.window + 1 + self.options.random_blocks) * self.options.block
         return 2 * keys_per_query  # about where the two cost the same
 
-    def attend_chunks(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         options = self.options
         view = windows(layout, options.block, options.window)
         tokens = global_tokens(layout, options.global_tokens, options.last_global_tokens)
         source, mask = layout.derived((*self.cache_key(), "chunks"), lambda: self.random_chunks(view, tokens, layout))
-        key, value = (self.keys(x, view, tokens, source) for x in (key_THK, value_THK))
-        context_THK = view.to_tokens(attend(view.queries(query_THK), key, value, mask, dropout))
-        return replace_global(context_THK, tokens, query_THK, key_THK, value_THK, layout, dropout)
+        key, value = (self.keys(x, view, tokens, source) for x in (k_THK, v_THK))
+        context_THK = view.to_tokens(attend(view.queries(q_THK), key, value, mask, dropout))
+        return replace_global(context_THK, tokens, q_THK, k_THK, v_THK, layout, dropout)
 
     def keys(self, x_THK: Tensor, view: Windows, tokens: GlobalTokens, source: Tensor) -> Tensor:
         """(T, H, K) -> (NC, H, M + G + r C, K): of the window, the global tokens and the random blocks."""
@@ -130,17 +128,9 @@ class BigBirdAttention(PatternAttention):
 
 
 def random_blocks(
-    seed: Tensor,
-    head: Tensor,
-    block: Tensor,
-    length: Tensor,
-    size: int,
-    window: int,
-    number: int,
-    first: int = 0,
-    last: int = 0,
+    seed: Tensor, head: Tensor, block: Tensor, length: Tensor, size: int, window: int, count: int, first: int, last: int
 ) -> list[Tensor]:
-    """`number` blocks outside the window of `block` in a sequence of `length` tokens; -1 where they are fewer.
+    """`count` blocks outside the window of `block` in a sequence of `length` tokens; -1 where they are fewer.
 
     Integer tensors that broadcast. first, last: how many tokens at either end are global; only blocks with another
     token are drawn. Floyd's sampling: the k-th of r draws is uniform over the first m - r + k + 1 candidates; where it
@@ -155,8 +145,8 @@ def random_blocks(
     candidates = torch.where(length - last > first, candidates, 0)
     state = hashed(hashed(hashed(seed ^ head) ^ block) ^ length)
     drawn: list[Tensor] = []
-    for k in range(number):
-        limit = candidates - number + k
+    for k in range(count):
+        limit = candidates - count + k
         candidate = hashed(state ^ (k + 1)) % (limit + 1).clamp(min=1)
         for other in drawn:
             candidate = torch.where(candidate == other, limit, candidate)

@@ -80,11 +80,9 @@ class DeltaAttention(AttentionHead):
         nn.init.normal_(self.strength_weight_HK, std=self.head_width**-0.5)
         nn.init.zeros_(self.strength_bias_H)
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
-        with without_autocast(query_THK):
-            query, key, value = (at_least_float32(x) for x in (query_THK, key_THK, value_THK))
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        with without_autocast(q_THK):
+            query, key, value = (at_least_float32(x) for x in (q_THK, k_THK, v_THK))
             weight_HK, bias_H = (x.to(key.dtype) for x in (self.strength_weight_HK, self.strength_bias_H))
             beta_TH1 = ((key * weight_HK).sum(2) + bias_H).sigmoid()[..., None]
             features = FEATURES[self.options.features]
@@ -92,7 +90,7 @@ class DeltaAttention(AttentionHead):
             inputs = (features(query), features(key), value, beta_TH1)
             query, key, value, beta = map(there_and_back.both, inputs)
             context = delta_rule(query, key, value, beta, layout.chunks(self.options.chunk))
-            return there_and_back.mean(context).to(query_THK.dtype)
+            return there_and_back.mean(context).to(q_THK.dtype)
 
 
 class Reversal:
@@ -119,10 +117,10 @@ class Reversal:
         return (forwards + self.mirror(backwards)) / 2
 
 
-def delta_rule(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, beta_TH1: Tensor, chunks: Chunks) -> Tensor:
+def delta_rule(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, beta_TH1: Tensor, chunks: Chunks) -> Tensor:
     """The delta rule along every sequence from its start: (T, H, K) each -> o (T, H, K)."""
     chunks, active = chunks.by_number
-    query, key, value, beta = (chunks.gather(x).transpose(1, 2) for x in (query_THK, key_THK, value_THK, beta_TH1))
+    query, key, value, beta = (chunks.gather(x).transpose(1, 2) for x in (q_THK, k_THK, v_THK, beta_TH1))
     beta = beta.masked_fill(~chunks.valid[:, None, :, None], 0)  # padding writes nothing
     back = key.transpose(2, 3)
     added_and_removed = torch.linalg.solve_triangular(  # reads what is below the diagonal only

@@ -44,24 +44,18 @@ class EtcAttention(LocalAttention):
     Options = EtcOptions
 
     def sees(self, device: torch.device) -> Sees:
-        near = super().sees(device)
+        near = super().sees(device)  # a key at -1: a mean of the sequence, no token
+        return lambda head, query, key, length: near(head, query, key, length) | (key < 0)
 
-        def sees(head, query, key, length):
-            return near(head, query, key, length) | (key < 0)  # -1: a mean of the sequence, no token
-
-        return sees
-
-    def extra_keys(self, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
-        key, value = (block_means(x, layout, self.options.global_tokens) for x in (key_THK, value_THK))
+    def extra_keys(self, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = (block_means(x, layout, self.options.global_tokens) for x in (k_THK, v_THK))
         return key, value, self.exists(layout)
 
-    def attend_chunks(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)
         mask = layout.derived((*self.cache_key(), "mask"), lambda: self.chunk_mask(view, layout))
-        key, value = (torch.cat([view.keys(x), self.means(x, view, layout)], 2) for x in (key_THK, value_THK))
-        return view.to_tokens(attend(view.queries(query_THK), key, value, mask, dropout))
+        key, value = (torch.cat([view.keys(x), self.means(x, view, layout)], 2) for x in (k_THK, v_THK))
+        return view.to_tokens(attend(view.queries(q_THK), key, value, mask, dropout))
 
     def means(self, x_THK: Tensor, view: Windows, layout: PackLayout) -> Tensor:
         """(NC, H, G, K): the global tokens of each chunk's sequence."""

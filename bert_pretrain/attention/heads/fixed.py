@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.heads.strided import StrideOptions, StridePattern
+from bert_pretrain.attention.heads.strided import Found, StrideOptions, StridePattern
 from bert_pretrain.attention.options import check_integer
 from bert_pretrain.attention.parts.fold import along_rows, fold, from_rows, row_mask
 from bert_pretrain.attention.parts.pattern import Sees
@@ -62,24 +62,20 @@ class FixedAttention(StridePattern):
 
         return sees
 
-    def near(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
-    ) -> tuple[Tensor, ...]:
+    def near(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Found:
         tables = fold(layout, self.stride)
         found = []
-        inputs = map(tables.gather, (query_THK, key_THK, value_THK))
+        inputs = map(tables.gather, (q_THK, k_THK, v_THK))
         for valid, query, key, value in zip(tables.valid, *inputs, strict=True):
             parts = self.softmax(along_rows(query), along_rows(key), along_rows(value), row_mask(valid), dropout)
             found.append([from_rows(x, valid.shape[1]) for x in parts])
         return tables.scatter_each(found)
 
-    def far(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
-    ) -> tuple[Tensor, ...]:
+    def far(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Found:
         """Each table's queries, all rows together, against the table's summaries."""
         tables = fold(layout, self.stride)
         found = []
-        inputs = map(tables.gather, (query_THK, key_THK, value_THK))
+        inputs = map(tables.gather, (q_THK, k_THK, v_THK))
         for lengths, query, key, value in zip(tables.lengths, *inputs, strict=True):
             rows = query.shape[1]
             last_slot, valid = last_summary(lengths, rows, self.stride, self.summary)

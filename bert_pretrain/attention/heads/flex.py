@@ -28,7 +28,5 @@ class FlexAttention(PatternAttention):
     def sees(self, device: torch.device) -> Sees:
         return lambda head, query, key, length: (query >= 0) & (key >= 0)
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
-        return self.attend_flex(query_THK, key_THK, value_THK, layout)
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        return self.attend_flex(q_THK, k_THK, v_THK, layout)

@@ -82,11 +82,9 @@ class LinformerAttention(WholeSequenceHead):
         for projection_LR in (self.key_projection_LR, self.value_projection_LR):
             INITIAL[self.options.initial](projection_LR)
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         self.refuse_longer(layout)  # the projections have a row for each of so many positions
-        return super().attend(query_THK, key_THK, value_THK, layout, dropout)
+        return super().attend(q_THK, k_THK, v_THK, layout, dropout)
 
     def mix(
         self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0

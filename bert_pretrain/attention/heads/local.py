@@ -40,21 +40,15 @@ class LocalAttention(PatternAttention):
 
     def sees(self, device: torch.device) -> Sees:
         window = self.options.window
-
-        def sees(head, query, key, length):
-            return (query - key).abs() <= window
-
-        return sees
+        return lambda head, query, key, length: (query - key).abs() <= window
 
     def longest_whole(self) -> int:
         return keys_per_query(self.options.window) * 3 // 2  # about where the two cost the same
 
-    def attend_chunks(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)
         mask = layout.derived((*self.cache_key(), "mask"), lambda: window_mask(view, self.options.window))
-        context = attend(view.queries(query_THK), view.keys(key_THK), view.keys(value_THK), mask, dropout)
+        context = attend(view.queries(q_THK), view.keys(k_THK), view.keys(v_THK), mask, dropout)
         return view.to_tokens(context)
 
 

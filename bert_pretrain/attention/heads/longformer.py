@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.heads.local import LocalOptions, window_mask
+from bert_pretrain.attention.heads.local import LocalAttention, LocalOptions, window_mask
 from bert_pretrain.attention.options import check_integer
 from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, replace_global
-from bert_pretrain.attention.parts.pattern import PatternAttention, Sees
+from bert_pretrain.attention.parts.pattern import Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
 
@@ -39,33 +39,25 @@ class LongformerOptions(LocalOptions):
         check_integer(self, "global_tokens", 1, "without global tokens take local attention")
 
 
-class LongformerAttention(PatternAttention):
+class LongformerAttention(LocalAttention):
     """Softmax attention over a window and the global tokens of the own sequence; no parameters."""
 
     Options = LongformerOptions
 
     def sees(self, device: torch.device) -> Sees:
-        window, number = self.options.window, self.options.global_tokens
-
-        def sees(head, query, key, length):
-            return ((query - key).abs() <= window) | (query < number) | (key < number)
-
-        return sees
+        near, number = super().sees(device), self.options.global_tokens
+        return lambda head, query, key, length: near(head, query, key, length) | (query < number) | (key < number)
 
     def longest_whole(self) -> int:
         return keys_per_query(self.options.window) * 5 // 2  # about where the two cost the same
 
-    def attend_chunks(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)
         tokens = global_tokens(layout, self.options.global_tokens)
         mask = layout.derived((*self.cache_key(), "mask"), lambda: self.chunk_mask(view, tokens))
-        key, value = (
-            torch.cat([view.keys(x), tokens.of_chunks(x, view.chunks.sequence)], 2) for x in (key_THK, value_THK)
-        )
-        context_THK = view.to_tokens(attend(view.queries(query_THK), key, value, mask, dropout))
-        return replace_global(context_THK, tokens, query_THK, key_THK, value_THK, layout, dropout)
+        key, value = (torch.cat([view.keys(x), tokens.of_chunks(x, view.chunks.sequence)], 2) for x in (k_THK, v_THK))
+        context_THK = view.to_tokens(attend(view.queries(q_THK), key, value, mask, dropout))
+        return replace_global(context_THK, tokens, q_THK, k_THK, v_THK, layout, dropout)
 
     def chunk_mask(self, view: Windows, tokens: GlobalTokens) -> Tensor:
         """(NC, 1, C, M + G) bool: the window without global tokens, then these."""

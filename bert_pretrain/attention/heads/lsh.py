@@ -102,16 +102,14 @@ class LSHAttention(AttentionHead):
         """Draw the rotations of this layer."""
         self.rotations.copy_(draw_normal(self.rotations.shape, self.generator()))
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         self.refuse_longer(layout)
-        query_THK = InsteadOf.apply(query_THK, key_THK)
+        q_THK = InsteadOf.apply(q_THK, k_THK)
         chunks = layout.chunks(self.options.bucket_size)
         most_chunks = -(-self.max_sequence_length // self.options.bucket_size)
-        buckets = self.hash(query_THK.detach(), layout)
+        buckets = self.hash(q_THK.detach(), layout)
         places = sort_into_chunks(buckets, layout.sequence_of_token, chunks, most_chunks)
-        query, key, value = self._gather(query_THK, value_THK, places)
+        query, key, value = self._gather(q_THK, v_THK, places)
         scores = query @ key.transpose(-1, -2)
         if self.options.duplicates == "union" and self.options.num_rounds > 1:  # one round shows all equally often
             scores = scores - times_seen(places).to(scores.dtype).log_()
@@ -125,25 +123,24 @@ class LSHAttention(AttentionHead):
         context = weights @ value / total.type_as(value)
         return self._combine(context, largest + total.log(), places.slot)
 
-    def hash(self, query_THK: Tensor, layout: PackLayout) -> Tensor:
+    def hash(self, q_THK: Tensor, layout: PackLayout) -> Tensor:
         """(R, H, T) int64: every token's bucket in each round, from 0 to below its sequence's num_buckets(n)."""
         columns_T = num_buckets(layout.lengths, self.options.bucket_size)[layout.sequence_of_token] // 2
         # No more columns than the longest needs. The cached groups know the length: no wait for the device.
         longest = max(width for _, width in layout.length_groups.shapes)
         columns = num_buckets(longest, self.options.bucket_size) // 2
         rotations = self.rotations[..., :columns]
-        rotated = torch.einsum("thk,hkrc->rhtc", query_THK, rotations.to(query_THK.dtype))
+        rotated = torch.einsum("thk,hkrc->rhtc", q_THK, rotations.to(q_THK.dtype))
         # column c stands for two buckets, c where it is positive and (columns of the sequence) + c where negative
-        unused = torch.arange(rotations.shape[-1], device=query_THK.device) >= columns_T[:, None]
+        unused = torch.arange(rotations.shape[-1], device=q_THK.device) >= columns_T[:, None]
         best = rotated.abs().masked_fill(unused, -1).argmax(-1, keepdim=True)
         return (best + columns_T[:, None] * (rotated.gather(-1, best) < 0)).squeeze(-1)
 
-    def _gather(self, query_THK: Tensor, value_THK: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+    def _gather(self, q_THK: Tensor, v_THK: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (R * NC, H, C, K), keys and values (R * NC, H, 2 C, K)."""
         shape = places.token.flatten(0, 1).shape
         query, value = (
-            GatherRounds.apply(x.flatten(0, 1), places.row, places.slot).unflatten(0, shape)
-            for x in (query_THK, value_THK)
+            GatherRounds.apply(x.flatten(0, 1), places.row, places.slot).unflatten(0, shape) for x in (q_THK, v_THK)
         )
         key = unit_vectors(query).type_as(query)
         return query * self.head_width**-0.5, _looked_back(key, places), _looked_back(value, places)

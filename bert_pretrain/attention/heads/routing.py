@@ -88,30 +88,26 @@ class RoutingAttention(AttentionHead):
         """c(n)"""
         return max(1, min(self.options.num_clusters or round(math.sqrt(length)), length))
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         self.refuse_longer(layout)
         if self._micro_batches >= PATIENCE:
             raise RuntimeError(
                 f"routing centroids were not updated in {PATIENCE} micro-batches; add RoutingCallback() to the "
                 "Trainer, call update_after_step(optimizer, model), or set decay=1 to keep the centroids as they are"
             )
-        queries, keys = (self._unit_groups(x, layout) for x in (query_THK, key_THK))
+        queries, keys = (self._unit_groups(x, layout) for x in (q_THK, k_THK))
         # each group fills its own clusters of (sequences, H, c, w) rows of (T * H, K)
-        rows, contexts, seen = [], [], []
-        for query, key, source, mask in zip(
-            queries, keys, _sources(layout), layout.length_groups.key_masks, strict=True
-        ):
+        groups, rows, contexts, seen = layout.length_groups, [], [], []
+        for query, key, source, mask in zip(queries, keys, groups.part(groups.source), groups.key_masks, strict=True):
             clusters = self._clusters(source, mask)
             query_row, key_row = (self._members(x, source, mask, clusters) for x in (query, key))
-            context = self._attend_clusters(query_THK, key_THK, value_THK, query_row, key_row, clusters)
+            context = self._attend_clusters(q_THK, k_THK, v_THK, query_row, key_row, clusters)
             rows.append(query_row.flatten())
             contexts.append(context.flatten(0, -2))
             seen.append(clusters.member.expand(query_row.shape).flatten())
-        context_THK = _mean_by_row(torch.cat(rows), torch.cat(contexts), torch.cat(seen), query_THK)
+        context_THK = _mean_by_row(torch.cat(rows), torch.cat(contexts), torch.cat(seen), q_THK)
         if self.training and self.options.decay < 1 and torch.is_grad_enabled():
-            with without_autocast(query_THK):
+            with without_autocast(q_THK):
                 statistics = self._count(queries, keys, layout)
             context_THK = Collect.apply(context_THK, self, *statistics)
         return context_THK
@@ -154,9 +150,9 @@ class RoutingAttention(AttentionHead):
 
     def _attend_clusters(
         self,
-        query_THK: Tensor,
-        key_THK: Tensor,
-        value_THK: Tensor,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THK: Tensor,
         query_row: Tensor,
         key_row: Tensor,
         clusters: "Clusters",
@@ -164,7 +160,7 @@ class RoutingAttention(AttentionHead):
         """(M, H, c, w, K)"""
         query, key, value = (
             x.flatten(0, 1).index_select(0, row.flatten()).unflatten(0, row.flatten(1, 2).shape)
-            for x, row in ((query_THK, query_row), (key_THK, key_row), (value_THK, key_row))
+            for x, row in ((q_THK, query_row), (k_THK, key_row), (v_THK, key_row))
         )
         mask = clusters.ranked.expand(-1, -1, clusters.window, -1)
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -177,10 +173,8 @@ class RoutingAttention(AttentionHead):
         """Sums (H, C, K) and numbers (H, C) of the queries and keys nearest to each centroid of their sequence's."""
         dtype = torch.promote_types(queries[0].dtype, torch.float32)
         sums = queries[0].new_zeros(self.centroids_HCK.shape, dtype=dtype)
-        counts = sums.new_zeros(self.centroids_HCK.shape[:2])
-        for query, key, source, mask in zip(
-            queries, keys, _sources(layout), layout.length_groups.key_masks, strict=True
-        ):
+        counts, groups = sums.new_zeros(self.centroids_HCK.shape[:2]), layout.length_groups
+        for query, key, source, mask in zip(queries, keys, groups.part(groups.source), groups.key_masks, strict=True):
             clusters = self._clusters(source, mask)
             for unit in (query, key):
                 scores = self._scores(unit, clusters.num_clusters).masked_fill(~clusters.used, -torch.inf)
@@ -249,13 +243,6 @@ class Clusters:
     def member(self) -> Tensor:
         """(M, 1, c, w)"""
         return self.used & self.ranked
-
-
-def _sources(layout: PackLayout) -> list[Tensor]:
-    """For each length group (M, width): the token that each slot shows."""
-    groups = layout.length_groups
-    parts = groups.source.split([n * width for n, width in groups.shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, groups.shapes, strict=True)]
 
 
 def _lengths(source: Tensor, mask: Tensor | None) -> Tensor:

@@ -21,7 +21,5 @@ class SdpaAttention(AttentionHead):
     is_full = True
     supports_dropout = True
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
-        return attend_tokens(query_THK, key_THK, value_THK, layout, dropout)
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        return attend_tokens(q_THK, k_THK, v_THK, layout, dropout)

@@ -94,11 +94,9 @@ class SinkhornAttention(AttentionHead):
             uniform = torch.rand(self.noise.shape, generator=generator, dtype=torch.float32, device="cpu")
             self.noise.copy_(-(-(uniform + EPSILON).log() + EPSILON).log() * self.options.noise)
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         chunks = layout.chunks(self.options.block_size)
-        query, key, value = (chunks.gather(x).transpose(1, 2) for x in (query_THK, key_THK, value_THK))
+        query, key, value = (chunks.gather(x).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
         # (NC, H, C, K); padding must not enter sums or other blocks
         query, key, value = (torch.where(chunks.valid[:, None, :, None], x, 0) for x in (query, key, value))
         with without_autocast(query):  # in float16 sums of a block overflow, and so does the gradient of R

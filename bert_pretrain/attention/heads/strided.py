@@ -43,6 +43,10 @@ class StrideOptions(PatternOptions):
         check_choice(self, "heads", ("split", "merged"))
 
 
+Found = tuple[Tensor, ...]
+"""The context of a pattern; if the patterns are merged, also its log sum."""
+
+
 class StridePattern(PatternAttention):
     """What `strided` and `fixed` share: a near pattern and a far one, on separate heads or merged."""
 
@@ -60,30 +64,23 @@ class StridePattern(PatternAttention):
     def longest_whole(self) -> int:
         return self.stride * (2 if self.split else 8)  # about where the two cost the same
 
-    def attend_chunks(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
-        inputs = (query_THK, key_THK, value_THK)
+    def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
+        inputs = (q_THK, k_THK, v_THK)
         if not self.split:
             return join_parts(self.near(*inputs, layout, dropout), self.far(*inputs, layout, dropout))
         query, key, value = (x.tensor_split([self.num_near], 1) for x in inputs)
         near = self.near(query[0], key[0], value[0], layout, dropout)
         return torch.cat([*near, *self.far(query[1], key[1], value[1], layout, dropout)], 1)
 
-    def near(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
-    ) -> tuple[Tensor, ...]:
-        """The near pattern's context; if merged, also its log sum."""
+    def near(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Found:
+        """The near pattern."""
         raise NotImplementedError
 
-    def far(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
-    ) -> tuple[Tensor, ...]:
-        """The far pattern's context; if merged, only of what the near pattern lacks, and also its log sum."""
+    def far(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Found:
+        """The far pattern; if merged, only what the near pattern lacks."""
         raise NotImplementedError
 
-    def softmax(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> tuple[Tensor, ...]:
-        """The context; if merged, also its log sum."""
+    def softmax(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Found:
         inputs = query, key, value, mask, dropout
         return (attend(*inputs),) if self.split else attend_part(*inputs)
 
@@ -101,21 +98,17 @@ class StridedAttention(StridePattern):
 
         return sees
 
-    def near(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
-    ) -> tuple[Tensor, ...]:
+    def near(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Found:
         view = windows_of_tokens(layout, self.stride)
         mask = layout.derived((*self.cache_key(), "near"), lambda: window_mask(view, self.stride))
-        found = self.softmax(view.queries(query_THK), view.keys(key_THK), view.keys(value_THK), mask, dropout)
+        found = self.softmax(view.queries(q_THK), view.keys(k_THK), view.keys(v_THK), mask, dropout)
         return tuple(map(view.to_tokens, found))
 
-    def far(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float
-    ) -> tuple[Tensor, ...]:
+    def far(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Found:
         tables = fold(layout, self.stride)
         masks = layout.derived((*self.cache_key(), "far"), lambda: list(map(column_mask, tables.valid)))
         found = []
-        inputs = map(tables.gather, (query_THK, key_THK, value_THK))
+        inputs = map(tables.gather, (q_THK, k_THK, v_THK))
         for mask, query, key, value in zip(masks, *inputs, strict=True):
             if not self.split:
                 mask = mask & beyond_next_row(mask.shape[-1], mask.device)

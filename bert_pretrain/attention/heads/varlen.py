@@ -20,12 +20,10 @@ class VarlenAttention(AttentionHead):
 
     is_full = True
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
-        if not query_THK.is_cuda or query_THK.dtype not in (float16, bfloat16):
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        if not q_THK.is_cuda or q_THK.dtype not in (float16, bfloat16):
             raise ValueError(
-                f"varlen runs on CUDA in bfloat16 or float16, not on {query_THK.device.type} in {query_THK.dtype}; "
+                f"varlen runs on CUDA in bfloat16 or float16, not on {q_THK.device.type} in {q_THK.dtype}; "
                 "train with bf16=True, or use attention 'sdpa'"
             )
-        return attend_varlen(query_THK, key_THK, value_THK, layout)
+        return attend_varlen(q_THK, k_THK, v_THK, layout)

@@ -53,23 +53,17 @@ def _global_tokens(layout: PackLayout, first: int, last: int) -> GlobalTokens:
 
 
 def replace_global(
-    context_THK: Tensor,
-    tokens: GlobalTokens,
-    query_THK: Tensor,
-    key_THK: Tensor,
-    value_THK: Tensor,
-    layout: PackLayout,
-    dropout: float,
+    x_THK: Tensor, tokens: GlobalTokens, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float
 ) -> Tensor:
-    """The contexts, with those of global tokens replaced by softmax attention over their whole sequence."""
+    """The contexts x_THK, with those of global tokens replaced by softmax attention over their whole sequence."""
     groups = layout.length_groups
-    query = tokens.gather(query_THK).transpose(1, 2)
+    query = tokens.gather(q_THK).transpose(1, 2)
     found = []
     for members, mask, *key_value in zip(
-        groups.members, groups.key_masks, *map(groups.gather, (key_THK, value_THK)), strict=True
+        groups.members, groups.key_masks, *map(groups.gather, (k_THK, v_THK)), strict=True
     ):
         key, value = (x.transpose(1, 2) for x in key_value)
         found.append(attend(query.index_select(0, members), key, value, mask, dropout).transpose(1, 2))
     order = torch.cat(groups.members)
     valid = tokens.valid[order]
-    return context_THK.index_copy(0, tokens.index[order][valid], torch.cat(found)[valid])
+    return x_THK.index_copy(0, tokens.index[order][valid], torch.cat(found)[valid])

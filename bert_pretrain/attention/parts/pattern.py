@@ -67,9 +67,7 @@ class PatternAttention(AttentionHead):
         """The pattern. A closure over numbers and tensors, not over self: flex compiles it once for all layers."""
         raise NotImplementedError
 
-    def attend_chunks(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         """The pattern by batched products over chunks of own tokens."""
         raise NotImplementedError
 
@@ -77,19 +75,15 @@ class PatternAttention(AttentionHead):
         """Up to which length "auto" takes a sequence whole; only the options decide it."""
         raise NotImplementedError
 
-    def extra_keys(
-        self, key_THK: Tensor, value_THK: Tensor, layout: PackLayout
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    def extra_keys(self, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor] | None:
         """Keys and values (N, G, H, K) that are no tokens, and which of them exist (N, G); `sees` has them at -1."""
         return None
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
-        inputs, execution = (query_THK, key_THK, value_THK), self.options.execution
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        inputs, execution = (q_THK, k_THK, v_THK), self.options.execution
         if execution == "flex" and dropout:
             raise ValueError(f"flex cannot drop attention weights, but dropout={dropout}; set execution='chunks'")
-        fits = query_THK.is_cuda and query_THK.dtype != torch.float64 and not dropout
+        fits = q_THK.is_cuda and q_THK.dtype != torch.float64 and not dropout
         if execution == "flex" or (execution == "auto" and fits):
             return self.attend_flex(*inputs, layout)
         if execution != "auto":
@@ -103,15 +97,13 @@ class PatternAttention(AttentionHead):
             parts.append(self.attend_chunks(query[1], key[1], value[1], split.long, dropout))
         return split.scatter(parts)
 
-    def attend_whole(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
+    def attend_whole(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         """The pattern by masks of (n, n), sequences of like length side by side."""
         groups = layout.length_groups
-        extra = self.extra_keys(key_THK, value_THK, layout)
+        extra = self.extra_keys(k_THK, v_THK, layout)
         masks = layout.derived((*self.cache_key(), "whole"), lambda: self.group_masks(layout, extra))
         contexts = []
-        inputs = map(groups.gather, (query_THK, key_THK, value_THK))
+        inputs = map(groups.gather, (q_THK, k_THK, v_THK))
         for members, mask, query, *key_value in zip(groups.members, masks, *inputs, strict=True):
             if extra is not None:
                 key_value = [torch.cat([x, y[members]], 1) for x, y in zip(key_value, extra[:2], strict=True)]
@@ -136,22 +128,22 @@ class PatternAttention(AttentionHead):
             masks.append(mask)
         return masks
 
-    def attend_flex(self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout) -> Tensor:
-        extra = self.extra_keys(key_THK, value_THK, layout)
+    def attend_flex(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> Tensor:
+        extra = self.extra_keys(k_THK, v_THK, layout)
         exists = None
         if extra is not None:
-            key_THK = torch.cat([key_THK, extra[0].flatten(0, 1)])
-            value_THK = torch.cat([value_THK, extra[1].flatten(0, 1)])
+            k_THK = torch.cat([k_THK, extra[0].flatten(0, 1)])
+            v_THK = torch.cat([v_THK, extra[1].flatten(0, 1)])
             exists = extra[2]
-        has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query_THK, key_THK, value_THK))
-        if has_gradient and not query_THK.is_cuda:
+        has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_THK, k_THK, v_THK))
+        if has_gradient and not q_THK.is_cuda:
             raise ValueError(
                 "flex has no gradient on CPUs; set execution='chunks' there (for attention 'flex' take 'sdpa'), or use "
                 "torch.no_grad()"
             )
         block_mask = layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout, exists))
         flex_attention, _ = flex_functions()
-        query, key, value = (x.transpose(0, 1)[None] for x in (query_THK, key_THK, value_THK))
+        query, key, value = (x.transpose(0, 1)[None] for x in (q_THK, k_THK, v_THK))
         return flex_attention(query, key, value, block_mask=block_mask)[0].transpose(0, 1)
 
     def block_mask(self, layout: PackLayout, exists: Tensor | None = None) -> "BlockMask":

@@ -26,20 +26,18 @@ class WholeSequenceHead(AttentionHead):
     precise: ClassVar[bool] = False
     """Whether `mix` computes in float32 at least, even under autocast: for sums over whole sequences and inverses."""
 
-    def attend(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
-    ) -> Tensor:
-        tokens = [query_THK, key_THK, value_THK]
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        tokens = [q_THK, k_THK, v_THK]
         if self.precise:
             tokens = list(map(at_least_float32, tokens))
         settings, groups = self.dropout_settings(dropout), layout.length_groups
         contexts = []
-        with without_autocast(query_THK) if self.precise else nullcontext():
+        with without_autocast(q_THK) if self.precise else nullcontext():
             for query, key, value, is_real in zip(*map(groups.gather, tokens), groups.key_masks, strict=True):
                 # contiguous once: each product would copy a strided tensor again
                 query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
                 contexts.append(self.mix(query, key, value, is_real, **settings).transpose(1, 2))
-        return groups.scatter(contexts).to(query_THK.dtype)
+        return groups.scatter(contexts).to(q_THK.dtype)
 
     def mix(
         self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0

@@ -438,7 +438,7 @@ def test_random_blocks_are_any_blocks_outside_the_window():
         num_blocks = -(-n // size)
         for block in range(num_blocks):
             drawn = torch.stack(
-                bigbird.random_blocks(seed, head, torch.tensor(block), torch.tensor(n), size, window, number), 1
+                bigbird.random_blocks(seed, head, torch.tensor(block), torch.tensor(n), size, window, number, 0, 0), 1
             )
             outside = [b for b in range(num_blocks) if abs(b - block) > window]
             counts = Counter(drawn.flatten().tolist())

@@ -485,7 +485,7 @@ def test_what_packed_trainer_refuses_the_callback_refuses(name):
 
 
 def test_the_list_holds_what_is_refused_and_no_default():
-    assert {"use_liger_kernel", "fp16_full_eval", *REFUSED_BY_BOTH} == {entry.name for entry in REFUSED_ARGUMENTS}
+    assert {"use_liger_kernel", "fp16_full_eval", *REFUSED_BY_BOTH} == {name for name, *_ in REFUSED_ARGUMENTS}
     with make_trainer(make_model("mlm"), Trainer) as trainer:
         refuse_arguments(trainer.args, "nobody")
         for name, value in {"use_liger_kernel": True, "fp16_full_eval": True, "n_gpu": 2}.items():
