@@ -23,6 +23,8 @@ from collate.views import at_least_float32
 from packing.files.errors import check_known
 
 DEFAULT_ATTENTION = "sdpa"
+PAIR_SUMS = {name: f"{name}_pairs" for name in PAIR_LABELS}
+"""Objective -> the name of the sum that counts its pairs."""
 
 
 @dataclass
@@ -115,7 +117,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         predicted_N = torch.bincount(sequence_P, minlength=layout.num_sequences)
         sums = mlm_sums(at_least_float32(mlm_logits_PV), labels_T[predicted], sequence_P, predicted_N)
         sums |= pair_sums(at_least_float32(pair_logits_N2[labelled]), pair_labels_N, by_row=True)
-        sums |= {_labelled(name): sums["pairs"] * (name == objective) for name in PAIR_LABELS}
+        sums |= {total: sums["pairs"] * (name == objective) for name, total in PAIR_SUMS.items()}
         loss = self._loss(objective)
         return PackedBertOutput(
             loss=loss(sums, denominators),
@@ -152,7 +154,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         Raises ValueError for sums over several kinds of pairs: no accuracy among them has a meaning.
         """
         names = self._loss().names
-        counts = {name: int(sums[names.index(_labelled(name))]) for name in PAIR_LABELS}
+        counts = {name: int(sums[names.index(total)]) for name, total in PAIR_SUMS.items()}
         first, *others = [name for name, count in counts.items() if count] or ["nsp"]
         if others:
             raise ValueError(
@@ -162,8 +164,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         return self._loss(first).metrics(sums)
 
     def _loss(self, objective: str = "nsp") -> Loss:
-        loss = pretraining_loss(self.config.mlm_loss, objective)
-        return replace(loss, others=tuple(_labelled(name) for name in PAIR_LABELS))
+        return replace(pretraining_loss(self.config.mlm_loss, objective), others=tuple(PAIR_SUMS.values()))
 
     def _cls_tokens(self, layout: PackLayout, cls_positions: Tensor | None) -> Tensor:
         """(N,) which of the T tokens the [CLS] are."""
@@ -213,8 +214,3 @@ def _pair_targets(cls_positions: Tensor | None, pair_label: Tensor | None, cls_t
     labels_N = pair_label[cls_positions >= 0]
     labelled = (labels_N != IGNORED).nonzero().squeeze(1)
     return labelled, labels_N[labelled]
-
-
-def _labelled(objective: str) -> str:
-    """The name of the sum that counts the pairs of an objective."""
-    return f"{objective}_pairs"

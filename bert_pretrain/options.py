@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".yaml", ".yml", ".json")
 SEE_HELP = "; --help lists the options"
+TRUE_OR_NONE = {"true": True, "false": None}
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any], list[str]]:
@@ -169,7 +170,7 @@ def _mend(action: Action) -> None:
     if action.dest == "report_to":  # TrainingArguments takes a list, HfArgumentParser would take one name
         action.nargs = "+"
     if action.dest == "fsdp":  # True, or the words of older versions, without fsdp_config
-        action.type, action.nargs, action.const = _true_or_text, "?", True
+        action.type, action.nargs, action.const = lambda text: TRUE_OR_NONE.get(text.lower(), text), "?", True
     if action.dest == "include_num_input_tokens_seen":  # a word or a boolean; HfArgumentParser takes the latter
         action.type, action.nargs, action.const = _counted_tokens, "?", "all"
 
@@ -182,10 +183,6 @@ def _named_choice(kind: Callable[[str], Any], choices: tuple) -> Callable[[str],
         raise ArgumentTypeError(f"{text!r} is unknown{near}; choose from {', '.join(map(str, choices))}")
 
     return checked
-
-
-def _true_or_text(text: str) -> bool | str | None:
-    return {"true": True, "false": None}.get(text.lower(), text)
 
 
 def _counted_tokens(text: str) -> str:

@@ -68,12 +68,9 @@ def _find_enum(name: str, tree: ast.Module, file: Path) -> list[ast.Assign]:
     """The members of an enumeration; [] where no such one is found."""
     for other in (tree, *_imported_from(name, tree, file)):
         if found := _class(other, name):
-            return [line for line in found.body if isinstance(line, ast.Assign) and _is_text(line.value)]
+            lines = [line for line in found.body if isinstance(line, ast.Assign)]
+            return [line for line in lines if isinstance(getattr(line.value, "value", None), str)]
     return []
-
-
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def _imported_from(name: str, tree: ast.Module, file: Path) -> Iterator[ast.Module]:

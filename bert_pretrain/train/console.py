@@ -64,13 +64,26 @@ COLUMNS = (
 )
 
 
-class Lines:
-    """Logs -> lines. A heading comes first, and again when a log has other columns."""
+def _duration(seconds: float) -> str:
+    """3725.0 -> 1 h 2 min 5 s"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (seconds, "s")]
+    return " ".join(f"{number} {unit}" for number, unit in parts if number or unit == "s")
 
-    def __init__(self) -> None:
-        self.columns: tuple[Measure, ...] = ()
 
-    def of(self, logs: Mapping[str, Any], step: int) -> list[str]:
+@overrides_callback
+class LinesCallback(TrainerCallback):
+    """Logs -> lines, on the first rank alone. A heading comes first, and again when a log has other columns."""
+
+    columns: tuple[Measure, ...] = ()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            for line in self.lines(logs, state.global_step):
+                self.write(line)
+
+    def lines(self, logs: Mapping[str, Any], step: int) -> list[str]:
         if "train_runtime" in logs:
             return [f"trained to step {step} in {_duration(logs['train_runtime'])}"]
         name = "train"
@@ -86,28 +99,6 @@ class Lines:
             ]
         numbers = "".join(f" {column.text(logs):>{column.width}}" for column in self.columns)
         return [*lines, f"{name:5}{step:>7,}{numbers}".rstrip()]
-
-
-def _duration(seconds: float) -> str:
-    """3725.0 -> 1 h 2 min 5 s"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [(hours, "h"), (minutes, "min"), (seconds, "s")]
-    return " ".join(f"{number} {unit}" for number, unit in parts if number or unit == "s")
-
-
-@overrides_callback
-class LinesCallback(TrainerCallback):
-    """Prints the lines, on the first rank alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines = Lines()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            for line in self.lines.of(logs, state.global_step):
-                self.write(line)
 
     def write(self, line: str) -> None:
         print(line, flush=True)

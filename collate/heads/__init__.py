@@ -37,14 +37,8 @@ from collate.heads.table import TASKS, packed_predictions, task_for
 from collate.heads.task import PackedOutput, Task
 from collate.heads.values import PerSequence
 
-__all__ = [
-    "TASKS",
-    "GatherForHead",
-    "MaskedLM",
-    "PackedOutput",
-    "PerSequence",
-    "PreTraining",
-    "QuestionAnswering",
+__all__ = ["TASKS", "GatherForHead", "MaskedLM", "PackedOutput", "PerSequence", "PreTraining", "QuestionAnswering"]
+__all__ += [
     "SequenceClassification",
     "SequenceEmbedding",
     "Task",

@@ -4,13 +4,14 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
+from packing.files.folder import no_empty_parents
 from packing.files.locks import held, holder
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,7 @@ def one_run(arguments: TrainingArguments, folder: str | os.PathLike) -> Iterator
     if folder in _here:
         yield
         return
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]  # the nearest first
-    with ExitStack() as stack:
-        stack.callback(_remove_empty, made)
+    with no_empty_parents(folder / LOCK), ExitStack() as stack:
         agreed(arguments, lambda: _enter(stack, folder) if arguments.process_index == 0 else None)
         _here.add(folder)
         stack.callback(_here.discard, folder)
@@ -83,10 +82,3 @@ def _enter(stack: ExitStack, folder: Path) -> None:
         if error.errno not in NO_LOCKS:
             raise
         logger.warning("%s cannot be locked (%s): start no second run in it", folder, error.strerror)
-
-
-def _remove_empty(made: list[Path]) -> None:
-    """Remove the folders that a refused run has made."""
-    with suppress(OSError):
-        for folder in made:
-            os.rmdir(folder)

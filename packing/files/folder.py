@@ -73,7 +73,7 @@ def partial_folder(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = check_target(target).absolute()
     partial = _partial_of(target)
-    with _no_empty_parents(target), _made_and_locked(partial, target):
+    with no_empty_parents(target), _made_and_locked(partial, target):
         try:
             yield partial
             check_target(target)
@@ -157,7 +157,7 @@ def note_resume(error: BaseException, partial: Place, kept: int) -> None:
 
 
 @contextmanager
-def _no_empty_parents(target: Path) -> Iterator[None]:
+def no_empty_parents(target: Path) -> Iterator[None]:
     """An error removes the parents that were made for the target, unless there is something in them."""
     made = [parent for parent in target.parents if not parent.exists()]  # nearest first
     try:
@@ -187,7 +187,7 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
     Raises BlockingIOError while another run writes there.
     """
     target = check_target(target).absolute()
-    with _no_empty_parents(target), ExitStack() as stack:
+    with no_empty_parents(target), ExitStack() as stack:
         with writing_errors(target):
             _lock_beside(stack, target, target)
             folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))

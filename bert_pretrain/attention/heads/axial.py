@@ -46,7 +46,6 @@ class AxialOptions:
 
     columns: int | None = None
     """c: rows get longer and columns shorter as it grows. None: the rounded root of max_sequence_length."""
-
     combine: str = "composed"
     """"composed" sees the whole sequence in one layer; "mean" a row and a column, with one softmax less in between."""
 

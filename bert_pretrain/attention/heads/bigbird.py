@@ -35,19 +35,14 @@ class BigBirdOptions(PatternOptions):
 
     block: int = 64
     """Tokens of a block: larger ones make better use of the hardware, smaller ones a finer pattern."""
-
     window: int = 1
     """Neighbouring blocks seen to each side, whole."""
-
     random_blocks: int = 3
     """Random blocks that each block also sees; more shorten the way between distant tokens."""
-
     global_tokens: int = 1
     """How many tokens at the start of each sequence are global; 1 is [CLS]."""
-
     last_global_tokens: int = 0
     """How many at the end are global too; 1 is [SEP]."""
-
     seed: int = 0
     """Another seed draws other random blocks."""
 

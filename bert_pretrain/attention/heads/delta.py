@@ -55,7 +55,6 @@ class DeltaOptions:
 
     chunk: int = 64
     """Tokens of a chunk. It changes the time only: larger chunks do more work in fewer steps."""
-
     features: str = "norm"
     """phi. "norm": x / |x|; "elu": elu(x) + 1 divided by its sum, as in the source: reads mix several values."""
 

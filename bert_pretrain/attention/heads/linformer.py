@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bert_pretrain.attention.head import without_autocast
 from bert_pretrain.attention.options import check_choice, check_integer
-from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead, zero_padding
+from bert_pretrain.attention.parts.whole_sequences import Real, WholeSequenceHead, zero_padding
 from collate.layout import PackLayout
 from collate.views import at_least_float32
 
@@ -55,7 +55,6 @@ class LinformerOptions:
     rank: int = 128
     """r: rows that a sequence's keys and values are projected to, at most max_sequence_length. More follow full
     attention closer and cost in proportion."""
-
     initial: str = "means"
     """The first projections. "means" starts near a trained full attention, as attention over means of neighbours;
     "random" as published."""
@@ -86,15 +85,13 @@ class LinformerAttention(WholeSequenceHead):
         self.refuse_longer(layout)  # the projections have a row for each of so many positions
         return super().attend(q_THK, k_THK, v_THK, layout, dropout)
 
-    def mix(
-        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0
-    ) -> Tensor:
-        key_SHRK = project(key_SHWK, real_S11W, self.key_projection_LR)
-        value_SHRK = project(value_SHWK, real_S11W, self.value_projection_LR)
-        return F.scaled_dot_product_attention(query_SHWK, key_SHRK, value_SHRK, dropout_p=dropout)
+    def mix(self, q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, dropout: float = 0.0) -> Tensor:
+        key_SHRK = project(k_SHWK, real_S11W, self.key_projection_LR)
+        value_SHRK = project(v_SHWK, real_S11W, self.value_projection_LR)
+        return F.scaled_dot_product_attention(q_SHWK, key_SHRK, value_SHRK, dropout_p=dropout)
 
 
-def project(x_SHWK: Tensor, real_S11W: Tensor | None, projection_LR: Tensor) -> Tensor:
+def project(x_SHWK: Tensor, real_S11W: Real, projection_LR: Tensor) -> Tensor:
     """(S, H, W, K) -> (S, H, R, K): the sum over each sequence's tokens, weighed by the row of their position."""
     sequences, heads, width, head_width = x_SHWK.shape
     missing = max(0, width - len(projection_LR))  # a width is rounded up, beyond the last row: these slots are padding

@@ -47,15 +47,12 @@ class LSHOptions:
 
     num_rounds: int = 2
     """Hash rounds: a later one may show what another misses. They cost in proportion; the paper has 1 to 8."""
-
     bucket_size: int = 64
     """Tokens of a chunk, and about of a bucket: each token sees twice as many a round. Up to this length the head is
     exact attention (with shared queries and keys)."""
-
     duplicates: str = "union"
     """A token that several rounds show counts once in "union", as in the paper. In "count" it counts in each, as in
     reformer-pytorch and transformers."""
-
     seed: int = 0
     """Draws the rotations, others for each layer."""
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_pretrain.attention.options import check_integer
-from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead, softmax_over_tokens
+from bert_pretrain.attention.parts.whole_sequences import Real, WholeSequenceHead, softmax_over_tokens
 from collate.length_groups import WIDTH_STEP
 
 
@@ -32,7 +32,6 @@ class NystromOptions:
 
     landmarks: int = 64
     """Segments a sequence is cut into, m. More follow the softmax closer; the cost grows with N m and m^3."""
-
     iterations: int = 6
     """Steps towards the pseudo-inverse. Fewer are cheaper and rougher; more help where the segments differ little."""
 
@@ -47,32 +46,28 @@ class NystromAttention(WholeSequenceHead):
     Options = NystromOptions
     precise = True
 
-    def mix(
-        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0
-    ) -> Tensor:
-        width = query_SHWK.shape[2]
+    def mix(self, q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, dropout: float = 0.0) -> Tensor:
+        width = q_SHWK.shape[2]
         # by the width, which is the sequence's own as well as its length is
         if width <= -(-self.options.landmarks // WIDTH_STEP) * WIDTH_STEP:
             mask = None if real_S11W is None else real_S11W.expand(-1, -1, width, -1)  # a row per query: faster
-            return F.scaled_dot_product_attention(query_SHWK, key_SHWK, value_SHWK, attn_mask=mask)
-        return nystrom(query_SHWK, key_SHWK, value_SHWK, real_S11W, self.options.landmarks, self.options.iterations)
+            return F.scaled_dot_product_attention(q_SHWK, k_SHWK, v_SHWK, attn_mask=mask)
+        return nystrom(q_SHWK, k_SHWK, v_SHWK, real_S11W, self.options.landmarks, self.options.iterations)
 
 
-def nystrom(
-    query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, landmarks: int, iterations: int
-) -> Tensor:
+def nystrom(q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, landmarks: int, iterations: int) -> Tensor:
     """The formula, for sequences of at least `landmarks` tokens."""
-    means_S1MW = segment_means(query_SHWK, real_S11W, landmarks)
-    query_SHWK = query_SHWK / query_SHWK.shape[3] ** 0.5
-    query_SHMK, key_SHMK = means_S1MW @ query_SHWK, means_S1MW @ key_SHWK
-    to_landmarks_SHWM = (query_SHWK @ key_SHMK.transpose(2, 3)).softmax(3)
+    means_S1MW = segment_means(q_SHWK, real_S11W, landmarks)
+    q_SHWK = q_SHWK / q_SHWK.shape[3] ** 0.5
+    query_SHMK, key_SHMK = means_S1MW @ q_SHWK, means_S1MW @ k_SHWK
+    to_landmarks_SHWM = (q_SHWK @ key_SHMK.transpose(2, 3)).softmax(3)
     among_landmarks_SHMM = (query_SHMK @ key_SHMK.transpose(2, 3)).softmax(3)
-    from_landmarks_SHMW = softmax_over_tokens(query_SHMK @ key_SHWK.transpose(2, 3), real_S11W)
+    from_landmarks_SHMW = softmax_over_tokens(query_SHMK @ k_SHWK.transpose(2, 3), real_S11W)
     # from the right, as these products are the small ones
-    return to_landmarks_SHWM @ (pseudo_inverse(among_landmarks_SHMM, iterations) @ (from_landmarks_SHMW @ value_SHWK))
+    return to_landmarks_SHWM @ (pseudo_inverse(among_landmarks_SHMM, iterations) @ (from_landmarks_SHMW @ v_SHWK))
 
 
-def segment_means(x_SHWK: Tensor, real_S11W: Tensor | None, landmarks: int) -> Tensor:
+def segment_means(x_SHWK: Tensor, real_S11W: Real, landmarks: int) -> Tensor:
     """(S, 1, M, W): the matrix that takes tokens to the means of M segments of each sequence.
 
     5 tokens, M = 2:   1/2 1/2  0   0   0

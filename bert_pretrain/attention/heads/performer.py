@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bert_pretrain.attention.heads.linear import kernel_attention
 from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
-from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead
+from bert_pretrain.attention.parts.whole_sequences import Real, WholeSequenceHead
 
 STABILISERS = ("product", "exponent")
 
@@ -35,15 +35,12 @@ class PerformerOptions:
 
     features: int = 256
     """Random features, m. Four times as many halve the error and cost four times as much."""
-
     epsilon: float = 1e-4
     """Added to every feature: no weight is ever 0, but all are a little more alike."""
-
     stabiliser: str = "product"
     """What c is the largest of. "product": w . y, as in the authors' code; epsilon outweighs the features of long
     queries and keys, whose weights become equal. "exponent": w . y - |y|^2 / 2; epsilon stays small beside the largest
     feature, so peaked attention stays peaked, and is noisier."""
-
     seed: int = 0
     """Draws the features, together with the layer's index; a loaded head keeps its own."""
 
@@ -72,11 +69,9 @@ class PerformerAttention(WholeSequenceHead):
         seed = self.options.seed * 1_000_003 + self.layer_index
         self.projection_FK.copy_(orthogonal_features(self.options.features, self.head_width, seed))
 
-    def mix(
-        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0
-    ) -> Tensor:
-        query_SHWF, key_SHWF = self.features(query_SHWK, over=(3,)), self.features(key_SHWK, over=(2, 3))
-        return kernel_attention(query_SHWF, key_SHWF, value_SHWK, real_S11W)
+    def mix(self, q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, dropout: float = 0.0) -> Tensor:
+        query_SHWF, key_SHWF = self.features(q_SHWK, over=(3,)), self.features(k_SHWK, over=(2, 3))
+        return kernel_attention(query_SHWF, key_SHWF, v_SHWK, real_S11W)
 
     def features(self, x_SHWK: Tensor, over: tuple[int, ...]) -> Tensor:
         """phi(x) (S, H, W, F), with c the maximum over the dimensions `over`.

@@ -47,11 +47,9 @@ class RoutingOptions:
     num_clusters: int | None = None
     """Clusters of a sequence (never more than it has tokens); each holds n / num_clusters of its queries and as many
     keys. None: about sqrt(n), the cheapest. 1: full attention."""
-
     decay: float = 0.999
     """How much of a centroid stays at each optimizer step; less follows the model faster. In its first moves it is
     (1 + moves) / (10 + moves), if that is less, to forget the random start. 1: centroids never move."""
-
     seed: int = 0
     """Draws the first centroids, others for each layer."""
 

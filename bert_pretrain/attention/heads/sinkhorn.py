@@ -42,21 +42,16 @@ class SinkhornOptions:
 
     block_size: int = 64
     """Tokens of a block: each token sees twice as many. Up to this length the head is exact attention."""
-
     num_iterations: int = 7
     """How often rows and columns are normalised in turn; more bring both sums of R nearer to 1."""
-
     temperature: float = 0.75
     """Less makes R sharper, nearer to a permutation of blocks."""
-
     noise: float = 0.0
     """Scale of Gumbel noise on the scores, 1 in the paper. Drawn once for each layer, head and pair of blocks: heads
     that score blocks alike then sort them differently, in training and evaluation the same."""
-
     normalized_last: str = "rows"
     """"rows" makes a context a mean of values. "columns" is the published form: there a constant value moves by a few
     per cent, and by more near a padded block."""
-
     seed: int = 0
     """Draws the first W and the noise, others for each layer."""
 

@@ -32,7 +32,6 @@ class StrideOptions(PatternOptions):
 
     stride: int | None = None
     """l: rows get longer and columns shorter as it grows. None: the rounded root of max_sequence_length."""
-
     heads: str = "split"
     """"split" gives each pattern half of the heads (the first gets one more where they are odd); "merged" gives every
     head both patterns, at about twice the cost."""

@@ -88,7 +88,8 @@ class PatternAttention(AttentionHead):
             return self.attend_flex(*inputs, layout)
         if execution != "auto":
             return (self.attend_chunks if execution == "chunks" else self.attend_whole)(*inputs, layout, dropout)
-        split = split_by_length(layout, self.longest_whole())
+        longest = self.longest_whole()
+        split = layout.derived(("split by length", longest), lambda: split_by_length(layout, longest))
         query, key, value = map(split.gather, inputs)
         parts = []
         if split.short is not None:
@@ -219,11 +220,7 @@ class LengthSplit:
 
 
 def split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
-    """The sequences of up to longest_short tokens apart from the others; once per batch for all layers."""
-    return layout.derived(("split by length", longest_short), lambda: _split_by_length(layout, longest_short))
-
-
-def _split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
+    """The sequences of up to longest_short tokens apart from the others."""
     is_long = layout.lengths > longest_short
     order = is_long[layout.sequence_of_token].sort(stable=True).indices
     place = torch.empty_like(order)

@@ -19,6 +19,9 @@ from bert_pretrain.attention.head import AttentionHead, without_autocast
 from collate.layout import PackLayout
 from collate.views import at_least_float32
 
+Real = Tensor | None
+"""(S, 1, 1, W) bool: False in padding slots; None where there are none."""
+
 
 class WholeSequenceHead(AttentionHead):
     """A head whose subclass mixes the tokens of one group of sequences, with `mix`."""
@@ -39,9 +42,7 @@ class WholeSequenceHead(AttentionHead):
                 contexts.append(self.mix(query, key, value, is_real, **settings).transpose(1, 2))
         return groups.scatter(contexts).to(q_THK.dtype)
 
-    def mix(
-        self, query_SHWK: Tensor, key_SHWK: Tensor, value_SHWK: Tensor, real_S11W: Tensor | None, dropout: float = 0.0
-    ) -> Tensor:
+    def mix(self, q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, dropout: float = 0.0) -> Tensor:
         """The context (S, H, W, K) of one group. dropout: as in `attend`.
 
         Padding slots, at a sequence's end, show its last token; real_S11W is False there, None without padding.
@@ -50,12 +51,12 @@ class WholeSequenceHead(AttentionHead):
         raise NotImplementedError
 
 
-def zero_padding(x_SHWK: Tensor, real_S11W: Tensor | None) -> Tensor:
+def zero_padding(x_SHWK: Tensor, real_S11W: Real) -> Tensor:
     """0 in padding slots, along W."""
     return x_SHWK if real_S11W is None else x_SHWK.masked_fill(~real_S11W.transpose(2, 3), 0)
 
 
-def softmax_over_tokens(scores_SHMW: Tensor, real_S11W: Tensor | None) -> Tensor:
+def softmax_over_tokens(scores_SHMW: Tensor, real_S11W: Real) -> Tensor:
     """Softmax over the real tokens of each sequence; 0 in padding slots."""
     if real_S11W is not None:
         scores_SHMW = scores_SHMW.masked_fill(~real_S11W, float("-inf"))

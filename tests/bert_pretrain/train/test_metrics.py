@@ -16,7 +16,7 @@ from transformers.utils.logging import enable_progress_bar
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.train import metrics
 from bert_pretrain.train.config import PretrainConfig
-from bert_pretrain.train.console import Lines
+from bert_pretrain.train.console import LinesCallback
 from bert_pretrain.train.metrics import Meter, ModelFlops, known_peak, peak_flops
 from bert_pretrain.train.pretrain import pretrain
 from collate.training.progress import count_packs
@@ -266,18 +266,18 @@ def test_evaluation_is_that_of_the_unpacked_sequences_at_a_rate_of_its_own(folde
 
 
 def test_lines_are_aligned_and_say_their_units_once():
-    lines = Lines()
+    lines = LinesCallback().lines
     logs = {"epoch": 0.5, "loss": 7.1203, "learning_rate": 1e-4, "tokens_per_second": 17442.3, "nsp_majority": 0.7}
-    first = lines.of(logs, 80)
+    first = lines(logs, 80)
     assert len(first) == 3 and "tokens" in first[0] and "/s" in first[1] and first[2].startswith("train     80")
     assert first[2].endswith(" 1.00e-04    17,442") and "(0.7000)" in first[2] and len(first[1]) == len(first[2])
-    (second,) = lines.of(logs | {"loss": 6.5}, 160)
+    (second,) = lines(logs | {"loss": 6.5}, 160)
     assert len(second) == len(first[2]) and "6.5000" in second
-    (evaluated,) = lines.of({"eval_loss": 7.0, "eval_runtime": 2.0, "epoch": 0.5}, 160)
+    (evaluated,) = lines({"eval_loss": 7.0, "eval_runtime": 2.0, "epoch": 0.5}, 160)
     assert evaluated.startswith("eval     160") and evaluated.index("7.0000") == first[2].index("7.1203")
-    more = lines.of(logs | {"mfu": 0.5}, 240)
+    more = lines(logs | {"mfu": 0.5}, 240)
     assert len(more) == 3 and "MFU" in more[1]
-    assert lines.of({"train_runtime": 3725.0, "train_loss": 1.0}, 240) == ["trained to step 240 in 1 h 2 min 5 s"]
+    assert lines({"train_runtime": 3725.0, "train_loss": 1.0}, 240) == ["trained to step 240 in 1 h 2 min 5 s"]
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])
