@@ -38,12 +38,5 @@ from collate.heads.task import PackedOutput, Task
 from collate.heads.values import PerSequence
 
 __all__ = ["TASKS", "GatherForHead", "MaskedLM", "PackedOutput", "PerSequence", "PreTraining", "QuestionAnswering"]
-__all__ += [
-    "SequenceClassification",
-    "SequenceEmbedding",
-    "Task",
-    "TokenClassification",
-    "packed_predictions",
-    "prepare_head",
-    "task_for",
-]
+__all__ += ["SequenceClassification", "SequenceEmbedding", "Task", "TokenClassification"]
+__all__ += ["packed_predictions", "prepare_head", "task_for"]
