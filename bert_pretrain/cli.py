@@ -56,17 +56,6 @@ PATIENCE = 20
 """Seconds in which rank 0 finds the same fault and torchrun ends the other ranks."""
 
 
-def help_groups(own: list[str], others: list[str]) -> dict[str, list[str]]:
-    """Which options `train --help` shows under which title; an option is shown where it is named first."""
-    return {
-        "data, objective and steps": [name for name in own if name not in MODEL],
-        "model": MODEL,
-        "how to optimize (transformers.TrainingArguments)": OPTIMIZATION,
-        "logs, evaluation and checkpoints (transformers.TrainingArguments)": LOGGING,
-        "the other TrainingArguments": others,
-    }
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status: 0, or 2 for bad input, with one line on stderr that says why."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -163,7 +152,14 @@ def _train(arguments: list[str]) -> None:
 
 
 def _parse_training(options: tuple[type, type], given: tuple[str | None, dict, list[str]]) -> tuple:
-    groups = help_groups(*([field.name for field in fields(each)] for each in options))
+    own, others = ([field.name for field in fields(each)] for each in options)
+    groups = {  # an option is shown where it is named first
+        "data, objective and steps": [name for name in own if name not in MODEL],
+        "model": MODEL,
+        "how to optimize (transformers.TrainingArguments)": OPTIMIZATION,
+        "logs, evaluation and checkpoints (transformers.TrainingArguments)": LOGGING,
+        "the other TrainingArguments": others,
+    }
     return parse(options, "bert-pretrain train", *given, groups=groups)
 
 

@@ -41,28 +41,21 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _on_the_hub(option: str, name: str) -> str:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     try:
         HfApi().model_info(name, timeout=HUB_SECONDS)
         return name
-    except GatedRepoError:  # a RepositoryNotFoundError, too
+    except errors.GatedRepoError:  # a RepositoryNotFoundError, too
         return name  # transformers says what must be agreed to
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise ValueError(
             f"{option}={name!r}: there is no such folder, and no such model on the hub (a private one needs a token: "
             f"hf auth login){path_suggestion(name, only_folders=True)}"
         ) from None
-    except HfHubHTTPError:
+    except errors.HfHubHTTPError:
         return name  # the hub answers, perhaps it is busy: transformers knows when to ask again
-    except (HTTPError, OfflineModeIsEnabled) as error:
+    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
         for file in CACHED:
             if isinstance(cached := try_to_load_from_cache(name, file), str):
                 return str(Path(cached).parent)

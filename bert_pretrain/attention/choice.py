@@ -19,9 +19,7 @@ NARROWEST_FLEX_HEAD = 16
 VOLTA = (7, 0)
 
 
-def choose_attention(
-    device: torch.device, dtype: torch.dtype, head_width: int, dropout: float = 0.0
-) -> tuple[str, str]:
+def choose_attention(device: torch.device, dtype: torch.dtype, head_width: int, dropout: float = 0) -> tuple[str, str]:
     """The name of an exact attention head, and the reason.
 
     dtype: of queries, keys and values; under mixed precision the 16-bit one. dropout: of attention weights.

@@ -10,15 +10,8 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from bert_pretrain.attention.heads.routing import RoutingAttention, RoutingCallback
 from bert_pretrain.prepare.tokenizer import load_tokenizer
+from bert_pretrain.train import checks
 from bert_pretrain.train.batch import set_batch
-from bert_pretrain.train.checks import (
-    check_arguments,
-    check_objective,
-    check_token_types,
-    check_tokenizer,
-    for_objective,
-    load_splits,
-)
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.hub import Secret
 from bert_pretrain.train.metrics import attends_fully
@@ -54,8 +47,8 @@ def pretrain(config: PretrainConfig, training: TrainingArguments, callbacks: Cal
     training = copy(training)  # the run writes what follows from the data into its own
     training.hub_token = training.hub_token and Secret(training.hub_token)
     set_seed(training.seed)
-    train, test = for_objective(config, *load_splits(config.dataset))
-    check_arguments(training, test, config.dataset)
+    train, test = checks.for_objective(config, *checks.load_splits(config.dataset))
+    checks.check_arguments(training, test, config.dataset)
     with one_run(training, str(training.output_dir)):
         return _pretrain(config, training, callbacks, train, test)
 
@@ -68,11 +61,11 @@ def _pretrain(
     tokenizer = load_tokenizer(config.tokenizer)
     splits = [split for split in (train, test) if split is not None]
     for split in splits:
-        check_tokenizer(config.dataset, split, config.tokenizer, tokenizer)
+        checks.check_tokenizer(config.dataset, split, config.tokenizer, tokenizer)
     model = build_model(config, vocabulary_size(tokenizer), tokenizer.pad_token_id, longest_sequence(*splits))
     for split in splits:
-        check_token_types(config.dataset, split, model.config.type_vocab_size)
-    objective = check_objective(config, train)
+        checks.check_token_types(config.dataset, split, model.config.type_vocab_size)
+    objective = checks.check_objective(config, train)
     freeze_unlearned(model, objective)
     output = Path(str(training.output_dir))
     record = config_record(config, training)  # before set_batch, which cannot run twice

@@ -75,7 +75,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         raise DamagedCheckpoint(f"{folder} has no {MANIFEST}: it is incomplete, or another program wrote it") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST} cannot be read ({error})") from None
-    if manifest != {"files": files} and manifest != _with_own_hash(files):  # the first: written before there was one
+    if manifest != {"files": files} and manifest != with_own_hash(files):  # the first: written before there was one
         raise DamagedCheckpoint(
             f"{folder} is damaged: {MANIFEST} itself has other contents than were written; the files may be whole"
         )
@@ -145,7 +145,7 @@ def publish(folder: Path, target: Path) -> None:
         if path.is_file() and path != folder / MANIFEST:
             sync(path)
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
-    write_manifest(folder, files)
+    write_json(folder / MANIFEST, with_own_hash(files))
     sync(folder / MANIFEST)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync(path)
@@ -194,13 +194,8 @@ def write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_manifest(folder: Path, files: dict[str, dict]) -> None:
-    """files: {name: {"bytes": …, "xxh3_128": …}}"""
-    write_json(folder / MANIFEST, _with_own_hash(files))
-
-
-def _with_own_hash(files: dict) -> dict:
-    """The manifest; its own hash lets it be checked like the files that it lists."""
+def with_own_hash(files: dict[str, dict]) -> dict:
+    """The manifest of {name: {"bytes": …, "xxh3_128": …}}; its own hash lets it be checked like these files."""
     text = json.dumps(files, sort_keys=True)
     return {"files": files, "xxh3_128": xxhash.xxh3_128(text.encode()).hexdigest()}
 

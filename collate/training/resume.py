@@ -34,21 +34,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
+from collate.training import checkpoints
 from collate.training.agreement import agreed, one_run
-from collate.training.checkpoints import (
-    MANIFEST,
-    RUN_FILE,
-    UNFINISHED,
-    DamagedCheckpoint,
-    check_checkpoint,
-    delete_old,
-    names_damaged,
-    newest_first,
-    publish,
-    remove_unfinished,
-    what_is_saved,
-    write_json,
-)
 from collate.training.hooks import overrides_callback, overrides_trainer
 from collate.training.progress import RunningSums
 from collate.training.refused import refuse_data_skip
@@ -58,11 +45,6 @@ logger = logging.getLogger(__name__)
 
 RUNNING_FILE = "since_last_log.json"
 """Sums of the interval that the next log reports, of each rank."""
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of an optimizer step's random numbers, such as dropout's; torch's CPU generator takes only 32 bits."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 @overrides_trainer
@@ -98,7 +80,7 @@ class ResumesExactly(Trainer):
             if resume_from_checkpoint not in (None, False, self.checked_checkpoint):
                 resume_from_checkpoint = agreed(self.args, lambda: self._checked(resume_from_checkpoint))
             if self.args.should_save:
-                remove_unfinished(self._run_folder)
+                checkpoints.remove_unfinished(self._run_folder)
             self.accelerator.wait_for_everyone()
             return super().train(resume_from_checkpoint, trial, *args, **kwargs)
 
@@ -111,16 +93,16 @@ class ResumesExactly(Trainer):
     def _checked(self, checkpoint: str | bool | None) -> str | bool | None:
         """The checkpoint to resume from, complete. True: the last one, or Trainer says that there is none."""
         if checkpoint is True:
-            checkpoint = next(map(str, newest_first(self._run_folder)), True)
+            checkpoint = next(map(str, checkpoints.newest_first(self._run_folder)), True)
         if not isinstance(checkpoint, str):
             return checkpoint
-        if os.path.exists(os.path.join(checkpoint, MANIFEST)):
-            check_checkpoint(checkpoint)
+        if os.path.exists(os.path.join(checkpoint, checkpoints.MANIFEST)):
+            checkpoints.check_checkpoint(checkpoint)
         elif os.path.isfile(state := os.path.join(checkpoint, TRAINER_STATE_NAME)):  # a plain Trainer has written it
             try:
                 read_json(Path(state))
             except ValueError as error:
-                raise DamagedCheckpoint(
+                raise checkpoints.DamagedCheckpoint(
                     f"{checkpoint} is damaged: {TRAINER_STATE_NAME} cannot be read ({error}); resume from another "
                     "checkpoint"
                 ) from None
@@ -128,19 +110,19 @@ class ResumesExactly(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loaded_from = resume_from_checkpoint
-        with names_damaged(resume_from_checkpoint, (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)):
+        with checkpoints.names_damaged(resume_from_checkpoint, (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with names_damaged(checkpoint, (OPTIMIZER_NAME, SCHEDULER_NAME)):
+        with checkpoints.names_damaged(checkpoint, (OPTIMIZER_NAME, SCHEDULER_NAME)):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        with names_damaged(checkpoint, (SCALER_NAME,)):
+        with checkpoints.names_damaged(checkpoint, (SCALER_NAME,)):
             super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with names_damaged(checkpoint, ("rng_state.pth", f"rng_state_{self.args.process_index}.pth")):
+        with checkpoints.names_damaged(checkpoint, ("rng_state.pth", f"rng_state_{self.args.process_index}.pth")):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
@@ -212,7 +194,7 @@ class ResumesExactly(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         run_folder = super()._get_output_dir(trial)
-        return os.path.join(run_folder, UNFINISHED) if self._is_saving else run_folder
+        return os.path.join(run_folder, checkpoints.UNFINISHED) if self._is_saving else run_folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = Path(self._get_output_dir(trial))
@@ -225,7 +207,7 @@ class ResumesExactly(Trainer):
             free = shutil.disk_usage(run_folder).free if run_folder.is_dir() else 0
             raise OSError(
                 f"{target} could not be written: {error}; {free:,} bytes are free there; make room; "
-                f"{what_is_saved(run_folder)}"
+                f"{checkpoints.what_is_saved(run_folder)}"
             ) from error
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
@@ -237,18 +219,18 @@ class ResumesExactly(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._is_saving = False
-        folder = target.parent / UNFINISHED / target.name
+        folder = target.parent / checkpoints.UNFINISHED / target.name
         self.state.best_model_checkpoint = self._best_checkpoint(target, best)
         self._save_running_sums(folder)
         self.accelerator.wait_for_everyone()  # each rank has written its part
         if self.args.should_save:
             if self.run_record is not None:
-                write_json(folder / RUN_FILE, self.run_record)
+                checkpoints.write_json(folder / checkpoints.RUN_FILE, self.run_record)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             self._check_parts(folder)
-            publish(folder, target)
+            checkpoints.publish(folder, target)
             logger.info("%s is complete", target)
-            delete_old(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint, target)
+            checkpoints.delete_old(target.parent, self.args.save_total_limit, self.state.best_model_checkpoint, target)
         self.accelerator.wait_for_everyone()
 
     def _best_checkpoint(self, target: Path, before: str | None) -> str | None:
@@ -270,7 +252,9 @@ class ResumesExactly(Trainer):
         }
         ranks = gather_object([own])
         if self.args.should_save:
-            write_json(folder / RUNNING_FILE, {"last_logged_step": self._globalstep_last_logged, "ranks": ranks})
+            checkpoints.write_json(
+                folder / RUNNING_FILE, {"last_logged_step": self._globalstep_last_logged, "ranks": ranks}
+            )
 
     def _check_parts(self, folder: Path) -> None:
         """Refuse a folder that lacks a rank's part: this rank is about to rename it."""
@@ -295,7 +279,8 @@ class _ExactSteps(TrainerCallback):
             _follow_schedule(self.trainer.lr_scheduler)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        torch.manual_seed(step_seed(args.seed, state.global_step, args.process_index))
+        seeds = np.random.SeedSequence([args.seed, state.global_step, args.process_index])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))  # the CPU's generator takes only 32 bits
 
 
 def _follow_schedule(scheduler: LambdaLR) -> None:

@@ -389,7 +389,7 @@ def rewrite(checkpoint, change):
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "xxh3_128": checkpoints.checksum(file)}
-    checkpoints.write_manifest(checkpoint, manifest["files"])
+    checkpoints.write_json(checkpoint / "manifest.json", checkpoints.with_own_hash(manifest["files"]))
 
 
 LAYER = "bert.encoder.layer.0.output.dense.bias"
@@ -733,7 +733,7 @@ def test_a_checkpoint_that_lacks_what_training_needs_is_refused(options, whole, 
     manifest = tmp_path / "run" / "checkpoint-6" / "manifest.json"
     listed = json.loads(manifest.read_text())
     del listed["files"][missing]
-    checkpoints.write_manifest(manifest.parent, listed["files"])
+    checkpoints.write_json(manifest, checkpoints.with_own_hash(listed["files"]))
     (manifest.parent / missing).unlink()
     assert train(options, tmp_path / "run") == 2
     assert message in capsys.readouterr().err
