@@ -52,8 +52,7 @@ def length_groups(starts: Tensor, lengths: Tensor, sequence_of_token: Tensor, po
     """Group the sequences of a batch; starts, lengths: (N,) int64."""
     widths = (lengths + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP
     widths, order = widths.sort(stable=True)
-    first_slot = torch.empty_like(widths)
-    first_slot[order] = starts_of(widths)
+    first_slot = starts_of(widths)[order.argsort()]
     group_widths, group_sizes = (values.tolist() for values in widths.unique_consecutive(return_counts=True))
     members = list(order.split(group_sizes))
     sources, key_masks = [], []

@@ -30,10 +30,8 @@ class AttentionHead(nn.Module):
 
     supports_dropout: ClassVar[bool] = False
     """Whether `attend` honours dropout > 0; if not, use_attention refuses a model with attention dropout."""
-
     is_full: ClassVar[bool] = False
     """Whether every token sees every token of its sequence, as in stock BERT."""
-
     survives_nan: ClassVar[bool] = True
     """Whether a NaN in one sequence leaves the others alone. It does not where a mask multiplies what it hides."""
 

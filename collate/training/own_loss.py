@@ -50,12 +50,8 @@ class SeenModel:
         self.was_called = False
         self.output: Any = None
         self.is_counted = False
-
-    @property
-    def count(self) -> Tensor | None:
-        if not len(self.denominators):
-            return None
-        return self.denominators[0] / self.ranks if self.ranks > 1 else self.denominators[0]
+        first = denominators[0] if len(denominators) else None
+        self.count = first / ranks if first is not None and ranks > 1 else first
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)

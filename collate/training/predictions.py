@@ -10,13 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import (
-    EvalLoopOutput,
-    EvalPrediction,
-    PredictionOutput,
-    default_compute_objective,
-    denumpify_detensorize,
-)
+from transformers import trainer_utils
 
 from collate.columns import IGNORED
 from collate.heads import PerSequence
@@ -86,7 +80,7 @@ class EvaluatesSequences(TakesOwnLoss):
         with names_killed_workers(self.args):
             return super().evaluate(*args, **kwargs)
 
-    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+    def predict(self, *args: Any, **kwargs: Any) -> trainer_utils.PredictionOutput:
         with names_killed_workers(self.args):
             output = super().predict(*args, **kwargs)
         drop_figures_of_rows(output.metrics or {})
@@ -104,7 +98,7 @@ class EvaluatesSequences(TakesOwnLoss):
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    ) -> trainer_utils.EvalLoopOutput:
         """Sums over the whole evaluation set, then one division: a deep pack weighs what its sequences weigh."""
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
@@ -135,12 +129,12 @@ class EvaluatesSequences(TakesOwnLoss):
         predictions, labels = (None, None) if collected is None else collected.gathered(self.args.world_size)
         users = {}
         if self.compute_metrics is not None and labels is not None:
-            given = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
-            users = _prefixed(denumpify_detensorize(given), metric_key_prefix)
+            given = self.compute_metrics(trainer_utils.EvalPrediction(predictions=predictions, label_ids=labels))
+            users = _prefixed(trainer_utils.denumpify_detensorize(given), metric_key_prefix)
         own = _prefixed(metrics, metric_key_prefix)
         self._no_objective |= own.keys() - {f"{metric_key_prefix}_loss"}
         self._no_objective -= users.keys()
-        return EvalLoopOutput(
+        return trainer_utils.EvalLoopOutput(
             predictions=predictions, label_ids=labels, metrics=own | users, num_samples=metrics["sequences"]
         )
 
@@ -173,7 +167,7 @@ class EvaluatesSequences(TakesOwnLoss):
             for name, value in metrics.items()
             if name not in self._no_objective and not re.search("_mem_[cg]pu", name)  # skip_memory_metrics=False adds
         }
-        objective = default_compute_objective(kept)
+        objective = trainer_utils.default_compute_objective(kept)
         if objective is None:
             raise ValueError(
                 f"hyperparameter_search has no objective: evaluation gives no eval_loss, only {sorted(metrics)}; give "

@@ -26,16 +26,7 @@ from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.attention.options import check_choice, check_integer
-from bert_pretrain.attention.parts.fold import (
-    along_columns,
-    along_rows,
-    column_mask,
-    default_stride,
-    fold,
-    from_columns,
-    from_rows,
-    row_mask,
-)
+from bert_pretrain.attention.parts import fold
 from bert_pretrain.attention.parts.windows import attend
 from collate.layout import PackLayout
 
@@ -62,19 +53,21 @@ class AxialAttention(AttentionHead):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.columns = self.options.columns or default_stride(self.max_sequence_length)
+        self.columns = self.options.columns or fold.default_stride(self.max_sequence_length)
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
-        tables = fold(layout, self.columns)
-        masks = layout.derived(("axial", self.columns), lambda: list(map(column_mask, tables.valid)))
+        tables = fold.fold(layout, self.columns)
+        masks = layout.derived(("axial", self.columns), lambda: list(map(fold.column_mask, tables.valid)))
         contexts = []
         inputs = map(tables.gather, (q_THK, k_THK, v_THK))
         for valid, mask, query, key, value in zip(tables.valid, masks, *inputs, strict=True):
-            row = attend(along_rows(query), along_rows(key), along_rows(value), row_mask(valid), dropout)
-            row = from_rows(row, valid.shape[1])
+            row = attend(
+                fold.along_rows(query), fold.along_rows(key), fold.along_rows(value), fold.row_mask(valid), dropout
+            )
+            row = fold.from_rows(row, valid.shape[1])
             composed = self.options.combine == "composed"
-            value = along_columns(row if composed else value)
-            column = attend(along_columns(query), along_columns(key), value, mask, dropout)
-            column = from_columns(column, self.columns)
+            value = fold.along_columns(row if composed else value)
+            column = attend(fold.along_columns(query), fold.along_columns(key), value, mask, dropout)
+            column = fold.from_columns(column, self.columns)
             contexts.append(column if composed else (row + column) / 2)
         return tables.scatter(contexts)

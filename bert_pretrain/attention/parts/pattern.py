@@ -59,7 +59,6 @@ class PatternAttention(AttentionHead):
 
     per_head: bool = False
     """Whether the pattern differs between heads."""
-
     per_layer: ClassVar[bool] = False
     """Whether the pattern differs between layers."""
 
@@ -153,13 +152,11 @@ class PatternAttention(AttentionHead):
         if exists is not None:
             own = torch.arange(layout.num_sequences, device=exists.device)[:, None]
             extra_sequence = torch.where(exists, own, -1).flatten()
-        mask_mod = self.mask_mod(layout, extra_sequence)
-        num_tokens = layout.num_tokens
-        num_extra = 0 if extra_sequence is None else len(extra_sequence)
+        num_heads, num_tokens = self.num_heads if self.per_head else None, layout.num_tokens
+        num_keys = num_tokens if exists is None else num_tokens + exists.numel()
         _, create_block_mask = flex_functions()
-        num_heads = self.num_heads if self.per_head else None
-        device = layout.token_index.device
-        return create_block_mask(mask_mod, None, num_heads, num_tokens, num_tokens + num_extra, device=device)
+        mask_mod, device = self.mask_mod(layout, extra_sequence), layout.token_index.device
+        return create_block_mask(mask_mod, None, num_heads, num_tokens, num_keys, device=device)
 
     def mask_mod(self, layout: PackLayout, extra_sequence: Tensor | None = None) -> Callable:
         """FlexAttention's predicate over tokens: (batch, head, query, key) -> same sequence, and seen."""
@@ -223,8 +220,6 @@ def split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
     """The sequences of up to longest_short tokens apart from the others."""
     is_long = layout.lengths > longest_short
     order = is_long[layout.sequence_of_token].sort(stable=True).indices
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
     num_long = int(is_long.sum())
     if num_long == 0:
         short, long = layout, None
@@ -232,7 +227,7 @@ def split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
         short, long = None, layout
     else:
         short, long = in_one_row(layout.lengths[~is_long]), in_one_row(layout.lengths[is_long])
-    return LengthSplit(short, long, order, place)
+    return LengthSplit(short, long, order, order.argsort())
 
 
 def in_one_row(lengths: Tensor) -> PackLayout:
