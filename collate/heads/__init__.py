@@ -37,6 +37,19 @@ from collate.heads.table import TASKS, packed_predictions, task_for
 from collate.heads.task import PackedOutput, Task
 from collate.heads.values import PerSequence
 
-__all__ = ["TASKS", "GatherForHead", "MaskedLM", "PackedOutput", "PerSequence", "PreTraining", "QuestionAnswering"]
-__all__ += ["SequenceClassification", "SequenceEmbedding", "Task", "TokenClassification"]
-__all__ += ["packed_predictions", "prepare_head", "task_for"]
+__all__ = [
+    "TASKS",
+    "GatherForHead",
+    "MaskedLM",
+    "PackedOutput",
+    "PerSequence",
+    "PreTraining",
+    "QuestionAnswering",
+    "SequenceClassification",
+    "SequenceEmbedding",
+    "Task",
+    "TokenClassification",
+    "packed_predictions",
+    "prepare_head",
+    "task_for",
+]
