@@ -141,8 +141,6 @@ class DataCollatorWithPacking:
             bound = self.for_model(model)
             self.position_ids_start, self._levels = bound.position_ids_start, bound._levels
 
-    # -- copies --------------------------------------------------------------------------------------------------
-
     def for_dataset(self, packed: Any) -> "DataCollatorWithPacking":
         """A copy whose L and S are those of this packed dataset, so that all batches have one shape; same epoch.
 
@@ -192,8 +190,6 @@ class DataCollatorWithPacking:
             telling.unpacked_rows = "keep"
         return telling
 
-    # -- epochs --------------------------------------------------------------------------------------------------
-
     def set_epoch(self, epoch: int) -> None:
         """Draw other masks from the next batch on, in this process and in its dataloader workers."""
         self._epoch.fill_(epoch)
@@ -203,8 +199,6 @@ class DataCollatorWithPacking:
         from collate.training.plain_trainer import PlainTrainerCallback  # no batch needs it
 
         return PlainTrainerCallback(self)
-
-    # -- batches -------------------------------------------------------------------------------------------------
 
     def __call__(
         self, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any] | pa.Table, return_tensors: str | None = None

@@ -79,9 +79,6 @@ class SplitSummary:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
-ONLY_IF_ANY = ("cut at words", "without a pair")
-
-
 def summary_table(summary: dict[str, SplitSummary]) -> str:
     """The numbers of each split, a column each, as text.
 
@@ -109,7 +106,8 @@ def summary_table(summary: dict[str, SplitSummary]) -> str:
     ]
     lines = [" " * 22 + "".join(f"{name:>14}" for name in summary)]
     for name, form, number in rows:
-        if not name or (name in ONLY_IF_ANY and not any(map(number, summary.values()))):
+        is_shown_if_any = name in ("cut at words", "without a pair")
+        if not name or (is_shown_if_any and not any(map(number, summary.values()))):
             continue
         lines.append(f"{name:<22}" + "".join(f"{form.format(number(split)):>14}" for split in summary.values()))
     return "\n".join(lines)

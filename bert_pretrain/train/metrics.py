@@ -31,8 +31,6 @@ PEAK_TFLOPS = {
 }
 """TFLOP/s of dense bfloat16 products, by words of torch.cuda.get_device_name(); from NVIDIA's data sheets."""
 
-GIB = 2**30
-
 
 def peak_flops(device_name: str) -> float | None:
     """ "NVIDIA H100 80GB HBM3" -> 989e12; None for a device that PEAK_TFLOPS does not have."""
@@ -89,8 +87,6 @@ class Meter:
         self._seconds = self._waited = 0.0
         self._running_since: float | None = None
 
-    # -- what the trainer tells -----------------------------------------------------------------------------------
-
     def add_step(self, packs: Tensor, predicted: Tensor) -> None:
         """The counts of one optimizer step, over all ranks.
 
@@ -132,8 +128,6 @@ class Meter:
                 return
             yield batch
 
-    # -- what the log gets ----------------------------------------------------------------------------------------
-
     def read(self, num_processes: int = 1, gather: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, float]:
         """The metrics since the last log; the next ones start from here. Empty if there was no step.
 
@@ -159,7 +153,7 @@ class Meter:
         }
         if self.peak is not None and self.flops.attention:
             metrics["mfu"] = flops / self.peak
-        metrics["peak_memory_gib"] = float(memory.max()) / GIB
+        metrics["peak_memory_gib"] = float(memory.max()) / 2**30
         metrics["data_wait_share"] = float((waited / seconds).nanmean())
         return metrics
 

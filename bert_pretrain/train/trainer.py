@@ -106,8 +106,6 @@ class PretrainTrainer(SaysWhatFailed):
             has_bar = bar is not None and sys.stderr.isatty()  # in a file a bar is debris
             self.add_callback(LinesAboveBar() if has_bar else LinesCallback())
 
-    # -- evaluation ----------------------------------------------------------------------------------------------
-
     def _bound(self, collator: DataCollatorWithPacking, dataset: Any, is_training: bool) -> DataCollatorWithPacking:
         return super()._bound(collator if is_training else self.eval_data_collator, dataset, is_training)
 

@@ -66,9 +66,6 @@ def takes_one_by_one(query: Tensor, num_heads: int, dropout: float) -> bool:
     return query.device.type == "cpu" and not dropout and torch.get_num_threads() <= num_heads
 
 
-# In groups
-
-
 def attend_grouped(
     q_THK: Tensor,
     k_THK: Tensor,
@@ -103,9 +100,6 @@ def _group_masks(layout: PackLayout, window: int | None) -> list[Tensor | None]:
             mask = mask.expand(-1, -1, width, -1)  # torch's fast CPU kernel wants a row per query
         masks.append(mask)
     return masks
-
-
-# One by one
 
 
 class Piece(NamedTuple):

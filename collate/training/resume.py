@@ -88,8 +88,6 @@ class ResumesExactly(Trainer):
     def _run_folder(self) -> Path:
         return Path(self.args.output_dir or ".")
 
-    # -- loading -------------------------------------------------------------------------------------------------
-
     def _checked(self, checkpoint: str | bool | None) -> str | bool | None:
         """The checkpoint to resume from, complete. True: the last one, or Trainer says that there is none."""
         if checkpoint is True:
@@ -189,8 +187,6 @@ class ResumesExactly(Trainer):
         self._globalstep_last_logged = running["last_logged_step"]
         if sums is not None:
             self._train_sums.total = sums.to(self.args.device)
-
-    # -- saving --------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         run_folder = super()._get_output_dir(trial)

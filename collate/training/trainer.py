@@ -116,8 +116,6 @@ class PackedTrainer(EvaluatesSequences):
         self.task = self._find_task(model)
         return model
 
-    # -- loss ----------------------------------------------------------------------------------------------------
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """(k,) the denominators of one optimizer step: over its micro-batches and all ranks."""
         if not batch_samples:  # a dataset without a length has ended
@@ -134,8 +132,6 @@ class PackedTrainer(EvaluatesSequences):
 
     def _step_counted(self, packs: Tensor, denominators: Tensor) -> None:
         """Learn the counts of one optimizer step, over all ranks: for trainers that measure. packs: see count_packs."""
-
-    # -- log -----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._train_sums.total is not None:

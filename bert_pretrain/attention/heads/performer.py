@@ -26,8 +26,6 @@ from bert_pretrain.attention.heads.linear import kernel_attention
 from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
 from bert_pretrain.attention.parts.whole_sequences import Real, WholeSequenceHead
 
-STABILISERS = ("product", "exponent")
-
 
 @dataclass(frozen=True)
 class PerformerOptions:
@@ -47,7 +45,7 @@ class PerformerOptions:
     def __post_init__(self) -> None:
         check_integer(self, "features", 1, "give the number of random features")
         check_number(self, "epsilon", "from 0 to below 1", "keep it small beside the largest feature, which is 1")
-        check_choice(self, "stabiliser", STABILISERS)
+        check_choice(self, "stabiliser", ("product", "exponent"))
         check_seed(self)
 
 

@@ -110,8 +110,6 @@ class RoutingAttention(AttentionHead):
             context_THK = Collect.apply(context_THK, self, *statistics)
         return context_THK
 
-    # Which tokens
-
     @torch.no_grad()
     def _unit_groups(self, x_THK: Tensor, layout: PackLayout) -> list[Tensor]:
         """Unit vectors of each group, (M, H, width, K)."""
@@ -163,8 +161,6 @@ class RoutingAttention(AttentionHead):
         mask = clusters.ranked.expand(-1, -1, clusters.window, -1)
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return context.unflatten(1, query_row.shape[1:3])
-
-    # What centroids learn from
 
     @torch.no_grad()
     def _count(self, queries: list[Tensor], keys: list[Tensor], layout: PackLayout) -> tuple[Tensor, Tensor]:

@@ -188,9 +188,6 @@ def flex_functions() -> tuple[Callable, Callable]:
     return torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
-# Short and long sequences
-
-
 @dataclass(frozen=True, eq=False)
 class LengthSplit:
     """A batch's short sequences and its long ones, each as a batch of its own; None where there are none.
