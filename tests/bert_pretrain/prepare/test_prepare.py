@@ -98,7 +98,7 @@ def test_folders_are_searched_in_sorted_order(tmp_path):
 
 
 def test_dataset_rows_are_files(tmp_path):
-    rows = ["One. Two.\n\nThree.", None, "Four."]
+    rows = ["One. Two.\n\nThree.", "", "Four."]
     datasets.Dataset.from_dict({"text": rows, "other": [1, 2, 3]}).save_to_disk(tmp_path / "rows")
     assert list(read_documents(tmp_path / "rows")) == [["One.", "Two."], ["Three."], ["Four."]]
     assert list(read_documents(tmp_path / "rows", documents="file")) == [["One.", "Two.", "Three."], ["Four."]]
