@@ -1,4 +1,4 @@
-"""BERT pretraining on packed rows: text to sequences, model, attention heads, and the run.
+"""BERT pretraining on packs: text to sequences, model, attention heads, and the run.
 
 cli          the command bert-pretrain
 options      config files and flags

@@ -1,4 +1,4 @@
-"""PackedBertForPreTraining: stock BERT's parts and weights, run on packed rows without their padding.
+"""PackedBertForPreTraining: stock BERT's parts and weights, run on packs without their padding.
 
 The padding is taken out once, before the embeddings. The encoder sees (1, T, D), one long row of real tokens; its
 attention heads keep the sequences apart by the layout. Nothing is padded back: the losses gather what they need. So the
@@ -80,7 +80,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         attention_mask: Tensor | None = None,
         **pair_labels: Tensor | None,
     ) -> PackedBertOutput:
-        """Run the packed rows of one batch.
+        """Run the packs of one batch.
 
         input_ids, sequence_ids, position_ids, token_type_ids, labels: (B, L). position_ids defaults to counting from 0
             in each sequence, token_type_ids to 0.

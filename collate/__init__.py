@@ -1,6 +1,6 @@
-"""Packed rows -> batches, layouts and packed training: what stands between `packing` and a model.
+"""Packs -> batches, layouts and packed training: what stands between `packing` and a model.
 
-collator         DataCollatorWithPacking: packed rows -> the tensors of one batch
+collator         DataCollatorWithPacking: packs -> the tensors of one batch
 rows             rows in whatever form -> flat arrays
 mask_rows        flat arrays -> masked tokens and labels
 masking, words   which tokens to predict, how to corrupt them, and which of them make a word

@@ -1,4 +1,4 @@
-"""DataCollatorWithPacking: packed rows -> the tensors of one batch."""
+"""DataCollatorWithPacking: packs -> the tensors of one batch."""
 
 import copy
 import logging
@@ -17,7 +17,7 @@ from collate.isolation.positions import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
 from collate.mask_rows import count_words, mask_rows, masking_rule
 from collate.masking import MaskingRule
-from collate.rows import FlatRows, Levels, pack_sequences, read_packed_rows, read_sequences
+from collate.rows import FlatRows, Levels, pack_sequences, read_packs, read_sequences
 from packing import packed_info
 from packing.files.errors import whole_number
 from packing.histogram import offsets_of
@@ -38,7 +38,7 @@ CUT_SHARE = 0.05
 
 
 class DataCollatorWithPacking:
-    """Collate packed rows; mask them for masked language modelling; keep every sequence's identity.
+    """Collate packs; mask them for masked language modelling; keep every sequence's identity.
 
         row       input_ids [2, 8, 9, 3, 2, 7, 3]    sequence_lengths [4, 3]    labels [1, 0]    pad_to=8
         input_ids        [[2, 8, 9, 3, 2, 7, 3, 0]]
@@ -218,7 +218,7 @@ class DataCollatorWithPacking:
         levels = replace(self._levels, named=None if self.token_columns is None else tuple(self.token_columns))
         if self.masking_rule is not None:  # it makes the labels that the model's task is about
             levels = replace(levels, labels=None)
-        flat = (read_packed_rows if self.unpacked_rows is None else read_sequences)(rows, levels, self.columns)
+        flat = (read_packs if self.unpacked_rows is None else read_sequences)(rows, levels, self.columns)
         if not flat.num_rows:
             raise ValueError("the batch has no rows, so there is nothing to collate; give at least one")
         if self.unpacked_rows == "pack" and self.pad_to is not None:

@@ -13,7 +13,7 @@ In both a label is 0 or 1, or IGNORED.
 """
 
 HEADS_OF_TOKENS = ("ForMaskedLM", "ForTokenClassification")
-"""Ends of the names of stock classes whose labels belong to tokens. Their heads and losses mean on a packed row what
+"""Ends of the names of stock classes whose labels belong to tokens. Their heads and losses mean on a pack what
 they mean on its sequences."""
 
 HEADS_OF_SEQUENCES = ("ForSequenceClassification", "ForNextSentencePrediction")

@@ -68,7 +68,7 @@ def _try_out(model: nn.Module) -> None:
     except Exception as error:
         raise ValueError(
             f"{name} is not known to isolate, and it cannot be tried out: it fails on input_ids, sequence_ids and "
-            f"masks of packed rows, as the error above says; {CURE}"
+            f"masks of packs, as the error above says; {CURE}"
         ) from error
     if report.reason and not report.isolated:
         raise ValueError(report.reason)

@@ -1,4 +1,4 @@
-"""check_isolation: what leaks between the sequences of a packed row, and by how much, in any model."""
+"""check_isolation: what leaks between the sequences of a pack, and by how much, in any model."""
 
 import contextlib
 import copy
@@ -109,7 +109,7 @@ class IsolationReport:
 def check_isolation(
     model: nn.Module, tokenizer: Any = None, seed: int = 0, dtype: torch.dtype | None = None
 ) -> IsolationReport:
-    """Measure whether the sequences of a packed row influence each other, for any model.
+    """Measure whether the sequences of a pack influence each other, for any model.
 
     Two sequences are packed in a row, short ones and ones longer than any window in the config. One gets other tokens,
     or other token types, or moves. The other must not change, and both must be what they are alone:
@@ -151,7 +151,7 @@ def check_isolation(
 
 
 class _Probe:
-    """A copy of a model, and what it takes to run packed rows through it.
+    """A copy of a model, and what it takes to run packs through it.
 
     Inside, a row is a pair (input_ids, sequence_ids), both (1, L); `mine` are the slots of one of its sequences.
     """
@@ -161,7 +161,7 @@ class _Probe:
         if not isinstance(model, nn.Module) or any(outermost(model)):
             refuse_unfit(model, "check_isolation", may_be=("causal", "leaks"))
             self.reason = next((reason for _, reason in obstacles(model, "isolate_sequences")), None)
-        model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+        model = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
         pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
         self.name = type(model if pretrained is None else pretrained).__name__
         self.config: Any = getattr(model if pretrained is None else pretrained, "config", None)

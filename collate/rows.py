@@ -115,7 +115,7 @@ class Levels:
         return replace(self, found=found, ragged=ragged)
 
 
-def read_packed_rows(rows: Any, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
+def read_packs(rows: Any, levels: Levels, columns: Sequence[str] | None) -> FlatRows:
     """Rows of pack_dataset.
 
     columns: which to read beside the lengths, and BOOKKEEPING; None: all that hold numbers.
@@ -130,7 +130,7 @@ def read_packed_rows(rows: Any, levels: Levels, columns: Sequence[str] | None) -
     in_tokens, in_sequences = {INPUT_IDS: token_ids}, {}
     for name, column in read.others(but=(INPUT_IDS, LENGTHS, MASK)):
         if column.counts is None:
-            raise ValueError(f"column {name!r} has one value per row; a packed row has one per token or per sequence")
+            raise ValueError(f"column {name!r} has one value per row; a pack has one per token or per sequence")
         if _is_token_level(name, column.counts, tokens_per_row, per_row, levels):
             _check_counts(name, column.counts, tokens_per_row, "tokens")
             in_tokens[name] = column.values
@@ -146,7 +146,7 @@ def read_sequences(rows: Any, levels: Levels, columns: Sequence[str] | None) -> 
     """Unpacked rows, each one sequence, without what an attention_mask says is padding.
 
     A value per row becomes a value per sequence, and so does a list, unless it has one value per token. Columns of
-    lists of other lengths are left out, as from packed rows, unless their name says that they belong to the tokens.
+    lists of other lengths are left out, as from packs, unless their name says that they belong to the tokens.
     Raises ValueError for lists as long as the tokens in rows of one length, if neither `levels` nor an earlier batch
     tells what they belong to.
     """
@@ -180,7 +180,7 @@ def _is_list_of_tokens(name: str, counts: np.ndarray, lengths: np.ndarray, level
         return known
     if len(set(lengths.tolist())) > 1:
         levels.seen[name] = as_many
-    if as_many and name not in levels.seen and name not in MADE_HERE:  # which are refused by that name
+    if as_many and name not in levels.seen and name not in MADE_HERE:  # those names are refused elsewhere
         raise ValueError(
             f"column {name!r} has {counts[0]} values in each row of the batch, and each row has {lengths[0]} tokens: "
             "whether each token has one, or each sequence a list, is unclear; name the columns with a value per token "
@@ -191,12 +191,12 @@ def _is_list_of_tokens(name: str, counts: np.ndarray, lengths: np.ndarray, level
 
 
 def _refuse_masked(mask: np.ndarray, counts: np.ndarray, tokens_per_row: np.ndarray) -> None:
-    """Raise ValueError for an attention_mask of packed rows that is not 1 everywhere: they have no padding."""
+    """Raise ValueError for an attention_mask of packs that is not 1 everywhere: they have no padding."""
     _check_counts(MASK, counts, tokens_per_row, "tokens")
     _refuse_numbers(mask)
     if not mask.all():
         raise ValueError(
-            "the packed rows have an attention_mask with zeros, but every token of a pack counts; pack the source "
+            "the packs have an attention_mask with zeros, but every token of a pack counts; pack the source "
             "with its attention_mask, which trims padding, or remove the column"
         )
 
@@ -401,7 +401,7 @@ def _without_padding(flat: FlatRows) -> FlatRows:
     if flat.num_rows and not kept.all():
         raise ValueError(f"row {int(kept.argmin())} of the batch holds no token; leave such rows out")
     places, ends = np.flatnonzero(real), kept.cumsum()
-    span = places[ends - 1] - places[ends - kept] + 1  # from the first 1 of each row to the last
+    span = places[ends - 1] - places[ends - kept] + 1  # each row's first 1 to its last
     if (span != kept).any():
         raise ValueError(
             f"row {int(np.argmax(span != kept))} of the batch has zeros inside its attention_mask; only padding at the "

@@ -2,7 +2,7 @@
 
 Each token starts a word, continues one, or is in none. Rows may say it by `word_ids`, a tokenizer's
 `encoding.word_ids()`. Otherwise the vocabulary says it: by the mark that the tokenizer sets at pieces of words, and by
-the characters on both sides of a boundary, as far as the tokenizer's own pre-tokenizer parts them.
+the characters on both sides of a boundary, where the tokenizer's own pre-tokenizer separates them.
 
     WordPiece      em ##bed ##ding       what begins with ## continues
     SentencePiece  ▁em bed ding          what does not begin with ▁ continues
@@ -54,7 +54,7 @@ class Boundaries:
 def word_continuations(tokenizer: Any) -> np.ndarray:
     """(V,) bool: tokens that continue the word before them, by the mark that the tokenizer sets at word pieces.
 
-    V is the highest id + 1. Special and added tokens are words of their own, and so is white space. Raises ValueError
+    V is the highest id + 1. Special tokens, added tokens and white space are words of their own. Raises ValueError
     where tokens do not tell: marks at the end of words (</w>, @@), single bytes or characters.
     """
     vocabulary = tokenizer.get_vocab()
@@ -68,7 +68,7 @@ def word_continuations(tokenizer: Any) -> np.ndarray:
 
 
 def word_boundaries(tokenizer: Any) -> Boundaries:
-    """Where the tokenizer's pre-tokenizer parts tokens without a mark; after white space and added tokens always.
+    """Where the pre-tokenizer splits tokens that have no mark. It always splits after white space and added tokens.
 
     A WordPiece needs none: all of its pieces have a mark. Raises ValueError like `word_continuations`.
     """

@@ -19,7 +19,7 @@ from packing.plan import PackPlan
 
 EIGHT_PLACES = np.uint64(7)
 NO_LENGTH = np.uint64(0)  # the stream of the order of packs: no sequence has length 0
-SEQUENCES_PER_THREAD = 1 << 18  # for fewer a thread is not worth its start
+SEQUENCES_PER_THREAD = 1 << 18  # a thread is not worth its start for fewer
 PACKS_AT_A_TIME = 1024
 
 

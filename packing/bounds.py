@@ -42,8 +42,8 @@ def depth_bound(histogram: np.ndarray, max_sequences_per_pack: int | None) -> in
 def l2_bound(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pack: int | None = None) -> int:
     """Martello & Toth's L2 over all thresholds, with the depth limit where that is tighter.
 
-    Of the lengths from k on, those above L - k are alone. The others need the most of: a pack for each one above L / 2;
-    ceil(their tokens / L); ceil(their number / d), where d is L // k, or max_sequences_per_pack if that is less.
+    For each k, it counts lengths >= k only. Those above L - k need a pack each. The others need the largest of three:
+    how many are above L / 2; ceil(their tokens / L); ceil(their number / d), d = min(L // k, max_sequences_per_pack).
     {5: 2, 3: 2, 2: 1} into 6 slots -> 4: for k = 2, two 5s alone, and 3 + 3 + 2 = 8 tokens in ceil(8 / 6) = 2 packs.
     {3: 6} into 8 slots -> 3: for k = 3, two sequences a pack.
     """

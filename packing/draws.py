@@ -47,7 +47,7 @@ def shuffle(values, scratch, key):
     if len(values) <= IN_CACHE:
         fisher_yates(values, values, key)
         return
-    first = np.int64(0)  # for the type of a plain 0 Numba would compile the three kernels again
+    first = np.int64(0)  # Numba would compile the three kernels again for a plain 0
     counts, free, starts = np.zeros(BUCKETS, np.int64), np.empty(BUCKETS, np.int64), np.empty(BUCKETS + 1, np.int64)
     count_buckets(first, len(values), key, counts)
     starts[0] = 0

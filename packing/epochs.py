@@ -31,7 +31,7 @@ class EpochPacks:
 
     packed: a dataset of pack_dataset, or some of its rows (select, shuffle); whole packs in any case.
     seed: of the assignments. Epoch e is drawn by assign() under a key of (seed, e): the same on every machine, process
-        and resume. A dataset with `balance` is balanced anew in every epoch.
+        and resume. A dataset with `balance` is balanced again in every epoch.
 
     A map-style dataset for DataLoader, with the columns of `packed`: epochs[3] is a pack as a dict, and
     `__getitems__([3, 1])` an Arrow table, which DataCollatorWithPacking reads. packed_info(epochs) is that of `packed`.
@@ -54,7 +54,7 @@ class EpochPacks:
         if isinstance(packed, datasets.IterableDataset):
             what = "EpochPacks needs a packed datasets.Dataset, got a stream"
             cure = "shuffle that before pack_stream, and set_epoch"
-            raise TypeError(f"{what}; a stream is packed anew by another order of its source: {cure}")
+            raise TypeError(f"{what}; to pack a stream again, give its source another order: {cure}")
         self.packed, self._info = packed, packed_info(packed)
         if packed.format["type"] == "custom":
             raise ValueError("the packed dataset has a transform, which new packs would not pass; remove it")

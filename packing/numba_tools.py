@@ -4,7 +4,7 @@ Numba stamps a cached kernel with the function's own file. After an edit or an u
 calls, it would keep the old machine code of these. So the stamp here covers the whole package.
 
 Numba caches beside the sources or in the user's home, and raises where it can write to neither. The cache is then in a
-temporary folder of this user; where that fails too, each process compiles anew.
+temporary folder of this user; where that fails too, each process compiles again.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from packing.packers.table import Packer
 
 OVERLONG = ("error", "truncate", "split", "drop")
-ENGINES = ("processes", "ray")  # of this machine, or of a cluster
+ENGINES = ("processes", "ray")  # this machine's, or a cluster's
 FORMATS = ("arrow", "parquet")
 
 

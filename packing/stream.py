@@ -29,7 +29,7 @@ from packing.store.info import packed_facts
 logger = logging.getLogger(__name__)
 
 PACKER = "lpfhp"  # best fit, longest sequences first
-FIRST_ROWS = 1_000  # by which columns and types are known
+FIRST_ROWS = 1_000  # columns and types follow from them
 TOO_FEW = 100  # rows that may look padded by chance
 INDICES = "sequence_indices"
 
@@ -68,7 +68,7 @@ def pack_stream(
     given = locals() | {"packer": PACKER}  # all arguments, by name
     options = PackOptions(**{option.name: given[option.name] for option in fields(PackOptions) if option.name in given})
     dataset = dataset.with_format(None)
-    # Without features each table may have types of its own, and a cast would make text of numbers.
+    # Each table may have its own types without features, and a cast would turn numbers into text.
     is_arrow = dataset.features is not None and getattr(dataset._ex_iterable, "iter_arrow", None) is not None
     first, features = _first_rows(dataset, is_arrow)
     with _hint(first):
@@ -119,7 +119,7 @@ class _PackBuffer:
         if self.is_shuffled and numbers[0] and not self.coming[numbers[0]]:
             raise ValueError(
                 "this stream was resumed in the middle, and comes through shuffle(buffer_size=…), a buffer that "
-                "datasets does not save: rows would be lost, and others come twice; start anew and skip the packs that "
+                "datasets does not save: rows would be lost, and others come twice; start over and skip the packs that "
                 "are done, as a Trainer does, or shuffle shards alone: shuffle(buffer_size=1), and read without workers"
             )
         self.coming = self.coming - Counter(numbers[:1]) + Counter([numbers[-1] + 1])
@@ -136,7 +136,7 @@ class _PackBuffer:
         if options.overlong == "drop" and source.kept.min() > longest:
             self._say_overlong(source.num_rows, int(source.kept.sum(dtype=np.int64)))
             return self.packed_features.arrow_schema.empty_table()
-        if options.overlong == "truncate":  # as the first rows tell, whatever else is in the buffer
+        if options.overlong == "truncate":  # the first rows decide, not the rest of the buffer
             closed = False if self.closing is None else np.concatenate([t == self.closing for t in last_tokens(source)])
             source = replace(source, ends_alike=closed)
         seed = _seed_of(table, options.seed)

@@ -109,7 +109,7 @@ def _batches(
     sequences: EpochPacks, order: np.ndarray, row_offsets: np.ndarray, schema: pa.Schema, facts: PackedInfo
 ) -> Iterator[pa.RecordBatch]:
     """Rows, as many at a time as have BATCH_TOKENS. Pieces of a row are gathered as if they shared a pack."""
-    ends = np.cumsum(sequences.lengths[order], dtype=np.int64)[row_offsets[1:] - 1]  # of each row's tokens
+    ends = np.cumsum(sequences.lengths[order], dtype=np.int64)[row_offsets[1:] - 1]  # where each row's tokens end
     first = 0
     while first < len(ends):
         before = ends[first - 1] if first else 0

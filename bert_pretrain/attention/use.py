@@ -90,7 +90,7 @@ def load_attention(model: Model, checkpoint: str | Path) -> Model:
     if attention is None:
         raise ValueError(f"the config of {checkpoint} names no packed_attention; it was not saved with attention heads")
     use_attention(model, attention, **model.config.packed_attention_options)
-    # As in transformers: names have a prefix in the checkpoint of a task model, and none in that of a base model.
+    # Names have a prefix in the checkpoint of a task model, and none in that of a base model.
     prefix = f"{model.base_model_prefix}."
     own = {name.removeprefix(prefix): name for name in model.state_dict() if HEAD in name.split(".")}
     weights: dict[str, Tensor] = {}

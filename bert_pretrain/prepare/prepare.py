@@ -158,7 +158,7 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
         tokenizer.save_pretrained(folder / "tokenizer")
         (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
         configured = asdict(config)
-        del configured["num_proc"]  # which changes nothing
+        del configured["num_proc"]  # it changes nothing
         if config.text_column is None:
             del configured["text_column"]
         record = {"config": configured, "splits": {split: numbers.as_json() for split, numbers in summary.items()}}

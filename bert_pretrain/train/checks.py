@@ -25,7 +25,7 @@ from packing.files.saved import load_saved
 
 logger = logging.getLogger(__name__)
 
-READ_PACKS = 10_000  # at a time
+READ_PACKS = 10_000  # read at a time
 SAMPLED_PACKS = 2000
 """Packs whose tokens are compared with the tokenizer: spread over a split, read in a fraction of a second."""
 
@@ -34,7 +34,7 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
     """The packed training split and, where there is one, the test (or validation) split."""
     try:
         try:
-            loaded = load_packed(folder)  # what pack-dataset wrote, in either format, here or at a URL
+            loaded = load_packed(folder)  # Arrow or Parquet, here or at a URL
         except FileNotFoundError:
             loaded = load_saved(folder)  # a packed dataset that save_to_disk wrote
     except FileNotFoundError as error:

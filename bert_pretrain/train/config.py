@@ -68,7 +68,7 @@ class PretrainConfig:
         SEQUENCES_PER_STEP,
     )
     reassign: bool = _help(
-        "Pack the sequences anew in every epoch but the first: the same plan, other sequences together.", True
+        "Pack the sequences again in every epoch after the first: the same plan, other sequences together.", True
     )
     optimizer: str = _help(
         "adamw: what --optim says, fused AdamW where it exists. lamb: LAMB (arXiv 1904.00962), for steps of thousands "

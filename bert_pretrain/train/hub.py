@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of its client, whichever that is
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # its client's error: httpx or requests
 
 from collate import PackedTrainer
 from collate.training.hooks import overrides_trainer

@@ -19,7 +19,7 @@ from bert_pretrain.train.run_record import parameters_digest
 
 logger = logging.getLogger(__name__)
 
-READ_PACKS = 10_000  # at a time
+READ_PACKS = 10_000  # read at a time
 
 
 def longest_sequence(*splits: Dataset | None) -> int:

@@ -104,7 +104,7 @@ class Lamb(pytorch_optimizer.Lamb):
     ‖x‖ to go by: it moves by lr · u · (1 - β1^t) / √(1 - β2^t).
     """
 
-    clamp = math.inf  # of ‖x‖
+    clamp = math.inf  # limit of ‖x‖
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
         # weight_decouple=False: λ x is part of u; adam_debias=True: the library corrects nothing, step() does

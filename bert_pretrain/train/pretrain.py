@@ -68,7 +68,7 @@ def _pretrain(
     objective = checks.check_objective(config, train)
     freeze_unlearned(model, objective)
     output = Path(str(training.output_dir))
-    record = config_record(config, training)  # before set_batch, which cannot run twice
+    record = config_record(config, training)  # must precede set_batch, which cannot run twice
     sequences_per_step = set_batch(config, training, train)
     if training.ddp_find_unused_parameters is None and attends_fully(model):
         training.ddp_find_unused_parameters = False  # even a rank without packs uses all; looking costs time

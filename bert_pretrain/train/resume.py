@@ -31,7 +31,7 @@ def find_checkpoint(record: dict[str, dict] | None, training: TrainingArguments)
         if checkpoint is not None:
             _check_parts(checkpoint)
             _check_record(checkpoint, record)
-        if (folder / RUN_FILE).exists():  # with or without checkpoints
+        if (folder / RUN_FILE).exists():  # checkpoints may be missing
             _check_record(folder, record, "its model would be overwritten: give another output_dir, or delete this one")
         return None if checkpoint is None else os.fspath(checkpoint)
 

@@ -124,7 +124,7 @@ def run_record(
 
     Call it when sequences_per_step has become packs per step. It reads all of the data, so one rank does.
     """
-    packs = split_batches = None  # with sequences_per_step, packs of a step are the same on any number of devices
+    packs = split_batches = None  # sequences_per_step fixes a step's packs for any number of devices
     if config.batch_policy == "packs":
         packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
         split_batches = getattr(training.accelerator_config, "split_batches", None)
@@ -139,7 +139,7 @@ def run_record(
         "steps": {
             "packs_per_step": packs,
             "split_batches": split_batches,
-            "mixed_precision": training.mixed_precision,  # of accelerate launch, where training has none
+            "mixed_precision": training.mixed_precision,  # accelerate launch may set it, too
         },
         "dataset": dataset_contents(train=train, test=test),
         "tokenizer": tokenizer_contents(tokenizer),

@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 class _TiedTogether(TrainerCallback):
     """While FSDP cuts the model up, each layer is a part, and so are the embedding and the head together.
 
-    accelerate (1.15) puts the vocabulary projection beside the embedding whose weight it shares, but the bias that it
-    is tied to elsewhere. Then torch refuses: "shared with a parameter already managed by another group".
+    accelerate (1.15) puts the vocabulary projection beside the embedding that shares its weight. It puts the bias that
+    the projection shares elsewhere. torch refuses: "shared with a parameter already managed by another group".
     """
 
     def __init__(self, model: PackedBertForPreTraining):
         self.model, self.head = model, model.cls.predictions
-        self.head.__dict__["weight"] = self.head.decoder.weight  # by which accelerate knows that they are tied
+        self.head.__dict__["weight"] = self.head.decoder.weight  # accelerate sees that they are tied
         model.__dict__["get_output_embeddings"] = lambda: self.head
         model._no_split_modules = {"BertLayer"}  # BertEmbeddings would be a part of its own, and holds what is tied
 
@@ -103,7 +103,7 @@ class PretrainTrainer(SaysWhatFailed):
         # a notebook has neither callback: Trainer shows a table of its own there
         bar, printer = self.pop_callback(ProgressCallback), self.pop_callback(PrinterCallback)
         if bar is not None or printer is not None:
-            has_bar = bar is not None and sys.stderr.isatty()  # in a file a bar is debris
+            has_bar = bar is not None and sys.stderr.isatty()  # a bar is litter in a file
             self.add_callback(LinesAboveBar() if has_bar else LinesCallback())
 
     def _bound(self, collator: DataCollatorWithPacking, dataset: Any, is_training: bool) -> DataCollatorWithPacking:

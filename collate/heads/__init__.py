@@ -1,4 +1,4 @@
-"""Packed task heads: fine-tuning and inference of stock transformers models on packed rows.
+"""Packed task heads: fine-tuning and inference of stock transformers models on packs.
 
     model = AutoModelForSequenceClassification.from_pretrained(...)      # stays the stock model, and so its checkpoints
     task = task_for(model)                                               # decides the task, prepares the model

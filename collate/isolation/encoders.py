@@ -16,7 +16,7 @@ SUPPORTED = (
     *("gte", "jina_embeddings_v3", "modernbert", "nomic_bert", "roberta", "roberta-prelayernorm", "roc_bert"),
     *("xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
-"""Model types that are exact on packed rows: tests/collate/isolation runs each against its sequences alone."""
+"""Model types that are exact on packs: tests/collate/isolation runs each against its sequences alone."""
 
 _OWN_ATTENTION = "it computes attention itself and never calls the attention interface"
 REFUSED = {

@@ -54,7 +54,7 @@ class IsolateSequences:
         if sequence_ids.device.type == "cpu":
             _refuse_early_positions(sequence_ids, position_ids, start)
         elif not self.has_checked:
-            PackLayout.of(sequence_ids.cpu())  # which checks the ids
+            PackLayout.of(sequence_ids.cpu())  # this checks the ids
             _refuse_early_positions(sequence_ids, position_ids, start)
         self.has_checked = True
         return layout

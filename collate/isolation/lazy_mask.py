@@ -57,7 +57,7 @@ class LazyMask(Tensor):
             return _attend(*args, **kwargs or {})
         if function in WANT_MEMORY:
             args, kwargs = tree_map(_built, (args, kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():  # what is made of a mask is an ordinary tensor
+        with torch._C.DisableTorchFunctionSubclass():  # results are ordinary tensors, not masks
             return function(*args, **kwargs or {})
 
     @classmethod

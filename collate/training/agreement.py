@@ -38,7 +38,7 @@ def agreed(arguments: TrainingArguments, look: Callable[[], Found]) -> Found:
     if arguments.should_save:
         try:
             answers.append((look(), None))
-        except Exception as error:  # whatever it is, the others must hear of it
+        except Exception as error:  # the other ranks must hear of any error
             answers.append((None, error))
     answers = gather_object(answers)
     for _, raised in answers:

@@ -149,7 +149,7 @@ def publish(folder: Path, target: Path) -> None:
     sync(folder / MANIFEST)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync(path)
-    if target.exists():  # of the same step, but training resumed from another
+    if target.exists():  # an earlier run wrote this step, then training resumed before it
         _delete(target)
     os.rename(folder, target)
     sync(target.parent)
@@ -225,6 +225,6 @@ def _loads(file: Path) -> bool:
         else:
             with safe_globals():
                 torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # whatever a damaged file makes a reader raise
+    except Exception:  # a damaged file can make its reader raise anything
         return False
     return True

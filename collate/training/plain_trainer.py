@@ -181,8 +181,8 @@ def _check_head(model: nn.Module) -> None:
     stock = _stock(model)
     if not any(parent.__name__.endswith(HEADS_OF_TOKENS) for parent in type(stock).__mro__):
         raise ValueError(
-            f"{type(stock).__name__} makes one prediction per row, or reads the row as one sequence, but a packed row "
-            "is several; use collate.PackedTrainer, whose heads read sequences"
+            f"{type(stock).__name__} makes one prediction per row, or reads the row as one sequence, but a pack "
+            "holds several; use collate.PackedTrainer, whose heads read sequences"
         )
 
 

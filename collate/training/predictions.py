@@ -144,7 +144,7 @@ class EvaluatesSequences(TakesOwnLoss):
         if self._override is None or not has_sequences(inputs):
             return self.task(model, inputs), nothing
         counts = self.task.count(inputs)
-        if len(counts) and not counts.any():  # as in training, there is no loss without labels
+        if len(counts) and not counts.any():  # no labels, no loss: training does the same
             return self.task(model, inputs), nothing
         seen = SeenModel(self.task, model, inputs, counts, ranks=1)
         loss = loss_by(self._override, seen, type(self).__name__, needs_count=False).detach().double()

@@ -75,7 +75,7 @@ class SaveOnSignal(TrainerCallback):
         if args.world_size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")
         if train_dataloader is not None:
-            loader = getattr(train_dataloader, "base_dataloader", train_dataloader)  # what accelerate wraps
+            loader = getattr(train_dataloader, "base_dataloader", train_dataloader)  # accelerate wraps the loader
             loader.worker_init_fn = _WorkersStay(loader.worker_init_fn, self._is_over)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -112,4 +112,4 @@ class _WorkersStay:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.is_over.item():
-            os._exit(0)  # like torch's own handler where the parent ends its workers; otherwise that would be a failure
+            os._exit(0)  # torch's handler does so, too, when the parent ends its workers; else it looks like a failure

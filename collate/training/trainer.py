@@ -58,7 +58,7 @@ class PackedTrainer(EvaluatesSequences):
         self._refuse_unsupported()
         self.task = self._find_task(self.model)
         self._train_sums = RunningSums()
-        self._no_objective = {"num_input_tokens_seen"}  # which Trainer.log adds; evaluations add ours
+        self._no_objective = {"num_input_tokens_seen"}  # Trainer.log adds it; evaluations add ours
         self._progress = PackingProgress()
         self.add_callback(self._progress)
         # compute_loss divides by the step's counts, and Trainer must not divide again; an override may say otherwise
@@ -126,7 +126,7 @@ class PackedTrainer(EvaluatesSequences):
             of_batch = torch.cat([count_packs(batch), filled[None], self.task.count(batch)]).to(device)
             counts = of_batch if counts is None else counts + of_batch
         counts = self.accelerator.reduce(counts, "sum")
-        self._progress.add(counts[[0, 1, 4, 2]].long())  # beside denominators that are sums of weights
+        self._progress.add(counts[[0, 1, 4, 2]].long())  # floats, because denominators are sums of weights
         self._step_counted(counts[:4], counts[5:])
         return counts[5:]
 
@@ -136,7 +136,7 @@ class PackedTrainer(EvaluatesSequences):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._train_sums.total is not None:
             metrics = self.task.metrics(self.accelerator.reduce(self._train_sums.take(), "sum").cpu())
-            del metrics["sequences"], metrics["tokens"]  # since the last log; the log shows all of them
+            del metrics["sequences"], metrics["tokens"]  # these count from the last log; the log shows totals
             logs = metrics | self._progress.seen(self.state.global_step) | self._progress.since_last_log() | logs
         if logs.get("train_runtime"):  # Trainer's samples are packs
             logs["train_samples_per_second"] = round(self._progress.in_this_run / logs["train_runtime"], 3)

@@ -142,7 +142,7 @@ def refuse_others(folder: Path, names: Iterable[str] | None = None) -> None:
         is_ours = is_folder and (wanted is None or path.name in wanted or is_unfinished)
         if path.is_symlink() or not is_ours or not (path.is_dir() or path.is_file()):
             what = f"{str(path)!r} was not put there by this packing, and would be part of the output"
-            raise NotOurs(f"{what}; move it away, or remove {str(folder)!r} to start anew")
+            raise NotOurs(f"{what}; move it away, or remove {str(folder)!r} to start over")
 
 
 def count_shards(folder: Place) -> int:
@@ -191,7 +191,7 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         with writing_errors(target):
             _lock_beside(stack, target, target)
             folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)  # what has its name by then is not there
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)  # a folder that was renamed is not there
         os.umask(umask := os.umask(0))
         folder.chmod(0o777 & ~umask)  # mkdtemp keeps others out
         yield folder

@@ -79,7 +79,7 @@ class HashedFile:
         (os.replace if os.name == "nt" else os.rename)(self._unfinished, self.path)
         sync(self.path.parent)
 
-    def tell(self) -> int:  # as Arrow wants it
+    def tell(self) -> int:  # Arrow asks for it
         return self.size
 
     def flush(self) -> None:

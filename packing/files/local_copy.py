@@ -90,7 +90,7 @@ def _find(fs: fsspec.AbstractFileSystem, path: str, wanted: Wanted) -> tuple[str
                 fs.info(path)
     root += "/"
     found = {name: info for name, info in found.items() if info.get("type") == "file" and is_file_in(root, name)}
-    files = {checked_path(name.removeprefix(root), root): info for name, info in found.items()}  # of an archive, say
+    files = {checked_path(name.removeprefix(root), root): info for name, info in found.items()}  # an archive's, say
     if path not in found:
         chosen = wanted({name for name in files if not is_hidden(name)})
         files = {name: info for name, info in files.items() if name in chosen}

@@ -33,7 +33,7 @@ fcntl, msvcrt = _module("fcntl"), _module("msvcrt")
 TRIES = 100  # a holder that ends takes its file along: so often another one may have been first
 PAUSE = 0.05  # seconds between two looks, where the system cannot wait
 FAR = 0x7FFF0000  # msvcrt locks bytes, and nobody may read those: this one lies behind all data
-HOLDER_BYTES = 300  # of the line that says who holds it
+HOLDER_BYTES = 300  # the longest line that names the holder
 LOOK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # no link is followed, no pipe is waited for
 
 
@@ -51,7 +51,7 @@ def held(path: Path, wait: bool = False) -> Iterator[None]:
     finally:
         if descriptor in _own:  # a forked process has closed it
             _own.discard(descriptor)
-            with suppress(OSError):  # before it is free: whoever waits for this file sees that it has gone
+            with suppress(OSError):  # delete it, then free it: those who wait see that it has gone
                 path.unlink()
             os.close(descriptor)
             if msvcrt is not None:  # Windows keeps a file that is open

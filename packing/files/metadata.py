@@ -36,7 +36,7 @@ def read_json(path: Place) -> object:
         check_is_file(path)
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise ValueError(f"{str(path)!r} has {size:,} bytes, and {MAX_BYTES:,} are read at most; make it anew")
+        raise ValueError(f"{str(path)!r} has {size:,} bytes, and {MAX_BYTES:,} are read at most; make it again")
     return parse_json(path.read_bytes(), repr(str(path)))
 
 
@@ -47,14 +47,14 @@ def parse_json(text: str | bytes, what: str) -> object:
     except RecursionError:
         raise ValueError(_too_deep(what)) from None
     except ValueError as error:
-        raise ValueError(f"{what} is damaged: it is no JSON ({error}); make it anew") from None
+        raise ValueError(f"{what} is damaged: it is no JSON ({error}); make it again") from None
     if _is_deeper(value, MAX_DEPTH):
         raise ValueError(_too_deep(what))
     return value
 
 
 def _too_deep(what: str) -> str:
-    return f"{what} is damaged: it nests more than {MAX_DEPTH} lists or objects in each other; make it anew"
+    return f"{what} is damaged: it nests more than {MAX_DEPTH} lists or objects in each other; make it again"
 
 
 def _is_deeper(value: object, depth: int) -> bool:

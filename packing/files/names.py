@@ -25,14 +25,14 @@ KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a soc
 def checked_name(name: object, said_by: object) -> str:
     """The name of one file or folder. Raises ValueError, with the file that says it, for what would lead elsewhere."""
     if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\:\0"):
-        raise ValueError(f"{str(said_by)!r} names {name!r}, which is no name of a file inside its folder; make it anew")
+        raise ValueError(f"{str(said_by)!r} names {name!r}, which is no file inside its folder; make it again")
     try:
         length = len(name.encode())
     except UnicodeEncodeError:
         length = None
     if length is None or length > LONGEST:
         what = f"{str(said_by)!r} names {name[:40]!r}…, which no file can be called"
-        raise ValueError(f"{what}: a name has {LONGEST} bytes of UTF-8 at most; make it anew")
+        raise ValueError(f"{what}: a name has {LONGEST} bytes of UTF-8 at most; make it again")
     return name
 
 

@@ -65,7 +65,7 @@ def _local(path: str | os.PathLike) -> Path:
     if isinstance(path, PurePath) and (found := re.match(r"([a-z][a-z0-9+]+):/", str(path))):
         from fsspec import available_protocols
 
-        if found[1] in available_protocols():  # what is left of s3://bucket
+        if found[1] in available_protocols():  # Path made this of s3://bucket
             raise ValueError(f"{str(path)!r} was a URL before Path took a slash away; give the URL as a string")
     return Path(path)
 

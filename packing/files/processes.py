@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-TASKS_AHEAD = 4  # for each process, before results are asked for: none is idle, and not all tasks are held
+TASKS_AHEAD = 4  # tasks given to each process in advance: none is idle, and few tasks are held
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

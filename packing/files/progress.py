@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import auto, std
 
-SECONDS = 60.0  # between two lines
+SECONDS = 60.0  # wait this long after each line
 
 
 def progress_bar(*arguments: Any, **options: Any) -> std.tqdm:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 DICT, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 NO_VIEW: dict = {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
-SPLIT = re.compile(r"\w+(\.\w+)*")  # as datasets has it
-MOST_CLASSES = 1 << 20  # of a ClassLabel that has no names: datasets makes some
+SPLIT = re.compile(r"\w+(\.\w+)*")  # the pattern of datasets
+MOST_CLASSES = 1 << 20  # datasets makes up names for a ClassLabel that has none
 
 
 def load_saved(folder: str | os.PathLike) -> datasets.Dataset | datasets.DatasetDict:
@@ -41,7 +41,7 @@ def load_saved(folder: str | os.PathLike) -> datasets.Dataset | datasets.Dataset
 
 
 def check_saved(folder: Path) -> None:
-    """Raise ValueError where load_from_disk would follow a name out of the folder, or come to no end."""
+    """Raise ValueError where load_from_disk would follow a name out of the folder, or never finish."""
     if (folder / STATE).exists() and (folder / INFO).exists():  # then load_from_disk looks at no dataset_dict.json
         for name in state_shards(read_state(folder), folder / STATE):
             file_in(folder, name, folder / STATE)
@@ -126,7 +126,7 @@ def read_info(folder: Place) -> datasets.DatasetInfo:
         if not isinstance(info.description, str):
             raise ValueError("its description is no text")
         info.features.arrow_schema  # noqa: B018 raises where a type is none
-    except Exception as error:  # whatever a damaged file leads its reader to
+    except Exception as error:  # a damaged file can make its reader raise anything
         raise ValueError(f"{str(path)!r} is damaged: {_reason(error)}") from None
     return info
 
@@ -137,7 +137,7 @@ def stream_schema(file: Path) -> pa.Schema:
         with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as reader:
             return reader.schema
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{str(file)!r} is damaged: {_reason(error)}; make it anew") from None
+        raise ValueError(f"{str(file)!r} is damaged: {_reason(error)}; make it again") from None
 
 
 def schema_features(schema: pa.Schema) -> datasets.Features:
@@ -149,7 +149,7 @@ def schema_features(schema: pa.Schema) -> datasets.Features:
         if notes is not None:
             refuse_many_classes(parse_json(notes, "what datasets notes in its head"))
         return datasets.Features.from_arrow_schema(schema)
-    except Exception as error:  # as above
+    except Exception as error:  # the same here
         raise ValueError(f"its columns cannot be read: {_reason(error)}") from None
 
 

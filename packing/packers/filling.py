@@ -38,7 +38,7 @@ def fill_slots(slots: Mapping[Strategy, int], left: np.ndarray) -> Packs:
 
     {(3, 3): 2} with left = {3: 1, 2: 2} -> {(2, 3): 1, (2,): 1}
     """
-    below = np.arange(len(left)) - 1  # where to look for a length when this one is used up; shortened on the way
+    below = np.arange(len(left)) - 1  # look there next when a length is used up; paths get shorter on the way
     most = len(slots) + 2 * np.count_nonzero(left)  # a content ends a strategy, or all but ends a length
     return as_packs(*_fill_slots(*_as_arrays(slots), left, below, most))
 

@@ -139,7 +139,7 @@ class Search:
             apart += taken
             if apart >= APART:
                 break
-        return +kept  # without those that have no pack left
+        return +kept  # + drops strategies that have no pack left
 
     def run_coarsely(self) -> None:
         """Step 5. What fits in coarser units, rounded up, fits; what does not fit, rounded down, does not."""

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from packing.source.token_column import is_list
 
-REFUSALS = (pa.ArrowException, TypeError, ValueError, OverflowError)  # what pyarrow raises; UnicodeError among them
+REFUSALS = (pa.ArrowException, TypeError, ValueError, OverflowError)  # UnicodeError is a ValueError
 
 # Arrow type -> Python types of values that it holds unchanged, or that pyarrow refuses by itself.
 ALWAYS_HELD = (

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS = 1 << 12  # hashed by themselves, so that several threads may; part of what a fingerprint is
 DIGEST_BYTES = 16
-GATHERED_TOKENS = 1 << 20  # where rows lie apart, tokens are gathered so many at a time
+GATHERED_TOKENS = 1 << 20  # gathered at a time, if rows lie apart
 
 DigestBlock = Callable[[int, int], tuple[bytes, int]]
 Result = TypeVar("Result")
@@ -138,7 +138,7 @@ def _digest_blocks(digest_block: DigestBlock, num_rows: int, threads: int) -> tu
 def _block_digester(column: pa.ChunkedArray, rows: np.ndarray | None, files: SourceFiles) -> DigestBlock:
     """(first, end) -> digest of these rows, bytes. How they are hashed follows from these rows alone: others may be in
     another file, or read on another machine."""
-    # Without its name, by which word ids with None would be no numbers: blocks that have none of them are.
+    # A name would say that word ids hold None and are no numbers; in blocks without None they are numbers.
     opened = open_lists("", column, rows) if is_list(column.type) else None
     tokens = opened if opened is not None and opened.is_numbers else None
     nulls_somewhere = column.null_count or (tokens is not None and any(c.values.null_count for c in column.chunks))

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-FORM = 1  # of converted files; another one is another key
-BATCH_ROWS, BATCH_BYTES = 100_000, 1 << 26  # of a file that is converted, at a time at most
+FORM = 1  # part of the key of converted files: change it when their form changes
+BATCH_ROWS, BATCH_BYTES = 100_000, 1 << 26  # the most to convert at a time
 CSV_BLOCK = 1 << 26  # bytes read at a time; a row must fit into them
 NUMBERS = (
-    ("int64", r"^-?(0|[1-9][0-9]{0,17})$"),  # as Python writes it: 007 is text
+    ("int64", r"^-?(0|[1-9][0-9]{0,17})$"),  # Python writes it like this: 007 is text
     ("float64", r"^-?(0|[1-9][0-9]{0,14})(\.[0-9]+)?([eE][-+]?[0-9]{1,3})?$"),  # more digits before the point are text
 )
 
@@ -97,7 +97,7 @@ def open_files(
     features, files = _common_features(schemas), [file for file, _ in schemas]
     if all(map(format.is_mapped, files)):
         rows = datasets.concatenate_datasets([_map_stream(file) for file in files])
-    else:  # into an Arrow stream that is kept, under what the system says of the files
+    else:  # convert once, to an Arrow stream; its key is what the system says about the files
         key = key_of(FORM, format.words, [file.stamp() for file in files], str(features))
         rows = kept_rows(key, lambda folder: format.write(files, folder / "rows.arrow", features), cache)
     return datasets.Dataset(rows.data, info=datasets.DatasetInfo(features=rows.features), fingerprint=rows._fingerprint)

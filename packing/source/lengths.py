@@ -200,12 +200,12 @@ READERS = {".txt": _read_text, ".csv": _read_csv, ".json": _read_json, ".npy": _
 
 def _load_numbers(path: Path, **form: Any) -> np.ndarray:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the file is empty: said by whoever counts
+        warnings.simplefilter("ignore", UserWarning)  # an empty file is an error of its own
         return np.loadtxt(path, np.int64, encoding="utf-8-sig", **form)
 
 
 def _from_counts(table: ArrayLike) -> np.ndarray:
-    """(lengths, 2) of length, count -> histogram. A length that is listed twice is added up."""
+    """(n, 2) lengths and their counts -> histogram. If a length stands there twice, its counts add up."""
     array = np.asarray(table)
     if not array.size:
         raise ValueError("it counts no sequence")

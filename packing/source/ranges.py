@@ -30,7 +30,7 @@ from packing.source.token_ids import read_checked
 if TYPE_CHECKING:
     import datasets
 
-RANGE_BYTES = 500_000_000  # of the source in a range, more or less
+RANGE_BYTES = 500_000_000  # roughly, the size of a range of the source
 NOTHING = np.empty(0, np.int32)
 
 

@@ -110,7 +110,7 @@ def read_source(
     table, rows, files = dataset.data, chosen_rows(dataset), SourceFiles.of(dataset)
     for name in table.column_names:
         files.check()
-        if name != INPUT_IDS:  # whose rows are looked at one by one
+        if name != INPUT_IDS:  # its rows are checked one by one
             refuse_broken(name, table.column(name))
     input_ids = read_lists(INPUT_IDS, table.column(INPUT_IDS), rows)
     lengths = _read_lengths(input_ids)
@@ -157,7 +157,7 @@ def check_source(dataset: datasets.Dataset) -> None:
         raise SourceError(what, cure="pack its source instead")
     taken = [name for name in RESERVED if name in columns]
     if taken:
-        raise SourceError("has a reserved name: packing makes it anew", column=taken[0], cure="remove or rename it")
+        raise SourceError("has a reserved name: packing makes this column", column=taken[0], cure="remove or rename it")
     if INPUT_IDS not in columns:
         what = f"no column 'input_ids' among {', '.join(columns) or 'no columns'}"
         raise SourceError(what, cure="tokenize before packing")

@@ -19,7 +19,7 @@ from packing.source.rows import Source, closing_token
 
 ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
 
-DONE = {"truncate": "truncated", "split": "split", "drop": "dropped"}  # to rows that do not fit
+DONE = {"truncate": "truncated", "split": "split", "drop": "dropped"}  # the word for rows that did not fit
 
 CHOICES = 'overlong="truncate", overlong="split" or overlong="drop"'
 

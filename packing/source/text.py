@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Types of what tokenizers give. Whatever it is not in here is no column of tokens, or is not wanted.
 TYPES = {"input_ids": "int32", "token_type_ids": "int8"}
-FIELDS = {"input_ids": "ids", "token_type_ids": "type_ids"}  # of tokenizers.Encoding
+FIELDS = {"input_ids": "ids", "token_type_ids": "type_ids"}  # attributes of tokenizers.Encoding
 
 # Noncharacters of Unicode, which are for a program's own use and stand in no text.
 MARK = "\ufdd0\ufdd1\ufdd0"

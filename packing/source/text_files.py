@@ -56,7 +56,7 @@ class TextBlock(NamedTuple):
     source: NamedFile | TextRows
     start: int  # bytes of a file, or rows
     end: int
-    num_bytes: int  # about how much text it is
+    num_bytes: int  # roughly the amount of text
     newline: bytes = b"\n"  # ends a line of a file; a return before it is white space
 
 
@@ -152,7 +152,7 @@ def _file_blocks(file: NamedFile, documents: str) -> Iterator[TextBlock]:
     size = file.path.stat().st_size
     with file.path.open("rb") as stream:
         head = stream.read(WINDOW_BYTES)
-        head += stream.read(1) if head.endswith(b"\r") else b""  # which may be half of a line end
+        head += stream.read(1) if head.endswith(b"\r") else b""  # a line end may have been cut in half
         newline = b"\r" if b"\r" in head and b"\n" not in head else b"\n"  # lines of old Macs end in a return alone
         line_end = newline if documents == "line" else newline + rb"[ \t\r]*" + newline
         start, step = 0, size if documents == "file" else BLOCK_BYTES

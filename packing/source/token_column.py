@@ -86,7 +86,7 @@ class TokenColumn:
             block = TokenRows(first, *self.find(np.arange(first, min(first + BLOCK_ROWS, self.num_rows))))
             if block.lengths.min() < 0:
                 row, what = first + int(np.argmin(block.lengths)), "is damaged: its offsets lead out of its tokens"
-                raise SourceError(what, column=self.name, row=row, cure="make the file anew")
+                raise SourceError(what, column=self.name, row=row, cure="make the file again")
             yield block
 
     @property
@@ -173,13 +173,13 @@ def refuse_broken(name: str, column: pa.ChunkedArray) -> None:
         raise SourceError(what, column=name, cure=cure) from None
     first = 0
     for chunk in column.chunks:
-        # As bytes: whether they are text need not be known, and would have all of them read.
+        # Bytes are enough: to check that they are text, Arrow would read them all.
         plain = _as_bytes(chunk.type)
         try:
             (chunk.view(plain) if plain != chunk.type else chunk).validate(full=True)
         except pa.ArrowException as error:
             rows = f"rows {first} to {first + len(chunk) - 1} of its files"
-            raise SourceError(f"is damaged in {rows}: {error}", column=name, cure="make the file anew") from None
+            raise SourceError(f"is damaged in {rows}: {error}", column=name, cure="make the file again") from None
         first += len(chunk)
 
 
@@ -269,7 +269,7 @@ def list_array(offsets: np.ndarray, values: pa.Array, type_: pa.DataType) -> pa.
 class Values:
     """A column that is no list of numbers, or the tokens of one: its chunks, and where each begins.
 
-    bounds: (chunks + 1,) kept, as to count them anew each time would take longer than to copy some rows.
+    bounds: (chunks + 1,) kept, because counting them each time would take longer than copying some rows.
     """
 
     chunks: list[pa.Array]

@@ -18,7 +18,7 @@ from packing.source.rows import Source, read_source
 if TYPE_CHECKING:
     import datasets
 
-ROWS_PER_THREAD = 1 << 14  # of ids that are looked at: for fewer a thread is not worth its start
+ROWS_PER_THREAD = 1 << 14  # a thread is not worth its start for fewer
 
 
 def read_checked(
@@ -48,7 +48,7 @@ def refuse_foreign_ids(source: Source) -> None:
             tokens = input_ids.numbers()[begins[row] : begins[row] + source.kept[block.rows][row]]
             place = int(np.argmax((tokens < 0) | (tokens >= least)))
             what = f"has the token id {tokens[place]} (its token {place}); ids are from 0 to 2**31 - 1"
-            cure = "tokenize anew, or leave the row out (if it marks padding, give it as pad_token_id)"
+            cure = "tokenize again, or leave the row out (if it marks padding, give it as pad_token_id)"
             raise SourceError(what, row=block.first + row, cure=cure)
 
 

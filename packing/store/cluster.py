@@ -36,9 +36,9 @@ from packing.store.shards import ShardRecord, ShardTask, write_shard
 if TYPE_CHECKING:
     import datasets
 
-RETRIES = 3  # of one task, after its worker has died or the file system has failed
-TASKS_PER_CPU = 2  # at work or waiting: no worker waits for the driver, which keeps no more indices than that
-END_SECONDS = 60  # that tasks have to leave off
+RETRIES = 3  # a task runs again if its worker dies or the file system fails
+TASKS_PER_CPU = 2  # at work or waiting: no worker idles, and the driver keeps few indices
+END_SECONDS = 60  # tasks have this long to stop
 SAMPLED = 256  # rows by which a worker knows the source
 
 Advance = Callable[[int], None]
@@ -135,10 +135,10 @@ def _map_rows(ray: Any, ranges: Sequence[tuple[int, int]], arguments: dict) -> I
     rows = ray.data.from_arrow([pa.table({"first": [first], "end": [end]}) for first, end in ranges])
     rows.context.enable_progress_bars = False  # there is ours
     options = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": 1, "fn_kwargs": arguments}
-    if "ray_remote_args" in inspect.signature(rows.map_batches).parameters:  # before 2.64
+    if "ray_remote_args" in inspect.signature(rows.map_batches).parameters:  # older than 2.64
         options["max_retries"] = RETRIES
     with warnings.catch_warnings(), _quiet("ray.data"):
-        warnings.simplefilter("ignore")  # of its own future
+        warnings.simplefilter("ignore")  # Ray warns about its own future
         try:
             found = rows.map_batches(_read, **options)
             yield from found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
@@ -152,7 +152,7 @@ def _map_rows(ray: Any, ranges: Sequence[tuple[int, int]], arguments: dict) -> I
 def _quiet(name: str) -> Iterator[None]:
     logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # what is wrong is raised
+    logger.setLevel(logging.CRITICAL)  # errors are raised, so no log is needed
     try:
         yield
     finally:
@@ -173,7 +173,7 @@ def write_on_ray(
 
     with connection():
         write = ray.remote(_write).options(num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError])
-        # in a list: whoever unpacks it asks for the dataset, which a worker does once
+        # a list keeps it packed: a worker asks for the dataset once
         shared, key = [ray.put((source, tuple(token_columns)))], secrets.token_hex(8)
         waiting: list[Any] = []
         try:
@@ -218,7 +218,7 @@ def _end(ray: Any, waiting: list) -> None:
 
 # In the workers
 
-_opened: tuple[str, object] = "", None  # of the last run that this worker worked for
+_opened: tuple[str, object] = "", None  # key and source of this worker's last run
 
 
 def _open(source: list, key: str, prepare: Callable[..., Any]) -> Any:
@@ -229,7 +229,7 @@ def _open(source: list, key: str, prepare: Callable[..., Any]) -> Any:
 
         try:
             shared, *others = ray.get(source[0])
-        except ray.exceptions.RaySystemError as error:  # in this form comes what opening its files has raised
+        except ray.exceptions.RaySystemError as error:  # Ray wraps errors of opening its files like this
             raise OSError(f"the source cannot be opened: {str(error).splitlines()[0]}") from None
         _opened = key, prepare(shared.open(), *others)
     return _opened[1]
@@ -240,7 +240,7 @@ def _read(rows: pa.Table, source: list, key: str) -> pa.Table:
     try:
         dataset, reading = _open(source, key, lambda *found: found)
         return to_arrow(read_range(dataset, reading, first, end))
-    except (OSError, ValueError) as error:  # ValueError: it cannot be opened; of rows, read_range says what is wrong
+    except (OSError, ValueError) as error:  # ValueError: it cannot be opened; read_range reports faults of rows
         return to_arrow(RangeLost(first, end - first, str(error)))
 
 

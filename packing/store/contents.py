@@ -32,9 +32,9 @@ from packing.store.shards import check_parquet, gather_packs
 BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
 BATCH_BYTES = 1 << 27  # or so many bytes, where other columns are wide (images)
 ROW_GROUPS = 8  # times as many: a row group of Parquet is read as a whole, so it is larger
-SHARD_BYTES = 500_000_000  # of a file, more or less; before Parquet makes it smaller
-FACTS_BYTES = 1 << 24  # in a Parquet file's head
-# what DatasetInfo says about the files of the source
+SHARD_BYTES = 500_000_000  # a file's size, roughly, before Parquet compresses it
+FACTS_BYTES = 1 << 24  # the most in a Parquet file's head
+# DatasetInfo says these about the files of the source
 SIZES = "download_size", "post_processing_size", "dataset_size", "size_in_bytes"
 OF_SOURCE_FILES = "supervised_keys", "splits", "download_checksums", *SIZES
 

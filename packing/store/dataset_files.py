@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import datasets
 
 ARROW, PARQUET = ".arrow", ".parquet"
-ENDINGS = {"arrow": ARROW, "parquet": PARQUET}  # of each format in options.FORMATS
-SHARD_BYTES = 500_000_000  # of a shard of write_dataset
+ENDINGS = {"arrow": ARROW, "parquet": PARQUET}  # one a format in options.FORMATS
+SHARD_BYTES = 500_000_000  # a shard of write_dataset, roughly
 
 
 def shard_names(count: int, ending: str = ARROW) -> list[str]:
@@ -69,7 +69,7 @@ def write_dataset(
     for batch in batches:
         write_batches(into / f"{count}{ARROW}", info.features.arrow_schema, _one_shard(batch, batches))
         count += 1
-    names = shard_names(count)  # how many there are is known now
+    names = shard_names(count)  # their names hold the count
     for i, name in enumerate(names):
         (into / f"{i}{ARROW}").rename(into / name)
     for name, data in state_files(names, info, key(), split).items():

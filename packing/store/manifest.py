@@ -36,7 +36,7 @@ from packing.store.shards import ShardRecord
 
 FORMAT = "dataset-packing manifest 1"
 FILE = "manifest.json"
-MOST = 2**62  # of anything: sums fit into 64 bits
+MOST = 2**62  # the largest count of anything: sums fit into 64 bits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ def _refuse_other_splits(folder: Place, splits: list[str]) -> None:
     """A folder that was started with other splits would end with theirs in it, too; "" is a dataset without splits."""
     found = [path.parent.name if path.parent != folder else "" for path in folder.rglob(FILE)]
     if other := sorted(set(found) - set(splits)):
-        cure = f"give the source that it was started with, or remove {str(folder)!r} to start anew"
+        cure = f"give the source that it was started with, or remove {str(folder)!r} to start over"
         what = f"it had {_splits(other)}, and now there is {_splits(splits)}"
         raise ValueError(f"cannot resume the packing in {str(folder)!r}: {what}; {cure}")
     if isinstance(folder, Path) and splits != [""]:
@@ -124,7 +124,7 @@ def start(packing: Packing, folder: Place) -> Manifest:
 
 def _resumed(manifest: Manifest, folder: Place) -> Manifest:
     """The manifest of a folder that a packing with this manifest may resume."""
-    cure = f"give the options and the source that it was started with, or remove {str(folder)!r} to start anew"
+    cure = f"give the options and the source that it was started with, or remove {str(folder)!r} to start over"
     try:
         found = read_manifest(folder)
     except ValueError as error:
@@ -158,7 +158,7 @@ def write_packs(packing: Packing, manifest: Manifest, folder: Place, progress: b
                 for record in written:
                     records[record.file] = record
         except (SourceChangedError, ChildProcessError):  # or a process that read behind a file's end
-            _refuse_changed_source(packing, folder)  # with the folder that can no longer be resumed
+            _refuse_changed_source(packing, folder)  # it also deletes the folder, which cannot be resumed
             raise
     finish(packing, manifest, folder, [records[file] for file in packing.shard_files])
 
@@ -168,7 +168,7 @@ def finish(packing: Packing, manifest: Manifest, folder: Place, records: list[Sh
 
     At a URL the folder has its name already, so the file without which it is no dataset comes last."""
     _refuse_changed_source(packing, folder)
-    _remove_unfinished(folder)  # by workers that died, and whose task another one did
+    _remove_unfinished(folder)  # workers that died left them; others did their tasks
     for record in records:
         _check_record(record, folder)
     split = None if packing.dataset.split is None else str(packing.dataset.split)

@@ -201,7 +201,7 @@ def _listed_shards(path: Place, findings: Findings) -> list[str]:
         return sorted(file.name for file in path.glob("data-*.arrow"))
     for name in shards:
         with findings.reading(name):
-            if not file_in(path, name, STATE).exists():  # at a URL
+            if not file_in(path, name, STATE).exists():  # a URL has none
                 raise FileNotFoundError
     return shards
 
@@ -214,7 +214,7 @@ def _readable_batches(file: Place, findings: Findings) -> Iterator[pa.RecordBatc
                 _ = batch.schema.names  # raises where a name is no text
                 batch.validate(full=True)
                 yield batch
-    except Exception as error:  # whatever a damaged file leads its reader to
+    except Exception as error:  # a damaged file can make its reader raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         findings.add("files", f"cannot be read further: {reason[:200]}", file=file.name)
 

@@ -31,7 +31,7 @@ from packing.verify.findings import Findings
 
 LENGTHS, INDICES, STARTS = "sequence_lengths", "sequence_indices", "sequence_starts"
 PER_SEQUENCE = ("local_packs", "packs", "slots", "positions", "lengths", "rows", "begins")
-PIECE = ("rows", "begins", "lengths", "packs", "slots")  # what is kept of each piece of a row that was split
+PIECE = ("rows", "begins", "lengths", "packs", "slots")  # kept for each piece of a split row
 SEEN_BYTES = 1 << 17  # bytes of the rows that have been seen, looked at together
 ADDED = {LENGTHS: pa.int32(), INDICES: pa.int64(), STARTS: pa.int32()}
 

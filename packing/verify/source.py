@@ -34,7 +34,7 @@ def source_check(
         source = read_source(dataset, facts.token_columns, padding)
         sequences = cut_sequences(source, facts.max_sequence_length, facts.overlong)
     except (ValueError, TypeError) as error:
-        findings.add("source", f"this source cannot have been packed so: {error}")
+        findings.add("source", f"packing would refuse this source: {error}")
         return None
     check = SourceCheck(source, facts, findings, sequences)
     check.choose_columns(dataset.features, packed)
@@ -49,13 +49,13 @@ class SourceCheck:
 
     def __init__(self, source: Source, facts: PackedInfo, findings: Findings, sequences: Sequences):
         self.source, self.facts, self.findings = source, facts, findings
-        self._names: list[str] = []  # of the columns that can be compared
+        self._names: list[str] = []  # the columns that can be compared
         self._row_columns: dict[str, TokenColumn | None] = {}  # None: they are no runs of numbers
         self._keeps_closing = facts.overlong == "truncate" and sequences.ends is not None
         overlong = tuple(sequences.overlong_rows.tolist())
         if overlong != facts.overlong_rows:
             other = sorted({*overlong} ^ {*facts.overlong_rows})
-            what = f"rows with more than {facts.max_sequence_length} tokens are others than the packs' facts list"
+            what = f"rows with more than {facts.max_sequence_length} tokens are not the ones that the packs' facts list"
             findings.add("source", what, row=other[0], found=len(overlong), expected=len(facts.overlong_rows))
         counts = {"source_rows": source.num_rows, "overlong_tokens": sequences.overlong_tokens}
         counts |= {"trimmed_rows": source.trimmed_rows, "trimmed_tokens": source.trimmed_tokens}

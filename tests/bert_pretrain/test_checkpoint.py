@@ -147,7 +147,7 @@ def test_names_that_lead_out_of_a_checkpoint(tmp_path, name):
     files = dict(manifest["files"])
     files[name] = files.pop("a.safetensors")
     (checkpoint / MANIFEST).write_text(json.dumps({"files": files}))
-    with pytest.raises(DamagedCheckpoint, match="which is no name of a file inside its folder"):
+    with pytest.raises(DamagedCheckpoint, match="which is no file inside its folder"):
         check_checkpoint(checkpoint)
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     (checkpoint / MANIFEST).unlink()

@@ -404,7 +404,7 @@ def test_unpacked_rows_lose_their_padding(tokenizer):
 
 
 def test_a_packed_row_is_never_taken_for_one_sequence(tokenizer):
-    """Plain Trainer strips sequence_lengths from packed rows, so rows count as unpacked only if the caller says so."""
+    """Plain Trainer strips sequence_lengths from packs, so rows count as unpacked only if the caller says so."""
     with pytest.raises(ValueError, match=r"no 'sequence_lengths', only.*remove_unused_columns=False"):
         DataCollatorWithPacking(tokenizer)([{"input_ids": [2, 8, 3, 2, 9, 3]}])
     with pytest.raises(ValueError, match="rows are packed: they have sequence_lengths"):

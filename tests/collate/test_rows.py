@@ -125,7 +125,7 @@ def test_packed_rows_have_no_masked_tokens(tokenizer):
     row = {"input_ids": [2, 8, 3, 2, 9, 3], "sequence_lengths": [3, 3], "attention_mask": [1] * 6}
     collate = DataCollatorWithPacking(tokenizer, mlm_probability=None)
     assert collate([row])["input_ids"].tolist() == [row["input_ids"]]
-    with pytest.raises(ValueError, match="the packed rows have an attention_mask with zeros"):
+    with pytest.raises(ValueError, match="the packs have an attention_mask with zeros"):
         collate([row | {"attention_mask": [1, 1, 1, 1, 0, 1]}])
 
 

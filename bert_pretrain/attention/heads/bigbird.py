@@ -85,7 +85,7 @@ class BigBirdAttention(PatternAttention):
 
     def longest_whole(self) -> int:
         keys_per_query = (2 * self.options.window + 1 + self.options.random_blocks) * self.options.block
-        return 2 * keys_per_query  # about where the two cost the same
+        return 2 * keys_per_query  # here the two cost about the same
 
     def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         options = self.options

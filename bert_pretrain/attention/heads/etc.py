@@ -6,7 +6,7 @@
 
 Cost: N (2 w + 2 g) K; memory N (2 w + g) K.
 Source: ETC (Ainslie et al. 2020, arXiv 2004.08483), in the form of LongT5's transient global attention (Guo et al.
-2021, arXiv 2112.07916, section 3.1.2): each layer makes its global tokens anew, and all tokens see them. LongT5
+2021, arXiv 2112.07916, section 3.1.2): each layer makes its global tokens again, and all tokens see them. LongT5
 projects a normalised sum of hidden states; here the mean of keys is the key of the mean hidden state, without a norm
 and so without parameters. LongT5's blocks have a fixed length; here each sequence has g blocks.
 
@@ -31,7 +31,7 @@ class EtcOptions(LocalOptions):
     """What `use_attention(model, "etc", …)` takes."""
 
     global_tokens: int = 16
-    """Means of the sequence that every token sees: more are finer, at a cost in proportion."""
+    """Means of the sequence that every token sees. More keep finer detail, and cost in proportion."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

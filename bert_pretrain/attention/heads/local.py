@@ -26,7 +26,7 @@ class LocalOptions(PatternOptions):
     """What `use_attention(model, "local", …)` takes."""
 
     window: int = 128
-    """Tokens seen to each side; more see further, at a cost in proportion."""
+    """Tokens that a query sees on each side. More reach further, and cost in proportion."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +43,7 @@ class LocalAttention(PatternAttention):
         return lambda head, query, key, length: (query - key).abs() <= window
 
     def longest_whole(self) -> int:
-        return keys_per_query(self.options.window) * 3 // 2  # about where the two cost the same
+        return keys_per_query(self.options.window) * 3 // 2  # here the two cost about the same
 
     def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)

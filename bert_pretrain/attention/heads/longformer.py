@@ -49,7 +49,7 @@ class LongformerAttention(LocalAttention):
         return lambda head, query, key, length: near(head, query, key, length) | (query < number) | (key < number)
 
     def longest_whole(self) -> int:
-        return keys_per_query(self.options.window) * 5 // 2  # about where the two cost the same
+        return keys_per_query(self.options.window) * 5 // 2  # here the two cost about the same
 
     def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)

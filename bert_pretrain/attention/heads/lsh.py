@@ -203,7 +203,7 @@ def times_seen(places: Places) -> Tensor:
         query = of_slots(number)
         key, key_before = _looked_back(query, places), _looked_back(of_slots(before), places)
         last_from_first = torch.where(query == 0, of_slots(places.last), -1)
-        # in place and in one byte, as this is done for every score
+        # work in place and in one byte: this runs for every score
         distance = query[..., None] - key[..., None, :]
         seen = distance.bitwise_and_(-2).eq(0).view(torch.int8)  # 0 and 1 have no other bit
         times.add_(seen)

@@ -118,7 +118,7 @@ class RoutingAttention(AttentionHead):
     def _clusters(self, source: Tensor, mask: Tensor | None) -> "Clusters":
         """The clusters of a group: as many and as wide as any of its lengths asks for; the rest are not used."""
         width = source.shape[1]
-        # By the width, not by the members: nothing may depend on which sequences are in the group.
+        # The width decides, not the members: nothing may depend on which sequences are in the group.
         lengths = range(max(1, width - WIDTH_STEP + 1), width + 1)
         counts = torch.tensor([min(self.num_clusters(n), self.max_clusters) for n in lengths])
         windows = (torch.tensor(lengths) + counts - 1) // counts

@@ -94,7 +94,7 @@ class SinkhornAttention(AttentionHead):
         query, key, value = (chunks.gather(x).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
         # (NC, H, C, K); padding must not enter sums or other blocks
         query, key, value = (torch.where(chunks.valid[:, None, :, None], x, 0) for x in (query, key, value))
-        with without_autocast(query):  # in float16 sums of a block overflow, and so does the gradient of R
+        with without_autocast(query):  # sums of a block and the gradient of R overflow in float16
             wide_query, wide_key, wide_value = map(at_least_float32, (query, key, value))
             sums = torch.cat([wide_query.sum(2), wide_key.sum(2)], dim=-1)
             sorted_key, sorted_value, sorted_valid = self._sort(sums, wide_key, wide_value, chunks)
@@ -137,7 +137,7 @@ class SinkhornAttention(AttentionHead):
             blocks = blocks.unflatten(3, own.shape[3:]).transpose(1, 2)
             if self.options.normalized_last == "rows":
                 share = (matrix @ own_valid.type_as(matrix)[:, None]).transpose(1, 2)
-                # where the chosen block has a token, it alone is 1/U or more; elsewhere nothing is read
+                # if the chosen block has a token, it alone is 1/U or more; other values are not read
                 blocks = blocks / torch.where(valid[-1], share, 1)[..., None]
             mixed.append(blocks)
         sorted_key, sorted_value = groups.scatter(mixed).chunk(2, dim=-1)

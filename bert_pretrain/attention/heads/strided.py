@@ -61,7 +61,7 @@ class StridePattern(PatternAttention):
             raise ValueError(f"{type(self).__name__}: heads='split' needs 2 heads, got 1; set heads='merged'")
 
     def longest_whole(self) -> int:
-        return self.stride * (2 if self.split else 8)  # about where the two cost the same
+        return self.stride * (2 if self.split else 8)  # here the two cost about the same
 
     def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         inputs = (q_THK, k_THK, v_THK)

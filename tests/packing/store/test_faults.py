@@ -238,7 +238,7 @@ def test_other_options_are_refused(source, whole, tmp_path):
     killed_half_way(source, output)
     kept = contents(partial_of(output))
     for name, (value, message) in OTHERWISE.items():
-        with pytest.raises(ValueError, match=f"cannot resume .*: {message}.*remove .*partial' to start anew"):
+        with pytest.raises(ValueError, match=f"cannot resume .*: {message}.*remove .*partial' to start over"):
             pack(source, output, **{name: value})
         assert {**contents(partial_of(output)), "lock": b""} == {**kept, "lock": b""}
     pack(source, output)

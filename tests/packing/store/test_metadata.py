@@ -196,7 +196,7 @@ def test_a_manifest_that_names_what_is_outside(folder, tmp_path, name):
         edit(folder / "manifest.json", change)
         recompute(folder)
         assert not verify_packed(folder).ok
-        with pytest.raises(ValueError, match=r"which is no name of a file|which no file can be called"):
+        with pytest.raises(ValueError, match=r"which is no file|which no file can be called"):
             load_packed(folder)
         (folder / "manifest.json").write_bytes(kept)
 
@@ -468,7 +468,7 @@ def test_an_archive_whose_names_lead_out_of_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
         archive.writestr("rows/../../../escaped.jsonl", "{}")
-    with pytest.raises(ValueError, match="which is no name of a file"):
+    with pytest.raises(ValueError, match="which is no file"):
         local_copy.local_copy(f"zip://rows::file://{tmp_path}/rows.zip")
     assert not list(tmp_path.rglob("escaped*"))
 

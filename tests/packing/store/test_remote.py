@@ -422,7 +422,7 @@ def test_other_options_sources_and_formats_are_refused(source, whole):
         (changed, {}, "source's column 'input_ids' has changed"),
         (shorter, {}, "the source had 900 rows and has 800"),
     ):
-        with pytest.raises(ValueError, match=f"{message}.*or remove '{URL}' to start anew"):
+        with pytest.raises(ValueError, match=f"{message}.*or remove '{URL}' to start over"):
             pack(other, URL, **options)
         assert url_contents(URL) == kept
     pack(source, URL)

@@ -361,7 +361,7 @@ def test_another_source_is_no_source():
     names = datasets.ClassLabel(names=["c", "b", "a"])
     assert [p.column for p in verify_packed(packed, make_source(0).cast_column("label", names)).problems] == ["label"]
     (problem,) = verify_packed(packed, make_source(0).rename_column("input_ids", "ids")).problems
-    assert "cannot have been packed so: no column 'input_ids'" in problem.what
+    assert "packing would refuse this source: no column 'input_ids'" in problem.what
 
 
 def test_padding_by_its_token():
