@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from packing.command.parser import Version, with_hyphens
-from packing.files.errors import suggestion
+from packing.files.errors import path_suggestion, suggestion
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -41,7 +41,7 @@ def read_config_file(file: str) -> dict[str, Any]:
     if path.suffix not in FORMATS:
         raise ValueError(f"{file!r} is no config file: its name must end in {', '.join(FORMATS)}")
     if not path.is_file():
-        raise ValueError(f"there is no config file {file!r}")
+        raise ValueError(f"there is no config file {file!r}{path_suggestion(file)}")
     text = path.read_text(encoding="utf-8")
     try:
         values = json.loads(text, object_pairs_hook=_without_twins) if path.suffix == ".json" else _load_yaml(text)

@@ -9,16 +9,13 @@ pack-dataset unpack PACKED TARGET
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from packing.command import compare, pack, plan, unpack, verify
 from packing.command.parser import Parser, with_hyphens
-from packing.files.errors import suggestion
-from packing.options import PackOptions
+from packing.files.errors import OptionError, suggestion
 
 MODULES = {"pack": pack, "plan": plan, "compare": compare, "verify": verify, "unpack": unpack}
 COMMANDS = {name: module.COMMAND for name, module in MODULES.items()}
@@ -39,8 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     Returns 0: done; 1: verify found problems; 2: the input was refused, with the reason in one line on stderr;
     130: interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    first = argv[0] if argv else ""
+    meant = suggestion(first, COMMANDS) if first.isalpha() and not Path(first).exists() else ""
+    if meant and first not in COMMANDS:
+        print(f"pack-dataset: there is no command {first!r}{meant}", file=sys.stderr)
+        return 2
     name, prog, rest = find_subcommand(argv)
-    hint = _hint(argv[0] if argv else "")
+    is_also_source = first in COMMANDS and Path(first).exists()
+    hint = f"; to pack the SOURCE that is called {first}, write ./{first}" if is_also_source else ""
     parser = make_parser(name, prog, hint)
     try:
         _refuse_unknown(parser, rest)
@@ -99,40 +102,15 @@ def _refuse_unknown(parser: Parser, arguments: list[str]) -> None:
     raise ValueError(f"{given} would be ignored: {why}; leave it out{parser.hint}")
 
 
-def _hint(first: str) -> str:
-    """How to name a SOURCE that is called like a subcommand, or the subcommand that is nearest to a mistyped one."""
-    if first in COMMANDS:
-        return f"; to pack the SOURCE that is called {first}, write ./{first}" if Path(first).exists() else ""
-    return "" if first.startswith("-") or Path(first).exists() else suggestion(first, COMMANDS)
-
-
 def _refused(prog: str, error: Exception, hint: str = "") -> int:
-    print(f"{prog}: {'; '.join([in_command_words(str(error)), *notes(error)])}{hint}", file=sys.stderr)
+    said = error.in_command() if isinstance(error, OptionError) else str(error)
+    print(f"{prog}: {'; '.join([said, *notes(error)])}{hint}", file=sys.stderr)
     return 2
 
 
 def notes(error: BaseException) -> list[str]:
     """How to resume, if something was written."""
     return getattr(error, "__notes__", [])
-
-
-def in_command_words(message: str) -> str:
-    """max_sequence_length=8 -> --max-sequence-length 8; overlong="drop" -> --overlong drop
-
-    Names of columns and files stand in quotes, and stay."""
-
-    def option(found: re.Match) -> str:
-        if found["quoted"]:
-            return found["quoted"]
-        name, value = found["name"], found["value"]
-        if value is None and "_" not in name:
-            return name  # an ordinary word
-        value = "" if value is None else " " + value.strip("\"'")
-        return f"--{name.replace('_', '-')}{value}"
-
-    names = "|".join(field.name for field in fields(PackOptions))
-    value = r"""(?:=(?P<value>"[^"]*"|'[^']*'|[^\s,;:()"']+)?)?"""
-    return re.sub(rf"""(?P<quoted>(?<![=\w])'[^']*')|(?<![-\w])(?P<name>{names})\b{value}""", option, message)
 
 
 if __name__ == "__main__":

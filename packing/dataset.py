@@ -148,13 +148,8 @@ def _check_use(options: PackOptions, output: str | os.PathLike | None, storage_o
         check_output(output, storage_options, one_process=options.one_process)
     elif storage_options or options.format != "arrow":
         raise ValueError("format and storage_options are of an output; give output=, or leave them out")
-    if options.engine == ENGINES[0]:
-        return
-    if output is None:
+    if output is None and options.engine != ENGINES[0]:
         raise ValueError(f"engine={options.engine!r} writes a folder; give output=, or leave the engine out")
-    if options.num_proc != 1:
-        what = f"num_proc={options.num_proc} would be ignored: engine={options.engine!r} takes all CPUs it has"
-        raise ValueError(f"{what}; leave it out")
 
 
 def prepare_packing(

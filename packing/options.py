@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from packing.files.errors import whole_number
+from packing.files.errors import Option, OptionError, check_known, whole_number
 
 if TYPE_CHECKING:
     from packing.packers.table import Packer
@@ -83,20 +83,21 @@ class PackOptions:
 
     def __post_init__(self) -> None:
         from packing.assignment import checked_seed  # not at the top: Numba takes a second to import
-        from packing.balance import checked_packs_per_step
         from packing.packers.table import checked_depth, checked_length, find_packer
 
         for each in fields(self):
-            choices = each.metadata["choices"]
-            if choices and getattr(self, each.name) not in choices:
-                raise ValueError(f"unknown {each.name}={getattr(self, each.name)!r}; choose from {', '.join(choices)}")
+            if each.metadata["choices"]:
+                check_known(each.name, getattr(self, each.name), each.metadata["choices"])
         find_packer(self.packer)
         self._set("max_sequence_length", checked_length(self.max_sequence_length))
         self._set("max_sequences_per_pack", checked_depth(self.max_sequences_per_pack))
         self._set("seed", int(checked_seed(self.seed)))
         self._set("num_proc", whole_number("num_proc", self.num_proc, cure=": the processes that write"))
+        if self.engine != ENGINES[0] and self.num_proc != 1:
+            why = (" would be ignored: ", Option("engine", self.engine), " takes all CPUs it has; leave it out")
+            raise OptionError(Option("num_proc", self.num_proc), *why)
         if self.balance is not None:
-            self._set("balance", checked_packs_per_step(self.balance))
+            self._set("balance", whole_number("balance", self.balance))
         if self.pad_token_id is not None:
             self._set("pad_token_id", checked_pad_token_id(self.pad_token_id))
         if isinstance(self.token_columns, str):

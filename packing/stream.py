@@ -294,5 +294,5 @@ def _hint(table: pa.Table) -> Iterator[None]:
         if error.row is not None and INPUT_IDS in table.column_names:
             tokens = (table.column(INPUT_IDS)[error.row].as_py() or [])[:8]
             where = f"rows are counted in a buffer of {len(table)}: row {error.row} begins with input_ids {tokens}"
-            error.cure = f"{error.cure} ({where})"
+            error.cure = (*error.cure, f" ({where})")
         raise

@@ -2,13 +2,15 @@
 
     check_integer(options, "window", 0, "0 lets a token see itself only")
 
-    LocalOptions: window=-1 must be an integer of at least 0; 0 lets a token see itself only
+    LocalOptions: window=-1 must be a whole number, at least 0; 0 lets a token see itself only
 
 People write configs by hand, in JSON: a "64" or a True is refused here, and not some layers later.
 """
 
 import math
 from collections.abc import Iterable
+
+from packing.files.errors import whole_number
 
 LARGEST_SEED = 2**32 - 1
 """numpy's limit. Heads derive their own seeds from it, which must stay within 64 bits."""
@@ -19,12 +21,8 @@ def check_integer(
 ) -> None:
     """Raise ValueError for an option that is no integer within its limits. optional: None is allowed, too."""
     value = getattr(options, name)
-    if optional and value is None:
-        return
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < least or (most is not None and value > most):
-        limit = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{type(options).__name__}: {name}={value!r} must be an integer {limit}; {cure}")
+    if value is not None or not optional:
+        whole_number(f"{type(options).__name__}: {name}", value, least, most, f"; {cure}")
 
 
 def check_seed(options: object) -> None:

@@ -15,6 +15,7 @@ from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.attention.table import ATTENTION
 from collate.isolate import isolate_sequences
 from collate.layout import PackLayout
+from packing.files.errors import check_known
 
 IMPLEMENTATION = "packed_attention"
 HEAD = "attention_head"
@@ -218,6 +219,5 @@ def _name(choice: Callable) -> str:
 def _builder(choice: str | Callable) -> Callable:
     if callable(choice):
         return choice
-    if choice not in ATTENTION:
-        raise ValueError(f"unknown attention {choice!r}; choose from {sorted(ATTENTION)} or give a callable")
+    check_known("attention", choice, sorted(ATTENTION), " or give a callable")
     return ATTENTION[choice]

@@ -27,7 +27,7 @@ from bert_pretrain.prepare.sequences import check_draws, longest_sentence
 from bert_pretrain.prepare.summary import SplitSummary
 from bert_pretrain.prepare.text import Text
 from bert_pretrain.prepare.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
-from packing.files.errors import suggestion
+from packing.files.errors import check_known, suggestion, whole_number
 from packing.files.folder import new_folder
 from packing.files.processes import Workers
 from packing.source.formats import endings
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
+
+
+LANGUAGE = re.compile("[a-z]{2,3}(-[A-Za-z0-9]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,21 +114,17 @@ class PrepareConfig:
         if isinstance(self.text, str):
             raise TypeError(f"text={self.text!r} must be a list of files and folders: [{self.text!r}]")
         for name, choices in (("documents", DOCUMENTS), ("sentences", SENTENCES), ("objective", tuple(OBJECTIVES))):
-            value = getattr(self, name)
-            if value not in choices:
-                near = suggestion(str(value), choices)
-                raise ValueError(f"{name}={value!r} is unknown{near}; choose from {list(choices)}")
-        if not re.fullmatch("[a-z]{2,3}(-[A-Za-z0-9]+)*", self.language):  # the splitter takes others for English
-            raise ValueError(
-                f"language={self.language!r} must be an ISO 639 code, two or three small letters, as en, de or zh"
-            )
-        if self.max_sequence_length < 8:
-            raise ValueError(f"max_sequence_length={self.max_sequence_length} must be at least 8")
+            check_known(name, getattr(self, name), choices)
+        if not LANGUAGE.fullmatch(self.language):  # the splitter takes others for English
+            mended = self.language.lower().replace("_", "-")
+            meant = suggestion(self.language, [mended] if LANGUAGE.fullmatch(mended) else [])
+            what = f"language={self.language!r} must be an ISO 639 code, two or three small letters, as en, de or zh"
+            raise ValueError(f"{what}{meant}")
+        whole_number("max_sequence_length", self.max_sequence_length, 8)
+        whole_number("num_proc", self.num_proc)
         check_draws(self.short_sequence_probability, self.seed)
         if not 0 <= self.test_fraction < 1:
             raise ValueError(f"test_fraction={self.test_fraction} must be at least 0 (no test split) and less than 1")
-        if self.num_proc < 1:
-            raise ValueError(f"num_proc={self.num_proc} must be at least 1")
 
 
 class Prepared(NamedTuple):

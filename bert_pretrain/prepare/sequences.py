@@ -11,6 +11,7 @@ import numpy as np
 
 from bert_pretrain.objective import NO_PAIR, OBJECTIVES
 from bert_pretrain.prepare.tokens import TokenDocuments
+from packing.files.errors import whole_number
 
 # The labels that transformers' BertForPreTraining and AlbertForPreTraining define.
 IS_NEXT, IS_RANDOM = 0, 1
@@ -90,8 +91,7 @@ def check_draws(short_sequence_probability: float, seed: int) -> None:
     """Raise ValueError for what no sequences can be drawn with."""
     if not 0 <= short_sequence_probability <= 1:
         raise ValueError(f"short_sequence_probability={short_sequence_probability} must lie in 0..1")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must not be negative")
+    whole_number("seed", seed, 0)
 
 
 def nsp_pairs(

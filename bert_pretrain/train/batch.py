@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from bert_pretrain.train.config import PretrainConfig
 from collate.training.order import pack_depths, pack_lengths, plan_steps
 from packing import PackedInfo, packed_info
+from packing.files.errors import whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,7 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
             "auto_find_batch_size would change the packs per step; set per_device_train_batch_size instead"
         )
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(training, name) < 1:
-            raise ValueError(f"{name}={getattr(training, name)} must be at least 1")
+        whole_number(name, getattr(training, name))
     factor, depths = packing_factor(train), pack_depths(train)
     if config.batch_policy == "packs":
         packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_pretrain.objective import OBJECTIVES
-from packing.files.errors import check_known
+from packing.files.errors import check_known, whole_number
 
 OPTIMIZERS = ("adamw", "lamb")
 BATCH_POLICIES = ("sequences", "packs")
@@ -110,8 +110,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("sequences_per_step", *SHAPE):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name))
             if name in SHAPE and getattr(self, name) is not None and self.model is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is for a new model, and model={self.model!r} has its own; leave "

@@ -1,6 +1,6 @@
 """The subcommands of pack-dataset, one a file. `packing.cli` finds the right one and prints errors in one line.
 
-parser     the parser that both commands of this project share; what a subcommand is
+parser     the parser of every subcommand; what a subcommand is
 sources    SOURCE and the options that say how to read it -> splits, or histograms
 pack       SOURCE TARGET: write packs
 plan       SOURCE: print how well it would pack

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from packing.command import sources
 from packing.command.parser import Parser, Subcommand, add_pack_options
-from packing.files.errors import in_split, whole_number
+from packing.files.errors import in_split
 from packing.options import PackOptions
 from packing.source.formats import endings
 
@@ -58,23 +58,30 @@ def _run(arguments: Namespace) -> int:
         what = f"SOURCE {arguments.source!r} is a file of lengths, which only pack-dataset plan and compare take"
         cure = f"give a folder of save_to_disk, or a file {endings()} with rows or texts"
         raise ValueError(f"{what}; {cure}")
-    check_engine(arguments.engine)
-    whole_number("num_proc", arguments.num_proc)
-    one_process = arguments.num_proc == 1 and arguments.engine == "processes"
-    check_output(arguments.target, one_process=one_process)
+    options = given_options(arguments)
+    check_engine(options.engine)
+    check_output(arguments.target, one_process=options.one_process)
     source = sources.load_sequences(arguments)
-    with opened_engine(arguments.engine):
-        write_packings(prepare_splits(source, arguments, to_write=True), arguments.target, progress=True)
+    with opened_engine(options.engine):
+        packings = prepare_splits(source, arguments, options, to_write=True)
+        write_packings(packings, arguments.target, progress=True)
     print(f"written to {arguments.target}")
     return 0
 
 
-def prepare_splits(source: OpenedSource, arguments: Namespace, to_write: bool = False) -> dict[str, Packing]:
+def given_options(arguments: Namespace) -> PackOptions:
+    """The options of packing that this subcommand has; the others by default."""
+    given: dict[str, Any] = {each.name: getattr(arguments, each.name, each.default) for each in fields(PackOptions)}
+    return PackOptions(**given)
+
+
+def prepare_splits(
+    source: OpenedSource, arguments: Namespace, options: PackOptions, to_write: bool = False
+) -> dict[str, Packing]:
     """{split: its Packing}; prints each plan as soon as it is made."""
     from packing.dataset import prepare_packing
 
-    given: dict[str, Any] = {each.name: getattr(arguments, each.name, each.default) for each in fields(PackOptions)}
-    packings, options = {}, PackOptions(**given)
+    packings = {}
     for name, dataset in source.splits.items():
         other_machines = None if source.are_tokenized else opener(name, arguments)  # they must see the cache of tokens
         with in_split(name):

@@ -1,11 +1,12 @@
-"""What all commands share: both spellings of an option, errors of one line, defaults and examples in help."""
+"""What all subcommands share: both spellings of an option, errors of one line, defaults and examples in help."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from packing.files.errors import suggestion
 from packing.options import PackOptions
@@ -85,15 +86,34 @@ def with_hyphens(arguments: Iterable[str]) -> list[str]:
 
 def add_pack_options(parser: Parser, names: Collection[str]) -> None:
     """Add an option for each of these fields of PackOptions, with its type, default, choices and help."""
+    types = get_type_hints(PackOptions, localns={"Packer": Callable})
     for field in fields(PackOptions):
-        name, choices = f"--{field.name.replace('_', '-')}", field.metadata["choices"]
-        if field.name in names and field.type == "bool":
-            parser.add_argument(name, action="store_true", help=field.metadata["help"])
-        elif field.name in names:
-            type_ = one_of(choices) if choices else int if str(field.type).startswith("int") else str
-            nargs = "+" if str(field.type).startswith("Sequence") else None
-            about: dict[str, Any] = {key: field.metadata[key] for key in ("choices", "metavar", "help")}
-            parser.add_argument(name, type=type_, nargs=nargs, default=field.default, **about)
+        if field.name not in names:
+            continue
+        about, read = field.metadata, reading(field.name, types[field.name])
+        if read.get("type") is not None:
+            read |= {"choices": about["choices"], "metavar": about["metavar"]}
+        if about["choices"]:
+            read["type"] = one_of(about["choices"])
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=about["help"], **read)
+
+
+READINGS: dict[Any, dict[str, Any]] = {
+    int: {"type": int},
+    float: {"type": float},
+    str: {"type": str},
+    Sequence[str]: {"type": str, "nargs": "+"},
+    bool: {"action": "store_true"},
+}
+
+
+def reading(name: str, type_: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type; of a union, its one member in READINGS: int | None -> {"type": int}"""
+    members = get_args(type_) if isinstance(type_, UnionType) else (type_,)
+    known = [READINGS[member] for member in members if member in READINGS]
+    if len(known) != 1:
+        raise TypeError(f"option {name} has the type {type_}, which the command cannot read; add it to READINGS")
+    return {**known[0]}
 
 
 def one_of(choices: Sequence[str]) -> Callable[[str], str]:

@@ -30,7 +30,8 @@ def _run(arguments: Namespace) -> int:
         _plan_lengths(arguments)
     else:
         sources.check_text_options(arguments)
-        pack.prepare_splits(sources.load_sequences(arguments), arguments)
+        options = pack.given_options(arguments)
+        pack.prepare_splits(sources.load_sequences(arguments), arguments, options)
     return 0
 
 

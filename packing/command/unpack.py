@@ -44,6 +44,8 @@ def _run(arguments: Namespace) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # they would fill a log
     target = check_target(arguments.target)
+    if target.suffix not in ("", *FILES):
+        raise ValueError(f"TARGET {arguments.target!r} must end in {' or '.join(FILES)}, or as a folder in none")
     packed = load_packed(arguments.packed)
     splits = packed if isinstance(packed, datasets.DatasetDict) else {"": packed}
     if target.suffix in FILES:

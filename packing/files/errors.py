@@ -14,10 +14,47 @@ import numbers
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+Words: TypeAlias = str | tuple[str, ...]
+"""A sentence, or the parts of one, some of which are Options."""
 
 
-class SourceError(ValueError):
+class Option(str):
+    """An option that an error names: a str as Python has it, with `flag` as the command has it.
+
+    Option("overlong", "drop")    overlong='drop'    --overlong drop
+    Option("pad_token_id")        pad_token_id       --pad-token-id
+    """
+
+    flag: str
+
+    def __new__(cls, name: str, *value: object) -> Option:
+        option = super().__new__(cls, "=".join([name, *map(repr, value)]))
+        option.flag = " ".join([f"--{name.replace('_', '-')}", *map(str, value)])
+        return option
+
+
+class OptionError(ValueError):
+    """An error that names options, in the words of its reader.
+
+    OptionError(Option("num_proc", 0), " must be at least 1")    str()           num_proc=0 must be at least 1
+                                                                 in_command()    --num-proc 0 must be at least 1
+    """
+
+    def words(self) -> Iterable[str]:
+        """The parts of the sentence."""
+        return self.args
+
+    def __str__(self) -> str:
+        return "".join(self.words())
+
+    def in_command(self) -> str:
+        """The sentence for someone who types options."""
+        return "".join(word.flag if isinstance(word, Option) else word for word in self.words())
+
+
+class SourceError(OptionError):
     """A fault of a source: where it is, what it is, and the cure. str() says all of it in one sentence.
 
         SourceError("has 9 values, and input_ids has 8", column="tags", row=3, split="train", cure="make them alike")
@@ -29,9 +66,9 @@ class SourceError(ValueError):
 
     def __init__(
         self,
-        what: str,
+        what: Words,
         *,
-        cure: str = "",
+        cure: Words = "",
         file: object = None,
         split: str = "",
         column: str | None = None,
@@ -39,17 +76,17 @@ class SourceError(ValueError):
         unit: str = "row",
     ):
         super().__init__(what)
-        self.what, self.cure, self.split, self.column, self.unit = what, cure, split, column, unit
+        self.what, self.cure = ((words,) if isinstance(words, str) else words for words in (what, cure))
+        self.split, self.column, self.unit = split, column, unit
         self.file = None if file is None else str(file)
         self.row = None if row is None else int(row)
 
-    def __str__(self) -> str:
+    def words(self) -> Iterable[str]:
         places = [] if self.column is None else [f"column {self.column!r}"]
         places += [] if self.row is None else [f"{self.unit} {self.row}"]
-        place = " in ".join(places)
-        sentence = " ".join(part for part in ("" if self.file is None else repr(self.file), place, self.what) if part)
-        split = f"split {self.split!r}: " if self.split else ""
-        return f"{split}{sentence}{'; ' if self.cure else ''}{self.cure}"
+        begin = [f"split {self.split!r}: "] if self.split else []
+        begin += [f"{part} " for part in (repr(self.file) if self.file else "", " in ".join(places)) if part]
+        return *begin, *self.what, "; " if any(self.cure) else "", *self.cure
 
     def __reduce__(self) -> tuple:  # between processes, with all that is known
         return _remake, (type(self), self.what, self.__dict__)
@@ -86,15 +123,19 @@ def suggestion(name: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"; did you mean {near[0] if near[0].startswith('--') else repr(near[0])}?"
 
 
-def check_known(what: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ValueError for a value that is not among the choices: unknown masking 'exakt'; did you mean 'exact'?; …"""
-    if value not in choices:
-        raise ValueError(f"unknown {what} {value!r}{suggestion(str(value), choices)}; choose from {list(choices)}")
+def check_known(name: str, value: object, choices: Iterable[str], more: str = "") -> None:
+    """Raise ValueError for a value that is not among the choices. more: what else may be given.
+
+    check_known("packer", "optimel", PACKERS)  ->  unknown packer 'optimel'; did you mean 'optimal'?; choose from …
+    """
+    if value not in (known := list(choices)):
+        near = suggestion(str(value), known)
+        raise ValueError(f"unknown {name} {value!r}{near}; choose from {', '.join(known)}{more}")
 
 
-def path_suggestion(name: str, *, only_folders: bool = False) -> str:
-    """The same for a path that does not exist: the nearest one that does, or ""."""
-    near = near_path(name, only_folders=only_folders)
+def path_suggestion(name: object, *, only_folders: bool = False) -> str:
+    """The same for a path that does not exist: the nearest one that does; "" for a URL."""
+    near = None if "://" in str(name) else near_path(str(name), only_folders=only_folders)
     return "" if near is None else f"; did you mean {str(near)!r}?"
 
 
@@ -127,7 +168,7 @@ def whole_number(name: str, value: Any, least: int = 1, most: int | None = None,
     is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_whole or value < least or (most is not None and value > most):
         limit = f"at least {least}" if most is None else f"{_power(least)} to {_power(most)}"
-        raise ValueError(f"{name}={value!r} must be a whole number, {limit}{cure}")
+        raise OptionError(Option(name, value), f" must be a whole number, {limit}{cure}")
     return int(value)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from packing.files.errors import Option, OptionError
 from packing.packers.filling import Packs, as_packs
 from packing.packers.lpfhp import lpfhp
 from packing.packers.nnls import fit_strategies
@@ -38,9 +39,9 @@ def nnlshp(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pa
     Raises ValueError if max_sequence_length is above 2048.
     """
     if max_sequence_length > LONGEST:
-        what = f"max_sequence_length={max_sequence_length} is more than the {LONGEST} that nnlshp solves"
-        why = "its time grows with the cube, up to 15 s there; use packer='lpfhp', which takes any length"
-        raise ValueError(f"{what}: {why}")
+        what = f" is more than the {LONGEST} that nnlshp solves: its time grows with the cube, up to 15 s there; use "
+        cure = what, Option("packer", "lpfhp"), ", which takes any length"
+        raise OptionError(Option("max_sequence_length", max_sequence_length), *cure)
     slots, x, _ = fit_histogram(histogram, max_sequence_length, max_sequences_per_pack)
     packings = []
     for repeats in (np.rint(x), np.floor(x)):

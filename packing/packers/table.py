@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from packing.files.errors import suggestion, whole_number
+from packing.files.errors import Option, OptionError, check_known, whole_number
 from packing.packers.lpfhp import lpfhp
 from packing.packers.nnlshp import nnlshp
 from packing.packers.optimal import optimal
@@ -59,9 +59,7 @@ def find_packer(packer: str | Packer) -> Packer:
     """The packer of that name; a callable is its own answer."""
     if callable(packer):
         return packer
-    if packer not in PACKERS:
-        near = suggestion(packer, PACKERS)
-        raise ValueError(f"unknown packer {packer!r}{near}; choose from {', '.join(PACKERS)}")
+    check_known("packer", packer, PACKERS)
     return PACKERS[packer]
 
 
@@ -98,7 +96,8 @@ def checked_length(max_sequence_length: int) -> int:
     """The limit as an int. Raises ValueError for one that no packer can handle."""
     length = whole_number("max_sequence_length", max_sequence_length)
     if length > LONGEST_PACK:
-        raise ValueError(f"max_sequence_length={length} is more than packers can handle; give at most {LONGEST_PACK}")
+        what = f" is more than packers can handle; give at most {LONGEST_PACK}"
+        raise OptionError(Option("max_sequence_length", length), what)
     return length
 
 
@@ -108,7 +107,7 @@ def checked_depth(max_sequences_per_pack: int | None) -> int | None:
         return None
     depth = whole_number("max_sequences_per_pack", max_sequences_per_pack)
     if depth >= 2**63:
-        raise ValueError(f"max_sequences_per_pack={depth} is more than 2**63 - 1; give None for no limit")
+        raise OptionError(Option("max_sequences_per_pack", depth), " is more than 2**63 - 1; leave it out for no limit")
     return depth
 
 

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from packing.files.errors import Option, OptionError, check_known
 from packing.histogram import length_histogram
 from packing.options import OVERLONG, PackOptions
 from packing.source.json_rows import check_depth
-from packing.source.sequences import CHOICES
+from packing.source.sequences import CURE
 
 if TYPE_CHECKING:
     import datasets
@@ -38,8 +39,7 @@ PUBLISHED = {"wikipedia": "wikipedia_bert_512.csv", "squad": "squad_1_1_384.csv"
 
 def published_histogram(name: str) -> np.ndarray:
     """The histogram of the paper's "wikipedia" (513,) or "squad" (385,): int64, indexed by length."""
-    if name not in PUBLISHED:
-        raise ValueError(f"unknown histogram {name!r}; choose from {', '.join(PUBLISHED)}")
+    check_known("histogram", name, PUBLISHED)
     with resources.as_file(resources.files("packing") / "data" / PUBLISHED[name]) as path:
         return read_histogram(path)
 
@@ -116,19 +116,19 @@ def cut_histogram(histogram: np.ndarray, max_sequence_length: int, overlong: str
     if not len(lengths):
         return kept
     counts = histogram[lengths]
+    check_known("overlong", overlong, OVERLONG)
     if overlong == "error":
-        what = f"{counts.sum()} sequences are longer than max_sequence_length={max_sequence_length}"
-        raise ValueError(f"{what}, up to {lengths[-1]} tokens; choose {CHOICES}, or raise max_sequence_length")
+        limit = Option("max_sequence_length", max_sequence_length)
+        raise OptionError(f"{counts.sum()} sequences are longer than ", limit, f", up to {lengths[-1]} tokens; ", *CURE)
     if overlong == "truncate":
         kept[max_sequence_length] += counts.sum()
     elif overlong == "split":
         kept[max_sequence_length] += (counts * (lengths // max_sequence_length)).sum()
         np.add.at(kept, lengths % max_sequence_length, counts)
         kept[0] = 0  # a length that splits evenly has no rest
-    elif overlong != "drop":
-        raise ValueError(f"unknown overlong={overlong!r}; choose from {', '.join(OVERLONG)}")
     if not kept.any():
-        raise ValueError(f"every sequence is longer than max_sequence_length={max_sequence_length}; nothing is left")
+        limit = Option("max_sequence_length", max_sequence_length)
+        raise OptionError("every sequence is longer than ", limit, "; nothing is left")
     return kept
 
 

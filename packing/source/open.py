@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
-from packing.files.errors import SourceError, in_split, path_suggestion, suggestion
+from packing.files.errors import Option, OptionError, SourceError, in_split, path_suggestion
 from packing.files.names import NamedFile, is_hidden
 from packing.files.paths import URL, is_url, place
 from packing.source.formats import TEXT, Format, endings, format_of, open_files, read_arrow
@@ -130,13 +130,15 @@ def open_sequences(
     found = _find(source, None, cache)
     is_text = isinstance(found, FoundFiles) and found.format.is_text
     if is_text and texts.text_column is not None:
-        raise ValueError(f"--text-column {texts.text_column!r} would be ignored: {source!r} is text; leave it out")
+        given = Option("text_column", texts.text_column)
+        raise OptionError(given, f" would be ignored: {source!r} is text; leave it out")
     if not is_text and texts.documents is not None:
-        raise ValueError(f"--documents {texts.documents} would be ignored: {source!r} holds rows; leave it out")
+        given = Option("documents", texts.documents)
+        raise OptionError(given, f" would be ignored: {source!r} holds rows; leave it out")
     if is_text and texts.tokenizer is None:
-        raise ValueError(
-            f"SOURCE {source!r} holds texts; give what makes tokens of them: --tokenizer FOLDER_OR_NAME (a file of "
-            "lengths has one whole number a line)"
+        raise OptionError(
+            *(f"SOURCE {source!r} holds texts; give what makes tokens of them: "),
+            *(Option("tokenizer", "FOLDER_OR_NAME"), " (a file of lengths has one whole number a line)"),
         )
     _say_left_out(source, found, say, only_texts=True)
     splits = _open(found, cache, documents)
@@ -226,22 +228,18 @@ def _text_columns(splits: dict[str, datasets.Dataset], texts: TextOptions, say: 
     with in_split(name):
         if "input_ids" in dataset.column_names:
             raise SourceError(
-                f"--tokenizer {texts.tokenizer} would be ignored: rows have input_ids",
-                cure="leave it out, or name the texts: --text-column NAME",
+                (Option("tokenizer", texts.tokenizer), " would be ignored: rows have input_ids"),
+                cure=("leave it out, or name the texts: ", Option("text_column", "NAME")),
             )
         return [find_text_column(dataset, None, say)]
 
 
 def _check_has_tokens(dataset: datasets.Dataset) -> None:
     from packing.source.json_rows import about_single_object
+    from packing.source.rows import check_has_tokens
 
-    names = dataset.column_names
-    if "input_ids" not in names:
-        raise SourceError(
-            f"no column 'input_ids' among {', '.join(names)}{suggestion('input_ids', names)}",
-            cure="tokenize before packing, or let it be done here: --text-column NAME --tokenizer FOLDER_OR_NAME"
-            + about_single_object(dataset),
-        )
+    options = Option("text_column", "NAME"), " ", Option("tokenizer", "FOLDER_OR_NAME")
+    check_has_tokens(dataset, (", or let it be done here: ", *options, about_single_object(dataset)))
 
 
 # Where it lies

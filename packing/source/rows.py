@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from packing.files.errors import SourceError, suggestion
+from packing.files.errors import Option, SourceError, suggestion
 from packing.numba_tools import njit
 from packing.options import checked_pad_token_id
 from packing.source.source_files import SourceFiles
@@ -34,6 +34,7 @@ ATTENTION_MASK = "attention_mask"  # says where padding is; never stored
 RESERVED = ("sequence_lengths", "sequence_indices", "sequence_starts", "sequence_ids", "position_ids", "cls_positions")
 
 NONE = -1  # no row
+WITHOUT = ("give ", Option("token_columns"), " without it")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +122,8 @@ def read_source(
     columns, skipped, kept = open_columns(dataset, (INPUT_IDS, *names), files), None, lengths
     if ATTENTION_MASK in table.column_names:
         if pad_token_id is not None:
-            what = f"pad_token_id={pad_token_id} was given, but the column attention_mask says already where padding is"
-            raise SourceError(what, cure="leave pad_token_id out, or remove the column")
+            what = " was given, but the column attention_mask says already where padding is"
+            raise SourceError((Option("pad_token_id", pad_token_id), what), cure="leave it out, or remove the column")
         skipped, kept = _trim(_read_mask(table.column(ATTENTION_MASK), rows, lengths), 0)
     elif pad_token_id is not None:
         skipped, kept = _trim(input_ids, checked_pad_token_id(pad_token_id))
@@ -158,13 +159,19 @@ def check_source(dataset: datasets.Dataset) -> None:
     taken = [name for name in RESERVED if name in columns]
     if taken:
         raise SourceError("has a reserved name: packing makes this column", column=taken[0], cure="remove or rename it")
-    if INPUT_IDS not in columns:
-        what = f"no column 'input_ids' among {', '.join(columns) or 'no columns'}"
-        raise SourceError(what, cure="tokenize before packing")
+    check_has_tokens(dataset)
     type_ = table.column(INPUT_IDS).type
     if not is_list(type_) or not pa.types.is_integer(type_.value_type):
         cure = "it must be a list of integers: tokenize before packing"
         raise SourceError(f"holds {type_}", column=INPUT_IDS, cure=cure)
+
+
+def check_has_tokens(dataset: datasets.Dataset, also: tuple[str, ...] = ()) -> None:
+    """Raise SourceError without a column input_ids. also: the end of the cure."""
+    names = dataset.column_names
+    if INPUT_IDS not in names:
+        what = f"no column 'input_ids' among {', '.join(names) or 'no columns'}{suggestion(INPUT_IDS, names)}"
+        raise SourceError(what, cure=("tokenize before packing", *also))
 
 
 def _read_lengths(input_ids: TokenColumn) -> np.ndarray:
@@ -189,11 +196,11 @@ def _names(table: pa.Table, rows: np.ndarray | None, lengths: np.ndarray, wanted
     for name in wanted:
         if name not in table.column_names:
             others = f"{', '.join(table.column_names)}{suggestion(name, table.column_names)}"
-            raise SourceError(f"token_columns names {name!r}, which is not among {others}")
+            raise SourceError((Option("token_columns"), f" names {name!r}, which is not among {others}"))
         column = table.column(name)
         if not is_list(column.type):
-            what = f"token_columns names {name!r}, which holds {column.type} and no list of one value per token"
-            raise SourceError(what)
+            what = f" names {name!r}, which holds {column.type} and no list of one value per token"
+            raise SourceError((Option("token_columns"), what))
         _refuse_other_lengths(open_lists(name, column, rows), lengths)
     return [c for c in candidates if c in wanted]
 
@@ -214,14 +221,16 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows: np.ndarray | None,
                 f"has {length} values, where input_ids has {lengths[row]}, but as many as input_ids in most rows",
                 column=name,
                 row=row,
-                cure="give token_columns= without it if it is a list for each sequence, or else make it one value per "
-                "token, or leave the row out",
+                cure=(
+                    *WITHOUT,
+                    " if it is a list for each sequence, make it one value per token, or leave the row out",
+                ),
             )
         return alike == len(lengths)
     same, missing = opened.lengths == lengths, null_rows(column, rows)
     if missing.any() and not missing.all() and (same | missing).all():
         what, row = "has no value (null), and one value per token in other rows", int(np.argmax(missing))
-        cure = "fill it in, leave the row out, or give token_columns= without it to keep it as a list per pack"
+        cure = ("fill it in, leave the row out, or ", *WITHOUT, " to keep it as a list per pack")
         raise SourceError(what, column=name, row=row, cure=cure)
     return bool(same.all())
 
@@ -268,8 +277,8 @@ def _trim(column: TokenColumn, padding: int) -> tuple[np.ndarray | None, np.ndar
             begins = block.starts + skipped[block.rows]
             _refuse_holes(values, block.first, begins, kept[block.rows])
     if not kept.all():
-        reason = "attention_mask is 0" if is_mask else f"input_ids is pad_token_id={padding}"
-        what = f"is nothing but padding: {reason} everywhere"
+        reason = ("attention_mask is 0",) if is_mask else ("input_ids is ", Option("pad_token_id", padding))
+        what = ("is nothing but padding: ", *reason, " everywhere")
         raise SourceError(what, row=int(np.argmin(kept != 0)), cure="leave the row out")
     return skipped if skipped.any() else None, kept
 
@@ -314,8 +323,10 @@ def refuse_padding(input_ids: TokenColumn, lengths: np.ndarray) -> None:
                 f"the source looks padded: all {len(lengths)} rows have {length} tokens, and "
                 f"{np.count_nonzero(runs)} of them {side} with token {suspect} "
                 f"(row {culprit} with {runs[culprit]} of it), which occurs nowhere else",
-                cure="tokenize without padding, keep the column attention_mask, or give pad_token_id=, the token to "
-                f"trim (if {suspect} is not padding, give the true id)",
+                cure=(
+                    *("tokenize without padding, keep the column attention_mask, or give ", Option("pad_token_id")),
+                    f", the token to trim (if {suspect} is not padding, give the true id)",
+                ),
             )
 
 

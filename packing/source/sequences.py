@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from packing.files.errors import SourceError
+from packing.files.errors import Option, SourceError
 from packing.histogram import index_type
 from packing.numba_tools import njit
 from packing.options import PackOptions
@@ -21,7 +21,8 @@ ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
 
 DONE = {"truncate": "truncated", "split": "split", "drop": "dropped"}  # the word for rows that did not fit
 
-CHOICES = 'overlong="truncate", overlong="split" or overlong="drop"'
+_TRUNCATE, _SPLIT, _DROP = (Option("overlong", choice) for choice in DONE)
+CURE = ("choose ", _TRUNCATE, ", ", _SPLIT, " or ", _DROP, ", or raise ", Option("max_sequence_length"))
 
 
 class OverlongError(SourceError):
@@ -29,8 +30,8 @@ class OverlongError(SourceError):
 
     def __init__(self, row: int, tokens: int, max_sequence_length: int, others: int | None = None):
         also = f" (and {others} more rows are too long)" if others else ""
-        what = f"has {tokens} tokens, more than max_sequence_length={max_sequence_length}{also}"
-        super().__init__(what, row=row, cure=f"choose {CHOICES}, or raise max_sequence_length")
+        limit = Option("max_sequence_length", max_sequence_length)
+        super().__init__((f"has {tokens} tokens, more than ", limit, also), row=row, cure=CURE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +132,9 @@ def refuse_moved_answers(source: Source, sequences: Sequences, overlong: str) ->
         what = f"counts tokens of its row, but row {row} begins with {padding}"
         raise SourceError(what, column=answers[0], cure="tokenize without padding, or with padding_side='right'")
     if len(sequences.overlong_rows) and overlong in ("truncate", "split"):
-        what = f"counts tokens of its row, but row {sequences.overlong_rows[0]} would be cut by overlong={overlong!r}"
-        cure = "let the tokenizer cut it (truncation, stride), or say overlong='drop'"
-        raise SourceError(what, column=answers[0], cure=cure)
+        what = f"counts tokens of its row, but row {sequences.overlong_rows[0]} would be cut by "
+        cure = ("let the tokenizer cut it (truncation, stride), or say ", _DROP)
+        raise SourceError((what, Option("overlong", overlong)), column=answers[0], cure=cure)
 
 
 def _error(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
@@ -165,11 +166,9 @@ def _split(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequen
 def _drop(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
     kept: np.ndarray = np.flatnonzero(source.kept <= max_sequence_length).astype(index_type(source.num_rows))
     if not len(kept):
-        raise SourceError(
-            f"every row has more than max_sequence_length={max_sequence_length} tokens, so that overlong='drop' leaves "
-            "nothing to pack",
-            cure="raise max_sequence_length, or truncate or split",
-        )
+        limit = Option("max_sequence_length", max_sequence_length)
+        cure = ("raise it, or choose ", _TRUNCATE, " or ", _SPLIT)
+        raise SourceError(("every row is longer than ", limit, "; nothing is left"), cure=cure)
     begins = None if source.skipped is None else source.skipped[kept]
     lost = int(source.kept[rows].sum(dtype=np.int64))
     return Sequences(source.kept[kept], kept, begins, None, rows, lost)

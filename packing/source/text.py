@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packing.files.errors import SourceError, path_suggestion, suggestion
+from packing.files.errors import Option, SourceError, path_suggestion, suggestion
 
 if TYPE_CHECKING:
     import datasets
@@ -151,11 +151,13 @@ def find_text_column(dataset: datasets.Dataset, wanted: str | None, say: Callabl
     from packing.source.json_rows import about_single_object
 
     if "input_ids" in dataset.column_names:
-        raise SourceError("rows have input_ids: they are tokenized already", cure="name the texts: --text-column NAME")
+        named = Option("text_column", "NAME")
+        raise SourceError("rows have input_ids: they are tokenized already", cure=("name the texts: ", named))
     names = [name for name in dataset.column_names if _holds_strings(dataset, name)]
     if len(names) > 1:
         listed = " and ".join(map(repr, names))
-        raise SourceError(f"columns {listed} hold texts", cure=f"name the one that is meant: --text-column {names[0]}")
+        named = Option("text_column", names[0])
+        raise SourceError(f"columns {listed} hold texts", cure=("name the one that is meant: ", named))
     if not names:
         types = ", ".join(f"{name!r} ({dataset.data.column(name).type})" for name in dataset.column_names)
         cure = f"make one of strings{about_single_object(dataset)}"

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from packing.files.errors import SourceError
+from packing.files.errors import SourceError, check_known
 from packing.files.names import NamedFile
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class TextBlock(NamedTuple):
 
 def check_documents(documents: str) -> str:
     """Raise ValueError for an unknown option."""
-    if documents not in DOCUMENTS:
-        raise ValueError(f"documents={documents!r} is unknown; choose from {list(DOCUMENTS)}")
+    check_known("documents", documents, DOCUMENTS)
     return documents
 
 

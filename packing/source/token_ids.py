@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numba import config
 
-from packing.files.errors import SourceError
+from packing.files.errors import Option, SourceError
 from packing.numba_tools import njit
 from packing.source.rows import Source, read_source
 
@@ -48,7 +48,7 @@ def refuse_foreign_ids(source: Source) -> None:
             tokens = input_ids.numbers()[begins[row] : begins[row] + source.kept[block.rows][row]]
             place = int(np.argmax((tokens < 0) | (tokens >= least)))
             what = f"has the token id {tokens[place]} (its token {place}); ids are from 0 to 2**31 - 1"
-            cure = "tokenize again, or leave the row out (if it marks padding, give it as pad_token_id)"
+            cure = "tokenize again, or leave the row out (if it marks padding, give it as ", Option("pad_token_id"), ")"
             raise SourceError(what, row=block.first + row, cure=cure)
 
 

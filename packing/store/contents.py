@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from packing.assignment import Assignment, assign
 from packing.balance import balance_packs, step_costs
+from packing.files.errors import Option, OptionError
 from packing.files.progress import progress_bar
 from packing.histogram import length_histogram
 from packing.options import PackOptions
@@ -175,9 +176,10 @@ def plan_packing(
 def _check_parquet(packing: Packing) -> None:
     check_parquet(packing.features.arrow_schema)
     if len(packing.facts.to_description()) > FACTS_BYTES:
-        what = "format='parquet' keeps the numbers of rows that were too long in each file"
-        cure = "take format='arrow', or a larger max_sequence_length"
-        raise ValueError(f"{what}, and {len(packing.facts.overlong_rows):,} are too many; {cure}")
+        what = " keeps the numbers of rows that were too long in each file, and "
+        cure = Option("format", "arrow"), ", or a larger ", Option("max_sequence_length")
+        many = f"{len(packing.facts.overlong_rows):,} are too many; take "
+        raise OptionError(Option("format", "parquet"), what, many, *cure)
 
 
 def gather_all(packing: Packing, progress: bool = False) -> Iterator[pa.RecordBatch]:

@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 import xxhash
 
+from packing.files.errors import path_suggestion
 from packing.files.hashed import checksum
 from packing.files.local_copy import local_copy
 from packing.files.names import file_in
@@ -80,7 +81,7 @@ def _refuse_unfinished(folder: Place) -> None:
     try:
         finished = is_finished(folder)
     except FileNotFoundError:
-        cure = "give a folder that pack_dataset wrote"
+        cure = f"give a folder that pack_dataset wrote{path_suggestion(folder, only_folders=True)}"
         raise FileNotFoundError(f"{str(folder)!r} holds no manifest.json; {cure}") from None
     if not finished:
         raise ValueError(f"the packing in {str(folder)!r} has not finished; run it again to its end")

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from packing.files.errors import Option, OptionError
 from packing.files.hashed import checksum, write_file
 from packing.files.metadata import build, read_json
 from packing.files.paths import Place, place
@@ -46,8 +47,8 @@ def check_parquet(schema: pa.Schema) -> None:
         except pa.ArrowException as error:
             fault = str(error)
         if fault:
-            what = f"column {column.name!r} holds {column.type}, no type of Parquet: {fault}"
-            raise ValueError(f"{what}; take format='arrow', or leave the column out")
+            what = f"column {column.name!r} holds {column.type}, no type of Parquet: {fault}; take "
+            raise OptionError(what, Option("format", "arrow"), ", or leave the column out")
 
 
 @dataclass(frozen=True)

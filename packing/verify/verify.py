@@ -6,6 +6,7 @@ import os
 
 import datasets
 
+from packing.files.errors import path_suggestion
 from packing.files.paths import Place, RemotePath, place
 from packing.files.saved import DICT
 from packing.store.info import PackedInfo
@@ -86,7 +87,8 @@ def _checked_folder(packed: object, storage_options: dict | None) -> Place:
         raise TypeError(f"packed must be a folder or a datasets.Dataset, not {type(packed).__name__}")
     path = place(packed, storage_options)
     if not path.is_dir():
-        raise FileNotFoundError(f"{str(path)!r} is not a folder; give one that pack_dataset wrote")
+        near = path_suggestion(path, only_folders=True)
+        raise FileNotFoundError(f"{str(path)!r} is not a folder; give one that pack_dataset wrote{near}")
     if (path / DICT).exists():
         raise ValueError(
             f"{str(path)!r} holds several splits; verify one of their folders, or all by pack-dataset verify"

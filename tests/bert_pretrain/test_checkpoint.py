@@ -103,7 +103,7 @@ def test_inputs_that_cannot_tell_sequences_apart_are_refused(inputs, message):
     ("changes", "message"),
     [
         ({"mlm_loss": "batch"}, "unknown mlm_loss 'batch'"),
-        ({"packed_attention": "full"}, "unknown attention 'full'; choose from .*'sdpa'"),
+        ({"packed_attention": "full"}, "unknown attention 'full'; choose from .*sdpa"),
         ({"packed_attention": ["sdpa"]}, "1 attention heads for 2 layers"),
         ({"is_decoder": True}, "is for encoders"),
     ],

@@ -156,5 +156,5 @@ def test_the_command_says_the_spread(tmp_path, rows, capsys):
     assert f"before   {info.step_costs_before}" in said
     assert f"after    {info.step_costs_after}" in said
     assert cli.main([*arguments[:1], str(tmp_path / "other"), *arguments[2:], "0"]) == 2
-    assert "packs_per_step=0 must be" in capsys.readouterr().err
+    assert "--balance 0 must be" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ import slow_rows
 import packing
 from packing import cli, packed_info
 from packing.command import plan
+from packing.command.parser import reading
 from packing.options import OVERLONG
 
 datasets.disable_progress_bars()
@@ -245,6 +247,7 @@ def test_a_log_has_whole_lines_alone(tmp_path, source, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["packed", "rows"], "pack-dataset unpack: output 'rows' exists already"),
+        (["packed", "back.csv"], "pack-dataset unpack: TARGET 'back.csv' must end in .parquet or .jsonl, or as a"),
         (["packed", "other.jsonl"], "pack-dataset unpack: PACKED has the splits a, b, and .jsonl is one file; give"),
         (
             ["source", "other"],
@@ -289,6 +292,11 @@ def test_mistakes_in_options_are_one_line(capsys, arguments, message):
         (["verfy", "packed"], "'verify'"),
         (["plann", "source"], "'plan'"),
         (["unpak", "missing"], "'unpack'"),
+        (["pak", "source", "packed"], "'pack'"),
+        (["plann", "source/dataset_dict.json"], "'plan'"),
+        (["verfy", "packed", "--source", "source"], "'verify'"),
+        (["verify", "sourse"], "'source'"),
+        (["unpack", "sourse", "rows"], "'source'"),
         (["source", "packed", "--packer", "optimel"], "'optimal'"),
     ],
 )
@@ -304,3 +312,16 @@ def test_every_subcommand_has_help_with_examples_and_a_version(capsys, name):
         with pytest.raises(SystemExit, match="0"):
             cli.main([*name, option])
         assert said in capsys.readouterr().out
+
+
+def test_ray_takes_no_number_of_processes(tmp_path, source, capsys):
+    assert cli.main([str(source), str(tmp_path / "packed"), "--engine", "ray", "--num-proc", "4"]) == 2
+    said = "pack-dataset: --num-proc 4 would be ignored: --engine ray takes all CPUs it has; leave it out\n"
+    assert capsys.readouterr().err == said
+
+
+def test_an_option_is_read_by_its_type():
+    assert reading("share", float | None) == {"type": float}
+    assert reading("columns", Sequence[str] | None) == {"type": str, "nargs": "+"}
+    with pytest.raises(TypeError, match=r"option table has the type .*dict.*, which the command cannot read"):
+        reading("table", dict[str, int])

@@ -210,7 +210,7 @@ LOOKS_PADDED = {
 
 @pytest.mark.parametrize("rows", LOOKS_PADDED.values(), ids=LOOKS_PADDED)
 def test_unsaid_padding_is_refused(rows):
-    with pytest.raises(ValueError, match=r"looks padded: all \d rows have 4 tokens.*token 0 .*pad_token_id="):
+    with pytest.raises(ValueError, match=r"looks padded: all \d rows have 4 tokens.*token 0 .*pad_token_id"):
         pack_dataset(datasets.Dataset.from_dict({"input_ids": rows}), 4)
 
 
@@ -372,24 +372,24 @@ REFUSED = {
     "empty dataset": (of(input_ids=[]), {}, "is empty: it has no rows"),
     "length 0": (of(input_ids=[[1], [2, 3], []]), {}, "row 2 has length 0: its input_ids are empty; filter"),
     "overlong": (of(input_ids=[[1], [2] * 9]), {}, "row 1 has 9 tokens, more than max_sequence_length=8; choose"),
-    "all dropped": (of(input_ids=[[2] * 9]), {"overlong": "drop"}, "every row has more than max_sequence_length=8"),
+    "all dropped": (of(input_ids=[[2] * 9]), {"overlong": "drop"}, "every row is longer than max_sequence_length=8"),
     "no input_ids": (of(text=["a"], label=[0]), {}, "no column 'input_ids' among text, label; tokenize"),
     "input_ids of text": (of(input_ids=["a"]), {}, "'input_ids' holds string; it must be a list of integers"),
     "input_ids of floats": (of(input_ids=[[0.5]]), {}, "'input_ids' holds .*double.*; it must be a list of integers"),
-    "padded, no mask": (of(input_ids=[[1, 2, 0, 0], [1, 0, 0, 0]]), {}, "looks padded.*attention_mask.*pad_token_id="),
+    "padded, no mask": (of(input_ids=[[1, 2, 0, 0], [1, 0, 0, 0]]), {}, "looks padded.*attention_mask.*pad_token_id"),
     "hole": (of(input_ids=[[1], [1, 2, 3]], attention_mask=[[1], [1, 0, 1]]), {}, "row 1 has zeros between ones"),
     "all masked": (of(input_ids=[[1], [1, 2]], attention_mask=[[1], [0, 0]]), {}, "row 1 is nothing but padding"),
     "all padding": (of(input_ids=[[1], [0, 0]]), {"pad_token_id": 0}, "row 1 is nothing but padding"),
     "mask of other length": (of(input_ids=[[1, 2]], attention_mask=[[1]]), {}, "_mask' in row 0 has 1 values"),
     "mask of text": (of(input_ids=[[1]], attention_mask=["x"]), {}, "'attention_mask' holds string"),
-    "mask and pad_token_id": (of(input_ids=[[1]], attention_mask=[[1]]), {"pad_token_id": 0}, "leave pad_token_id out"),
+    "mask and pad_token_id": (of(input_ids=[[1]], attention_mask=[[1]]), {"pad_token_id": 0}, "or remove the column"),
     "null row": (of(input_ids=[[1], None]), {}, r"'input_ids' in row 1 has no value \(null\)"),
     "null token": (of(input_ids=[[1], [2, None]]), {}, "'input_ids' in row 1 has a null token"),
     "null in a token column": (of(input_ids=[[1], [2]], tags=[[1], None]), {}, r"'tags' in row 1 has no value"),
     "reserved name": (of(input_ids=[[1]], position_ids=[[0]]), {}, "'position_ids' has a reserved name"),
     "packed already": (pack_dataset(of(input_ids=[[1]]), 8), {}, "is packed already"),
     "unknown packer": (of(input_ids=[[1]]), {"packer": "nope"}, "unknown packer 'nope'; choose from .*spfhp"),
-    "unknown overlong": (of(input_ids=[[1]]), {"overlong": "cut"}, "overlong='cut'; choose from error, truncate"),
+    "unknown overlong": (of(input_ids=[[1]]), {"overlong": "cut"}, "overlong 'cut'; choose from error, truncate"),
     "bad seed": (of(input_ids=[[1]]), {"seed": -1}, "seed=-1 must be a whole number"),
     "bad depth": (of(input_ids=[[1]]), {"max_sequences_per_pack": 0}, "max_sequences_per_pack=0 must be"),
     "unknown token column": (of(input_ids=[[1]]), {"token_columns": ["b"]}, "'b', which is not among input_ids"),

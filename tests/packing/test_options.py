@@ -60,14 +60,14 @@ def test_packed_info_takes_its_options_from_there():
         ({"max_sequence_length": 0}, "max_sequence_length=0 must be a whole number, at least 1"),
         ({"max_sequences_per_pack": 2.0}, "max_sequences_per_pack=2.0 must be a whole number, at least 1"),
         ({"packer": "nope"}, "unknown packer 'nope'; choose from"),
-        ({"overlong": "cut"}, "unknown overlong='cut'; choose from error, truncate, split, drop"),
+        ({"overlong": "cut"}, "unknown overlong 'cut'; choose from error, truncate, split, drop"),
         ({"seed": -1}, "seed=-1 must be a whole number, 0 to 2**64 - 1"),
         ({"token_columns": "tags"}, "token_columns='tags' must be a list of column names: ['tags']"),
         ({"pad_token_id": True}, "pad_token_id=True must be a whole number, -(2**63) to 2**63 - 1: the id that"),
         ({"balance": 0}, "must be a whole number, at least 1"),
         ({"num_proc": "2"}, "num_proc='2' must be a whole number, at least 1: the processes that write"),
-        ({"engine": "spark"}, "unknown engine='spark'; choose from processes, ray"),
-        ({"format": "csv"}, "unknown format='csv'; choose from arrow, parquet"),
+        ({"engine": "spark"}, "unknown engine 'spark'; choose from processes, ray"),
+        ({"format": "csv"}, "unknown format 'csv'; choose from arrow, parquet"),
     ],
 )
 def test_a_value_that_no_packing_can_have_is_refused(options, message):

@@ -256,7 +256,7 @@ def test_a_histogram_may_be_shorter_or_longer_than_a_pack():
 def test_depth_limit_is_checked():
     with pytest.raises(ValueError, match="max_sequences_per_pack=0 must be a whole number, at least 1"):
         plan_packs([0, 1], max_sequences_per_pack=0)
-    with pytest.raises(ValueError, match=r"more than 2\*\*63 - 1; give None for no limit"):
+    with pytest.raises(ValueError, match=r"more than 2\*\*63 - 1; leave it out for no limit"):
         plan_packs([0, 1], max_sequences_per_pack=10**30)
     assert plan_packs([0, 3], 2, 2**63 - 1).num_packs == 2
 

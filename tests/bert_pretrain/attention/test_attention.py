@@ -237,7 +237,7 @@ class NoDropout(nn.Module):
 
 def test_refusals():
     _, packed = make_models()
-    with pytest.raises(ValueError, match=r"unknown attention 'dense'; choose from .*'sdpa'.* or give a callable"):
+    with pytest.raises(ValueError, match=r"unknown attention 'dense'; choose from .*sdpa.* or give a callable"):
         use_attention(packed, "dense")
     with pytest.raises(ValueError, match="3 attention heads for 2 layers"):
         use_attention(packed, ["sdpa"] * 3)

@@ -547,14 +547,17 @@ def test_dropout_keeps_the_mean(name):
 
 def test_refusals():
     for build, message in [
-        (partial(LocalAttention, window=-1), "window=-1 must be an integer of at least 0; 0 lets a token see itself"),
-        (partial(LocalAttention, window=2.5), r"window=2\.5 must be an integer"),
+        (partial(LocalAttention, window=-1), "window=-1 must be a whole number, at least 0; 0 lets a token see itself"),
+        (partial(LocalAttention, window=2.5), r"window=2\.5 must be a whole number"),
         (partial(LocalAttention, width=3), "LocalAttention has no option width=3; its options are execution, window"),
         (
             partial(LocalAttention, execution="fast"),
             "execution='fast' is unknown; choose from auto, flex, chunks, whole",
         ),
-        (partial(StridedAttention, stride=0), "stride=0 must be an integer of at least 1; None takes the rounded root"),
+        (
+            partial(StridedAttention, stride=0),
+            "stride=0 must be a whole number, at least 1; None takes the rounded root",
+        ),
         (partial(StridedAttention, heads="both"), "heads='both' is unknown; choose from split, merged"),
         (partial(StridedAttention, num_heads=1), "heads='split' needs 2 heads, got 1; set heads='merged'"),
         (partial(FixedAttention, stride=3), "summary=4 is more than a block of stride=3; lower it"),
@@ -563,7 +566,7 @@ def test_refusals():
             partial(LongformerAttention, global_tokens=0),
             "global_tokens=0 .*; without global tokens take local attention",
         ),
-        (partial(BigBirdAttention, block=0), "block=0 must be an integer of at least 1"),
+        (partial(BigBirdAttention, block=0), "block=0 must be a whole number, at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             build(**{"num_heads": 2, "head_width": 8, "max_sequence_length": 64, **build.keywords})

@@ -127,7 +127,7 @@ def test_sources_that_hold_no_text(tmp_path):
     (tmp_path / "blank.txt").write_text(" \n\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"no text in .*blank.txt: only blank lines"):
         list(read_documents(tmp_path))
-    with pytest.raises(ValueError, match="documents='book' is unknown"):
+    with pytest.raises(ValueError, match="unknown documents 'book'"):
         read_documents(tmp_path, documents="book")
     datasets.Dataset.from_dict({"label": [1]}).save_to_disk(tmp_path / "rows")
     with pytest.raises(ValueError, match=r"label"):
@@ -384,12 +384,14 @@ def test_split_is_by_document_and_seed():
     "wrong, error, message",
     [
         ({"text": "file.txt"}, TypeError, "must be a list"),
-        ({"documents": "book"}, ValueError, "documents='book' is unknown"),
-        ({"sentences": "words"}, ValueError, "sentences='words' is unknown"),
-        ({"objective": "mlm"}, ValueError, r"objective='mlm' is unknown; choose from \['nsp', 'sop', 'none'\]"),
-        ({"objective": "nps"}, ValueError, r"objective='nps' is unknown; did you mean 'nsp'\?"),
+        ({"documents": "book"}, ValueError, "unknown documents 'book'"),
+        ({"sentences": "words"}, ValueError, "unknown sentences 'words'"),
+        ({"objective": "mlm"}, ValueError, r"unknown objective 'mlm'; choose from nsp, sop, none"),
+        ({"objective": "nps"}, ValueError, r"unknown objective 'nps'; did you mean 'nsp'\?"),
         ({"language": "chinese"}, ValueError, "language='chinese' must be an ISO 639 code, two or three small letters"),
-        ({"language": "DE"}, ValueError, "language='DE' must be an ISO 639 code"),  # the splitter takes it for English
+        ({"num_proc": True}, ValueError, "num_proc=True must be a whole number, at least 1"),
+        ({"seed": "a"}, ValueError, "seed='a' must be a whole number, at least 0"),
+        ({"language": "DE"}, ValueError, r"language='DE' must be .*; did you mean 'de'\?"),  # else taken for English
         ({"max_sequence_length": 3}, ValueError, "max_sequence_length=3"),
         ({"test_fraction": 1.0}, ValueError, "test_fraction=1.0"),
         ({"short_sequence_probability": -0.1}, ValueError, "short_sequence_probability=-0.1"),

@@ -202,7 +202,7 @@ def test_the_only_column_of_strings_is_taken_and_said(tmp_path, caplog):
 
 def test_of_two_columns_of_strings_one_must_be_named(tmp_path):
     (tmp_path / "pairs.csv").write_text("first,second\nOne is here.,Two is there.\n")
-    with pytest.raises(ValueError, match=r"'first' and 'second' hold texts; .*--text-column"):
+    with pytest.raises(ValueError, match=r"'first' and 'second' hold texts; .*text_column='first'"):
         documents_of(tmp_path / "pairs.csv")
     with pytest.raises(ValueError, match=r"pairs.csv': no column 'secnd' .*did you mean 'second'\?"):
         documents_of(tmp_path / "pairs.csv", text_column="secnd")

@@ -218,3 +218,10 @@ def test_help_shows_our_own_options_first(capsys, command):
                 field.name
             )
     assert "--lowercase, --no-lowercase" in shown or command == "train"
+
+
+def test_a_mistyped_config_file_is_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("seed: 1", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"there is no config file 'runn.yaml'; did you mean 'run.yaml'\?"):
+        read_config_file("runn.yaml")

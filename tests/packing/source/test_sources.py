@@ -734,21 +734,13 @@ def test_the_first_text_that_is_too_long_ends_the_work(tmp_path, tokenizer, caps
     assert cli.main([str(tmp_path / "texts.jsonl"), *map(str, options), "--overlong", "drop"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        ("max_sequence_length=0 must be", "--max-sequence-length 0 must be"),
-        ('choose overlong="drop", or raise it', "choose --overlong drop, or raise it"),
-        ("give it as pad_token_id (once)", "give it as --pad-token-id (once)"),
-        ("rows are overlong, in any format", "rows are overlong, in any format"),
-        ("column 'token_columns' and 'num_proc=2'", "column 'token_columns' and 'num_proc=2'"),
-        ("unknown packer='x y'; choose", "unknown --packer x y; choose"),
-        ("the row's tokens, max_sequence_length=8, 'x'", "the row's tokens, --max-sequence-length 8, 'x'"),
-        ("--pad-token-id 3, my_seed=4", "--pad-token-id 3, my_seed=4"),
-    ],
-)
-def test_errors_speak_the_words_of_the_command(message, expected):
-    assert cli.in_command_words(message) == expected
+def test_errors_speak_the_words_of_the_command_and_leave_those_of_the_user(tmp_path, capsys):
+    write_lines(tmp_path / "rows.jsonl", [{"text": "a", "max_sequence_length": 3}])
+    error = refused([tmp_path / "rows.jsonl", tmp_path / "packed"], capsys)
+    assert "among text, max_sequence_length; tokenize" in error and "--text-column NAME --tokenizer FOLDER" in error
+    assert "'seed=1.txt'" in refused(["seed=1.txt", tmp_path / "packed"], capsys)
+    with pytest.raises(ValueError, match=r"among text, max_sequence_length; tokenize before packing\Z"):
+        pack_dataset(datasets.Dataset.from_list([{"text": "a", "max_sequence_length": 3}]))
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])

@@ -470,7 +470,7 @@ def test_the_command_alone_leaves_no_process_and_no_noise(source, whole, tmp_pat
 
 def test_what_an_engine_refuses(source, tmp_path, monkeypatch, capsys):
     out = tmp_path / "packed"
-    with pytest.raises(ValueError, match="unknown engine='spark'; choose from processes, ray"):
+    with pytest.raises(ValueError, match="unknown engine 'spark'; choose from processes, ray"):
         pack_dataset(source, **PACK, output=out, engine="spark")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'dataset-packing\[ray\]'"):

@@ -259,7 +259,7 @@ def test_columns_of_every_kind_in_parquet(tmp_path):
     empty = datasets.Dataset(pa.table({"input_ids": tokens, "empty": pa.array([{}] * 40, pa.struct([]))}))
     with pytest.raises(ValueError, match=r"column 'empty' holds list<.*>, no type of Parquet: .*take format='arrow'"):
         pack_dataset(empty, 16, output=tmp_path / "empty", format="parquet")
-    with pytest.raises(ValueError, match="unknown format='csv'; choose from arrow, parquet"):
+    with pytest.raises(ValueError, match="unknown format 'csv'; choose from arrow, parquet"):
         pack_dataset(dataset, 16, output=tmp_path / "csv", format="csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == FORMATS
 
