@@ -98,13 +98,8 @@ def add_pack_options(parser: Parser, names: Collection[str]) -> None:
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=about["help"], **read)
 
 
-READINGS: dict[Any, dict[str, Any]] = {
-    int: {"type": int},
-    float: {"type": float},
-    str: {"type": str},
-    Sequence[str]: {"type": str, "nargs": "+"},
-    bool: {"action": "store_true"},
-}
+READINGS: dict[Any, dict[str, Any]] = {type_: {"type": type_} for type_ in (int, float, str)}
+READINGS |= {Sequence[str]: {"type": str, "nargs": "+"}, bool: {"action": "store_true"}}
 
 
 def reading(name: str, type_: Any) -> dict[str, Any]:

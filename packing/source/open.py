@@ -130,16 +130,14 @@ def open_sequences(
     found = _find(source, None, cache)
     is_text = isinstance(found, FoundFiles) and found.format.is_text
     if is_text and texts.text_column is not None:
-        given = Option("text_column", texts.text_column)
-        raise OptionError(given, f" would be ignored: {source!r} is text; leave it out")
+        why = f" would be ignored: {source!r} is text; leave it out"
+        raise OptionError(Option("text_column", texts.text_column), why)
     if not is_text and texts.documents is not None:
-        given = Option("documents", texts.documents)
-        raise OptionError(given, f" would be ignored: {source!r} holds rows; leave it out")
+        why = f" would be ignored: {source!r} holds rows; leave it out"
+        raise OptionError(Option("documents", texts.documents), why)
     if is_text and texts.tokenizer is None:
-        raise OptionError(
-            *(f"SOURCE {source!r} holds texts; give what makes tokens of them: "),
-            *(Option("tokenizer", "FOLDER_OR_NAME"), " (a file of lengths has one whole number a line)"),
-        )
+        cure = Option("tokenizer", "FOLDER_OR_NAME"), " (a file of lengths has one whole number a line)"
+        raise OptionError(f"SOURCE {source!r} holds texts; give what makes tokens of them: ", *cure)
     _say_left_out(source, found, say, only_texts=True)
     splits = _open(found, cache, documents)
     if texts.tokenizer is None:
