@@ -23,7 +23,7 @@ from packing.files.errors import path_suggestion, suggestion
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
-FORMATS = (".yaml", ".yml", ".json")
+CONFIG_ENDINGS = (".yaml", ".yml", ".json")
 SEE_HELP = "; --help lists the options"
 TRUE_OR_NONE = {"true": True, "false": None}
 
@@ -38,8 +38,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]
 def read_config_file(file: str) -> dict[str, Any]:
     """The keys and values of a YAML or JSON file."""
     path = Path(file)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"{file!r} is no config file: its name must end in {', '.join(FORMATS)}")
+    if path.suffix not in CONFIG_ENDINGS:
+        raise ValueError(f"{file!r} is no config file: its name must end in {', '.join(CONFIG_ENDINGS)}")
     if not path.is_file():
         raise ValueError(f"there is no config file {file!r}{path_suggestion(file)}")
     text = path.read_text(encoding="utf-8")

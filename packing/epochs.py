@@ -17,9 +17,8 @@ from packing.draws import make_key
 from packing.histogram import index_type, offsets_of
 from packing.plan import PackPlan
 from packing.source.token_column import TokenColumn, chosen_rows, list_array, list_lengths, read_lists, refuse_broken
-from packing.store.info import packed_info
+from packing.store.info import LENGTHS, packed_info
 
-LENGTHS = "sequence_lengths"
 REASSIGN = np.uint64(2**64 - 4)  # a stream of draws beside those of assign (lengths) and balance (2**64 - 1 to - 3)
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OVERLONG = ("error", "truncate", "split", "drop")
 ENGINES = ("processes", "ray")  # this machine's, or a cluster's
-FORMATS = ("arrow", "parquet")
+OUTPUT_FORMATS = ("arrow", "parquet")
 
 
 def option(
@@ -78,7 +78,7 @@ class PackOptions:
     format: str = option(
         "arrow",
         "files of TARGET: arrow is mapped into memory, by load_from_disk; parquet is compressed, for load_dataset",
-        choices=FORMATS,
+        choices=OUTPUT_FORMATS,
     )
 
     def __post_init__(self) -> None:

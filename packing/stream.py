@@ -24,14 +24,13 @@ from packing.source.sequences import DONE
 from packing.source.token_column import AS_BYTES
 from packing.source.token_ids import read_checked
 from packing.store.contents import gather_all, plan_packing
-from packing.store.info import packed_facts
+from packing.store.info import INDICES, packed_facts
 
 logger = logging.getLogger(__name__)
 
 PACKER = "lpfhp"  # best fit, longest sequences first
 FIRST_ROWS = 1_000  # columns and types follow from them
 TOO_FEW = 100  # rows that may look padded by chance
-INDICES = "sequence_indices"
 
 
 def pack_stream(

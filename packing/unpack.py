@@ -15,10 +15,9 @@ from packing.files.folder import check_target, new_folder
 from packing.source.rows import RESERVED
 from packing.source.token_column import chosen_rows, read_lists
 from packing.store.dataset_files import write_dataset
-from packing.store.info import PackedInfo, packed_info
+from packing.store.info import INDICES, STARTS, PackedInfo, packed_info
 
 BATCH_TOKENS = 1 << 20  # gathered at a time
-INDICES, STARTS = "sequence_indices", "sequence_starts"
 LISTED = 1000  # rows named in the description
 
 

@@ -27,7 +27,7 @@ FLOORS = {
     "packing": [
         "numba_tools draws files",
         "histogram",
-        "packers.open_packs packers.filling packers.pricing packers.exact_sums packers.nnls packers.linear_program",
+        "packers.open_packs packers.filling packers.pricing packers.nnls packers.linear_program",
         "bounds",
         "plan",
         "packers",
@@ -48,7 +48,6 @@ FLOORS = {
         "isolation",
         "probe isolate",
         "heads",
-        "inference",
         "collator rows masking mask_rows words",
         "training",
     ],
@@ -180,6 +179,11 @@ def place(name: str) -> tuple[str, int]:
     while inside and inside not in floors:
         inside = inside.rpartition(".")[0]
     return f"{package}.{inside}", floors.get(inside, -1)
+
+
+def test_floors_name_modules_that_exist():
+    rooms = {f"{package}.{room}" for package, rows in FLOORS.items() for row in rows for room in row.split()}
+    assert rooms <= modules().keys()
 
 
 def test_each_module_is_on_a_floor():

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"
 """The configuration of a run, in each of its checkpoints."""
-UNFINISHED = "_unfinished"
+UNFINISHED_CHECKPOINTS = "_unfinished"
 """Where ranks write checkpoints and delete old ones. Uploads to the hub leave out what begins with an underscore."""
 
 
@@ -131,7 +131,7 @@ def _is_complete(folder: Path) -> bool:
 
 def remove_unfinished(run_folder: str | os.PathLike) -> None:
     """Delete what a killed run left half written, or half deleted."""
-    leftover = Path(run_folder) / UNFINISHED
+    leftover = Path(run_folder) / UNFINISHED_CHECKPOINTS
     if leftover.exists():
         names = sorted(path.name for path in leftover.iterdir())
         shutil.rmtree(leftover)
@@ -176,7 +176,7 @@ def _delete(checkpoint: Path) -> None:
     if checkpoint.is_symlink():  # somebody moved it to another disk, where it may stay
         checkpoint.unlink()
         return
-    aside = checkpoint.parent / UNFINISHED / f"deleted-{checkpoint.name}"
+    aside = checkpoint.parent / UNFINISHED_CHECKPOINTS / f"deleted-{checkpoint.name}"
     aside.parent.mkdir(exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(checkpoint, aside)

@@ -190,7 +190,7 @@ class ResumesExactly(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         run_folder = super()._get_output_dir(trial)
-        return os.path.join(run_folder, checkpoints.UNFINISHED) if self._is_saving else run_folder
+        return os.path.join(run_folder, checkpoints.UNFINISHED_CHECKPOINTS) if self._is_saving else run_folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = Path(self._get_output_dir(trial))
@@ -215,7 +215,7 @@ class ResumesExactly(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._is_saving = False
-        folder = target.parent / checkpoints.UNFINISHED / target.name
+        folder = target.parent / checkpoints.UNFINISHED_CHECKPOINTS / target.name
         self.state.best_model_checkpoint = self._best_checkpoint(target, best)
         self._save_running_sums(folder)
         self.accelerator.wait_for_everyone()  # each rank has written its part

@@ -19,7 +19,7 @@ examples:
 
 
 def _add_options(parser: Parser) -> None:
-    sources.add_source(parser, sources.LENGTHS)
+    sources.add_source(parser, sources.LENGTH_FILES)
     add_pack_options(parser, ("max_sequence_length", "max_sequences_per_pack"))
     sources.add_reading_options(parser)
     parser.add_argument("--report", metavar="FILE", help="also write the comparison to FILE, .html or .png")

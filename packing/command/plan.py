@@ -20,7 +20,7 @@ object {"length": count}, an .npy array of rows length, count. `pack-dataset --h
 
 
 def _add_options(parser: Parser) -> None:
-    sources.add_source(parser, sources.LENGTHS)
+    sources.add_source(parser, sources.LENGTH_FILES)
     add_pack_options(parser, pack.PLANNING)
     sources.add_reading_options(parser)
 

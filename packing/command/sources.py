@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 READING = ("overlong", "token_columns", "pad_token_id", "num_proc")
 TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer", "documents")
-LENGTHS = "or a file of lengths (.txt, .csv, .json, .npy, .npz)"
+LENGTH_FILES = "or a file of lengths (.txt, .csv, .json, .npy, .npz)"
 
 SOURCES = f"""\
 SOURCE is one of:

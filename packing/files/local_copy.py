@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import fsspec
 
 OF_ACCESS = re.compile("^(atime|time|ino|nlink)$|access", re.I)  # changes without the file, or differs by machine
-MAGIC = re.compile(r"[*\[]")
+WILDCARD = re.compile(r"[*\[]")
 
 Wanted = Callable[[set[str]], set[str]]
 
@@ -45,7 +45,7 @@ def local_copy(url: str, storage_options: dict | None = None, wanted: Wanted = s
         fs, path = open_store(url, storage_options)
         root, found = _find(fs, path, wanted)
     if not found:
-        raise FileNotFoundError(f"{url!r} matches no file" if MAGIC.search(path) else f"there is no file at {url!r}")
+        raise FileNotFoundError(f"{url!r} matches no file" if WILDCARD.search(path) else f"there is no file at {url!r}")
     stamps = _stamps(found)
     digest = xxhash.xxh3_128_hexdigest(json.dumps([url, stamps], sort_keys=True).encode())
     folder = (cache or cache_folder()) / f"{re.sub(r'[^A-Za-z0-9]+', '-', url)[-60:].strip('-')}-{digest}"
@@ -76,7 +76,7 @@ def local_copy(url: str, storage_options: dict | None = None, wanted: Wanted = s
 def _find(fs: fsspec.AbstractFileSystem, path: str, wanted: Wanted) -> tuple[str, dict[str, dict]]:
     """The folder that all lie in, with a slash at its end; names in it -> what the file system says of them."""
     fs.invalidate_cache()
-    if magic := MAGIC.search(path):
+    if magic := WILDCARD.search(path):
         found = fs.glob(path, detail=True)
         root = path[: magic.start()].rpartition("/")[0]
     elif not path.endswith("/") and fs.isfile(path):

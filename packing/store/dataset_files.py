@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import datasets
 
 ARROW, PARQUET = ".arrow", ".parquet"
-ENDINGS = {"arrow": ARROW, "parquet": PARQUET}  # one a format in options.FORMATS
+ENDINGS = {"arrow": ARROW, "parquet": PARQUET}  # one a format in options.OUTPUT_FORMATS
 SHARD_BYTES = 500_000_000  # a shard of write_dataset, roughly
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from packing.balance import StepCosts
     from packing.options import PackOptions
 
-LENGTHS = "sequence_lengths"
+LENGTHS, INDICES, STARTS = "sequence_lengths", "sequence_indices", "sequence_starts"
 PREFIX = "Packed by dataset-packing, format 1: "
 
 

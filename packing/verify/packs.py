@@ -25,11 +25,10 @@ from packing.histogram import offsets_of
 from packing.numba_tools import njit
 from packing.source.rows import INPUT_IDS, Source
 from packing.source.token_column import NULLABLE, TokenColumn, is_list, open_lists
-from packing.store.info import PackedInfo
+from packing.store.info import INDICES, LENGTHS, STARTS, PackedInfo
 from packing.verify.files import Block
 from packing.verify.findings import Findings
 
-LENGTHS, INDICES, STARTS = "sequence_lengths", "sequence_indices", "sequence_starts"
 PER_SEQUENCE = ("local_packs", "packs", "slots", "positions", "lengths", "rows", "begins")
 PIECE = ("rows", "begins", "lengths", "packs", "slots")  # kept for each piece of a split row
 SEEN_BYTES = 1 << 17  # bytes of the rows that have been seen, looked at together

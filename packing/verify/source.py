@@ -21,9 +21,9 @@ from packing.source.fingerprint import array_print
 from packing.source.rows import Source, read_source
 from packing.source.sequences import Sequences, cut_sequences
 from packing.source.token_column import TEXTS, TokenColumn, Values, is_list, open_lists
-from packing.store.info import PackedInfo
+from packing.store.info import INDICES, LENGTHS, STARTS, PackedInfo
 from packing.verify.findings import Findings
-from packing.verify.packs import INDICES, LENGTHS, STARTS, PackedSequences
+from packing.verify.packs import PackedSequences
 
 
 def source_check(

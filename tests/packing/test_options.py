@@ -10,7 +10,7 @@ import pytest
 
 from packing import PackedInfo, pack_dataset
 from packing.files.errors import whole_number
-from packing.options import ENGINES, FORMATS, OVERLONG, PackOptions
+from packing.options import ENGINES, OUTPUT_FORMATS, OVERLONG, PackOptions
 from packing.source.sequences import CUTS
 from packing.store.dataset_files import ENDINGS
 from packing.store.info import packed_facts
@@ -29,7 +29,7 @@ def test_pack_dataset_has_a_keyword_for_each_option():
 
 def test_each_choice_is_in_its_table():
     assert tuple(CUTS) == OVERLONG
-    assert tuple(ENDINGS) == FORMATS
+    assert tuple(ENDINGS) == OUTPUT_FORMATS
     assert PackOptions().engine == ENGINES[0]
 
 
