@@ -21,9 +21,9 @@ from numpy.typing import ArrayLike
 
 from collate.columns import IGNORED
 from collate.words import (
+    BEGINS,
     CONTINUES,
     NO_WORD,
-    STARTS,
     Boundaries,
     cut_long_words,
     find_words,
@@ -208,7 +208,7 @@ class MaskingRule:
     def _parts(
         self, input_ids_T: np.ndarray, offsets: np.ndarray, word_ids_T: ArrayLike | None, special_T: ArrayLike | None
     ) -> np.ndarray:
-        """(T,) int8: STARTS, CONTINUES or NO_WORD."""
+        """(T,) int8: BEGINS, CONTINUES or NO_WORD."""
         self._check_batch(input_ids_T, offsets)
         is_special_T = self.is_special_V[input_ids_T]
         if special_T is not None:
@@ -311,7 +311,7 @@ def _choose_independent(parts_T, offsets, keys, probability):
         first, end = offsets[i], offsets[i + 1]
         words = chosen = 0
         for t in range(first, end):
-            if parts_T[t] == STARTS:
+            if parts_T[t] == BEGINS:
                 words += 1
                 if _uniform(keys[i], np.uint64(t - first) * _DRAWS_PER_TOKEN) < probability:
                     chosen += 1
@@ -321,7 +321,7 @@ def _choose_independent(parts_T, offsets, keys, probability):
         if chosen > 0:
             continue
         for t in range(first, end):
-            if parts_T[t] == STARTS:
+            if parts_T[t] == BEGINS:
                 # all draws were above the probability: rescaled to [0, 1) they serve to select one word
                 draw = _uniform(keys[i], np.uint64(t - first) * _DRAWS_PER_TOKEN)
                 if (draw - probability) / (1.0 - probability) * words < 1.0:

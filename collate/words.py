@@ -23,7 +23,7 @@ import numpy as np
 from collate.vocabulary import added_ids, vocabulary_size
 from packing.numba_tools import njit
 
-NO_WORD, CONTINUES, STARTS = np.int8(-1), np.int8(0), np.int8(1)  # a token's part in a word
+NO_WORD, CONTINUES, BEGINS = np.int8(-1), np.int8(0), np.int8(1)  # a token's part in a word
 
 LETTER, NUMBER, MARK, HAN, OTHER, BLANK, BREAK = range(7)
 INSIDE = -1
@@ -179,11 +179,11 @@ def parts_by_vocabulary(input_ids_T, is_special_T, offsets, continues_word_V, ki
                 parts_T[t], last = NO_WORD, NO_WORD
                 continue
             if last == NO_WORD:
-                parts_T[t] = STARTS
+                parts_T[t] = BEGINS
             elif first == INSIDE or (continues_word_V[token] and not parted_KK[last, first]):
                 parts_T[t] = CONTINUES
             else:
-                parts_T[t] = STARTS
+                parts_T[t] = BEGINS
             if kinds_V2[token, 1] != INSIDE:
                 last = kinds_V2[token, 1]
             elif last == NO_WORD:
@@ -201,7 +201,7 @@ def parts_by_word_ids(is_special_T, offsets, word_ids_T):
             if is_special_T[t] or word_ids_T[t] < 0:
                 parts_T[t] = NO_WORD
             else:
-                parts_T[t] = CONTINUES if inside and word_ids_T[t] == word_ids_T[t - 1] else STARTS
+                parts_T[t] = CONTINUES if inside and word_ids_T[t] == word_ids_T[t - 1] else BEGINS
             inside = parts_T[t] != NO_WORD
     return parts_T
 
@@ -220,7 +220,7 @@ def find_words(parts_T, first, end, words):
     """Write where the words of a sequence begin into `words`, and return how many there are."""
     count = 0
     for t in range(first, end):
-        if parts_T[t] == STARTS:
+        if parts_T[t] == BEGINS:
             words[count] = t
             count += 1
     return count
@@ -230,7 +230,7 @@ def find_words(parts_T, first, end, words):
 def cut_long_words(parts_T, offsets, longest):
     """Make every token of a word with more than longest[i] tokens a word of its own, in place.
 
-        longest 2   [STARTS CONTINUES CONTINUES STARTS CONTINUES] -> [STARTS STARTS STARTS STARTS CONTINUES]
+        longest 2   [BEGINS CONTINUES CONTINUES BEGINS CONTINUES] -> [BEGINS BEGINS BEGINS BEGINS CONTINUES]
 
     Returns (4,) int64: words before, words that were cut, tokens in all words, tokens in those that were cut.
     """
@@ -245,7 +245,7 @@ def cut_long_words(parts_T, offsets, longest):
             counts[0] += 1
             counts[2] += stop - t
             if stop - t > longest[i]:
-                parts_T[t:stop] = STARTS
+                parts_T[t:stop] = BEGINS
                 counts[1] += 1
                 counts[3] += stop - t
             t = stop

@@ -168,6 +168,28 @@ def test_a_name_is_defined_once():
     check("name", {f"{name}: {' '.join(where)}" for name, where in homes.items() if len(where) > 1 and name != "main"})
 
 
+def constants(name: str) -> dict[str, str]:
+    """{"PADDING": "0"}: UPPER_CASE names that a module assigns, and their values as they are written."""
+    found = {}
+    for node in parsed(name).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+            pairs = zip(target.elts, node.value.elts, strict=True) if both else [(target, node.value)]  # type: ignore
+            found |= {ast.unparse(a): ast.unparse(b) for a, b in pairs if ast.unparse(a).isupper()}
+    return found
+
+
+def test_a_constant_that_others_import_has_one_meaning():
+    """Names in `from … import NAME`: two modules may not give one such name other values."""
+    meanings: dict[str, set[str]] = defaultdict(set)
+    for name in modules():
+        for constant, value in constants(name).items():
+            meanings[constant].add(value)
+    taken = {target.rpartition(".")[2] for name in modules() for target in imported(parsed(name))}
+    check("constant", {constant for constant, values in meanings.items() if len(values) > 1 and constant in taken})
+
+
 def test_no_circle_of_modules():
     check("circle", in_circles(imports()))
 

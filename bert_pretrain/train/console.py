@@ -35,7 +35,7 @@ class Measure:
         return self.form.format(logs[self.key]) if self.key in logs else ""
 
 
-COLUMNS = (
+MEASURES = (
     Measure("", "epoch", "epoch", "{:.2f}"),
     Measure("", "loss", "loss"),
     Measure("MLM loss", "/seq.", "mlm_loss_per_sequence"),
@@ -89,7 +89,7 @@ class LinesCallback(TrainerCallback):
         name = "train"
         if any(key.startswith("eval_") for key in logs):
             name, logs = "eval", {key.removeprefix("eval_"): value for key, value in logs.items()}
-        present = tuple(column for column in COLUMNS if column.key in logs)
+        present = tuple(column for column in MEASURES if column.key in logs)
         lines = []
         if not set(present) <= set(self.columns):
             self.columns = present

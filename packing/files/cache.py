@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SEAL = "seal.json"
-CURE = "set HF_DATASETS_CACHE to a folder that you can write to"
+CACHE_CURE = "set HF_DATASETS_CACHE to a folder that you can write to"
 
 
 def cache_folder() -> Path:
@@ -84,7 +84,7 @@ def kept_folder(key: str, make: Callable[[Path], object], cache: Path | None = N
         logger.warning("%s, which is made again", damage)
         _remove(folder)
     if not folder.exists():
-        with writing_errors(cache, CURE):
+        with writing_errors(cache, CACHE_CURE):
             cache.mkdir(parents=True, exist_ok=True)
             _make(folder, make)
     return folder

@@ -20,7 +20,7 @@ from packing.files.locks import held, holder
 from packing.files.paths import Place, place
 
 TRIES = 100  # a folder may go while files are put into it, if another run ends
-CURE = "choose another output, or make its folder writable"
+OUTPUT_CURE = "choose another output, or make its folder writable"
 
 
 def check_target(target: str | os.PathLike) -> Path:
@@ -50,7 +50,7 @@ def _check_parent(target: Path) -> None:
 
 
 @contextmanager
-def writing_errors(path: Path, cure: str = CURE) -> Iterator[None]:
+def writing_errors(path: Path, cure: str = OUTPUT_CURE) -> Iterator[None]:
     """An error of the system names the path and the cure."""
     try:
         yield

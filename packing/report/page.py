@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, FigureBase
 
-TOKENS, PADDING, INK = "#0072b2", "#d9d9d9", "#333333"  # distinct for the colour-blind, and in grey
+TOKENS, UNUSED, INK = "#0072b2", "#d9d9d9", "#333333"  # distinct for the colour-blind, and in grey
 LENGTH_BARS = 64
 PICTURED_PACKS = 48
 
@@ -76,7 +76,7 @@ def draw_padding(axes: Axes, comparison: Comparison) -> None:
     lengths = np.arange(len(comparison.histogram))
     edges, tokens = _bars(comparison.histogram * lengths)
     _, slots = _bars(comparison.histogram * comparison.max_sequence_length)
-    axes.stairs(slots, edges, baseline=tokens, fill=True, color=PADDING, label="padding")
+    axes.stairs(slots, edges, baseline=tokens, fill=True, color=UNUSED, label="padding")
     axes.stairs(tokens, edges, fill=True, color=TOKENS, label="tokens")
     wasted = 1 - comparison.padded.packing_efficiency
     axes.set(title=f"one sequence in a row: {wasted:.1%} of the token slots are padding")
@@ -116,7 +116,7 @@ def draw_packs(axes: Axes, plan: PackPlan) -> None:
     last = np.cumsum(plan.repeats[order] / plan.num_packs)  # the share of packs up to and with each strategy
     pictured = min(PICTURED_PACKS, plan.num_packs)
     chosen = np.minimum(np.searchsorted(last, (np.arange(pictured) + 0.5) / pictured), len(order) - 1)
-    axes.bar(range(pictured), plan.max_sequence_length, width=0.9, color=PADDING)
+    axes.bar(range(pictured), plan.max_sequence_length, width=0.9, color=UNUSED)
     shades = ["#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7"]
     for place, strategy in enumerate(chosen):
         lengths = contents[order[strategy]]

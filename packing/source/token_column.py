@@ -26,7 +26,7 @@ from packing.numba_tools import njit, prefetch
 if TYPE_CHECKING:
     import datasets
 
-BLOCK_ROWS = 1 << 18  # rows looked at together, where all are; memory follows this and not their number
+ROWS_AT_ONCE = 1 << 18  # rows looked at together, where all are; memory follows this and not their number
 AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 TEXTS = (*AS_BYTES, *AS_BYTES.values())
 NULLABLE = ("word_ids",)  # a tokenizer's word ids are None for special tokens, which are in no word
@@ -82,8 +82,8 @@ class TokenColumn:
 
     def blocks(self) -> Iterator[TokenRows]:
         """All rows in order, so many at a time that memory does not follow their number. Refuses a damaged file."""
-        for first in range(0, self.num_rows, BLOCK_ROWS):
-            block = TokenRows(first, *self.find(np.arange(first, min(first + BLOCK_ROWS, self.num_rows))))
+        for first in range(0, self.num_rows, ROWS_AT_ONCE):
+            block = TokenRows(first, *self.find(np.arange(first, min(first + ROWS_AT_ONCE, self.num_rows))))
             if block.lengths.min() < 0:
                 row, what = first + int(np.argmin(block.lengths)), "is damaged: its offsets lead out of its tokens"
                 raise SourceError(what, column=self.name, row=row, cure="make the file again")

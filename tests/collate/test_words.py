@@ -17,9 +17,9 @@ from collate import DataCollatorWithPacking
 from collate.columns import IGNORED
 from collate.masking import MASKING
 from collate.words import (
+    BEGINS,
     CONTINUES,
     NO_WORD,
-    STARTS,
     parts_by_vocabulary,
     parts_by_word_ids,
     word_boundaries,
@@ -123,7 +123,7 @@ def test_words_of_the_vocabulary_are_those_of_the_tokenizer(kind, script, agreem
     same = np.concatenate(found) == np.concatenate(expected)
     assert same.mean() >= agreement
     # negative control: other words would be seen
-    assert (np.concatenate(expected) == STARTS).mean() < 1 or script == "chinese"
+    assert (np.concatenate(expected) == BEGINS).mean() < 1 or script == "chinese"
 
 
 def test_lines_of_code_are_not_one_word():
@@ -134,7 +134,7 @@ def test_lines_of_code_are_not_one_word():
     tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
     parts, expected = parts_of(tokenizer, row)
     assert parts.tolist() == expected.tolist()
-    starts = [token for token, part in zip(tokens, parts, strict=True) if part == STARTS]
+    starts = [token for token, part in zip(tokens, parts, strict=True) if part == BEGINS]
     assert {"Ċ", "ĉ", "(", ");" if ");" in starts else ")"} <= set(starts) and "©" not in starts
 
 
@@ -143,7 +143,7 @@ def test_each_chinese_character_of_bert_is_a_word():
     row = encoded_rows(tokenizer, ["中国abc人"], 9)[0]
     assert parts_of(tokenizer, row)[0].tolist() == parts_of(tokenizer, row)[1].tolist()
     row = encoded_rows(tokenizer, TEXTS["chinese"][:1])[0]
-    assert (parts_of(tokenizer, row)[0] == STARTS).all()
+    assert (parts_of(tokenizer, row)[0] == BEGINS).all()
 
 
 @pytest.mark.parametrize("with_word_ids", [False, True])
@@ -218,7 +218,7 @@ def test_a_batch_before_does_not_decide_where_a_word_begins():
     tokens, is_special = np.array([*ids, *ids[1:]]), np.zeros(2 * len(ids) - 1, bool)
     marks = word_continuations(tokenizer), boundaries.kinds_V2, boundaries.parted_KK
     parts = parts_by_vocabulary(tokens, is_special, np.array([0, len(ids), len(tokens)]), *marks)
-    assert parts.tolist() == [STARTS] + [CONTINUES] * (len(ids) - 1) + [STARTS] + [CONTINUES] * (len(ids) - 2)
+    assert parts.tolist() == [BEGINS] + [CONTINUES] * (len(ids) - 1) + [BEGINS] + [CONTINUES] * (len(ids) - 2)
     is_special[len(ids)] = True
     parts = parts_by_vocabulary(tokens, is_special, np.array([0, len(tokens)]), *marks)
-    assert parts[len(ids)] == NO_WORD and parts[len(ids) + 1] == STARTS
+    assert parts[len(ids)] == NO_WORD and parts[len(ids) + 1] == BEGINS

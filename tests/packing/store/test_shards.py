@@ -283,7 +283,7 @@ def peak_bytes(folder: Path, sequences: int, longest: int) -> int:
 
 def test_memory_follows_sequences_and_not_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr("packing.store.contents.BATCH_TOKENS", 1 << 14)
-    monkeypatch.setattr("packing.source.token_column.BLOCK_ROWS", 1 << 10)
+    monkeypatch.setattr("packing.source.token_column.ROWS_AT_ONCE", 1 << 10)
     monkeypatch.setattr("packing.histogram.BLOCK", 1 << 10)
     peak_bytes(tmp_path / "warm", 1000, 20)
     few, longer, more = (
