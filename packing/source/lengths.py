@@ -28,7 +28,7 @@ from packing.files.errors import Option, OptionError, check_known
 from packing.histogram import length_histogram
 from packing.options import OVERLONG, PackOptions
 from packing.source.json_rows import check_depth
-from packing.source.sequences import CURE
+from packing.source.sequences import OVERLONG_CURE
 
 if TYPE_CHECKING:
     import datasets
@@ -119,7 +119,9 @@ def cut_histogram(histogram: np.ndarray, max_sequence_length: int, overlong: str
     check_known("overlong", overlong, OVERLONG)
     if overlong == "error":
         limit = Option("max_sequence_length", max_sequence_length)
-        raise OptionError(f"{counts.sum()} sequences are longer than ", limit, f", up to {lengths[-1]} tokens; ", *CURE)
+        raise OptionError(
+            f"{counts.sum()} sequences are longer than ", limit, f", up to {lengths[-1]} tokens; ", *OVERLONG_CURE
+        )
     if overlong == "truncate":
         kept[max_sequence_length] += counts.sum()
     elif overlong == "split":

@@ -22,7 +22,7 @@ ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
 DONE = {"truncate": "truncated", "split": "split", "drop": "dropped"}  # the word for rows that did not fit
 
 _TRUNCATE, _SPLIT, _DROP = (Option("overlong", choice) for choice in DONE)
-CURE = ("choose ", _TRUNCATE, ", ", _SPLIT, " or ", _DROP, ", or raise ", Option("max_sequence_length"))
+OVERLONG_CURE = ("choose ", _TRUNCATE, ", ", _SPLIT, " or ", _DROP, ", or raise ", Option("max_sequence_length"))
 
 
 class OverlongError(SourceError):
@@ -31,7 +31,7 @@ class OverlongError(SourceError):
     def __init__(self, row: int, tokens: int, max_sequence_length: int, others: int | None = None):
         also = f" (and {others} more rows are too long)" if others else ""
         limit = Option("max_sequence_length", max_sequence_length)
-        super().__init__((f"has {tokens} tokens, more than ", limit, also), row=row, cure=CURE)
+        super().__init__((f"has {tokens} tokens, more than ", limit, also), row=row, cure=OVERLONG_CURE)
 
 
 @dataclass(frozen=True, eq=False)
