@@ -74,10 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         commands[name](arguments[1:])
     except (ValueError, OSError, ImportError) as error:
-        _say_failure(f"bert-pretrain {name}: {error}")
+        _say_failure(f"bert-pretrain {name}: {error}{_notes(error)}")
         return 2
     except KeyboardInterrupt as interrupt:
-        _say_end(f"bert-pretrain {name}: interrupted{interrupt}")
+        _say_end(f"bert-pretrain {name}: interrupted{interrupt}{_notes(interrupt)}")
         return 130
     except SystemExit as stop:  # --help, or a signal after which a checkpoint was saved
         if isinstance(stop.code, int) and stop.code > 128:
@@ -85,6 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
             return stop.code
         raise
     return 0
+
+
+def _notes(error: BaseException) -> str:
+    """How to resume, if something is kept."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _say_failure(message: str) -> None:

@@ -5,6 +5,7 @@ source -> lengths -> length_histogram -> plan_packs -> assign -> store;   pack_d
 dataset        pack_dataset: read, plan, assign, write
 options        what may be chosen: PackOptions
 source/        whatever rows come from: files, folders, URLs, the hub; texts to tokens
+text/          texts -> ids by a tokenizer, each distinct word once
 histogram      lengths -> sequences per length
 packers/       histogram -> plan; PACKERS has one file a packer
 plan           PackPlan: strategies, how often each repeats, and how good that is

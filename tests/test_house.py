@@ -27,6 +27,7 @@ FLOORS = {
     "packing": [
         "numba_tools draws files",
         "histogram",
+        "text",
         "packers.open_packs packers.filling packers.pricing packers.nnls packers.linear_program",
         "bounds",
         "plan",

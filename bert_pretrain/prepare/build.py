@@ -1,6 +1,8 @@
 """Documents of token ids -> a `datasets` folder of sequences, built by several processes."""
 
 import hashlib
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -16,8 +18,9 @@ from bert_pretrain.prepare.tokens import TokenDocuments, open_tokens
 from packing.files.processes import Workers
 from packing.files.progress import progress_bar
 from packing.histogram import offsets_of
-from packing.store.dataset_files import write_dataset
+from packing.store.dataset_files import write_batches, write_dataset
 
+COUNTS = b"counts"
 TOKENS_PER_TASK = 1 << 18
 """A task is documents of so many tokens, for any number of processes."""
 
@@ -47,10 +50,18 @@ class Counts(NamedTuple):
 
 
 def build_sequences(
-    tokens: Path, options: BuildOptions, vocabulary: str, output: Path, split: str, workers: Workers, progress: bool
+    tokens: Path,
+    options: BuildOptions,
+    vocabulary: str,
+    parts: Path,
+    output: Path,
+    split: str,
+    workers: Workers,
+    progress: bool,
 ) -> Counts:
     """Write the sequences of `write_tokens`' documents to a folder that `load_from_disk` reads.
 
+    parts: a folder for what the tasks give; what it has already is not made again.
     vocabulary: the tokenizer's fingerprint, kept in the dataset's info; training compares it.
     progress: show a bar on stderr.
     Raises ValueError for options that do not fit the documents, and where they give no pair.
@@ -63,19 +74,26 @@ def build_sequences(
 
     def batches() -> Iterator[pa.RecordBatch]:
         nonlocal counts
-        build = partial(_build, tokens, options)
+        tasks = [BuildTask(numbers, parts / f"{i:06}.arrow") for i, numbers in enumerate(_runs(documents))]
+        are_made = [task.file.exists() for task in tasks]
         with progress_bar(
             desc=f"building {split}", unit=" documents", total=len(documents), disable=not progress
         ) as bar:
-            tasks = _tasks(documents)
-            for numbers, (batch, of_batch) in zip(tasks, workers.map(build, tasks), strict=True):
+            missing = [task for task, is_made in zip(tasks, are_made, strict=True) if not is_made]
+            made = workers.map(partial(_build, tokens, options), missing)
+            for task, is_made in zip(tasks, are_made, strict=True):
+                if not is_made:
+                    next(made)
+                batch, of_batch = _load(task.file)
                 counts = Counts(*map(sum, zip(counts, of_batch, strict=True)))
                 for array in batch.columns:
                     for buffer in filter(None, array.buffers()):
                         digest.update(buffer)
-                bar.update(len(numbers))
+                bar.update(len(task.numbers))
                 yield batch
 
+    parts.mkdir(exist_ok=True)
+    shutil.rmtree(output, ignore_errors=True)  # a killed run was writing it
     output.mkdir()
     info = DatasetInfo(features=Features.from_arrow_schema(_schema(options.objective)), config_name=vocabulary)
     # The fingerprint comes from the content: datasets keeps the results of map() under it.
@@ -88,7 +106,14 @@ def build_sequences(
     return counts
 
 
-def _tasks(documents: TokenDocuments) -> list[range]:
+class BuildTask(NamedTuple):
+    """The sequences of these documents -> a file."""
+
+    numbers: range
+    file: Path
+
+
+def _runs(documents: TokenDocuments) -> list[range]:
     """Runs of documents of TOKENS_PER_TASK tokens, or a few more."""
     ends = documents.sentence_offsets[documents.document_offsets[1:]]
     marks = np.arange(TOKENS_PER_TASK, documents.num_tokens, TOKENS_PER_TASK)
@@ -96,8 +121,8 @@ def _tasks(documents: TokenDocuments) -> list[range]:
     return [range(start, end) for start, end in pairwise(bounds)]
 
 
-def _build(tokens: Path, options: BuildOptions, numbers: range) -> tuple[pa.RecordBatch, Counts]:
-    built = list(options.sequences(open_tokens(tokens), numbers))
+def _build(tokens: Path, options: BuildOptions, task: BuildTask) -> None:
+    built = list(options.sequences(open_tokens(tokens), task.numbers))
     labels = [sequence.label for sequence in built if sequence.label not in (None, NO_PAIR)]
     counts = Counts(
         sequences=len(built),
@@ -106,7 +131,13 @@ def _build(tokens: Path, options: BuildOptions, numbers: range) -> tuple[pa.Reco
         pairs=len(labels),
         ones=sum(labels),
     )
-    return _record_batch(built, options.objective), counts
+    batch = _record_batch(built, options.objective)
+    write_batches(task.file, batch.schema.with_metadata({COUNTS: json.dumps(counts)}), [batch])
+
+
+def _load(file: Path) -> tuple[pa.RecordBatch, Counts]:
+    with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as reader:
+        return reader.read_next_batch(), Counts(*json.loads(reader.schema.metadata[COUNTS]))
 
 
 def _schema(objective: str) -> pa.Schema:

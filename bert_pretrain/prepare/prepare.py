@@ -13,10 +13,12 @@ import json
 import logging
 import math
 import re
+import shutil
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,18 +29,22 @@ from bert_pretrain.prepare.sequences import check_draws, longest_sentence
 from bert_pretrain.prepare.summary import SplitSummary
 from bert_pretrain.prepare.text import Text
 from bert_pretrain.prepare.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
+from packing.files.cache import key_of
 from packing.files.errors import check_known, suggestion, whole_number
-from packing.files.folder import new_folder
+from packing.files.folder import check_target, resumed_folder
+from packing.files.hashed import sync
 from packing.files.processes import Workers
 from packing.source.formats import endings
-from packing.source.text import describe
 from packing.source.text_files import DOCUMENTS
+from packing.text.tokenizer import MODES, describe
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
+
+PARTS = ".parts"  # what an unfinished folder has beside what it will hold
 
 
 LANGUAGE = re.compile("[a-z]{2,3}(-[A-Za-z0-9]+)*")
@@ -87,6 +93,13 @@ class PrepareConfig:
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or hub name of a fast tokenizer; without one, a WordPiece is trained."}
     )
+    tokenize: str = field(
+        default="auto",
+        metadata={
+            "help": "How, with the same tokens: `auto`, each distinct word once where the tokenizer allows it; `fast`, "
+            "an error where it does not; `exact`, sentence by sentence."
+        },
+    )
     vocab_size: int = field(
         default=8192,
         metadata={
@@ -113,7 +126,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if isinstance(self.text, str):
             raise TypeError(f"text={self.text!r} must be a list of files and folders: [{self.text!r}]")
-        for name, choices in (("documents", DOCUMENTS), ("sentences", SENTENCES), ("objective", tuple(OBJECTIVES))):
+        choices_of = {"documents": DOCUMENTS, "sentences": SENTENCES, "objective": tuple(OBJECTIVES), "tokenize": MODES}
+        for name, choices in choices_of.items():
             check_known(name, getattr(self, name), choices)
         if not LANGUAGE.fullmatch(self.language):  # the splitter takes others for English
             mended = self.language.lower().replace("_", "-")
@@ -139,38 +153,67 @@ def prepare(config: PrepareConfig, progress: bool = False) -> Prepared:
 
     progress: show bars on stderr.
 
-    The folder appears when it is complete; what fails on the way leaves nothing behind. An existing folder is refused.
-    Any `num_proc` makes the same bytes.
+    The folder appears when it is complete. An existing folder is refused. A run that is killed, is interrupted or meets
+    an error of the system leaves what it has finished in .OUTPUT.unfinished, where the same configuration resumes; any
+    other error leaves nothing. Any `num_proc`, and any number of interruptions, make the same bytes.
     """
     from datasets import load_from_disk
 
-    with new_folder(config.output) as folder, Workers(config.num_proc) as workers:
+    check_target(config.output)
+    given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    with Workers(config.num_proc) as workers:
         options = DocumentOptions(config.documents, config.sentences, config.language)
         text = Text(config.text, config.text_column, options, workers, progress)
-        splits = _splits(text, config)
-        tokenizer = _tokenizer(text, splits, config)
-        with TemporaryDirectory(prefix="tokens-", dir=folder) as temporary:
+        with resumed_folder(config.output, _key(config, text, given)) as folder:
+            splits = _splits(text, config)
+            parts = folder / PARTS
+            parts.mkdir(exist_ok=True)
+            tokenizer = given or _trained(text, splits, config, folder / "tokenizer")
             summary = {
-                split: _prepare_split(split, members, text, tokenizer, config, folder / split, Path(temporary))
+                split: _prepare_split(split, members, text, tokenizer, config, folder / split, parts)
                 for split, members in splits.items()
             }
-        tokenizer.save_pretrained(folder / "tokenizer")
-        (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
-        configured = asdict(config)
-        del configured["num_proc"]  # it changes nothing
-        if config.text_column is None:
-            del configured["text_column"]
-        record = {"config": configured, "splits": {split: numbers.as_json() for split, numbers in summary.items()}}
-        (folder / "prepare.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            if given is not None:
+                given.save_pretrained(folder / "tokenizer")
+            (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
+            record = {
+                "config": _recorded(config),
+                "splits": {split: found.as_json() for split, found in summary.items()},
+            }
+            (folder / "prepare.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            shutil.rmtree(parts)
     return Prepared(load_from_disk(config.output), summary)
 
 
-def _tokenizer(text: Text, splits: dict[str, np.ndarray], config: PrepareConfig) -> "PreTrainedTokenizerFast":
-    """The given tokenizer, or one that is trained on the training split."""
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
-    train = splits["train"]
-    return train_tokenizer(text.sentences(train), config.vocab_size, config.lowercase, text.characters(train))
+def _recorded(config: PrepareConfig) -> dict[str, Any]:
+    """The configuration, but for what changes no byte."""
+    recorded = asdict(config)
+    del recorded["num_proc"], recorded["tokenize"]
+    if config.text_column is None:
+        del recorded["text_column"]
+    return recorded
+
+
+def _key(config: PrepareConfig, text: Text, tokenizer: "PreTrainedTokenizerFast | None") -> str:
+    """What an interrupted run must share with one that resumes it: configuration, sources, tokenizer, and versions."""
+    described = None if tokenizer is None else describe(tokenizer)
+    versions = [version(name) for name in ("dataset-packing", "tokenizers", "transformers", "sentencex")]
+    return key_of(_recorded(config), config.tokenize == "exact", text.stamps(), described, versions)
+
+
+def _trained(
+    text: Text, splits: dict[str, np.ndarray], config: PrepareConfig, folder: Path
+) -> "PreTrainedTokenizerFast":
+    """A tokenizer that is trained on the training split, or that an interrupted run has trained and saved here."""
+    if not folder.exists():
+        train = splits["train"]
+        trained = train_tokenizer(text.sentences(train), config.vocab_size, config.lowercase, text.characters(train))
+        with TemporaryDirectory(dir=folder.parent / PARTS) as temporary:
+            trained.save_pretrained(Path(temporary) / "saved")
+            for file in (Path(temporary) / "saved").iterdir():
+                sync(file)
+            (Path(temporary) / "saved").rename(folder)
+    return load_tokenizer(str(folder))
 
 
 def _prepare_split(
@@ -180,13 +223,14 @@ def _prepare_split(
     tokenizer: "PreTrainedTokenizerFast",
     config: PrepareConfig,
     output: Path,
-    temporary: Path,
+    parts: Path,
 ) -> SplitSummary:
-    """Documents -> token ids, in a temporary folder -> sequences, in `output`."""
-    tokenizer_file, tokens = temporary / "tokenizer.json", temporary / split
-    tokenizer_file.write_text(describe(tokenizer), encoding="utf-8")
+    """Documents -> token ids, in a folder of `parts` -> sequences, in `output`."""
+    description = describe(tokenizer)
+    tokenizer_file, tokens = parts / f"tokenizer-{key_of(description)}.json", parts / f"{split}-tokens"
+    tokenizer_file.write_text(description, encoding="utf-8")
     longest = longest_sentence(config.objective, config.max_sequence_length)
-    documents = text.tokenize(members, tokenizer_file, tokens, split, longest)
+    documents = text.tokenize(members, tokenizer_file, config.tokenize, tokens, split, longest)
     if not len(documents):
         raise ValueError(
             f"{split} split: the tokenizer left no token of {members.sum()} documents; give one of this language"
@@ -201,7 +245,9 @@ def _prepare_split(
     )
     vocabulary = vocabulary_fingerprint(tokenizer)
     try:
-        counts = build_sequences(tokens, options, vocabulary, output, split, text.workers, text.progress)
+        counts = build_sequences(
+            tokens / "all", options, vocabulary, parts / split, output, split, text.workers, text.progress
+        )
     except ValueError as error:
         hint = "; test_fraction=0 makes no test split" if split == "test" else ""
         raise ValueError(f"{split} split: {error}{hint}") from None

@@ -4,25 +4,27 @@ Tasks are about a megabyte each, for any number of processes: the result is the 
 in the whole text.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from bert_pretrain.prepare.documents import Document, DocumentOptions, documents_of, find_sources, no_text
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
-from bert_pretrain.prepare.tokens import TokenDocuments, open_tokens, write_tokens
+from bert_pretrain.prepare.tokens import TokenDocuments, load_part, open_tokens, save_part, write_tokens
+from packing.files.names import NamedFile
 from packing.files.processes import Workers
 from packing.files.progress import progress_bar
-from packing.source.text import text_tokenizer
-from packing.source.text_files import BLOCK_BYTES, TextBlock, find_blocks
+from packing.source.text_files import BLOCK_BYTES, TextBlock, TextRows, find_blocks
+from packing.text.encode import Amount, DifferentTokens, Encoder, open_encoder
+from packing.text.tokenizer import TOKENIZE_CURE
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -58,6 +60,14 @@ class Text:
     ):
         self.sources = find_sources(text, text_column)
         self.options, self.workers, self.progress = options, workers, progress
+
+    def stamps(self) -> list:
+        """What changes when a source does."""
+        return [
+            (split, source.stamp() if isinstance(source, NamedFile) else _stamp_of_rows(source))
+            for split, sources in self.sources.items()
+            for source in sources
+        ]
 
     @cached_property
     def tasks(self) -> list[list[TextBlock]]:
@@ -104,14 +114,50 @@ class Text:
             total.update(counts)
         return total
 
-    def tokenize(self, members: np.ndarray, tokenizer: Path, folder: Path, name: str, longest: int) -> TokenDocuments:
-        """Those documents as token ids, written to a folder.
+    def tokenize(
+        self, members: np.ndarray, tokenizer: Path, mode: str, folder: Path, name: str, longest: int
+    ) -> TokenDocuments:
+        """Those documents as token ids, written to a folder. The parts that it has already are not made again.
 
-        tokenizer: a file that `describe` made. longest: sentence, see `tokenize_sentences`.
+        tokenizer: a file that `describe` made, of a name of its own. mode: see `open_encoder`. longest: sentence, see
+        `tokenize_sentences`.
         """
-        tokenize = partial(_tokenize, tokenizer, longest)
-        write_tokens(folder, self._progress(f"tokenizing {name}", tokenize, self._tasks(members), members))
-        return open_tokens(folder)
+        folder.mkdir(exist_ok=True)
+        exact = folder / "exact"  # it is there once units have proved wrong: parts that are made without them
+        if not exact.exists():
+            try:
+                parts = self._tokenize(members, partial(_tokenize, tokenizer, mode, longest), folder, name)
+            except DifferentTokens as error:
+                if mode == "fast":
+                    raise ValueError(f"{name} split: {error}; {TOKENIZE_CURE}") from None
+                logger.warning("%s split: all sentences are tokenized one by one, since %s", name, error)
+                exact.mkdir()
+        if exact.exists():
+            parts = self._tokenize(members, partial(_tokenize, tokenizer, "exact", longest), exact, name)
+        write_tokens(folder / "all", map(load_part, parts))
+        return open_tokens(folder / "all")
+
+    def _tokenize(
+        self, members: np.ndarray, tokenize: Callable[["TokenizeTask"], Amount], folder: Path, name: str
+    ) -> list[Path]:
+        """The parts, those made that are missing."""
+        tasks = [TokenizeTask(task, folder / f"{i:06}.npy") for i, task in enumerate(self._tasks(members))]
+        missing = [task for task in tasks if not task.file.exists()]
+        total, amount = _bytes(tasks), Amount()
+        with progress_bar(
+            desc=f"tokenizing {name}",
+            unit="B",
+            unit_scale=True,
+            disable=not self.progress,
+            total=total,
+            initial=total - _bytes(missing),
+        ) as bar:
+            for task, found in zip(missing, self.workers.map(tokenize, missing), strict=True):
+                bar.update(_bytes([task]))
+                amount = amount.plus(found)
+        if amount.bytes:
+            logger.info("%s split: %s", name, amount)
+        return [task.file for task in tasks]
 
     def _tasks(self, members: np.ndarray) -> list[TextTask]:
         """The tasks with any such document."""
@@ -134,6 +180,11 @@ class Text:
                 yield result
 
 
+def _stamp_of_rows(source: TextRows) -> tuple:
+    files = [NamedFile.of(file["filename"]).stamp() for file in source.dataset.cache_files]
+    return source.name, source.column, source.dataset._fingerprint, files
+
+
 def _tasks_of(blocks: Iterable[TextBlock]) -> list[list[TextBlock]]:
     tasks: list[list[TextBlock]] = [[]]
     size = 0
@@ -154,10 +205,25 @@ def _count_characters(task: TextTask) -> Counter[str]:
     return Counter(chain.from_iterable(sentence for document in task.chosen() for sentence in document))
 
 
-def _tokenize(tokenizer: Path, longest: int, task: TextTask) -> TokenDocuments:
-    return tokenize_sentences(task.chosen(), _loaded(tokenizer), longest)
+class TokenizeTask(NamedTuple):
+    """The documents of a task -> a file."""
+
+    text: TextTask
+    file: Path
+
+
+def _bytes(tasks: Iterable[TokenizeTask]) -> int:
+    return sum(block.num_bytes for task in tasks for block in task.text.blocks)
+
+
+def _tokenize(tokenizer: Path, mode: str, longest: int, task: TokenizeTask) -> Amount:
+    encoder = _encoder(tokenizer, mode)
+    before = encoder.amount()
+    save_part(task.file, tokenize_sentences(task.text.chosen(), encoder, longest))
+    return encoder.amount().since(before)
 
 
 @lru_cache(maxsize=1)
-def _loaded(file: Path) -> "Tokenizer":
-    return text_tokenizer(file.read_text(encoding="utf-8"))
+def _encoder(file: Path, mode: str) -> Encoder:
+    """One for all tasks of this process: its table holds what it has read."""
+    return open_encoder(file.read_text(encoding="utf-8"), mode)

@@ -19,6 +19,7 @@ from bert_pretrain.places import find_pretrained
 from bert_pretrain.prepare.documents import Document
 from bert_pretrain.prepare.tokens import TokenDocuments
 from packing.histogram import offsets_of
+from packing.text.encode import Encoder, Texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -154,8 +155,8 @@ def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return f"vocabulary:{hashlib.sha256(vocabulary.encode()).hexdigest()[:16]}"
 
 
-def tokenize_sentences(documents: list[Document], bare: Tokenizer, longest: int | None = None) -> TokenDocuments:
-    """Token ids of every sentence, without special tokens, by a `packing.source.text.text_tokenizer`.
+def tokenize_sentences(documents: list[Document], encoder: Encoder, longest: int | None = None) -> TokenDocuments:
+    """Token ids of every sentence, without special tokens. Raises DifferentTokens as `encoder` does.
 
     Sentences of which the tokenizer leaves nothing (control characters) are left out, and documents of nothing else.
 
@@ -163,24 +164,29 @@ def tokenize_sentences(documents: list[Document], bare: Tokenizer, longest: int 
         truncation cuts nothing off. Text without sentence ends, such as a transcript, is such a sentence.
     """
     sentences = list(chain.from_iterable(documents))
-    ids = [encoding.ids for encoding in bare.encode_batch_fast(sentences, add_special_tokens=False)]
-    pieces = [[len(sentence)] if sentence else [] for sentence in ids]
-    long = []
-    for i, sentence in enumerate(ids):
-        if longest is not None and len(sentence) > longest:
-            long.append(i)
-            pieces[i] = _word_lengths(bare.encode(sentences[i], add_special_tokens=False).word_ids, longest)
-    counts = np.array([len(of_sentence) for of_sentence in pieces], np.int64)
+    rows = encoder.encode([Texts.of_strings(sentences)], special_tokens=False)
+    lengths = np.diff(rows.offsets)
+    most = len(rows.ids) if longest is None else longest
+    long = np.flatnonzero(lengths > most)
+    words = [_word_lengths(_word_ids(encoder.tokenizer, sentences[i]), most) for i in long.tolist()]
+    counts = (lengths > 0).astype(np.int64)  # pieces of each sentence
+    counts[long] = [len(of_sentence) for of_sentence in words]
+    pieces = np.repeat(lengths, counts)
+    pieces[np.repeat(np.isin(np.arange(len(lengths)), long), counts)] = list(chain.from_iterable(words))
     depths = np.array([len(document) for document in documents], np.int64)
     kept = np.add.reduceat(counts, offsets_of(depths)[:-1], dtype=np.int64) if len(depths) else depths
     return TokenDocuments(
-        tokens=np.fromiter(chain.from_iterable(ids), np.int32, sum(map(len, ids))),
-        sentence_offsets=offsets_of(list(chain.from_iterable(pieces))),
+        tokens=rows.ids,
+        sentence_offsets=offsets_of(pieces),
         document_offsets=offsets_of(kept[kept > 0]),
         long_sentences=len(long),
         words=int(counts[long].sum()),
-        unread_characters=_unread_characters(sentences, bare),
+        unread_characters=_unread_characters(sentences, encoder.tokenizer),
     )
+
+
+def _word_ids(tokenizer: Tokenizer, sentence: str) -> list[int | None]:
+    return tokenizer.encode(sentence, add_special_tokens=False).word_ids
 
 
 def _unread_characters(sentences: list[str], bare: Tokenizer) -> int:
@@ -191,8 +197,7 @@ def _unread_characters(sentences: list[str], bare: Tokenizer) -> int:
     most = getattr(bare.model, "max_input_chars_per_word", None)
     if most is None:
         return 0
-    runs = re.compile(rf"\S{{{most + 1},}}")
-    found = (run for sentence in sentences for run in runs.findall(sentence))
+    found = re.findall(rf"\S{{{most + 1},}}", "\n".join(sentences))
     normalized = (run if bare.normalizer is None else bare.normalizer.normalize_str(run) for run in found)
     split = None if bare.pre_tokenizer is None else bare.pre_tokenizer.pre_tokenize_str
     words = (word for run in normalized for word, _ in ([(run, None)] if split is None else split(run)))

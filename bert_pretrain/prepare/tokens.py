@@ -1,11 +1,13 @@
 """Documents as token ids, flat, in memory or in a folder that several processes read."""
 
+import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from packing.files.hashed import write_file
 from packing.histogram import offsets_of
 
 
@@ -44,9 +46,23 @@ class TokenDocuments:
         return len(self.tokens)
 
 
+def save_part(file: Path, part: TokenDocuments) -> None:
+    """Write some documents to a file that appears when it is whole."""
+    buffer = io.BytesIO()
+    for field in fields(part):
+        np.save(buffer, getattr(part, field.name))
+    write_file(file, buffer.getvalue())
+
+
+def load_part(file: Path) -> TokenDocuments:
+    with file.open("rb") as stream:
+        tokens, sentences, documents, *counts = (np.load(stream) for _ in fields(TokenDocuments))
+    return TokenDocuments(tokens, sentences, documents, *map(int, counts))
+
+
 def write_tokens(folder: Path, parts: Iterable[TokenDocuments]) -> None:
-    """Write the documents of all parts to a new folder; their tokens do not stay in memory."""
-    folder.mkdir(parents=True)
+    """Write the documents of all parts to a folder; their tokens do not stay in memory."""
+    folder.mkdir(exist_ok=True)
     sentences, documents = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     counts = np.zeros(3, np.int64)
     with (folder / "tokens").open("wb") as file:

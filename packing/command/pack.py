@@ -50,7 +50,7 @@ def _add_options(parser: Parser) -> None:
 def _run(arguments: Namespace) -> int:
     """Plan all splits, then write all of them: an error in the last one leaves nothing of the first."""
     # heavy imports wait until the arguments are parsed
-    from packing.store.engines import check_engine, opened_engine
+    from packing.store.engines import check_engine, opened_engine, tokenizer_of
     from packing.store.writing import check_output, write_packings
 
     sources.check_text_options(arguments)
@@ -61,8 +61,8 @@ def _run(arguments: Namespace) -> int:
     options = given_options(arguments)
     check_engine(options.engine)
     check_output(arguments.target, one_process=options.one_process)
-    source = sources.load_sequences(arguments)
     with opened_engine(options.engine):
+        source = sources.load_sequences(arguments, run=tokenizer_of(options.engine))
         packings = prepare_splits(source, arguments, options, to_write=True)
         write_packings(packings, arguments.target, progress=True)
     print(f"written to {arguments.target}")

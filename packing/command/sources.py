@@ -13,16 +13,18 @@ from packing.command.parser import Parser, add_pack_options, one_of
 from packing.files.errors import in_split, whole_number
 from packing.source.formats import endings
 from packing.source.text_files import DOCUMENTS
+from packing.text.tokenizer import MODES
 
 if TYPE_CHECKING:
     import numpy as np
 
     from packing.source.open import OpenedSource
+    from packing.source.text import Run
 
 logger = logging.getLogger(__name__)
 
 READING = ("overlong", "token_columns", "pad_token_id", "num_proc")
-TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer", "documents")
+TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer", "documents", "tokenize")
 LENGTH_FILES = "or a file of lengths (.txt, .csv, .json, .npy, .npz)"
 
 SOURCES = f"""\
@@ -58,6 +60,14 @@ def add_text_options(parser: Parser) -> None:
         type=one_of(DOCUMENTS),
         choices=DOCUMENTS,
         help="what a sequence of a text file is: a paragraph between blank lines (the default), a line, or the file",
+    )
+    add(
+        "--tokenize",
+        type=one_of(MODES),
+        choices=MODES,
+        default="auto",
+        help="how, with the same tokens: each distinct word once where the tokenizer allows it (auto), or an error "
+        "where it does not (fast), or text by text (exact)",
     )
 
 
@@ -122,10 +132,11 @@ def load_histograms(arguments: Namespace) -> Iterator[tuple[str, np.ndarray]]:
         yield name, histogram
 
 
-def load_sequences(arguments: Namespace, cache: Path | None = None) -> OpenedSource:
+def load_sequences(arguments: Namespace, cache: Path | None = None, run: Run | None = None) -> OpenedSource:
     """The splits of SOURCE, with input_ids; a Dataset without splits is {"": Dataset}.
 
-    cache: the folder for converted files and tokens; None: the cache of the datasets library."""
+    cache: the folder for converted files and tokens; None: the cache of the datasets library.
+    run: who tokenizes; None: num_proc processes."""
     from packing.packers.table import checked_length
     from packing.source.open import TextOptions, open_sequences
 
@@ -138,6 +149,7 @@ def load_sequences(arguments: Namespace, cache: Path | None = None) -> OpenedSou
         whole_number("num_proc", arguments.num_proc),
         longest=longest,
         cache=cache,
+        run=run,
         say=lambda words: print(f"pack-dataset: {words}", file=sys.stderr),
     )
 

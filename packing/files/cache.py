@@ -23,7 +23,8 @@ from uuid import uuid4
 import xxhash
 
 from packing.files.folder import writing_errors
-from packing.files.hashed import checksum, sync, write_file
+from packing.files.hashed import UNFINISHED, checksum, sync, write_file
+from packing.files.locks import held
 from packing.files.metadata import read_json
 from packing.files.names import checked_name, file_in
 
@@ -60,23 +61,26 @@ def new_cache() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def kept_rows(key: str, make: Callable[[Path], object], cache: Path | None = None) -> datasets.Dataset:
+def kept_rows(
+    key: str, make: Callable[[Path], object], cache: Path | None = None, *, resumes: bool = False
+) -> datasets.Dataset:
     """The rows of the Arrow files that make(folder) writes, one file after the other by name.
 
-    cache: None is cache_folder()."""
+    cache, resumes: see `kept_folder`."""
     import datasets
 
-    folder = kept_folder(key, make, cache)
+    folder = kept_folder(key, make, cache, resumes=resumes)
     files = [
         datasets.Dataset.from_file(str(folder / name)) for name in sorted(_seal(folder)) if name.endswith(".arrow")
     ]
     return datasets.concatenate_datasets(files) if len(files) > 1 else files[0]
 
 
-def kept_folder(key: str, make: Callable[[Path], object], cache: Path | None = None) -> Path:
+def kept_folder(key: str, make: Callable[[Path], object], cache: Path | None = None, *, resumes: bool = False) -> Path:
     """A folder of files that make(folder) writes, unless they are kept under this key and whole.
 
-    cache: None is cache_folder()."""
+    cache: None is cache_folder().
+    resumes: whether make() takes what is in the folder for finished: after a run that was killed, it starts there."""
     cache = cache or cache_folder()
     folder = cache / key
     damage = _damage(folder) if os.path.lexists(folder) else None
@@ -86,7 +90,7 @@ def kept_folder(key: str, make: Callable[[Path], object], cache: Path | None = N
     if not folder.exists():
         with writing_errors(cache, CACHE_CURE):
             cache.mkdir(parents=True, exist_ok=True)
-            _make(folder, make)
+            (_resume if resumes else _make)(folder, make)
     return folder
 
 
@@ -102,18 +106,36 @@ def _make(folder: Path, make: Callable[[Path], object]) -> None:
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         fresh = Path(temporary) / "files"
         fresh.mkdir()
-        make(fresh)
-        seal = {path.name: _measured(path) for path in sorted(fresh.iterdir())}
-        for name in seal:
-            sync(fresh / name)
-        write_file(fresh / SEAL, json.dumps(seal).encode())
-        try:
-            os.rename(fresh, folder)
-        except OSError:
-            if not folder.exists() or _damage(folder) is not None:
-                raise
-            # another process has made the same meanwhile
-        sync(folder.parent)
+        _fill(fresh, folder, make)
+
+
+def _resume(folder: Path, make: Callable[[Path], object]) -> None:
+    """As `_make`, in a folder with a name of its own, which one process at a time fills."""
+    fresh = folder.with_name(f".{folder.name}.unfinished")
+    with held(folder.with_name(f".{folder.name}.lock"), wait=True):
+        if folder.exists():
+            return
+        fresh.mkdir(exist_ok=True)
+        (fresh / SEAL).unlink(missing_ok=True)
+        _fill(fresh, folder, make)
+
+
+def _fill(fresh: Path, folder: Path, make: Callable[[Path], object]) -> None:
+    """Make the files, seal them, and give their folder its name."""
+    make(fresh)
+    for file in fresh.glob(f".*{UNFINISHED}"):  # a process that died was writing it
+        file.unlink(missing_ok=True)
+    seal = {path.name: _measured(path) for path in sorted(fresh.iterdir())}
+    for name in seal:
+        sync(fresh / name)
+    write_file(fresh / SEAL, json.dumps(seal).encode())
+    try:
+        os.rename(fresh, folder)
+    except OSError:
+        if not folder.exists() or _damage(folder) is not None:
+            raise
+        # another process has made the same meanwhile
+    sync(folder.parent)
 
 
 def _measured(path: Path) -> dict:

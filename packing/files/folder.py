@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from packing.files.hashed import UNFINISHED, sync
+from packing.files.hashed import UNFINISHED, sync, write_file
 from packing.files.locks import held, holder
 from packing.files.paths import Place, place
 
+KEY = "key"  # a file that says what an unfinished folder will hold
 TRIES = 100  # a folder may go while files are put into it, if another run ends
 OUTPUT_CURE = "choose another output, or make its folder writable"
 
@@ -58,7 +59,10 @@ def writing_errors(path: Path, cure: str = OUTPUT_CURE) -> Iterator[None]:
         if error.errno is None or cure in str(error.strerror):
             raise
         said = error.strerror if error.filename in (None, str(path)) else f"{error.strerror} ({str(error.filename)!r})"
-        raise OSError(error.errno, f"{said}; {cure}", str(path)) from error
+        cured = OSError(error.errno, f"{said}; {cure}", str(path))
+        for note in getattr(error, "__notes__", ()):
+            cured.add_note(note)
+        raise cured from error
 
 
 @contextmanager
@@ -196,4 +200,38 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
         folder.chmod(0o777 & ~umask)  # mkdtemp keeps others out
         yield folder
         check_target(target)
+        os.rename(folder, target)
+
+
+@contextmanager
+def resumed_folder(target: str | os.PathLike, key: str) -> Iterator[Path]:
+    """As new_folder, but a run that is killed, is interrupted or meets an error of the system (a full disk, a process
+    that died) leaves the folder to the next one with the same key.
+
+    with resumed_folder("prepared", "9f2c…") as folder:     # .prepared.unfinished, with what an earlier run finished
+        ...
+    """
+    target = check_target(target).absolute()
+    with no_empty_parents(target), ExitStack() as stack:
+        folder = target.with_name(f".{target.name}.unfinished")
+        with writing_errors(target):
+            _lock_beside(stack, target, target)
+            if folder.is_symlink():
+                raise FileExistsError(errno.EEXIST, "it is a link, and would be followed; remove it", str(folder))
+            if not (folder / KEY).is_file() or (folder / KEY).read_text(encoding="utf-8") != key:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                write_file(folder / KEY, key.encode())
+        try:
+            yield folder
+        except BaseException as error:
+            is_started = any(path.is_file() and path.name != KEY for path in folder.rglob("*"))
+            if not is_started or (isinstance(error, Exception) and not isinstance(error, OSError)):
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                kept = f"what is finished is kept in {str(folder)!r}"
+                error.add_note(f"{kept}: run the same again to continue from there, or remove that folder")
+            raise
+        check_target(target)
+        (folder / KEY).unlink()
         os.rename(folder, target)

@@ -29,6 +29,8 @@ from packing.source.text_files import TextRows, check_documents, refuse_other_fo
 if TYPE_CHECKING:
     import datasets
 
+    from packing.source.text import Run
+
 logger = logging.getLogger(__name__)
 
 ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "manifest.json")  # files beside data, no rows in them
@@ -52,6 +54,7 @@ class TextOptions:
     text_column, text_pair_column: names of columns; the second makes pairs.
     keep_text: whether the texts stay beside their tokens.
     documents: what a sequence is, of text files; see DOCUMENTS.
+    tokenize: who reads the texts, see MODES of packing.text.tokenizer; the tokens are the same.
     """
 
     tokenizer: str | None = None
@@ -59,6 +62,7 @@ class TextOptions:
     text_pair_column: str | None = None
     keep_text: bool = False
     documents: str | None = None
+    tokenize: str = "auto"
 
 
 class OpenedSource(NamedTuple):
@@ -113,18 +117,20 @@ def open_sequences(
     *,
     longest: int | None = None,
     cache: Path | None = None,
+    run: Run | None = None,
     say: Callable[[str], object] = logger.warning,
 ) -> OpenedSource:
     """The rows of a source with input_ids: as they are, or made of texts by a tokenizer.
 
-    num_proc: processes that tokenize.
+    num_proc: processes that tokenize; run: who does it instead of them, see `tokenize`.
     longest: the first text of more tokens ends the work; None: none does.
     say: is called with one line about what was not asked for: the column that is taken, text files that are left out.
 
     Raises as open_splits does. Raises ValueError for options of texts that do not fit the rows, before it loads a
     tokenizer, which takes long.
     """
-    from packing.source.text import check_texts, open_tokenizer, tokenize
+    from packing.source.text import check_texts, tokenize
+    from packing.text.tokenizer import open_tokenizer
 
     documents = check_documents(texts.documents or "paragraph")
     found = _find(source, None, cache)
@@ -145,8 +151,19 @@ def open_sequences(
         return OpenedSource(splits, are_tokenized=False)
     columns = ["text"] if is_text else _text_columns(splits, texts, say)
     _in_each(splits, lambda dataset: check_texts(dataset, columns))
-    work = open_tokenizer(texts.tokenizer), columns, texts.keep_text, num_proc
-    tokenized = _in_each(splits, lambda dataset: tokenize(dataset, *work, longest=longest, cache=cache))
+    work = partial(
+        tokenize,
+        tokenizer=open_tokenizer(texts.tokenizer),
+        text_columns=columns,
+        keep_text=texts.keep_text,
+        num_proc=num_proc,
+        longest=longest,
+        cache=cache,
+        mode=texts.tokenize,
+        run=run,
+        say=say,
+    )
+    tokenized = _in_each(splits, work)
     return OpenedSource(tokenized, are_tokenized=True)
 
 

@@ -1,69 +1,56 @@
-"""Texts -> tokens: a column of a dataset by a tokenizer of transformers, in parallel, ready to be packed.
+"""Texts -> tokens: a column of a dataset by a tokenizer, in parallel, ready to be packed.
 
-text          label          input_ids      token_type_ids   label
-"we must"     a       ->     [2 57 92 3]    [0 0 0 0]        a
+text          label          label   input_ids      token_type_ids
+"we must"     a       ->     a       [2 57 92 3]    [0 0 0 0]
 
-Nothing is truncated or padded: `overlong` decides about what does not fit into a pack.
+Nothing is truncated or padded: `overlong` decides about what does not fit into a pack. A special token in a text is
+text, see packing.text.tokenizer.
 
-All text is text: a text that says "[MASK]" gets the tokens of [, MASK and ], and no mask. A fast tokenizer knows a
-special token in text at two places. It looks for it before the model (`encode_special_tokens` turns that off). Then the
-model may find it among its own words: Unigram takes "<s>" for a piece, WordPiece after whitespace takes "[MASK]" for a
-word. So both places get another name for it, which no text holds; ids stay.
+The rows are cut into tasks, which make a file each. Whoever does a task, the file is the same, and one that is finished
+is not made again:
+
+    000000.arrow, 000001.arrow, …        by an encoder of units
+    different, exact-000000.arrow, …     text by text, from the text on for which that encoder has proved wrong
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from packing.files.errors import Option, SourceError, path_suggestion, suggestion
+import numpy as np
+
+from packing.files.cache import kept_rows, key_of
+from packing.files.errors import Option, SourceError, suggestion
+from packing.files.hashed import HashedFile, write_file
+from packing.files.processes import Workers, prepared
+from packing.files.progress import progress_bar
+from packing.source.fingerprint import column_prints, combined_print
+from packing.source.sequences import OverlongError
+from packing.source.token_column import chosen_rows, null_rows, refuse_broken
+from packing.text.encode import Amount, DifferentTokens, Encoder, Texts, open_encoder
+from packing.text.tokenizer import TOKENIZE_CURE, describe
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 # Types of what tokenizers give. Whatever it is not in here is no column of tokens, or is not wanted.
 TYPES = {"input_ids": "int32", "token_type_ids": "int8"}
-FIELDS = {"input_ids": "ids", "token_type_ids": "type_ids"}  # attributes of tokenizers.Encoding
 
-# Noncharacters of Unicode, which are for a program's own use and stand in no text.
-MARK = "\ufdd0\ufdd1\ufdd0"
-
-
-def open_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of transformers, by its folder or its name on the hub. Raises if packs could not be made with it."""
-    try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"tokenizing needs transformers ({error}): pip install 'dataset-packing[train]'"
-        ) from None
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(
-            f"there is no folder {name!r} with a tokenizer; give one that save_pretrained wrote"
-            f"{path_suggestion(name, only_folders=True)}"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(
-            f"no tokenizer in {name!r}: {' '.join(str(error).split())}{path_suggestion(name, only_folders=True)}"
-        ) from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(
-            f"tokenizer {name!r} ({type(tokenizer).__name__}) has no fast version; tokenize in Python with "
-            "Dataset.map, and pack the column input_ids"
-        )
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"tokenizer {name!r} has no pad token, which training fills packs up with; set tokenizer.pad_token, "
-            "save it with save_pretrained, and give that folder"
-        )
-    return tokenizer
+TASK_BYTES = 1 << 25  # of texts in a file
+BATCH_BYTES = 1 << 22  # of texts in memory at a time
+BATCH_ROWS = 1000  # of a file, as the datasets library has them; other columns are in memory for so many rows
+DIFFERENT = "different"  # a file that says for which text the units have proved wrong
 
 
 def tokenize(
@@ -75,70 +62,197 @@ def tokenize(
     *,
     longest: int | None = None,
     cache: Path | None = None,
+    mode: str = "auto",
+    run: Run | None = None,
+    say: Callable[[str], object] = logger.info,
 ) -> datasets.Dataset:
     """Replace one column of texts, or two that make pairs, by their tokens; the other columns stay.
 
-    num_proc: processes that tokenize. One has as many threads as there are cores; more pay where reading texts and
-    writing tokens takes longer than that.
+    num_proc: processes that tokenize.
     longest: the first row with more tokens than this ends the work with OverlongError; None: none does.
+    mode: one of MODES of packing.text.tokenizer; the tokens are the same.
+    run: who does the tasks; None: num_proc processes.
+    say: is called with a line about how much of the text the tokenizer had to read.
 
     Kept in `cache` (None: that of the datasets library, HF_DATASETS_CACHE), under the content of the texts and of the
-    tokenizer: the same texts are not tokenized twice, and texts that have changed are.
+    tokenizer: the same texts are not tokenized twice, and texts that have changed are. What a killed run has finished
+    is used by the next one.
     """
     import datasets
 
-    from packing.files.cache import kept_rows
-
     check_texts(dataset, text_columns)
-    names = [name for name in TYPES if name in ("input_ids", *tokenizer.model_input_names)]
-    work = _Tokenize(tokenizer, tuple(text_columns), tuple(names), longest)
-    features = {name: dataset.features[name] for name in dataset.column_names if keep_text or name not in text_columns}
-    features |= {name: datasets.List(datasets.Value(TYPES[name])) for name in names}
-    features = datasets.Features(features)
-
-    def make(folder: Path) -> None:
-        found = dataset.map(
-            work,
-            batched=True,
-            with_indices=True,
-            remove_columns=None if keep_text else list(text_columns),
-            features=features,
-            num_proc=num_proc if num_proc > 1 else None,
-            cache_file_name=str(folder / "tokens.arrow"),
-            desc="tokenizing",
-        )
-        if len(found) != len(dataset):
-            raise RuntimeError(f"{len(found):,} of {len(dataset):,} texts were tokenized")
-
-    key = _fingerprint(dataset, work, keep_text)
-    found = kept_rows(key, make, cache)
+    names = tuple(name for name in TYPES if name in ("input_ids", *tokenizer.model_input_names))
+    kept = [name for name in dataset.column_names if keep_text or name not in text_columns]
+    features = datasets.Features(
+        {name: dataset.features[name] for name in kept}
+        | {name: datasets.List(datasets.Value(TYPES[name])) for name in names}
+    )
+    work = TokenizeRows(dataset, describe(tokenizer), tuple(text_columns), features, longest, mode)
+    run = run or partial(_in_processes, num_proc)
+    key = _fingerprint(work, names, keep_text)
+    found = kept_rows(key, lambda folder: _write_all(work, folder, run, say), cache, resumes=True)
     info = dataset.info.copy()
     info.features = features
     return datasets.Dataset(found.data, info=info, split=dataset.split, fingerprint=key)
 
 
-class _Tokenize:
-    """For Dataset.map: texts of some rows -> their tokens."""
+class RowsTask(NamedTuple):
+    """Rows start..end -> one file."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        text_columns: tuple[str, ...],
-        names: tuple[str, ...],
-        longest: int | None,
-    ):
-        self.description, self.longest = describe(tokenizer), longest
-        self.tokenizer, self.text_columns, self.names = text_tokenizer(self.description), text_columns, names
+    start: int
+    end: int
+    file: Path
 
-    def __call__(self, rows: Mapping[str, list[str]], numbers: list[int]) -> dict[str, list]:
-        from packing.source.sequences import OverlongError
 
-        texts = [rows[name] for name in self.text_columns]
-        found = self.tokenizer.encode_batch_fast(list(zip(*texts, strict=True)) if len(texts) > 1 else list(texts[0]))
-        for number, encoding in zip(numbers, found, strict=True):
-            if self.longest is not None and len(encoding) > self.longest:
-                raise OverlongError(number, len(encoding), self.longest)
-        return {name: [getattr(encoding, FIELDS[name]) for encoding in found] for name in self.names}
+@dataclass(frozen=True)
+class TokenizeRows:
+    """The texts of some rows -> their tokens, in a file. Any process can do it: it opens the dataset's files.
+
+    features: of what is written. The rest is as in `tokenize`.
+    """
+
+    dataset: datasets.Dataset
+    description: str
+    text_columns: tuple[str, ...]
+    features: datasets.Features
+    longest: int | None
+    mode: str
+
+    def write(self, task: RowsTask) -> Amount:
+        """Raises OverlongError for a row that is too long, and DifferentTokens."""
+        import pyarrow as pa
+
+        before, schema, rows = self._encoder.amount(), self.features.arrow_schema, self.dataset.with_format("arrow")
+        texts = rows.select_columns(list(self.text_columns))[task.start : task.end]
+        with HashedFile(task.file) as file:
+            with pa.ipc.new_stream(file, schema) as writer:
+                for start, end in _runs(_text_bytes(texts, self.text_columns), BATCH_BYTES):
+                    columns = [texts[name].slice(start, end - start) for name in self.text_columns]
+                    tokens = self._tokens(columns, task.start + start)
+                    for first in range(start, end, BATCH_ROWS):
+                        table = rows[task.start + first : task.start + min(first + BATCH_ROWS, end)]
+                        for name, values in tokens.items():
+                            table = table.append_column(name, values.slice(first - start, len(table)))
+                        # Of chosen rows, each is a chunk, which would be a batch.
+                        writer.write_table(table.select(schema.names).cast(schema).combine_chunks())
+            file.publish()
+        return self._encoder.amount().since(before)
+
+    def _tokens(self, columns: list[pa.ChunkedArray], first_row: int) -> dict[str, pa.Array]:
+        """{column: a list of tokens for each row}"""
+        import pyarrow as pa
+
+        rows = self._encoder.encode([Texts.of_arrow(pa.concat_arrays(column.chunks)) for column in columns])
+        lengths = np.diff(rows.offsets)
+        if self.longest is not None and (lengths > self.longest).any():
+            row = int(np.argmax(lengths > self.longest))
+            raise OverlongError(first_row + row, int(lengths[row]), self.longest)
+        offsets = pa.array(rows.offsets.astype(np.int32))
+        values = {"input_ids": rows.ids, "token_type_ids": rows.type_ids}
+        return {
+            name: pa.ListArray.from_arrays(offsets, pa.array(tokens))
+            for name, tokens in values.items()
+            if name in self.features
+        }
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return open_encoder(self.description, self.mode)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_encoder"}
+
+
+Run = Callable[[TokenizeRows, Sequence[RowsTask]], Iterator[Amount]]
+"""Who does the tasks: what they give, in any order."""
+
+
+def _in_processes(num_proc: int, work: TokenizeRows, tasks: Sequence[RowsTask]) -> Iterator[Amount]:
+    num_proc = min(num_proc, len(tasks))
+    if num_proc <= 1:
+        yield from map(work.write, tasks)
+        return
+    with Workers(num_proc, partial(_same, work)) as workers:
+        yield from workers.map(_write, tasks)  # in order: of several long rows, the first ends the work
+
+
+def _same(work: TokenizeRows) -> TokenizeRows:
+    return work
+
+
+def _write(task: RowsTask) -> Amount:
+    """In one of the processes."""
+    return prepared().write(task)
+
+
+def _fingerprint(work: TokenizeRows, names: Sequence[str], keep_text: bool) -> str:
+    """Of all columns, what is to be done with them, and by which tokenizer. Who asks for `exact` trusts no units."""
+    made_by = version("dataset-packing"), version("tokenizers"), work.description, work.mode == "exact"
+    rows = combined_print(column_prints(work.dataset)), str(work.dataset.features)
+    return key_of(rows, made_by, work.text_columns, tuple(names), keep_text)
+
+
+def _write_all(work: TokenizeRows, folder: Path, run: Run, say: Callable[[str], object]) -> None:
+    """A file for each task that has none. Where the units of texts prove wrong, all again by the tokenizer itself, and
+    so will a run that resumes this one."""
+    different, amount = folder / DIFFERENT, Amount()
+    if not different.exists():
+        try:
+            files, amount = _write_missing(work, folder, run)
+        except DifferentTokens as error:
+            write_file(different, str(error).encode())
+    if different.exists():
+        why = different.read_text(encoding="utf-8")
+        if work.mode == "fast":
+            raise ValueError(f"{why}; {TOKENIZE_CURE}")
+        say(f"all texts are tokenized one by one, since {why}")
+        files, amount = _write_missing(replace(work, mode="exact"), folder, run, "exact-")
+    elif amount.bytes:
+        say(str(amount))
+    for file in {*folder.glob("*.arrow")} - files:
+        file.unlink()
+
+
+def _write_missing(work: TokenizeRows, folder: Path, run: Run, prefix: str = "") -> tuple[set[Path], Amount]:
+    """-> the files of all tasks, and how much text those had that were not there."""
+    import datasets
+
+    sizes, amount = _text_bytes(work.dataset.data, work.text_columns, chosen_rows(work.dataset)), Amount()
+    runs = enumerate(_runs(sizes, TASK_BYTES))
+    tasks = [RowsTask(start, end, folder / f"{prefix}{number:06}.arrow") for number, (start, end) in runs]
+    missing = [task for task in tasks if not task.file.exists()]
+    with progress_bar(
+        desc="tokenizing",
+        total=int(sizes.sum()),
+        initial=int(sizes.sum() - sum(sizes[task.start : task.end].sum() for task in missing)),
+        unit="B",
+        unit_scale=True,
+        disable=datasets.are_progress_bars_disabled(),
+    ) as bar:
+        for found in run(work, missing):
+            amount = amount.plus(found)
+            bar.update(found.bytes)
+    return {task.file for task in tasks}, amount
+
+
+def _text_bytes(table: pa.Table, columns: Sequence[str], rows: np.ndarray | None = None) -> np.ndarray:
+    """(rows,) int64: how much text each row has. rows: see `chosen_rows`."""
+    import pyarrow.compute as pc
+
+    # Rows that are not chosen may be null.
+    lengths = (pc.fill_null(pc.binary_length(table[name]), 0) for name in columns)
+    total = sum(each.to_numpy().astype(np.int64) for each in lengths)
+    return total if rows is None else total[rows]
+
+
+def _runs(sizes: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """Runs of rows that have so many bytes of text, or a few more."""
+    ends = np.cumsum(sizes)
+    marks = np.arange(most, ends[-1], most)
+    return list(pairwise(np.unique([0, *(np.searchsorted(ends, marks) + 1).tolist(), len(sizes)]).tolist()))
+
+
+# Which texts
 
 
 def find_text_column(dataset: datasets.Dataset, wanted: str | None, say: Callable[[str], object]) -> str:
@@ -168,10 +282,6 @@ def find_text_column(dataset: datasets.Dataset, wanted: str | None, say: Callabl
 
 def check_texts(dataset: datasets.Dataset, text_columns: Sequence[str]) -> None:
     """Raise ValueError for what can be seen to be no texts without a tokenizer."""
-    import numpy as np
-
-    from packing.source.token_column import chosen_rows, null_rows, refuse_broken
-
     if not len(dataset):
         raise SourceError("the dataset is empty: it has no texts to tokenize")
     for name in text_columns:
@@ -202,56 +312,3 @@ def _holds_strings(dataset: datasets.Dataset, name: str) -> bool:
 
     type_ = dataset.data.column(name).type
     return pa.types.is_string(type_) or pa.types.is_large_string(type_)
-
-
-def _fingerprint(dataset: datasets.Dataset, work: _Tokenize, keep_text: bool) -> str:
-    """Of all columns, what is to be done with them, and by which tokenizer."""
-    import tokenizers
-    import xxhash
-
-    from packing.source.fingerprint import column_prints, combined_print
-
-    tokenizer = tokenizers.__version__, work.description
-    parts = combined_print(column_prints(dataset)), str(dataset.features), tokenizer
-    return xxhash.xxh3_128(repr((parts, work.text_columns, work.names, keep_text)).encode()).hexdigest()
-
-
-# A tokenizer for which all text is text
-
-
-def text_tokenizer(description: str) -> Tokenizer:
-    """From the JSON that `describe` makes: a tokenizer that neither cuts nor pads."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(description)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def describe(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The JSON of a tokenizer of transformers, in which special tokens have names that no text holds."""
-    return _rename(tokenizer.backend_tokenizer.to_str(), tokenizer.all_special_tokens)
-
-
-def _rename(description: str, special_tokens: Iterable[str]) -> str:
-    content = json.loads(description)
-    model, added = content["model"], content["added_tokens"]
-    special = {*special_tokens, *(token["content"] for token in added if token["special"])}
-
-    def name(token: str) -> str:
-        return MARK + token if token in special else token
-
-    for token in added:
-        token["content"] = name(token["content"])
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {name(token): id_ for token, id_ in model["vocab"].items()}
-    else:  # Unigram
-        model["vocab"] = [[name(token), score] for token, score in model["vocab"]]
-    if model.get("unk_token") is not None:
-        model["unk_token"] = name(model["unk_token"])
-    if "merges" in model:
-        pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
-        model["merges"] = [pair for pair in pairs if special.isdisjoint((*pair, "".join(pair)))]
-    return json.dumps(content)

@@ -1,6 +1,8 @@
 """The shard functions on Ray: a cluster reads and writes what one process would, byte for byte.
 
     driver                                      workers, on any machine
+    ranges of texts             ->              TokenizeRows.write: a file of tokens        (text.py)       tasks of Ray
+    bytes read                  <-
     ranges of rows              ->              read_range: lengths, digests                (ranges.py)     Ray Data
     Source, fingerprint         <-
     plan + assignment -> ShardTask   ->         open_columns (once a worker), write_shard   (shards.py)     tasks of Ray
@@ -16,13 +18,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import platform
 import secrets
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +38,11 @@ from packing.store.shards import ShardRecord, ShardTask, write_shard
 
 if TYPE_CHECKING:
     import datasets
+
+    from packing.source.text import RowsTask, TokenizeRows
+    from packing.text.encode import Amount
+
+T = TypeVar("T")
 
 RETRIES = 3  # a task runs again if its worker dies or the file system fails
 TASKS_PER_CPU = 2  # at work or waiting: no worker idles, and the driver keeps few indices
@@ -159,7 +167,7 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-# Writing
+# Tokenizing and writing
 
 
 def write_on_ray(
@@ -169,41 +177,57 @@ def write_on_ray(
 
     Raises what write_shard raises, and ChildProcessError where a task's worker has died RETRIES + 1 times.
     """
+    for record in _map_tasks(_write, (source, tuple(token_columns)), tasks, "wrote a shard"):
+        advance(record.packs)
+        yield record
+
+
+def tokenize_on_ray(work: TokenizeRows, tasks: Sequence[RowsTask]) -> Iterator[Amount]:
+    """Each task on some CPU of the cluster, in any order. All machines must see the cache that the tasks write to.
+
+    Raises what work.write raises, and ChildProcessError where a task's worker has died RETRIES + 1 times.
+    """
+    yield from _map_tasks(_tokenize, (work,), tasks, "tokenized")
+
+
+def _map_tasks(function: Callable[..., T], shared: tuple, tasks: Iterable[Any], did: str) -> Iterator[T]:
+    """function([what is shared], key, task) of each task. did: what errors say that its worker was there for."""
     import ray
 
     with connection():
-        write = ray.remote(_write).options(num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError])
+        remote = ray.remote(function).options(num_cpus=1, max_retries=RETRIES, retry_exceptions=[OSError])
         # a list keeps it packed: a worker asks for the dataset once
-        shared, key = [ray.put((source, tuple(token_columns)))], secrets.token_hex(8)
+        source, key = [ray.put(shared)], secrets.token_hex(8)
         waiting: list[Any] = []
         try:
             for task in tasks:
-                waiting.append(write.remote(shared, key, task))
+                waiting.append(remote.remote(source, key, task))
                 if len(waiting) >= TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1))):
-                    yield _next_record(ray, waiting, advance)
+                    yield _next_result(ray, waiting, did)
             while waiting:
-                yield _next_record(ray, waiting, advance)
+                yield _next_result(ray, waiting, did)
         finally:
             _end(ray, waiting)
 
 
-def _next_record(ray: Any, waiting: list, advance: Advance) -> ShardRecord:
+def _next_result(ray: Any, waiting: list, did: str) -> Any:
     (done, *_), _ = ray.wait(waiting, num_returns=1)
     waiting.remove(done)
     try:
-        record = ray.get(done)
+        return ray.get(done)
     except ray.exceptions.RayTaskError as error:
         raise _with_cure(error.cause) from None
     except ray.exceptions.RayError as error:
-        what = f"a worker that wrote a shard died {RETRIES + 1} times, perhaps for want of memory"
+        what = f"a worker that {did} died {RETRIES + 1} times, perhaps for want of memory"
         raise ChildProcessError(f"{what}: {error}") from None
-    advance(record.packs)
-    return record
 
 
 def _with_cure(error: Exception) -> Exception:
     if isinstance(error, OSError):
-        error.add_note("every machine of the cluster must see the source and the output, under the same path or URL")
+        error.add_note(
+            "every machine of the cluster must see the source and the output (of texts, HF_DATASETS_CACHE, too), under "
+            "the same path or URL"
+        )
     return error
 
 
@@ -228,21 +252,27 @@ def _open(source: list, key: str, prepare: Callable[..., Any]) -> Any:
         import ray
 
         try:
-            shared, *others = ray.get(source[0])
+            shared = ray.get(source[0])
         except ray.exceptions.RaySystemError as error:  # Ray wraps errors of opening its files like this
             raise OSError(f"the source cannot be opened: {str(error).splitlines()[0]}") from None
-        _opened = key, prepare(shared.open(), *others)
+        _opened = key, prepare(*shared)
     return _opened[1]
 
 
 def _read(rows: pa.Table, source: list, key: str) -> pa.Table:
     first, end = (rows.column(name)[0].as_py() for name in ("first", "end"))
     try:
-        dataset, reading = _open(source, key, lambda *found: found)
+        dataset, reading = _open(source, key, lambda shared, reading: (shared.open(), reading))
         return to_arrow(read_range(dataset, reading, first, end))
     except (OSError, ValueError) as error:  # ValueError: it cannot be opened; read_range reports faults of rows
         return to_arrow(RangeLost(first, end - first, str(error)))
 
 
 def _write(source: list, key: str, task: ShardTask) -> ShardRecord:
-    return write_shard(_open(source, key, open_columns), task)
+    columns = _open(source, key, lambda shared, token_columns: open_columns(shared.open(), token_columns))
+    return write_shard(columns, task)
+
+
+def _tokenize(source: list, key: str, task: RowsTask) -> Amount:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it has one CPU
+    return _open(source, key, lambda work: work).write(task)

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import datasets
 
@@ -20,9 +21,12 @@ from packing.source.fingerprint import ColumnPrint, column_prints, in_background
 from packing.source.ranges import Reading, join_ranges, row_ranges
 from packing.source.rows import Source, check_source, open_columns
 from packing.source.token_ids import read_checked
-from packing.store.cluster import Advance, Opener, SharedSource, connection, read_on_ray, write_on_ray
+from packing.store.cluster import Advance, Opener, SharedSource, connection, read_on_ray, tokenize_on_ray, write_on_ray
 from packing.store.contents import Packing
 from packing.store.shards import ShardRecord, ShardTask, write_shard
+
+if TYPE_CHECKING:
+    from packing.source.text import Run
 
 
 def check_engine(engine: str) -> None:
@@ -35,6 +39,11 @@ def opened_engine(engine: str) -> AbstractContextManager[None]:
     """A context in which an engine is started once, for all that is read and written."""
     check_engine(engine)
     return connection() if engine == "ray" else nullcontext()
+
+
+def tokenizer_of(engine: str) -> Run | None:
+    """Who tokenizes texts; None: processes of this machine."""
+    return tokenize_on_ray if engine == "ray" else None
 
 
 def read(

@@ -16,8 +16,9 @@ from bert_pretrain.prepare.documents import (
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
 from bert_pretrain.prepare.tokens import TokenDocuments
 from packing.histogram import offsets_of
-from packing.source.text import describe, text_tokenizer
 from packing.source.text_files import check_documents, find_blocks
+from packing.text.encode import SlowEncoder
+from packing.text.tokenizer import describe, text_tokenizer
 
 
 def sources_of(*paths: str | Path, text_column: str | None = None) -> TextSources:
@@ -46,7 +47,7 @@ def read_documents(
 
 def tokenize_documents(documents: Iterable[Document], tokenizer) -> TokenDocuments:
     """Token ids of every sentence, without special tokens; the tokenizer stays as it is."""
-    return tokenize_sentences(list(documents), text_tokenizer(describe(tokenizer)))
+    return tokenize_sentences(list(documents), SlowEncoder(text_tokenizer(describe(tokenizer))))
 
 
 def token_documents(documents: Iterable[Iterable[list[int]]]) -> TokenDocuments:

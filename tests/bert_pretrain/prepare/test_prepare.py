@@ -25,7 +25,8 @@ from bert_pretrain.prepare.tokenizer import (
     tokenize_sentences,
     train_tokenizer,
 )
-from packing.source.text import describe, text_tokenizer
+from packing.text.encode import SlowEncoder
+from packing.text.tokenizer import describe, text_tokenizer
 
 TEXT = """\
 Mr. Smith came at 5 p.m. and said hello. He left
@@ -622,8 +623,8 @@ def test_the_words_of_a_long_sentence_are_those_of_its_tokenizer():
     bare = text_tokenizer(describe(tokenizer))
 
     def pieces(sentence, longest, bare=bare):
-        found = tokenize_sentences([[sentence, "we"], ["we"]], bare, longest)
-        whole = tokenize_sentences([[sentence, "we"], ["we"]], bare)
+        found = tokenize_sentences([[sentence, "we"], ["we"]], SlowEncoder(bare), longest)
+        whole = tokenize_sentences([[sentence, "we"], ["we"]], SlowEncoder(bare))
         np.testing.assert_array_equal(found.tokens, whole.tokens)
         assert found.num_sentences == whole.num_sentences == 3 and len(found) == 2
         is_long = found.long_sentences == 1

@@ -117,5 +117,5 @@ def is_running(pid):
 
 
 def test_one_process_at_least():
-    with pytest.raises(ValueError, match="num_proc=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_proc=0 must be a whole number, at least 1"):
         PrepareConfig(text=["a.txt"], output="out", num_proc=0)

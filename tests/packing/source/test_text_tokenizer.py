@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from collate import DataCollatorWithPacking
 from packing import cli
-from packing.source.text import describe, text_tokenizer
+from packing.text.tokenizer import describe, text_tokenizer
 
 datasets.disable_progress_bars()
 

@@ -27,12 +27,14 @@ from packing.dataset import prepare_packing
 from packing.files import hashed
 from packing.options import PackOptions
 from packing.source import ranges
+from packing.source.text import tokenize
 from packing.store import cluster
+from packing.text.encode import DifferentTokens
 
 datasets.disable_progress_bars()
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 PACK = {"max_sequence_length": 128, "overlong": "split", "seed": 3}
-READ, WRITE = cluster._read, cluster._write
+READ, WRITE, TOKENIZE = cluster._read, cluster._write, cluster._tokenize
 ROWS = 20_000  # five blocks of a fingerprint: five ranges
 
 
@@ -483,3 +485,56 @@ def test_what_an_engine_refuses(source, tmp_path, monkeypatch, capsys):
     assert cli.main([str(tmp_path), "--plan-only", "--engine", "ray"]) == 2
     assert "--engine ray would be ignored" in capsys.readouterr().err
     assert not out.exists()
+
+
+def tokenize_noted(source, key, task):
+    """The worker kills itself the first time, with the third file half written."""
+    notes = task.file.parents[3]
+    times(notes, "tokenized")
+    if task.file.name == "000002.arrow" and times(notes, "deaths") == 1:
+        hashed.write_bytes = always_die
+    time.sleep(0.1)
+    return TOKENIZE(source, key, task)
+
+
+@needs_ray
+def test_workers_tokenize_texts(cluster_here, tokenizer, tmp_path, monkeypatch):
+    """The driver tokenizes nothing, and a worker that is killed is replaced."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = [f"w{i % 50} w{i % 7} w3" for i in range(ROWS)]
+    datasets.Dataset.from_dict({"text": texts, "label": range(ROWS)}).save_to_disk(tmp_path / "texts")
+    monkeypatch.setattr("packing.source.text.TASK_BYTES", 30_000)
+    command = [str(tmp_path / "texts"), "--max-sequence-length", "128", "--tokenizer", str(tmp_path / "tokenizer")]
+    for engine in ("processes", "ray"):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / f"cache of {engine}")
+        if engine == "ray":
+            monkeypatch.setattr(cluster, "_tokenize", tokenize_noted)
+            monkeypatch.setattr("packing.source.text.TokenizeRows._encoder", None)
+        assert cli.main([command[0], str(tmp_path / engine), *command[1:], "--engine", engine]) == 0
+    assert contents(tmp_path / "ray") == contents(tmp_path / "processes")
+    assert contents(tmp_path / "cache of ray") == contents(tmp_path / "cache of processes")
+    assert len(workers(tmp_path, "tokenized")) >= 2 and os.getpid() not in workers(tmp_path, "tokenized")
+    assert len(workers(tmp_path, "deaths")) == 2
+
+
+def differ(source, key, task):
+    raise DifferentTokens("we must") if task.file.name.startswith("0") else OSError(2, "No such file", "cache")
+
+
+@needs_ray
+def test_what_workers_raise_about_texts(cluster_here, tokenizer, tmp_path, monkeypatch):
+    """Different tokens begin anew text by text; a cache that a machine does not see ends the run, which says so."""
+    monkeypatch.setattr(cluster, "RETRIES", 0)
+    monkeypatch.setattr(cluster, "_tokenize", differ)
+    said = []
+    with pytest.raises(OSError, match="No such file") as error:
+        tokenize(
+            datasets.Dataset.from_dict({"text": ["w1"]}),
+            tokenizer,
+            ["text"],
+            cache=tmp_path,
+            run=cluster.tokenize_on_ray,
+            say=said.append,
+        )
+    assert any("HF_DATASETS_CACHE" in note for note in error.value.__notes__)
+    assert said == ["all texts are tokenized one by one, since " + str(DifferentTokens("we must"))]

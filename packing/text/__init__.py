@@ -1,0 +1,9 @@
+"""Texts -> ids, by a tokenizer of the tokenizers library. It reads each distinct unit of the texts once.
+
+encode       texts to ids: units out of a table, or the tokenizer reads all
+rules        where a tokenizer's texts may be cut into units
+table        the units met so far, and their ids, compiled
+tokenizer    a tokenizer for which all text is text
+
+Others import open_encoder, Texts, Amount and DifferentTokens from encode; describe and text_tokenizer from tokenizer.
+"""
