@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,8 +21,11 @@ from packing.files.names import NamedFile
 from packing.files.processes import Workers
 from packing.files.progress import progress_bar
 from packing.source.text_files import BLOCK_BYTES, TextBlock, TextRows, find_blocks
-from packing.text.encode import Amount, DifferentTokens, Encoder, open_encoder
+from packing.text.outcome import Amount, DifferentTokens
 from packing.text.tokenizer import TOKENIZE_CURE
+
+if TYPE_CHECKING:
+    from packing.text.encode import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +227,8 @@ def _tokenize(tokenizer: Path, mode: str, longest: int, task: TokenizeTask) -> A
 
 
 @lru_cache(maxsize=1)
-def _encoder(file: Path, mode: str) -> Encoder:
+def _encoder(file: Path, mode: str) -> "Encoder":
     """One for all tasks of this process: its table holds what it has read."""
+    from packing.text.encode import open_encoder  # compiled code, which help must not wait for
+
     return open_encoder(file.read_text(encoding="utf-8"), mode)

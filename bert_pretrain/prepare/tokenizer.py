@@ -19,11 +19,12 @@ from bert_pretrain.places import find_pretrained
 from bert_pretrain.prepare.documents import Document
 from bert_pretrain.prepare.tokens import TokenDocuments
 from packing.histogram import offsets_of
-from packing.text.encode import Encoder, Texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import BertTokenizer, PreTrainedTokenizerFast
+
+    from packing.text.encode import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ def tokenize_sentences(documents: list[Document], encoder: Encoder, longest: int
     longest: a sentence of more tokens is stored word by word: sequences may begin and end between its words, and
         truncation cuts nothing off. Text without sentence ends, such as a transcript, is such a sentence.
     """
+    from packing.text.encode import Texts  # compiled code, which help must not wait for
+
     sentences = list(chain.from_iterable(documents))
     rows = encoder.encode([Texts.of_strings(sentences)], special_tokens=False)
     lengths = np.diff(rows.offsets)

@@ -34,7 +34,8 @@ from packing.files.progress import progress_bar
 from packing.source.fingerprint import column_prints, combined_print
 from packing.source.sequences import OverlongError
 from packing.source.token_column import chosen_rows, null_rows, refuse_broken
-from packing.text.encode import Amount, DifferentTokens, Encoder, Texts, open_encoder
+from packing.text.encode import Encoder, Texts, open_encoder
+from packing.text.outcome import Amount, DifferentTokens
 from packing.text.tokenizer import TOKENIZE_CURE, describe
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import datasets
 
     from packing.source.text import RowsTask, TokenizeRows
-    from packing.text.encode import Amount
+    from packing.text.outcome import Amount
 
 T = TypeVar("T")
 

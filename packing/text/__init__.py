@@ -1,6 +1,7 @@
 """Texts -> ids, by a tokenizer of the tokenizers library. It reads each distinct unit of the texts once.
 
 encode       texts to ids: units out of a table, or the tokenizer reads all
+outcome      how much the tokenizer read; the text for which units are wrong
 rules        where a tokenizer's texts may be cut into units
 table        the units met so far, and their ids, compiled
 tokenizer    a tokenizer for which all text is text

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from packing.histogram import offsets_of
+from packing.text.outcome import Amount, DifferentTokens
 from packing.text.rules import NoRule, UnitRule, unit_rule
 from packing.text.table import MOST_IDS, WordTable, count_foreign, cut, frame, join, part
 from packing.text.tokenizer import TOKENIZE_CURE, text_tokenizer
@@ -83,37 +84,6 @@ class Rows(NamedTuple):
 
     def row(self, number: int) -> np.ndarray:
         return self.ids[self.offsets[number] : self.offsets[number + 1]]
-
-
-class Amount(NamedTuple):
-    """Bytes of text that an encoder had, and of those that the tokenizer read; reason: why it read all of them."""
-
-    bytes: int = 0
-    new_bytes: int = 0
-    reason: str = ""
-
-    def plus(self, other: Amount) -> Amount:
-        return Amount(self.bytes + other.bytes, self.new_bytes + other.new_bytes, other.reason)
-
-    def since(self, earlier: Amount) -> Amount:
-        return Amount(self.bytes - earlier.bytes, self.new_bytes - earlier.new_bytes, self.reason)
-
-    def __str__(self) -> str:
-        told = f"tokenized {self.bytes / 1e6:,.1f} MB of texts"
-        if self.reason:
-            return f"{told} one by one: {self.reason}"
-        return f"{told}, {1 - self.new_bytes / max(self.bytes, 1):.2%} of it by units known before"
-
-
-class DifferentTokens(ValueError):
-    """A text for which the table and the tokenizer disagree."""
-
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return f"the tokenizer gives other tokens than its units for the text {self.text[:200]!r}"
 
 
 class SlowEncoder:

@@ -29,7 +29,7 @@ from packing.options import PackOptions
 from packing.source import ranges
 from packing.source.text import tokenize
 from packing.store import cluster
-from packing.text.encode import DifferentTokens
+from packing.text.outcome import DifferentTokens
 
 datasets.disable_progress_bars()
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

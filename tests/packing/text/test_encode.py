@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizer_families import CODE, FAMILIES, FOREIGN, bert, english, family, hostile_texts
 
 from packing.text import encode, rules, table
-from packing.text.encode import DifferentTokens, FastEncoder, SlowEncoder, Texts, open_encoder
+from packing.text.encode import FastEncoder, SlowEncoder, Texts, open_encoder
+from packing.text.outcome import DifferentTokens
 from packing.text.tokenizer import text_tokenizer
 
 REAL = english()[:150] + FOREIGN + CODE + ["", "", " ", "\n"]
