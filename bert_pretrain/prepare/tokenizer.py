@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-    from packing.text.encode import Encoder
+    from packing.text.encode import Encoder, Texts
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,8 @@ def tokenize_sentences(documents: list[Document], encoder: Encoder, longest: int
     from packing.text.encode import Texts  # compiled code, which help must not wait for
 
     sentences = list(chain.from_iterable(documents))
-    rows = encoder.encode([Texts.of_strings(sentences)], special_tokens=False)
+    texts = Texts.of_strings(sentences)
+    rows = encoder.encode([texts], special_tokens=False)
     lengths = np.diff(rows.offsets)
     most = len(rows.ids) if longest is None else longest
     long = np.flatnonzero(lengths > most)
@@ -184,7 +185,7 @@ def tokenize_sentences(documents: list[Document], encoder: Encoder, longest: int
         document_offsets=offsets_of(kept[kept > 0]),
         long_sentences=len(long),
         words=int(counts[long].sum()),
-        unread_characters=_unread_characters(sentences, encoder.tokenizer),
+        unread_characters=_unread_characters(texts, encoder.tokenizer),
     )
 
 
@@ -192,15 +193,16 @@ def _word_ids(tokenizer: Tokenizer, sentence: str) -> list[int | None]:
     return tokenizer.encode(sentence, add_special_tokens=False).word_ids
 
 
-def _unread_characters(sentences: list[str], bare: Tokenizer) -> int:
+def _unread_characters(sentences: Texts, bare: Tokenizer) -> int:
     """Characters in words that are too long for WordPiece, so that each is one [UNK]: text without spaces, as in Thai.
 
     0 for tokenizers of another kind.
     """
     most = getattr(bare.model, "max_input_chars_per_word", None)
-    if most is None:
+    spaces = np.flatnonzero(sentences.data == ord(" "))
+    if most is None or np.diff(spaces, prepend=-1, append=len(sentences.data)).max() <= most:  # nearly always
         return 0
-    found = re.findall(rf"\S{{{most + 1},}}", "\n".join(sentences))
+    found = re.findall(rf"\S{{{most + 1},}}", "\n".join(sentences.strings()))
     normalized = (run if bare.normalizer is None else bare.normalizer.normalize_str(run) for run in found)
     split = None if bare.pre_tokenizer is None else bare.pre_tokenizer.pre_tokenize_str
     words = (word for run in normalized for word, _ in ([(run, None)] if split is None else split(run)))

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 CODE_POINTS = 0x110000
+PRIVATE = 0x40000  # from here on no character that shows has been assigned
 CLASSES = 8
 EDGE, SPACE, BREAK, LETTER, APOSTROPHE, MARK, VISIBLE, UNSAFE = range(CLASSES)
 """EDGE: before and after the text. BREAK: white space that is no space. LETTER: a letter or digit of ASCII. MARK: other
@@ -113,7 +114,7 @@ def _kept(*dropped: int) -> np.ndarray:
 def _general_classes() -> np.ndarray:
     """The class of each character by Unicode's categories, before a rule changes any."""
     classes = np.full(CODE_POINTS, UNSAFE, np.uint8)
-    for code in range(0x80, CODE_POINTS):
+    for code in range(0x80, PRIVATE):
         if unicodedata.category(chr(code))[0] in "LNPS":
             classes[code] = VISIBLE
     for code in range(0x21, 0x7F):
@@ -156,8 +157,7 @@ def _bert(content: dict[str, Any], parts: list[dict], added: list[dict]) -> Unit
     classes = np.full(CODE_POINTS, LETTER, np.uint8)
     classes[[ord(character) for character in " \t\n\r"]] = SPACE
     if not added:
-        classes[:0x80][_general_classes()[:0x80] == MARK] = MARK
-        classes[ord("'")] = MARK
+        classes[[code for code in range(0x21, 0x7F) if not chr(code).isalnum()]] = MARK
     if normalizer["handle_chinese_chars"]:
         for first, last in BLOCKS:
             classes[first : last + 1] = MARK
