@@ -55,6 +55,7 @@ def save_part(file: Path, part: TokenDocuments) -> None:
 
 
 def load_part(file: Path) -> TokenDocuments:
+    """What `save_part` wrote."""
     with file.open("rb") as stream:
         tokens, sentences, documents, *counts = (np.load(stream) for _ in fields(TokenDocuments))
     return TokenDocuments(tokens, sentences, documents, *map(int, counts))
