@@ -83,7 +83,7 @@ TRAINER_ATTRIBUTES = (
 CALLBACK_METHODS: Mapping[str, str] = {
     f"on_{event}": "args state control"
     for event in (
-        *("train_begin", "train_end", "epoch_begin", "epoch_end", "step_begin", "step_end"),
+        *("train_begin", "train_end", "epoch_begin", "epoch_end", "step_begin", "substep_end", "step_end"),
         *("pre_optimizer_step", "optimizer_step", "prediction_step", "evaluate", "predict", "log", "save"),
     )
 }

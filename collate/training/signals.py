@@ -1,5 +1,8 @@
 """A scheduler that takes the machine away sends a signal first: training saves a checkpoint and ends.
 
+Ctrl-C ends training after the pass that runs. Python's own handler raises KeyboardInterrupt in the middle of anything.
+Compiled code that calls back loses it, and the run goes on: llvmlite does while Numba compiles.
+
 with SaveOnSignal() as stop:
     trainer.add_callback(stop)
     trainer.train()
@@ -46,10 +49,13 @@ class SaveOnSignal(TrainerCallback):
 
     The ranks agree by one number that they reduce over gloo, on the host, without a wait for a GPU.
     They skip the evaluation at that step: there may not be time for it.
+
+    Ctrl-C raises KeyboardInterrupt at the end of a pass; pressed again, at once.
     """
 
     def __init__(self) -> None:
         self.received = self.agreed = self.step = 0
+        self._is_interrupted = False
         self._group: dist.ProcessGroup | None = None
         self._is_over = torch.zeros(1, dtype=torch.int8).share_memory_()
 
@@ -57,6 +63,8 @@ class SaveOnSignal(TrainerCallback):
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background ignores it
+                self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -67,9 +75,25 @@ class SaveOnSignal(TrainerCallback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
 
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+        self._is_interrupted = True
+
     def end_if_received(self) -> None:
+        self._end_if_interrupted()
         if self.agreed:
             raise Stopped(self.agreed, self.step)
+
+    def _end_if_interrupted(self) -> None:
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._end_if_interrupted()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self._end_if_interrupted()
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if args.world_size > 1 and self._group is None:
@@ -79,6 +103,7 @@ class SaveOnSignal(TrainerCallback):
             loader.worker_init_fn = _WorkersStay(loader.worker_init_fn, self._is_over)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._end_if_interrupted()
         self.agreed = self.received
         if self._group is not None:
             highest = torch.tensor(self.received)
@@ -98,7 +123,7 @@ class SaveOnSignal(TrainerCallback):
 class _WorkersStay:
     """A signal to the whole process group must not end the dataloader's workers, or the step would have no data.
 
-    Once training is over, a signal may end them like any process.
+    Once training is over, a signal may end them like any process. Ctrl-C reaches the whole group, too.
     """
 
     def __init__(self, worker_init_fn: Callable[[int], None] | None, is_over: torch.Tensor):
@@ -107,6 +132,7 @@ class _WorkersStay:
     def __call__(self, worker_id: int) -> None:
         for number in SIGNALS:
             signal.signal(number, self._receive)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 

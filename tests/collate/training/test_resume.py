@@ -1,6 +1,7 @@
 """Runs that are killed, told to stop, or resumed with damaged or other settings; each ends as the uninterrupted run."""
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -36,6 +37,7 @@ from collate.training import agreement, checkpoints
 from collate.training.agreement import agreed, one_run
 from collate.training.checkpoints import DamagedCheckpoint, check_checkpoint, last_checkpoint
 from collate.training.resume import ResumesExactly
+from collate.training.signals import SaveOnSignal
 from packing import pack_dataset
 from packing.files.locks import held
 
@@ -257,13 +259,43 @@ def test_a_signal_to_all_processes_saves_and_ends(options, whole, tmp_path):
     assert_same_end(output, whole)
 
 
-def test_control_c_ends_at_once_and_says_that_the_checkpoint_stays(options, tmp_path):
+def test_control_c_ends_soon_and_says_that_the_checkpoint_stays(options, tmp_path):
     run = Run([*options, *flags(num_train_epochs=100, save_steps=5)], tmp_path / "run")
     assert run.wait_for_checkpoint()
     run.send(signal.SIGINT)
     assert run.end() == {130}
     assert re.search(r"interrupted; .*checkpoint-\d+ stays, and the same command resumes from it", run.log.read_text())
     check_checkpoint(last_checkpoint(tmp_path / "run"))
+
+
+def test_control_c_is_kept_where_compiled_code_loses_the_exception(monkeypatch):
+    """A callback of ctypes reports what is raised in it, and goes on: the negative control."""
+
+    @ctypes.CFUNCTYPE(None)
+    def press():
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        lost = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "unraisablehook", lambda given: lost.append(given.exc_type))
+            press()
+        assert lost == [KeyboardInterrupt]
+        for event in ("on_substep_end", "on_step_end", "on_prediction_step"):
+            with SaveOnSignal() as stop, pytest.raises(KeyboardInterrupt):
+                press()
+                getattr(stop, event)(None, None, None)
+        with SaveOnSignal() as stop, pytest.raises(KeyboardInterrupt):
+            press()
+            signal.raise_signal(signal.SIGINT)  # pressed again
+        with SaveOnSignal() as stop:
+            press()
+        with pytest.raises(KeyboardInterrupt):
+            stop.end_if_received()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_two_ranks_agree_on_the_step_and_go_on(options, tmp_path):
