@@ -9,7 +9,8 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
-from itertools import accumulate, chain, groupby
+from functools import lru_cache
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,26 +172,67 @@ def tokenize_sentences(documents: list[Document], encoder: Encoder, longest: int
     rows = encoder.encode([texts], special_tokens=False)
     lengths = np.diff(rows.offsets)
     most = len(rows.ids) if longest is None else longest
-    long = np.flatnonzero(lengths > most)
-    words = [_word_lengths(_word_ids(encoder.tokenizer, sentences[i]), most) for i in long.tolist()]
-    counts = (lengths > 0).astype(np.int64)  # pieces of each sentence
-    counts[long] = [len(of_sentence) for of_sentence in words]
-    pieces = np.repeat(lengths, counts)
-    pieces[np.repeat(np.isin(np.arange(len(lengths)), long), counts)] = list(chain.from_iterable(words))
+    is_long = lengths > most
+    starts = np.zeros(len(rows.ids), np.bool_)  # of sentences, and of the words of long ones
+    starts[rows.offsets[:-1][lengths > 0]] = True
+    if is_long.any():
+        in_long = np.repeat(is_long, lengths)
+        starts[in_long] |= _word_starts(encoder.tokenizer, sentences, np.flatnonzero(is_long), rows.ids[in_long])
+        starts[in_long] = _cut_words(starts[in_long], most)
+    counts = np.diff(offsets_of(starts)[rows.offsets])
     depths = np.array([len(document) for document in documents], np.int64)
     kept = np.add.reduceat(counts, offsets_of(depths)[:-1], dtype=np.int64) if len(depths) else depths
     return TokenDocuments(
         tokens=rows.ids,
-        sentence_offsets=offsets_of(pieces),
+        sentence_offsets=np.append(np.flatnonzero(starts), len(starts)),
         document_offsets=offsets_of(kept[kept > 0]),
-        long_sentences=len(long),
-        words=int(counts[long].sum()),
+        long_sentences=int(is_long.sum()),
+        words=int(counts[is_long].sum()),
         unread_characters=_unread_characters(texts, encoder.tokenizer),
     )
 
 
+def _word_starts(tokenizer: Tokenizer, sentences: list[str], numbers: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """(ids,) bool: which tokens of these sentences begin a word. The tokenizer reads them again only where ids do not
+    tell, since that takes longer than all the rest."""
+    is_start = _starting_ids(tokenizer)
+    if is_start is not None:
+        return is_start[ids]
+    found = (_word_ids(tokenizer, sentences[number]) for number in numbers.tolist())
+    return np.concatenate([_changes(words) for words in found])
+
+
+@lru_cache(maxsize=1)
+def _starting_ids(tokenizer: Tokenizer) -> np.ndarray | None:
+    """(ids,) bool: which of them begin a word; None: a word may begin with any.
+
+    BERT takes "#" for a word, so that no word begins with "##", and all tokens but the first of a word do.
+    """
+    from tokenizers.models import WordPiece
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+
+    model, prefix = tokenizer.model, "##"
+    if not isinstance(model, WordPiece) or model.continuing_subword_prefix != prefix:
+        return None
+    if not isinstance(tokenizer.pre_tokenizer, BertPreTokenizer):
+        return None
+    vocabulary = tokenizer.get_vocab()
+    continuing = {id_ for token, id_ in vocabulary.items() if token.startswith(prefix)}
+    others = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | {model.unk_token}
+    if any(token.startswith(prefix) for token in others):
+        return None
+    is_start = np.ones(max(vocabulary.values()) + 1, np.bool_)
+    is_start[[*continuing]] = False
+    return is_start
+
+
 def _word_ids(tokenizer: Tokenizer, sentence: str) -> list[int | None]:
     return tokenizer.encode(sentence, add_special_tokens=False).word_ids
+
+
+def _changes(words: list[int | None]) -> np.ndarray:
+    """[0, 0, 1, 2, 2] -> [True, False, True, True, False]; None is a word of its own."""
+    return np.array([word is None or word != before for word, before in zip(words, [None, *words], strict=False)])
 
 
 def _unread_characters(sentences: Texts, bare: Tokenizer) -> int:
@@ -209,13 +251,9 @@ def _unread_characters(sentences: Texts, bare: Tokenizer) -> int:
     return sum(len(word) for word in words if len(word) > most)
 
 
-def _word_lengths(words: list[int | None], longest: int) -> list[int]:
-    """Tokens of each word: [0, 0, 1, 2, 2] -> [2, 1, 2].
-
-    A word that is too long counts token by token, such as a clause of Chinese, which is one word to SentencePiece.
-    """
-    lengths, limit = [], min(longest, max(WORD_TOKENS, longest // 8))
-    for word, run in groupby(words):
-        length = len(list(run))
-        lengths += [length] if word is not None and length <= limit else [1] * length
-    return lengths
+def _cut_words(starts: np.ndarray, longest: int) -> np.ndarray:
+    """Where words begin. Each token of a word that is too long is one, such as those of a clause of Chinese, which is
+    one word to SentencePiece."""
+    lengths = np.diff(np.flatnonzero(starts), append=len(starts))
+    is_long = lengths > min(longest, max(WORD_TOKENS, longest // 8))
+    return starts | np.repeat(is_long, lengths)

