@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from bert_pretrain.attention.choice import AUTO_ATTENTION, AutoAttention
 from bert_pretrain.attention.head import AttentionHead
 from bert_pretrain.attention.table import ATTENTION
 from collate.isolate import isolate_sequences
@@ -30,7 +31,8 @@ def use_attention(model: Model, attention: str | Callable | Sequence, **options:
         use_attention(model, "local", window=64)
         use_attention(model, ["local"] * 10 + ["sdpa"] * 2, window=64)      one per layer
 
-    attention: a name in ATTENTION, a callable that builds a head, or a list of these, one per layer.
+    attention: a name in ATTENTION, "auto" (the fastest full attention, wherever the model runs), a callable that builds
+        a head, or a list of these, one per layer.
     options: each goes to the heads that have it; your own callable gets all. The config keeps names and options, and a
         reload finds them (`load_attention` for stock models). It cannot keep a callable: a reload then refuses.
 
@@ -219,5 +221,7 @@ def _name(choice: Callable) -> str:
 def _builder(choice: str | Callable) -> Callable:
     if callable(choice):
         return choice
-    check_known("attention", choice, sorted(ATTENTION), " or give a callable")
+    if choice == AUTO_ATTENTION:
+        return AutoAttention
+    check_known("attention", choice, [AUTO_ATTENTION, *sorted(ATTENTION)], " or give a callable")
     return ATTENTION[choice]

@@ -73,7 +73,7 @@ def model_card(
         "architecture": f"{bert.num_hidden_layers} layers of {bert.hidden_size}, {bert.num_attention_heads} attention "
         f"heads, feed-forward {bert.intermediate_size}, {bert.max_position_embeddings} positions, vocabulary "
         f"{bert.vocab_size:,}",
-        "attention": f"`{attention}`",
+        "attention": f"`{attention}`" + (", full attention" if is_stock else ""),
         "trained for": f"{state.global_step:,} optimizer steps of "
         + ("equally many packs" if config.batch_policy == "packs" else f"{config.sequences_per_step:,} sequences"),
     }

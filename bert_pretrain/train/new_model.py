@@ -127,10 +127,10 @@ def _checkpoint_config(name: str, place: str) -> PreTrainedConfig:
 
 
 def resolve_attention(config: PretrainConfig, training: TrainingArguments) -> PretrainConfig:
-    """The same configuration with a name in the place of each "auto"; it logs the reason.
+    """The same configuration with the dropout that "auto" means; it logs the head that "auto" takes here, and why.
 
     With "auto" attention dropout is 0 by default, on any device: most fast kernels have none, and what a run learns
-    must not depend on where it runs.
+    must not depend on where it runs. "auto" itself stays: the model resolves it wherever it runs.
     """
     if AUTO not in config.attention_names:
         return config
@@ -142,8 +142,7 @@ def resolve_attention(config: PretrainConfig, training: TrainingArguments) -> Pr
     head_width = bert.hidden_size // bert.num_attention_heads
     chosen, reason = choose_attention(training.device, dtype, head_width, dropout)
     logger.info("attention: %s, chosen by %s: %s; attention_probs_dropout_prob %s", chosen, AUTO, reason, dropout)
-    names = ",".join(chosen if name == AUTO else name for name in config.attention_names)
-    return replace(config, attention=names, attention_probs_dropout_prob=dropout)
+    return replace(config, attention_probs_dropout_prob=dropout)
 
 
 def _attention_dropout(config: PretrainConfig, default: float) -> float:

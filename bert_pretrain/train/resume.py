@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from bert_pretrain.attention import ATTENTION
+from bert_pretrain.train.config import AUTO
 from collate.training.agreement import agreed
 from collate.training.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
 from packing.files.metadata import read_json
@@ -110,11 +111,11 @@ def _check_part(folder: Path, part: str, changed: dict[str, tuple], record: dict
 
 
 def _attend_alike(before: str, now: str, dropout: float | None) -> bool:
-    """ "local, varlen", "local, flex" -> True: heads of full attention differ in rounding alone.
+    """ "local, varlen", "local, auto" -> True: heads of full attention differ in rounding alone.
 
-    "auto" chooses among them by the device. Where no dropout is given, it depends on the head's name.
+    Earlier versions recorded what "auto" chose. Where no dropout is given, it depends on the head's name.
     """
-    full = {name for name, head in ATTENTION.items() if getattr(head, "is_full", False)}
+    full = {AUTO} | {name for name, head in ATTENTION.items() if getattr(head, "is_full", False)}
     heads = [[name.strip() for name in names.split(",")] for names in (before, now)]
     old, new = (["full" if name in full else name for name in names] for names in heads)
     return dropout is not None and old == new

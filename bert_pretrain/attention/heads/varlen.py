@@ -24,6 +24,7 @@ class VarlenAttention(AttentionHead):
         if not q_THK.is_cuda or q_THK.dtype not in (float16, bfloat16):
             raise ValueError(
                 f"varlen runs on CUDA in bfloat16 or float16, not on {q_THK.device.type} in {q_THK.dtype}; "
-                "train with bf16=True, or use attention 'sdpa'"
+                "train with bf16=True, or use attention 'auto', which runs anywhere: from_pretrained(…, "
+                "packed_attention='auto'), or --attention auto"
             )
         return attend_varlen(q_THK, k_THK, v_THK, layout)

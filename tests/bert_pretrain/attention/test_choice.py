@@ -5,11 +5,13 @@ import logging
 
 import pytest
 import torch
-from attention_contract import heads_input, layout_of
+from attention_contract import check_contract, heads_input, layout_of
 from flag_runs import train
+from pretraining_models import make_config
 
+from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import choice
-from bert_pretrain.attention.choice import choose_attention
+from bert_pretrain.attention.choice import AutoAttention, choose_attention
 from bert_pretrain.attention.heads.sdpa import SdpaAttention
 from collate.isolation.exact_attention import Pieces, attend_grouped
 from collate.isolation.varlen import has_varlen_kernel
@@ -58,21 +60,83 @@ def test_a_cpu_only_torch_has_no_varlen_kernel():
     assert not has_varlen_kernel()
 
 
-def test_a_run_names_what_auto_chose(folders, tmp_path, caplog):
+def test_a_run_says_what_auto_chose_and_its_checkpoint_keeps_auto(folders, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="bert_pretrain.train.new_model"):
         assert train(folders, tmp_path / "bert") == 0
     assert "attention: sdpa, chosen by auto: on CPUs one sequence at a time" in caplog.text
     config = json.loads((tmp_path / "bert" / "config.json").read_text())
-    assert config["packed_attention"] == "sdpa" and config["attention_probs_dropout_prob"] == 0.0
+    assert config["packed_attention"] == "auto" and config["attention_probs_dropout_prob"] == 0.0
     record = json.loads((tmp_path / "bert" / "pretrain.json").read_text())
-    assert record["attention"] == "sdpa"
+    assert record["attention"] == "auto"
 
 
 def test_attention_dropout_that_is_asked_for_stays(folders, tmp_path):
     one_layer_each = ["--attention", "auto,local", "--num_hidden_layers", "2", "--attention_probs_dropout_prob", "0.2"]
     assert train(folders, tmp_path / "bert", *one_layer_each) == 0
     config = json.loads((tmp_path / "bert" / "config.json").read_text())
-    assert config["packed_attention"] == ["sdpa", "local"] and config["attention_probs_dropout_prob"] == 0.2
+    assert config["packed_attention"] == ["auto", "local"] and config["attention_probs_dropout_prob"] == 0.2
+
+
+def test_auto_keeps_the_contract():
+    check_contract(AutoAttention)
+    assert AutoAttention(2, 8, 64).is_full and AutoAttention(2, 8, 64).supports_dropout
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["sdpa", "varlen", "flex"])
+def test_auto_is_the_head_that_it_chooses(monkeypatch, name, dropout):
+    """Each call asks for the head by its own inputs; the head gets them all."""
+    asked, got = [], []
+    chosen = lambda *facts: asked.append(facts) or (name, "")  # noqa: E731
+    monkeypatch.setattr(choice, "choose_attention", chosen)
+    head, layout = AutoAttention(2, 8, 64), layout_of([[1, 1, 2]])
+    head.full[name].attend = lambda q, k, v, *rest: got.append((q, k, v, *rest)) or v
+    inputs = [x.bfloat16() for x in heads_input(layout)]
+    head(*inputs, layout, dropout=dropout)
+    assert asked == [(CPU, BF16, 8, dropout)]
+    assert all(a is b for a, b in zip(got[0], [*inputs, layout, dropout], strict=True))
+    assert not head.state_dict() and not list(head.children())
+
+
+def test_auto_breaks_no_graph():
+    """The choice is a constant of the graph, made again for other types."""
+    torch.compiler.reset()
+    head, layout = AutoAttention(2, 8, 64), layout_of([[1, 1, 2]])
+    head.full["sdpa"].attend = lambda q, k, v, layout, dropout: q + k * v
+    assert layout.num_sequences == 2  # a compiler cannot make views of a layout
+    compiled = torch.compile(head, backend="eager", fullgraph=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key, value = (x.to(dtype) for x in heads_input(layout))
+        assert torch.equal(compiled(query, key, value, layout), query + key * value)
+
+
+@pytest.mark.parametrize("attention", ["auto", ["auto", "local"]])
+def test_a_checkpoint_of_auto_loads_anywhere(tmp_path, gpu, attention):
+    """Its config names no kernel, though the machine that wrote it would take one of a GPU."""
+    gpu()
+    torch.manual_seed(0)
+    config = make_config(packed_attention=attention, attention_probs_dropout_prob=0.0)
+    PackedBertForPreTraining(config).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["packed_attention"] == attention
+    ids = torch.tensor([[1] * 20 + [2] * 9 + [0] * 3])
+    batch = {"input_ids": torch.randint(5, 60, ids.shape), "sequence_ids": ids}
+    logits = []
+    for as_saved in ({}, {"packed_attention": ["sdpa", "local"] if isinstance(attention, list) else "sdpa"}):
+        model = PackedBertForPreTraining.from_pretrained(tmp_path, **as_saved).eval()
+        logits.append(model(**batch).prediction_logits)
+    assert torch.equal(*logits)
+
+
+def test_a_checkpoint_that_names_a_kernel_of_gpus_says_how_to_load_it(tmp_path):
+    """Earlier versions wrote what auto had chosen."""
+    config = make_config(packed_attention="varlen", attention_probs_dropout_prob=0.0)
+    PackedBertForPreTraining(config).save_pretrained(tmp_path)
+    ids = torch.tensor([[1] * 20 + [2] * 9 + [0] * 3])
+    batch = {"input_ids": torch.randint(5, 60, ids.shape), "sequence_ids": ids}
+    with pytest.raises(ValueError, match=r"from_pretrained\(…, packed_attention='auto'\), or --attention auto"):
+        PackedBertForPreTraining.from_pretrained(tmp_path)(**batch)
+    model = PackedBertForPreTraining.from_pretrained(tmp_path, packed_attention="auto")
+    assert model(**batch).prediction_logits.isfinite().all() and model.config.packed_attention == "auto"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

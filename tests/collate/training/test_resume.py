@@ -717,6 +717,9 @@ OTHER_ATTENTION = [
     ("varlen", "flex", NO_DROPOUT, True),
     ("sdpa", "varlen", NO_DROPOUT, True),
     ("local,varlen", "local, sdpa", NO_DROPOUT, True),
+    ("varlen", "auto", NO_DROPOUT, True),  # an earlier version recorded what auto chose
+    ("auto,local", "sdpa,local", NO_DROPOUT, True),
+    ("auto", "local", NO_DROPOUT, False),
     ("sdpa", "flex", {}, False),  # dropout 0.1, then none
     ("varlen", "local", NO_DROPOUT, False),
     ("local,varlen", "sdpa,local", NO_DROPOUT, False),
