@@ -13,14 +13,13 @@ A file is JSON lines, or one list of objects, whose elements are taken as they a
 
 from __future__ import annotations
 
-import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,13 +46,15 @@ def first_columns(file: NamedFile) -> pa.Schema | None:
 
 def write_rows(files: list[NamedFile], path: Path) -> None:
     """All rows of the files as one stream of Arrow."""
-    known = None
-    while (found := _write(files, known, path)) != known:
-        known = found
+    known, is_written = None, False
+    while not is_written:
+        known, is_written = _write(files, known, path)
 
 
-def _write(files: list[NamedFile], known: pa.Schema | None, path: Path) -> pa.Schema:
-    """Write the rows as far as their columns are the known ones (None: the first block's); returns those of all."""
+def _write(files: list[NamedFile], known: pa.Schema | None, path: Path) -> tuple[pa.Schema, bool]:
+    """Write the rows as far as their columns are the known ones (None: the first block's).
+
+    Returns the columns of all rows, and whether all rows are written."""
     import pyarrow as pa
     from datasets import Features
     from datasets.table import cast_table_to_features
@@ -66,7 +67,7 @@ def _write(files: list[NamedFile], known: pa.Schema | None, path: Path) -> pa.Sc
             found = table.schema
             if found == first.schema:  # or else this pass is for the columns alone
                 writer.write_table(cast_table_to_features(table, features))
-    return found
+    return found, found == first.schema
 
 
 def _tables(files: list[NamedFile], known: pa.Schema | None) -> Iterator[pa.Table]:
@@ -114,7 +115,7 @@ def _parse(data: bytes, schema: pa.Schema | None) -> pa.Table:
 
     def parse(part: int) -> pa.Table:
         read = pyarrow.json.ReadOptions(block_size=part)
-        return pyarrow.json.read_json(io.BytesIO(data), read, pyarrow.json.ParseOptions(explicit_schema=schema))
+        return pyarrow.json.read_json(pa.BufferReader(data), read, pyarrow.json.ParseOptions(explicit_schema=schema))
 
     if len(data) > PART:
         with suppress(pa.ArrowInvalid):  # a row over several lines, say, which is not known to end where a part does
@@ -213,21 +214,41 @@ def _lost(value: Any, type_: pa.DataType) -> int | str | None:
 
 
 def blocks(file: NamedFile, size: int) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line, lines), about `size` bytes at a time; blank ones come with others."""
-    first, lines, filled = 1, [], 0
-    for number, line in enumerate(_lines(file), 1):
-        lines.append(line)
+    """(number of the first line, lines), about `size` bytes at a time; none of blank lines alone."""
+    first = 1
+    for lines in _runs(file, size):
+        if not lines.isspace():
+            yield first, lines
+        first += lines.count(b"\n")
+
+
+def _runs(file: NamedFile, size: int) -> Iterator[bytes]:
+    """The lines of a file, or the elements of the list that it is, about `size` bytes at a time."""
+    if not is_json_list(file):
+        with _naming_damage(file), file.open() as opened:
+            lines = _whole_lines(opened, size).removeprefix(BYTE_ORDER_MARK)
+            while lines:
+                yield lines
+                lines = _whole_lines(opened, size)
+        return
+    held, filled = [], 0
+    for line in _lines(file):
+        held.append(line)
         filled += len(line)
-        if filled >= size and line.strip():
-            yield first, b"".join(lines)
-            first, lines, filled = number + 1, [], 0
-    if any(line.strip() for line in lines):
-        yield first, b"".join(lines)
+        if filled >= size:
+            yield b"".join(held)
+            held, filled = [], 0
+    if held:
+        yield b"".join(held)
+
+
+def _whole_lines(opened: IO[bytes], size: int) -> bytes:
+    return opened.read(size) + opened.readline()
 
 
 def _lines(file: NamedFile) -> Iterator[bytes]:
     """The lines of a file, or the elements of the list that it is, each on one line."""
-    try:
+    with _naming_damage(file):
         if is_json_list(file):
             with file.open() as opened:
                 content = opened.read().removeprefix(BYTE_ORDER_MARK)
@@ -238,6 +259,12 @@ def _lines(file: NamedFile) -> Iterator[bytes]:
         with file.open() as opened:
             for number, line in enumerate(opened):
                 yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+
+
+@contextmanager
+def _naming_damage(file: NamedFile) -> Iterator[None]:
+    try:
+        yield
     except (json.JSONDecodeError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{str(file)!r} cannot be read, it is damaged or no {file.suffix} file: {error}") from None
 

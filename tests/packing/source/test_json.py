@@ -7,7 +7,8 @@ import pytest
 
 import packing.source.json_rows
 from packing import cli, read_histogram
-from packing.source.json_rows import MOST, check_depth
+from packing.files.names import NamedFile
+from packing.source.json_rows import BYTE_ORDER_MARK, MOST, blocks, check_depth
 from packing.source.open import open_splits
 
 datasets.disable_progress_bars()
@@ -76,6 +77,30 @@ def test_values_are_kept_as_they_are_written(load, block, case):
 def test_a_column_that_comes_later_is_null_before(load, block):
     rows = [{"input_ids": [1]}] * 30 + [{"input_ids": [2], "name": "x"}]
     assert load(rows)["name"][:] == [None] * 30 + ["x"]
+
+
+@pytest.mark.parametrize(("values", "passes"), [([1, 2, None, 3] * 9, 1), ([1] * 30 + [0.5], 2)])
+def test_a_file_is_read_twice_only_where_its_columns_widen(load, block, monkeypatch, values, passes):
+    done, real = [], packing.source.json_rows._write
+    monkeypatch.setattr(packing.source.json_rows, "_write", lambda *given: done.append(given) or real(*given))
+    assert load(rows_of(values))["value"][:] == values
+    one_block = packing.source.json_rows.BLOCK > 100
+    assert len(done) == (1 if one_block else passes)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize("mark", [b"", BYTE_ORDER_MARK], ids=["", "mark"])
+def test_blocks_are_whole_lines_of_some_bytes(tmp_path, size, mark):
+    """Blank ones alone are no block, and count as lines."""
+    lines = [b"", b"", b'{"a": 1}', b"", b'{"a": "\xc3\xa9"}\r', b"   ", b'{"b": 2}', b"", b"\t"]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(mark + b"\n".join(lines))
+    found = [*blocks(NamedFile(file, "rows.jsonl"), size)]
+    for first, block in found:
+        assert block.strip() and (b"\n".join(lines[first - 1 :])).startswith(block)
+    texts = [line for _, block in found for line in block.split(b"\n") if line.strip()]
+    assert texts == [line for line in lines if line.strip()]
+    assert all(len(block) < size + max(map(len, lines)) + 2 for _, block in found)
 
 
 REFUSED = {
