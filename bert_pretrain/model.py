@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForPreTraining
 from transformers.utils import ModelOutput
 
 from bert_pretrain.attention import AttentionHead, use_attention
-from bert_pretrain.attention.head import initialize_head
+from bert_pretrain.attention.head import initialize_head, prepare_heads
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.layout import PackLayout
 from collate.losses import MLM_TERMS, Loss, mlm_sums, pair_sums, pretraining_loss
@@ -139,6 +139,7 @@ class PackedBertForPreTraining(BertForPreTraining):
             # BERT's layers cannot run on no token: run on one, and keep nothing of it.
             one = torch.zeros_like(input_ids[:1, :1])
             return self.encode(PackLayout.of(one + 1), one)[:0]
+        prepare_heads((module for module in self.modules() if isinstance(module, AttentionHead)), layout)
         position_ids = layout.positions if position_ids is None else position_ids
         token_type_ids = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         embedded_1TD = self.bert.embeddings(

@@ -5,7 +5,7 @@ rows             rows in whatever form -> flat arrays
 mask_rows        flat arrays -> masked tokens and labels
 masking, words   which tokens to predict, how to corrupt them, and which of them make a word
 columns          names of columns, and values of labels
-layout           PackLayout: where the sequences of a batch lie
+layout           PackLayout, SlotLayout: where the sequences of a batch lie
 chunks           sequences cut into chunks, for attention over blocks
 length_groups    sequences of like length side by side
 views            views that a layout makes once; where parts begin; values widened for sums
@@ -13,6 +13,7 @@ losses           the terms of every loss, and what divides them
 vocabulary       which ids a tokenizer's tokens have
 isolate          isolate_sequences: a stock encoder honours sequence_ids
 probe            check_isolation: what leaks between sequences, and by how much
+device/          to_device: a batch goes to a GPU with its layout
 isolation/       how an encoder keeps sequences apart
 heads/           packed task heads of stock models
 training/        PackedTrainer, and a callback for a plain Trainer
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # "as": type checkers take these for public names
     from collate.collator import DataCollatorWithPacking as DataCollatorWithPacking
+    from collate.device.transfer import to_device as to_device
     from collate.heads import packed_predictions as packed_predictions
     from collate.heads import task_for as task_for
     from collate.isolate import isolate_sequences as isolate_sequences
@@ -43,6 +45,7 @@ _MODULES = {
     "packed_predictions": "collate.heads",
     "position_ids_start": "collate.isolation.positions",
     "task_for": "collate.heads",
+    "to_device": "collate.device.transfer",
 }
 __all__ = sorted(_MODULES)
 

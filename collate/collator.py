@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from collate.columns import ANSWERS, BOOKKEEPING, HEADS_OF_SEQUENCES, HEADS_OF_TOKENS, IGNORED, LABELS, MADE_HERE
+from collate.device.transfer import CollatedBatch
 from collate.isolation.positions import position_ids_start as start_of
 from collate.layout import PADDING, PackLayout
 from collate.mask_rows import count_words, mask_rows, masking_rule
@@ -212,7 +213,9 @@ class DataCollatorWithPacking:
             batch["attention_mask"] = mask.numpy()
         if return_tensors == "np":
             return batch
-        return {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
+        return CollatedBatch(
+            {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in batch.items()}
+        )
 
     def _read(self, rows: Any) -> FlatRows:
         levels = replace(self._levels, named=None if self.token_columns is None else tuple(self.token_columns))

@@ -1,7 +1,13 @@
 """PackLayout: where the sequences of a batch lie, by one stored fact, `sequence_ids`, and every view of it.
 
-Shape letters: B packs, L token slots per pack, T real tokens of the batch, N sequences of the batch.
+Shape letters: B packs, L token slots per pack, T tokens of the batch, N sequences of the batch.
 Order is the same everywhere: pack by pack, and inside a pack from left to right.
+
+Two forms. `PackLayout` has real tokens only: T and N change from batch to batch. `SlotLayout` has all slots: T and N
+stay, as a GPU wants it; see there.
+
+What needs sizes of the batch, such as an index of all tokens, is a table. The host makes it and sends it to the device.
+The rest follows on the device in fixed shapes. So nobody waits for a GPU, where `to_device` brought the batch there.
 """
 
 from collections.abc import Callable, Hashable, MutableMapping
@@ -13,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from collate.chunks import Chunks, cut_into_chunks
+from collate.device.host import on_host, send
 from collate.length_groups import LengthGroups, length_groups
 from collate.views import in_ordinary_mode, view
 
@@ -39,6 +46,8 @@ class PackLayout:
     """
 
     sequence_ids_BL: Tensor
+    host: "PackLayout | None" = None
+    """The layout of the same ids on the host, which makes the tables of this one; None: this one makes its own."""
 
     def __post_init__(self) -> None:
         if self.sequence_ids_BL.dim() != 2 or self.sequence_ids_BL.is_floating_point():
@@ -50,7 +59,7 @@ class PackLayout:
             packs, slots = self.sequence_ids_BL.shape
             raise ValueError(f"sequence_ids has {packs} packs of {slots} slots; give at least one pack and one slot")
         if self.sequence_ids_BL.device.type == "cpu":
-            _check_ids(self.sequence_ids_BL, self._is_start_BL)
+            _check_ids(self.sequence_ids_BL, self.is_start_BL)
 
     @classmethod
     def of(cls, sequence_ids_BL: Tensor) -> "PackLayout":
@@ -69,10 +78,16 @@ class PackLayout:
                 is_current = version is not None and made_from == version
             if is_current:
                 return layout
+        host_ids = on_host(sequence_ids_BL)
+        host = None if host_ids is None or host_ids is sequence_ids_BL else PackLayout.of(host_ids)
         # it holds a copy of the ids, which neither keeps the batch alive nor changes with it
-        layout = cls(in_ordinary_mode(sequence_ids_BL.clone))
-        _LAYOUTS[sequence_ids_BL] = layout, version
+        layout = cls(in_ordinary_mode(sequence_ids_BL.clone), host)
+        layout.keep_for(sequence_ids_BL)
         return layout
+
+    def keep_for(self, sequence_ids_BL: Tensor) -> None:
+        """Whoever asks for the layout of this tensor gets this one."""
+        _LAYOUTS[sequence_ids_BL] = self, None if sequence_ids_BL.is_inference() else sequence_ids_BL._version
 
     @view
     def is_real_BL(self) -> Tensor:
@@ -80,14 +95,14 @@ class PackLayout:
         return self.sequence_ids_BL != PADDING
 
     @view
-    def _is_start_BL(self) -> Tensor:
+    def is_start_BL(self) -> Tensor:
         """(B, L) bool: True on the first token of each sequence."""
         return self.is_real_BL & is_start(self.sequence_ids_BL)
 
     @view
     def token_index(self) -> Tensor:
         """(T,) int64: the slots that hold tokens, counted through the whole batch (pack * L + slot)."""
-        return self.is_real_BL.flatten().nonzero().squeeze(1)
+        return self.table("token_index", lambda layout: layout.is_real_BL.flatten().nonzero().squeeze(1))
 
     @view
     def token_of_slot(self) -> Tensor:
@@ -98,8 +113,17 @@ class PackLayout:
     @view
     def cu_seqlens(self) -> Tensor:
         """(N + 1,) int32: where each sequence begins among the T tokens, and T at the end."""
-        starts = self._is_start_BL.flatten()[self.token_index].nonzero().squeeze(1)
-        return torch.nn.functional.pad(starts, (0, 1), value=len(self.token_index)).int()
+        return self.table("cu_seqlens", _boundaries)
+
+    @view
+    def is_real_token(self) -> Tensor:
+        """(T,) bool: False for the tokens of a SlotLayout that are padding. Whatever adds up tokens asks it."""
+        return torch.ones_like(self.sequence_of_token, dtype=torch.bool)
+
+    @view
+    def is_real_sequence(self) -> Tensor:
+        """(N,) bool: False for the sequences of a SlotLayout that are empty, or padding."""
+        return torch.ones_like(self.lengths, dtype=torch.bool)
 
     @view
     def lengths(self) -> Tensor:
@@ -117,7 +141,7 @@ class PackLayout:
     @view
     def sequence_of_token(self) -> Tensor:
         """(T,) int64: which of the batch's sequences a token belongs to, from 0."""
-        return self._is_start_BL.flatten()[self.token_index].cumsum(0) - 1
+        return self.is_start_BL.flatten()[self.token_index].cumsum(0) - 1
 
     @view
     def positions_T(self) -> Tensor:
@@ -133,7 +157,7 @@ class PackLayout:
     @view
     def length_groups(self) -> LengthGroups:
         """The sequences side by side, those of like length together; needs at least one sequence."""
-        return length_groups(self.cu_seqlens[:-1].long(), self.lengths, self.sequence_of_token, self.positions_T)
+        return self.table("length_groups", _groups)
 
     def chunks(self, size: int) -> Chunks:
         """Every sequence cut into chunks of `size` tokens from its own start; cut once for all layers that ask.
@@ -142,14 +166,46 @@ class PackLayout:
         """
         if size < 1:
             raise ValueError(f"chunks of {size} tokens; give a size of at least 1")
-        token_views = self.lengths, self.sequence_of_token, self.positions_T
-        return self.derived(("chunks", size), lambda: cut_into_chunks(size, *token_views))
+        return self.table(
+            ("chunks", size),
+            lambda layout: cut_into_chunks(size, layout.lengths, layout.sequence_of_token, layout.positions_T),
+        )
 
-    def derived(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` returns, made once per key: for views of this layout that an attention head needs in each layer.
+    def table(self, key: Hashable, make: "Callable[[PackLayout], Made]") -> Made:
+        """What `make` returns for the layout on the host, here: made once per key, and sent without a wait.
+
+        The first question sends all tables that the host has by then, in one copy. So whoever knows which will be
+        needed asks the host first: see `AttentionHead.prepare`.
 
         key: all that the result depends on besides the layout; start it with the name of who asks.
-        make: uses numbers and views of this layout only. With a tensor from torch.inference_mode() nothing could train.
+        make: gets a layout, of the host if there is one. Its result may depend on sizes: it may hold numbers, and
+            tensors in tuples, lists, dicts and dataclasses.
+        """
+        if key not in self._tables:
+            if self.host is None:
+                self._tables[key] = in_ordinary_mode(lambda: make(self))
+            else:
+                self.host.table(key, make)
+                self.receive()
+        return self._tables[key]
+
+    def receive(self) -> None:
+        """Get all tables that the host has and this layout lacks, in one copy."""
+        made = {} if self.host is None else self.host._tables
+        missing = {key: table for key, table in made.items() if key not in self._tables}
+        if missing:
+            self._tables |= in_ordinary_mode(lambda: send(missing, self.sequence_ids_BL.device))
+
+    @view
+    def _tables(self) -> dict[Hashable, Any]:
+        return {}
+
+    def derived(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made once per key where the layout is: for what an attention head needs in each layer.
+
+        key: as in `table`.
+        make: uses numbers and views of this layout only, in shapes that do not depend on values: for others, `table`.
+            With a tensor from torch.inference_mode() nothing could train.
         """
         if key not in self._derived:
             self._derived[key] = in_ordinary_mode(make)
@@ -187,6 +243,84 @@ class PackLayout:
         """(T, …) -> (B, L, …): the inverse of `unpad`, zero on padding."""
         padded = x_T.new_zeros(self.sequence_ids_BL.numel(), *x_T.shape[1:])
         return padded.index_copy(0, self.token_index, x_T).unflatten(0, self.sequence_ids_BL.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class SlotLayout(PackLayout):
+    """All slots of a batch as tokens: T = B * L, and N = B * (S + 1). No shape depends on the ids.
+
+    The slots of a pack's padding are its last sequence; before it, unused ones are empty.
+
+        sequence_ids [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]       S = 3
+        lengths      [3, 2, 0, 1, 6, 0, 0, 0]
+        cu_seqlens   [0, 3, 5, 5, 6, 12, 12, 12, 12]
+
+    A GPU computes a padded slot faster than it changes its plans: kernels, graphs and memory stay those of the batch
+    before. Packs have little padding. What the padding computes stays in it, but counts, sums and buffers must leave it
+    out, by `is_real_token` and `is_real_sequence`.
+
+    sequence_slots: S, the most sequences in a pack. Padding stands at the end of a pack only; `to_device` sees to it.
+    """
+
+    sequence_slots: int = 1
+
+    @view
+    def _slot_lengths(self) -> Tensor:
+        """(B, S + 1) int64: the last is padding."""
+        packs = len(self.sequence_ids_BL)
+        slot_BL = torch.where(self.is_real_BL, self.sequence_ids_BL.long() - 1, self.sequence_slots)
+        counts = slot_BL.new_zeros((packs, self.sequence_slots + 1))
+        return counts.scatter_add_(1, slot_BL, torch.ones_like(slot_BL))
+
+    @view
+    def token_index(self) -> Tensor:
+        return torch.arange(self.sequence_ids_BL.numel(), device=self.sequence_ids_BL.device)
+
+    @view
+    def token_of_slot(self) -> Tensor:
+        return self.token_index
+
+    @view
+    def cu_seqlens(self) -> Tensor:
+        return torch.nn.functional.pad(self._slot_lengths.flatten().cumsum(0), (1, 0)).int()
+
+    @view
+    def is_real_token(self) -> Tensor:
+        return self.is_real_BL.flatten()
+
+    @view
+    def is_real_sequence(self) -> Tensor:
+        is_real = self._slot_lengths > 0
+        is_real[:, -1] = False
+        return is_real.flatten()
+
+    @view
+    def sequence_of_token(self) -> Tensor:
+        packs = torch.arange(len(self.sequence_ids_BL), device=self.sequence_ids_BL.device)
+        slot_BL = torch.where(self.is_real_BL, self.sequence_ids_BL.long() - 1, self.sequence_slots)
+        return (packs[:, None] * (self.sequence_slots + 1) + slot_BL).flatten()
+
+    @view
+    def positions(self) -> Tensor:
+        return self.positions_T.unflatten(0, self.sequence_ids_BL.shape) * self.is_real_BL
+
+    def unpad(self, x_BL: Tensor) -> Tensor:
+        """(B, L, …) -> (T, …): all slots."""
+        return x_BL.flatten(0, 1)
+
+    def pad(self, x_T: Tensor) -> Tensor:
+        """(T, …) -> (B, L, …): zero on padding, whatever it held."""
+        is_real = self.is_real_token.view(-1, *[1] * (x_T.dim() - 1))
+        return torch.where(is_real, x_T, 0).unflatten(0, self.sequence_ids_BL.shape)
+
+
+def _boundaries(layout: PackLayout) -> Tensor:
+    starts = layout.is_start_BL.flatten()[layout.token_index].nonzero().squeeze(1)
+    return torch.nn.functional.pad(starts, (0, 1), value=len(layout.token_index)).int()
+
+
+def _groups(layout: PackLayout) -> LengthGroups:
+    return length_groups(layout.cu_seqlens[:-1].long(), layout.lengths, layout.sequence_of_token, layout.positions_T)
 
 
 def is_start(sequence_ids_BL: Tensor) -> Tensor:

@@ -49,10 +49,12 @@ class LengthGroups:
 
 
 def length_groups(starts: Tensor, lengths: Tensor, sequence_of_token: Tensor, positions_T: Tensor) -> LengthGroups:
-    """Group the sequences of a batch; starts, lengths: (N,) int64."""
+    """Group the sequences of a batch; starts, lengths: (N,) int64. Empty ones are in no group."""
     widths = (lengths + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP
     widths, order = widths.sort(stable=True)
     first_slot = starts_of(widths)[order.argsort()]
+    num_empty = int((lengths == 0).sum())
+    widths, order = widths[num_empty:], order[num_empty:]
     group_widths, group_sizes = (values.tolist() for values in widths.unique_consecutive(return_counts=True))
     members = list(order.split(group_sizes))
     sources, key_masks = [], []

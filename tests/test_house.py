@@ -42,10 +42,10 @@ FLOORS = {
         "cli",
     ],
     "collate": [
-        "views vocabulary columns",
+        "views vocabulary columns device.host",
         "length_groups chunks",
         "layout",
-        "losses",
+        "losses device",
         "isolation",
         "probe isolate",
         "heads",

@@ -1,6 +1,6 @@
 """What all attention heads share: how they are built, and how they read their options."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -68,6 +68,12 @@ class AttentionHead(nn.Module):
         inputs = as_one_type(query_THK, key_THK, value_THK)
         return self.attend(*inputs, layout, **self.dropout_settings(dropout)).to(value_THK.dtype)
 
+    def prepare(self, layout: PackLayout) -> None:
+        """Ask a layout for each table that `attend` needs. Called once per batch, before the first layer, on the host.
+
+        All of them then go to the device in one copy. A graph of torch.compile finds them ready, too.
+        """
+
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         """The mechanism, for a batch with at least one sequence.
 
@@ -112,6 +118,14 @@ class AttentionHead(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
+
+
+def prepare_heads(heads: Iterable[AttentionHead], layout: PackLayout) -> None:
+    """Make the tables of all heads on the host, and send them to the device."""
+    if layout.num_sequences:
+        for head in heads:
+            head.prepare(layout.host or layout)
+        layout.receive()
 
 
 def initialize_head(head: nn.Module) -> None:

@@ -1,0 +1,77 @@
+"""From the host to a device: many tensors in one copy that nobody waits for, and what the host still has of them.
+
+    there = send(values, device)     the same tree; its tensors are parts of one buffer
+    on_host(there_tensor)            the values on the host, or None
+
+A question that needs an answer in Python, such as how long a sequence is or where a label stands, makes the host wait
+for a GPU. The host had the values a moment ago, so it answers from them.
+"""
+
+from collections.abc import MutableMapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+Tree = TypeVar("Tree")
+
+ALIGNED = 16
+"""Bytes: each tensor begins at a multiple, as its type and wide loads need."""
+
+
+class _Sent(NamedTuple):
+    host: Tensor
+    version: int
+
+
+_SENT: MutableMapping[Tensor, _Sent] = WeakIdKeyDictionary()
+"""Of each tensor that was sent and is alive: what the host has."""
+
+
+def send(values: Tree, device: torch.device) -> Tree:
+    """Tensors of the host in a tree of tuples, lists, dicts and dataclasses -> the same tree on a device.
+
+    One pinned buffer, one copy. The host goes on while it runs.
+    """
+    found: list[Tensor] = []
+    _map(values, found.append)
+    sizes = [-(-x.numel() * x.itemsize // ALIGNED) * ALIGNED for x in found]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for x, part in zip(found, buffer.split(sizes), strict=True):
+        _as(part, x).copy_(x)
+    arrived = buffer.to(device, non_blocking=True).split(sizes)
+    # Parts of one buffer would share a version: a write to one would look like a write to all. `data` has its own.
+    sent = [_as(part, x).data for part, x in zip(arrived, found, strict=True)]
+    for x, there in zip(found, sent, strict=True):
+        _SENT[there] = _Sent(x, there._version)
+    parts = iter(sent)
+    return _map(values, lambda _: next(parts))
+
+
+def on_host(tensor: Tensor) -> Tensor | None:
+    """What a device's tensor was sent from. None if it was made on the device, or written to since."""
+    if tensor.device.type == "cpu":
+        return tensor
+    sent = None if tensor.is_inference() else _SENT.get(tensor)
+    return sent.host if sent is not None and sent.version == tensor._version else None
+
+
+def _as(part: Tensor, like: Tensor) -> Tensor:
+    """Bytes as a tensor of the same type and shape as another."""
+    return part[: like.numel() * like.itemsize].view(like.dtype).view(like.shape)
+
+
+def _map(tree: Any, change: Any) -> Any:
+    """The same tree with each tensor changed, from left to right."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {name: _map(value, change) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        values = [_map(value, change) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{field.name: _map(getattr(tree, field.name), change) for field in fields(tree)})
+    return tree
