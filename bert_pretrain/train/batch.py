@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from bert_pretrain.train.config import PretrainConfig
+from collate.training.dataloaders import packs_per_pass
 from collate.training.order import pack_depths, pack_lengths, plan_steps
 from packing import PackedInfo, packed_info
 from packing.files.errors import whole_number
@@ -22,6 +23,7 @@ FEW_STEPS = 100
 def set_batch(config: PretrainConfig, training: TrainingArguments, train: Dataset) -> int | None:
     """PackedTrainer's sequences_per_step: None if a step counts packs. It logs what a step holds.
 
+    config.tokens_per_pass, where it is given, says the packs per pass: 16,384 tokens in packs of 512 -> at most 32.
     For batch_policy "sequences" packs per forward pass and accumulation steps follow; it writes them into `training`:
     256 sequences in up to 149 packs, on 2 devices, at most 32 packs per pass -> 75 per device, 3 passes of 25.
     The cut into passes changes rounding and what dropout draws, nothing else.
@@ -32,6 +34,9 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
         )
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         whole_number(name, getattr(training, name))
+    if config.tokens_per_pass is not None:
+        slots = packed_info(train).max_sequence_length
+        training.per_device_train_batch_size = packs_per_pass(config.tokens_per_pass, slots, training)
     factor, depths = packing_factor(train), pack_depths(train)
     if config.batch_policy == "packs":
         packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -45,7 +50,8 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
     if training.gradient_accumulation_steps != 1:
         raise ValueError(
             f"gradient_accumulation_steps={training.gradient_accumulation_steps} follows from sequences_per_step; "
-            "leave it at 1 and set sequences_per_step and per_device_train_batch_size, or batch_policy='packs'"
+            "leave it at 1 and set sequences_per_step and tokens_per_pass (or per_device_train_batch_size), or "
+            "batch_policy='packs'"
         )
     if config.sequences_per_step > (sequences := int(depths.sum())):
         raise ValueError(

@@ -63,9 +63,14 @@ class PretrainConfig:
     )
     sequences_per_step: int = _help(
         "Sequences per optimizer step, over all devices, for batch_policy sequences: exactly as many in every step but "
-        "an epoch's last, if any packs add up to it. per_device_train_batch_size is the most packs in one forward "
-        "pass; the number of passes follows.",
+        "an epoch's last, if any packs add up to it. tokens_per_pass, or per_device_train_batch_size in packs, is the "
+        "most in one forward pass; the number of passes follows.",
         SEQUENCES_PER_STEP,
+    )
+    tokens_per_pass: int | None = _help(
+        "Token slots in one forward pass of a device, instead of per_device_train_batch_size: the most for "
+        "batch_policy sequences, as many for packs. By default per_device_train_batch_size decides.",
+        None,
     )
     reassign: bool = _help(
         "Pack the sequences again in every epoch after the first: the same plan, other sequences together.", True
@@ -109,7 +114,7 @@ class PretrainConfig:
         return [name.strip() for name in self.attention.split(",")]
 
     def __post_init__(self) -> None:
-        for name in ("sequences_per_step", *SHAPE):
+        for name in ("sequences_per_step", "tokens_per_pass", *SHAPE):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
             if name in SHAPE and getattr(self, name) is not None and self.model is not None:
@@ -133,7 +138,7 @@ class PretrainConfig:
         if self.batch_policy == "packs" and self.sequences_per_step != SEQUENCES_PER_STEP:
             raise ValueError(
                 f"sequences_per_step={self.sequences_per_step} is for batch_policy='sequences'; with 'packs' a step "
-                "holds what its packs hold: leave it out, and set per_device_train_batch_size and "
+                "holds what its packs hold: leave it out, and set per_device_train_batch_size (or tokens_per_pass) and "
                 "gradient_accumulation_steps"
             )
         width, heads = (getattr(self, name) or NEW_MODEL[name] for name in ("hidden_size", "num_attention_heads"))

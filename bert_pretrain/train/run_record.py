@@ -56,7 +56,7 @@ MAY_CHANGE_PREFIXES = (
     *("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "fsdp", "torch_compile", "dataloader_"),
 )
 MUST_STAY = {"dataloader_drop_last"}
-NOT_TRAINING = {"eval_mlm_probability", "peak_tflops"}
+NOT_TRAINING = {"eval_mlm_probability", "peak_tflops", "tokens_per_pass"}
 PLACES = {"dataset", "tokenizer", "model"}
 """Folders may be moved: their contents are compared."""
 OF_THE_BEST = (

@@ -209,6 +209,42 @@ def refuse_torn_steps(args: TrainingArguments, sequences_per_step: int) -> None:
             )
 
 
+def slots_per_pack(collator: Any, dataset: Any) -> int:
+    """Token slots of a pack in a batch. Raises ValueError where neither collator nor dataset says how many."""
+    info = _packed_info(dataset)
+    if isinstance(collator, DataCollatorWithPacking):
+        slots = (collator if info is None else collator.for_dataset(dataset)).pad_to
+    else:
+        slots = None if info is None else info.max_sequence_length
+    if slots is None:
+        raise ValueError(
+            "tokens_per_pass needs to know how many token slots a pack has; give a train_dataset of pack_dataset or a "
+            "collator with pad_to, or set per_device_train_batch_size instead"
+        )
+    return slots
+
+
+def packs_per_pass(tokens_per_pass: int, slots_per_pack: int, args: TrainingArguments) -> int:
+    """As many whole packs as one pass has room for: 65,536 tokens, 512 slots in a pack -> 128.
+
+    Raises ValueError for less than one pack, and for a per_device_train_batch_size that says another number. (Its
+    default says nothing.)
+    """
+    whole_number("tokens_per_pass", tokens_per_pass)
+    packs, given = tokens_per_pass // slots_per_pack, args.per_device_train_batch_size
+    if not packs:
+        raise ValueError(
+            f"tokens_per_pass={tokens_per_pass} is less than the {slots_per_pack} token slots of one pack; set it to "
+            f"{slots_per_pack} or more, or pack for a lower max_sequence_length"
+        )
+    if given not in (packs, type(args).per_device_train_batch_size):
+        raise ValueError(
+            f"tokens_per_pass={tokens_per_pass} is {packs} packs of {slots_per_pack} token slots, but "
+            f"per_device_train_batch_size={given}; leave out either"
+        )
+    return packs
+
+
 def _has_length(dataset: Any) -> bool:
     return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
 

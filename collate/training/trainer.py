@@ -14,6 +14,7 @@ a loss of its own has
     pair_columns: tuple[str, ...]            -> columns that forward takes by **; a model may leave this out
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers import Trainer
 from collate.collator import DataCollatorWithPacking
 from collate.heads import prepare_head, task_for
 from collate.layout import PADDING
-from collate.training.dataloaders import refuse_torn_steps
+from collate.training.dataloaders import packs_per_pass, refuse_torn_steps, slots_per_pack
 from collate.training.hooks import overrides_trainer
 from collate.training.own_loss import OwnLoss, has_own_loss
 from collate.training.plain_trainer import SetEpoch, check_forward, check_model
@@ -42,6 +43,8 @@ class PackedTrainer(EvaluatesSequences):
     task: what the head learns, `collate.heads`; None: the model's class tells.
     sequences_per_step: sequences per optimizer step, over all ranks, except the last step of an epoch; None: as many
         as the packs of a step hold.
+    tokens_per_pass: token slots in one forward pass of a device: as many whole packs as fit; None: as many packs as
+        args.per_device_train_batch_size says. The caller's args stay as they are, `trainer.args` is a copy.
 
     A subclass may override compute_loss: evaluation uses it, too. It sees a row per label, see
     collate.training.own_loss. Then evaluation averages the losses of batches by their labels.
@@ -52,7 +55,14 @@ class PackedTrainer(EvaluatesSequences):
     prediction_step, the arguments in collate.training.refused, and labels and ids that the model has no place for.
     """
 
-    def __init__(self, *args: Any, task: Any = None, sequences_per_step: int | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        task: Any = None,
+        sequences_per_step: int | None = None,
+        tokens_per_pass: int | None = None,
+        **kwargs: Any,
+    ):
         self._given_task, self.sequences_per_step = task, sequences_per_step
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
@@ -67,6 +77,8 @@ class PackedTrainer(EvaluatesSequences):
         if isinstance(self.data_collator, DataCollatorWithPacking):
             self.data_collator = self.data_collator.for_model(self.model)
             check_model(self.data_collator, self.model)
+        if tokens_per_pass is not None:
+            self._size_passes(tokens_per_pass)
         self.add_callback(SetEpoch(self))
 
     def set_epoch(self, epoch: int) -> None:
@@ -88,6 +100,13 @@ class PackedTrainer(EvaluatesSequences):
             )
         if self.sequences_per_step is not None:
             refuse_torn_steps(self.args, self.sequences_per_step)
+
+    def _size_passes(self, tokens_per_pass: int) -> None:
+        """Write what tokens_per_pass means into a copy of the arguments."""
+        self.args = copy(self.args)
+        slots = slots_per_pack(self.data_collator, self.train_dataset)
+        self.args.per_device_train_batch_size = packs_per_pass(tokens_per_pass, slots, self.args)
+        self._train_batch_size = self.args.train_batch_size
 
     def _find_task(self, model: nn.Module) -> Any:
         """The task of a model; stock models are isolated, and their heads prepared."""

@@ -133,6 +133,19 @@ def test_sequences_per_step_decide_packs_per_pass(folders, tmp_path, caplog):
     assert f"an epoch is {steps} steps, the run 100" in caplog.text and "learns little" not in caplog.text
 
 
+@pytest.mark.parametrize("policy", ["sequences", "packs"])
+def test_passes_are_sized_in_tokens_or_in_packs(folders, tmp_path, policy):
+    """4 packs of 64 slots, said in either way; 300 tokens have room for 4."""
+    packs, results = load_from_disk(folders["packed"])["train"], []
+    steps: dict = {"sequences_per_step": 20} if policy == "sequences" else {}
+    for tokens, packs_given in ((300, {}), (None, {"per_device_train_batch_size": 4})):
+        config = PretrainConfig("", "", batch_policy=policy, tokens_per_pass=tokens, **steps)
+        training = TrainingArguments(str(tmp_path), use_cpu=True, **packs_given)
+        of_step = set_batch(config, training, packs)
+        results.append((of_step, training.per_device_train_batch_size, training.gradient_accumulation_steps))
+    assert results[0] == results[1] and results[0][1] <= 4
+
+
 def test_with_the_policy_of_packs_arguments_stay_and_the_factor_is_told(folders, tmp_path, caplog):
     packs = load_from_disk(folders["packed"])["train"]
     factor = packed_info(packs).num_sequences / packed_info(packs).num_packs
@@ -230,6 +243,11 @@ def test_resuming_is_of_the_same_run_and_from_where_it_is_told(folders, tmp_path
         (["--num_attention_heads", "0"], "num_attention_heads=0 must be a whole number, at least 1"),
         (["--auto_find_batch_size", "True"], "auto_find_batch_size"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be a whole number, at least 1"),
+        (["--tokens_per_pass", "63"], "tokens_per_pass=63 is less than the 64 token slots of one pack"),
+        (
+            ["--tokens_per_pass", "640", "--per_device_train_batch_size", "4"],
+            "tokens_per_pass=640 is 10 packs of 64 token slots, but per_device_train_batch_size=4; leave out either",
+        ),
         (["--sequences_per_step", "3000"], "sequences_per_step=3000 is more than the "),
         (["--fp16"], "fp16=True needs a GPU"),
         (["--include_num_input_tokens_seen", "some"], "choose from all, non_padding, no"),

@@ -98,7 +98,7 @@ def deterministic(metrics):
     return {k: v for k, v in metrics.items() if not k.endswith(("runtime", "per_second"))}
 
 
-TRAINER_OPTIONS = ("compute_metrics", "compute_loss_func", "data_collator", "sequences_per_step")
+TRAINER_OPTIONS = ("compute_metrics", "compute_loss_func", "data_collator", "sequences_per_step", "tokens_per_pass")
 
 
 @contextlib.contextmanager
