@@ -20,6 +20,7 @@ from bert_pretrain.places import find_pretrained
 from bert_pretrain.prepare.documents import Document
 from bert_pretrain.prepare.tokens import TokenDocuments
 from packing.histogram import offsets_of
+from packing.text.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -131,11 +132,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
     Raises ValueError if there is none, if it is slow, or if it lacks a special token of BERT's sequences or masks.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     place = find_pretrained("tokenizer", str(name_or_path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = load_pretrained(place)
     except (OSError, ValueError) as error:
         inside = Path(place) / "tokenizer"
         cure = f"did you mean {str(inside)!r}?" if inside.is_dir() else "give a folder with tokenizer.json"

@@ -5,6 +5,8 @@ outcome      how much the tokenizer read; the text for which units are wrong
 rules        where a tokenizer's texts may be cut into units
 table        the units met so far, and their ids, compiled
 tokenizer    a tokenizer for which all text is text
+pretrained   a tokenizer of transformers, without torch
 
-Others import open_encoder, Texts, Amount and DifferentTokens from encode; describe and text_tokenizer from tokenizer.
+Others import open_encoder, Texts, Amount and DifferentTokens from encode; describe and text_tokenizer from tokenizer;
+load_pretrained from pretrained.
 """

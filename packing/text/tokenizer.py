@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packing.files.errors import path_suggestion
+from packing.text.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,7 +33,7 @@ MARK = "\ufdd0\ufdd1\ufdd0"
 def open_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A tokenizer of transformers, by its folder or its name on the hub. Raises if packs could not be made with it."""
     try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"tokenizing needs transformers ({error}): pip install 'dataset-packing[train]'"
@@ -43,7 +44,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerFast:
             f"{path_suggestion(name, only_folders=True)}"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
             f"no tokenizer in {name!r}: {' '.join(str(error).split())}{path_suggestion(name, only_folders=True)}"
