@@ -23,6 +23,7 @@ to 1. Adam divides by sqrt(v) + eps: where a gradient is only rounding, eps deci
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -284,6 +285,7 @@ def train_in_two_processes(options: argparse.Namespace) -> None:
     if torch.distributed.get_rank() == 0:
         torch.save(parameters, options.save)
     torch.distributed.barrier()
+    gc.collect()  # a DistributedDataParallel that outlives the group may hang as it ends
     torch.distributed.destroy_process_group()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import stock_runs
 import torch
 import training_runs
+from process_group import end_process_group
 
 
 def launch(results: Path) -> None:
@@ -25,4 +26,4 @@ if __name__ == "__main__":
     if torch.distributed.get_rank() == 0:
         torch.save(results, sys.argv[1])
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_process_group()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from process_group import end_process_group
 from tiny_runs import train
 from transformers import Trainer
 
@@ -44,4 +45,4 @@ if __name__ == "__main__":
         Trainer.create_accelerator_and_postprocess = with_fsdp  # type: ignore[method-assign]
         assert train(folders, f"{output}/fsdp", **options, fsdp=True, fsdp_config='{"version": 2}') == 0
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_process_group()

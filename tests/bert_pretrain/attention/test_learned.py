@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 from functools import partial
 from unittest import mock
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from attention_contract import by_sequence, heads_input, layout_of, leak, make
 from hypothesis import given, settings
+from process_group import process_group, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -401,14 +403,7 @@ class IgnoresKeys(LSHAttention):
         return super().attend(query_THK, query_THK.detach(), value_THK, layout)
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_ddp_finds_a_gradient_for_the_key_projection_of_lsh(process_group):
+def test_ddp_finds_a_gradient_for_the_key_projection_of_lsh(tmp_path):
     """DDP with its defaults refuses the step after one that left a parameter out."""
 
     def two_steps(attention):
@@ -418,10 +413,11 @@ def test_ddp_finds_a_gradient_for_the_key_projection_of_lsh(process_group):
             parallel(**{name: value[None] for name, value in row.items()}).loss.backward()
         return [p.grad for name, p in model.named_parameters() if "self.key" in name]
 
-    gradients = two_steps(LSHAttention)
-    assert len(gradients) == 4 and all((gradient == 0).all() for gradient in gradients)
-    with pytest.raises(RuntimeError, match=r"did not receive grad|were not used in producing loss"):
-        two_steps(IgnoresKeys)
+    with process_group(tmp_path):
+        gradients = two_steps(LSHAttention)
+        assert len(gradients) == 4 and all((gradient == 0).all() for gradient in gradients)
+        with pytest.raises(RuntimeError, match=r"did not receive grad|were not used in producing loss"):
+            two_steps(IgnoresKeys)
 
 
 # routing: how centroids move
@@ -547,7 +543,6 @@ class HeadAndScale(nn.Module):
 
 def _one_of_two_ranks(rank, folder):
     """Rank 0 has two micro-batches, rank 1 one and one without tokens; under DDP, which copies buffers from rank 0."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     layer = HeadAndScale()
     parallel = DistributedDataParallel(layer)
     nothing = layout_of([[0]]), heads_input(layout_of([[0]]))
@@ -555,16 +550,27 @@ def _one_of_two_ranks(rank, folder):
         parallel(*(x.requires_grad_() for x in inputs), layout).sum().backward()
     layer.head.update_centroids()
     torch.save(layer.head.centroids_HCK, f"{folder}/centroids{rank}")
-    dist.destroy_process_group()
 
 
 @pytest.mark.long
 def test_two_ranks_learn_what_one_learns(tmp_path):
-    torch.multiprocessing.spawn(_one_of_two_ranks, (str(tmp_path),), nprocs=2)
+    run_ranks(_one_of_two_ranks, tmp_path)
     expected = move(make(RoutingAttention), batches_of(*ROWS))
     for rank in range(2):
         found = torch.load(tmp_path / f"centroids{rank}")
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def _rank_1_hangs(rank, folder):
+    if rank:
+        threading.Event().wait()
+
+
+@pytest.mark.long
+def test_a_rank_that_hangs_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("process_group.PATIENCE", 20)
+    with pytest.raises(TimeoutError, match="still run after 20 seconds"):
+        run_ranks(_rank_1_hangs, tmp_path)
 
 
 def test_an_update_that_never_comes_is_an_error():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from process_group import process_group
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -512,11 +513,8 @@ def test_under_distributed_data_parallel(tmp_path):
     head = task_for(packed)
     sequences = make_sequences("pretraining")
     alone(stock, "pretraining", sequences)[1].backward()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with process_group(tmp_path):
         head(nn.parallel.DistributedDataParallel(packed), make_batch(sequences)).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
     assert gradient_error(packed, stock) < 1e-10
 
 
