@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from packing.files.errors import SourceError
+
 if TYPE_CHECKING:
     from packing.files.paths import Place
 
@@ -109,3 +111,9 @@ class NamedFile:
         """Where it lies, and what changes when its content does."""
         found = self.path.stat()
         return str(self.path.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def unreadable(file: NamedFile, error: Exception) -> SourceError:
+    """What to raise where the bytes of a file are none of its kind."""
+    what = f"cannot be read, it is damaged or no {file.suffix} file: {' '.join(str(error).split())}"
+    return SourceError(what, file=file, cure="make the file again")

@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packing.files.names import NamedFile
+from packing.files.errors import SourceError
+from packing.files.names import NamedFile, unreadable
 from packing.source.text_files import document_texts, find_blocks, is_blank, uncompressed
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ NUMBERS = (
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of file. An Arrow error or an OSError of its functions becomes a ValueError that names the file.
+    """One kind of file. An Arrow error or an OSError of its functions becomes a SourceError that names the file.
 
     words: its name, for people.
     endings: of files' names, with a dot.
@@ -92,8 +93,8 @@ def open_files(
         format, files = _text(documents), [uncompressed(file, cache) for file in files]
     schemas = [(file, schema) for file in files if (schema := _columns(format, file)) is not None]
     if not schemas:
-        lacks = "text" if format.is_text else "rows"
-        raise ValueError(f"{str(files[0])!r} {'has' if len(files) == 1 else 'and the other files have'} no {lacks}")
+        has, lacks = "has" if len(files) == 1 else "and the other files have", "text" if format.is_text else "rows"
+        raise SourceError(f"{has} no {lacks}", file=files[0], cure=f"name a file that has {lacks}")
     features, files = _common_features(schemas), [file for file, _ in schemas]
     if all(map(format.is_mapped, files)):
         rows = datasets.concatenate_datasets([_map_stream(file) for file in files])
@@ -124,14 +125,13 @@ def _write_batches(
 
 @contextmanager
 def _naming(file: NamedFile) -> Iterator[None]:
-    """What Arrow or the system cannot read becomes a ValueError that names the file."""
+    """What Arrow or the system cannot read becomes a SourceError that names the file."""
     import pyarrow as pa
 
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, EOFError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{str(file)!r} cannot be read, it is damaged or no {file.suffix} file: {said}") from None
+        raise unreadable(file, error) from None
 
 
 # Parquet
@@ -247,15 +247,14 @@ def _column_names(delimiter: str, file: NamedFile) -> list[str]:
         try:
             names = next(csv.reader(lines, delimiter=delimiter), [])
         except UnicodeDecodeError as error:
-            raise ValueError(f"{str(file)!r} is no UTF-8: {error}; convert it with iconv -t UTF-8") from None
+            raise SourceError(f"is no UTF-8: {error}", file=file, cure="convert it with iconv -t UTF-8") from None
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{str(file)!r} names two columns {twice[0]!r} in its first line; rename one of them")
+        raise SourceError(f"names two columns {twice[0]!r} in its first line", file=file, cure="rename one of them")
     other = next((character for character in ",;\t|" if len(names) == 1 and character in names[0]), None)
     if other is not None:
-        what = f"{str(file)!r} names one column, {names[0]!r}: {other!r} seems to part its values"
-        cure = f"write it with {delimiter!r}, or rename the column"
-        raise ValueError(f"{what}, and {delimiter!r} is expected; {cure}")
+        what = f"names one column, {names[0]!r}: {other!r} seems to part its values, and {delimiter!r} is expected"
+        raise SourceError(what, file=file, cure=f"write it with {delimiter!r}, or rename the column")
     return names
 
 
@@ -323,7 +322,7 @@ def _write_text(documents: str, files: list[NamedFile], path: Path, features: da
 
 
 def _common_features(schemas: list[tuple[NamedFile, pa.Schema]]) -> datasets.Features:
-    """What the columns of all files are: those of the first file. Raises ValueError for a file that has others.
+    """What the columns of all files are: those of the first file. Raises SourceError for a file that has others.
 
     What holds no value yet (null) may turn out to be anything."""
     import datasets
@@ -334,11 +333,12 @@ def _common_features(schemas: list[tuple[NamedFile, pa.Schema]]) -> datasets.Fea
         for name in {**expected, **found}:
             if name not in found or name not in expected:
                 has, lacks = (first, file) if name in expected else (file, first)
-                raise ValueError(f"{str(has)!r} has a column {name!r}, and {str(lacks)!r} has none; make them alike")
+                what = f"has a column {name!r}, and {str(lacks)!r} has none"
+                raise SourceError(what, file=has, cure="make them alike")
             joined = _joined(common[name], found[name])
             if joined is None:
-                what = f"column {name!r} is {common[name]} in {str(first)!r}, but {found[name]} in {str(file)!r}"
-                raise ValueError(f"{what}; make them alike")
+                what = f"is {common[name]} in {str(first)!r}, but {found[name]} in {str(file)!r}"
+                raise SourceError(what, column=name, cure="make them alike")
             common[name] = joined
     return datasets.Features(common)
 
@@ -370,7 +370,8 @@ def _features(file: NamedFile, schema: pa.Schema) -> dict:
     try:
         return datasets.Features.from_arrow_schema(schema)
     except (ValueError, NotImplementedError, KeyError) as error:
-        raise ValueError(f"{str(file)!r} holds a type of column that datasets has not: {error}") from None
+        what = f"holds a type of column that datasets has not: {error}"
+        raise SourceError(what, file=file, cure="write the column as another type, or leave it out") from None
 
 
 TEXT = _text()

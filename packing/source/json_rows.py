@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from packing.files.errors import SourceError
-from packing.files.names import NamedFile
+from packing.files.names import NamedFile, unreadable
 from packing.numba_tools import njit
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ FIRST_BLOCK = 1 << 20  # bytes that a file's columns are first read from
 BLOCK = 1 << 24  # bytes read at a time
 PART = 1 << 20  # bytes of them that a thread of Arrow parses at a time
 EXACT = 2**53  # up to here every whole number is a float64
+ONE_ROW = 'each line is an object: {"input_ids": […]}'
 MOST = 60  # lists and objects around a value; Arrow hands on types of 64 at most
 
 
@@ -95,7 +96,8 @@ def read_block(
             table = _parse(data, wide)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         find_bad_line(list(files) or [file])
-        raise ValueError(f"{str(file)!r} cannot be read, from line {line} on: {error}") from None
+        what = f"cannot be read, from {_unit(file)} {line} on: {error}"
+        raise SourceError(what, file=file, cure="make the file again") from None
     _refuse_lost_numbers(file, line, data, table)
     return table
 
@@ -129,7 +131,7 @@ def _check_text(file: NamedFile, line: int, data: bytes, unit: str = "") -> None
     except UnicodeDecodeError as error:
         bad = line + data.count(b"\n", 0, error.start)
         said = f"byte 0x{data[error.start]:02x}: {error.reason}"
-        raise ValueError(f"{_where(file, bad, unit)} is no UTF-8 ({said}); save the file as UTF-8") from None
+        raise _error(f"is no UTF-8 ({said})", file, bad, "save the file as UTF-8", unit) from None
     check_depth(data, line, file=file, unit=unit or _unit(file))
 
 
@@ -158,7 +160,7 @@ def _without_times(type_: pa.DataType) -> pa.DataType:
 
 
 def _refuse_lost_numbers(file: NamedFile, line: int, data: bytes, table: pa.Table) -> None:
-    """Raise ValueError for a whole number in a column of float64 that no float64 equals."""
+    """Raise SourceError for a whole number in a column of float64 that no float64 equals."""
     if not any(_has_great_floats(chunk) for column in table.columns for chunk in column.chunks):
         return
     types = {field.name: field.type for field in table.schema}
@@ -171,10 +173,9 @@ def _refuse_lost_numbers(file: NamedFile, line: int, data: bytes, table: pa.Tabl
         for name, value in row.items():
             lost = _lost(value, types[name])
             if lost is not None:
-                where = _where(file, line + text.count("\n", 0, place))
-                what = f"{where} has {lost} in column {name!r}, which holds fractions, too"
-                cure = "write all of the column as whole numbers, or as texts"
-                raise ValueError(f"{what}; as float64 it would be another number: {cure}")
+                what = f"has {lost} in column {name!r}, which holds fractions, too"
+                cure = "as float64 it would be another number: write all of the column as whole numbers, or as texts"
+                raise _error(what, file, line + text.count("\n", 0, place), cure)
         place = _skip_blank(text, end)
 
 
@@ -266,7 +267,7 @@ def _naming_damage(file: NamedFile) -> Iterator[None]:
     try:
         yield
     except (json.JSONDecodeError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{str(file)!r} cannot be read, it is damaged or no {file.suffix} file: {error}") from None
+        raise unreadable(file, error) from None
 
 
 def is_json_list(file: NamedFile) -> bool:
@@ -283,8 +284,8 @@ def _unit(file: NamedFile) -> str:
     return "element" if is_json_list(file) else "line"
 
 
-def _where(file: NamedFile, number: int, unit: str = "") -> str:
-    return f"{str(file)!r} {unit or _unit(file)} {number}"
+def _error(what: str, file: NamedFile, number: int, cure: str, unit: str = "") -> SourceError:
+    return SourceError(what, file=file, row=number, unit=unit or _unit(file), cure=cure)
 
 
 def _elements(text: str) -> Iterator[str]:
@@ -325,15 +326,15 @@ def find_bad_line(files: list[NamedFile]) -> None:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{_where(file, number)} is no JSON: {error}{_about_object(file)}") from None
+                raise _error(f"is no JSON: {error}", file, number, _cure_of_object(file)) from None
             if not isinstance(row, dict):
-                what = f'holds {type(row).__name__}; each line is an object: {{"input_ids": […]}}'
-                raise TypeError(f"{_where(file, number)} {what}")
+                raise _error(f"holds {type(row).__name__}", file, number, ONE_ROW)
             for name, value in _fields(row):
                 found, before = _kinds_of(value), kinds.setdefault(name, set())
                 if found and before and found != before:
-                    what = f"{_where(file, number)} holds {', '.join(sorted(found))} in column {name!r}"
-                    raise TypeError(f"{what}, and lines before it hold {', '.join(sorted(before))}; make them alike")
+                    kind, other = (", ".join(sorted(kinds)) for kinds in (found, before))
+                    what = f"holds {kind} in column {name!r}, and lines before it hold {other}"
+                    raise _error(what, file, number, "make them alike")
                 before |= found
 
 
@@ -356,12 +357,12 @@ def _kinds_of(value: Any) -> set[str]:
     return {"number" if type(value) in (int, float) else type(value).__name__}
 
 
-def _about_object(file: NamedFile) -> str:
-    """What a file is that is one JSON object, and no table; "" for another."""
+def _cure_of_object(file: NamedFile) -> str:
+    """For a line that is no JSON. The file as a whole may be one JSON object, and no table."""
     with suppress(ValueError, RecursionError, OSError), file.open() as opened:
         content = json.loads(opened.read())
-        return f"; the file as a whole is JSON, {describe_object(content)}" if isinstance(content, dict) else ""
-    return ""
+        return f"the file as a whole is JSON, {describe_object(content)}" if isinstance(content, dict) else ONE_ROW
+    return ONE_ROW
 
 
 def about_single_object(dataset: datasets.Dataset) -> str:

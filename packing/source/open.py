@@ -133,14 +133,12 @@ def open_sequences(
     from packing.text.tokenizer import open_tokenizer
 
     documents = check_documents(texts.documents or "paragraph")
-    found = _find(source, None, cache)
+    found = _find(source, None, cache, any_ending=texts.tokenizer is not None)
     is_text = isinstance(found, FoundFiles) and found.format.is_text
     if is_text and texts.text_column is not None:
-        why = f" would be ignored: {source!r} is text; leave it out"
-        raise OptionError(Option("text_column", texts.text_column), why)
+        raise _ignored("text_column", texts.text_column, f"{source!r} is text")
     if not is_text and texts.documents is not None:
-        why = f" would be ignored: {source!r} holds rows; leave it out"
-        raise OptionError(Option("documents", texts.documents), why)
+        raise _ignored("documents", texts.documents, f"{source!r} holds rows")
     if is_text and texts.tokenizer is None:
         cure = Option("tokenizer", "FOLDER_OR_NAME"), " (a file of lengths has one whole number a line)"
         raise OptionError(f"SOURCE {source!r} holds texts; give what makes tokens of them: ", *cure)
@@ -184,10 +182,10 @@ def find_texts(
     """
     from packing.source.text import find_text_column
 
-    found = _find(source, storage_options, cache, for_text=True)
+    found = _find(source, storage_options, cache, for_text=True, any_ending=True)
     if isinstance(found, FoundFiles) and found.format.is_text:
         if text_column is not None:
-            raise ValueError(f"text_column={text_column!r} would be ignored: {source!r} is text; leave it out")
+            raise _ignored("text_column", text_column, f"{source!r} is text")
         _say_left_out(source, found, say)
         return {name: [uncompressed(file, cache) for file in files] for name, files in found.splits.items()}
 
@@ -230,6 +228,10 @@ def _say_left_out(source: str, found: Found, say: Callable[[str], object], only_
             say(f"{source}: only {', '.join(found.format.endings)} files are read; left out are {said}")
 
 
+def _ignored(name: str, value: str, why: str) -> OptionError:
+    return OptionError(Option(name, value), f" would be ignored: {why}; leave it out")
+
+
 # Columns of texts
 
 
@@ -260,7 +262,9 @@ def _check_has_tokens(dataset: datasets.Dataset) -> None:
 # Where it lies
 
 
-def _find(source: str, storage_options: dict | None, cache: Path | None, for_text: bool = False) -> Found:
+def _find(
+    source: str, storage_options: dict | None, cache: Path | None, for_text: bool = False, any_ending: bool = False
+) -> Found:
     """Files of one format; or rows that are open: a folder of save_to_disk, or a dataset of the hub."""
     from packing.files.local_copy import local_copy
 
@@ -276,7 +280,7 @@ def _find(source: str, storage_options: dict | None, cache: Path | None, for_tex
         path = without_protocol(source)
     if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
         return _open_saved(path, source)
-    return find_files(path, for_text, name_of) or _load_from_hub(source)
+    return find_files(path, for_text, any_ending, name_of) or _load_from_hub(source)
 
 
 def _to_copy(for_text: bool, names: set[str]) -> set[str]:
@@ -337,10 +341,13 @@ def _splits_of(loaded: datasets.Dataset | datasets.DatasetDict) -> dict[str, dat
     return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
 
 
-def find_files(source: str, for_text: bool = False, name_of: Callable[[Path], str] = str) -> FoundFiles | None:
+def find_files(
+    source: str, for_text: bool = False, any_ending: bool = False, name_of: Callable[[Path], str] = str
+) -> FoundFiles | None:
     """The files of one format that a source names, sorted; None: it is the name of a dataset on the hub.
 
     for_text: of text and rows beside each other, take the text; if False, the rows.
+    any_ending: a single file is text, too, if its ending is that of no format and it begins like text.
     name_of: what errors call a file.
     """
     path = Path(source)
@@ -362,7 +369,7 @@ def find_files(source: str, for_text: bool = False, name_of: Callable[[Path], st
             f"quoted glob of such files, or OWNER/NAME of a dataset on the hub{path_suggestion(source)}"
         )
     named = [NamedFile(file, name_of(file)) for file in files]
-    formats = {TEXT: named} if for_text and len(named) == 1 and not path.is_dir() else {}
+    formats = {TEXT: named} if any_ending and len(named) == 1 and not path.is_dir() else {}
     formats = _by_format(named) or formats
     if not formats and path.is_dir():
         raise FileNotFoundError(

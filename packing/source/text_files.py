@@ -75,7 +75,7 @@ def find_blocks(sources: Iterable[NamedFile | TextRows], documents: str = "parag
 def read_lines(block: TextBlock) -> Iterator[Iterable[str]]:
     """The lines of each file or row of a block, with each run of white space made one space; "" is a blank line.
 
-    Raises ValueError for a file that is not UTF-8.
+    Raises SourceError for a file that is not UTF-8.
     """
     split: Iterable[list[str]]
     if isinstance(source := block.source, TextRows):
@@ -128,7 +128,7 @@ def uncompressed(file: NamedFile, cache: Path | None = None) -> NamedFile:
             try:
                 shutil.copyfileobj(compressed, target, 1 << 20)
             except (OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"{str(file)!r} cannot be uncompressed: {error}; make the file again") from None
+                raise SourceError(f"cannot be uncompressed: {error}", file=file, cure="make the file again") from None
 
     return NamedFile(kept_folder(key_of("uncompressed", file.stamp()), make, cache) / "text", file.name)
 
@@ -194,13 +194,14 @@ def _decoded(file: NamedFile, block: TextBlock) -> str:
         raise _not_utf8(file, block, len(data) - len(error.object) + error.start, data) from None
 
 
-def _not_utf8(file: NamedFile, block: TextBlock, at: int, data: bytes) -> ValueError:
+def _not_utf8(file: NamedFile, block: TextBlock, at: int, data: bytes) -> SourceError:
     """An error that names the file, the byte and its line, and what the file is likely to be."""
     with file.path.open("rb") as stream:
         line = stream.read(block.start + at).count(block.newline) + 1
         stream.seek(0)
         cure = _likely_cure(stream.read(WINDOW_BYTES), data)
-    return ValueError(f"{file} is not UTF-8 text: byte {block.start + at} (line {line}) is 0x{data[at]:02x}; {cure}")
+    what = f"is not UTF-8 text: byte {block.start + at} (line {line}) is 0x{data[at]:02x}"
+    return SourceError(what, file=file, cure=cure)
 
 
 def _likely_cure(head: bytes, data: bytes) -> str:
@@ -271,14 +272,14 @@ OF_JSON = re.compile(rb'[\[{\s]*\{\s*"[^"\n]*"\s*:\s*["\d\[{tfn-]')
 
 
 def refuse_other_formats(file: NamedFile) -> None:
-    """Raise ValueError for a file that is no text, by its name or by its first bytes."""
+    """Raise SourceError for a file that is no text, by its name or by its first bytes."""
     name = file.name.lower()
     found = None if name.endswith(".txt.gz") else next((o for o in OTHERS if name.endswith(o.endings)), None)
     cure = "" if found else "; if it is text, let it start with a line of words"
     found = found or _by_content(file)
     if found is not None:
         cure = found.cure.format(file=file) + cure * (found in (JSON_LINES, JSON, HTML, XML))
-        raise ValueError(f"{file} holds {found.name}, and no text; {cure}")
+        raise SourceError(f"holds {found.name}, and no text", file=file, cure=cure)
 
 
 def _by_content(file: NamedFile) -> Other | None:

@@ -120,7 +120,9 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
 def test_not_utf8_names_file_and_byte(tmp_path, start, before):
     path = tmp_path / "latin.txt"
     path.write_bytes(start + before + b"caf\xe9 au lait\n")
-    with pytest.raises(ValueError, match=rf"latin.txt is not UTF-8 text: byte {len(start + before) + 3} .*0xe9.*iconv"):
+    with pytest.raises(
+        ValueError, match=rf"latin.txt' is not UTF-8 text: byte {len(start + before) + 3} .*0xe9.*iconv"
+    ):
         list(read_documents(path))
 
 

@@ -39,13 +39,13 @@ def files_of(path):
 def test_other_unicode_is_refused_with_the_right_cure(tmp_path, encoding, text):
     (tmp_path / "notes.txt").write_bytes(text.encode(encoding))
     name = NO_BOM.get(encoding, encoding.upper())
-    with pytest.raises(ValueError, match=rf"notes.txt is not UTF-8 text: byte \d+ .* iconv -f {name} -t UTF-8"):
+    with pytest.raises(ValueError, match=rf"notes.txt' is not UTF-8 text: byte \d+ .* iconv -f {name} -t UTF-8"):
         documents_of(tmp_path)
 
 
 def test_a_stray_zero_byte_is_told_from_utf_16(tmp_path):
     (tmp_path / "stray.txt").write_bytes(b"First one.\n" * 50 + b"Sec\0nd one.\n" + b"Third.\n" * 50)
-    with pytest.raises(ValueError, match=r"stray.txt is not UTF-8 text: byte 553 \(line 51\) is 0x00; .*tr -d"):
+    with pytest.raises(ValueError, match=r"stray.txt' is not UTF-8 text: byte 553 \(line 51\) is 0x00; .*tr -d"):
         documents_of(tmp_path)
 
 
@@ -63,7 +63,7 @@ def test_the_byte_and_line_are_those_of_the_file(tmp_path, monkeypatch):
     """Also where a file is read in blocks."""
     monkeypatch.setattr("packing.source.text_files.BLOCK_BYTES", 10)
     (tmp_path / "late.txt").write_bytes(b"one two three\n\n" * 20 + b"caf\xe9\n")
-    with pytest.raises(ValueError, match=r"late.txt is not UTF-8 text: byte 303 \(line 41\) is 0xe9; .*LATIN1"):
+    with pytest.raises(ValueError, match=r"late.txt' is not UTF-8 text: byte 303 \(line 41\) is 0xe9; .*LATIN1"):
         documents_of(tmp_path)
 
 
@@ -124,10 +124,10 @@ OTHER_FORMATS = {
 def test_what_is_no_text_is_refused_by_name_or_content(tmp_path, name):
     content, message = OTHER_FORMATS[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=rf"{re.escape(name)} holds {message}"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}' holds {message}"):
         sources_of(tmp_path / name)
     if name.endswith(".txt"):
-        with pytest.raises(ValueError, match=f"{name} holds "):
+        with pytest.raises(ValueError, match=f"{name}' holds "):
             sources_of(tmp_path)
 
 

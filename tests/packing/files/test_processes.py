@@ -78,7 +78,7 @@ def test_text_that_cannot_be_read_is_named_by_workers_too(tmp_path, capsys):
     (tmp_path / "bad.txt").write_bytes("Hello.\n".encode("utf-16-le"))
     options = ["--text", str(tmp_path / "bad.txt"), "--output", str(tmp_path / "out"), "--num_proc", "2"]
     assert bert_pretrain(["prepare", *options]) == 2
-    assert "bad.txt is not UTF-8 text: byte 1 (line 1) is 0x00; it looks like UTF-16" in capsys.readouterr().err
+    assert "bad.txt' is not UTF-8 text: byte 1 (line 1) is 0x00; it looks like UTF-16" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

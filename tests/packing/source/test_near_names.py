@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from packing.files.errors import path_suggestion
+from packing.files.errors import SourceError, path_suggestion
 from packing.source.formats import FORMATS, endings, format_of
 from packing.source.lengths import holds_lengths
 from packing.source.open import TextOptions, find_texts, open_sequences, open_splits
@@ -87,7 +87,7 @@ def test_several_kinds_of_files_come_with_a_glob_that_works():
 def test_a_list_of_texts_is_no_file_of_lengths():
     source = write("texts.json", json.dumps(["one", "two"]))
     assert not holds_lengths(source)
-    with pytest.raises(TypeError, match=r"'texts.json' line 1 holds list; each line is an object"):
+    with pytest.raises(SourceError, match=r"'texts.json' line 1 holds list; each line is an object"):
         open_splits(source)
 
 
@@ -99,6 +99,18 @@ def test_a_file_of_unknown_ending_comes_with_the_cure_for_text(name):
     ):
         open_splits(source)
     assert [str(file) for file in find_texts(source)[""]] == [name]
+
+
+@pytest.mark.parametrize("name", ["notes", "notes.md"])
+def test_a_file_of_unknown_ending_is_text_for_both_commands(name, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    texts = TextOptions(tokenizer=str(tmp_path / "tokenizer"))
+    rows = [open_sequences(write(file, "One.\n\nTwo.\n"), texts).splits[""] for file in (name, "twin.txt")]
+    assert rows[0].to_list() == rows[1].to_list() and len(rows[0]) == 2
+    write(name, '{"text": "one"}\n')
+    for read in (lambda: open_sequences(name, texts), lambda: find_texts(name)):
+        with pytest.raises(SourceError, match=f"'{name}' holds rows .JSON lines., and no text; rename it"):
+            read()
 
 
 def test_rows_within_one_object_are_named():

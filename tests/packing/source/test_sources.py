@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import shutil
 import sys
 
@@ -14,6 +15,7 @@ import pytest
 import slow_rows
 
 from packing import cli, pack_dataset
+from packing.files.errors import SourceError
 from packing.source import text as source_text
 from packing.source.lengths import holds_lengths
 from packing.source.open import find_files, open_splits
@@ -338,6 +340,37 @@ def test_offsets_that_lead_astray_are_found(tmp_path, capsys):
     wrong[50] = 1 << 20
     path.write_bytes(content.replace(offsets, wrong.tobytes()))
     assert f"{str(path)!r} cannot be read, it is damaged" in refused([path, "--plan-only"], capsys)
+
+
+HURT = {
+    "cut.parquet": (b"PAR1 and no more", None),
+    "cut.arrow": (b"ARROW1 and no more", None),
+    "stream.arrow": (b"\xff\xff\xff\xff\x40", None),
+    "cut.jsonl.gz": (gzip.compress(b'{"input_ids": [1]}\n')[:-4], None),
+    "cut.json": (b'[{"input_ids": [1]}, ', None),
+    "bytes.jsonl": (b'{"input_ids": [1]}\n\n{"input_ids": [2], "a": "\xe9"}\n', 3),
+    "list.jsonl": (b'{"input_ids": [1]}\n[2]\n', 2),
+    "kinds.jsonl": (b'{"input_ids": [1]}\n{"input_ids": "1"}\n', 2),
+    "deep.jsonl": (b'{"input_ids": [1]}\n' + b"[" * 99 + b"\n", 2),
+    "great.jsonl": (b'{"input_ids": [1], "a": 0.5}\n{"input_ids": [1], "a": 9007199254740993}\n', 2),
+    "two.csv": (b"input_ids,input_ids\n1,2\n", None),
+    "latin.csv": (b"caf\xe9\n1\n", None),
+    "latin.txt": (b"caf\xe9\n", None),
+    "cut.txt.gz": (gzip.compress(b"One.\n")[:-4], None),
+    "page.txt": (b"<!doctype html>\n", None),
+}
+
+
+@pytest.mark.parametrize("name", HURT)
+def test_what_is_wrong_with_a_file_is_a_source_error(tmp_path, name):
+    """It names the file, the line where there are any, and the cure; and it comes whole from another process."""
+    content, row = HURT[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError) as refused:
+        open_splits(str(tmp_path / name))[""][:]
+    for error in (refused.value, pickle.loads(pickle.dumps(refused.value))):
+        assert (error.file, error.row) == (str(tmp_path / name), row) and "".join(error.cure)
+        assert str(error).startswith(repr(error.file)) and str(error).endswith("".join(error.cure))
 
 
 BAD_LINES = {
