@@ -17,7 +17,7 @@ from importlib.metadata import version
 
 from bert_pretrain.options import parse, read_arguments
 from bert_pretrain.stand_in import stand_in
-from packing.files.errors import suggestion
+from packing.files.errors import notes, said_in_command, suggestion
 
 USAGE = """usage: bert-pretrain prepare [CONFIG.yaml] --text FILE_OR_FOLDER … --output FOLDER [options]
        bert-pretrain train [CONFIG.yaml] --dataset PACKED --tokenizer FOLDER --output-dir FOLDER [options]
@@ -74,10 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         commands[name](arguments[1:])
     except (ValueError, OSError, ImportError) as error:
-        _say_failure(f"bert-pretrain {name}: {error}{_notes(error)}")
+        _say_failure(f"bert-pretrain {name}: {said_in_command(error)}")
         return 2
     except KeyboardInterrupt as interrupt:
-        _say_end(f"bert-pretrain {name}: interrupted{interrupt}{_notes(interrupt)}")
+        _say_end(f"bert-pretrain {name}: {'; '.join([f'interrupted{interrupt}', *notes(interrupt)])}")
         return 130
     except SystemExit as stop:  # --help, or a signal after which a checkpoint was saved
         if isinstance(stop.code, int) and stop.code > 128:
@@ -85,11 +85,6 @@ def main(arguments: list[str] | None = None) -> int:
             return stop.code
         raise
     return 0
-
-
-def _notes(error: BaseException) -> str:
-    """How to resume, if something is kept."""
-    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _say_failure(message: str) -> None:

@@ -6,7 +6,7 @@ someone/bert         no such folder, but a hub's name     -> ask the hub once; t
 
 from pathlib import Path
 
-from packing.files.errors import path_suggestion
+from packing.files.errors import Option, OptionError, path_suggestion
 
 CACHED = ("config.json", "tokenizer_config.json", "tokenizer.json")
 """A downloaded repository has one of them."""
@@ -22,9 +22,9 @@ def find_pretrained(option: str, name: str) -> str:
     if path.is_dir():
         return name
     if path.exists():
-        raise ValueError(f"{option}={name!r} is a file; give the folder that it is in")
+        raise OptionError(f"{Option(option, name)} is a file; give the folder that it is in")
     if not _may_be_on_the_hub(name):
-        raise ValueError(f"{option}={name!r} does not exist{path_suggestion(name, only_folders=True)}")
+        raise OptionError(f"{Option(option, name)} does not exist{path_suggestion(name, only_folders=True)}")
     return _on_the_hub(option, name)
 
 
@@ -49,9 +49,9 @@ def _on_the_hub(option: str, name: str) -> str:
     except errors.GatedRepoError:  # a RepositoryNotFoundError, too
         return name  # transformers says what must be agreed to
     except errors.RepositoryNotFoundError:
-        raise ValueError(
-            f"{option}={name!r}: there is no such folder, and no such model on the hub (a private one needs a token: "
-            f"hf auth login){path_suggestion(name, only_folders=True)}"
+        raise OptionError(
+            f"{Option(option, name)}: there is no such folder, and no such model on the hub (a private one needs a "
+            f"token: hf auth login){path_suggestion(name, only_folders=True)}"
         ) from None
     except errors.HfHubHTTPError:
         return name  # the hub answers, perhaps it is busy: transformers knows when to ask again
@@ -60,7 +60,7 @@ def _on_the_hub(option: str, name: str) -> str:
             if isinstance(cached := try_to_load_from_cache(name, file), str):
                 return str(Path(cached).parent)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{option}={name!r}: there is no such folder, and the hub cannot be reached ({reason})"
-            f"{path_suggestion(name, only_folders=True)}"
+        raise OptionError(
+            f"{Option(option, name)}: there is no such folder, and the hub cannot be reached "
+            f"({reason}){path_suggestion(name, only_folders=True)}"
         ) from None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packing.command import compare, pack, plan, unpack, verify
 from packing.command.parser import Parser, with_hyphens
-from packing.files.errors import OptionError, suggestion
+from packing.files.errors import notes, said_in_command, suggestion
 
 MODULES = {"pack": pack, "plan": plan, "compare": compare, "verify": verify, "unpack": unpack}
 COMMANDS = {name: module.COMMAND for name, module in MODULES.items()}
@@ -103,14 +103,8 @@ def _refuse_unknown(parser: Parser, arguments: list[str]) -> None:
 
 
 def _refused(prog: str, error: Exception, hint: str = "") -> int:
-    said = error.in_command() if isinstance(error, OptionError) else str(error)
-    print(f"{prog}: {'; '.join([said, *notes(error)])}{hint}", file=sys.stderr)
+    print(f"{prog}: {said_in_command(error)}{hint}", file=sys.stderr)
     return 2
-
-
-def notes(error: BaseException) -> list[str]:
-    """How to resume, if something was written."""
-    return getattr(error, "__notes__", [])
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class PackOptions:
     balance: int | None = option(None, "order packs so that every N of them cost attention nearly the same", "N")
     num_proc: int = option(
         1,
-        "processes that tokenize and (unless --engine ray does) write; the same bytes for any number",
+        "processes that tokenize and write, the same bytes for any number; left out with --engine ray",
         "N",
         decides=False,
     )

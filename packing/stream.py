@@ -286,12 +286,11 @@ def _lengths(lists: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 @contextmanager
 def _hint(table: pa.Table) -> Iterator[None]:
-    """Errors name a row by its number in a buffer, so they also say how it starts."""
+    """An error names a row by its number in a buffer. Its hint says how the row begins."""
     try:
         yield
     except SourceError as error:
         if error.row is not None and INPUT_IDS in table.column_names:
             tokens = (table.column(INPUT_IDS)[error.row].as_py() or [])[:8]
-            where = f"rows are counted in a buffer of {len(table)}: row {error.row} begins with input_ids {tokens}"
-            error.cure = (*error.cure, f" ({where})")
+            error.hint = f"rows are counted in a buffer of {len(table)}: row {error.row} begins with input_ids {tokens}"
         raise

@@ -15,6 +15,7 @@ import pyarrow as pa
 from bert_pretrain.objective import NO_PAIR, OBJECTIVES
 from bert_pretrain.prepare.sequences import BuiltSequence, sequences_of
 from bert_pretrain.prepare.tokens import TokenDocuments, open_tokens
+from packing.files.errors import Option, OptionError
 from packing.files.processes import Workers
 from packing.files.progress import progress_bar
 from packing.histogram import offsets_of
@@ -99,9 +100,10 @@ def build_sequences(
     # The fingerprint comes from the content: datasets keeps the results of map() under it.
     write_dataset(output, batches(), info, digest.hexdigest, split)
     if OBJECTIVES[options.objective].column is not None and not counts.pairs:
-        raise ValueError(
-            f"objective={options.objective!r} needs documents of two sentences or more, and all {len(documents)} have "
-            "one; take whole files for documents (documents='file'), or choose objective='none'"
+        raise OptionError(
+            f"{Option('objective', options.objective)} needs documents of two sentences or more, and all "
+            f"{len(documents)} have one; take whole files for documents ({Option('documents', 'file')}), or choose "
+            f"{Option('objective', 'none')}"
         )
     return counts
 

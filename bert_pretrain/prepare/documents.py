@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import sentencex
 
-from packing.files.errors import SourceError
+from packing.files.errors import OptionError, SourceError
 from packing.files.names import NamedFile
 from packing.source.open import find_texts
 from packing.source.text_files import TextBlock, TextRows, paragraphs, read_lines
@@ -78,7 +78,7 @@ def _texts(name: str, text_column: str | None) -> TextSources:
     except SourceError as error:
         if error.file is not None:
             raise
-        raise ValueError(f"{name!r}: {error}") from None
+        raise OptionError(f"{name!r}: {error.marked()}") from None
 
 
 def no_text(sources: TextSources) -> ValueError:

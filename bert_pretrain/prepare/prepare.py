@@ -30,7 +30,7 @@ from bert_pretrain.prepare.summary import SplitSummary
 from bert_pretrain.prepare.text import Text
 from bert_pretrain.prepare.tokenizer import load_tokenizer, train_tokenizer, vocabulary_fingerprint
 from packing.files.cache import key_of
-from packing.files.errors import check_known, suggestion, whole_number
+from packing.files.errors import Option, OptionError, check_known, marked, suggestion, whole_number
 from packing.files.folder import check_target, resumed_folder
 from packing.files.hashed import sync
 from packing.files.processes import Workers
@@ -132,13 +132,15 @@ class PrepareConfig:
         if not LANGUAGE.fullmatch(self.language):  # the splitter takes others for English
             mended = self.language.lower().replace("_", "-")
             meant = suggestion(self.language, [mended] if LANGUAGE.fullmatch(mended) else [])
-            what = f"language={self.language!r} must be an ISO 639 code, two or three small letters, as en, de or zh"
-            raise ValueError(f"{what}{meant}")
+            what = "must be an ISO 639 code, two or three small letters, as en, de or zh"
+            raise OptionError(f"{Option('language', self.language)} {what}{meant}")
         whole_number("max_sequence_length", self.max_sequence_length, 8)
         whole_number("num_proc", self.num_proc)
         check_draws(self.short_sequence_probability, self.seed)
         if not 0 <= self.test_fraction < 1:
-            raise ValueError(f"test_fraction={self.test_fraction} must be at least 0 (no test split) and less than 1")
+            raise OptionError(
+                f"{Option('test_fraction', self.test_fraction)} must be at least 0 (no test split) and less than 1"
+            )
 
 
 class Prepared(NamedTuple):
@@ -249,8 +251,8 @@ def _prepare_split(
             tokens / "all", options, vocabulary, parts / split, output, split, text.workers, text.progress
         )
     except ValueError as error:
-        hint = "; test_fraction=0 makes no test split" if split == "test" else ""
-        raise ValueError(f"{split} split: {error}{hint}") from None
+        hint = f"; {Option('test_fraction', 0)} makes no test split" if split == "test" else ""
+        raise OptionError(f"{split} split: {marked(error)}{hint}") from None
     summary = SplitSummary(
         objective=config.objective,
         documents=len(documents),
@@ -279,14 +281,14 @@ def _splits(text: Text, config: PrepareConfig) -> dict[str, np.ndarray]:
     least = OBJECTIVES[config.objective].documents
     for split, members in splits.items():
         if members.sum() < least:
-            raise ValueError(
-                f"objective={config.objective!r} needs {least} documents in each split, {split} has {members.sum()}; "
-                "give text of more documents, or leave the split out"
+            raise OptionError(
+                f"{Option('objective', config.objective)} needs {least} documents in each split, {split} has "
+                f"{members.sum()}; give text of more documents, or leave the split out"
             )
     if "train" not in splits and config.tokenizer is None:
-        raise ValueError(
+        raise OptionError(
             f"the text has the splits {', '.join(splits)}, and no split train that a vocabulary could be trained on; "
-            "give a tokenizer: tokenizer=FOLDER_OR_NAME"
+            f"give a tokenizer: {Option('tokenizer', 'FOLDER_OR_NAME')}"
         )
     logger.warning("the text has the splits %s: test_fraction is not used", ", ".join(splits))
     return splits
@@ -299,9 +301,9 @@ def split_documents(num_documents: int, test_fraction: float, seed: int) -> dict
     """
     num_test = math.ceil(test_fraction * num_documents)
     if num_test >= num_documents:
-        raise ValueError(
-            f"test_fraction={test_fraction} of {num_documents} documents leaves none to train on; give more text, or "
-            "test_fraction=0 for no test split"
+        raise OptionError(
+            f"{Option('test_fraction', test_fraction)} of {num_documents} documents leaves none to train on; give more "
+            f"text, or {Option('test_fraction', 0)} for no test split"
         )
     test = np.zeros(num_documents, bool)
     test[np.random.default_rng(seed).permutation(num_documents)[:num_test]] = True
@@ -316,18 +318,19 @@ def _check_documents(num_documents: int, config: PrepareConfig) -> None:
     """Refuse too few documents, before a vocabulary is trained: a random next sentence comes from another document."""
     num_test = math.ceil(config.test_fraction * num_documents)
     least = OBJECTIVES[config.objective].documents
-    why = f"objective={config.objective!r} needs {least} documents in each split"
+    why = f"{Option('objective', config.objective)} needs {least} documents in each split"
     why = why if least > 1 else "each split needs a document"
     for split, count in (("train", num_documents - num_test), ("test", num_test)):
         if count >= least or (split == "test" and not num_test):
             continue
         cures = ["give text of more documents"]
         if num_test and num_documents >= least:
-            cures.append(f"test_fraction=0 for no test split (now {config.test_fraction})")
+            cures.append(f"{Option('test_fraction', 0)} for no test split (now {config.test_fraction})")
         if least > 1 and (num_documents > 1 or not num_test):
-            cures.append("objective='none'")
-        others = " or ".join(f"{name!r} ({A_DOCUMENT_IS[name]})" for name in DOCUMENTS if name != config.documents)
-        raise ValueError(
-            f"{why}, {split} has {count} of {num_documents}: documents={config.documents!r} takes "
-            f"{A_DOCUMENT_IS[config.documents]} for one; choose documents={others}, or {', or '.join(cures)}"
+            cures.append(f"{Option('objective', 'none')}")
+        others = [name for name in DOCUMENTS if name != config.documents]
+        choices = " or ".join(f"{Option('documents', name)} ({A_DOCUMENT_IS[name]})" for name in others)
+        raise OptionError(
+            f"{why}, {split} has {count} of {num_documents}: {Option('documents', config.documents)} takes "
+            f"{A_DOCUMENT_IS[config.documents]} for one; choose {choices}, or {', or '.join(cures)}"
         )

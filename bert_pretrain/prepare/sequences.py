@@ -11,7 +11,7 @@ import numpy as np
 
 from bert_pretrain.objective import NO_PAIR, OBJECTIVES
 from bert_pretrain.prepare.tokens import TokenDocuments
-from packing.files.errors import whole_number
+from packing.files.errors import Option, OptionError, whole_number
 
 # The labels that transformers' BertForPreTraining and AlbertForPreTraining define.
 IS_NEXT, IS_RANDOM = 0, 1
@@ -64,17 +64,19 @@ def sequences_of(
     """
     specials = special_tokens(objective)
     if max_sequence_length < specials + SHORTEST_TARGET:
-        raise ValueError(
-            f"max_sequence_length={max_sequence_length} must be at least {specials + SHORTEST_TARGET}: "
+        raise OptionError(
+            f"{Option('max_sequence_length', max_sequence_length)} must be at least {specials + SHORTEST_TARGET}: "
             f"{specials} special tokens and {SHORTEST_TARGET} of text"
         )
     check_draws(short_sequence_probability, seed)
     least = OBJECTIVES[objective].documents
     if least > 1 and len(documents) < least:
-        others = " or ".join(repr(name) for name, row in OBJECTIVES.items() if row.documents < least)
-        raise ValueError(
-            f"objective={objective!r} needs {least} documents, and there are {len(documents)} documents; add text, let "
-            f"blank lines part documents (documents='paragraph'), or choose objective={others}"
+        first, *more = [name for name, row in OBJECTIVES.items() if row.documents < least]
+        others = " or ".join([f"{Option('objective', first)}", *map(repr, more)])
+        raise OptionError(
+            f"{Option('objective', objective)} needs {least} documents, and there are {len(documents)} documents; add "
+            f"text, let blank lines part documents ({Option('documents', 'paragraph')}), or choose "
+            f"{others}"
         )
     build, room = builder_of(objective), max_sequence_length - specials
 
@@ -90,7 +92,7 @@ def sequences_of(
 def check_draws(short_sequence_probability: float, seed: int) -> None:
     """Raise ValueError for what no sequences can be drawn with."""
     if not 0 <= short_sequence_probability <= 1:
-        raise ValueError(f"short_sequence_probability={short_sequence_probability} must lie in 0..1")
+        raise OptionError(f"{Option('short_sequence_probability', short_sequence_probability)} must lie in 0..1")
     whole_number("seed", seed, 0)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from bert_pretrain.places import find_pretrained
 from bert_pretrain.prepare.documents import Document
 from bert_pretrain.prepare.tokens import TokenDocuments
+from packing.files.errors import Option, OptionError
 from packing.histogram import offsets_of
 from packing.text.pretrained import load_pretrained
 
@@ -111,9 +112,9 @@ def _fitting(pieces: dict[str, list[str]], places: int, most: int) -> list[str]:
     sure = min(len(ends), MAX_ALPHABET)
     if ends[sure - 1] > places:
         size, least = (count + len(SPECIAL_TOKENS) for count in (places, ends[sure - 1]))
-        raise ValueError(
-            f"vocab_size={size} has no room for {len(SPECIAL_TOKENS)} special tokens and {ends[sure - 1]} pieces of "
-            f"the {sure} most frequent characters; give {least} or more"
+        raise OptionError(
+            f"{Option('vocab_size', size)} has no room for {len(SPECIAL_TOKENS)} special tokens and {ends[sure - 1]} "
+            f"pieces of the {sure} most frequent characters; give {least} or more"
         )
     return list(pieces)[: min(most, bisect_right(ends, places))]
 
@@ -140,7 +141,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         inside = Path(place) / "tokenizer"
         cure = f"did you mean {str(inside)!r}?" if inside.is_dir() else "give a folder with tokenizer.json"
-        raise ValueError(f"tokenizer={str(name_or_path)!r} holds no tokenizer; {cure}") from error
+        raise OptionError(f"{Option('tokenizer', str(name_or_path))} holds no tokenizer; {cure}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{name_or_path!r} is a slow tokenizer; a fast one (with tokenizer.json) is needed")
     roles = ("cls_token", "sep_token", "mask_token", "pad_token")

@@ -12,7 +12,7 @@ from bert_pretrain.train.config import PretrainConfig
 from collate.training.dataloaders import packs_per_pass
 from collate.training.order import pack_depths, pack_lengths, plan_steps
 from packing import PackedInfo, packed_info
-from packing.files.errors import whole_number
+from packing.files.errors import Option, OptionError, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,9 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
     The cut into passes changes rounding and what dropout draws, nothing else.
     """
     if training.auto_find_batch_size:
-        raise ValueError(
-            "auto_find_batch_size would change the packs per step; set per_device_train_batch_size instead"
+        raise OptionError(
+            f"{Option('auto_find_batch_size')} would change the packs per step; set "
+            f"{Option('per_device_train_batch_size')} instead"
         )
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         whole_number(name, getattr(training, name))
@@ -48,21 +49,23 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
         )
         return None
     if training.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"gradient_accumulation_steps={training.gradient_accumulation_steps} follows from sequences_per_step; "
-            "leave it at 1 and set sequences_per_step and tokens_per_pass (or per_device_train_batch_size), or "
-            "batch_policy='packs'"
+        raise OptionError(
+            f"{Option('gradient_accumulation_steps', training.gradient_accumulation_steps)} follows from "
+            f"{Option('sequences_per_step')}; leave it at 1 and set {Option('sequences_per_step')} and "
+            f"{Option('tokens_per_pass')} (or {Option('per_device_train_batch_size')}), or "
+            f"{Option('batch_policy', 'packs')}"
         )
     if config.sequences_per_step > (sequences := int(depths.sum())):
-        raise ValueError(
-            f"sequences_per_step={config.sequences_per_step} is more than the {sequences:,} sequences of the training "
-            f"split; set it to {sequences} or less"
+        raise OptionError(
+            f"{Option('sequences_per_step', config.sequences_per_step)} is more than the {sequences:,} sequences of "
+            f"the training split; set it to {sequences} or less"
         )
     plan = plan_steps(depths, config.sequences_per_step)
     if plan.most_packs < training.world_size:
-        raise ValueError(
-            f"sequences_per_step={config.sequences_per_step} are {plan.most_packs} packs at the most, less than one "
-            f"for each of {training.world_size} devices; set it to {math.ceil(factor * training.world_size)} or more"
+        raise OptionError(
+            f"{Option('sequences_per_step', config.sequences_per_step)} are {plan.most_packs} packs at the most, less "
+            f"than one for each of {training.world_size} devices; set it to {math.ceil(factor * training.world_size)} "
+            "or more"
         )
     passes, packs = split_step(plan.most_packs, training.world_size, training.per_device_train_batch_size)
     training.gradient_accumulation_steps, training.per_device_train_batch_size = passes, packs

@@ -20,7 +20,7 @@ from bert_pretrain.train.config import AUTO, PretrainConfig
 from collate.losses import mlm_loss_of, pretraining_loss
 from collate.vocabulary import token_ids, vocabulary_size
 from packing import load_packed, packed_info
-from packing.files.errors import path_suggestion, suggestion
+from packing.files.errors import Option, OptionError, marked, path_suggestion, suggestion
 from packing.files.saved import load_saved
 
 logger = logging.getLogger(__name__)
@@ -40,28 +40,32 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
     except FileNotFoundError as error:
         problem = "is no folder of save_to_disk" if os.path.exists(folder) else "does not exist"
         cure = f"give the folder that pack-dataset wrote{path_suggestion(folder, only_folders=True)}"
-        raise ValueError(f"dataset={folder!r} {problem}; {cure}") from error
+        raise OptionError(f"{Option('dataset', folder)} {problem}; {cure}") from error
     except IndexError as error:  # datasets cannot read what it wrote without rows
-        raise ValueError(f"dataset={folder!r} has a split without packs; pack a source with sequences") from error
+        raise OptionError(
+            f"{Option('dataset', folder)} has a split without packs; pack a source with sequences"
+        ) from error
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
     if "train" not in splits:
-        raise ValueError(
-            f"dataset={folder!r} has no split named train, only {sorted(splits)}; rename one of them in the source, "
-            "and pack it again"
+        raise OptionError(
+            f"{Option('dataset', folder)} has no split named train, only {sorted(splits)}; rename one of them in the "
+            "source, and pack it again"
         )
     train, test = splits["train"], splits.get("test", splits.get("validation"))
     try:
         lengths = {packed_info(split).max_sequence_length for split in (train, test) if split is not None}
     except ValueError as error:
-        raise ValueError(f"dataset={folder!r}: {error}; or in a shell: pack-dataset {folder} PACKED") from None
+        raise OptionError(
+            f"{Option('dataset', folder)}: {marked(error)}; or in a shell: pack-dataset {folder} PACKED"
+        ) from None
     if "labels" in train.column_names:
-        raise ValueError(
-            f"dataset={folder!r} has a column 'labels', which is what masking makes; remove_columns('labels') in the "
-            "source, and pack it again"
+        raise OptionError(
+            f"{Option('dataset', folder)} has a column 'labels', which is what masking makes; remove_columns('labels') "
+            "in the source, and pack it again"
         )
     if len(lengths) > 1:
-        raise ValueError(
-            f"dataset={folder!r}: training and held-out split are packed for max_sequence_length "
+        raise OptionError(
+            f"{Option('dataset', folder)}: training and held-out split are packed for max_sequence_length "
             f"{' and '.join(map(str, sorted(lengths)))}; pack both for the same"
         )
     return train, test
@@ -78,15 +82,15 @@ def check_objective(config: PretrainConfig, dataset: Dataset) -> str:
     if config.objective == "none":
         return "none"
     if len(found) > 1:
-        raise ValueError(
+        raise OptionError(
             f"{config.dataset} has the columns {' and '.join(found.values())}, and one head cannot learn both; "
-            "remove_columns() the one that is not meant, or choose objective='none'"
+            f"remove_columns() the one that is not meant, or choose {Option('objective', 'none')}"
         )
     if config.objective == AUTO:
         return next(iter(found), "none")
     if config.objective not in found:
-        raise ValueError(
-            f"objective={config.objective!r} needs the column {pair_columns()[config.objective]!r}, and "
+        raise OptionError(
+            f"{Option('objective', config.objective)} needs the column {pair_columns()[config.objective]!r}, and "
             f"{config.dataset} has {dataset.column_names}; prepare the text with --objective {config.objective}, or "
             f"set the objective to {next(iter(found), 'none')!r}, which this dataset is made for"
         )
@@ -97,9 +101,9 @@ def for_objective(config: PretrainConfig, *splits: Dataset | None) -> list[Datas
     """The splits of one dataset with no label but the objective's; all must be made for the same one."""
     objectives = {check_objective(config, split) for split in splits if split is not None}
     if len(objectives) > 1:
-        raise ValueError(
+        raise OptionError(
             f"the splits of {config.dataset} are made for different objectives, {sorted(objectives)}; prepare them "
-            "together, or choose objective='none'"
+            f"together, or choose {Option('objective', 'none')}"
         )
     learned = objectives & pair_columns().keys()
     for split in filter(None, splits):
@@ -142,16 +146,16 @@ def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTraine
     )
     made_with, given = split.info.config_name or "", vocabulary_fingerprint(tokenizer)
     if made_with.startswith(given.partition(":")[0] + ":") and made_with != given:
-        raise ValueError(
-            f"dataset={folder!r} was made with another vocabulary ({made_with}) than that of tokenizer={name!r} "
-            f"({given}); {cure}"
+        raise OptionError(
+            f"{Option('dataset', folder)} was made with another vocabulary ({made_with}) than that of "
+            f"{Option('tokenizer', name)} ({given}); {cure}"
         )
     tokens, lengths = (_sample(split, name) for name in ("input_ids", "sequence_lengths"))
     foreign = np.setdiff1d(tokens, token_ids(tokenizer))
     if len(foreign):
-        raise ValueError(
-            f"dataset={folder!r} holds token {foreign[-1]}, but tokenizer={name!r} has {len(tokenizer)} tokens, up to "
-            f"{vocabulary_size(tokenizer) - 1}, and none with that id; {cure}"
+        raise OptionError(
+            f"{Option('dataset', folder)} holds token {foreign[-1]}, but {Option('tokenizer', name)} has "
+            f"{len(tokenizer)} tokens, up to {vocabulary_size(tokenizer) - 1}, and none with that id; {cure}"
         )
     ends = np.cumsum(lengths)
     for token, its_id, found in (
@@ -160,9 +164,9 @@ def check_tokenizer(folder: str, split: Dataset, name: str, tokenizer: PreTraine
     ):
         if not (found == its_id).any():
             where = "begins" if token == "cls_token" else "ends"
-            raise ValueError(
-                f"dataset={folder!r}: none of {len(lengths):,} sequences {where} with {its_id}, the {token} of "
-                f"tokenizer={name!r}; most often it is {np.bincount(found).argmax()}; {cure}"
+            raise OptionError(
+                f"{Option('dataset', folder)}: none of {len(lengths):,} sequences {where} with {its_id}, the {token} "
+                f"of {Option('tokenizer', name)}; most often it is {np.bincount(found).argmax()}; {cure}"
             )
 
 
@@ -172,9 +176,9 @@ def check_token_types(folder: str, split: Dataset, known: int) -> None:
         return  # all are 0
     types = _sample(split, "token_type_ids")
     for wrong in types[(types < 0) | (types >= known)][:1]:
-        raise ValueError(
-            f"dataset={folder!r} has token_type_ids of {wrong}, but the model knows 0 to {known - 1}; correct or "
-            "remove_columns() them in the source, and pack it again"
+        raise OptionError(
+            f"{Option('dataset', folder)} has token_type_ids of {wrong}, but the model knows 0 to {known - 1}; correct "
+            "or remove_columns() them in the source, and pack it again"
         )
 
 
@@ -191,29 +195,34 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
     for folder in (output, *output.parents):
         if folder.exists():
             if not folder.is_dir():
-                raise ValueError(f"output_dir={training.output_dir!r}: {folder} is a file; give a folder")
+                raise OptionError(f"{Option('output_dir', training.output_dir)}: {folder} is a file; give a folder")
             if not os.access(folder, os.W_OK):
-                raise ValueError(f"output_dir={training.output_dir!r}: {folder} may not be written to; give another")
+                raise OptionError(
+                    f"{Option('output_dir', training.output_dir)}: {folder} may not be written to; give another"
+                )
             break
     if training.fp16 and training.device.type == "cpu":
-        raise ValueError("fp16=True needs a GPU, and would be ignored on a CPU; choose bf16, or leave it out")
+        raise OptionError(
+            f"{Option('fp16', True)} needs a GPU, and would be ignored on a CPU; choose bf16, or leave it out"
+        )
     _check_schedule(training)
     for name in training.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(
-                f"report_to={name!r} is unknown to transformers; choose from {sorted(INTEGRATION_TO_CALLBACK)}, or none"
+            raise OptionError(
+                f"{Option('report_to', name)} is unknown to transformers; choose from "
+                f"{sorted(INTEGRATION_TO_CALLBACK)}, or none"
             )
         if name not in (*get_available_reporting_integrations(), "flyte"):
-            raise ValueError(
-                f"report_to={name!r} needs a package that is not installed: pip install {name}; or choose none"
+            raise OptionError(
+                f"{Option('report_to', name)} needs a package that is not installed: pip install {name}; or choose none"
             )
     for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
         value = getattr(training, name)
         value = getattr(value, "value", value)
         if test is None and value not in ("no", False):
-            raise ValueError(
-                f"{name}={value} needs held-out sequences, but dataset={dataset!r} has no split named test or "
-                "validation; prepare with a test_fraction, or leave the option out"
+            raise OptionError(
+                f"{Option(name, value)} needs held-out sequences, but {Option('dataset', dataset)} has no split named "
+                f"test or validation; prepare with a {Option('test_fraction')}, or leave the option out"
             )
     if test is not None:
         _check_best_metric(training.metric_for_best_model, test)
@@ -225,9 +234,9 @@ def _check_schedule(training: TrainingArguments) -> None:
     schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
     parameters = dict(inspect.signature(schedule).parameters)
     if "num_warmup_steps" not in parameters and training.warmup_steps:
-        raise ValueError(
-            f"lr_scheduler_type={kind.value!r} has no warm-up, warmup_steps={training.warmup_steps:g} would be ignored"
-            "; choose another, such as 'constant_with_warmup' or 'linear', or leave warmup_steps out"
+        raise OptionError(
+            f"{Option('lr_scheduler_type', kind.value)} has no warm-up, {Option('warmup_steps', training.warmup_steps)}"
+            " would be ignored; choose another, such as 'constant_with_warmup' or 'linear', or leave the latter out"
         )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return  # it hands them on to a class of torch's
@@ -239,15 +248,14 @@ def _check_schedule(training: TrainingArguments) -> None:
     options = f"its options are {list(known)}" if known else "it has no options"
     for name in given:
         if name not in known:
-            raise ValueError(
-                f"lr_scheduler_kwargs has {name!r}, which lr_scheduler_type={kind.value!r} does not know"
-                f"{suggestion(name, known)}; {options}"
+            raise OptionError(
+                f"{Option('lr_scheduler_kwargs')} has {name!r}, which {Option('lr_scheduler_type', kind.value)} does "
+                f"not know{suggestion(name, known)}; {options}"
             )
     for name, default in known.items():
         if default is inspect.Parameter.empty and name not in given:
-            raise ValueError(
-                f"lr_scheduler_type={kind.value!r} needs {name!r}: --lr_scheduler_kwargs '{{\"{name}\": …}}'; {options}"
-            )
+            cure = f"{Option('lr_scheduler_kwargs')} '{{\"{name}\": …}}'"
+            raise OptionError(f"{Option('lr_scheduler_type', kind.value)} needs {name!r}: {cure}; {options}")
 
 
 def _check_best_metric(name: str | None, test: Dataset) -> None:
@@ -255,4 +263,6 @@ def _check_best_metric(name: str | None, test: Dataset) -> None:
     loss = losses[0] if losses else mlm_loss_of("token")
     known = {"loss", *(row.name for row in loss.logged)}
     if name is not None and name.removeprefix("eval_") not in known:
-        raise ValueError(f"metric_for_best_model={name!r} is no metric of evaluation; choose from {sorted(known)}")
+        raise OptionError(
+            f"{Option('metric_for_best_model', name)} is no metric of evaluation; choose from {sorted(known)}"
+        )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_pretrain.objective import OBJECTIVES
-from packing.files.errors import check_known, whole_number
+from packing.files.errors import Option, OptionError, check_known, whole_number
 
 OPTIMIZERS = ("adamw", "lamb")
 BATCH_POLICIES = ("sequences", "packs")
@@ -118,17 +118,21 @@ class PretrainConfig:
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
             if name in SHAPE and getattr(self, name) is not None and self.model is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is for a new model, and model={self.model!r} has its own; leave "
-                    "either out"
+                raise OptionError(
+                    f"{Option(name, getattr(self, name))} is for a new model, and {Option('model', self.model)} has "
+                    "its own; leave either out"
                 )
         if self.hidden_dropout_prob is not None and not 0 <= self.hidden_dropout_prob < 1:
-            raise ValueError(f"hidden_dropout_prob={self.hidden_dropout_prob} must be at least 0 and less than 1")
+            raise OptionError(
+                f"{Option('hidden_dropout_prob', self.hidden_dropout_prob)} must be at least 0 and less than 1"
+            )
         for name in ("mlm_probability", "eval_mlm_probability"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be more than 0 and at most 1; BERT's is 0.15")
+                raise OptionError(
+                    f"{Option(name, getattr(self, name))} must be more than 0 and at most 1; BERT's is 0.15"
+                )
         if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise ValueError(f"peak_tflops={self.peak_tflops} must be more than 0; an A100 has 312")
+            raise OptionError(f"{Option('peak_tflops', self.peak_tflops)} must be more than 0; an A100 has 312")
         from collate.losses import MLM_TERMS  # not at the top: it needs torch
 
         check_known("mlm_loss", self.mlm_loss, MLM_TERMS)
@@ -136,11 +140,14 @@ class PretrainConfig:
         check_known("batch_policy", self.batch_policy, BATCH_POLICIES)
         check_known("optimizer", self.optimizer, OPTIMIZERS)
         if self.batch_policy == "packs" and self.sequences_per_step != SEQUENCES_PER_STEP:
-            raise ValueError(
-                f"sequences_per_step={self.sequences_per_step} is for batch_policy='sequences'; with 'packs' a step "
-                "holds what its packs hold: leave it out, and set per_device_train_batch_size (or tokens_per_pass) and "
-                "gradient_accumulation_steps"
+            raise OptionError(
+                f"{Option('sequences_per_step', self.sequences_per_step)} is for "
+                f"{Option('batch_policy', 'sequences')}; with 'packs' a step holds what its packs hold: leave it out, "
+                f"and set {Option('per_device_train_batch_size')} (or {Option('tokens_per_pass')}) and "
+                f"{Option('gradient_accumulation_steps')}"
             )
         width, heads = (getattr(self, name) or NEW_MODEL[name] for name in ("hidden_size", "num_attention_heads"))
         if width % heads:
-            raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")
+            raise OptionError(
+                f"{Option('hidden_size', width)} must be a multiple of {Option('num_attention_heads', heads)}"
+            )

@@ -16,6 +16,7 @@ from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.places import find_pretrained
 from bert_pretrain.train.config import AUTO, NEW_MODEL, SHAPE, PretrainConfig
 from bert_pretrain.train.run_record import parameters_digest
+from packing.files.errors import Option, OptionError
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ def build_model(config: PretrainConfig, vocab_size: int, pad_token_id: int, long
 def _new_model(config: PretrainConfig, vocab_size: int, pad_token_id: int, longest: int) -> PackedBertForPreTraining:
     shape: dict[str, Any] = {name: getattr(config, name) for name in (*SHAPE, "hidden_dropout_prob")}
     if shape["max_position_embeddings"] < longest:
-        raise ValueError(
-            f"max_position_embeddings={config.max_position_embeddings}, but the longest sequence of "
+        raise OptionError(
+            f"{Option('max_position_embeddings', config.max_position_embeddings)}, but the longest sequence of "
             f"{config.dataset} has {longest} tokens; give at least as many, or leave it out"
         )
     bert = BertConfig(
@@ -91,9 +92,9 @@ def _loaded_model(config: PretrainConfig, name: str, vocab_size: int, longest: i
             "prepare the dataset with the checkpoint's own tokenizer"
         )
     if bert.max_position_embeddings < longest:
-        raise ValueError(
-            f"{name} has {bert.max_position_embeddings} positions, but the longest sequence of "
-            f"{config.dataset} has {longest} tokens; prepare it with a max_sequence_length the model can hold"
+        raise OptionError(
+            f"{name} has {bert.max_position_embeddings} positions, but the longest sequence of {config.dataset} has "
+            f"{longest} tokens; prepare it with a max_sequence_length the model can hold"
         )
     loaded: Any = PackedBertForPreTraining.from_pretrained(place, config=bert, output_loading_info=True)
     model, found = loaded
@@ -104,13 +105,13 @@ def _loaded_model(config: PretrainConfig, name: str, vocab_size: int, longest: i
 
 def _own_options(config: PretrainConfig) -> dict[str, Any]:
     """What our model's config has beside stock BERT's."""
-    given = f"attention_options={config.attention_options!r}"
+    given = f"{Option('attention_options', config.attention_options)}"
     try:
         options = json.loads(config.attention_options or "{}")
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{given} is no JSON: {error}") from None
+        raise OptionError(f"{given} is no JSON: {error}") from None
     if not isinstance(options, dict):
-        raise ValueError(f'{given} must be a JSON object, such as {{"window": 64}}')
+        raise OptionError(f'{given} must be a JSON object, such as {{"window": 64}}')
     names = config.attention_names
     attention = names[0] if len(names) == 1 else names
     return {"mlm_loss": config.mlm_loss, "packed_attention": attention, "packed_attention_options": options}
@@ -120,9 +121,9 @@ def _checkpoint_config(name: str, place: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model={name!r} holds no checkpoint of transformers ({str(error).splitlines()[0]}); give a folder with "
-            "config.json and model.safetensors"
+        raise OptionError(
+            f"{Option('model', name)} holds no checkpoint of transformers ({str(error).splitlines()[0]}); give a "
+            "folder with config.json and model.safetensors"
         ) from error
 
 

@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 from bert_pretrain.objective import OBJECTIVES
 from bert_pretrain.train.batch import packing_factor
 from bert_pretrain.train.config import PretrainConfig
+from packing.files.errors import Option, OptionError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,10 @@ def choose_optimizer(
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
     optim = OptimizerNames(training.optim).value
     if "betas" not in options:
-        raise ValueError(f"beta_power adjusts Adam's betas, which optim={optim!r} does not have; choose AdamW or LAMB")
+        raise OptionError(
+            f"{Option('beta_power')} adjusts Adam's betas, which {Option('optim', optim)} does not have; choose AdamW "
+            "or LAMB"
+        )
     return optimizer_class, options | {"betas": betas}
 
 
@@ -63,9 +67,10 @@ def power_betas(config: PretrainConfig, betas: tuple[float, float], train: Datas
     equally many sequences: "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027).
     """
     if config.batch_policy != "packs":
-        raise ValueError(
-            f"beta_power is for batch_policy='packs', whose steps hold more sequences than without packing; "
-            f"batch_policy={config.batch_policy!r} keeps their number, so the betas must stay: leave out beta_power"
+        raise OptionError(
+            f"{Option('beta_power')} is for {Option('batch_policy', 'packs')}, whose steps hold more sequences than "
+            f"without packing; {Option('batch_policy', config.batch_policy)} keeps their number, so the betas must "
+            f"stay: leave out {Option('beta_power')}"
         )
     factor = packing_factor(train)
     powered = betas[0] ** factor, betas[1] ** factor
@@ -76,15 +81,15 @@ def power_betas(config: PretrainConfig, betas: tuple[float, float], train: Datas
 def _refuse_for_lamb(training: TrainingArguments) -> None:
     if training.optim != TrainingArguments.default_optim or training.optim_args:
         optim = OptimizerNames(training.optim).value
-        raise ValueError(
-            f"optim={optim!r} and optim_args={training.optim_args!r} choose transformers' optimizers, but "
-            "optimizer='lamb' is ours; leave out either"
+        raise OptionError(
+            f"{Option('optim', optim)} and {Option('optim_args', training.optim_args)} choose transformers' "
+            f"optimizers, but {Option('optimizer', 'lamb')} is ours; leave out either"
         )
     by_launch = [os.environ.get(f"ACCELERATE_USE_{name}", "0") for name in ("FSDP", "DEEPSPEED")]  # accelerate launch
     if training.fsdp or training.deepspeed or any(map(str_to_bool, by_launch)):
-        raise ValueError(
-            "optimizer='lamb' needs the norms of whole tensors, which fsdp and deepspeed split among processes; "
-            "choose optimizer='adamw', or data parallelism without them"
+        raise OptionError(
+            f"{Option('optimizer', 'lamb')} needs the norms of whole tensors, which fsdp and deepspeed split among "
+            f"processes; choose {Option('optimizer', 'adamw')}, or data parallelism without them"
         )
 
 

@@ -10,6 +10,7 @@ from bert_pretrain.attention import ATTENTION
 from bert_pretrain.train.config import AUTO
 from collate.training.agreement import agreed
 from collate.training.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
+from packing.files.errors import Option, OptionError
 from packing.files.metadata import read_json
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,9 @@ def _complete_checkpoint(training: TrainingArguments) -> Path | None:
     if asked_for is None:
         return last_checkpoint(str(training.output_dir))
     if not os.path.isdir(asked_for):
-        raise ValueError(
-            f"resume_from_checkpoint={asked_for!r} is no folder; name a checkpoint-N folder, or leave it out: a run "
-            "resumes the last one in output_dir by itself"
+        raise OptionError(
+            f"{Option('resume_from_checkpoint', asked_for)} is no folder; name a checkpoint-N folder, or leave it out: "
+            f"a run resumes the last one in {Option('output_dir')} by itself"
         )
     try:
         check_checkpoint(asked_for)
@@ -65,8 +66,9 @@ def _check_parts(checkpoint: Path) -> None:
     if RUN_FILE not in names:
         raise ValueError(f"{checkpoint} has no {RUN_FILE}, so bert-pretrain train did not write it; {cure}")
     if not any(name.startswith(("optimizer", "global_step")) for name in names):  # deepspeed: global_step8
-        raise ValueError(
-            f"{checkpoint} has no optimizer state (save_only_model=True), so training cannot continue as it was; {cure}"
+        raise OptionError(
+            f"{checkpoint} has no optimizer state ({Option('save_only_model', True)}), so training cannot continue as "
+            f"it was; {cure}"
         )
 
 
@@ -74,9 +76,9 @@ def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_S
     saved = _read_record(folder / RUN_FILE)
     for part, values in record.items():
         if part in CONTENTS and part not in saved:
-            raise ValueError(
+            raise OptionError(
                 f"{folder}/{RUN_FILE} does not say what its {part} held: an earlier version wrote it; start again in "
-                "another output_dir, with --model to continue from its parameters"
+                f"another {Option('output_dir')}, with --model to continue from its parameters"
             )
         before = saved.get(part, {})
         names = {**values, **before} if part in CONTENTS else values
@@ -107,7 +109,7 @@ def _check_part(folder: Path, part: str, changed: dict[str, tuple], record: dict
         elif name == "attention" and _attend_alike(before, now, record["config"]["attention_probs_dropout_prob"]):
             logger.info("attention: %s was trained with %s, now it is %s: the same function", folder, before, now)
         else:
-            raise ValueError(f"{folder} was trained with {where}{name}={before!r}, now it is {now!r}; {cure}")
+            raise OptionError(f"{folder} was trained with {where}{Option(name, before)}, now it is {now!r}; {cure}")
 
 
 def _attend_alike(before: str, now: str, dropout: float | None) -> bool:

@@ -24,6 +24,7 @@ from bert_pretrain.train.run_record import write_config_record
 from collate import DataCollatorWithPacking
 from collate.training.checkpoints import what_is_saved
 from collate.training.hooks import overrides_callback, overrides_trainer
+from packing.files.errors import Option, OptionError
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +93,9 @@ class PretrainTrainer(SaysWhatFailed):
         self.args.logging_nan_inf_filter = False  # it logs 0 for a loss of NaN, and waits for the device at every pass
         self.eval_data_collator = eval_data_collator
         if self.args.fsdp and not self.is_fsdp_enabled:
-            raise ValueError(
-                f"fsdp={self.args.fsdp} cannot be honoured on {self.args.device.type}: accelerate would train by DDP "
-                "instead; leave it out, or train on GPUs"
+            raise OptionError(
+                f"{Option('fsdp', self.args.fsdp)} cannot be honoured on {self.args.device.type}: accelerate would "
+                "train by DDP instead; leave it out, or train on GPUs"
             )
         if self.is_fsdp_enabled:
             self.add_callback(_TiedTogether(self.model))

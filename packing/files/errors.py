@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+MARK = "\ufdd0"  # a noncharacter of Unicode: no text has it, and repr() escapes it
 Words: TypeAlias = str | tuple[str, ...]
 """A sentence, or the parts of one, some of which are Options."""
 
@@ -25,6 +26,8 @@ class Option(str):
 
     Option("overlong", "drop")    overlong='drop'    --overlong drop
     Option("pad_token_id")        pad_token_id       --pad-token-id
+
+    In an f-string it is both, between marks: an OptionError made of the f-string prints one of them.
     """
 
     flag: str
@@ -34,24 +37,51 @@ class Option(str):
         option.flag = " ".join([f"--{name.replace('_', '-')}", *map(str, value)])
         return option
 
+    def __format__(self, spec: str) -> str:
+        return f"{MARK}{self!s}{MARK}{self.flag}{MARK}"
+
 
 class OptionError(ValueError):
     """An error that names options, in the words of its reader.
 
-    OptionError(Option("num_proc", 0), " must be at least 1")    str()           num_proc=0 must be at least 1
-                                                                 in_command()    --num-proc 0 must be at least 1
+    OptionError(f"{Option('num_proc', 0)} must be at least 1")    str()           num_proc=0 must be at least 1
+                                                                  in_command()    --num-proc 0 must be at least 1
     """
 
     def words(self) -> Iterable[str]:
         """The parts of the sentence."""
         return self.args
 
+    def marked(self) -> str:
+        """The sentence with both spellings of each option, for a larger OptionError."""
+        return "".join(format(word) for word in self.words())
+
     def __str__(self) -> str:
-        return "".join(self.words())
+        return self._spelled(0)
 
     def in_command(self) -> str:
         """The sentence for someone who types options."""
-        return "".join(word.flag if isinstance(word, Option) else word for word in self.words())
+        return self._spelled(1)
+
+    def _spelled(self, which: int) -> str:
+        parts = self.marked().split(MARK)  # text, Python's, the command's, text, …
+        return "".join(part for i, part in enumerate(parts) if i % 3 in (0, 1 + which))
+
+
+def marked(error: BaseException) -> str:
+    """What an error says, for an OptionError that says more."""
+    return error.marked() if isinstance(error, OptionError) else str(error)
+
+
+def said_in_command(error: BaseException) -> str:
+    """What a command prints of an error: its sentence, and its notes, say how to resume."""
+    said = error.in_command() if isinstance(error, OptionError) else str(error)
+    return "; ".join([said, *notes(error)])
+
+
+def notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way."""
+    return getattr(error, "__notes__", [])
 
 
 class SourceError(OptionError):
@@ -62,7 +92,11 @@ class SourceError(OptionError):
 
     what: the end of a sentence about the place: the file, the column and the row, as far as they are given.
     unit: what `row` counts, say lines of a text file.
+
+    Who knows more about the place says it later: split, and hint, how to find the row.
     """
+
+    hint = ""
 
     def __init__(
         self,
@@ -86,7 +120,8 @@ class SourceError(OptionError):
         places += [] if self.row is None else [f"{self.unit} {self.row}"]
         begin = [f"split {self.split!r}: "] if self.split else []
         begin += [f"{part} " for part in (repr(self.file) if self.file else "", " in ".join(places)) if part]
-        return *begin, *self.what, "; " if any(self.cure) else "", *self.cure
+        cure = ("; ", *self.cure) if any(self.cure) else ()
+        return *begin, *self.what, *cure, f" ({self.hint})" if self.hint else ""
 
     def __reduce__(self) -> tuple:  # between processes, with all that is known
         return _remake, (type(self), self.what, self.__dict__)

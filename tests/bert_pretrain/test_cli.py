@@ -79,17 +79,17 @@ def without_fingerprint(folders, folder):
 
 def test_packs_of_another_vocabulary_are_refused(folders, tmp_path, capsys, no_model):
     swapped = other_tokenizer(folders, tmp_path / "words", lambda tokens: [*tokens[:-2], tokens[-1], tokens[-2]])
-    messages = ["was made with another vocabulary (vocabulary:", f"tokenizer={swapped!r}", "prepared with"]
+    messages = ["was made with another vocabulary (vocabulary:", f"--tokenizer {swapped}", "prepared with"]
     refused(capsys, folders, tmp_path / "bert", folders["dataset"], *messages, tokenizer=swapped)
 
 
 def test_packs_of_another_vocabulary_are_found_out_without_its_fingerprint(folders, tmp_path, capsys, no_model):
     unknown = without_fingerprint(folders, tmp_path)
     shorter = other_tokenizer(folders, tmp_path / "shorter", lambda tokens: tokens[:40])
-    messages = ["holds token ", f"tokenizer={shorter!r} has 40 tokens, up to 39", "prepared with"]
+    messages = ["holds token ", f"--tokenizer {shorter} has 40 tokens, up to 39", "prepared with"]
     refused(capsys, unknown, tmp_path / "bert", *messages, tokenizer=shorter)
     moved = other_tokenizer(folders, tmp_path / "moved", lambda tokens: [*tokens[4:], *tokens[:4]])
-    messages = ["none of ", " sequences begins with ", f"the cls_token of tokenizer={moved!r}; most often it is 2"]
+    messages = ["none of ", " sequences begins with ", f"the cls_token of --tokenizer {moved}; most often it is 2"]
     refused(capsys, unknown, tmp_path / "bert", *messages, tokenizer=moved)
     ended = other_tokenizer(folders, tmp_path / "ended", lambda t: [*t[:3], t[-1], *t[4:-1], t[3]])
     refused(capsys, unknown, tmp_path / "bert", "sequences ends with", "sep_token", "it is 3", tokenizer=ended)
@@ -104,7 +104,7 @@ def test_the_right_tokenizer_is_taken_with_and_without_a_fingerprint(folders, tm
 
 def test_datasets_that_are_none_are_refused(folders, tmp_path, capsys, no_model):
     def refuses(dataset, *messages):
-        refused(capsys, folders, tmp_path / "bert", f"dataset={dataset!r}", *messages, dataset=dataset)
+        refused(capsys, folders, tmp_path / "bert", f"--dataset {dataset}", *messages, dataset=dataset)
 
     refuses(str(tmp_path / "nowhere"), "does not exist; give the folder that pack-dataset wrote")
     (tmp_path / "empty").mkdir()
@@ -125,7 +125,7 @@ def test_a_held_out_split_of_another_vocabulary_is_refused(folders, tmp_path, ca
     splits = load_from_disk(folders["dataset"])
     splits["test"].info.config_name = splits["train"].info.config_name[:-1] + "?"
     splits.save_to_disk(tmp_path / "mixed")
-    messages = [f"dataset={str(tmp_path / 'mixed')!r} was made with another vocabulary", "?) than that of tokenizer="]
+    messages = [f"--dataset {tmp_path / 'mixed'} was made with another vocabulary", "?) than that of --tokenizer "]
     refused(capsys, folders, tmp_path / "bert", *messages, dataset=str(tmp_path / "mixed"))
 
 
@@ -138,7 +138,7 @@ def with_columns(folders, folder, change):
 def test_columns_that_would_end_a_run_later_are_refused(folders, tmp_path, capsys):
     """Sentence types that the model has no embedding for, and tokens that masking inserts."""
     types = with_columns(folders, tmp_path / "types", lambda pack: {"token_type_ids": [2] * len(pack["input_ids"])})
-    message = f"dataset={types!r} has token_type_ids of 2, but the model knows 0 to 1"
+    message = f"--dataset {types} has token_type_ids of 2, but the model knows 0 to 1"
     refused(capsys, folders, tmp_path / "bert", message, dataset=types)
     labels = with_columns(folders, tmp_path / "labels", lambda pack: {"labels": pack["next_sentence_label"]})
     refused(capsys, folders, tmp_path / "bert", "has a column 'labels', which is what masking makes", dataset=labels)
@@ -146,9 +146,9 @@ def test_columns_that_would_end_a_run_later_are_refused(folders, tmp_path, capsy
 
 def test_evaluation_without_held_out_sequences_is_refused(folders, tmp_path, capsys, no_model):
     alone = folders | {"dataset": f"{folders['dataset']}/train"}
-    messages = ["needs held-out sequences", f"dataset={alone['dataset']!r}", "test_fraction"]
-    refused(capsys, alone, tmp_path / "bert", "eval_strategy=steps", *messages, eval_strategy="steps")
-    refused(capsys, alone, tmp_path / "bert", "eval_on_start=True", *messages, eval_on_start=True)
+    messages = ["needs held-out sequences", f"--dataset {alone['dataset']}", "--test-fraction"]
+    refused(capsys, alone, tmp_path / "bert", "--eval-strategy steps", *messages, eval_strategy="steps")
+    refused(capsys, alone, tmp_path / "bert", "--eval-on-start True", *messages, eval_on_start=True)
 
 
 def test_places_that_cannot_be_written_to_are_refused(folders, tmp_path, capsys, no_model):
@@ -161,9 +161,9 @@ def test_integrations_that_are_not_there_are_refused(folders, tmp_path, capsys, 
     from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
     missing = sorted(set(INTEGRATION_TO_CALLBACK) - {*get_available_reporting_integrations(), "flyte"})[0]
-    messages = [f"report_to='{missing}' needs a package that is not installed", "choose none"]
+    messages = [f"--report-to {missing} needs a package that is not installed", "choose none"]
     refused(capsys, folders, tmp_path / "bert", *messages, report_to=missing)
-    refused(capsys, folders, tmp_path / "bert", "report_to='paper' is unknown", "tensorboard", report_to="paper")
+    refused(capsys, folders, tmp_path / "bert", "--report-to paper is unknown", "tensorboard", report_to="paper")
 
 
 def test_positions_are_those_of_the_longest_sequence(folders, tmp_path, capsys):
@@ -178,7 +178,7 @@ def test_positions_are_those_of_the_longest_sequence(folders, tmp_path, capsys):
     )
     longer, new, continued = folders | {"dataset": longer}, tmp_path / "new", tmp_path / "continued"
     messages = [
-        f"max_position_embeddings={longest - 1}",
+        f"--max-position-embeddings {longest - 1}",
         f"longest sequence of {longer['dataset']} has {longest} tokens",
     ]
     refused(capsys, longer, tmp_path / "bert", *messages, max_position_embeddings=longest - 1)
@@ -196,7 +196,7 @@ def test_a_checkpoint_keeps_its_shape_and_takes_the_dropout_that_is_given(folder
         assert record[name] == getattr(saved, name), name
     assert (record["max_position_embeddings"], record["hidden_dropout_prob"]) == (64, 0.1)
     for name in SHAPE:
-        message = f"{name}=8 is for a new model, and model={str(first)!r} has its own"
+        message = f"--{name.replace('_', '-')} 8 is for a new model, and --model {first} has its own"
         refused(capsys, folders, tmp_path / "bert", message, **{"model": str(first), name: 8})
     for given, dropout in ((None, 0.1), (0.25, 0.25), (0, 0)):
         output = tmp_path / f"dropout-{given}"
@@ -209,20 +209,20 @@ def test_a_checkpoint_keeps_its_shape_and_takes_the_dropout_that_is_given(folder
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mlm_probability": 0}, "mlm_probability=0.0 must be more than 0 and at most 1"),
-        ({"eval_mlm_probability": 1.5}, "eval_mlm_probability=1.5 must be more than 0 and at most 1"),
-        ({"peak_tflops": -1}, "peak_tflops=-1.0 must be more than 0"),
+        ({"mlm_probability": 0}, "--mlm-probability 0.0 must be more than 0 and at most 1"),
+        ({"eval_mlm_probability": 1.5}, "--eval-mlm-probability 1.5 must be more than 0 and at most 1"),
+        ({"peak_tflops": -1}, "--peak-tflops -1.0 must be more than 0"),
         ({"fsdp": True}, "Using fsdp only works in distributed training"),
         (
             {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"pwer": 2.0}'},
-            "'pwer', which lr_scheduler_type='polynomial' does not know; did you mean 'power'?; its options are [",
+            "'pwer', which --lr-scheduler-type polynomial does not know; did you mean 'power'?; its options are [",
         ),
-        ({"lr_scheduler_kwargs": '{"zzz": 2.0}'}, "lr_scheduler_type='linear' does not know; it has no options"),
+        ({"lr_scheduler_kwargs": '{"zzz": 2.0}'}, "--lr-scheduler-type linear does not know; it has no options"),
         (
             {"lr_scheduler_type": "constant", "warmup_steps": 2},
-            "lr_scheduler_type='constant' has no warm-up, warmup_steps=2 would be ignored; choose another, such",
+            "--lr-scheduler-type constant has no warm-up, --warmup-steps 2.0 would be ignored; choose another, such",
         ),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs 'num_decay_steps': --lr_scheduler_kwargs '{\"num_decay"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs 'num_decay_steps': --lr-scheduler-kwargs '{\"num_decay"),
     ],
 )
 def test_options_out_of_bounds_are_refused(folders, tmp_path, capsys, options, message):

@@ -142,7 +142,7 @@ def test_the_whole_way(sop_folders, tmp_path, objective):
 def test_a_missing_column_is_told_before_the_first_step(sop_folders, tmp_path, capsys):
     assert train(sop_folders, tmp_path / "bert", "--objective", "nsp") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "objective='nsp' needs the column 'next_sentence_label'" in error and "'sentence_order_label'" in error
+    assert "--objective nsp needs the column 'next_sentence_label'" in error and "'sentence_order_label'" in error
     assert not (tmp_path / "bert").exists()
 
 

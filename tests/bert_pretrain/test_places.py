@@ -134,13 +134,13 @@ def test_without_a_hub_a_name_is_refused_at_once_or_found_where_it_was_downloade
         ("tokenizer", "{prepared}/tokenizr", ["does not exist; did you mean '{tokenizer}'?"]),
         ("tokenizer", "{prepared}", ["holds no tokenizer; did you mean '{tokenizer}'?"]),
         ("tokenizer", "{dataset}", ["holds no tokenizer; give a folder with tokenizer.json"]),
-        ("model", "./bert", ["model='./bert' does not exist"]),
-        ("model", "{prepared}", ["model='{prepared}' holds no checkpoint of transformers"]),
+        ("model", "./bert", ["--model ./bert does not exist"]),
+        ("model", "{prepared}", ["--model {prepared} holds no checkpoint of transformers"]),
     ],
 )
 def test_the_command_says_it_in_one_line_and_at_once(folders, tmp_path, capsys, no_hub, option, wrong, messages):
     assert train(folders, tmp_path / "bert", **{option: wrong.format(**folders)}) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"bert-pretrain train: {option}="), error
+    assert error.startswith(f"bert-pretrain train: --{option} "), error
     for message in messages:
         assert message.format(**folders) in error, error

@@ -318,6 +318,9 @@ def test_ray_takes_no_number_of_processes(tmp_path, source, capsys):
     assert cli.main([str(source), str(tmp_path / "packed"), "--engine", "ray", "--num-proc", "4"]) == 2
     said = "pack-dataset: --num-proc 4 would be ignored: --engine ray takes all CPUs it has; leave it out\n"
     assert capsys.readouterr().err == said
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["pack", "--help"])
+    assert "left out with --engine ray" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_option_is_read_by_its_type():

@@ -200,10 +200,12 @@ def test_the_only_column_of_strings_is_taken_and_said(tmp_path, caplog):
     assert "'review'" in caplog.text
 
 
-def test_of_two_columns_of_strings_one_must_be_named(tmp_path):
+def test_of_two_columns_of_strings_one_must_be_named(tmp_path, capsys):
     (tmp_path / "pairs.csv").write_text("first,second\nOne is here.,Two is there.\n")
     with pytest.raises(ValueError, match=r"'first' and 'second' hold texts; .*text_column='first'"):
         documents_of(tmp_path / "pairs.csv")
+    assert bert_pretrain(["prepare", "--text", str(tmp_path / "pairs.csv"), "--output", str(tmp_path / "out")]) == 2
+    assert "--text-column first" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"pairs.csv': no column 'secnd' .*did you mean 'second'\?"):
         documents_of(tmp_path / "pairs.csv", text_column="secnd")
     assert documents_of(tmp_path / "pairs.csv", text_column="second") == [["Two is there."]]

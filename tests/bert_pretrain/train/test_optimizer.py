@@ -371,5 +371,5 @@ def test_a_run_of_packs_with_powered_betas(folders, packs, tmp_path):
 
 def test_refused_before_anything_is_written(folders, tmp_path, capsys):
     assert train(folders, tmp_path / "bert", "--beta_power", "True") == 2
-    assert "beta_power is for batch_policy='packs'" in capsys.readouterr().err
+    assert "--beta-power is for --batch-policy packs" in capsys.readouterr().err
     assert not (tmp_path / "bert").exists()

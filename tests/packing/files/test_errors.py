@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from packing.files.errors import SourceError, in_split
+from packing.files.errors import Option, OptionError, SourceError, in_split, marked, said_in_command
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,39 @@ def test_a_split_is_added_where_it_is_known():
     with pytest.raises(ValueError, match=r"^balance=9 is too many") as error, in_split("test"):
         raise ValueError("balance=9 is too many")
     assert error.value.__notes__ == ["this was split 'test'"]
+
+
+def test_an_option_is_spelled_for_its_reader():
+    """In an f-string, in a larger error, in a part of a SourceError, and from another process."""
+    option = Option("pad_token_id", 0)
+    inner = OptionError(f"{option} is no {{name}}, nor is {Option('seed')}")
+    outer = OptionError(f"train split: {marked(inner)}; or {marked(ValueError('seed=1'))}")
+    parts = SourceError(("holds ", option), row=3, cure=f"no {option}")
+    for error, plain, command in (
+        (inner, "pad_token_id=0 is no {name}, nor is seed", "--pad-token-id 0 is no {name}, nor is --seed"),
+        (
+            outer,
+            "train split: pad_token_id=0 is no {name}, nor is seed; or seed=1",
+            "train split: --pad-token-id 0 is no {name}, nor is --seed; or seed=1",
+        ),
+        (
+            parts,
+            "row 3 holds pad_token_id=0; no pad_token_id=0",
+            "row 3 holds --pad-token-id 0; no --pad-token-id 0",
+        ),
+    ):
+        for each in (error, pickle.loads(pickle.dumps(error))):
+            assert (str(each), each.in_command()) == (plain, command)
+    outer.add_note("resume it")
+    assert said_in_command(outer) == f"{outer.in_command()}; resume it"
+    assert said_in_command(KeyError("seed")) == "'seed'"
+
+
+def test_a_hint_says_how_to_find_the_row_also_where_there_is_no_cure():
+    for cure, printed in (
+        ("", "row 3 is empty (it is [])"),
+        ("fill it", "row 3 is empty; fill it (it is [])"),
+    ):
+        error = SourceError("is empty", row=3, cure=cure)
+        error.hint = "it is []"
+        assert str(error) == str(pickle.loads(pickle.dumps(error))) == printed
