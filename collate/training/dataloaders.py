@@ -19,7 +19,7 @@ from collate.training.hooks import overrides_trainer
 from collate.training.order import EMPTY_PACK, ArrowRows, EvenedPacks, SequencesPerStep, StepSampler
 from collate.training.resume import ResumesExactly
 from packing import EpochPacks, PackedInfo, packed_info
-from packing.files.errors import whole_number
+from packing.files.errors import Option, OptionError, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -203,9 +203,9 @@ def refuse_torn_steps(args: TrainingArguments, sequences_per_step: int) -> None:
         ("split_batches", getattr(args.accelerator_config, "split_batches", False), False),
     ):
         if value != instead:
-            raise ValueError(
-                f"sequences_per_step={sequences_per_step} chooses the packs of each step, which {name}={value!r} would "
-                f"not keep together; set {name}={instead!r}"
+            raise OptionError(
+                f"{Option('sequences_per_step', sequences_per_step)} chooses the packs of each step, which "
+                f"{Option(name, value)} would not keep together; set {Option(name, instead)}"
             )
 
 
