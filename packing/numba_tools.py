@@ -104,3 +104,15 @@ def prefetch(typing_context, array, index):
         return context.get_dummy_value()
 
     return types.none(array, index), emit
+
+
+@intrinsic
+def load_word(typing_context, array, index):
+    """The 8 bytes from array[index] on as one uint64, wherever they start. array: uint8, with 8 bytes from there on."""
+
+    def emit(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
+        return builder.load(address, align=1)
+
+    return types.uint64(array, index), emit

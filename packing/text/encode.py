@@ -167,7 +167,7 @@ class FastEncoder:
         units = cut(padded[: len(data)], offsets, self.rule)
         if (units.ends - units.starts).max(initial=0) > LONGEST:
             return self._encode_slowly(texts)
-        found, new = self._table.look_up(padded.view(np.uint64), units, self.rule.lowercase)
+        found, new = self._table.look_up(padded, units, self.rule.lowercase)
         new_bytes = int(new[:, 1].sum())
         if new_bytes > MOST_NEW * len(data) and self.bytes > SCAN_BYTES // 2:
             self._passed = self._to_pass = min(2 * self._passed + 1, MOST_PASSED)

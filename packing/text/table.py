@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import uint64
 
-from packing.numba_tools import njit, prefetch
+from packing.numba_tools import load_word, njit, prefetch
 from packing.text.rules import CLASSES, UnitRule
 
 SLOTS = 1 << 20
@@ -71,11 +71,11 @@ class WordTable:
     def __len__(self) -> int:
         return int(self._used[0])
 
-    def look_up(self, words: np.ndarray, units: Units, lowercase: bool) -> tuple[np.ndarray, np.ndarray]:
+    def look_up(self, data: np.ndarray, units: Units, lowercase: bool) -> tuple[np.ndarray, np.ndarray]:
         """What there is of each unit, and the units that are new, which must be added before anything is gathered,
         or else forgotten.
 
-        words: the text as uint64, with 16 bytes of nothing behind it.
+        data: the text as uint8, with 16 bytes of anything behind it.
         -> found, (units,) int64, for `gather`; new, (new, 3) int64: first byte, bytes, and the slot, -1 without one
         """
         if self._pool_used > MOST_POOL_IDS:
@@ -84,7 +84,7 @@ class WordTable:
         found = np.empty(len(units.starts), np.int64)
         new = np.empty((len(units.starts), 3), np.int64)
         count = _look_up(
-            words, units.starts, units.ends, lowercase, MASKS, self._slots, self._long_keys, self._used, found, new
+            data, units.starts, units.ends, lowercase, MASKS, self._slots, self._long_keys, self._used, found, new
         )
         return found, new[:count]
 
@@ -191,7 +191,7 @@ def _low_bits(data, at):
 
 
 @njit(nogil=True, cache=True)
-def _look_up(words, starts, ends, lowercase, masks, table, long_keys, used, found, new):
+def _look_up(data, starts, ends, lowercase, masks, table, long_keys, used, found, new):
     mask, count = uint64(len(table) - 1), 0
     lows, highs, places = np.empty(AHEAD, np.uint64), np.empty(AHEAD, np.uint64), np.empty(AHEAD, np.uint64)
     for first in range(0, len(starts), AHEAD):
@@ -199,8 +199,8 @@ def _look_up(words, starts, ends, lowercase, masks, table, long_keys, used, foun
         for i in range(units):  # the table is far larger than the cache: memory is asked for several units at once
             start = np.int64(starts[first + i])
             length = min(np.int64(ends[first + i]) - start, SHORT)
-            low = _word_at(words, start) & masks[0, length]
-            high = _word_at(words, start + 8) & masks[1, length]
+            low = load_word(data, start) & masks[0, length]
+            high = load_word(data, start + 8) & masks[1, length]
             if lowercase:
                 low, high = _lowered(low), _lowered(high)
             high |= uint64(length) << uint64(56)
@@ -224,7 +224,7 @@ def _look_up(words, starts, ends, lowercase, masks, table, long_keys, used, foun
                         break
                     place = (place + uint64(1)) & mask
             elif length <= LONGEST_UNIT:
-                slot, is_new = _look_up_long(words, start, length, lowercase, table, long_keys, used)
+                slot, is_new = _look_up_long(data, start, length, lowercase, table, long_keys, used)
             if is_new:
                 if slot >= 0:
                     table[slot, 2] = uint64(~count)
@@ -237,12 +237,12 @@ def _look_up(words, starts, ends, lowercase, masks, table, long_keys, used, foun
 
 
 @njit(nogil=True, cache=True)
-def _look_up_long(words, start, length, lowercase, table, long_keys, used):
+def _look_up_long(data, start, length, lowercase, table, long_keys, used):
     """The slot, or -1, and whether the unit is new. The second word of a key has the place of its bytes in the pool."""
     mask, size = uint64(len(table) - 1), (length + 7) >> 3
     low = uint64(length)
     for i in range(size):
-        low = _mixed(low, _long_word(words, start, length, i, lowercase))
+        low = _mixed(low, _long_word(data, start, length, i, lowercase))
     place = low & mask
     while True:
         high = table[place, 1]
@@ -252,14 +252,14 @@ def _look_up_long(words, start, length, lowercase, table, long_keys, used):
             at = np.int64(high & uint64(0xFFFFFFFF))
             is_same = True
             for i in range(size):
-                is_same &= long_keys[at + i] == _long_word(words, start, length, i, lowercase)
+                is_same &= long_keys[at + i] == _long_word(data, start, length, i, lowercase)
             if is_same:
                 return np.int64(place), False
         place = (place + uint64(1)) & mask
     if used[0] >= used[2] or used[1] + size > len(long_keys):
         return np.int64(-1), True
     for i in range(size):
-        long_keys[used[1] + i] = _long_word(words, start, length, i, lowercase)
+        long_keys[used[1] + i] = _long_word(data, start, length, i, lowercase)
     table[place, 0] = low
     table[place, 1] = uint64(length) << uint64(56) | uint64(used[1])
     used[0] += 1
@@ -268,20 +268,12 @@ def _look_up_long(words, start, length, lowercase, table, long_keys, used):
 
 
 @njit(inline="always")
-def _long_word(words, start, length, i, lowercase):
-    word = _word_at(words, start + 8 * i)
+def _long_word(data, start, length, i, lowercase):
+    word = load_word(data, start + 8 * i)
     left = length - 8 * i
     if left < 8:
         word &= (uint64(1) << uint64(8 * left)) - uint64(1)
     return _lowered(word) if lowercase else word
-
-
-@njit(inline="always")
-def _word_at(words, at):
-    """The 8 bytes from byte `at` on; words are read where they are aligned."""
-    shift = uint64((at & 7) << 3)
-    rest = (words[(at >> 3) + 1] << uint64(1)) << (uint64(63) - shift)  # in two steps: none may be by 64
-    return words[at >> 3] >> shift | rest
 
 
 @njit(inline="always")
