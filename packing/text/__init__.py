@@ -1,6 +1,8 @@
 """Texts -> ids, by a tokenizer of the tokenizers library. It reads each distinct unit of the texts once.
 
 encode       texts to ids: units out of a table, or the tokenizer reads all
+rows         texts and rows of ids; encode_batch
+reader       the ids of units that are new, by the tokenizer
 outcome      how much the tokenizer read; the text for which units are wrong
 rules        where a tokenizer's texts may be cut into units
 table        the units met so far, and their ids, compiled
