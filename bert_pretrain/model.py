@@ -7,10 +7,11 @@ vocabulary projection, the largest product of a small BERT, runs on predicted po
 
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import BertConfig, BertForPreTraining
 from transformers.utils import ModelOutput
 
@@ -18,13 +19,15 @@ from bert_pretrain.attention import AttentionHead, use_attention
 from bert_pretrain.attention.head import initialize_head, prepare_heads
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.layout import PackLayout
-from collate.losses import MLM_TERMS, Loss, mlm_sums, pair_sums, pretraining_loss
+from collate.losses import MLM_TERMS, Loss, Predicted, mlm_sums, pair_sums, pretraining_loss
 from collate.views import at_least_float32
 from packing.files.errors import check_known
 
 DEFAULT_ATTENTION = "sdpa"
 PAIR_SUMS = {name: f"{name}_pairs" for name in PAIR_LABELS}
 """Objective -> the name of the sum that counts its pairs."""
+VOCABULARY_STEP = 64
+"""GPUs multiply matrices of such multiples several times faster."""
 
 
 @dataclass
@@ -33,6 +36,7 @@ class PackedBertOutput(ModelOutput):
     loss: scalar, where labels of tokens or of sentence pairs are given.
     sums: 1-D, additive over batches and ranks; `model.metrics(sums)` says what they mean.
     prediction_logits: (P, V) at the P predicted positions in order; without labels (B, L, V), as stock BERT has it.
+        None in training, where nobody reads them.
     seq_relationship_logits: (N, 2), one row per [CLS] in order, those with the label -100 included.
     last_hidden_state: (B, L, D) without labels, else None: training never pads back.
     """
@@ -100,8 +104,8 @@ class PackedBertForPreTraining(BertForPreTraining):
         layout = PackLayout.of(sequence_ids)
         assert self.bert.pooler is not None
         hidden_TD = self.encode(layout, input_ids, position_ids, token_type_ids)
-        cls_token = self._cls_tokens(layout, cls_positions)
-        pair_logits_N2 = self.cls.seq_relationship(self.bert.pooler(hidden_TD[cls_token][:, None]))
+        targets = layout.from_host(_Targets.of, labels, cls_positions, pair_label)
+        pair_logits_N2 = self.cls.seq_relationship(self.bert.pooler(hidden_TD.index_select(0, targets.cls)[:, None]))
         if labels is None and pair_label is None:
             return PackedBertOutput(
                 prediction_logits=layout.pad(self.cls.predictions(hidden_TD)),
@@ -109,20 +113,16 @@ class PackedBertForPreTraining(BertForPreTraining):
                 last_hidden_state=layout.pad(hidden_TD),
             )
 
-        labels_T = torch.full_like(layout.token_index, IGNORED) if labels is None else layout.unpad(labels)
-        predicted = (labels_T != IGNORED).nonzero().squeeze(1)
-        mlm_logits_PV = self.cls.predictions(hidden_TD[predicted])
-        labelled, pair_labels_N = _pair_targets(cls_positions, pair_label, cls_token)
-        sequence_P = layout.sequence_of_token[predicted]
-        predicted_N = torch.bincount(sequence_P, minlength=layout.num_sequences)
-        sums = mlm_sums(at_least_float32(mlm_logits_PV), labels_T[predicted], sequence_P, predicted_N)
-        sums |= pair_sums(at_least_float32(pair_logits_N2[labelled]), pair_labels_N, by_row=True)
+        mlm_logits_PV = self._predict(hidden_TD.index_select(0, targets.predicted.tokens))
+        sums = mlm_sums(mlm_logits_PV, targets.predicted)
+        labelled_N2 = pair_logits_N2.index_select(0, targets.labelled)
+        sums |= pair_sums(at_least_float32(labelled_N2), targets.pair_labels, by_row=True)
         sums |= {total: sums["pairs"] * (name == objective) for name, total in PAIR_SUMS.items()}
         loss = self._loss(objective)
         return PackedBertOutput(
             loss=loss(sums, denominators),
             sums=loss.stacked(sums, layout),
-            prediction_logits=mlm_logits_PV,
+            prediction_logits=None if self.training else mlm_logits_PV[:, : self.config.vocab_size],
             seq_relationship_logits=pair_logits_N2,
         )
 
@@ -167,12 +167,15 @@ class PackedBertForPreTraining(BertForPreTraining):
     def _loss(self, objective: str = "nsp") -> Loss:
         return replace(pretraining_loss(self.config.mlm_loss, objective), others=tuple(PAIR_SUMS.values()))
 
-    def _cls_tokens(self, layout: PackLayout, cls_positions: Tensor | None) -> Tensor:
-        """(N,) which of the T tokens the [CLS] are."""
-        if cls_positions is None:
-            return layout.cu_seqlens[:-1].long()
-        pack, slot = (cls_positions >= 0).nonzero(as_tuple=True)
-        return layout.token_of_slot[pack * layout.sequence_ids_BL.shape[1] + cls_positions[pack, slot]]
+    def _predict(self, hidden_PD: Tensor) -> Tensor:
+        """(P, V) logits; on a GPU V is rounded up, since its products want a multiple, and these logits are -inf."""
+        decoder = self.cls.predictions.decoder
+        missing = -decoder.out_features % VOCABULARY_STEP if hidden_PD.device.type == "cuda" else 0
+        if not missing or type(decoder) is not nn.Linear:
+            return self.cls.predictions(hidden_PD)
+        weight_VD = F.pad(decoder.weight, (0, 0, 0, missing))
+        bias_V = F.pad(decoder.bias, (0, missing), value=-torch.inf)
+        return F.linear(self.cls.predictions.transform(hidden_PD), weight_VD, bias_V)
 
     def initialize_weights(self) -> None:
         """Draw the weights of a new model, or those that a checkpoint lacks; attention heads draw their own."""
@@ -206,12 +209,34 @@ def _pair_label(pair_labels: dict[str, Tensor | None]) -> tuple[str, Tensor | No
     return next(((names[column], labels) for column, labels in given.items()), ("nsp", None))
 
 
-def _pair_targets(cls_positions: Tensor | None, pair_label: Tensor | None, cls_token: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the N [CLS] have a label, and the labels."""
-    if pair_label is None:
-        return cls_token[:0], cls_token[:0]
-    if cls_positions is None:
-        raise ValueError("labels of sentence pairs (packs, sequence slots) need cls_positions of the same shape")
-    labels_N = pair_label[cls_positions >= 0]
-    labelled = (labels_N != IGNORED).nonzero().squeeze(1)
-    return labelled, labels_N[labelled]
+class _Targets(NamedTuple):
+    """Where the heads look, all integers: for `layout.from_host`.
+
+    cls: (N,) which of the T tokens are [CLS]. predicted: tokens. labelled: which of the N have a label, and pair_labels
+    these.
+    """
+
+    cls: Tensor
+    predicted: Predicted
+    labelled: Tensor
+    pair_labels: Tensor
+
+    @classmethod
+    def of(
+        cls, layout: PackLayout, labels: Tensor | None, cls_positions: Tensor | None, pair_label: Tensor | None
+    ) -> "_Targets":
+        predicted = Predicted.of(layout, labels)
+        if cls_positions is None:
+            if pair_label is not None:
+                raise ValueError(
+                    "labels of sentence pairs (packs, sequence slots) need cls_positions of the same shape"
+                )
+            first = layout.cu_seqlens[:-1].long()[layout.is_real_sequence]
+            return cls(first, predicted, first[:0], first[:0])
+        pack, slot = (cls_positions >= 0).nonzero(as_tuple=True)
+        first = layout.token_of_slot[pack * layout.sequence_ids_BL.shape[1] + cls_positions[pack, slot]]
+        if pair_label is None:
+            return cls(first, predicted, first[:0], first[:0])
+        pair_labels_N = pair_label[pack, slot]
+        labelled = (pair_labels_N != IGNORED).nonzero().squeeze(1)
+        return cls(first, predicted, labelled, pair_labels_N[labelled])

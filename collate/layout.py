@@ -90,6 +90,11 @@ class PackLayout:
         _LAYOUTS[sequence_ids_BL] = self, None if sequence_ids_BL.is_inference() else sequence_ids_BL._version
 
     @view
+    def exact(self) -> "PackLayout":
+        """The layout of the real tokens alone: for what reads some tokens of the last layer."""
+        return self
+
+    @view
     def is_real_BL(self) -> Tensor:
         """(B, L) bool: True where a slot holds a token."""
         return self.sequence_ids_BL != PADDING
@@ -189,6 +194,20 @@ class PackLayout:
                 self.receive()
         return self._tables[key]
 
+    def from_host(self, make: "Callable[..., Made]", *tensors: Tensor | None) -> Made:
+        """What `make` returns for a layout and these tensors of the batch: on the host if it has all of them.
+
+        make: as in `table`; for what one batch needs once. On a device whose batch came without `to_device` it runs
+            there, and waits.
+        """
+        found = [None if x is None else on_host(x) for x in tensors]
+        is_there = self.host is not None and all(
+            x is None or y is not None for x, y in zip(tensors, found, strict=True)
+        )
+        if not is_there:
+            return in_ordinary_mode(lambda: make(self, *tensors))
+        return in_ordinary_mode(lambda: send(make(self.host, *found), self.sequence_ids_BL.device))
+
     def receive(self) -> None:
         """Get all tables that the host has and this layout lacks, in one copy."""
         made = {} if self.host is None else self.host._tables
@@ -263,6 +282,10 @@ class SlotLayout(PackLayout):
     """
 
     sequence_slots: int = 1
+
+    @view
+    def exact(self) -> PackLayout:
+        return PackLayout(self.sequence_ids_BL, None if self.host is None else self.host.exact)
 
     @view
     def _slot_lengths(self) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.layout import PADDING, PackLayout
+from collate.views import at_least_float32
 
 Batch = Mapping[str, Tensor]
 Sums = Mapping[str, Tensor]
@@ -99,10 +100,9 @@ class Loss:
 
     def stacked(self, sums: Sums | None, layout: PackLayout) -> Tensor:
         """The sums in the order of `names`, then the batch's tokens and sequences. None: there are no labels."""
-        values = [0 if sums is None else sums[name] for name in self.names]
-        device = layout.sequence_ids_BL.device
-        values += [layout.num_tokens, layout.num_sequences]
-        return torch.stack([torch.as_tensor(value, device=device).detach().double() for value in values])
+        found = [layout.is_real_token.sum(), layout.is_real_sequence.sum()]
+        values = [found[0] * 0 if sums is None else sums[name] for name in self.names] + found
+        return torch.stack([value.detach().double() for value in values])
 
     def metrics(self, stacked: Tensor) -> dict[str, float]:
         """What added-up sums mean. A mean over nothing is left out: a loss of 0 would pass for the best one."""
@@ -194,7 +194,7 @@ def number_sums(logits_NC: Tensor, labels_NC: Tensor, is_regression: bool) -> di
     else:
         loss_NC = F.binary_cross_entropy_with_logits(logits_NC, labels_NC, reduction="none")
         correct = (((logits_NC > 0) == (labels_NC > 0.5)) & is_label).sum()
-    return {"loss": loss_NC[is_label].sum(), "labels": is_label.sum(), "correct": correct}
+    return {"loss": loss_NC.where(is_label, 0).sum(), "labels": is_label.sum(), "correct": correct}
 
 
 LABEL = Mean("label", "loss", "labels")
@@ -244,19 +244,83 @@ SPAN_LOSS = Loss(
 # -- masked tokens, and pairs of sentences -----------------------------------------------------------------------------
 
 
-def mlm_sums(logits_PV: Tensor, labels_P: Tensor, sequence_P: Tensor, lengths_N: Tensor) -> dict[str, Tensor]:
-    """The sums over predicted tokens; and the sums over sequences, each with the mean over its predicted tokens.
+WIDENED = 1 << 22, 1 << 28
+"""Bytes of logits in float32 at a time: what a CPU's cache holds; and what costs a GPU few launches."""
 
-    sequence_P: which of N sequences each token belongs to; lengths_N: how many predicted tokens each sequence has.
+
+class TokenLosses(torch.autograd.Function):
+    """logits (P, V), labels (P,) -> cross-entropies (P,) in float32 at least; and (P,) bool, whether the label wins.
+
+        loss_p = log(sum_v exp(logit_pv)) - logit_p,label
+
+    torch's own keeps log-probabilities (P, V) for the backward pass, under autocast in float32: 300 MB for 2,458 tokens
+    and a vocabulary of 30,522. Here some rows at a time are widened, and of each row one number is kept.
     """
-    loss_P = F.cross_entropy(logits_PV, labels_P, reduction="none")
-    correct_P = (logits_PV.argmax(-1) == labels_P).to(loss_P.dtype)
-    share_P = 1 / lengths_N.to(loss_P.dtype)[sequence_P]
+
+    @staticmethod
+    def forward(ctx, logits_PV, labels_P):
+        parts = [_losses_of_rows(*part) for part in _some_rows(logits_PV, labels_P)]
+        log_sums_P, picked_P, is_correct_P = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(logits_PV, labels_P, log_sums_P)
+        ctx.mark_non_differentiable(is_correct_P)
+        return log_sums_P - picked_P, is_correct_P
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_P, _):
+        logits_PV, labels_P, log_sums_P = ctx.saved_tensors
+        grad_PV = torch.empty_like(logits_PV)
+        for logits, labels, log_sums, grad, place in _some_rows(logits_PV, labels_P, log_sums_P, grad_P, grad_PV):
+            wide = place if place.itemsize >= 4 else torch.empty_like(place, dtype=torch.float32)
+            torch.sub(logits, log_sums[:, None], out=wide).exp_()
+            wide.scatter_add_(1, labels[:, None], wide.new_full((len(labels), 1), -1.0))
+            torch.mul(wide, grad[:, None], out=place)
+        return grad_PV, None
+
+
+def _losses_of_rows(logits_PV: Tensor, labels_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide_PV = at_least_float32(logits_PV)
+    picked_P = wide_PV.gather(1, labels_P[:, None]).squeeze(1)
+    return wide_PV.logsumexp(1), picked_P, logits_PV.argmax(1) == labels_P
+
+
+def _some_rows(logits_PV: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    rows = max(1, WIDENED[logits_PV.device.type != "cpu"] // (4 * max(1, logits_PV.shape[1])))
+    return list(zip(*(x.split(rows) for x in (logits_PV, *others)), strict=True))
+
+
+class Predicted(NamedTuple):
+    """Which P tokens of a layout are predicted, in order.
+
+    tokens: (P,) among its T tokens. labels: (P,). mates: (P,) how many are predicted in the same sequence.
+    per_sequence: (N,) how many are predicted.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    mates: Tensor
+    per_sequence: Tensor
+
+    @classmethod
+    def of(cls, layout: PackLayout, labels_BL: Tensor | None) -> "Predicted":
+        """For `layout.from_host`, since sizes depend on the labels. None: no token is predicted."""
+        labels_T = torch.full_like(layout.token_index, IGNORED) if labels_BL is None else layout.unpad(labels_BL)
+        tokens = (has_label(labels_T) & layout.is_real_token).nonzero().squeeze(1)
+        sequence_P = layout.sequence_of_token[tokens]
+        per_sequence = torch.bincount(sequence_P, minlength=layout.num_sequences)
+        return cls(tokens, labels_T[tokens], per_sequence[sequence_P], per_sequence)
+
+
+def mlm_sums(logits_PV: Tensor, predicted: Predicted) -> dict[str, Tensor]:
+    """The sums over predicted tokens; and the sums over sequences, each with the mean over its predicted tokens."""
+    losses_P, is_correct_P = TokenLosses.apply(logits_PV, predicted.labels)
+    correct_P = is_correct_P.to(losses_P.dtype)
+    share_P = 1 / predicted.mates.to(losses_P.dtype)
     return {
-        "mlm_tokens": lengths_N.sum(),
-        "mlm_sequences": (lengths_N > 0).sum(),
-        "mlm_loss_by_token": loss_P.sum(),
-        "mlm_loss_by_sequence": (loss_P * share_P).sum(),
+        "mlm_tokens": predicted.per_sequence.sum(),
+        "mlm_sequences": (predicted.per_sequence > 0).sum(),
+        "mlm_loss_by_token": losses_P.sum(),
+        "mlm_loss_by_sequence": (losses_P * share_P).sum(),
         "mlm_correct_by_token": correct_P.sum(),
         "mlm_correct_by_sequence": (correct_P * share_P).sum(),
     }

@@ -3,14 +3,13 @@
 import inspect
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from collate.heads.gather import has_gather, task_model
 from collate.isolation.hook import is_isolated
 from collate.layout import PackLayout, holds_sequence
-from collate.losses import Batch, has_label
+from collate.losses import Batch, Predicted
 
 NOT_PASSED = ("attention_mask", "sequence_ids")
 """What an encoder takes, but sequence_ids say better. It gets all else that it takes and a batch has."""
@@ -25,7 +24,7 @@ class PackedBatch:
                 f"the batch has no 'sequence_ids', only {sorted(batch)}; make it with DataCollatorWithPacking"
             )
         self.batch = batch
-        self.layout = PackLayout.of(batch["sequence_ids"])
+        self.layout = PackLayout.of(batch["sequence_ids"]).exact
 
     @property
     def cls_slots(self) -> Tensor:
@@ -33,8 +32,7 @@ class PackedBatch:
         positions_BS = self.batch.get("cls_positions")
         if positions_BS is None:
             return self.layout.token_index[self.layout.cu_seqlens[:-1].long()]
-        packs = torch.arange(len(positions_BS), device=positions_BS.device)[:, None]
-        slots = (packs * self.layout.sequence_ids_BL.shape[1] + positions_BS)[positions_BS >= 0]
+        slots = self.layout.from_host(_cls_slots, positions_BS)
         if len(slots) != self.layout.num_sequences:
             raise ValueError(
                 f"cls_positions names {len(slots)} sequences, but sequence_ids has {self.layout.num_sequences}; "
@@ -61,13 +59,13 @@ class PackedBatch:
                 f"{tuple(expected)}; if these are labels of tokens, choose a token task, or else pack the dataset "
                 "again with token_columns that do not name them"
             )
-        values_N = values_BS[holds_sequence(sequence_ids_BL, slots)]
-        if len(values_N) != self.layout.num_sequences:
+        index_N = self.layout.table(("sequence slots", slots), lambda layout: _sequence_slots(layout, slots))
+        if len(index_N) != self.layout.num_sequences:
             raise ValueError(
                 f"{column!r} has {slots} slots per pack, fewer than the {int(sequence_ids_BL.max())} sequences of one; "
                 "give the collator more slots"
             )
-        return values_N
+        return values_BS.flatten(0, 1).index_select(0, index_N)
 
     def per_token(self, column: str) -> Tensor | None:
         """(B, L) -> (T,); None for a column that the batch lacks."""
@@ -86,18 +84,15 @@ class PackedBatch:
         labels = read("labels") if "labels" in self.batch else None
         return {} if labels is None else {"labels": labels}
 
-    def predicted(self) -> tuple[Tensor, Tensor | None]:
+    def predicted(self) -> tuple[Tensor, Predicted | None]:
         """(P,) the slots with a label, and these labels; without labels the slots of all tokens, and None."""
-        labels_T = self.per_token("labels")
-        if labels_T is None:
+        labels_BL = self.batch.get("labels")
+        if labels_BL is None and self.layout.num_sequences:
             return self.layout.token_index, None
-        predicted = has_label(labels_T).nonzero().squeeze(1)
-        return self.layout.token_index[predicted], labels_T[predicted]
-
-    def sequences_of(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """(P,) the sequence in which each of these slots lies, and (N,) how many lie in each sequence."""
-        sequence_P = self.layout.sequence_of_token[self.layout.token_of_slot[slots]]
-        return sequence_P, torch.bincount(sequence_P, minlength=self.layout.num_sequences)
+        if labels_BL is not None:
+            self.per_token("labels")  # refuses another shape
+        found = self.layout.from_host(Predicted.of, labels_BL)
+        return self.layout.token_index.index_select(0, found.tokens), found
 
     def run(
         self,
@@ -131,3 +126,14 @@ class PackedBatch:
                 "encoder's last hidden state, so it cannot run packed; use a stock head"
             )
         return output
+
+
+def _cls_slots(layout: PackLayout, positions_BS: Tensor) -> Tensor:
+    """(N,) the slots of the [CLS]."""
+    pack, place = (positions_BS >= 0).nonzero(as_tuple=True)
+    return pack * layout.sequence_ids_BL.shape[1] + positions_BS[pack, place]
+
+
+def _sequence_slots(layout: PackLayout, slots: int) -> Tensor:
+    """(N,) which of the B * slots sequence slots hold one."""
+    return holds_sequence(layout.sequence_ids_BL, slots).flatten().nonzero().squeeze(1)

@@ -54,16 +54,18 @@ class MaskedLM(Task):
         check_label_ids(batch, "labels", self.vocab_size, "vocab_size")
 
     def targets(self, packed: PackedBatch) -> dict[str, Tensor] | None:
-        return packed.labels_by(lambda _: packed.predicted()[1])
+        _, found = packed.predicted()
+        return packed.labels_by(lambda _: None if found is None else found.labels)
 
     def run(self, model: nn.Module, packed: PackedBatch) -> HeadRun:
-        slots, labels = packed.predicted()
+        slots, found = packed.predicted()
         self.check(packed.batch)
         logits_PV = packed.run(model, slots)["logits"].squeeze(1)
-        sequence_P, lengths = packed.sequences_of(slots)
-        sums = None if labels is None else mlm_sums(at_least_float32(logits_PV), labels, sequence_P, lengths)
-        predictions = PerSequence(logits_PV.detach().argmax(-1), lengths)
-        return HeadRun(sums, logits_PV, predictions, PerSequence.of(labels, lengths))
+        predictions = logits_PV.detach().argmax(-1)
+        if found is None:
+            return HeadRun(None, logits_PV, PerSequence(predictions, packed.layout.lengths))
+        labels = PerSequence(found.labels, found.per_sequence)
+        return HeadRun(mlm_sums(logits_PV, found), logits_PV, PerSequence(predictions, found.per_sequence), labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +117,14 @@ class PreTraining(MaskedLM):
         return None  # logits of tokens and of pairs
 
     def run(self, model: nn.Module, packed: PackedBatch) -> HeadRun:
-        slots, labels = packed.predicted()
+        slots, found = packed.predicted()
         self.check(packed.batch)
         output = packed.run(model, slots, pooler_slots=packed.cls_slots)
         logits_PV, pair_logits_N2 = output["prediction_logits"].squeeze(1), output[self.pair_logits]
         pair_labels = packed.per_sequence(self.pair_label)
         sums = None
-        if labels is not None:
-            sums = mlm_sums(at_least_float32(logits_PV), labels, *packed.sequences_of(slots))
+        if found is not None:
+            sums = mlm_sums(logits_PV, found)
             targets = torch.full_like(packed.cls_slots, IGNORED) if pair_labels is None else pair_labels
             sums |= pair_sums(at_least_float32(pair_logits_N2), targets)
         return HeadRun(sums, logits_PV, PerSequence(pair_logits_N2.detach()), PerSequence.of(pair_labels))

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from collate.columns import ANSWERS
 from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids
 from collate.heads.task import HeadRun, Task
 from collate.heads.values import PerSequence
+from collate.layout import PackLayout
 from collate.losses import SPAN_LOSS, Batch, span_sums
 from collate.views import at_least_float32
 
@@ -42,5 +43,12 @@ class QuestionAnswering(Task):
         if starts is None or ends is None:
             return HeadRun(None, logits_T2, predictions)
         labels_N2 = torch.stack([starts, ends], dim=1)
-        logits_NM2 = PerSequence(at_least_float32(logits_T2), lengths).padded()
+        logits_NM2 = _side_by_side(at_least_float32(logits_T2), packed.layout)
         return HeadRun(span_sums(logits_NM2, labels_N2, lengths), logits_T2, predictions, PerSequence(labels_N2))
+
+
+def _side_by_side(logits_T2: Tensor, layout: PackLayout) -> Tensor:
+    """(N, M, 2), -inf behind a sequence's end."""
+    longest = layout.table("longest", lambda layout: max(layout.lengths.tolist(), default=1))
+    padded = logits_T2.new_full((layout.num_sequences, longest, 2), -torch.inf)
+    return padded.index_put((layout.sequence_of_token, layout.positions_T), logits_T2)

@@ -62,7 +62,8 @@ def places(lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_by_sequence(values_T: Tensor, lengths: Tensor) -> Tensor:
     """(T, …) -> (N, …): values [1, 3, 5], lengths [2, 1] -> [2, 5]. Adds in float32 at least."""
-    sequence_T, _ = places(lengths)
+    sequences = torch.arange(len(lengths), device=lengths.device)
+    sequence_T = torch.repeat_interleave(sequences, lengths, output_size=len(values_T))
     wide = at_least_float32(values_T)
     sums = wide.new_zeros(len(lengths), *values_T.shape[1:]).index_add(0, sequence_T, wide)
     return (sums / lengths.view(-1, *[1] * (values_T.dim() - 1))).to(values_T.dtype)

@@ -107,9 +107,9 @@ def test_parameters_agree_after_20_adamw_steps(pairs, collate, mlm_loss):
         packed(**batch).loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-    # absolute: key biases stay at 0 up to rounding, since a softmax ignores a constant added to all scores
-    pairs = zip(packed.parameters(), stock.parameters(), strict=True)
-    assert max(float((a - b).detach().abs().max()) for a, b in pairs) < 1e-10
+    # A softmax ignores a constant added to all scores. So the gradient of a key's bias is rounding, which Adam enlarges.
+    for (name, ours), theirs in zip(packed.named_parameters(), stock.parameters(), strict=True):
+        assert float((ours - theirs).detach().abs().max()) < (1e-8 if name.endswith("key.bias") else 1e-12), name
 
 
 def no_mask(model, batch):

@@ -7,11 +7,13 @@ import torch
 
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.heads import TASKS, MaskedLM, PreTraining, QuestionAnswering, SequenceClassification
-from collate.layout import PackLayout
+from collate.layout import PackLayout, SlotLayout
 from collate.losses import (
     MLM_TERMS,
     Loss,
     Mean,
+    Predicted,
+    TokenLosses,
     count_denominators,
     count_labels,
     label_sums,
@@ -46,11 +48,60 @@ def test_counts_of_a_batch():
     assert count_denominators(without).tolist() == [0, 0, 0] and count_denominators(without).dtype == torch.int64
 
 
+def predicted(labels_P, sequence_P):
+    """All tokens of three sequences."""
+    per_sequence = torch.bincount(sequence_P, minlength=3)
+    return Predicted(torch.arange(len(labels_P)), labels_P, per_sequence[sequence_P], per_sequence)
+
+
+def test_which_tokens_are_predicted():
+    ids = torch.tensor([[1, 1, 2, 3, 0], [1, 1, 1, 0, 0]])
+    labels = torch.tensor([[-100, 7, -100, 8, -100], [9, -100, 6, 5, -100]])  # 5 stands on padding
+    exact = Predicted.of(PackLayout(ids), labels)
+    assert exact.tokens.tolist() == [1, 3, 4, 6] and exact.labels.tolist() == [7, 8, 9, 6]
+    assert exact.mates.tolist() == [1, 1, 2, 2] and exact.per_sequence.tolist() == [1, 0, 1, 2]
+    slots = Predicted.of(SlotLayout(ids, sequence_slots=3), labels)
+    assert slots.tokens.tolist() == [1, 3, 5, 7] and slots.labels.tolist() == [7, 8, 9, 6]
+    assert slots.mates.tolist() == [1, 1, 2, 2] and slots.per_sequence.tolist() == [1, 0, 1, 0, 2, 0, 0, 0]
+    assert not len(Predicted.of(PackLayout(ids), None).tokens)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("most_bytes", [1, 8 * 11 * 4, 1 << 20])
+def test_losses_of_tokens_are_those_of_torch(rows, most_bytes, monkeypatch):
+    """A column of -inf, such as fills up a vocabulary, has no share and no gradient."""
+    monkeypatch.setattr("collate.losses.WIDENED", (most_bytes, most_bytes))
+    logits = (torch.randn(rows, 11, dtype=torch.float64) * 30).requires_grad_()
+    filled = torch.cat([logits, logits.new_full((rows, 2), -torch.inf)], 1)
+    labels, weights = torch.randint(0, 11, (rows,)), torch.randn(rows, dtype=torch.float64)
+    losses, is_correct = TokenLosses.apply(filled, labels)
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-13, atol=1e-12)
+    assert torch.equal(is_correct, logits.argmax(1) == labels)
+    (grad,) = torch.autograd.grad((losses * weights).sum(), logits)
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), logits)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-13, atol=1e-12)
+
+
+def test_losses_of_tokens_keep_no_wide_table():
+    """Of 16-bit logits, all that is saved has 16 bits, except for vectors; torch's own saves float32."""
+
+    def wide_tables(loss):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            result = loss(torch.randn(6, 9).bfloat16().requires_grad_(), torch.randint(0, 9, (6,)))
+        assert result.dtype == torch.float32
+        return [x for x in saved if x.dim() == 2 and x.dtype == torch.float32]
+
+    assert not wide_tables(lambda logits, labels: TokenLosses.apply(logits, labels)[0])
+    assert wide_tables(lambda logits, labels: torch.nn.functional.cross_entropy(logits.float(), labels))
+
+
 def test_the_two_means_of_masked_tokens():
     """Token losses 1, 3 in one sequence and 5 in another: (1 + 3 + 5) / 3 tokens, ((1 + 3) / 2 + 5) / 2 sequences."""
     loss_P = torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64)
     logits_PV = torch.stack([torch.zeros(3, dtype=torch.float64), (loss_P.exp() - 1).log()], 1)  # -log softmax_0 = loss
-    sums = mlm_sums(logits_PV, torch.zeros(3, dtype=torch.long), torch.tensor([0, 0, 1]), torch.tensor([2, 1, 0]))
+    sums = mlm_sums(logits_PV, predicted(torch.zeros(3, dtype=torch.long), torch.tensor([0, 0, 1])))
     assert float(mlm_loss_of("token")(sums)) == pytest.approx(3)
     assert float(mlm_loss_of("sequence")(sums)) == pytest.approx(3.5)
     assert float(mlm_loss_of("token")(sums, torch.tensor([9, 1]))) == pytest.approx(1)  # over a step of 9 tokens
@@ -90,8 +141,8 @@ def test_a_new_term_is_one_row_and_its_sum(ranks):
     labels_P, sequence_P = torch.randint(0, 5, (6,)), torch.tensor([0, 0, 1, 1, 1, 2])
 
     def sums(part):
-        lengths = torch.bincount(sequence_P[part], minlength=3)
-        return mlm_sums(logits_PV[part], labels_P[part], sequence_P[part], lengths) | {"z": squares(logits_PV[part])}
+        found = predicted(labels_P[part], sequence_P[part])
+        return mlm_sums(logits_PV[part], found) | {"z": squares(logits_PV[part])}
 
     parts = torch.arange(6).tensor_split(ranks)
     whole = loss(sums(slice(None)))
