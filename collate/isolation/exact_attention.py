@@ -51,7 +51,7 @@ def attend_rows(
 
     scale: of the scores; None: 1/sqrt(K). window: a token sees those of its sequence at most so many tokens away.
     """
-    rows = (query_BHLK, key_BHLK, value_BHLK)
+    rows, layout = (query_BHLK, key_BHLK, value_BHLK), layout.exact
     if takes_one_by_one(query_BHLK, num_heads=query_BHLK.shape[1], dropout=dropout):
         pieces = layout.derived(("pieces of rows", window), lambda: pieces_of_rows(layout, window))
         return OneByOne.apply(*rows, pieces, scale)
@@ -141,7 +141,7 @@ class Pieces:
 def pieces_of_tokens(layout: PackLayout) -> Pieces:
     """The sequences of a batch whose tokens are one row (1, H, T, K)."""
     starts, lengths = layout.cu_seqlens[:-1].tolist(), layout.lengths.tolist()
-    pieces = [Piece(0, start, length, start, length) for start, length in zip(starts, lengths, strict=True)]
+    pieces = [Piece(0, start, length, start, length) for start, length in zip(starts, lengths, strict=True) if length]
     return Pieces(pieces, 1, layout.num_tokens)
 
 
