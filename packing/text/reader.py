@@ -25,7 +25,7 @@ from packing.text.tokenizer import text_tokenizer
 
 JOINED = (128, 16)
 """How many units are in one text: at first, and of those that could not be read so."""
-SPACE, CAPITALS, SMALL = ord(" "), (ord("A"), ord("Z")), (ord("a"), ord("z"))
+BLANK, CAPITALS, SMALL = ord(" "), (ord("A"), ord("Z")), (ord("a"), ord("z"))
 
 
 class UnitReader:
@@ -64,7 +64,7 @@ class UnitReader:
         one with the separator."""
         if self._separator is None:
             return np.zeros(len(new), np.bool_)
-        return (data[new[:, 0]] == SPACE) | (self._separator.text[0] != SPACE)
+        return (data[new[:, 0]] == BLANK) | (self._separator.text[0] != BLANK)
 
     def _read_joined(self, data: np.ndarray, new: np.ndarray, most: int) -> tuple[np.ndarray, Rows]:
         """-> (new,) bool, which could be read so, and the ids of these."""
@@ -169,7 +169,7 @@ def are_plain(data, new, takes_space):
     found = np.empty(len(new), np.bool_)
     for unit in range(len(new)):
         start, end = new[unit, 0], new[unit, 0] + new[unit, 1]
-        start += takes_space and data[start] == SPACE
+        start += takes_space and data[start] == BLANK
         is_plain = start < end
         for byte in data[start:end]:
             is_plain &= CAPITALS[0] <= byte <= CAPITALS[1] or SMALL[0] <= byte <= SMALL[1]
@@ -188,7 +188,7 @@ def join_plain(data, new, separator, space, lowercase, most):
         if unit % most:
             at = _put(separator, joined, at)
         for byte in data[new[unit, 0] : new[unit, 0] + new[unit, 1]]:
-            if byte == SPACE:
+            if byte == BLANK:
                 at = _put(space, joined, at)
             else:
                 joined[at] = byte | 0x20 if lowercase else byte
