@@ -12,11 +12,13 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from importlib.metadata import version
 
 from bert_pretrain.options import parse, read_arguments
 from bert_pretrain.stand_in import stand_in
+from packing.files.collector import few_collections
 from packing.files.errors import notes, said_in_command, suggestion
 
 USAGE = """usage: bert-pretrain prepare [CONFIG.yaml] --text FILE_OR_FOLDER … --output FOLDER [options]
@@ -58,7 +60,9 @@ PATIENCE = 20
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status: 0, or 2 for bad input, with one line on stderr that says why."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        with few_collections() if sys.argv[1:2] == ["prepare"] else nullcontext():
+            return main(sys.argv[1:])
     commands = {"prepare": _prepare, "train": _train}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)

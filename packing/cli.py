@@ -15,6 +15,7 @@ from pathlib import Path
 
 from packing.command import compare, pack, plan, unpack, verify
 from packing.command.parser import Parser, with_hyphens
+from packing.files.collector import few_collections
 from packing.files.errors import notes, said_in_command, suggestion
 
 MODULES = {"pack": pack, "plan": plan, "compare": compare, "verify": verify, "unpack": unpack}
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns 0: done; 1: verify found problems; 2: the input was refused, with the reason in one line on stderr;
     130: interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        with few_collections():
+            return main(sys.argv[1:])
     first = argv[0] if argv else ""
     meant = suggestion(first, COMMANDS) if first.isalpha() and not Path(first).exists() else ""
     if meant and first not in COMMANDS:

@@ -12,4 +12,5 @@ local_copy    files at a URL, copied into the cache
 errors        what is wrong and where, which numbers may be, what the user meant
 processes     the pool of processes
 progress      a bar in a terminal, lines in a log
+collector     seldom garbage collection in a command
 """
