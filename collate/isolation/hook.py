@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from collate.device.host import on_host
 from collate.isolation.masks import attention_arguments
 from collate.isolation.positions import own_positions, position_ids_start
 from collate.layout import PADDING, PackLayout
@@ -54,7 +55,8 @@ class IsolateSequences:
         if sequence_ids.device.type == "cpu":
             _refuse_early_positions(sequence_ids, position_ids, start)
         elif not self.has_checked:
-            PackLayout.of(sequence_ids.cpu())  # this checks the ids
+            host_ids = on_host(sequence_ids)
+            PackLayout.of(sequence_ids.cpu() if host_ids is None else host_ids)  # this checks the ids
             _refuse_early_positions(sequence_ids, position_ids, start)
         self.has_checked = True
         return layout
@@ -76,9 +78,12 @@ def _refuse_contradictions(encoder_name: str, arguments: dict) -> None:
 
 
 def _refuse_early_positions(sequence_ids_BL: Tensor, position_ids_BL: Tensor | None, start: int) -> None:
-    """Raise ValueError for positions below the model's first one. Waits for the device."""
+    """Raise ValueError for positions below the model's first one. Waits for the device that they were made on."""
     if position_ids_BL is None or not start:
         return
+    host_ids, host_positions = on_host(sequence_ids_BL), on_host(position_ids_BL)
+    if host_ids is not None and host_positions is not None:
+        sequence_ids_BL, position_ids_BL = host_ids, host_positions
     first = int(torch.where(sequence_ids_BL == PADDING, start, position_ids_BL).min())
     if first < start:
         raise ValueError(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from collate.isolation.lazy_mask import LazyMask
-from collate.layout import PackLayout, is_start
+from collate.layout import PackLayout, SlotLayout, is_start
 
 TAKES_SEQUENCE_IDS = frozenset({"packed_attention"})
 """Attention implementations that get `sequence_ids` instead of a mask: see bert_pretrain.attention."""
@@ -34,7 +34,7 @@ def attention_arguments(encoder: PreTrainedModel, sequence_ids_BL: Tensor, layou
     if implementation in TAKES_SEQUENCE_IDS:
         return {"sequence_ids": sequence_ids_BL}
     if "flash" in implementation:
-        return flash_arguments(sequence_ids_BL)
+        return flash_arguments(sequence_ids_BL, layout)
     if implementation not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:
         raise ValueError(
             f"attention implementation {implementation!r} has no mask function, so it cannot be told which tokens "
@@ -75,13 +75,17 @@ def built_mask(implementation: str, sequence_ids_BL: Tensor, dtype: torch.dtype,
     )
 
 
-def flash_arguments(sequence_ids_BL: Tensor) -> dict[str, Any]:
+def flash_arguments(sequence_ids_BL: Tensor, layout: PackLayout | None = None) -> dict[str, Any]:
     """Boundaries among the B * L slots; a stretch of padding is a sequence of its own.
 
     [[1, 1, 2, 0], [1, 1, 1, 1]] -> cu_seqlens [0, 2, 3, 4, 8]
     """
-    starts = is_start(sequence_ids_BL).flatten().nonzero().squeeze(1)
-    boundaries = torch.nn.functional.pad(starts, (0, 1), value=sequence_ids_BL.numel()).int()
+    if layout is None:
+        boundaries = _stretches(sequence_ids_BL)
+    elif isinstance(layout, SlotLayout):
+        boundaries = layout.cu_seqlens
+    else:
+        boundaries = layout.table("stretches", lambda layout: _stretches(layout.sequence_ids_BL))
     longest = sequence_ids_BL.shape[1]  # an upper bound is enough, and needs no wait for the device
     return {
         "attention_mask": None,
@@ -90,3 +94,8 @@ def flash_arguments(sequence_ids_BL: Tensor) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def _stretches(sequence_ids_BL: Tensor) -> Tensor:
+    starts = is_start(sequence_ids_BL).flatten().nonzero().squeeze(1)
+    return torch.nn.functional.pad(starts, (0, 1), value=sequence_ids_BL.numel()).int()
