@@ -60,6 +60,13 @@ class PackLayout:
             raise ValueError(f"sequence_ids has {packs} packs of {slots} slots; give at least one pack and one slot")
         if self.sequence_ids_BL.device.type == "cpu":
             _check_ids(self.sequence_ids_BL, self.is_start_BL)
+        if self.host is not None:
+            self.host.__dict__["runs_on"] = self.sequence_ids_BL.device
+
+    @view
+    def runs_on(self) -> torch.device:
+        """Where attention heads work on this batch. The host's layout of a batch on a GPU names the GPU."""
+        return self.sequence_ids_BL.device
 
     @classmethod
     def of(cls, sequence_ids_BL: Tensor) -> "PackLayout":

@@ -109,10 +109,10 @@ class AttentionHead(nn.Module):
 
     def refuse_longer(self, layout: PackLayout) -> None:
         """Raise ValueError for a sequence of more than max_sequence_length tokens, for heads that it sizes."""
-        widest = max(width for _, width in layout.length_groups.shapes)  # known already: no wait for the device
-        if widest > self.max_sequence_length and int(layout.lengths.max()) > self.max_sequence_length:
+        longer = longer_than(layout, self.max_sequence_length)
+        if longer:
             raise ValueError(
-                f"a sequence of {int(layout.lengths.max())} tokens is longer than the max_sequence_length="
+                f"a sequence of {longer} tokens is longer than the max_sequence_length="
                 f"{self.max_sequence_length} that {type(self).__name__} was built for; give it a larger one"
             )
 
@@ -126,6 +126,16 @@ def prepare_heads(heads: Iterable[AttentionHead], layout: PackLayout) -> None:
         for head in heads:
             head.prepare(layout.host or layout)
         layout.receive()
+
+
+def longer_than(layout: PackLayout, limit: int) -> int:
+    """The length of the longest sequence if it is above the limit, else 0: the host knows, and nobody waits."""
+
+    def make(on_host: PackLayout) -> int:
+        longest = int((on_host.lengths * on_host.is_real_sequence).max())
+        return longest if longest > limit else 0
+
+    return layout.table(("longer than", limit), make)
 
 
 def initialize_head(head: nn.Module) -> None:

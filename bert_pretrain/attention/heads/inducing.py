@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from bert_pretrain.attention.head import without_autocast
 from bert_pretrain.attention.options import check_integer
-from bert_pretrain.attention.parts.whole_sequences import Real, WholeSequenceHead, softmax_over_tokens
+from bert_pretrain.attention.parts.pieces import SequencePieces
+from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead, softmax_means
 from collate.views import at_least_float32
 
 
@@ -52,12 +53,15 @@ class InducingAttention(WholeSequenceHead):
         """Draw with variance 1: summaries differ from each other, and none shows a single token only."""
         nn.init.normal_(self.points_HMK)
 
-    def mix(self, q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, dropout: float = 0.0) -> Tensor:
-        k_wide_SHWK, v_wide_SHWK = map(at_least_float32, (k_SHWK, v_SHWK))
-        with without_autocast(q_SHWK):
-            points_HMK = self.points_HMK.to(k_wide_SHWK.dtype) / self.head_width**0.5
-            points_SHMK = points_HMK.expand(len(q_SHWK), -1, -1, -1)
-            weights_SHMW = softmax_over_tokens(points_SHMK @ k_wide_SHWK.transpose(2, 3), real_S11W)
-            weights_SHMW = F.dropout(weights_SHMW, dropout)
-            key_SHMK, value_SHMK = ((weights_SHMW @ x_SHWK).to(q_SHWK.dtype) for x_SHWK in (k_wide_SHWK, v_wide_SHWK))
-        return F.scaled_dot_product_attention(q_SHWK, key_SHMK, value_SHMK, dropout_p=dropout)
+    def mix(
+        self, q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, dropout: float = 0.0
+    ) -> Tensor:
+        wide_key, wide_value = map(at_least_float32, (k_PHWK, v_PHWK))
+        with without_autocast(q_PHWK):
+            points_HMK = self.points_HMK.to(wide_key.dtype) / self.head_width**0.5
+            points_PHMK = points_HMK.expand(len(q_PHWK), -1, -1, -1)
+            summaries = softmax_means(
+                points_PHMK @ wide_key.transpose(2, 3), pieces, wide_key, wide_value, dropout=dropout
+            )
+            key_PHMK, value_PHMK = (pieces.spread(x.to(q_PHWK.dtype)) for x in summaries)
+        return F.scaled_dot_product_attention(q_PHWK, key_PHMK, value_PHMK, dropout_p=dropout)

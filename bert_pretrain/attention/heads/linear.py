@@ -13,7 +13,8 @@ Isolation: both sums are taken per sequence.
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.parts.whole_sequences import Real, WholeSequenceHead, zero_padding
+from bert_pretrain.attention.parts.pieces import SequencePieces
+from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead
 
 
 class LinearAttention(WholeSequenceHead):
@@ -21,8 +22,10 @@ class LinearAttention(WholeSequenceHead):
 
     precise = True
 
-    def mix(self, q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, dropout: float = 0.0) -> Tensor:
-        return kernel_attention(elu_plus_one(q_SHWK), elu_plus_one(k_SHWK), v_SHWK, real_S11W)
+    def mix(
+        self, q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, dropout: float = 0.0
+    ) -> Tensor:
+        return kernel_attention(elu_plus_one(q_PHWK), elu_plus_one(k_PHWK), v_PHWK, pieces)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -30,13 +33,13 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return x.relu() + x.clamp(max=0).exp()
 
 
-def kernel_attention(query_SHWF: Tensor, key_SHWF: Tensor, v_SHWK: Tensor, real_S11W: Real) -> Tensor:
-    """Attention with the weights query_i . key_j, divided by their sum over j: features (S, H, W, F) -> (S, H, W, K).
+def kernel_attention(query_PHWF: Tensor, key_PHWF: Tensor, v_PHWK: Tensor, pieces: SequencePieces) -> Tensor:
+    """Attention with the weights query_i . key_j, divided by their sum over j: features (P, H, W, F) -> (P, H, W, K).
 
     The weights are at least 0. Where all weights of a query are 0, its context is 0.
     """
-    key_SHWF = zero_padding(key_SHWF, real_S11W)
-    sums_SHKF = v_SHWK.transpose(2, 3) @ key_SHWF
-    context_SHWK = query_SHWF @ sums_SHKF.transpose(2, 3)
-    weight_SHW1 = query_SHWF @ key_SHWF.sum(2)[..., None]
-    return context_SHWK / weight_SHW1.clamp_min(torch.finfo(weight_SHW1.dtype).tiny)
+    key_PHWF = pieces.hide_padding(key_PHWF)
+    sums_PHKF = pieces.total(v_PHWK.transpose(2, 3) @ key_PHWF)
+    context_PHWK = query_PHWF @ sums_PHKF.transpose(2, 3)
+    weight_PHW1 = query_PHWF @ pieces.total(key_PHWF.sum(2))[..., None]
+    return context_PHWK / weight_PHW1.clamp_min(torch.finfo(weight_PHW1.dtype).tiny)

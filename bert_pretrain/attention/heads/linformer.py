@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.head import without_autocast
+from bert_pretrain.attention.head import longer_than, without_autocast
 from bert_pretrain.attention.options import check_choice, check_integer
-from bert_pretrain.attention.parts.whole_sequences import Real, WholeSequenceHead, zero_padding
+from bert_pretrain.attention.parts.pieces import SequencePieces
+from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead
 from collate.layout import PackLayout
 from collate.views import at_least_float32
 
@@ -81,24 +82,40 @@ class LinformerAttention(WholeSequenceHead):
         for projection_LR in (self.key_projection_LR, self.value_projection_LR):
             INITIAL[self.options.initial](projection_LR)
 
+    def prepare(self, layout: PackLayout) -> None:
+        super().prepare(layout)
+        longer_than(layout, self.max_sequence_length)
+
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         self.refuse_longer(layout)  # the projections have a row for each of so many positions
         return super().attend(q_THK, k_THK, v_THK, layout, dropout)
 
-    def mix(self, q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, dropout: float = 0.0) -> Tensor:
-        key_SHRK = project(k_SHWK, real_S11W, self.key_projection_LR)
-        value_SHRK = project(v_SHWK, real_S11W, self.value_projection_LR)
-        return F.scaled_dot_product_attention(q_SHWK, key_SHRK, value_SHRK, dropout_p=dropout)
+    def mix(
+        self, q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, dropout: float = 0.0
+    ) -> Tensor:
+        key_PHRK = project(k_PHWK, pieces, self.key_projection_LR)
+        value_PHRK = project(v_PHWK, pieces, self.value_projection_LR)
+        return F.scaled_dot_product_attention(q_PHWK, key_PHRK, value_PHRK, dropout_p=dropout)
 
 
-def project(x_SHWK: Tensor, real_S11W: Real, projection_LR: Tensor) -> Tensor:
-    """(S, H, W, K) -> (S, H, R, K): the sum over each sequence's tokens, weighed by the row of their position."""
-    sequences, heads, width, head_width = x_SHWK.shape
-    missing = max(0, width - len(projection_LR))  # a width is rounded up, beyond the last row: these slots are padding
-    tokens_SHWK = zero_padding(at_least_float32(x_SHWK), real_S11W)
-    projection_RW = F.pad(projection_LR[:width], (0, 0, 0, missing)).T.to(tokens_SHWK.dtype)
-    tokens_SWJ = tokens_SHWK.transpose(1, 2).flatten(2)  # J = H * K: heads share a projection
+def project(x_PHWK: Tensor, pieces: SequencePieces, projection_LR: Tensor) -> Tensor:
+    """(P, H, W, K) -> (P, H, R, K): the sum over each sequence's tokens, weighed by the row of their position."""
+    _, heads, _, head_width = x_PHWK.shape
+    tokens_PHWK = pieces.hide_padding(at_least_float32(x_PHWK))
+    tokens_PWJ = tokens_PHWK.transpose(1, 2).flatten(2)  # J = H * K: heads share a projection
+    rows_PRW = rows_of_slots(projection_LR.to(tokens_PHWK.dtype), pieces).transpose(1, 2)
     # bmm, as matmul would fold the sequences into one product, whose rounding depends on their number
-    with without_autocast(x_SHWK):
-        rows_SRJ = torch.bmm(projection_RW.expand(sequences, -1, -1), tokens_SWJ)
-    return rows_SRJ.unflatten(2, (heads, head_width)).transpose(1, 2).to(x_SHWK.dtype)
+    with without_autocast(x_PHWK):
+        rows_PRJ = pieces.total(torch.bmm(rows_PRW, tokens_PWJ))
+    return rows_PRJ.unflatten(2, (heads, head_width)).transpose(1, 2).to(x_PHWK.dtype)
+
+
+def rows_of_slots(projection_LR: Tensor, pieces: SequencePieces) -> Tensor:
+    """(P, W, R): the row of each slot's position. What lies beyond the last row is padding; it gets any."""
+    number, width = pieces.shape
+    length = len(projection_LR)
+    if pieces.runs is None:
+        return F.pad(projection_LR[:width], (0, 0, 0, max(0, width - length))).expand(number, -1, -1)
+    blocks_BJ = F.pad(projection_LR, (0, 0, 0, -length % width)).view(-1, width * projection_LR.shape[1])
+    # an embedding, as its gradient does not depend on the order of additions
+    return F.embedding(pieces.runs.number.clamp(max=len(blocks_BJ) - 1), blocks_BJ).view(number, width, -1)

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_pretrain.attention.options import check_integer
-from bert_pretrain.attention.parts.whole_sequences import Real, WholeSequenceHead, softmax_over_tokens
+from bert_pretrain.attention.parts.pieces import SequencePieces
+from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead, softmax_means
 from collate.length_groups import WIDTH_STEP
 
 
@@ -45,53 +46,65 @@ class NystromAttention(WholeSequenceHead):
 
     Options = NystromOptions
     precise = True
+    apart = True
 
-    def mix(self, q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, dropout: float = 0.0) -> Tensor:
-        width = q_SHWK.shape[2]
+    @property
+    def chunk(self) -> int:
+        """The widest piece whose sequence gets the softmax itself."""
+        return -(-self.options.landmarks // WIDTH_STEP) * WIDTH_STEP
+
+    def mix(
+        self, q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, dropout: float = 0.0
+    ) -> Tensor:
+        width = q_PHWK.shape[2]
         # by the width, which is the sequence's own as well as its length is
-        if width <= -(-self.options.landmarks // WIDTH_STEP) * WIDTH_STEP:
-            mask = None if real_S11W is None else real_S11W.expand(-1, -1, width, -1)  # a row per query: faster
-            return F.scaled_dot_product_attention(q_SHWK, k_SHWK, v_SHWK, attn_mask=mask)
-        return nystrom(q_SHWK, k_SHWK, v_SHWK, real_S11W, self.options.landmarks, self.options.iterations)
+        if pieces.runs is None and width <= self.chunk:
+            mask = None if pieces.is_real is None else pieces.is_real.expand(-1, -1, width, -1)  # a row each: faster
+            return F.scaled_dot_product_attention(q_PHWK, k_PHWK, v_PHWK, attn_mask=mask)
+        return nystrom(q_PHWK, k_PHWK, v_PHWK, pieces, self.options.landmarks, self.options.iterations)
 
 
-def nystrom(q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, landmarks: int, iterations: int) -> Tensor:
+def nystrom(
+    q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, landmarks: int, iterations: int
+) -> Tensor:
     """The formula, for sequences of at least `landmarks` tokens."""
-    means_S1MW = segment_means(q_SHWK, real_S11W, landmarks)
-    q_SHWK = q_SHWK / q_SHWK.shape[3] ** 0.5
-    query_SHMK, key_SHMK = means_S1MW @ q_SHWK, means_S1MW @ k_SHWK
-    to_landmarks_SHWM = (q_SHWK @ key_SHMK.transpose(2, 3)).softmax(3)
+    means_P1MW = segment_means(pieces, landmarks, q_PHWK.dtype)
+    q_PHWK = q_PHWK / q_PHWK.shape[3] ** 0.5
+    query_SHMK, key_SHMK = (pieces.add_up(means_P1MW @ x) for x in (q_PHWK, k_PHWK))
+    to_landmarks_PHWM = (q_PHWK @ pieces.spread(key_SHMK).transpose(2, 3)).softmax(3)
     among_landmarks_SHMM = (query_SHMK @ key_SHMK.transpose(2, 3)).softmax(3)
-    from_landmarks_SHMW = softmax_over_tokens(query_SHMK @ k_SHWK.transpose(2, 3), real_S11W)
+    scores_PHMW = pieces.spread(query_SHMK) @ k_PHWK.transpose(2, 3)
+    (from_landmarks_SHMK,) = softmax_means(scores_PHMW, pieces, v_PHWK)
     # from the right, as these products are the small ones
-    return to_landmarks_SHWM @ (pseudo_inverse(among_landmarks_SHMM, iterations) @ (from_landmarks_SHMW @ v_SHWK))
+    read_SHMK = pseudo_inverse(among_landmarks_SHMM, iterations) @ from_landmarks_SHMK
+    return to_landmarks_PHWM @ pieces.spread(read_SHMK)
 
 
-def segment_means(x_SHWK: Tensor, real_S11W: Real, landmarks: int) -> Tensor:
-    """(S, 1, M, W): the matrix that takes tokens to the means of M segments of each sequence.
+def segment_means(pieces: SequencePieces, landmarks: int, dtype: torch.dtype) -> Tensor:
+    """(P, 1, M, W): the matrix that takes tokens to the means of M segments of each sequence.
 
     5 tokens, M = 2:   1/2 1/2  0   0   0
                         0   0  1/3 1/3 1/3
     """
-    sequences, _, width, _ = x_SHWK.shape
-    token_W = torch.arange(width, device=x_SHWK.device)
-    length_S1 = torch.full((sequences, 1), width, device=x_SHWK.device)
-    if real_S11W is not None:
-        length_S1 = real_S11W.flatten(1).sum(1, keepdim=True)
-    segment_SW = ((token_W + 1) * landmarks - 1) // length_S1  # segment m begins at token floor(m n / M)
-    segment_SW = torch.where(token_W < length_S1, segment_SW, -1)
-    is_in_SMW = segment_SW[:, None, :] == torch.arange(landmarks, device=x_SHWK.device)[:, None]
-    is_in_S1MW = is_in_SMW[:, None].to(x_SHWK.dtype)
-    return is_in_S1MW / is_in_S1MW.sum(3, keepdim=True)
+    return pieces.kept(("segment means", landmarks, dtype), lambda: _segment_means(pieces, landmarks, dtype))
+
+
+def _segment_means(pieces: SequencePieces, landmarks: int, dtype: torch.dtype) -> Tensor:
+    length_P11, position_P1W = pieces.length[:, None, None], pieces.positions[:, None]
+    segment_M1 = torch.arange(landmarks, device=length_P11.device)[:, None]
+    # segment m begins at token floor(m n / M)
+    first, next_first = (number * length_P11 // landmarks for number in (segment_M1, segment_M1 + 1))
+    is_in_PMW = (first <= position_P1W) & (position_P1W < next_first)
+    return (is_in_PMW.to(dtype) / (next_first - first))[:, None]
 
 
 def pseudo_inverse(a_SHMM: Tensor, iterations: int) -> Tensor:
     """The Moore-Penrose inverse of each matrix by itself, approached by the iteration of Razavi et al. (2014)."""
     norms_SH11 = a_SHMM.sum(2, keepdim=True).amax(3, keepdim=True) * a_SHMM.sum(3, keepdim=True).amax(2, keepdim=True)
     inverse_SHMM = a_SHMM.transpose(2, 3) / norms_SH11  # the entries of a softmax are their own absolute values
-    one_MM = torch.eye(a_SHMM.shape[3], dtype=a_SHMM.dtype, device=a_SHMM.device)
+    a, z = a_SHMM.flatten(0, 1), inverse_SHMM.flatten(0, 1)
     for _ in range(iterations):
-        product = a_SHMM @ inverse_SHMM
-        rest = 13 * one_MM - product @ (15 * one_MM - product @ (7 * one_MM - product))
-        inverse_SHMM = inverse_SHMM @ rest / 4
-    return inverse_SHMM
+        p = torch.bmm(a, z)
+        rest = torch.baddbmm(p, p, torch.baddbmm(p, p, p, beta=-7), beta=15)
+        z = torch.baddbmm(z, z, rest, beta=13 / 4, alpha=-1 / 4)
+    return z.view_as(a_SHMM)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from bert_pretrain.attention.heads.linear import kernel_attention
 from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
-from bert_pretrain.attention.parts.whole_sequences import Real, WholeSequenceHead
+from bert_pretrain.attention.parts.pieces import SequencePieces
+from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,27 @@ class PerformerAttention(WholeSequenceHead):
         seed = self.options.seed * 1_000_003 + self.layer_index
         self.projection_FK.copy_(orthogonal_features(self.options.features, self.head_width, seed))
 
-    def mix(self, q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, dropout: float = 0.0) -> Tensor:
-        query_SHWF, key_SHWF = self.features(q_SHWK, over=(3,)), self.features(k_SHWK, over=(2, 3))
-        return kernel_attention(query_SHWF, key_SHWF, v_SHWK, real_S11W)
+    def mix(
+        self, q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, dropout: float = 0.0
+    ) -> Tensor:
+        query_PHWF, key_PHWF = self.features(q_PHWK), self.features(k_PHWK, pieces)
+        return kernel_attention(query_PHWF, key_PHWF, v_PHWK, pieces)
 
-    def features(self, x_SHWK: Tensor, over: tuple[int, ...]) -> Tensor:
-        """phi(x) (S, H, W, F), with c the maximum over the dimensions `over`.
+    def features(self, x_PHWK: Tensor, pieces: SequencePieces | None = None) -> Tensor:
+        """phi(x) (P, H, W, F), with c the maximum of a token; with pieces, that of a sequence.
 
         Padding slots repeat one of the sequence's own tokens, so that they cannot raise its maximum.
         """
-        y_SHWK = x_SHWK * self.head_width**-0.25
-        projection_KF = self.projection_FK.T.to(y_SHWK.dtype)
-        product_SHWF = y_SHWK @ projection_KF.expand(*y_SHWK.shape[:2], -1, -1)
-        exponent_SHWF = product_SHWF - y_SHWK.square().sum(3, keepdim=True) / 2
-        largest = exponent_SHWF if self.options.stabiliser == "exponent" else product_SHWF
-        features_SHWF = (exponent_SHWF - largest.detach().amax(over, keepdim=True)).exp() + self.options.epsilon
-        return features_SHWF * self.options.features**-0.5
+        y_PHWK = x_PHWK * self.head_width**-0.25
+        projection_KF = self.projection_FK.T.to(y_PHWK.dtype)
+        product_PHWF = y_PHWK @ projection_KF.expand(*y_PHWK.shape[:2], -1, -1)
+        exponent_PHWF = product_PHWF - y_PHWK.square().sum(3, keepdim=True) / 2
+        largest = (exponent_PHWF if self.options.stabiliser == "exponent" else product_PHWF).detach()
+        c_PH11 = largest.amax(3, keepdim=True)
+        if pieces is not None:
+            c_PH11 = pieces.largest(c_PH11.amax(2, keepdim=True))
+        features_PHWF = (exponent_PHWF - c_PH11).exp() + self.options.epsilon
+        return features_PHWF * self.options.features**-0.5
 
 
 def orthogonal_features(num_features: int, width: int, seed: int) -> Tensor:

@@ -4,5 +4,6 @@ pattern            softmax over a fixed pattern of positions
 windows            a chunk and its neighbours
 fold               a sequence folded into a table
 global_tokens      tokens that see all, and are seen by all
+pieces             whole sequences side by side, or in chunks, and sums over the chunks of each
 whole_sequences    sums and projections over whole sequences
 """

@@ -2,62 +2,88 @@
 
     lengths 3, 20, 5, 17    ->    one call of `mix` for the sequences of 1 to 16 tokens, one for those of 17 to 32
 
-Sequences of like length lie side by side (`collate.length_groups`), each with its own place along the first dimension
-of every product. So a sum over a sequence is a matrix product over its own rows: no scatter, and no order of addition
-that another sequence could change. Which kernel computes a product depends on the processor and on the shape: the
-width, a length rounded up to a multiple of 16, and the number of sequences that share it.
+Sequences of like length lie side by side, each with its own place along the first dimension of every product. So a sum
+over a sequence is a matrix product over its own rows: no scatter, and no order of addition that another sequence could
+change. An accelerator gets all sequences at once, in chunks (`pieces`): `mix` says what is to be added up over the
+chunks of a sequence. Which kernel computes a product depends on the processor and on the shape.
 
-Shape letters: S sequences of a group, W its width, n a sequence's own length.
+Shape letters: P pieces of a part, W its width, n a sequence's own length.
 """
 
 from contextlib import nullcontext
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead, without_autocast
+from bert_pretrain.attention.parts.pieces import (
+    Cut,
+    SequencePieces,
+    chunk_table,
+    in_chunks,
+    takes_chunks,
+    whole_sequences,
+)
 from collate.layout import PackLayout
 from collate.views import at_least_float32
 
-Real = Tensor | None
-"""(S, 1, 1, W) bool: False in padding slots; None where there are none."""
-
 
 class WholeSequenceHead(AttentionHead):
-    """A head whose subclass mixes the tokens of one group of sequences, with `mix`."""
+    """A head whose subclass mixes the tokens of one part of the batch, with `mix`."""
 
     precise: ClassVar[bool] = False
     """Whether `mix` computes in float32 at least, even under autocast: for sums over whole sequences and inverses."""
+    apart: ClassVar[bool] = False
+    """Whether sequences of one chunk are a part of their own."""
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk, where sequences are cut into chunks."""
+        return 64
+
+    def prepare(self, layout: PackLayout) -> None:
+        if takes_chunks(layout):
+            layout.chunks(self.chunk)
+            chunk_table(layout, self.chunk, self.apart)
+        else:
+            whole_sequences(layout)
+
+    def cut(self, layout: PackLayout) -> Cut:
+        return in_chunks(layout, self.chunk, self.apart) if takes_chunks(layout) else whole_sequences(layout)
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
-        tokens = [q_THK, k_THK, v_THK]
-        if self.precise:
-            tokens = list(map(at_least_float32, tokens))
-        settings, groups = self.dropout_settings(dropout), layout.length_groups
-        contexts = []
+        cut, settings, contexts = self.cut(layout), self.dropout_settings(dropout), []
         with without_autocast(q_THK) if self.precise else nullcontext():
-            for query, key, value, is_real in zip(*map(groups.gather, tokens), groups.key_masks, strict=True):
+            for *inputs, pieces in zip(*map(cut.gather, (q_THK, k_THK, v_THK)), cut.parts, strict=True):
+                if self.precise:
+                    inputs = [at_least_float32(x) for x in inputs]
                 # contiguous once: each product would copy a strided tensor again
-                query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-                contexts.append(self.mix(query, key, value, is_real, **settings).transpose(1, 2))
-        return groups.scatter(contexts).to(q_THK.dtype)
+                query, key, value = (x.transpose(1, 2).contiguous() for x in inputs)
+                contexts.append(self.mix(query, key, value, pieces, **settings).transpose(1, 2))
+            return cut.scatter(contexts).to(q_THK.dtype)
 
-    def mix(self, q_SHWK: Tensor, k_SHWK: Tensor, v_SHWK: Tensor, real_S11W: Real, dropout: float = 0.0) -> Tensor:
-        """The context (S, H, W, K) of one group. dropout: as in `attend`.
+    def mix(
+        self, q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, dropout: float = 0.0
+    ) -> Tensor:
+        """The context (P, H, W, K) of one part. dropout: as in `attend`.
 
-        Padding slots, at a sequence's end, show its last token; real_S11W is False there, None without padding.
-        Mask them out of every sum over W: their gradient is dropped.
+        Padding slots show the last token of their sequence: mask them out of every sum over W, as their gradient is
+        dropped. What is a sum over W is then added up over the pieces of each sequence.
         """
         raise NotImplementedError
 
 
-def zero_padding(x_SHWK: Tensor, real_S11W: Real) -> Tensor:
-    """0 in padding slots, along W."""
-    return x_SHWK if real_S11W is None else x_SHWK.masked_fill(~real_S11W.transpose(2, 3), 0)
-
-
-def softmax_over_tokens(scores_SHMW: Tensor, real_S11W: Real) -> Tensor:
-    """Softmax over the real tokens of each sequence; 0 in padding slots."""
-    if real_S11W is not None:
-        scores_SHMW = scores_SHMW.masked_fill(~real_S11W, float("-inf"))
-    return scores_SHMW.softmax(-1)
+def softmax_means(
+    scores_PHMW: Tensor, pieces: SequencePieces, *x_PHWK: Tensor, dropout: float = 0.0
+) -> tuple[Tensor, ...]:
+    """Softmax over all tokens of each sequence, and the means of each x by these weights: (S, H, M, K) each."""
+    if pieces.is_real is not None:
+        scores_PHMW = scores_PHMW.masked_fill(~pieces.is_real, float("-inf"))
+    if pieces.runs is None:
+        weights_PHMW = F.dropout(scores_PHMW.softmax(3), dropout)
+        return tuple(weights_PHMW @ x for x in x_PHWK)
+    weights_PHMW = (scores_PHMW - pieces.largest(scores_PHMW.detach().amax(3, keepdim=True))).exp()
+    total_SHM1 = pieces.add_up(weights_PHMW.sum(3, keepdim=True))
+    weights_PHMW = F.dropout(weights_PHMW, dropout)
+    return tuple(pieces.add_up(weights_PHMW @ x) / total_SHM1 for x in x_PHWK)

@@ -17,6 +17,7 @@ from bert_pretrain.attention.heads.linformer import LinformerAttention
 from bert_pretrain.attention.heads.nystrom import NystromAttention, nystrom, segment_means
 from bert_pretrain.attention.heads.performer import PerformerAttention, orthogonal_features
 from bert_pretrain.attention.heads.sdpa import SdpaAttention
+from bert_pretrain.attention.parts.pieces import SequencePieces
 
 BUILDS = {
     "inducing": partial(InducingAttention, points=5),
@@ -53,6 +54,11 @@ def twin_of(head):
 def one_sequence(length, seed=0, width=WIDTH):
     layout = layout_of([[1] * length])
     return layout, heads_input(layout, seed, width=width)
+
+
+def whole(length, width=None):
+    """One sequence as one piece."""
+    return SequencePieces((1, width or length), None, torch.tensor([length]))
 
 
 def assert_near(found, expected, tolerance=1e-12):
@@ -153,15 +159,14 @@ def test_linformer_begins_with_means_of_neighbours():
 def test_nystrom_with_a_landmark_for_each_token_is_softmax(length):
     layout, inputs = one_sequence(length)
     exact = SdpaAttention(HEADS, WIDTH, MAX_LENGTH)(*inputs, layout)
-    by_formula = nystrom(*map(reference.to_heads, inputs), None, landmarks=length, iterations=40)
+    by_formula = nystrom(*map(reference.to_heads, inputs), whole(length), landmarks=length, iterations=40)
     assert_near(reference.from_heads(by_formula), exact, 1e-9)
     assert_near(make(NystromAttention, landmarks=length)(*inputs, layout), exact)
 
 
 def test_nystrom_segments():
-    mask = torch.tensor([[True] * 5 + [False]])[:, None, None]
     half, third = 1 / 2, pytest.approx(1 / 3)
-    found = segment_means(torch.zeros(1, 1, 6, 1, dtype=torch.float64), mask, 2)[0, 0].tolist()
+    found = segment_means(whole(5, width=6), 2, torch.float64)[0, 0].tolist()
     assert found == [[half, half, 0, 0, 0, 0], [0, 0, third, third, third, 0]]
 
 
@@ -286,7 +291,7 @@ def test_the_sums_of_linear_equal_linear_attention_transformer_with_its_features
     """softmax over the width for queries, over the tokens for keys: weights that add up to 1 by themselves."""
     _, inputs = one_sequence(50)
     query, key, value = map(reference.to_heads, inputs)
-    found = kernel_attention(query.softmax(3), key.softmax(2), value, None) / WIDTH**0.5  # it scales its output
+    found = kernel_attention(query.softmax(3), key.softmax(2), value, whole(50)) / WIDTH**0.5  # it scales its output
     assert_near(reference.from_heads(found), reference.public_efficient_attention()(*inputs))
 
 
@@ -334,11 +339,7 @@ def test_the_public_pseudo_inverse_mixes_even_the_rows_of_a_batch():
 def test_a_stabiliser_over_the_batch_would_be_caught(monkeypatch):
     """It enters through epsilon only: the leak is small, and still found."""
 
-    def features(self, x_SHWK, over):
-        return own_features(self, x_SHWK, over=(0, 1, 2, 3))
-
-    own_features = PerformerAttention.features
-    monkeypatch.setattr(PerformerAttention, "features", features)
+    monkeypatch.setattr(SequencePieces, "largest", lambda _, x: x.detach().amax().expand_as(x))
     with pytest.raises(AssertionError):
         contract.check_isolation(BUILDS["performer"], [[1] * 9 + [2] * 12])
 

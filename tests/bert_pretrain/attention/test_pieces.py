@@ -1,0 +1,120 @@
+"""Sums over sequences in chunks, as accelerators take them: the same as over whole sequences, and as isolated."""
+
+from functools import partial
+
+import pytest
+import torch
+from attention_contract import ROUNDING, assert_equal, heads_input, make, of_tokens, run
+
+from bert_pretrain.attention import ATTENTION
+from bert_pretrain.attention.parts import pieces
+from bert_pretrain.attention.parts.pieces import in_chunks, takes_chunks, whole_sequences
+from collate.layout import PackLayout, SlotLayout
+
+HEADS = {
+    "linear": ATTENTION["linear"],
+    "performer": partial(ATTENTION["performer"], features=20),
+    "performer, exponent": partial(ATTENTION["performer"], features=20, stabiliser="exponent"),
+    "inducing": partial(ATTENTION["inducing"], points=5),
+    "linformer": partial(ATTENTION["linformer"], rank=12, initial="random"),
+    "nystrom": partial(ATTENTION["nystrom"], landmarks=7),
+}
+LENGTHS = [[1, 63, 64, 65], [190], [130, 20, 3], []]
+every_head = pytest.mark.parametrize("build", HEADS.values(), ids=HEADS)
+
+
+def both_layouts(lengths=LENGTHS):
+    """The real tokens of packs of 200 slots, and all slots, with two slots for sequences that no pack has."""
+    ids = torch.zeros(len(lengths), 200, dtype=torch.int32)
+    for pack, of_pack in enumerate(lengths):
+        own = torch.repeat_interleave(torch.arange(len(of_pack)), torch.tensor(of_pack, dtype=torch.int64)) + 1
+        ids[pack, : len(own)] = own
+    return PackLayout(ids), SlotLayout(ids, sequence_slots=max(map(len, lengths)) + 2)
+
+
+def inputs_and_weights(layout, slots):
+    """For both layouts: q, k, v and the weights of the context; padding holds anything, and nothing reads it."""
+    inputs, weights = heads_input(layout), heads_input(layout, 1)[0]
+
+    def in_slots(x, padding):
+        return layout.pad(x).flatten(0, 1).masked_fill(~slots.is_real_token[:, None, None], padding)
+
+    return inputs, weights, [in_slots(x, 1e3) for x in inputs], in_slots(weights, 0)
+
+
+def test_cpus_take_whole_sequences_and_slots_are_cut_into_chunks():
+    layout, slots = both_layouts()
+    assert not takes_chunks(layout) and takes_chunks(slots)
+
+
+@every_head
+def test_chunks_and_whole_sequences_agree(build):
+    layout, slots = both_layouts()
+    head = make(build, max_sequence_length=190)  # shorter than the padding of a pack, and no multiple of a chunk
+    inputs, weights, in_slots, weights_in_slots = inputs_and_weights(layout, slots)
+    expected = run(head, layout, inputs, weights)
+    found = run(head, slots, in_slots, weights_in_slots)
+    real = of_tokens(found, slots.is_real_token)
+    parameters = {name: value for name, value in found.items() if name.startswith("parameter")}
+    assert_equal(real | parameters, expected)
+
+
+@every_head
+@pytest.mark.parametrize("value", [None, 1e4, float("nan")])
+def test_a_broken_mate_changes_no_bit_of_the_others_chunks(build, value):
+    layout, slots = both_layouts()
+    head = make(build, max_sequence_length=200)
+    _, _, inputs, weights = inputs_and_weights(layout, slots)
+    mate = slots.sequence_of_token == 2
+    weights = torch.where(mate[:, None, None], 0, weights)
+    before = of_tokens(run(head, slots, inputs, weights), ~mate)
+    others = [x.flip(0) if value is None else torch.full_like(x, value) for x in inputs]
+    changed = [torch.where(mate[:, None, None], other, x) for other, x in zip(others, inputs, strict=True)]
+    assert_equal(of_tokens(run(head, slots, changed, weights), ~mate), before, tolerance=0)
+
+
+def test_a_sum_that_forgets_a_chunk_would_be_caught(monkeypatch):
+    monkeypatch.setattr(pieces, "totals", lambda x, *_: x)
+    with pytest.raises(AssertionError):
+        test_chunks_and_whole_sequences_agree(HEADS["linear"])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_sums_over_the_chunks_of_each_sequence(apart):
+    _, slots = both_layouts()
+    cut = in_chunks(slots, 64, apart)
+    tokens = torch.randn(slots.num_tokens, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    of_parts = map(cut.gather, (tokens, slots.positions_T, slots.sequence_of_token))
+    for part, x, positions, numbers in zip(cut.parts, *of_parts, strict=True):
+        real, number = part.is_real[:, 0, 0], numbers[:, 0]
+        assert (part.positions == positions)[real].all() and (part.length == slots.lengths[number]).all()
+        x = torch.where(real[..., None], x, 0).sum(1)
+        expected = torch.stack([tokens[slots.sequence_of_token == own].sum(0) for own in number])
+        torch.testing.assert_close(part.total(x), expected, rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(part.spread(part.add_up(x)), expected, rtol=0, atol=ROUNDING)
+        assert (part.largest(x) == torch.stack([x[number == own].amax(0) for own in number])).all()
+    assert (cut.scatter(cut.gather(tokens)) == tokens).all()
+    assert [part.runs is None for part in cut.parts] == ([True, False] if apart else [False])
+
+
+def test_sums_are_the_same_in_one_pass_and_in_two():
+    """On CUDA one kernel adds up in order; a CPU adds an index. Gradients, too."""
+    _, slots = both_layouts()
+    (part,) = in_chunks(slots, 64).parts
+    x = torch.randn(part.shape[0], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, sequence, bounds = part.runs
+    in_order = torch.segment_reduce(x, "sum", offsets=bounds, axis=0, unsafe=True)
+    torch.testing.assert_close(pieces.over_sequences(x, sequence, bounds, "sum"), in_order, rtol=0, atol=ROUNDING)
+    for name in ("add_up", "total"):
+        assert torch.autograd.gradcheck(getattr(part, name), x.clone().requires_grad_())
+    sums = part.add_up(x)
+    assert torch.autograd.gradcheck(part.spread, sums.requires_grad_())
+
+
+def test_a_batch_of_short_or_of_long_sequences_has_one_part():
+    for lengths, is_short in (([[5, 9], [64]], True), ([[100, 100], [200]], False)):
+        slots = both_layouts(lengths)[1]
+        real = PackLayout(slots.sequence_ids_BL)
+        cut = in_chunks(real, 64, apart=True)
+        assert [part.runs is None for part in cut.parts] == [is_short]
+        assert len(whole_sequences(real).parts) == len({-(-n // 16) for of_pack in lengths for n in of_pack})
