@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from importlib.metadata import version
 
-from bert_pretrain.options import parse, read_arguments
+from bert_pretrain.options import named, parse, read_arguments
 from bert_pretrain.stand_in import stand_in
 from packing.files.collector import few_collections
 from packing.files.errors import notes, said_in_command, suggestion
@@ -148,7 +148,7 @@ def _train(arguments: list[str]) -> None:
     if training.disable_tqdm or not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own bars, for saving, too
     try:
-        pretrain(config, training)
+        pretrain(config, training, said=named(given))
     except KeyboardInterrupt:
         last = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
         there = f"; {last} stays, and the same command resumes from it" if last else " before a checkpoint was saved"

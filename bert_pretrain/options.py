@@ -35,6 +35,15 @@ def read_arguments(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]
     return None, {}, list(arguments)
 
 
+def named(given: tuple[str | None, dict[str, Any], Sequence[str]]) -> frozenset[str]:
+    """The options that have a value, from `read_arguments`: {"seed": 1, "model": null} and --bf16 -> seed, bf16"""
+    _, values, flags = given
+    options = {flag.partition("=")[0] for flag in with_hyphens(flags) if flag.startswith("--")}
+    return frozenset(option[2:].replace("-", "_").removeprefix("no_") for option in options) | {
+        name.replace("-", "_") for name, value in values.items() if value is not None
+    }
+
+
 def read_config_file(file: str) -> dict[str, Any]:
     """The keys and values of a YAML or JSON file."""
     path = Path(file)

@@ -4,6 +4,7 @@ pretrain       the run, read from top to bottom
 config         PretrainConfig: what a run is configured with
 checks         what cannot be meant, refused before a model is built
 new_model      configuration + vocabulary -> model
+gpu            what the command chooses on a GPU where the user says nothing
 batch          what an optimizer step holds
 optimizer      which optimizer, and LAMB
 trainer        PretrainTrainer

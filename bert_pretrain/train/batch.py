@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from bert_pretrain.train.config import PretrainConfig
-from collate.training.dataloaders import packs_per_pass
+from collate.training.dataloaders import packs_per_pass, said_packs_per_pass
 from collate.training.order import pack_depths, pack_lengths, plan_steps
 from packing import PackedInfo, packed_info
 from packing.files.errors import Option, OptionError, whole_number
@@ -37,7 +37,8 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
         whole_number(name, getattr(training, name))
     if config.tokens_per_pass is not None:
         slots = packed_info(train).max_sequence_length
-        training.per_device_train_batch_size = packs_per_pass(config.tokens_per_pass, slots, training)
+        given = said_packs_per_pass(training)
+        training.per_device_train_batch_size = packs_per_pass(config.tokens_per_pass, slots, given)
     factor, depths = packing_factor(train), pack_depths(train)
     if config.batch_policy == "packs":
         packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size

@@ -69,7 +69,8 @@ class PretrainConfig:
     )
     tokens_per_pass: int | None = _help(
         "Token slots in one forward pass of a device, instead of per_device_train_batch_size: the most for "
-        "batch_policy sequences, as many for packs. By default per_device_train_batch_size decides.",
+        "batch_policy sequences, as many for packs. By default per_device_train_batch_size decides; with batch_policy "
+        "sequences on a GPU, the memory of the card.",
         None,
     )
     reassign: bool = _help(

@@ -1,7 +1,7 @@
 """Pretrain BERT on a packed dataset: the run, read from top to bottom."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from bert_pretrain.attention.heads.routing import RoutingAttention, RoutingCallback
 from bert_pretrain.prepare.tokenizer import load_tokenizer
-from bert_pretrain.train import checks
+from bert_pretrain.train import checks, gpu
 from bert_pretrain.train.batch import set_batch
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.hub import Secret
 from bert_pretrain.train.metrics import attends_fully
 from bert_pretrain.train.new_model import build_model, longest_sequence, resolve_attention, resolve_shape
 from bert_pretrain.train.optimizer import choose_optimizer, freeze_unlearned
-from bert_pretrain.train.resume import find_checkpoint
+from bert_pretrain.train.resume import find_checkpoint, recorded_run
 from bert_pretrain.train.run_record import config_record, run_record, write_config_record
 from bert_pretrain.train.trainer import PretrainTrainer
 from collate import DataCollatorWithPacking
@@ -32,13 +32,20 @@ logger = logging.getLogger(__name__)
 Callbacks = Sequence[TrainerCallback | type[TrainerCallback]]
 
 
-def pretrain(config: PretrainConfig, training: TrainingArguments, callbacks: Callbacks = ()) -> PretrainTrainer:
+def pretrain(
+    config: PretrainConfig,
+    training: TrainingArguments,
+    callbacks: Callbacks = (),
+    said: Collection[str] | None = None,
+) -> PretrainTrainer:
     """Train BERT on packed data; the loss is counted per sequence. Returns the trainer, its model trained and saved.
 
         trainer = pretrain(PretrainConfig("packed", "prepared/tokenizer"), TrainingArguments("bert"))
 
     callbacks: of transformers, beside those of the run. `training` stays as it is; `trainer.args` is a copy of it, with
         what follows from the data, such as the number of passes in a step.
+    said: the options that the user named; `bert_pretrain.train.gpu` chooses others on a GPU, and sets torch's flags for
+        TF32. None, as from Python: all arguments are meant.
 
     Resumes from `training.resume_from_checkpoint`, or by itself from the last checkpoint in `training.output_dir`.
     Raises BlockingIOError while another run writes there. SIGTERM and SIGUSR1 save a checkpoint and end with
@@ -50,12 +57,19 @@ def pretrain(config: PretrainConfig, training: TrainingArguments, callbacks: Cal
     train, test = checks.for_objective(config, *checks.load_splits(config.dataset))
     checks.check_arguments(training, test, config.dataset)
     with one_run(training, str(training.output_dir)):
-        return _pretrain(config, training, callbacks, train, test)
+        return _pretrain(config, training, callbacks, said, train, test)
 
 
 def _pretrain(
-    config: PretrainConfig, training: TrainingArguments, callbacks: Callbacks, train: Dataset, test: Dataset | None
+    config: PretrainConfig,
+    training: TrainingArguments,
+    callbacks: Callbacks,
+    said: Collection[str] | None,
+    train: Dataset,
+    test: Dataset | None,
 ) -> PretrainTrainer:
+    before = None if said is None else recorded_run(training)
+    is_tf32 = bool(training.tf32) if said is None else gpu.choose_precision(training, said, before)
     config = resolve_shape(config, packed_info(train).max_sequence_length)
     config = resolve_attention(config, training)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -67,12 +81,17 @@ def _pretrain(
         checks.check_token_types(config.dataset, split, model.config.type_vocab_size)
     objective = checks.check_objective(config, train)
     freeze_unlearned(model, objective)
+    slots = packed_info(train).max_sequence_length
+    if said is not None:
+        config = gpu.choose_passes(config, training, said, before, model, slots)
     output = Path(str(training.output_dir))
     record = config_record(config, training)  # must precede set_batch, which cannot run twice
+    if said is not None:
+        gpu.choose_loading(config, training, said, slots)
     sequences_per_step = set_batch(config, training, train)
     if training.ddp_find_unused_parameters is None and attends_fully(model):
         training.ddp_find_unused_parameters = False  # even a rank without packs uses all; looking costs time
-    run = run_record(config, training, train, tokenizer, test, model) if training.should_save else None
+    run = run_record(config, training, train, tokenizer, test, model, is_tf32) if training.should_save else None
     checkpoint = find_checkpoint(run, training)
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn

@@ -2,14 +2,16 @@
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import TrainingArguments
 
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.train.config import AUTO
+from bert_pretrain.train.run_record import CHOSEN
 from collate.training.agreement import agreed
-from collate.training.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint
+from collate.training.checkpoints import RUN_FILE, DamagedCheckpoint, check_checkpoint, last_checkpoint, newest_first
 from packing.files.errors import Option, OptionError
 from packing.files.metadata import read_json
 
@@ -41,6 +43,24 @@ def find_checkpoint(record: dict[str, dict] | None, training: TrainingArguments)
     if found is not None:
         logger.info("resuming from %s", found)
     return found
+
+
+def recorded_run(training: TrainingArguments) -> dict[str, dict] | None:
+    """What the run that resumes recorded, for the choices that it keeps; None: a new run.
+
+    `find_checkpoint` checks the record later, and says what is wrong with it.
+    """
+
+    def look() -> dict[str, dict] | None:
+        asked_for, output = training.resume_from_checkpoint, Path(str(training.output_dir))
+        folders = [*newest_first(output), output] if asked_for is None else [Path(asked_for)]
+        for folder in folders:
+            if (folder / RUN_FILE).is_file():
+                with suppress(ValueError):
+                    return _read_record(folder / RUN_FILE)
+        return None
+
+    return agreed(training, look)
 
 
 def _complete_checkpoint(training: TrainingArguments) -> Path | None:
@@ -75,6 +95,8 @@ def _check_parts(checkpoint: Path) -> None:
 def _check_record(folder: Path, record: dict[str, dict], cure: str = RESUME_OR_START) -> None:
     saved = _read_record(folder / RUN_FILE)
     for part, values in record.items():
+        if part == CHOSEN:
+            continue
         if part in CONTENTS and part not in saved:
             raise OptionError(
                 f"{folder}/{RUN_FILE} does not say what its {part} held: an earlier version wrote it; start again in "

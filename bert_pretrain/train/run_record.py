@@ -59,6 +59,8 @@ MUST_STAY = {"dataloader_drop_last"}
 NOT_TRAINING = {"eval_mlm_probability", "peak_tflops", "tokens_per_pass"}
 PLACES = {"dataset", "tokenizer", "model"}
 """Folders may be moved: their contents are compared."""
+CHOSEN = "chosen"
+"""The part of run.json that is compared with nothing: a run that resumes takes these values where it is told none."""
 OF_THE_BEST = (
     *("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay"),
     *("save_strategy", "save_steps", "load_best_model_at_end"),
@@ -76,7 +78,7 @@ PLACES_OF_A_MODEL = ("_name_or_path", "architectures", "transformers_version")
 def config_record(config: PretrainConfig, training: TrainingArguments) -> dict[str, Any]:
     """Option -> value, as JSON. Call it before sequences_per_step has become packs per pass.
 
-    Secrets are left out: no option that ends in _token.
+    Secrets are left out: no option that ends in _token. bf16 is there in any case: a GPU would choose it.
     """
     record: dict[str, Any] = asdict(config)
     values = training.to_dict()
@@ -92,7 +94,7 @@ def config_record(config: PretrainConfig, training: TrainingArguments) -> dict[s
         if name == "accelerator_config" and value.items() <= AcceleratorConfig().to_dict().items():
             continue
         record[name] = value
-    return record
+    return record if training.fp16 else record | {"bf16": training.bf16}
 
 
 def versions() -> dict[str, str]:
@@ -119,6 +121,7 @@ def run_record(
     tokenizer: PreTrainedTokenizerBase,
     test: Dataset | None = None,
     model: PreTrainedModel | None = None,
+    is_tf32: bool = False,
 ) -> dict[str, dict]:
     """What decides the outcome of a run, as JSON; kept in each of its checkpoints, and beside its model at the end.
 
@@ -146,6 +149,7 @@ def run_record(
         "model": {} if model is None else model_contents(model),
         "best": {name: arguments[name] for name in OF_THE_BEST} | {"eval_mlm_probability": config.eval_mlm_probability},
         "versions": versions(),
+        CHOSEN: {"tokens_per_pass": config.tokens_per_pass, "tf32": is_tf32},
     }
     return json.loads(json.dumps(record, default=str))
 

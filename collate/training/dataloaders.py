@@ -224,25 +224,31 @@ def slots_per_pack(collator: Any, dataset: Any) -> int:
     return slots
 
 
-def packs_per_pass(tokens_per_pass: int, slots_per_pack: int, args: TrainingArguments) -> int:
+def packs_per_pass(tokens_per_pass: int, slots_per_pack: int, given: int | None = None) -> int:
     """As many whole packs as one pass has room for: 65,536 tokens, 512 slots in a pack -> 128.
 
-    Raises ValueError for less than one pack, and for a per_device_train_batch_size that says another number. (Its
-    default says nothing.)
+    given: per_device_train_batch_size, if the caller said it. Raises ValueError if it is another number, and for less
+    than one pack.
     """
     whole_number("tokens_per_pass", tokens_per_pass)
-    packs, given = tokens_per_pass // slots_per_pack, args.per_device_train_batch_size
+    packs = tokens_per_pass // slots_per_pack
     if not packs:
-        raise ValueError(
-            f"tokens_per_pass={tokens_per_pass} is less than the {slots_per_pack} token slots of one pack; set it to "
-            f"{slots_per_pack} or more, or pack for a lower max_sequence_length"
+        raise OptionError(
+            f"{Option('tokens_per_pass', tokens_per_pass)} is less than the {slots_per_pack} token slots of one pack; "
+            f"set it to {slots_per_pack} or more, or pack for a lower {Option('max_sequence_length')}"
         )
-    if given not in (packs, type(args).per_device_train_batch_size):
-        raise ValueError(
-            f"tokens_per_pass={tokens_per_pass} is {packs} packs of {slots_per_pack} token slots, but "
-            f"per_device_train_batch_size={given}; leave out either"
+    if given not in (None, packs):
+        raise OptionError(
+            f"{Option('tokens_per_pass', tokens_per_pass)} is {packs} packs of {slots_per_pack} token slots, but "
+            f"{Option('per_device_train_batch_size', given)} disagrees; leave out either"
         )
     return packs
+
+
+def said_packs_per_pass(args: TrainingArguments) -> int | None:
+    """per_device_train_batch_size; None for its default, which says nothing."""
+    packs = args.per_device_train_batch_size
+    return None if packs == type(args).per_device_train_batch_size else packs
 
 
 def _has_length(dataset: Any) -> bool:

@@ -24,7 +24,7 @@ from transformers import Trainer
 from collate.collator import DataCollatorWithPacking
 from collate.heads import prepare_head, task_for
 from collate.layout import PADDING
-from collate.training.dataloaders import packs_per_pass, refuse_torn_steps, slots_per_pack
+from collate.training.dataloaders import packs_per_pass, refuse_torn_steps, said_packs_per_pass, slots_per_pack
 from collate.training.hooks import overrides_trainer
 from collate.training.own_loss import OwnLoss, has_own_loss
 from collate.training.plain_trainer import SetEpoch, check_forward, check_model
@@ -103,9 +103,10 @@ class PackedTrainer(EvaluatesSequences):
 
     def _size_passes(self, tokens_per_pass: int) -> None:
         """Write what tokens_per_pass means into a copy of the arguments."""
-        self.args = copy(self.args)
         slots = slots_per_pack(self.data_collator, self.train_dataset)
-        self.args.per_device_train_batch_size = packs_per_pass(tokens_per_pass, slots, self.args)
+        packs = packs_per_pass(tokens_per_pass, slots, said_packs_per_pass(self.args))
+        self.args = copy(self.args)
+        self.args.per_device_train_batch_size = packs
         self._train_batch_size = self.args.train_batch_size
 
     def _find_task(self, model: nn.Module) -> Any:

@@ -243,10 +243,10 @@ def test_resuming_is_of_the_same_run_and_from_where_it_is_told(folders, tmp_path
         (["--num_attention_heads", "0"], "num_attention_heads=0 must be a whole number, at least 1"),
         (["--auto_find_batch_size", "True"], "auto_find_batch_size"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be a whole number, at least 1"),
-        (["--tokens_per_pass", "63"], "tokens_per_pass=63 is less than the 64 token slots of one pack"),
+        (["--tokens_per_pass", "63"], "--tokens-per-pass 63 is less than the 64 token slots of one pack"),
         (
             ["--tokens_per_pass", "640", "--per_device_train_batch_size", "4"],
-            "tokens_per_pass=640 is 10 packs of 64 token slots, but per_device_train_batch_size=4; leave out either",
+            "--tokens-per-pass 640 is 10 packs of 64 token slots, but --per-device-train-batch-size 4 disagrees; leave",
         ),
         (["--sequences_per_step", "3000"], "sequences_per_step=3000 is more than the "),
         (["--fp16"], "fp16=True needs a GPU"),

@@ -8,34 +8,39 @@ from pretraining_models import MAX_LENGTH
 from training_runs import make_epochs, make_packs, make_trainer
 from transformers import TrainingArguments
 
-from collate.training.dataloaders import packs_per_pass
+from collate.training.dataloaders import packs_per_pass, said_packs_per_pass
 
 
 @pytest.mark.parametrize(
     ("tokens", "slots", "packs"), [(65_536, 512, 128), (512, 512, 1), (1023, 512, 1), (1024, 512, 2), (48, 1, 48)]
 )
-def test_a_pass_takes_as_many_whole_packs_as_fit(tmp_path, tokens, slots, packs):
-    for given in ({}, {"per_device_train_batch_size": packs}):
-        assert packs_per_pass(tokens, slots, TrainingArguments(str(tmp_path), use_cpu=True, **given)) == packs
+def test_a_pass_takes_as_many_whole_packs_as_fit(tokens, slots, packs):
+    for given in (None, packs):
+        assert packs_per_pass(tokens, slots, given) == packs
 
 
 @pytest.mark.parametrize(
     ("tokens", "given", "message"),
     [
-        (511, {}, "tokens_per_pass=511 is less than the 512 token slots of one pack; set it to 512 or more, or pack"),
-        (0, {}, "tokens_per_pass=0 must be a whole number, at least 1"),
-        (1.5, {}, "tokens_per_pass=1.5 must be a whole number"),
+        (511, None, "tokens_per_pass=511 is less than the 512 token slots of one pack; set it to 512 or more, or pack"),
+        (0, None, "tokens_per_pass=0 must be a whole number, at least 1"),
+        (1.5, None, "tokens_per_pass=1.5 must be a whole number"),
         (
             2048,
-            {"per_device_train_batch_size": 3},
-            "tokens_per_pass=2048 is 4 packs of 512 token slots, but per_device_train_batch_size=3; leave out either",
+            3,
+            "tokens_per_pass=2048 is 4 packs of 512 token slots, but per_device_train_batch_size=3 disagrees; leave out either",
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused(tmp_path, tokens, given, message):
+def test_what_cannot_be_meant_is_refused(tokens, given, message):
     with pytest.raises(ValueError) as refused:
-        packs_per_pass(tokens, 512, TrainingArguments(str(tmp_path), use_cpu=True, **given))
+        packs_per_pass(tokens, 512, given)
     assert message in str(refused.value)
+
+
+def test_the_default_of_transformers_says_nothing(tmp_path):
+    for given, said in (({}, None), ({"per_device_train_batch_size": 3}, 3)):
+        assert said_packs_per_pass(TrainingArguments(str(tmp_path), use_cpu=True, **given)) == said
 
 
 def outcome(**how):
