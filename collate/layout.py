@@ -220,7 +220,7 @@ class PackLayout:
         made = {} if self.host is None else self.host._tables
         missing = {key: table for key, table in made.items() if key not in self._tables}
         if missing:
-            self._tables |= in_ordinary_mode(lambda: send(missing, self.sequence_ids_BL.device))
+            self._tables.update(in_ordinary_mode(lambda: send(missing, self.sequence_ids_BL.device)))
 
     @view
     def _tables(self) -> dict[Hashable, Any]:
