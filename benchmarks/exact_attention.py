@@ -35,7 +35,8 @@ from transformers import BertConfig, BertModel
 
 from bert_pretrain.attention import use_attention
 from collate import isolate_sequences
-from collate.isolation.exact_attention import OneByOne, attend_grouped, pieces_of_tokens
+from collate.isolation.exact_attention import attend_grouped
+from collate.isolation.pieces import OneByOne, pieces_of_tokens
 from collate.layout import PackLayout
 
 HEAD_WIDTH = 64

@@ -55,6 +55,8 @@ class PackLayout:
                 f"sequence_ids must be (packs, slots) integers, got {tuple(self.sequence_ids_BL.shape)} "
                 f"{self.sequence_ids_BL.dtype}"
             )
+        if self.host is not None:
+            self.host.__dict__["device"] = self.device
         if not self.sequence_ids_BL.numel():
             packs, slots = self.sequence_ids_BL.shape
             raise ValueError(f"sequence_ids has {packs} packs of {slots} slots; give at least one pack and one slot")
@@ -100,6 +102,11 @@ class PackLayout:
     def exact(self) -> "PackLayout":
         """The layout of the real tokens alone: for what reads some tokens of the last layer."""
         return self
+
+    @view
+    def device(self) -> torch.device:
+        """Where the batch is that this layout speaks of; of a host's layout the device that it makes tables for."""
+        return self.sequence_ids_BL.device
 
     @view
     def is_real_BL(self) -> Tensor:
@@ -270,6 +277,10 @@ class PackLayout:
         padded = x_T.new_zeros(self.sequence_ids_BL.numel(), *x_T.shape[1:])
         return padded.index_copy(0, self.token_index, x_T).unflatten(0, self.sequence_ids_BL.shape)
 
+    def in_rows(self, x_T: Tensor) -> Tensor:
+        """(T, …) -> (B, L, …): anything on padding, for whoever masks it out."""
+        return self.pad(x_T)
+
 
 @dataclass(frozen=True, eq=False)
 class SlotLayout(PackLayout):
@@ -342,6 +353,9 @@ class SlotLayout(PackLayout):
         """(T, …) -> (B, L, …): zero on padding, whatever it held."""
         is_real = self.is_real_token.view(-1, *[1] * (x_T.dim() - 1))
         return torch.where(is_real, x_T, 0).unflatten(0, self.sequence_ids_BL.shape)
+
+    def in_rows(self, x_T: Tensor) -> Tensor:
+        return x_T.unflatten(0, self.sequence_ids_BL.shape)
 
 
 def _boundaries(layout: PackLayout) -> Tensor:

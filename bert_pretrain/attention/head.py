@@ -34,6 +34,8 @@ class AttentionHead(nn.Module):
     """Whether every token sees every token of its sequence, as in stock BERT."""
     survives_nan: ClassVar[bool] = True
     """Whether a NaN in one sequence leaves the others alone. It does not where a mask multiplies what it hides."""
+    takes_key_layout: ClassVar[bool] = False
+    """Whether keys may be others than the queries."""
 
     def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
         super().__init__()
@@ -49,35 +51,53 @@ class AttentionHead(nn.Module):
         self.options = self.Options(**options)
 
     def forward(
-        self, query_THK: Tensor, key_THK: Tensor, value_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+        self,
+        query_THK: Tensor,
+        key_THK: Tensor,
+        value_THK: Tensor,
+        layout: PackLayout,
+        dropout: float = 0.0,
+        key_layout: PackLayout | None = None,
     ) -> Tensor:
         """(T, H, K) each -> the context (T, H, K), of the value's type.
 
         The three are made one type first: rotary encoders under autocast have queries and keys in float32, values in
         bfloat16.
+
+        key_layout: of keys and values, if they are not the queries' tokens. Sequence i of `layout` sees sequence i of
+            `key_layout`, which may be empty: then its context is 0. Keys end where queries end; by positions, the last
+            query stands beside the last key.
         """
         if dropout and not self.supports_dropout:
             raise ValueError(
                 f"{type(self).__name__} cannot drop attention weights, but dropout={dropout}; "
                 "make the model from a config with attention_probs_dropout_prob=0"
             )
+        if key_layout is not None and not self.takes_key_layout:
+            raise ValueError(
+                f"{type(self).__name__} cannot take keys that are not the queries (key_layout); take sdpa, varlen or "
+                "local attention"
+            )
         if layout.num_sequences == 0:
             # No token, but part of the graph: a rank without packs needs a gradient, of 0, for every parameter.
             nothing = sum(parameter.sum() * 0 for parameter in self.parameters())
             return (query_THK + key_THK + value_THK + nothing).to(value_THK.dtype)
         inputs = as_one_type(query_THK, key_THK, value_THK)
-        return self.attend(*inputs, layout, **self.dropout_settings(dropout)).to(value_THK.dtype)
+        settings = self.dropout_settings(dropout) | ({} if key_layout is None else {"key_layout": key_layout})
+        return self.attend(*inputs, layout, **settings).to(value_THK.dtype)
 
     def prepare(self, layout: PackLayout) -> None:
         """Ask a layout for each table that `attend` needs. Called once per batch, before the first layer, on the host.
 
-        All of them then go to the device in one copy. A graph of torch.compile finds them ready, too.
+        All of them then go to the device in one copy. A graph of torch.compile finds them ready, too. `layout.device`
+        says where `attend` will run. A table that is left out comes later, in a copy of its own.
         """
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         """The mechanism, for a batch with at least one sequence.
 
-        dropout: 0 unless the head supports it. Your own head may leave the parameter out if it does not.
+        dropout: 0 unless the head supports it. Your own head may leave the parameter out if it does not. A head that
+            takes a key_layout has one more parameter of that name.
         """
         raise NotImplementedError
 

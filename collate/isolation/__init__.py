@@ -6,9 +6,11 @@ hook               the pre-hook on the encoder: sequence_ids -> positions, and w
 positions          which position_ids each model type wants
 masks              what keeps sequences apart under sdpa, eager, flex and flash attention
 lazy_mask          the mask for sdpa: it attends by sequences, and is built only if somebody reads it
-exact_attention    full attention within each sequence, without a mask, by torch's kernels
-varlen             the same on CUDA in 16 bits, by FlashAttention's kernels
+exact_attention    full attention within each sequence, by torch's kernels
+pieces             one sequence at a time, by torch's CPU kernel
+other_keys         keys that are not the queries, with a layout of their own
+varlen             on CUDA in 16 bits, by FlashAttention's kernels
 
 Others import hook.is_isolated, encoders.REFUSED, positions.position_ids_start, handover.pretrained_model, and the
-attention in exact_attention and varlen.
+attention in exact_attention, other_keys and varlen.
 """

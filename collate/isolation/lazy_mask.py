@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from collate.isolation.exact_attention import attend_rows
-from collate.isolation.varlen import attend_varlen, varlen_obstacle
+from collate.isolation.varlen import attend_varlen, takes_varlen
 from collate.layout import PackLayout
 
 WANT_MEMORY = (
@@ -94,7 +94,7 @@ def _attend(
         if _takes_varlen(mask, q, dropout_p, scale):
             layout = mask.pack_layout
             q, k, v = (layout.unpad(x.transpose(1, 2)) for x in (q, k, v))
-            return layout.pad(attend_varlen(q, k, v, layout)).transpose(1, 2)
+            return layout.pad(attend_varlen(q, k, v, layout, window=mask.window)).transpose(1, 2)
     query, key, value, built = map(_built, (query, key, value, attn_mask))
     return F.scaled_dot_product_attention(
         query, key, value, built, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -123,6 +123,6 @@ def _takes_varlen(mask: LazyMask, query: Tensor, dropout: float, scale: float | 
     """Whether FlashAttention's kernel can do this; no test runs it on a GPU."""
     width = query.shape[-1]
     is_usual = scale is None or math.isclose(scale, width**-0.5, rel_tol=1e-6)
-    if not query.is_cuda or dropout or not is_usual or mask.window is not None or not mask.pack_layout.num_tokens:
-        return False
-    return varlen_obstacle(query.dtype, width, torch.cuda.get_device_capability(query.device)) is None
+    return (
+        is_usual and not dropout and bool(mask.pack_layout.num_tokens) and takes_varlen(query, mask.window is not None)
+    )

@@ -1,5 +1,6 @@
 """Full attention within each sequence on CUDA in 16 bits, by FlashAttention's kernels for any lengths."""
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -13,11 +14,37 @@ from collate.layout import PackLayout
 WIDEST_HEAD, AMPERE = 256, (8, 0)
 
 
-def attend_varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> Tensor:
-    """The context (T, H, K), scores scaled by 1/sqrt(K); each sequence of the layout by itself."""
-    longest = layout.sequence_ids_BL.shape[1]  # an upper bound is enough, and needs no wait for the device
+def attend_varlen(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    layout: PackLayout,
+    key_layout: PackLayout | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The context (T, H, K), scores scaled by 1/sqrt(K); each sequence of the layout by itself.
+
+    key_layout: of the keys, if they are not the queries: sequence by sequence. Who finds no key gets 0.
+    window: a token sees those at most so many tokens away. Keys end where queries end: the last stand side by side.
+    """
+    keys = key_layout or layout
+    # an upper bound of the lengths is enough, and needs no wait for the device
+    longest, longest_key = layout.sequence_ids_BL.shape[1], keys.sequence_ids_BL.shape[1]
     inputs = (x.contiguous() for x in (q_THK, k_THK, v_THK))
-    return varlen_kernel()(*inputs, layout.cu_seqlens, layout.cu_seqlens, longest, longest)
+    options = {} if window is None else {"window_size": (window, window)}
+    return varlen_kernel()(*inputs, layout.cu_seqlens, keys.cu_seqlens, longest, longest_key, **options)
+
+
+def takes_varlen(query: Tensor, has_window: bool = False) -> bool:
+    """Whether the kernel runs here, for these queries (…, K)."""
+    return query.is_cuda and _takes_varlen(query.device, query.dtype, query.shape[-1], has_window)
+
+
+@torch.compiler.assume_constant_result
+def _takes_varlen(device: torch.device, dtype: torch.dtype, head_width: int, has_window: bool) -> bool:
+    """A compiled graph takes it as a constant: it cannot ask for a device's capability."""
+    obstacle = varlen_obstacle(dtype, head_width, torch.cuda.get_device_capability(device))
+    return obstacle is None and (not has_window or varlen_takes_window())
 
 
 @cache
@@ -30,6 +57,12 @@ def varlen_kernel() -> Callable[..., Any]:
 
         return flash_attn_varlen_func
     return varlen_attn
+
+
+@cache
+def varlen_takes_window() -> bool:
+    """Torch's kernel learned it after 2.10."""
+    return "window_size" in inspect.signature(varlen_kernel()).parameters
 
 
 def varlen_obstacle(dtype: torch.dtype, head_width: int, capability: tuple[int, int]) -> str | None:

@@ -26,6 +26,7 @@ def pretend_kernels(gpu: PretendCuda) -> Iterator[None]:
     seams = {
         "collate.isolation.varlen.varlen_kernel": lambda: lambda *args, **kw: varlen_attn(gpu, *args, **kw),
         "collate.isolation.varlen.has_varlen_kernel": lambda: True,
+        "collate.isolation.varlen.varlen_takes_window": lambda: True,
         "bert_pretrain.attention.parts.pattern.flex_functions": lambda: (
             flex,
             lambda *args, **kwargs: create_block_mask(gpu, *args, **kwargs),

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.heads.local import LocalAttention, LocalOptions, window_mask
+from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, window_mask
 from bert_pretrain.attention.options import check_integer
 from bert_pretrain.attention.parts.pattern import Sees
-from bert_pretrain.attention.parts.windows import Windows, attend, windows_of_tokens
+from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
 
 
@@ -38,7 +38,7 @@ class EtcOptions(LocalOptions):
         check_integer(self, "global_tokens", 1, "without global tokens take local attention")
 
 
-class EtcAttention(LocalAttention):
+class EtcAttention(WindowPattern):
     """Softmax attention over a window and means of the own sequence; no parameters."""
 
     Options = EtcOptions
@@ -46,6 +46,9 @@ class EtcAttention(LocalAttention):
     def sees(self, device: torch.device) -> Sees:
         near = super().sees(device)  # a key at -1: a mean of the sequence, no token
         return lambda head, query, key, length: near(head, query, key, length) | (key < 0)
+
+    def longest_whole(self) -> int:
+        return keys_per_query(self.options.window) * 3 // 2  # here the two cost about the same
 
     def extra_keys(self, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
         key, value = (block_means(x, layout, self.options.global_tokens) for x in (k_THK, v_THK))

@@ -18,6 +18,8 @@ from torch import Tensor
 from bert_pretrain.attention.options import check_integer
 from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
+from collate.isolation.other_keys import attend_other_keys
+from collate.isolation.varlen import attend_varlen, takes_varlen
 from collate.layout import PackLayout
 
 
@@ -33,14 +35,36 @@ class LocalOptions(PatternOptions):
         check_integer(self, "window", 0, "0 lets a token see itself, and no neighbour")
 
 
-class LocalAttention(PatternAttention):
-    """Softmax attention over a window in own positions; no parameters."""
+class WindowPattern(PatternAttention):
+    """The window, for patterns that have one."""
 
     Options = LocalOptions
 
     def sees(self, device: torch.device) -> Sees:
         window = self.options.window
         return lambda head, query, key, length: (query - key).abs() <= window
+
+
+class LocalAttention(WindowPattern):
+    """Softmax attention over a window in own positions; no parameters."""
+
+    takes_key_layout = True
+
+    def attend(
+        self,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THK: Tensor,
+        layout: PackLayout,
+        dropout: float = 0.0,
+        key_layout: PackLayout | None = None,
+    ) -> Tensor:
+        if key_layout is not None:
+            return attend_other_keys(q_THK, k_THK, v_THK, layout, key_layout, dropout, self.options.window)
+        fits = not dropout and self.options.execution == "auto" and takes_varlen(q_THK, has_window=True)
+        if fits:
+            return attend_varlen(q_THK, k_THK, v_THK, layout, window=self.options.window)
+        return super().attend(q_THK, k_THK, v_THK, layout, dropout)
 
     def longest_whole(self) -> int:
         return keys_per_query(self.options.window) * 3 // 2  # here the two cost about the same

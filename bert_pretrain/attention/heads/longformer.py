@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.heads.local import LocalAttention, LocalOptions, window_mask
+from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, window_mask
 from bert_pretrain.attention.options import check_integer
 from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, replace_global
 from bert_pretrain.attention.parts.pattern import Sees
@@ -39,7 +39,7 @@ class LongformerOptions(LocalOptions):
         check_integer(self, "global_tokens", 1, "without global tokens take local attention")
 
 
-class LongformerAttention(LocalAttention):
+class LongformerAttention(WindowPattern):
     """Softmax attention over a window and the global tokens of the own sequence; no parameters."""
 
     Options = LongformerOptions

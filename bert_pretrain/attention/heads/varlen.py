@@ -11,6 +11,7 @@ Isolation: the kernel takes the boundaries of the sequences (cu_seqlens) and wor
 from torch import Tensor, bfloat16, float16
 
 from bert_pretrain.attention.head import AttentionHead
+from collate.isolation.other_keys import attend_other_keys
 from collate.isolation.varlen import attend_varlen
 from collate.layout import PackLayout
 
@@ -19,12 +20,26 @@ class VarlenAttention(AttentionHead):
     """Softmax attention over the tokens of the same sequence; no parameters, no options, no attention dropout."""
 
     is_full = True
+    takes_key_layout = True
 
-    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+    def prepare(self, layout: PackLayout) -> None:
+        layout.cu_seqlens  # noqa: B018
+
+    def attend(
+        self,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THK: Tensor,
+        layout: PackLayout,
+        dropout: float = 0.0,
+        key_layout: PackLayout | None = None,
+    ) -> Tensor:
         if not q_THK.is_cuda or q_THK.dtype not in (float16, bfloat16):
             raise ValueError(
                 f"varlen runs on CUDA in bfloat16 or float16, not on {q_THK.device.type} in {q_THK.dtype}; "
                 "train with bf16=True, or use attention 'auto', which runs anywhere: from_pretrained(…, "
                 "packed_attention='auto'), or --attention auto"
             )
+        if key_layout is not None:
+            return attend_other_keys(q_THK, k_THK, v_THK, layout, key_layout)
         return attend_varlen(q_THK, k_THK, v_THK, layout)

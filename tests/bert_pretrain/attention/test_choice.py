@@ -13,7 +13,8 @@ from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import choice
 from bert_pretrain.attention.choice import AutoAttention, choose_attention
 from bert_pretrain.attention.heads.sdpa import SdpaAttention
-from collate.isolation.exact_attention import Pieces, attend_grouped
+from collate.isolation.exact_attention import attend_grouped
+from collate.isolation.pieces import Pieces
 from collate.isolation.varlen import has_varlen_kernel
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -38,7 +38,7 @@ from transformers import (
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import use_attention
 from collate import DataCollatorWithPacking, PackLayout, check_isolation, isolate_sequences, position_ids_start
-from collate.isolation import exact_attention, masks
+from collate.isolation import masks, pieces
 from collate.isolation.encoders import REFUSED, SUPPORTED
 from collate.isolation.hook import IsolateSequences, is_isolated
 from collate.isolation.lazy_mask import LazyMask
@@ -196,7 +196,7 @@ def test_packed_equals_alone(kind, implementation, softmax_in_float64, built_mas
 def test_no_mask_in_long_rows_one_by_one_or_in_groups(kind, threads, monkeypatch, built_masks):
     """Sequences of one token, sequences longer than several windows, an empty row; more threads than heads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(exact_attention, "SMALLEST_PIECE", 4)
+    monkeypatch.setattr(pieces, "SMALLEST_PIECE", 4)
     stock = make_model(kind)
     packed = isolate_sequences(copy.deepcopy(stock))
     rows = make_rows([[1, 50, 7, 1], [9, 8, 13, 37], []])
