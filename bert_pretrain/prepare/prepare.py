@@ -232,7 +232,7 @@ def _prepare_split(
     tokenizer_file, tokens = parts / f"tokenizer-{key_of(description)}.json", parts / f"{split}-tokens"
     tokenizer_file.write_text(description, encoding="utf-8")
     longest = longest_sentence(config.objective, config.max_sequence_length)
-    documents = text.tokenize(members, tokenizer_file, config.tokenize, tokens, split, longest)
+    documents, amount = text.tokenize(members, tokenizer_file, config.tokenize, tokens, split, longest)
     if not len(documents):
         raise ValueError(
             f"{split} split: the tokenizer left no token of {members.sum()} documents; give one of this language"
@@ -262,6 +262,7 @@ def _prepare_split(
         unread_characters=documents.unread_characters,
         unknown_tokens=int(np.count_nonzero(documents.tokens == tokenizer.unk_token_id)),
         max_sequence_length=config.max_sequence_length,
+        tokenized=amount,
         **counts._asdict(),
     )
     vocabulary_cure = ""

@@ -1,9 +1,10 @@
 """The numbers of a prepared split."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from bert_pretrain.objective import OBJECTIVES
+from packing.text.outcome import Amount
 
 UNKNOWN_SHARE, DROPPED_SHARE = 0.001, 0.05
 """Shares of a split's tokens above which a warning is due."""
@@ -35,6 +36,8 @@ class SplitSummary:
     """Tokens of the text itself."""
     unread_characters: int = 0
     """Characters of words that are too long for the tokenizer, each of which is one unknown token."""
+    tokenized: Amount = field(default=Amount(), compare=False)
+    """How much text was tokenized, and how much of it the tokenizer read. A fact of this run, which is not recorded."""
 
     @property
     def ones_share(self) -> float | None:
@@ -76,7 +79,9 @@ class SplitSummary:
 
     def as_json(self) -> dict[str, int | float | str | None]:
         derived = ("ones_share", "majority", "padding_share", "packing_factor_bound")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        recorded = asdict(self) | {name: getattr(self, name) for name in derived}
+        del recorded["tokenized"]
+        return recorded
 
 
 def summary_table(summary: dict[str, SplitSummary]) -> str:
@@ -103,10 +108,11 @@ def summary_table(summary: dict[str, SplitSummary]) -> str:
         ("mean length", "{:.1f}", lambda split: split.tokens / split.sequences),
         ("padding, unpacked", "{:.1%}", lambda split: split.padding_share),
         ("packing factor at most", "{:.2f}", lambda split: split.packing_factor_bound),
+        ("text of known units", "{:.2%}", lambda split: split.tokenized.known_share),
     ]
     lines = [" " * 22 + "".join(f"{name:>14}" for name in summary)]
     for name, form, number in rows:
-        is_shown_if_any = name in ("cut at words", "without a pair")
+        is_shown_if_any = name in ("cut at words", "without a pair", "text of known units")
         if not name or (is_shown_if_any and not any(map(number, summary.values()))):
             continue
         lines.append(f"{name:<22}" + "".join(f"{form.format(number(split)):>14}" for split in summary.values()))

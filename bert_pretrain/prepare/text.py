@@ -25,6 +25,8 @@ from packing.text.outcome import Amount, DifferentTokens
 from packing.text.tokenizer import TOKENIZE_CURE
 
 if TYPE_CHECKING:
+    from tqdm.std import tqdm
+
     from packing.text.encode import Encoder
 
 logger = logging.getLogger(__name__)
@@ -106,21 +108,23 @@ class Text:
 
     def sentences(self, members: np.ndarray) -> Iterator[str]:
         """The sentences of the documents of which `members` is True."""
-        for documents in self._progress("training the tokenizer", TextTask.chosen, self._tasks(members), members):
+        for documents in self._progress("training the tokenizer", TextTask.chosen, self._tasks(members)):
             for document in documents:
                 yield from document
 
     def characters(self, members: np.ndarray) -> Counter:
         """How often each character occurs in those documents."""
         total: Counter[str] = Counter()
-        for counts in self._progress("counting characters", _count_characters, self._tasks(members), members):
+        for counts in self._progress("counting characters", _count_characters, self._tasks(members)):
             total.update(counts)
         return total
 
     def tokenize(
         self, members: np.ndarray, tokenizer: Path, mode: str, folder: Path, name: str, longest: int
-    ) -> TokenDocuments:
-        """Those documents as token ids, written to a folder. The parts that it has already are not made again.
+    ) -> tuple[TokenDocuments, Amount]:
+        """Those documents as token ids, written to a folder, and how much of their text the tokenizer read.
+
+        The parts that the folder has already are not made again.
 
         tokenizer: a file that `describe` made, of a name of its own. mode: see `open_encoder`. longest: sentence, see
         `tokenize_sentences`.
@@ -129,38 +133,31 @@ class Text:
         exact = folder / "exact"  # it is there once units have proved wrong: parts that are made without them
         if not exact.exists():
             try:
-                parts = self._tokenize(members, partial(_tokenize, tokenizer, mode, longest), folder, name)
+                parts, amount = self._tokenize(members, partial(_tokenize, tokenizer, mode, longest), folder, name)
             except DifferentTokens as error:
                 if mode == "fast":
                     raise ValueError(f"{name} split: {error}; {TOKENIZE_CURE}") from None
                 logger.warning("%s split: all sentences are tokenized one by one, since %s", name, error)
                 exact.mkdir()
         if exact.exists():
-            parts = self._tokenize(members, partial(_tokenize, tokenizer, "exact", longest), exact, name)
+            parts, amount = self._tokenize(members, partial(_tokenize, tokenizer, "exact", longest), exact, name)
         write_tokens(folder / "all", map(load_part, parts))
-        return open_tokens(folder / "all")
+        return open_tokens(folder / "all"), amount
 
     def _tokenize(
         self, members: np.ndarray, tokenize: Callable[["TokenizeTask"], Amount], folder: Path, name: str
-    ) -> list[Path]:
-        """The parts, those made that are missing."""
+    ) -> tuple[list[Path], Amount]:
+        """The parts, and how much text those had that were missing."""
         tasks = [TokenizeTask(task, folder / f"{i:06}.npy") for i, task in enumerate(self._tasks(members))]
-        missing = [task for task in tasks if not task.file.exists()]
-        total, amount = _bytes(tasks), Amount()
-        with progress_bar(
-            desc=f"tokenizing {name}",
-            unit="B",
-            unit_scale=True,
-            disable=not self.progress,
-            total=total,
-            initial=total - _bytes(missing),
-        ) as bar:
+        missing, amount = [task for task in tasks if not task.file.exists()], Amount()
+        done = _bytes(task.text for task in tasks) - _bytes(task.text for task in missing)
+        with self._bar(f"tokenizing {name}", [task.text for task in tasks], done) as bar:
             for task, found in zip(missing, self.workers.map(tokenize, missing), strict=True):
-                bar.update(_bytes([task]))
+                bar.update(_bytes([task.text]))
                 amount = amount.plus(found)
         if amount.bytes:
             logger.info("%s split: %s", name, amount)
-        return [task.file for task in tasks]
+        return [task.file for task in tasks], amount
 
     def _tasks(self, members: np.ndarray) -> list[TextTask]:
         """The tasks with any such document."""
@@ -168,19 +165,17 @@ class Text:
         tasks = zip(self.tasks, parts, strict=True)
         return [TextTask(blocks, self.options, part) for blocks, part in tasks if part.any()]
 
-    def _progress(
-        self,
-        what: str,
-        function: Callable[[TextTask], Result],
-        tasks: list[TextTask],
-        members: np.ndarray | None = None,
-    ) -> Iterator[Result]:
-        """The results of the tasks, with a bar that counts documents."""
-        total = None if members is None else int(members.sum())
-        with progress_bar(desc=what, unit=" documents", total=total, disable=not self.progress) as bar:
+    def _progress(self, what: str, function: Callable[[TextTask], Result], tasks: list[TextTask]) -> Iterator[Result]:
+        """The results of the tasks."""
+        with self._bar(what, tasks) as bar:
             for task, result in zip(tasks, self.workers.map(function, tasks), strict=True):
-                bar.update(result if task.members is None else int(task.members.sum()))
+                bar.update(_bytes([task]))
                 yield result
+
+    def _bar(self, what: str, tasks: list[TextTask], done: int = 0) -> "tqdm":
+        """A bar that counts bytes of text."""
+        size = {"unit": "B", "unit_scale": True, "total": _bytes(tasks), "initial": done}
+        return progress_bar(desc=what, disable=not self.progress, **size)
 
 
 def _stamp_of_rows(source: TextRows) -> tuple:
@@ -215,8 +210,8 @@ class TokenizeTask(NamedTuple):
     file: Path
 
 
-def _bytes(tasks: Iterable[TokenizeTask]) -> int:
-    return sum(block.num_bytes for task in tasks for block in task.text.blocks)
+def _bytes(tasks: Iterable[TextTask]) -> int:
+    return sum(block.num_bytes for task in tasks for block in task.blocks)
 
 
 def _tokenize(tokenizer: Path, mode: str, longest: int, task: TokenizeTask) -> Amount:

@@ -18,11 +18,16 @@ class Amount(NamedTuple):
     def since(self, earlier: Amount) -> Amount:
         return Amount(self.bytes - earlier.bytes, self.new_bytes - earlier.new_bytes, self.reason)
 
+    @property
+    def known_share(self) -> float:
+        """Of the text, what was made of units known before, in 0..1."""
+        return 1 - self.new_bytes / self.bytes if self.bytes else 0.0
+
     def __str__(self) -> str:
         told = f"tokenized {self.bytes / 1e6:,.1f} MB of texts"
         if self.reason:
             return f"{told} one by one: {self.reason}"
-        return f"{told}, {1 - self.new_bytes / max(self.bytes, 1):.2%} of it by units known before"
+        return f"{told}, {self.known_share:.2%} of it by units known before"
 
 
 class DifferentTokens(ValueError):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from bert_pretrain.prepare import build
 from bert_pretrain.prepare import text as prepare_text
 from bert_pretrain.prepare.prepare import PrepareConfig, prepare
+from bert_pretrain.prepare.summary import summary_table
 from packing.source import text_files
 from packing.text import rules
 
@@ -149,6 +150,20 @@ def test_the_modes_make_one_folder(given, tmp_path, caplog):
         run(given, tmp_path / mode, tokenize=mode)
     assert same(tmp_path / "auto", tmp_path / "exact") and same(tmp_path / "fast", tmp_path / "exact")
     assert "train split: tokenized 0.0 MB of texts, " in caplog.text and "by units known before" in caplog.text
+
+
+def test_the_summary_and_the_bars(given, tmp_path, capsys):
+    _, summary = prepare(PrepareConfig(**given, output=str(tmp_path / "out")), progress=True)
+    size = f"{os.path.getsize(given['text'][0]) / 1e3:.1f}k"
+    bars = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("reading", "tokenizing train"))]
+    assert len(bars) == 2 and f"reading: 100% {size}/{size} [" in bars[0]
+    assert all(line.endswith("B/s]") and "100%" in line for line in bars)
+    shares = {name: split.tokenized.known_share for name, split in summary.items()}
+    (line,) = [line for line in summary_table(summary).splitlines() if line.startswith("text of known units")]
+    assert line.split()[-2:] == [f"{share:.2%}" for share in shares.values()] and 0 < shares["train"] < 1
+    assert "tokenized" not in (tmp_path / "out" / "prepare.json").read_text()  # a run that resumes has another share
+    _, exact = run(given, tmp_path / "exact", tokenize="exact")
+    assert "text of known units" not in summary_table(exact)
 
 
 @pytest.fixture
