@@ -6,6 +6,7 @@ import os
 import random
 
 import pytest
+from killed_commands import killed_once
 from killed_steps import contents, identities, killed_at, steps
 from tokenizer_families import english, family
 from tokenizers import Tokenizer
@@ -80,6 +81,28 @@ def test_killed_at_many_random_steps(given, tmp_path, seed):
     """Every other one trains its tokenizer."""
     options = {} if seed % 2 else {"tokenizer": None, "vocab_size": 300}
     kill_and_resume(given | options, tmp_path, seed, kills=6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+def test_two_processes_that_are_killed(given, tmp_path, seed):
+    """The run dies once it has some parts, of tokens or of sequences; then its processes end, and the same goes on."""
+    output, draw = tmp_path / "prepared", random.Random(seed)
+
+    def parts():
+        return len([*tmp_path.glob(".prepared.unfinished/.parts/*/0*")])
+
+    for _ in range(2):
+        least = draw.randint(parts(), max(parts(), 20))
+        killed = killed_once(lambda: parts() >= least, lambda: run(given, output, num_proc=2))  # noqa: B023
+        if not killed:
+            break
+        assert not output.exists() and parts() >= least
+    if not output.exists():
+        run(given, output, num_proc=2)
+    run(given, tmp_path / "whole")
+    assert same(output, tmp_path / "whole")
+    assert [path.name for path in tmp_path.glob(".*") if path.suffix != ".lock"] == []
 
 
 @pytest.mark.long

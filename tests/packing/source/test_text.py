@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from killed_commands import killed_once
 from killed_steps import contents, identities, killed_at, steps
 from tokenizer_families import FOREIGN, english, family, hostile_texts
 from tokenizers import Tokenizer
@@ -164,6 +165,35 @@ def test_killed_at_random_steps(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize("seed", range(1, 9))
 def test_killed_at_many_random_steps(source, tmp_path, monkeypatch, seed):
     kill_and_resume(tmp_path, monkeypatch, seed, kills=6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+def test_two_processes_that_are_killed(source, tmp_path, monkeypatch, seed):
+    """The command dies once it has some of the files; then its processes end, and the same command goes on."""
+    monkeypatch.setattr(source_text, "BATCH_BYTES", 1 << 22)  # as in the processes that it starts
+    monkeypatch.setattr(source_text, "BATCH_ROWS", 1000)
+    monkeypatch.setattr(source_text, "TASK_BYTES", 1000)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "whole cache")
+    assert cli.main(pack_command(tmp_path, "whole")) == 0
+    count = len(identities(tmp_path / "whole cache", "0*.arrow"))
+    assert count > 5
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache := tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    draw, command, made = random.Random(seed), pack_command(tmp_path, "packed", "--num-proc", "2"), {}
+    for _ in range(2):
+        least = draw.randint(min(len(made), count - 1), count - 1)
+        killed = killed_once(lambda: len(identities(cache, "0*.arrow")) >= least, lambda: cli.main(command))  # noqa: B023
+        found = identities(cache, "0*.arrow")
+        assert made.items() <= found.items() and len(found) >= least
+        made = found
+        if not killed:
+            break
+    if not (tmp_path / "packed").exists():
+        assert cli.main(command) == 0
+    assert made.items() <= identities(cache, "0*.arrow").items()
+    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
+    assert contents(cache) == contents(tmp_path / "whole cache")
 
 
 def unfinished(cache):
