@@ -280,3 +280,7 @@ def test_no_waits_and_few_launches(name):
     (found, mixes), most = measured(name), most_launches(name)
     assert found.waits == (0, 0) and not mixes
     assert found.launches[0] == found.launches[1] and found.launches[0] <= most
+
+
+def test_auto_waits_and_starts_what_varlen_does():
+    assert measured("auto") == measured("varlen")

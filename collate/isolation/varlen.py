@@ -54,9 +54,13 @@ def varlen_kernel() -> Callable[..., Any]:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         from flash_attn import flash_attn_varlen_func
+    else:
+        return varlen_attn  # its backward pass asks torch.are_deterministic_algorithms_enabled() itself
 
-        return flash_attn_varlen_func
-    return varlen_attn
+    def attend(*inputs: Any) -> Tensor:
+        return flash_attn_varlen_func(*inputs, deterministic=torch.are_deterministic_algorithms_enabled())
+
+    return attend
 
 
 @cache

@@ -1,6 +1,12 @@
-"""TrainingArguments that packs cannot honour: one list for PackedTrainer and for the callback of plain Trainer."""
+"""TrainingArguments that packs cannot honour: one list for PackedTrainer and for the callback of plain Trainer.
 
+And those whose defaults leave a GPU waiting: they are only named.
+"""
+
+import torch
 from transformers import TrainingArguments
+
+from collate.isolation.varlen import AMPERE
 
 LOGITS = "it would see the logits of packs, not of sequences"
 HALF = "evaluation adds up sums, for which the model stays as it is; set bf16 or fp16"
@@ -61,3 +67,20 @@ def refuse_data_skip(args: TrainingArguments) -> None:
             "ignore_data_skip=True would start the epoch again and see its sequences twice; leave it out: "
             "Trainer skips what was seen without loading it"
         )
+
+
+def wanted_on_gpu(args: TrainingArguments) -> str:
+    """What a GPU user may want: "bf16=True, dataloader_num_workers=4, …"; "" where nothing is left, and on CPUs."""
+    if args.device.type != "cuda":
+        return ""
+    workers = args.dataloader_num_workers
+    wanted = {
+        "bf16=True": args.mixed_precision == "no" and torch.cuda.get_device_capability(args.device) >= AMPERE,
+        "dataloader_num_workers=4": workers == 0,
+        "dataloader_persistent_workers=True": not args.dataloader_persistent_workers,
+        "dataloader_pin_memory=True": not args.dataloader_pin_memory,
+        "a larger per_device_train_batch_size, or PackedTrainer(…, tokens_per_pass=32768)": (
+            args.per_device_train_batch_size == type(args).per_device_train_batch_size
+        ),
+    }
+    return ", ".join(name for name, is_wanted in wanted.items() if is_wanted)

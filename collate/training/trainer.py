@@ -14,6 +14,7 @@ a loss of its own has
     pair_columns: tuple[str, ...]            -> columns that forward takes by **; a model may leave this out
 """
 
+import logging
 from copy import copy
 from typing import Any
 
@@ -30,7 +31,9 @@ from collate.training.own_loss import OwnLoss, has_own_loss
 from collate.training.plain_trainer import SetEpoch, check_forward, check_model
 from collate.training.predictions import EvaluatesSequences
 from collate.training.progress import PackingProgress, RunningSums, count_packs, drop_figures_of_rows
-from collate.training.refused import refuse_arguments
+from collate.training.refused import refuse_arguments, wanted_on_gpu
+
+logger = logging.getLogger(__name__)
 
 
 @overrides_trainer
@@ -80,6 +83,8 @@ class PackedTrainer(EvaluatesSequences):
         if tokens_per_pass is not None:
             self._size_passes(tokens_per_pass)
         self.add_callback(SetEpoch(self))
+        if wanted := wanted_on_gpu(self.args):
+            logger.info("TrainingArguments that make training on a GPU faster, and stay as they are: %s", wanted)
 
     def set_epoch(self, epoch: int) -> None:
         """Other masks, another order. Trainer itself loses the order's epoch when it resumes over several ranks."""

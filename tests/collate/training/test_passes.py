@@ -1,4 +1,4 @@
-"""tokens_per_pass: passes sized in token slots, by PackedTrainer."""
+"""tokens_per_pass: passes sized in token slots, by PackedTrainer; and what it tells GPU users."""
 
 from types import SimpleNamespace
 
@@ -9,6 +9,7 @@ from training_runs import make_epochs, make_packs, make_trainer
 from transformers import TrainingArguments
 
 from collate.training.dataloaders import packs_per_pass, said_packs_per_pass
+from collate.training.refused import wanted_on_gpu
 
 
 @pytest.mark.parametrize(
@@ -93,3 +94,47 @@ def test_the_slots_of_a_pack_must_be_known():
         pass
     with make_trainer(train_dataset=make_epochs(), **unknown) as trainer:  # the dataset says it
         assert trainer.args.per_device_train_batch_size == 512 // MAX_LENGTH
+
+
+class OnGpu(TrainingArguments):
+    """Arguments whose device is a GPU, though nothing is there."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "given", "wanted"),
+    [
+        ((8, 0), {}, ["bf16", "workers=4", "persistent", "pass"]),
+        ((7, 5), {}, ["workers=4", "persistent", "pass"]),
+        ((9, 0), {"bf16": True, "per_device_train_batch_size": 64}, ["workers=4", "persistent"]),
+        (
+            (9, 0),
+            {
+                "fp16": True,
+                "per_device_train_batch_size": 64,
+                "dataloader_num_workers": 2,
+                "dataloader_persistent_workers": True,
+            },
+            [],
+        ),
+    ],
+)
+def test_what_a_gpu_user_may_want(tmp_path, monkeypatch, capability, given, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    training = OnGpu(str(tmp_path), use_cpu=True, report_to="none", **given)
+    training.dataloader_pin_memory = True  # use_cpu turned it off
+    before = training.to_dict()
+    said = wanted_on_gpu(training)
+    found = [name for name in ("bf16", "workers=4", "persistent", "pin_memory", "pass") if name in said]
+    assert found == wanted and training.to_dict() == before
+
+
+def test_one_line_says_it_and_none_on_cpus(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="collate.training.trainer")
+    with make_trainer(train_dataset=make_packs(22)):
+        assert "faster" not in caplog.text
+    monkeypatch.setattr("collate.training.trainer.wanted_on_gpu", lambda args: "bf16=True")
+    with make_trainer(train_dataset=make_packs(22)) as trainer:
+        assert caplog.text.count("make training on a GPU faster, and stay as they are: bf16=True") == 1
+    assert not trainer.args.bf16
