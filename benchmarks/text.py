@@ -18,8 +18,8 @@ rounds encode_batch reads each fourth batch, since its speed does not depend on 
 processor time, and MB are 10^6 bytes of UTF-8. Each contender takes texts and returns ids in the form that suits it:
 making strings and lists is not timed. A ratio is of MB per second in the same round.
 
-Two processes: each reads half of the English text. The ratio is the time of one process for all of it, by that of the
-slower half.
+Two processes: each reads half of the English text, and tells the other its units. The ratio is the time of one process
+for all of it, by that of the slower half.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def _slow(description: str) -> Callable:
     return partial(text_tokenizer(description).encode_batch_fast, add_special_tokens=False)
 
 
-def _ours(description: str) -> Callable:
-    return partial(open_encoder(description, "fast").encode, special_tokens=False)
+def _ours(description: str, learned: Path | None = None) -> Callable:
+    return partial(open_encoder(description, "fast", learned).encode, special_tokens=False)
 
 
 def _gigatoken(description: str) -> Callable:
@@ -266,10 +266,10 @@ def main() -> None:
     add("--tokenizers", nargs="+", default=["WordPiece", "BPE", "Unigram"], help="those to read them with")
     add("--mb", type=float, default=80, help="of each corpus")
     add("--warm-mb", type=float, default=10, help="of each corpus, to read again")
-    add("--batch-mb", type=float, default=2, help="at a time")
+    add("--batch-mb", type=float, default=4, help="at a time, as pack-dataset has them")
     add("--rounds", type=int, default=3)
     add("--memory", type=float, nargs="*", metavar="MB", help="measure peak memory instead, for so much text")
-    add("--worker", nargs=3, metavar=("JSON", "PART", "PARTS"), help=argparse.SUPPRESS)  # a process of two
+    add("--worker", nargs=4, metavar=("JSON", "PART", "PARTS", "LEARNED"), help=argparse.SUPPRESS)  # a process of two
     add("--memory-of", nargs=2, metavar=("JSON", "MB"), help=argparse.SUPPRESS)  # a process of its own
     options = parser.parse_args()
     if options.worker:
@@ -402,8 +402,11 @@ def side_by_side(file: Path, processes: int, options) -> list[list[float]]:
     if options.text:
         own += ["--text", *map(str, options.text)]
     command = [sys.executable, __file__, *own, "--worker", str(file)]
+    learned = tempfile.mkdtemp(dir=file.parent)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running: list[Any] = [subprocess.Popen([*command, str(part), str(processes)], **pipes) for part in range(processes)]
+    running: list[Any] = [
+        subprocess.Popen([*command, str(part), str(processes), learned], **pipes) for part in range(processes)
+    ]
     for each in running:
         each.stdout.readline()
     for each in running:
@@ -414,11 +417,11 @@ def side_by_side(file: Path, processes: int, options) -> list[list[float]]:
 
 def work(options) -> None:
     """In a process of its own: read a part of the English text twice; the parts take batches in turn."""
-    file, part, parts = options.worker
+    file, part, parts, learned = options.worker
     mine = batches(first(prose(options.text), options.mb), options.batch_mb)[int(part) :: int(parts)]
     prepared = [[Texts.of_strings(texts)] for texts in mine]
     _ours(Path(file).read_text("utf-8"))([Texts.of_strings(["we must"])])
-    run = _ours(Path(file).read_text("utf-8"))
+    run = _ours(Path(file).read_text("utf-8"), Path(learned) if int(parts) > 1 else None)
     print("ready", flush=True)
     sys.stdin.readline()
     for _ in ("cold", "warm"):

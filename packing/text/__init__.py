@@ -3,6 +3,7 @@
 encode       texts to ids: units out of a table, or the tokenizer reads all
 rows         texts and rows of ids; encode_batch
 reader       the ids of units that are new, by the tokenizer
+learned      units that several processes tell each other
 outcome      how much the tokenizer read; the text for which units are wrong
 rules        where a tokenizer's texts may be cut into units
 table        the units met so far, and their ids, compiled

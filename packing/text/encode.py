@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from packing.histogram import offsets_of
+from packing.text.learned import Learned, News
 from packing.text.outcome import Amount, DifferentTokens
-from packing.text.reader import UnitReader, joined_rows
+from packing.text.reader import UnitReader, chosen, join, joined_rows
 from packing.text.rows import Rows, SlowEncoder, Texts
 from packing.text.rules import NoRule, UnitRule, unit_rule
-from packing.text.table import MOST_IDS, WordTable, count_foreign, cut, frame
+from packing.text.table import MOST_IDS, Units, WordTable, count_foreign, cut, frame
 from packing.text.tokenizer import TOKENIZE_CURE, text_tokenizer
 
 if TYPE_CHECKING:
@@ -41,9 +43,10 @@ class FastEncoder:
     bytes: how much text there was. new_bytes: how much of it the tokenizer read.
     """
 
-    def __init__(self, tokenizer: Tokenizer, rule: UnitRule):
+    def __init__(self, tokenizer: Tokenizer, rule: UnitRule, learned: Learned | None = None):
+        """learned: what other processes tell of the units that they met; None: there are none."""
         self.tokenizer, self.rule, self._slow = tokenizer, rule, SlowEncoder(tokenizer)
-        self._table, self._reader = WordTable(), UnitReader(rule)
+        self._table, self._reader, self._learned = WordTable(), UnitReader(rule), learned
         self._frames = {1: Frame.of(tokenizer, 1), 2: Frame.of(tokenizer, 2)}
         self.bytes = self.new_bytes = 0
         self._passed = self._to_pass = 0
@@ -55,6 +58,8 @@ class FastEncoder:
 
     def encode(self, columns: Sequence[Texts], special_tokens: bool = True) -> Rows:
         """The rows of one column of texts, or of two that make pairs. Raises DifferentTokens."""
+        if self._learned is not None:
+            self._learned.meet()
         rows = self._encode(columns, special_tokens)
         self._check(columns, rows, special_tokens)
         return rows
@@ -82,11 +87,11 @@ class FastEncoder:
             self._to_pass -= 1
             return self._encode_slowly(texts)
         data, offsets = self._with_prefix(texts)
-        padded = np.empty(len(data) + 16, np.uint8)
-        padded[: len(data)], padded[len(data) :] = data, 0
+        padded = _padded(data)
         units = cut(padded[: len(data)], offsets, self.rule)
         if (units.ends - units.starts).max(initial=0) > LONGEST:
             return self._encode_slowly(texts)
+        self._hear()
         found, new = self._table.look_up(padded, units, self.rule.lowercase)
         new_bytes = int(new[:, 1].sum())
         if new_bytes > MOST_NEW * len(data) and self.bytes > SCAN_BYTES // 2:
@@ -96,8 +101,28 @@ class FastEncoder:
             return self._slow.encode([texts], special_tokens=False)
         self._passed = 0
         self.new_bytes += min(new_bytes, len(texts.data))  # a prefix is no text
-        added = self._table.add(new, *self._reader.read(padded, new)[:2]) if len(new) else NO_UNITS
+        added = self._learn(padded, new) if len(new) else NO_UNITS
         return Rows(*self._table.gather(found, units.of_texts, added))
+
+    def _learn(self, data: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """What `WordTable.gather` needs of new units, which the tokenizer reads."""
+        rows = self._reader.read(data, new)
+        if self._learned is not None:
+            kept = np.flatnonzero(new[:, 2] >= 0)
+            told = chosen(rows, kept)
+            self._learned.tell(
+                News(join(data, new[kept], NO_BYTES, 1)[0], new[kept, 1], told.ids, np.diff(told.offsets))
+            )
+        return self._table.add(new, rows.ids, rows.offsets)
+
+    def _hear(self) -> None:
+        """Keep what other processes have learned."""
+        for news in [] if self._learned is None or self._table.is_full else self._learned.hear():
+            ends, offsets = offsets_of(news.lengths), offsets_of(news.counts)
+            units = Units(ends[:-1].astype(np.int32), ends[1:].astype(np.int32), NO_UNITS)
+            _, new = self._table.look_up(_padded(news.data), units, self.rule.lowercase)
+            rows = chosen(Rows(news.ids, offsets), np.searchsorted(ends, new[:, 0]))
+            self._table.add(new, rows.ids, rows.offsets)
 
     def _encode_slowly(self, texts: Texts) -> Rows:
         self.new_bytes += len(texts.data)
@@ -120,27 +145,29 @@ class FastEncoder:
         numbers, counted = _sample(columns), self.amount()
         sample = [Texts.of_strings([texts.text(i)[:SAMPLE_CHARACTERS] for i in numbers]) for texts in columns]
         expected = self._slow.encode(sample, special_tokens)
+        whole = [all(len(texts.text(number)) <= SAMPLE_CHARACTERS for texts in columns) for number in numbers]
+        short = rows if all(whole) else self._encode(sample, special_tokens)
         for place, number in enumerate(numbers):
-            is_whole = all(len(texts.text(number)) <= SAMPLE_CHARACTERS for texts in columns)
-            short = [texts.slice(place, place + 1) for texts in sample]
-            found = rows.row(number) if is_whole else self._encode(short, special_tokens).ids
+            found = rows.row(number) if whole[place] else short.row(place)
             if not np.array_equal(found, expected.row(place)):
-                raise DifferentTokens(" + ".join(texts.text(0) for texts in short))
+                raise DifferentTokens(" + ".join(texts.text(place) for texts in sample))
         self.bytes, self.new_bytes, _ = counted
 
 
 Encoder = FastEncoder | SlowEncoder
 
 
-def open_encoder(description: str, mode: str = "auto") -> Encoder:
+def open_encoder(description: str, mode: str = "auto", learned: Path | None = None) -> Encoder:
     """The encoder of a tokenizer, from the JSON that `describe` makes. mode: see MODES.
 
+    learned: a folder in which processes with this tokenizer tell each other the units that they met; None: this one
+        works alone.
     Raises ValueError for mode="fast" where no rule is known."""
     tokenizer = text_tokenizer(description)
     if mode == "exact":
         return SlowEncoder(tokenizer, "as --tokenize exact asks")
     try:
-        return FastEncoder(tokenizer, unit_rule(description))
+        return FastEncoder(tokenizer, unit_rule(description), None if learned is None else Learned(learned))
     except NoRule as error:
         if mode == "fast":
             raise ValueError(
@@ -180,8 +207,15 @@ class Frame(NamedTuple):
         return cls(before, between, behind, of_parts)
 
 
-NO_UNITS, NOTHING = np.empty(0, np.int64), np.empty(0, np.int32)
+NO_UNITS, NO_BYTES, NOTHING = np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.int32)
 BARE = Frame(NOTHING, NOTHING, NOTHING, np.zeros(5, np.int8))
+
+
+def _padded(data: np.ndarray) -> np.ndarray:
+    """With 16 bytes more, as `WordTable.look_up` needs them."""
+    padded = np.empty(len(data) + 16, np.uint8)
+    padded[: len(data)], padded[len(data) :] = data, 0
+    return padded
 
 
 def _sample(columns: Sequence[Texts]) -> list[int]:

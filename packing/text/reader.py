@@ -154,10 +154,14 @@ def _in_order(rows: Rows, places: np.ndarray) -> Rows:
     """Row i moves to places[i]."""
     if np.array_equal(places, np.arange(len(places))):
         return rows
-    source = np.argsort(places)
-    lengths = np.diff(rows.offsets)[source]
+    return chosen(rows, np.argsort(places))
+
+
+def chosen(rows: Rows, numbers: np.ndarray) -> Rows:
+    """The rows of these numbers, in their order."""
+    lengths = np.diff(rows.offsets)[numbers]
     offsets = offsets_of(lengths)
-    return Rows(rows.ids[np.repeat(rows.offsets[source] - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
+    return Rows(rows.ids[np.repeat(rows.offsets[numbers] - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
 
 
 # Compiled

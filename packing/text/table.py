@@ -71,6 +71,10 @@ class WordTable:
     def __len__(self) -> int:
         return int(self._used[0])
 
+    @property
+    def is_full(self) -> bool:
+        return bool(self._used[0] >= self._used[2])
+
     def look_up(self, data: np.ndarray, units: Units, lowercase: bool) -> tuple[np.ndarray, np.ndarray]:
         """What there is of each unit, and the units that are new, which must be added before anything is gathered,
         or else forgotten.
