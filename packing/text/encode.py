@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from packing.files.cache import key_of
 from packing.histogram import offsets_of
 from packing.text.learned import Learned, News
 from packing.text.outcome import Amount, DifferentTokens
@@ -157,17 +158,17 @@ class FastEncoder:
 Encoder = FastEncoder | SlowEncoder
 
 
-def open_encoder(description: str, mode: str = "auto", learned: Path | None = None) -> Encoder:
+def open_encoder(description: str, mode: str = "auto", shared: Path | None = None) -> Encoder:
     """The encoder of a tokenizer, from the JSON that `describe` makes. mode: see MODES.
 
-    learned: a folder in which processes with this tokenizer tell each other the units that they met; None: this one
-        works alone.
+    shared: a folder in which processes tell each other the units that they met; None: this one works alone.
     Raises ValueError for mode="fast" where no rule is known."""
     tokenizer = text_tokenizer(description)
     if mode == "exact":
         return SlowEncoder(tokenizer, "as --tokenize exact asks")
     try:
-        return FastEncoder(tokenizer, unit_rule(description), None if learned is None else Learned(learned))
+        rule = unit_rule(description)
+        return FastEncoder(tokenizer, rule, None if shared is None else Learned(shared / key_of(description)))
     except NoRule as error:
         if mode == "fast":
             raise ValueError(

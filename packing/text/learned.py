@@ -34,6 +34,7 @@ class Learned:
     """One process's end."""
 
     def __init__(self, folder: Path):
+        folder.mkdir(exist_ok=True)
         self._folder = folder
         handle, name = tempfile.mkstemp(dir=folder)
         self._own: FileIO | None = FileIO(handle, "ab")
