@@ -61,12 +61,31 @@ class AutoAttention(AttentionHead):
     is_full = True
     supports_dropout = True
     survives_nan = False  # flex does not
+    takes_key_layout = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         sizes = self.num_heads, self.head_width, self.max_sequence_length, self.layer_index
         self.full = {name: head(*sizes) for name, head in FULL.items()}  # they have no parameters: no submodules
 
-    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
-        head = self.full[_chosen(q_THK.device, q_THK.dtype, self.head_width, dropout)]
-        return head.attend(q_THK, k_THK, v_THK, layout, dropout)
+    def prepare(self, layout: PackLayout) -> None:
+        """The tables of the head that `attend` will choose, as far as autocast tells the type."""
+        device = layout.device
+        has_autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if has_autocast else torch.float32
+        self.full[_chosen(device, dtype, self.head_width, 0.0)].prepare(layout)
+
+    def attend(
+        self,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THK: Tensor,
+        layout: PackLayout,
+        dropout: float = 0.0,
+        key_layout: PackLayout | None = None,
+    ) -> Tensor:
+        head: Any = self.full[_chosen(q_THK.device, q_THK.dtype, self.head_width, dropout)]
+        if key_layout is None:
+            return head.attend(q_THK, k_THK, v_THK, layout, dropout)
+        head = head if head.takes_key_layout else self.full["sdpa"]
+        return head.attend(q_THK, k_THK, v_THK, layout, key_layout=key_layout, **head.dropout_settings(dropout))

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
 
@@ -57,8 +57,9 @@ def varlen_kernel() -> Callable[..., Any]:
     else:
         return varlen_attn  # its backward pass asks torch.are_deterministic_algorithms_enabled() itself
 
-    def attend(*inputs: Any) -> Tensor:
-        return flash_attn_varlen_func(*inputs, deterministic=torch.are_deterministic_algorithms_enabled())
+    @wraps(flash_attn_varlen_func)
+    def attend(*inputs: Any, **options: Any) -> Tensor:
+        return flash_attn_varlen_func(*inputs, deterministic=torch.are_deterministic_algorithms_enabled(), **options)
 
     return attend
 

@@ -99,6 +99,30 @@ def test_auto_is_the_head_that_it_chooses(monkeypatch, name, dropout):
     assert not head.state_dict() and not list(head.children())
 
 
+@pytest.mark.parametrize(("autocast", "name"), [(True, "varlen"), (False, "flex")])
+def test_auto_prepares_what_it_will_choose(monkeypatch, autocast, name):
+    """By autocast's type, before any query is there."""
+    monkeypatch.setattr(
+        choice, "choose_attention", lambda device, dtype, *_: ("varlen" if dtype == BF16 else "flex", "")
+    )
+    head, layout, prepared = AutoAttention(2, 8, 64), layout_of([[1, 1, 2]]), []
+    for each in head.full:
+        monkeypatch.setattr(head.full[each], "prepare", lambda layout, each=each: prepared.append(each))
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        head.prepare(layout)
+    assert prepared == [name]
+
+
+@pytest.mark.parametrize("chosen", ["sdpa", "flex"])
+def test_auto_takes_other_keys(monkeypatch, chosen):
+    """flex does not, sdpa does it in its place."""
+    monkeypatch.setattr(choice, "choose_attention", lambda *facts: (chosen, ""))
+    layout, key_layout = layout_of([[1, 1, 2, 0]]), layout_of([[1, 2, 2, 2]])
+    query, (_, key, value) = heads_input(layout)[0], heads_input(key_layout)
+    found = AutoAttention(2, 8, 64)(query, key, value, layout, key_layout=key_layout)
+    assert torch.equal(found, SdpaAttention(2, 8, 64)(query, key, value, layout, key_layout=key_layout))
+
+
 def test_auto_breaks_no_graph():
     """The choice is a constant of the graph, made again for other types."""
     torch.compiler.reset()

@@ -20,7 +20,7 @@ from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.pretrain import pretrain
-from collate.isolation.varlen import varlen_kernel
+from collate.isolation.varlen import varlen_kernel, varlen_takes_window
 
 RAISE = {"kthvalue", "median", "nanmedian", "histc", "put_", "put", "nll_loss2d_forward", "ctc_loss", "grid_sampler_2d"}
 RAISE |= {"adaptive_avg_pool2d_backward", "max_unpool2d", "replication_pad1d_backward", "upsample_linear1d_backward"}
@@ -104,14 +104,20 @@ def test_flash_attn_is_told(monkeypatch, is_on):
     """Where torch lacks varlen_attn, whose own backward pass asks the flag."""
     told = []
     package = ModuleType("flash_attn")
-    package.flash_attn_varlen_func = lambda *inputs, **options: told.append((inputs, options))
+    package.flash_attn_varlen_func = lambda q, k, v, window_size=(-1, -1), deterministic=False: told.append(
+        (q, k, v, window_size, deterministic)
+    )
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # importing it raises ImportError
     varlen_kernel.cache_clear()
+    varlen_takes_window.cache_clear()
     torch.use_deterministic_algorithms(is_on)
     try:
         varlen_kernel()(1, 2, 3)
+        varlen_kernel()(1, 2, 3, window_size=(4, 4))
+        assert varlen_takes_window()
     finally:
         torch.use_deterministic_algorithms(False)
         varlen_kernel.cache_clear()
-    assert told == [((1, 2, 3), {"deterministic": is_on})]
+        varlen_takes_window.cache_clear()
+    assert told == [(1, 2, 3, (-1, -1), is_on), (1, 2, 3, (4, 4), is_on)]
