@@ -19,6 +19,7 @@ from transformers import BertConfig
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION
+from collate import to_device
 
 LENGTH, PACKS, VOCABULARY, STEP = 256, 18, 100, 8
 LAYERS = 12
@@ -103,8 +104,8 @@ def batch_of(sequence_ids: Tensor) -> dict[str, Tensor]:
 
 
 def hand_over(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch on the device, as a training loop of one's own does it."""
-    return {name: x.pin_memory().to("cuda", non_blocking=True) for name, x in batch.items()}
+    """The batch on the device, with its layout."""
+    return to_device(batch, "cuda")
 
 
 def count(head: str, layers: int = 1, batch: dict[str, Tensor] | None = None) -> Count:

@@ -85,8 +85,8 @@ def block_means(x_THK: Tensor, layout: PackLayout, number: int) -> Tensor:
     key = ("block means", number, x_THK.dtype)
     weights = layout.derived(key, lambda: mean_weights(layout, number, x_THK.dtype))
     found = [weight @ x.flatten(2) for weight, x in zip(weights, groups.gather(x_THK), strict=True)]
-    order = torch.cat(groups.members)
-    return torch.cat(found).index_select(0, order.argsort()).unflatten(2, x_THK.shape[1:])
+    means = x_THK.new_zeros(layout.num_sequences, number, x_THK[0].numel())
+    return means.index_copy(0, torch.cat(groups.members), torch.cat(found)).unflatten(2, x_THK.shape[1:])
 
 
 def mean_weights(layout: PackLayout, number: int, dtype: torch.dtype) -> list[Tensor]:

@@ -22,11 +22,15 @@ from collate.length_groups import Gather, Scatter
 class ChunkGroups:
     """The chunks of sequences with equally many, side by side: (NC, …) <-> of each group (S sequences, R chunks, …).
 
+    Empty sequences are in no group.
+
     shapes: (S, R) of each group. members: of each group (S,) int64, which of the batch's N. order: (NC,) int64.
     """
 
     def __init__(self, chunks: Chunks):
         counts, sequences = chunks.chunks_per_sequence.sort(stable=True)
+        num_empty = int((counts == 0).sum())
+        counts, sequences = counts[num_empty:], sequences[num_empty:]
         group_counts, group_sizes = (values.tolist() for values in counts.unique_consecutive(return_counts=True))
         self.shapes: list[tuple[int, int]] = list(zip(group_sizes, group_counts, strict=True))
         self.members = list(sequences.split(group_sizes))
