@@ -11,13 +11,13 @@ The file becomes flags before the real ones: both mean the same, one parser chec
 """
 
 import json
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from argparse import SUPPRESS, Action, ArgumentParser
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from packing.command.parser import Version, with_hyphens
+from packing.command.parser import HelpFormatter, Version, one_of, with_hyphens
 from packing.files.errors import path_suggestion, suggestion
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _mend(action: Action) -> None:
 
     action.option_strings = [option for option in action.option_strings if "_" not in option]
     if action.choices and callable(action.type):
-        action.type = _named_choice(action.type, tuple(action.choices))
+        action.type = one_of(tuple(action.choices), action.type)
     if action.type is string_to_bool:  # `--bf16` alone means yes for optional booleans, too
         action.nargs, action.const = "?", True
     if action.dest == "report_to":  # TrainingArguments takes a list, HfArgumentParser would take one name
@@ -181,24 +181,9 @@ def _mend(action: Action) -> None:
     if action.dest == "fsdp":  # True, or the words of older versions, without fsdp_config
         action.type, action.nargs, action.const = lambda text: TRUE_OR_NONE.get(text.lower(), text), "?", True
     if action.dest == "include_num_input_tokens_seen":  # a word or a boolean; HfArgumentParser takes the latter
-        action.type, action.nargs, action.const = _counted_tokens, "?", "all"
-
-
-def _named_choice(kind: Callable[[str], Any], choices: tuple) -> Callable[[str], Any]:
-    def checked(text: str) -> Any:
-        if (value := kind(text)) in choices:
-            return value
-        near = suggestion(text, map(str, choices))
-        raise ArgumentTypeError(f"{text!r} is unknown{near}; choose from {', '.join(map(str, choices))}")
-
-    return checked
-
-
-def _counted_tokens(text: str) -> str:
-    words = {"all": "all", "non_padding": "non_padding", "no": "no", "true": "all", "false": "no"}
-    if text.lower() not in words:
-        raise ArgumentTypeError(f"{text!r} is unknown; choose from all, non_padding, no")
-    return words[text.lower()]
+        words = {"true": "all", "false": "no"}
+        counted = one_of(("all", "non_padding", "no"), lambda text: words.get(text.lower(), text.lower()))
+        action.type, action.nargs, action.const = counted, "?", "all"
 
 
 def _options(parser: ArgumentParser) -> dict[str, Action]:
@@ -227,8 +212,8 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-class _HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """One spelling of each option; a default where there is one."""
+class _HelpFormatter(HelpFormatter):
+    """One spelling of each option."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34)
@@ -243,10 +228,6 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
             return option
         kind = {int: "N", float: "X"}.get(action.type, "VALUE")
         return f"{option} {kind}{' …' if action.nargs == '+' else ''}"
-
-    def _get_help_string(self, action):
-        has_default = action.default not in (None, False, "", SUPPRESS)
-        return super()._get_help_string(action) if has_default else action.help or ""
 
 
 def _arrange(parser: ArgumentParser, groups: Mapping[str, Sequence[str]]) -> None:

@@ -80,7 +80,10 @@ def assign(plan: PackPlan, lengths: ArrayLike, seed: int = 0, num_threads: int |
     """
     lengths = as_lengths(lengths)
     key = checked_seed(seed)
-    num_threads = min(_checked_threads(num_threads), 1 + len(lengths) // SEQUENCES_PER_THREAD)
+    if num_threads is None:
+        num_threads = config.NUMBA_NUM_THREADS
+    num_threads = whole_number("num_threads", num_threads, cure=", or None for all cores")
+    num_threads = min(num_threads, 1 + len(lengths) // SEQUENCES_PER_THREAD)
     with ThreadPoolExecutor(num_threads) as pool:
         team = _Team(pool, num_threads)
         counts = _checked_counts(plan, lengths, team)
@@ -134,12 +137,6 @@ class _Team:
 def checked_seed(seed: int) -> np.uint64:
     """The seed as the kernels take it. Raises ValueError for anything but a whole number of 64 bits."""
     return np.uint64(whole_number("seed", seed, 0, 2**64 - 1))
-
-
-def _checked_threads(num_threads: int | None) -> int:
-    if num_threads is None:
-        return config.NUMBA_NUM_THREADS
-    return whole_number("num_threads", num_threads, cure=", or None for all cores")
 
 
 def _checked_counts(plan: PackPlan, lengths: np.ndarray, team: _Team) -> np.ndarray:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TypeVar, overload
+from typing import TypedDict, TypeVar, Unpack, overload
 
 import datasets
 import pyarrow as pa
@@ -27,6 +27,17 @@ logger = logging.getLogger(__name__)
 Rows = TypeVar("Rows", datasets.Dataset, datasets.DatasetDict)
 
 
+class _Keywords(TypedDict, total=False):
+    token_columns: Sequence[str] | None
+    pad_token_id: int | None
+    balance: int | None
+    num_proc: int
+    engine: str
+    format: str
+    storage_options: dict | None
+    progress: bool
+
+
 @overload
 def pack_dataset(
     dataset: Rows,
@@ -36,15 +47,7 @@ def pack_dataset(
     overlong: str = "error",
     seed: int = 0,
     output: None = None,
-    *,
-    token_columns: Sequence[str] | None = None,
-    pad_token_id: int | None = None,
-    balance: int | None = None,
-    num_proc: int = 1,
-    engine: str = "processes",
-    format: str = "arrow",
-    storage_options: dict | None = None,
-    progress: bool = False,
+    **more: Unpack[_Keywords],
 ) -> Rows: ...
 
 
@@ -57,15 +60,7 @@ def pack_dataset(
     overlong: str = "error",
     seed: int = 0,
     output: str | os.PathLike | None = None,
-    *,
-    token_columns: Sequence[str] | None = None,
-    pad_token_id: int | None = None,
-    balance: int | None = None,
-    num_proc: int = 1,
-    engine: str = "processes",
-    format: str = "arrow",
-    storage_options: dict | None = None,
-    progress: bool = False,
+    **more: Unpack[_Keywords],
 ) -> Rows | None: ...
 
 

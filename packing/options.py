@@ -94,8 +94,8 @@ class PackOptions:
         self._set("seed", int(checked_seed(self.seed)))
         self._set("num_proc", whole_number("num_proc", self.num_proc, cure=": the processes that write"))
         if self.engine != ENGINES[0] and self.num_proc != 1:
-            why = (" would be ignored: ", Option("engine", self.engine), " takes all CPUs it has; leave it out")
-            raise OptionError(Option("num_proc", self.num_proc), *why)
+            why = f"{Option('engine', self.engine)} takes all CPUs it has"
+            raise OptionError(f"{Option('num_proc', self.num_proc)} would be ignored: {why}; leave it out")
         if self.balance is not None:
             self._set("balance", whole_number("balance", self.balance))
         if self.pad_token_id is not None:

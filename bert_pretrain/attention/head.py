@@ -1,19 +1,15 @@
 """What all attention heads share: how they are built, and how they read their options."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_pretrain.attention.options import HeadOptions
 from collate.layout import PackLayout
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """For heads without options."""
 
 
 class AttentionHead(nn.Module):
@@ -26,7 +22,7 @@ class AttentionHead(nn.Module):
     options: fields of Options.
     """
 
-    Options: ClassVar[type] = NoOptions
+    Options: ClassVar[type] = HeadOptions
 
     supports_dropout: ClassVar[bool] = False
     """Whether `attend` honours dropout > 0; if not, use_attention refuses a model with attention dropout."""

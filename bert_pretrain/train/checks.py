@@ -32,6 +32,7 @@ SAMPLED_PACKS = 2000
 
 def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
     """The packed training split and, where there is one, the test (or validation) split."""
+    given = Option("dataset", folder)
     try:
         try:
             loaded = load_packed(folder)  # Arrow or Parquet, here or at a URL
@@ -40,32 +41,28 @@ def load_splits(folder: str) -> tuple[Dataset, Dataset | None]:
     except FileNotFoundError as error:
         problem = "is no folder of save_to_disk" if os.path.exists(folder) else "does not exist"
         cure = f"give the folder that pack-dataset wrote{path_suggestion(folder, only_folders=True)}"
-        raise OptionError(f"{Option('dataset', folder)} {problem}; {cure}") from error
+        raise OptionError(f"{given} {problem}; {cure}") from error
     except IndexError as error:  # datasets cannot read what it wrote without rows
-        raise OptionError(
-            f"{Option('dataset', folder)} has a split without packs; pack a source with sequences"
-        ) from error
+        raise OptionError(f"{given} has a split without packs; pack a source with sequences") from error
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
     if "train" not in splits:
         raise OptionError(
-            f"{Option('dataset', folder)} has no split named train, only {sorted(splits)}; rename one of them in the "
+            f"{given} has no split named train, only {sorted(splits)}; rename one of them in the "
             "source, and pack it again"
         )
     train, test = splits["train"], splits.get("test", splits.get("validation"))
     try:
         lengths = {packed_info(split).max_sequence_length for split in (train, test) if split is not None}
     except ValueError as error:
-        raise OptionError(
-            f"{Option('dataset', folder)}: {marked(error)}; or in a shell: pack-dataset {folder} PACKED"
-        ) from None
+        raise OptionError(f"{given}: {marked(error)}; or in a shell: pack-dataset {folder} PACKED") from None
     if "labels" in train.column_names:
         raise OptionError(
-            f"{Option('dataset', folder)} has a column 'labels', which is what masking makes; remove_columns('labels') "
+            f"{given} has a column 'labels', which is what masking makes; remove_columns('labels') "
             "in the source, and pack it again"
         )
     if len(lengths) > 1:
         raise OptionError(
-            f"{Option('dataset', folder)}: training and held-out split are packed for max_sequence_length "
+            f"{given}: training and held-out split are packed for max_sequence_length "
             f"{' and '.join(map(str, sorted(lengths)))}; pack both for the same"
         )
     return train, test
@@ -191,15 +188,13 @@ def _sample(split: Dataset, column: str) -> np.ndarray:
 
 def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: str) -> None:
     """Raise ValueError for TrainingArguments that would fail late: after the model is built, or at the first save."""
-    output = Path(str(training.output_dir))
+    output, given = Path(str(training.output_dir)), Option("output_dir", training.output_dir)
     for folder in (output, *output.parents):
         if folder.exists():
             if not folder.is_dir():
-                raise OptionError(f"{Option('output_dir', training.output_dir)}: {folder} is a file; give a folder")
+                raise OptionError(f"{given}: {folder} is a file; give a folder")
             if not os.access(folder, os.W_OK):
-                raise OptionError(
-                    f"{Option('output_dir', training.output_dir)}: {folder} may not be written to; give another"
-                )
+                raise OptionError(f"{given}: {folder} may not be written to; give another")
             break
     if training.fp16 and training.device.type == "cpu":
         raise OptionError(

@@ -115,25 +115,21 @@ class PretrainConfig:
         return [name.strip() for name in self.attention.split(",")]
 
     def __post_init__(self) -> None:
+        given = {name: Option(name, value) for name, value in vars(self).items()}
         for name in ("sequences_per_step", "tokens_per_pass", *SHAPE):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
             if name in SHAPE and getattr(self, name) is not None and self.model is not None:
                 raise OptionError(
-                    f"{Option(name, getattr(self, name))} is for a new model, and {Option('model', self.model)} has "
-                    "its own; leave either out"
+                    f"{given[name]} is for a new model, and {given['model']} has its own; leave either out"
                 )
         if self.hidden_dropout_prob is not None and not 0 <= self.hidden_dropout_prob < 1:
-            raise OptionError(
-                f"{Option('hidden_dropout_prob', self.hidden_dropout_prob)} must be at least 0 and less than 1"
-            )
+            raise OptionError(f"{given['hidden_dropout_prob']} must be at least 0 and less than 1")
         for name in ("mlm_probability", "eval_mlm_probability"):
             if not 0 < getattr(self, name) <= 1:
-                raise OptionError(
-                    f"{Option(name, getattr(self, name))} must be more than 0 and at most 1; BERT's is 0.15"
-                )
+                raise OptionError(f"{given[name]} must be more than 0 and at most 1; BERT's is 0.15")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise OptionError(f"{Option('peak_tflops', self.peak_tflops)} must be more than 0; an A100 has 312")
+            raise OptionError(f"{given['peak_tflops']} must be more than 0; an A100 has 312")
         from collate.losses import MLM_TERMS  # not at the top: it needs torch
 
         check_known("mlm_loss", self.mlm_loss, MLM_TERMS)
@@ -142,10 +138,9 @@ class PretrainConfig:
         check_known("optimizer", self.optimizer, OPTIMIZERS)
         if self.batch_policy == "packs" and self.sequences_per_step != SEQUENCES_PER_STEP:
             raise OptionError(
-                f"{Option('sequences_per_step', self.sequences_per_step)} is for "
-                f"{Option('batch_policy', 'sequences')}; with 'packs' a step holds what its packs hold: leave it out, "
-                f"and set {Option('per_device_train_batch_size')} (or {Option('tokens_per_pass')}) and "
-                f"{Option('gradient_accumulation_steps')}"
+                f"{given['sequences_per_step']} is for {Option('batch_policy', 'sequences')}; with 'packs' a step "
+                f"holds what its packs hold: leave it out, and set {Option('per_device_train_batch_size')} (or "
+                f"{Option('tokens_per_pass')}) and {Option('gradient_accumulation_steps')}"
             )
         width, heads = (getattr(self, name) or NEW_MODEL[name] for name in ("hidden_size", "num_attention_heads"))
         if width % heads:

@@ -14,13 +14,12 @@ from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.choice import choose_attention
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.places import find_pretrained
+from bert_pretrain.train.checks import READ_PACKS
 from bert_pretrain.train.config import AUTO, NEW_MODEL, SHAPE, PretrainConfig
 from bert_pretrain.train.run_record import parameters_digest
 from packing.files.errors import Option, OptionError
 
 logger = logging.getLogger(__name__)
-
-READ_PACKS = 10_000  # read at a time
 
 
 def longest_sequence(*splits: Dataset | None) -> int:

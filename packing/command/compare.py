@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from packing.command import sources
-from packing.command.parser import Parser, Subcommand, add_pack_options
+from packing.command.parser import Parser, Subcommand, add_options
 
 ABOUT = "Print what every packer makes of SOURCE at several depths, or at the given one."
 EXAMPLES = """\
@@ -20,7 +20,7 @@ examples:
 
 def _add_options(parser: Parser) -> None:
     sources.add_source(parser, sources.LENGTH_FILES)
-    add_pack_options(parser, ("max_sequence_length", "max_sequences_per_pack"))
+    add_options(parser, ("max_sequence_length", "max_sequences_per_pack"))
     sources.add_reading_options(parser)
     parser.add_argument("--report", metavar="FILE", help="also write the comparison to FILE, .html or .png")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packing.command import sources
-from packing.command.parser import Parser, Subcommand, add_pack_options
+from packing.command.parser import Parser, Subcommand, add_options
 from packing.files.errors import in_split
 from packing.options import PackOptions
 from packing.source.formats import endings
@@ -42,9 +42,9 @@ PLANNING = ("max_sequence_length", "max_sequences_per_pack", "packer", "seed", "
 def _add_options(parser: Parser) -> None:
     sources.add_source(parser)
     parser.add_argument("target", metavar="TARGET", help="folder to write, a path or a URL; must not exist")
-    add_pack_options(parser, PLANNING)
+    add_options(parser, PLANNING)
     sources.add_reading_options(parser)
-    add_pack_options(parser, {each.name for each in fields(PackOptions)} - {*PLANNING, *sources.READING})
+    add_options(parser, {each.name for each in fields(PackOptions)} - {*PLANNING, *sources.READING})
 
 
 def _run(arguments: Namespace) -> int:

@@ -84,10 +84,10 @@ def with_hyphens(arguments: Iterable[str]) -> list[str]:
     return [*spelled, *arguments]
 
 
-def add_pack_options(parser: Parser, names: Collection[str]) -> None:
-    """Add an option for each of these fields of PackOptions, with its type, default, choices and help."""
-    types = get_type_hints(PackOptions, localns={"Packer": Callable})
-    for field in fields(PackOptions):
+def add_options(parser: Parser, names: Collection[str], options: type = PackOptions) -> None:
+    """Add an option for each of these fields of a dataclass, with its type, default, choices and help."""
+    types = get_type_hints(options, localns={"Packer": Callable})
+    for field in fields(options):
         if field.name not in names:
             continue
         about, read = field.metadata, reading(field.name, types[field.name])
@@ -111,13 +111,14 @@ def reading(name: str, type_: Any) -> dict[str, Any]:
     return {**known[0]}
 
 
-def one_of(choices: Sequence[str]) -> Callable[[str], str]:
-    """A type for add_argument; its error names the choice nearest to an unknown one."""
+def one_of(choices: Sequence[Any], kind: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A type for add_argument; its error names the choice nearest to an unknown one. kind: text -> a value."""
 
-    def checked(value: str) -> str:
-        if value not in choices:
-            near = suggestion(value, choices)
-            raise argparse.ArgumentTypeError(f"{value!r} is unknown{near}; choose from {', '.join(choices)}")
+    def checked(text: str) -> Any:
+        if (value := kind(text)) not in choices:
+            names = list(map(str, choices))
+            near = suggestion(text, names)
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown{near}; choose from {', '.join(names)}")
         return value
 
     return checked
@@ -137,5 +138,5 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults where there are some, and the examples as they are written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, argparse.SUPPRESS) and action.default is not False
+        has_default = action.default not in (None, "", argparse.SUPPRESS) and action.default is not False
         return super()._get_help_string(action) if has_default else action.help

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from packing.command import pack, sources
-from packing.command.parser import Parser, Subcommand, add_pack_options
+from packing.command.parser import Parser, Subcommand, add_options
 
 ABOUT = "Print how well SOURCE would pack, and write nothing."
 EXAMPLES = """\
@@ -21,7 +21,7 @@ object {"length": count}, an .npy array of rows length, count. `pack-dataset --h
 
 def _add_options(parser: Parser) -> None:
     sources.add_source(parser, sources.LENGTH_FILES)
-    add_pack_options(parser, pack.PLANNING)
+    add_options(parser, pack.PLANNING)
     sources.add_reading_options(parser)
 
 

@@ -6,25 +6,24 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packing.command.parser import Parser, add_pack_options, one_of
-from packing.files.errors import in_split, whole_number
+from packing.command.parser import Parser, add_options
+from packing.files.errors import Option, OptionError, in_split, whole_number
 from packing.source.formats import endings
-from packing.source.text_files import DOCUMENTS
-from packing.text.tokenizer import MODES
+from packing.source.open import OpenedSource, TextOptions, open_sequences
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from packing.source.open import OpenedSource
     from packing.source.text import Run
 
 logger = logging.getLogger(__name__)
 
 READING = ("overlong", "token_columns", "pad_token_id", "num_proc")
-TEXT_OPTIONS = ("text_column", "text_pair_column", "keep_text", "tokenizer", "documents", "tokenize")
+TEXT_OPTIONS = tuple(each.name for each in fields(TextOptions))
 LENGTH_FILES = "or a file of lengths (.txt, .csv, .json, .npy, .npz)"
 
 SOURCES = f"""\
@@ -49,31 +48,13 @@ def add_source(parser: Parser, more: str = "see below") -> None:
 
 
 def add_text_options(parser: Parser) -> None:
-    """TEXT_OPTIONS: which texts become sequences, and by which tokenizer."""
-    add = parser.add_argument
-    add("--text-column", metavar="NAME", help="texts to tokenize; the packs do not keep this column")
-    add("--text-pair-column", metavar="NAME", help="the second texts, to tokenize as pairs")
-    add("--keep-text", action="store_true", help="keep the columns of texts beside their tokens")
-    add("--tokenizer", metavar="FOLDER_OR_NAME", help="tokenizer of transformers, for texts")
-    add(
-        "--documents",
-        type=one_of(DOCUMENTS),
-        choices=DOCUMENTS,
-        help="what a sequence of a text file is: a paragraph between blank lines (the default), a line, or the file",
-    )
-    add(
-        "--tokenize",
-        type=one_of(MODES),
-        choices=MODES,
-        default="auto",
-        help="how, with the same tokens: each distinct word once where the tokenizer allows it (auto), or an error "
-        "where it does not (fast), or text by text (exact)",
-    )
+    """Which texts become sequences, and by which tokenizer."""
+    add_options(parser, TEXT_OPTIONS, TextOptions)
 
 
 def add_reading_options(parser: Parser) -> None:
     """The options that say how to read rows."""
-    add_pack_options(parser, READING)
+    add_options(parser, READING)
     add_text_options(parser)
 
 
@@ -96,10 +77,8 @@ def refuse_ignored(arguments: Namespace, unused: Sequence[str], why: str) -> Non
     for name in unused:
         value = getattr(arguments, name, arguments.defaults.get(name))
         if value != arguments.defaults.get(name):
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"{option if value is True else f'{option} {value}'} would be ignored: {why}; leave it out"
-            )
+            given = Option(name) if value is True else Option(name, value)
+            raise OptionError(f"{given} would be ignored: {why}; leave it out")
 
 
 def is_lengths(arguments: Namespace) -> bool:
@@ -138,7 +117,6 @@ def load_sequences(arguments: Namespace, cache: Path | None = None, run: Run | N
     cache: the folder for converted files and tokens; None: the cache of the datasets library.
     run: who tokenizes; None: num_proc processes."""
     from packing.packers.table import checked_length
-    from packing.source.open import TextOptions, open_sequences
 
     longest = None
     if getattr(arguments, "overlong", None) == "error":

@@ -14,11 +14,9 @@ import numbers
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 MARK = "\ufdd0"  # a noncharacter of Unicode: no text has it, and repr() escapes it
-Words: TypeAlias = str | tuple[str, ...]
-"""A sentence, or the parts of one, some of which are Options."""
 
 
 class Option(str):
@@ -48,13 +46,9 @@ class OptionError(ValueError):
                                                                   in_command()    --num-proc 0 must be at least 1
     """
 
-    def words(self) -> Iterable[str]:
-        """The parts of the sentence."""
-        return self.args
-
     def marked(self) -> str:
         """The sentence with both spellings of each option, for a larger OptionError."""
-        return "".join(format(word) for word in self.words())
+        return self.args[0]
 
     def __str__(self) -> str:
         return self._spelled(0)
@@ -100,9 +94,9 @@ class SourceError(OptionError):
 
     def __init__(
         self,
-        what: Words,
+        what: str,
         *,
-        cure: Words = "",
+        cure: str = "",
         file: object = None,
         split: str = "",
         column: str | None = None,
@@ -110,18 +104,16 @@ class SourceError(OptionError):
         unit: str = "row",
     ):
         super().__init__(what)
-        self.what, self.cure = ((words,) if isinstance(words, str) else words for words in (what, cure))
-        self.split, self.column, self.unit = split, column, unit
+        self.what, self.cure, self.split, self.column, self.unit = what, cure, split, column, unit
         self.file = None if file is None else str(file)
         self.row = None if row is None else int(row)
 
-    def words(self) -> Iterable[str]:
+    def marked(self) -> str:
         places = [] if self.column is None else [f"column {self.column!r}"]
         places += [] if self.row is None else [f"{self.unit} {self.row}"]
-        begin = [f"split {self.split!r}: "] if self.split else []
-        begin += [f"{part} " for part in (repr(self.file) if self.file else "", " in ".join(places)) if part]
-        cure = ("; ", *self.cure) if any(self.cure) else ()
-        return *begin, *self.what, *cure, f" ({self.hint})" if self.hint else ""
+        split, cure = f"split {self.split!r}: " if self.split else "", f"; {self.cure}" if self.cure else ""
+        place = [part for part in (repr(self.file) if self.file else "", " in ".join(places)) if part]
+        return split + " ".join([*place, self.what]) + cure + (f" ({self.hint})" if self.hint else "")
 
     def __reduce__(self) -> tuple:  # between processes, with all that is known
         return _remake, (type(self), self.what, self.__dict__)
@@ -203,7 +195,7 @@ def whole_number(name: str, value: Any, least: int = 1, most: int | None = None,
     is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_whole or value < least or (most is not None and value > most):
         limit = f"at least {least}" if most is None else f"{_power(least)} to {_power(most)}"
-        raise OptionError(Option(name, value), f" must be a whole number, {limit}{cure}")
+        raise OptionError(f"{Option(name, value)} must be a whole number, {limit}{cure}")
     return int(value)
 
 

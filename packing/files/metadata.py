@@ -77,16 +77,12 @@ def build(cls: type[T], content: object, what: str, **names: type) -> T:
     if not isinstance(content, dict):
         raise ValueError(f"{what} is {shown(content)}, and no object of its fields")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    required = {name for name, field in fields.items() if _has_no_default(field)}
+    required = {name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING}
     if other := sorted((required - set(content)) | (set(content) - set(fields))):
         lacks = "lacks" if other[0] in fields else "has a field"
         raise ValueError(f"{what} {lacks} {other[0]!r}")
     hints = typing.get_type_hints(cls, localns=names)
     return cls(**{name: _typed(value, hints[name], f"{what}: {name}") for name, value in content.items()})
-
-
-def _has_no_default(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _typed(value: typing.Any, hint: typing.Any, what: str) -> typing.Any:

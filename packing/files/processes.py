@@ -85,7 +85,7 @@ class Workers:
         initial = self.prepare, self._stop, Path(self._folder.name)
         self._executor = ProcessPoolExecutor(self.num_proc, context, _begin, initial)
         for _ in range(self.num_proc):
-            self._executor.submit(_ready)
+            self._executor.submit(int)  # done once the process has started
         return self._executor
 
 
@@ -127,10 +127,6 @@ def _begin(prepare: Callable[[], object] | None, stop: object, folder: Path) -> 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _folder, _stop = folder, stop
     _prepared = None if prepare is None else prepare()
-
-
-def _ready() -> None:
-    """Nothing: a process that does it has started."""
 
 
 def _end_with_parent() -> None:

@@ -39,9 +39,9 @@ def nnlshp(histogram: np.ndarray, max_sequence_length: int, max_sequences_per_pa
     Raises ValueError if max_sequence_length is above 2048.
     """
     if max_sequence_length > LONGEST:
-        what = f" is more than the {LONGEST} that nnlshp solves: its time grows with the cube, up to 15 s there; use "
-        cure = what, Option("packer", "lpfhp"), ", which takes any length"
-        raise OptionError(Option("max_sequence_length", max_sequence_length), *cure)
+        what = f"{Option('max_sequence_length', max_sequence_length)} is more than the {LONGEST} that nnlshp solves"
+        cure = f"use {Option('packer', 'lpfhp')}, which takes any length"
+        raise OptionError(f"{what}: its time grows with the cube, up to 15 s there; {cure}")
     slots, x, _ = fit_histogram(histogram, max_sequence_length, max_sequences_per_pack)
     packings = []
     for repeats in (np.rint(x), np.floor(x)):

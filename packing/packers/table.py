@@ -96,8 +96,8 @@ def checked_length(max_sequence_length: int) -> int:
     """The limit as an int. Raises ValueError for one that no packer can handle."""
     length = whole_number("max_sequence_length", max_sequence_length)
     if length > LONGEST_PACK:
-        what = f" is more than packers can handle; give at most {LONGEST_PACK}"
-        raise OptionError(Option("max_sequence_length", length), what)
+        what = f"{Option('max_sequence_length', length)} is more than packers can handle"
+        raise OptionError(f"{what}; give at most {LONGEST_PACK}")
     return length
 
 
@@ -107,7 +107,9 @@ def checked_depth(max_sequences_per_pack: int | None) -> int | None:
         return None
     depth = whole_number("max_sequences_per_pack", max_sequences_per_pack)
     if depth >= 2**63:
-        raise OptionError(Option("max_sequences_per_pack", depth), " is more than 2**63 - 1; leave it out for no limit")
+        raise OptionError(
+            f"{Option('max_sequences_per_pack', depth)} is more than 2**63 - 1; leave it out for no limit"
+        )
     return depth
 
 

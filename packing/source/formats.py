@@ -173,14 +173,6 @@ def _arrow_columns(file: NamedFile) -> pa.Schema | None:
     return schema if any(batch.num_rows for batch in batches) else None
 
 
-def _arrow_batches(file: NamedFile) -> Iterator[pa.RecordBatch]:
-    return read_arrow(file.path)[2]
-
-
-def _is_stream(file: NamedFile) -> bool:
-    return read_arrow(file.path)[1]
-
-
 def _map_stream(file: NamedFile) -> datasets.Dataset:
     import datasets
 
@@ -378,7 +370,13 @@ TEXT = _text()
 FORMATS: tuple[Format, ...] = (
     Format("Parquet", (".parquet",), _parquet_columns, partial(_write_batches, _parquet_batches)),
     Format("JSON", (".jsonl", ".ndjson", ".json"), _json_columns, _write_json, may_be_compressed=True),
-    Format("Arrow", (".arrow",), _arrow_columns, partial(_write_batches, _arrow_batches), is_mapped=_is_stream),
+    Format(
+        "Arrow",
+        (".arrow",),
+        _arrow_columns,
+        partial(_write_batches, lambda file: read_arrow(file.path)[2]),
+        is_mapped=lambda file: read_arrow(file.path)[1],
+    ),
     _delimited("CSV", (".csv",), ","),
     _delimited("TSV", (".tsv",), "\t"),
     TEXT,

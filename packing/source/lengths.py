@@ -118,10 +118,8 @@ def cut_histogram(histogram: np.ndarray, max_sequence_length: int, overlong: str
     counts = histogram[lengths]
     check_known("overlong", overlong, OVERLONG)
     if overlong == "error":
-        limit = Option("max_sequence_length", max_sequence_length)
-        raise OptionError(
-            f"{counts.sum()} sequences are longer than ", limit, f", up to {lengths[-1]} tokens; ", *OVERLONG_CURE
-        )
+        what = f"{counts.sum()} sequences are longer than {Option('max_sequence_length', max_sequence_length)}"
+        raise OptionError(f"{what}, up to {lengths[-1]} tokens; {OVERLONG_CURE}")
     if overlong == "truncate":
         kept[max_sequence_length] += counts.sum()
     elif overlong == "split":
@@ -130,7 +128,7 @@ def cut_histogram(histogram: np.ndarray, max_sequence_length: int, overlong: str
         kept[0] = 0  # a length that splits evenly has no rest
     if not kept.any():
         limit = Option("max_sequence_length", max_sequence_length)
-        raise OptionError("every sequence is longer than ", limit, "; nothing is left")
+        raise OptionError(f"every sequence is longer than {limit}; nothing is left")
     return kept
 
 

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 from packing.files.errors import Option, OptionError, SourceError, in_split, path_suggestion
 from packing.files.names import NamedFile, is_hidden
 from packing.files.paths import URL, is_url, place
+from packing.options import option
 from packing.source.formats import TEXT, Format, endings, format_of, open_files, read_arrow
-from packing.source.text_files import TextRows, check_documents, refuse_other_formats, uncompressed
+from packing.source.text_files import DOCUMENTS, TextRows, check_documents, refuse_other_formats, uncompressed
+from packing.text.tokenizer import MODES
 
 if TYPE_CHECKING:
     import datasets
@@ -48,21 +50,23 @@ MAGIC = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How texts become sequences. What is None was not given.
+    """How texts become sequences, with the help of the command. What is None was not given."""
 
-    tokenizer: a folder, or a name on the hub.
-    text_column, text_pair_column: names of columns; the second makes pairs.
-    keep_text: whether the texts stay beside their tokens.
-    documents: what a sequence is, of text files; see DOCUMENTS.
-    tokenize: who reads the texts, see MODES of packing.text.tokenizer; the tokens are the same.
-    """
-
-    tokenizer: str | None = None
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    keep_text: bool = False
-    documents: str | None = None
-    tokenize: str = "auto"
+    text_column: str | None = option(None, "texts to tokenize; the packs do not keep this column", "NAME")
+    text_pair_column: str | None = option(None, "the second texts, to tokenize as pairs", "NAME")
+    keep_text: bool = option(False, "keep the columns of texts beside their tokens")
+    tokenizer: str | None = option(None, "tokenizer of transformers, for texts", "FOLDER_OR_NAME")
+    documents: str | None = option(
+        None,
+        "what a sequence of a text file is: a paragraph between blank lines (the default), a line, or the file",
+        choices=DOCUMENTS,
+    )
+    tokenize: str = option(
+        "auto",
+        "how, with the same tokens: each distinct word once where the tokenizer allows it (auto), or an error where it "
+        "does not (fast), or text by text (exact)",
+        choices=MODES,
+    )
 
 
 class OpenedSource(NamedTuple):
@@ -86,28 +90,21 @@ class FoundFiles(NamedTuple):
 Found: TypeAlias = "FoundFiles | dict[str, datasets.Dataset]"
 
 
-def open_split(source: str, split: str = "", storage_options: dict | None = None) -> datasets.Dataset:
+def open_split(source: str, split: str = "") -> datasets.Dataset:
     """One split of a source; "" is that of a source without splits.
 
     The same arguments give the same rows on another machine, from its own copy of a URL."""
-    splits = open_splits(source, storage_options)
+    splits = open_splits(source)
     if split not in splits:
         raise ValueError(f"SOURCE {source!r} has no split {split!r}; it has {', '.join(map(repr, splits))}")
     return splits[split]
 
 
-def open_splits(
-    source: str, storage_options: dict | None = None, cache: Path | None = None, *, documents: str = "paragraph"
-) -> dict[str, datasets.Dataset]:
+def open_splits(source: str) -> dict[str, datasets.Dataset]:
     """The rows of a source, converted where they cannot be read in place; "" is one without splits.
 
-    storage_options: of the file system of a URL.
-    cache: where what is converted or copied is kept; None: in that of the datasets library.
-    documents: the rows of text files, see DOCUMENTS.
-
-    Raises FileNotFoundError, ValueError or OSError that names the file, and the column or line, that is wrong.
-    """
-    return _open(_find(source, storage_options, cache), cache, documents)
+    Raises FileNotFoundError, ValueError or OSError that names the file, and the column or line, that is wrong."""
+    return _open(_find(source))
 
 
 def open_sequences(
@@ -124,6 +121,7 @@ def open_sequences(
 
     num_proc: processes that tokenize; run: who does it instead of them, see `tokenize`.
     longest: the first text of more tokens ends the work; None: none does.
+    cache: where what is converted, copied or made is kept; None: in that of the datasets library.
     say: is called with one line about what was not asked for: the column that is taken, text files that are left out.
 
     Raises as open_splits does. Raises ValueError for options of texts that do not fit the rows, before it loads a
@@ -133,15 +131,15 @@ def open_sequences(
     from packing.text.tokenizer import open_tokenizer
 
     documents = check_documents(texts.documents or "paragraph")
-    found = _find(source, None, cache, any_ending=texts.tokenizer is not None)
+    found = _find(source, cache, any_ending=texts.tokenizer is not None)
     is_text = isinstance(found, FoundFiles) and found.format.is_text
     if is_text and texts.text_column is not None:
         raise _ignored("text_column", texts.text_column, f"{source!r} is text")
     if not is_text and texts.documents is not None:
         raise _ignored("documents", texts.documents, f"{source!r} holds rows")
     if is_text and texts.tokenizer is None:
-        cure = Option("tokenizer", "FOLDER_OR_NAME"), " (a file of lengths has one whole number a line)"
-        raise OptionError(f"SOURCE {source!r} holds texts; give what makes tokens of them: ", *cure)
+        cure = f"{Option('tokenizer', 'FOLDER_OR_NAME')} (a file of lengths has one whole number a line)"
+        raise OptionError(f"SOURCE {source!r} holds texts; give what makes tokens of them: {cure}")
     _say_left_out(source, found, say, only_texts=True)
     splits = _open(found, cache, documents)
     if texts.tokenizer is None:
@@ -165,35 +163,28 @@ def open_sequences(
     return OpenedSource(tokenized, are_tokenized=True)
 
 
-def find_texts(
-    source: str,
-    text_column: str | None = None,
-    storage_options: dict | None = None,
-    cache: Path | None = None,
-    *,
-    say: Callable[[str], object] = logger.warning,
-) -> dict[str, list[NamedFile | TextRows]]:
+def find_texts(source: str, text_column: str | None = None) -> dict[str, list[NamedFile | TextRows]]:
     """{split: texts}, in order; "" is a source without splits. Text files stay as they are, and are read in blocks.
 
-    text_column: of rows. None: the column `text`, or else the only one of strings; `say` reports the latter.
-    say: is called with one line about what was not asked for: that column, and files that are left out.
+    text_column: of rows. None: the column `text`, or else the only one of strings, which is logged, like files that
+        are left out.
 
     A folder of text and other files is read for its text; a file of another ending is text if it begins like text.
     """
     from packing.source.text import find_text_column
 
-    found = _find(source, storage_options, cache, for_text=True, any_ending=True)
+    found = _find(source, for_text=True, any_ending=True)
     if isinstance(found, FoundFiles) and found.format.is_text:
         if text_column is not None:
             raise _ignored("text_column", text_column, f"{source!r} is text")
-        _say_left_out(source, found, say)
-        return {name: [uncompressed(file, cache) for file in files] for name, files in found.splits.items()}
+        _say_left_out(source, found, logger.warning)
+        return {name: [uncompressed(file) for file in files] for name, files in found.splits.items()}
 
     def column_of(dataset: datasets.Dataset) -> str:
         has_text = text_column is None and "text" in dataset.column_names
-        return find_text_column(dataset, "text" if has_text else text_column, say)
+        return find_text_column(dataset, "text" if has_text else text_column, logger.warning)
 
-    splits = _open(found, cache)
+    splits = _open(found)
     columns = _in_each(splits, column_of)
     names = {name: f"{source} ({name})" if name else source for name in splits}
     return {name: [TextRows(names[name], dataset, columns[name])] for name, dataset in splits.items()}
@@ -204,7 +195,7 @@ def without_protocol(source: str) -> str:
     return str(place(source)) if URL.match(source) else source
 
 
-def _open(found: Found, cache: Path | None, documents: str = "paragraph") -> dict[str, datasets.Dataset]:
+def _open(found: Found, cache: Path | None = None, documents: str = "paragraph") -> dict[str, datasets.Dataset]:
     if not isinstance(found, FoundFiles):
         return found
     return {name: open_files(found.format, files, cache, documents) for name, files in found.splits.items()}
@@ -229,7 +220,7 @@ def _say_left_out(source: str, found: Found, say: Callable[[str], object], only_
 
 
 def _ignored(name: str, value: str, why: str) -> OptionError:
-    return OptionError(Option(name, value), f" would be ignored: {why}; leave it out")
+    return OptionError(f"{Option(name, value)} would be ignored: {why}; leave it out")
 
 
 # Columns of texts
@@ -244,10 +235,8 @@ def _text_columns(splits: dict[str, datasets.Dataset], texts: TextOptions, say: 
     name, dataset = next(iter(splits.items()))
     with in_split(name):
         if "input_ids" in dataset.column_names:
-            raise SourceError(
-                (Option("tokenizer", texts.tokenizer), " would be ignored: rows have input_ids"),
-                cure=("leave it out, or name the texts: ", Option("text_column", "NAME")),
-            )
+            what = f"{Option('tokenizer', texts.tokenizer)} would be ignored: rows have input_ids"
+            raise SourceError(what, cure=f"leave it out, or name the texts: {Option('text_column', 'NAME')}")
         return [find_text_column(dataset, None, say)]
 
 
@@ -255,16 +244,14 @@ def _check_has_tokens(dataset: datasets.Dataset) -> None:
     from packing.source.json_rows import about_single_object
     from packing.source.rows import check_has_tokens
 
-    options = Option("text_column", "NAME"), " ", Option("tokenizer", "FOLDER_OR_NAME")
-    check_has_tokens(dataset, (", or let it be done here: ", *options, about_single_object(dataset)))
+    options = f"{Option('text_column', 'NAME')} {Option('tokenizer', 'FOLDER_OR_NAME')}"
+    check_has_tokens(dataset, f", or let it be done here: {options}{about_single_object(dataset)}")
 
 
 # Where it lies
 
 
-def _find(
-    source: str, storage_options: dict | None, cache: Path | None, for_text: bool = False, any_ending: bool = False
-) -> Found:
+def _find(source: str, cache: Path | None = None, for_text: bool = False, any_ending: bool = False) -> Found:
     """Files of one format; or rows that are open: a folder of save_to_disk, or a dataset of the hub."""
     from packing.files.local_copy import local_copy
 
@@ -272,10 +259,8 @@ def _find(
         raise ValueError("SOURCE is empty; name a folder, a file or a dataset ('.' is this folder)")
     name_of: Callable[[Path], str] = str
     if is_url(source):
-        path = str(copy := local_copy(source, storage_options, partial(_to_copy, for_text), cache))
+        path = str(copy := local_copy(source, None, partial(_to_copy, for_text), cache))
         name_of = partial(_url_of, source, copy)
-    elif storage_options:
-        raise ValueError(f"storage_options would be ignored: {source!r} is no URL; leave them out")
     else:
         path = without_protocol(source)
     if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():

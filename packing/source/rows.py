@@ -34,7 +34,7 @@ ATTENTION_MASK = "attention_mask"  # says where padding is; never stored
 RESERVED = ("sequence_lengths", "sequence_indices", "sequence_starts", "sequence_ids", "position_ids", "cls_positions")
 
 NONE = -1  # no row
-WITHOUT = ("give ", Option("token_columns"), " without it")
+WITHOUT = f"give {Option('token_columns')} without it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +122,9 @@ def read_source(
     columns, skipped, kept = open_columns(dataset, (INPUT_IDS, *names), files), None, lengths
     if ATTENTION_MASK in table.column_names:
         if pad_token_id is not None:
-            what = " was given, but the column attention_mask says already where padding is"
-            raise SourceError((Option("pad_token_id", pad_token_id), what), cure="leave it out, or remove the column")
+            given = Option("pad_token_id", pad_token_id)
+            what = f"{given} was given, but the column attention_mask says already where padding is"
+            raise SourceError(what, cure="leave it out, or remove the column")
         skipped, kept = _trim(_read_mask(table.column(ATTENTION_MASK), rows, lengths), 0)
     elif pad_token_id is not None:
         skipped, kept = _trim(input_ids, checked_pad_token_id(pad_token_id))
@@ -166,12 +167,12 @@ def check_source(dataset: datasets.Dataset) -> None:
         raise SourceError(f"holds {type_}", column=INPUT_IDS, cure=cure)
 
 
-def check_has_tokens(dataset: datasets.Dataset, also: tuple[str, ...] = ()) -> None:
+def check_has_tokens(dataset: datasets.Dataset, also: str = "") -> None:
     """Raise SourceError without a column input_ids. also: the end of the cure."""
     names = dataset.column_names
     if INPUT_IDS not in names:
         what = f"no column 'input_ids' among {', '.join(names) or 'no columns'}{suggestion(INPUT_IDS, names)}"
-        raise SourceError(what, cure=("tokenize before packing", *also))
+        raise SourceError(what, cure=f"tokenize before packing{also}")
 
 
 def _read_lengths(input_ids: TokenColumn) -> np.ndarray:
@@ -196,11 +197,11 @@ def _names(table: pa.Table, rows: np.ndarray | None, lengths: np.ndarray, wanted
     for name in wanted:
         if name not in table.column_names:
             others = f"{', '.join(table.column_names)}{suggestion(name, table.column_names)}"
-            raise SourceError((Option("token_columns"), f" names {name!r}, which is not among {others}"))
+            raise SourceError(f"{Option('token_columns')} names {name!r}, which is not among {others}")
         column = table.column(name)
         if not is_list(column.type):
-            what = f" names {name!r}, which holds {column.type} and no list of one value per token"
-            raise SourceError((Option("token_columns"), what))
+            what = f"names {name!r}, which holds {column.type} and no list of one value per token"
+            raise SourceError(f"{Option('token_columns')} {what}")
         _refuse_other_lengths(open_lists(name, column, rows), lengths)
     return [c for c in candidates if c in wanted]
 
@@ -221,16 +222,13 @@ def _is_token_level(name: str, column: pa.ChunkedArray, rows: np.ndarray | None,
                 f"has {length} values, where input_ids has {lengths[row]}, but as many as input_ids in most rows",
                 column=name,
                 row=row,
-                cure=(
-                    *WITHOUT,
-                    " if it is a list for each sequence, make it one value per token, or leave the row out",
-                ),
+                cure=f"{WITHOUT} if it is a list for each sequence, make it one value per token, or leave the row out",
             )
         return alike == len(lengths)
     same, missing = opened.lengths == lengths, null_rows(column, rows)
     if missing.any() and not missing.all() and (same | missing).all():
         what, row = "has no value (null), and one value per token in other rows", int(np.argmax(missing))
-        cure = ("fill it in, leave the row out, or ", *WITHOUT, " to keep it as a list per pack")
+        cure = f"fill it in, leave the row out, or {WITHOUT} to keep it as a list per pack"
         raise SourceError(what, column=name, row=row, cure=cure)
     return bool(same.all())
 
@@ -277,8 +275,8 @@ def _trim(column: TokenColumn, padding: int) -> tuple[np.ndarray | None, np.ndar
             begins = block.starts + skipped[block.rows]
             _refuse_holes(values, block.first, begins, kept[block.rows])
     if not kept.all():
-        reason = ("attention_mask is 0",) if is_mask else ("input_ids is ", Option("pad_token_id", padding))
-        what = ("is nothing but padding: ", *reason, " everywhere")
+        reason = "attention_mask is 0" if is_mask else f"input_ids is {Option('pad_token_id', padding)}"
+        what = f"is nothing but padding: {reason} everywhere"
         raise SourceError(what, row=int(np.argmin(kept != 0)), cure="leave the row out")
     return skipped if skipped.any() else None, kept
 
@@ -323,10 +321,8 @@ def refuse_padding(input_ids: TokenColumn, lengths: np.ndarray) -> None:
                 f"the source looks padded: all {len(lengths)} rows have {length} tokens, and "
                 f"{np.count_nonzero(runs)} of them {side} with token {suspect} "
                 f"(row {culprit} with {runs[culprit]} of it), which occurs nowhere else",
-                cure=(
-                    *("tokenize without padding, keep the column attention_mask, or give ", Option("pad_token_id")),
-                    f", the token to trim (if {suspect} is not padding, give the true id)",
-                ),
+                cure=f"tokenize without padding, keep the column attention_mask, or give {Option('pad_token_id')}, the "
+                f"token to trim (if {suspect} is not padding, give the true id)",
             )
 
 

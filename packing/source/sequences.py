@@ -21,8 +21,8 @@ ANSWERS = ("start_positions", "end_positions")  # transformers' names of them
 
 DONE = {"truncate": "truncated", "split": "split", "drop": "dropped"}  # the word for rows that did not fit
 
-_TRUNCATE, _SPLIT, _DROP = (Option("overlong", choice) for choice in DONE)
-OVERLONG_CURE = ("choose ", _TRUNCATE, ", ", _SPLIT, " or ", _DROP, ", or raise ", Option("max_sequence_length"))
+_TRUNCATE, _SPLIT, _DROP = (f"{Option('overlong', choice)}" for choice in DONE)
+OVERLONG_CURE = f"choose {_TRUNCATE}, {_SPLIT} or {_DROP}, or raise {Option('max_sequence_length')}"
 
 
 class OverlongError(SourceError):
@@ -30,8 +30,8 @@ class OverlongError(SourceError):
 
     def __init__(self, row: int, tokens: int, max_sequence_length: int, others: int | None = None):
         also = f" (and {others} more rows are too long)" if others else ""
-        limit = Option("max_sequence_length", max_sequence_length)
-        super().__init__((f"has {tokens} tokens, more than ", limit, also), row=row, cure=OVERLONG_CURE)
+        what = f"has {tokens} tokens, more than {Option('max_sequence_length', max_sequence_length)}{also}"
+        super().__init__(what, row=row, cure=OVERLONG_CURE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +132,9 @@ def refuse_moved_answers(source: Source, sequences: Sequences, overlong: str) ->
         what = f"counts tokens of its row, but row {row} begins with {padding}"
         raise SourceError(what, column=answers[0], cure="tokenize without padding, or with padding_side='right'")
     if len(sequences.overlong_rows) and overlong in ("truncate", "split"):
-        what = f"counts tokens of its row, but row {sequences.overlong_rows[0]} would be cut by "
-        cure = ("let the tokenizer cut it (truncation, stride), or say ", _DROP)
-        raise SourceError((what, Option("overlong", overlong)), column=answers[0], cure=cure)
+        cut = f"row {sequences.overlong_rows[0]} would be cut by {Option('overlong', overlong)}"
+        cure = f"let the tokenizer cut it (truncation, stride), or say {_DROP}"
+        raise SourceError(f"counts tokens of its row, but {cut}", column=answers[0], cure=cure)
 
 
 def _error(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
@@ -166,9 +166,8 @@ def _split(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequen
 def _drop(source: Source, rows: np.ndarray, max_sequence_length: int) -> Sequences:
     kept: np.ndarray = np.flatnonzero(source.kept <= max_sequence_length).astype(index_type(source.num_rows))
     if not len(kept):
-        limit = Option("max_sequence_length", max_sequence_length)
-        cure = ("raise it, or choose ", _TRUNCATE, " or ", _SPLIT)
-        raise SourceError(("every row is longer than ", limit, "; nothing is left"), cure=cure)
+        what = f"every row is longer than {Option('max_sequence_length', max_sequence_length)}; nothing is left"
+        raise SourceError(what, cure=f"raise it, or choose {_TRUNCATE} or {_SPLIT}")
     begins = None if source.skipped is None else source.skipped[kept]
     lost = int(source.kept[rows].sum(dtype=np.int64))
     return Sequences(source.kept[kept], kept, begins, None, rows, lost)

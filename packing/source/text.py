@@ -267,12 +267,12 @@ def find_text_column(dataset: datasets.Dataset, wanted: str | None, say: Callabl
 
     if "input_ids" in dataset.column_names:
         named = Option("text_column", "NAME")
-        raise SourceError("rows have input_ids: they are tokenized already", cure=("name the texts: ", named))
+        raise SourceError("rows have input_ids: they are tokenized already", cure=f"name the texts: {named}")
     names = [name for name in dataset.column_names if _holds_strings(dataset, name)]
     if len(names) > 1:
         listed = " and ".join(map(repr, names))
         named = Option("text_column", names[0])
-        raise SourceError(f"columns {listed} hold texts", cure=("name the one that is meant: ", named))
+        raise SourceError(f"columns {listed} hold texts", cure=f"name the one that is meant: {named}")
     if not names:
         types = ", ".join(f"{name!r} ({dataset.data.column(name).type})" for name in dataset.column_names)
         cure = f"make one of strings{about_single_object(dataset)}"

@@ -48,7 +48,7 @@ def refuse_foreign_ids(source: Source) -> None:
             tokens = input_ids.numbers()[begins[row] : begins[row] + source.kept[block.rows][row]]
             place = int(np.argmax((tokens < 0) | (tokens >= least)))
             what = f"has the token id {tokens[place]} (its token {place}); ids are from 0 to 2**31 - 1"
-            cure = "tokenize again, or leave the row out (if it marks padding, give it as ", Option("pad_token_id"), ")"
+            cure = f"tokenize again, or leave the row out (if it marks padding, give it as {Option('pad_token_id')})"
             raise SourceError(what, row=block.first + row, cure=cure)
 
 

@@ -26,14 +26,13 @@ from packing.source.fingerprint import ColumnPrint, column_prints
 from packing.source.rows import INPUT_IDS, Source
 from packing.source.sequences import PackSlice, Sequences, cut_sequences, refuse_moved_answers
 from packing.store.cluster import Opener
-from packing.store.dataset_files import ENDINGS, shard_names
+from packing.store.dataset_files import ENDINGS, SHARD_BYTES, shard_names
 from packing.store.info import PackedInfo, packed_facts
 from packing.store.shards import check_parquet, gather_packs
 
 BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
 BATCH_BYTES = 1 << 27  # or so many bytes, where other columns are wide (images)
 ROW_GROUPS = 8  # times as many: a row group of Parquet is read as a whole, so it is larger
-SHARD_BYTES = 500_000_000  # a file's size, roughly, before Parquet compresses it
 FACTS_BYTES = 1 << 24  # the most in a Parquet file's head
 # DatasetInfo says these about the files of the source
 SIZES = "download_size", "post_processing_size", "dataset_size", "size_in_bytes"
@@ -176,10 +175,9 @@ def plan_packing(
 def _check_parquet(packing: Packing) -> None:
     check_parquet(packing.features.arrow_schema)
     if len(packing.facts.to_description()) > FACTS_BYTES:
-        what = " keeps the numbers of rows that were too long in each file, and "
-        cure = Option("format", "arrow"), ", or a larger ", Option("max_sequence_length")
-        many = f"{len(packing.facts.overlong_rows):,} are too many; take "
-        raise OptionError(Option("format", "parquet"), what, many, *cure)
+        what = f"{Option('format', 'parquet')} keeps the numbers of rows that were too long in each file"
+        cure = f"take {Option('format', 'arrow')}, or a larger {Option('max_sequence_length')}"
+        raise OptionError(f"{what}, and {len(packing.facts.overlong_rows):,} are too many; {cure}")
 
 
 def gather_all(packing: Packing, progress: bool = False) -> Iterator[pa.RecordBatch]:

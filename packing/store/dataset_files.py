@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ARROW, PARQUET = ".arrow", ".parquet"
 ENDINGS = {"arrow": ARROW, "parquet": PARQUET}  # one a format in options.OUTPUT_FORMATS
-SHARD_BYTES = 500_000_000  # a shard of write_dataset, roughly
+SHARD_BYTES = 500_000_000  # a shard's size, roughly, before Parquet compresses it
 
 
 def shard_names(count: int, ending: str = ARROW) -> list[str]:

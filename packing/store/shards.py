@@ -47,8 +47,8 @@ def check_parquet(schema: pa.Schema) -> None:
         except pa.ArrowException as error:
             fault = str(error)
         if fault:
-            what = f"column {column.name!r} holds {column.type}, no type of Parquet: {fault}; take "
-            raise OptionError(what, Option("format", "arrow"), ", or leave the column out")
+            what = f"column {column.name!r} holds {column.type}, no type of Parquet: {fault}"
+            raise OptionError(f"{what}; take {Option('format', 'arrow')}, or leave the column out")
 
 
 @dataclass(frozen=True)

@@ -25,24 +25,20 @@ from typing import Any
 from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead
-from bert_pretrain.attention.options import check_choice, check_integer
+from bert_pretrain.attention.options import HeadOptions, choice, whole
 from bert_pretrain.attention.parts import fold
 from bert_pretrain.attention.parts.windows import attend
 from collate.layout import PackLayout
 
 
 @dataclass(frozen=True)
-class AxialOptions:
+class AxialOptions(HeadOptions):
     """What `use_attention(model, "axial", …)` takes."""
 
-    columns: int | None = None
+    columns: int | None = whole(None, 1, "None takes the rounded root of max_sequence_length")
     """c: rows get longer and columns shorter as it grows. None: the rounded root of max_sequence_length."""
-    combine: str = "composed"
+    combine: str = choice("composed", ("composed", "mean"))
     """"composed" sees the whole sequence in one layer; "mean" a row and a column, with one softmax less in between."""
-
-    def __post_init__(self) -> None:
-        check_integer(self, "columns", 1, "None takes the rounded root of max_sequence_length", optional=True)
-        check_choice(self, "combine", ("composed", "mean"))
 
 
 class AxialAttention(AttentionHead):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.options import check_integer, check_seed
+from bert_pretrain.attention.options import seed_option, whole
 from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, replace_global
 from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, windows
@@ -33,25 +33,18 @@ from collate.layout import PackLayout
 class BigBirdOptions(PatternOptions):
     """What `use_attention(model, "bigbird", …)` takes."""
 
-    block: int = 64
+    block: int = whole(64, 1, "64 is the paper's")
     """Tokens of a block: larger ones make better use of the hardware, smaller ones a finer pattern."""
-    window: int = 1
+    window: int = whole(1, 0, "0 is the least")
     """Neighbouring blocks seen to each side, whole."""
-    random_blocks: int = 3
+    random_blocks: int = whole(3, 0, "0 is the least")
     """Random blocks that each block also sees; more shorten the way between distant tokens."""
-    global_tokens: int = 1
+    global_tokens: int = whole(1, 0, "0 is the least")
     """How many tokens at the start of each sequence are global; 1 is [CLS]."""
-    last_global_tokens: int = 0
+    last_global_tokens: int = whole(0, 0, "0 is the least")
     """How many at the end are global too; 1 is [SEP]."""
-    seed: int = 0
+    seed: int = seed_option()
     """Another seed draws other random blocks."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer(self, "block", 1, "64 is the paper's")
-        for name in ("window", "random_blocks", "global_tokens", "last_global_tokens"):
-            check_integer(self, name, 0, "0 is the least")
-        check_seed(self)
 
 
 class BigBirdAttention(PatternAttention):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bert_pretrain.attention.head import AttentionHead, without_autocast
 from bert_pretrain.attention.heads.linear import elu_plus_one
-from bert_pretrain.attention.options import check_choice, check_integer
+from bert_pretrain.attention.options import HeadOptions, choice, whole
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather
@@ -50,17 +50,13 @@ FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"norm": unit_norm, "elu": uni
 
 
 @dataclass(frozen=True)
-class DeltaOptions:
+class DeltaOptions(HeadOptions):
     """What `use_attention(model, "delta", …)` takes."""
 
-    chunk: int = 64
+    chunk: int = whole(64, 1, "give the number of tokens in a chunk")
     """Tokens of a chunk. It changes the time only: larger chunks do more work in fewer steps."""
-    features: str = "norm"
+    features: str = choice("norm", FEATURES)
     """phi. "norm": x / |x|; "elu": elu(x) + 1 divided by its sum, as in the source: reads mix several values."""
-
-    def __post_init__(self) -> None:
-        check_integer(self, "chunk", 1, "give the number of tokens in a chunk")
-        check_choice(self, "features", FEATURES)
 
 
 class DeltaAttention(AttentionHead):

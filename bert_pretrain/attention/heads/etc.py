@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, window_mask
-from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.options import whole
 from bert_pretrain.attention.parts.pattern import Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
@@ -30,12 +30,8 @@ from collate.layout import PackLayout
 class EtcOptions(LocalOptions):
     """What `use_attention(model, "etc", …)` takes."""
 
-    global_tokens: int = 16
+    global_tokens: int = whole(16, 1, "without global tokens take local attention")
     """Means of the sequence that every token sees. More keep finer detail, and cost in proportion."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer(self, "global_tokens", 1, "without global tokens take local attention")
 
 
 class EtcAttention(WindowPattern):

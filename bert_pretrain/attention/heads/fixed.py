@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.heads.strided import Found, StrideOptions, StridePattern
-from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.options import whole
 from bert_pretrain.attention.parts.fold import along_rows, fold, from_rows, row_mask
 from bert_pretrain.attention.parts.pattern import Sees
 from collate.layout import PackLayout
@@ -30,12 +30,11 @@ from collate.layout import PackLayout
 class FixedOptions(StrideOptions):
     """What `use_attention(model, "fixed", …)` takes."""
 
-    summary: int = 4
+    summary: int = whole(4, 1, "without a summary no token sees another block")
     """c: the last tokens of each block, which all tokens of the sequence see."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer(self, "summary", 1, "without a summary no token sees another block")
         if self.stride is not None and self.summary > self.stride:
             raise ValueError(
                 f"{type(self).__name__}: summary={self.summary} is more than a block of stride={self.stride}; lower it"

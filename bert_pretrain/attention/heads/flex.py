@@ -12,7 +12,7 @@ and multiplies what is hidden by 0: a huge number stays in its sequence, a NaN d
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.head import NoOptions
+from bert_pretrain.attention.options import HeadOptions
 from bert_pretrain.attention.parts.pattern import PatternAttention, Sees
 from collate.layout import PackLayout
 
@@ -21,7 +21,7 @@ class FlexAttention(PatternAttention):
     """Softmax attention over the tokens of the same sequence; no parameters, no options, no attention dropout."""
 
     is_full = True
-    Options = NoOptions
+    Options = HeadOptions
     supports_dropout = False
     survives_nan = False
 

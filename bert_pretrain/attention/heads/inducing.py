@@ -21,21 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_pretrain.attention.head import without_autocast
-from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.options import HeadOptions, whole
 from bert_pretrain.attention.parts.pieces import SequencePieces
 from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead, softmax_means
 from collate.views import at_least_float32
 
 
 @dataclass(frozen=True)
-class InducingOptions:
+class InducingOptions(HeadOptions):
     """What `use_attention(model, "inducing", …)` takes."""
 
-    points: int = 64
+    points: int = whole(64, 1, "give the number of summaries of a sequence")
     """Summaries of each sequence. More keep finer detail and cost in proportion."""
-
-    def __post_init__(self) -> None:
-        check_integer(self, "points", 1, "give the number of summaries of a sequence")
 
 
 class InducingAttention(WholeSequenceHead):

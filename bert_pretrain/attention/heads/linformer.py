@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_pretrain.attention.head import longer_than, without_autocast
-from bert_pretrain.attention.options import check_choice, check_integer
+from bert_pretrain.attention.options import HeadOptions, choice, whole
 from bert_pretrain.attention.parts.pieces import SequencePieces
 from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead
 from collate.layout import PackLayout
@@ -50,19 +50,15 @@ INITIAL: dict[str, Callable[[Tensor], None]] = {"means": fill_with_means, "rando
 
 
 @dataclass(frozen=True)
-class LinformerOptions:
+class LinformerOptions(HeadOptions):
     """What `use_attention(model, "linformer", …)` takes."""
 
-    rank: int = 128
+    rank: int = whole(128, 1, "give the number of rows that a sequence is projected to")
     """r: rows that a sequence's keys and values are projected to, at most max_sequence_length. More follow full
     attention closer and cost in proportion."""
-    initial: str = "means"
+    initial: str = choice("means", INITIAL)
     """The first projections. "means" starts near a trained full attention, as attention over means of neighbours;
     "random" as published."""
-
-    def __post_init__(self) -> None:
-        check_integer(self, "rank", 1, "give the number of rows that a sequence is projected to")
-        check_choice(self, "initial", INITIAL)
 
 
 class LinformerAttention(WholeSequenceHead):

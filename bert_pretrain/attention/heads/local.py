@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.options import whole
 from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.isolation.other_keys import attend_other_keys
@@ -27,12 +27,8 @@ from collate.layout import PackLayout
 class LocalOptions(PatternOptions):
     """What `use_attention(model, "local", …)` takes."""
 
-    window: int = 128
+    window: int = whole(128, 0, "0 lets a token see itself, and no neighbour")
     """Tokens that a query sees on each side. More reach further, and cost in proportion."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer(self, "window", 0, "0 lets a token see itself, and no neighbour")
 
 
 class WindowPattern(PatternAttention):

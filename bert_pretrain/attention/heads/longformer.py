@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, window_mask
-from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.options import whole
 from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, replace_global
 from bert_pretrain.attention.parts.pattern import Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
@@ -31,12 +31,8 @@ from collate.layout import PackLayout
 class LongformerOptions(LocalOptions):
     """What `use_attention(model, "longformer", …)` takes. The paper's window is 2 w."""
 
-    global_tokens: int = 1
+    global_tokens: int = whole(1, 1, "without global tokens take local attention")
     """How many tokens at the start of each sequence are global; 1 is [CLS]."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer(self, "global_tokens", 1, "without global tokens take local attention")
 
 
 class LongformerAttention(WindowPattern):

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead, draw_normal, unit_vectors
-from bert_pretrain.attention.options import check_choice, check_integer, check_seed
+from bert_pretrain.attention.options import HeadOptions, choice, seed_option, whole
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
@@ -42,25 +42,19 @@ SELF_SCORE = -5e4
 
 
 @dataclass(frozen=True)
-class LSHOptions:
+class LSHOptions(HeadOptions):
     """What `use_attention(model, "lsh", …)` takes."""
 
-    num_rounds: int = 2
+    num_rounds: int = whole(2, 1, "give the number of hash rounds")
     """Hash rounds: a later one may show what another misses. They cost in proportion; the paper has 1 to 8."""
-    bucket_size: int = 64
+    bucket_size: int = whole(64, 1, "give the number of tokens of a chunk")
     """Tokens of a chunk, and about of a bucket: each token sees twice as many a round. Up to this length the head is
     exact attention (with shared queries and keys)."""
-    duplicates: str = "union"
+    duplicates: str = choice("union", ("union", "count"))
     """A token that several rounds show counts once in "union", as in the paper. In "count" it counts in each, as in
     reformer-pytorch and transformers."""
-    seed: int = 0
+    seed: int = seed_option()
     """Draws the rotations, others for each layer."""
-
-    def __post_init__(self) -> None:
-        check_integer(self, "num_rounds", 1, "give the number of hash rounds")
-        check_integer(self, "bucket_size", 1, "give the number of tokens of a chunk")
-        check_choice(self, "duplicates", ("union", "count"))
-        check_seed(self)
 
 
 class Places(NamedTuple):

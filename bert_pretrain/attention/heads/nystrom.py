@@ -21,24 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_pretrain.attention.options import check_integer
+from bert_pretrain.attention.options import HeadOptions, whole
 from bert_pretrain.attention.parts.pieces import SequencePieces
 from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead, softmax_means
 from collate.length_groups import WIDTH_STEP
 
 
 @dataclass(frozen=True)
-class NystromOptions:
+class NystromOptions(HeadOptions):
     """What `use_attention(model, "nystrom", …)` takes."""
 
-    landmarks: int = 64
+    landmarks: int = whole(64, 1, "give the number of segments that a sequence is cut into")
     """Segments a sequence is cut into, m. More follow the softmax closer; the cost grows with N m and m^3."""
-    iterations: int = 6
+    iterations: int = whole(6, 1, "give the number of steps towards the pseudo-inverse")
     """Steps towards the pseudo-inverse. Fewer are cheaper and rougher; more help where the segments differ little."""
-
-    def __post_init__(self) -> None:
-        check_integer(self, "landmarks", 1, "give the number of segments that a sequence is cut into")
-        check_integer(self, "iterations", 1, "give the number of steps towards the pseudo-inverse")
 
 
 class NystromAttention(WholeSequenceHead):

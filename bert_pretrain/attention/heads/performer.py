@@ -23,31 +23,25 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.heads.linear import kernel_attention
-from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
+from bert_pretrain.attention.options import HeadOptions, choice, number, seed_option, whole
 from bert_pretrain.attention.parts.pieces import SequencePieces
 from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead
 
 
 @dataclass(frozen=True)
-class PerformerOptions:
+class PerformerOptions(HeadOptions):
     """What `use_attention(model, "performer", …)` takes."""
 
-    features: int = 256
+    features: int = whole(256, 1, "give the number of random features")
     """Random features, m. Four times as many halve the error and cost four times as much."""
-    epsilon: float = 1e-4
+    epsilon: float = number(1e-4, "from 0 to below 1", "keep it small beside the largest feature, which is 1")
     """Added to every feature: no weight is ever 0, but all are a little more alike."""
-    stabiliser: str = "product"
+    stabiliser: str = choice("product", ("product", "exponent"))
     """What c is the largest of. "product": w . y, as in the authors' code; epsilon outweighs the features of long
     queries and keys, whose weights become equal. "exponent": w . y - |y|^2 / 2; epsilon stays small beside the largest
     feature, so peaked attention stays peaked, and is noisier."""
-    seed: int = 0
+    seed: int = seed_option()
     """Draws the features, together with the layer's index; a loaded head keeps its own."""
-
-    def __post_init__(self) -> None:
-        check_integer(self, "features", 1, "give the number of random features")
-        check_number(self, "epsilon", "from 0 to below 1", "keep it small beside the largest feature, which is 1")
-        check_choice(self, "stabiliser", ("product", "exponent"))
-        check_seed(self)
 
 
 class PerformerAttention(WholeSequenceHead):

@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from bert_pretrain.attention.head import AttentionHead, draw_normal, unit_vectors, without_autocast
-from bert_pretrain.attention.options import check_integer, check_number, check_seed
+from bert_pretrain.attention.options import HeadOptions, number, seed_option, whole
 from collate.layout import PackLayout
 from collate.length_groups import WIDTH_STEP
 
@@ -41,22 +41,17 @@ PATIENCE = 1000
 
 
 @dataclass(frozen=True)
-class RoutingOptions:
+class RoutingOptions(HeadOptions):
     """What `use_attention(model, "routing", …)` takes."""
 
-    num_clusters: int | None = None
+    num_clusters: int | None = whole(None, 1, "give the number of clusters, or None for about sqrt(n)")
     """Clusters of a sequence (never more than it has tokens); each holds n / num_clusters of its queries and as many
     keys. None: about sqrt(n), the cheapest. 1: full attention."""
-    decay: float = 0.999
+    decay: float = number(0.999, "from 0 to 1", "1 keeps the centroids as they are")
     """How much of a centroid stays at each optimizer step; less follows the model faster. In its first moves it is
     (1 + moves) / (10 + moves), if that is less, to forget the random start. 1: centroids never move."""
-    seed: int = 0
+    seed: int = seed_option()
     """Draws the first centroids, others for each layer."""
-
-    def __post_init__(self) -> None:
-        check_integer(self, "num_clusters", 1, "give the number of clusters, or None for about sqrt(n)", optional=True)
-        check_number(self, "decay", "from 0 to 1", "1 keeps the centroids as they are")
-        check_seed(self)
 
 
 class RoutingAttention(AttentionHead):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_pretrain.attention.head import AttentionHead, draw_normal, without_autocast
-from bert_pretrain.attention.options import check_choice, check_integer, check_number, check_seed
+from bert_pretrain.attention.options import HeadOptions, choice, number, seed_option, whole
 from bert_pretrain.attention.parts.fold import ChunkGroups
 from collate.chunks import Chunks
 from collate.layout import PackLayout
@@ -37,31 +37,23 @@ EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class SinkhornOptions:
+class SinkhornOptions(HeadOptions):
     """What `use_attention(model, "sinkhorn", …)` takes."""
 
-    block_size: int = 64
+    block_size: int = whole(64, 1, "give the number of tokens of a block")
     """Tokens of a block: each token sees twice as many. Up to this length the head is exact attention."""
-    num_iterations: int = 7
+    num_iterations: int = whole(7, 1, "give the number of normalisations in turn")
     """How often rows and columns are normalised in turn; more bring both sums of R nearer to 1."""
-    temperature: float = 0.75
+    temperature: float = number(0.75, "above 0", "0.75 is the default")
     """Less makes R sharper, nearer to a permutation of blocks."""
-    noise: float = 0.0
+    noise: float = number(0.0, "of at least 0", "0 is none")
     """Scale of Gumbel noise on the scores, 1 in the paper. Drawn once for each layer, head and pair of blocks: heads
     that score blocks alike then sort them differently, in training and evaluation the same."""
-    normalized_last: str = "rows"
+    normalized_last: str = choice("rows", ("rows", "columns"))
     """"rows" makes a context a mean of values. "columns" is the published form: there a constant value moves by a few
     per cent, and by more near a padded block."""
-    seed: int = 0
+    seed: int = seed_option()
     """Draws the first W and the noise, others for each layer."""
-
-    def __post_init__(self) -> None:
-        check_integer(self, "block_size", 1, "give the number of tokens of a block")
-        check_integer(self, "num_iterations", 1, "give the number of normalisations in turn")
-        check_number(self, "temperature", "above 0", "0.75 is the default")
-        check_number(self, "noise", "of at least 0", "0 is none")
-        check_choice(self, "normalized_last", ("rows", "columns"))
-        check_seed(self)
 
 
 class SinkhornAttention(AttentionHead):

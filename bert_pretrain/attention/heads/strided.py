@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.heads.local import window_mask
-from bert_pretrain.attention.options import check_choice, check_integer
+from bert_pretrain.attention.options import choice, whole
 from bert_pretrain.attention.parts.fold import along_columns, column_mask, default_stride, fold, from_columns
 from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees, attend_part, join_parts
 from bert_pretrain.attention.parts.windows import attend, windows_of_tokens
@@ -30,16 +30,11 @@ from collate.layout import PackLayout
 class StrideOptions(PatternOptions):
     """What `use_attention(model, "strided", …)` takes."""
 
-    stride: int | None = None
+    stride: int | None = whole(None, 1, "None takes the rounded root of max_sequence_length")
     """l: rows get longer and columns shorter as it grows. None: the rounded root of max_sequence_length."""
-    heads: str = "split"
+    heads: str = choice("split", ("split", "merged"))
     """"split" gives each pattern half of the heads (the first gets one more where they are odd); "merged" gives every
     head both patterns, at about twice the cost."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer(self, "stride", 1, "None takes the rounded root of max_sequence_length", optional=True)
-        check_choice(self, "heads", ("split", "merged"))
 
 
 Found = tuple[Tensor, ...]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead, without_autocast
-from bert_pretrain.attention.options import check_choice
+from bert_pretrain.attention.options import HeadOptions, choice
 from bert_pretrain.attention.parts.windows import attend
 from collate.layout import PackLayout
 from collate.length_groups import Gather
@@ -39,16 +39,13 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class PatternOptions:
+class PatternOptions(HeadOptions):
     """The options of all pattern heads."""
 
-    execution: str = "auto"
+    execution: str = choice("auto", ("auto", "flex", "chunks", "whole"))
     """"auto": flex for CUDA tensors of 32 bits or fewer, without dropout; elsewhere short sequences whole and long ones
     by chunks. "chunks" and "whole" do so with all sequences, in float64 too, and confine NaN. "flex" never copies keys,
     but has no gradient on CPUs."""
-
-    def __post_init__(self) -> None:
-        check_choice(self, "execution", ("auto", "flex", "chunks", "whole"))
 
 
 class PatternAttention(AttentionHead):

@@ -38,7 +38,7 @@ def test_an_option_is_spelled_for_its_reader():
     option = Option("pad_token_id", 0)
     inner = OptionError(f"{option} is no {{name}}, nor is {Option('seed')}")
     outer = OptionError(f"train split: {marked(inner)}; or {marked(ValueError('seed=1'))}")
-    parts = SourceError(("holds ", option), row=3, cure=f"no {option}")
+    parts = SourceError(f"holds {option}", row=3, cure=f"no {option}")
     for error, plain, command in (
         (inner, "pad_token_id=0 is no {name}, nor is seed", "--pad-token-id 0 is no {name}, nor is --seed"),
         (
