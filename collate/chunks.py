@@ -7,7 +7,7 @@
 No chunk crosses a boundary, and nothing depends on where in the row, or in the batch, a sequence lies.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,28 +54,6 @@ class Chunks:
     def positions(self) -> Tensor:
         """(NC, C) int64: the position of each slot in its sequence; those of padding follow the last token's."""
         return self.number[:, None] * self.size + torch.arange(self.size, device=self.index.device)
-
-    @view
-    def by_number(self) -> tuple["Chunks", list[int]]:
-        """These chunks in the order of their number, those of long sequences first, and how many have each number.
-
-        sequences of 1, 3, 2 chunks: [0] [1 2 3] [4 5]  ->  [1 4 0] [2 5] [3], and 3, 2, 1
-
-        So a state goes from chunk to chunk of all sequences at once: those that continue are always the first ones.
-        `first` and `neighbour` still speak of the old order.
-        """
-        rank = self.chunks_per_sequence.argsort(descending=True, stable=True).argsort()
-        order = (self.number * len(rank) + rank[self.sequence]).argsort()
-        chunk_of_token, place = self.slot_of_token // self.size, self.slot_of_token % self.size
-        ordered = replace(
-            self,
-            index=self.index[order],
-            valid=self.valid[order],
-            sequence=self.sequence[order],
-            number=self.number[order],
-            slot_of_token=order.argsort()[chunk_of_token] * self.size + place,
-        )
-        return ordered, torch.bincount(self.number).tolist()
 
     def neighbour(self, offset: int) -> Tensor:
         """(NC,) int64: the chunk `offset` further on in the same sequence; NO_CHUNK (-1) where there is none.

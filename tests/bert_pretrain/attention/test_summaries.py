@@ -1,6 +1,7 @@
 """inducing, linformer, nystrom, linear, performer, delta: heads that summarize a sequence and read the summary."""
 
 from functools import partial
+from itertools import pairwise
 
 import attention_contract as contract
 import pytest
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from attention_contract import HEADS, MAX_LENGTH, WIDTH, by_sequence, heads_input, layout_of, make, run
 from hypothesis import given, settings
 
-from bert_pretrain.attention.heads.delta import DeltaAttention, delta_rule, unit_norm
+from bert_pretrain.attention.heads import delta
+from bert_pretrain.attention.heads.delta import DeltaAttention, chunks_by_number, delta_rule, unit_norm
 from bert_pretrain.attention.heads.inducing import InducingAttention
 from bert_pretrain.attention.heads.linear import LinearAttention, elu_plus_one, kernel_attention
 from bert_pretrain.attention.heads.linformer import LinformerAttention
@@ -18,6 +20,7 @@ from bert_pretrain.attention.heads.nystrom import NystromAttention, nystrom, seg
 from bert_pretrain.attention.heads.performer import PerformerAttention, orthogonal_features
 from bert_pretrain.attention.heads.sdpa import SdpaAttention
 from bert_pretrain.attention.parts.pieces import SequencePieces
+from collate.layout import PackLayout, SlotLayout
 
 BUILDS = {
     "inducing": partial(InducingAttention, points=5),
@@ -218,7 +221,7 @@ def test_delta_rule_overwrites_what_it_knew_of_a_key():
     keys_THK = keys[:, None].expand(-1, HEADS, -1)
     beta = torch.ones(4, HEADS, 1, dtype=torch.float64)
     beta[3] = 0  # writes nothing, reads the second key
-    read = delta_rule(keys_THK, keys_THK, value, beta, layout.chunks(3))
+    read = delta_rule(keys_THK, keys_THK, value, beta, *chunks_by_number(layout, 3))
     assert_near(read, torch.stack([value[0], value[1], value[2], value[1]]))
 
 
@@ -237,7 +240,49 @@ def test_delta_stays_exact_over_thousands_of_tokens():
     expected = torch.stack(
         [reference.delta_one_way(*(x[:, h] for x in (query, key, value)), beta[:, h, 0]) for h in range(HEADS)], dim=1
     )
-    assert_near(delta_rule(query, key, value, beta, layout.chunks(64)), expected, 1e-11)
+    assert_near(delta_rule(query, key, value, beta, *chunks_by_number(layout, 64)), expected, 1e-11)
+
+
+class FlaStandIn:
+    """chunk_delta_rule of flash-linear-attention, by Python loops; it checks what the kernels want."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, q, k, v, beta, scale, cu_seqlens, cu_seqlens_cpu):
+        self.calls += 1
+        (tokens, heads), bounds = q.shape[1:3], cu_seqlens.tolist()
+        assert all(x.shape[:3] == (1, tokens, heads) for x in (q, k, v, beta)) and beta.dim() == 3
+        assert len({x.dtype for x in (q, k, v, beta)}) == 1 and cu_seqlens.dtype == torch.int64
+        assert bounds[0] == 0 and bounds[-1] == tokens and bounds == sorted(bounds)
+        assert cu_seqlens_cpu is None or cu_seqlens_cpu.tolist() == bounds
+        contexts = [q[0, :0]]
+        for start, end in pairwise(bounds):
+            own = [x[0, start:end] for x in (q * scale, k, v, beta)]
+            if start < end:
+                heads_of = [reference.delta_one_way(*(x[:, h] for x in own)) for h in range(heads)]
+                contexts.append(torch.stack(heads_of, dim=1))
+        return torch.cat(contexts)[None], None
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_delta_by_the_kernels_of_fla_is_the_same(slots, monkeypatch):
+    """With a stand-in for them: sequences of any length, empty ones among the slots."""
+    ids = torch.tensor([[1] * 9 + [2] * 12 + [0] * 3, [1] * 24], dtype=torch.int32)
+    layout = SlotLayout(ids, sequence_slots=4) if slots else PackLayout(ids)
+    head, inputs, weights = make(BUILDS["delta"]), heads_input(layout), heads_input(layout, 1)[0]
+    expected = run(head, layout, inputs, weights)
+    stand_in = FlaStandIn()
+    monkeypatch.setattr(delta, "takes_fla", lambda _: True)
+    monkeypatch.setattr(delta, "fla_kernel", lambda: stand_in)
+    contract.assert_equal(run(head, layout, inputs, weights), expected, 1e-11)
+    assert stand_in.calls == 1
+
+
+def test_fla_takes_16_bits_on_cuda_only(monkeypatch):
+    monkeypatch.setattr(delta, "has_fla", lambda: True)
+    for x in (torch.zeros(3, 2, 8), torch.zeros(3, 2, 8, dtype=torch.bfloat16)):
+        assert not delta.takes_fla(x)
 
 
 # Public implementations
@@ -398,8 +443,7 @@ def test_dropout_is_honoured_or_refused(build):
 
 
 def test_chunks_by_number():
-    chunks = layout_of([[1] * 2 + [2] * 6 + [3] * 4]).chunks(2)
-    ordered, active = chunks.by_number
+    ordered, active = chunks_by_number(layout_of([[1] * 2 + [2] * 6 + [3] * 4]), 2)
     assert ordered.index.tolist() == [[2, 3], [8, 9], [0, 1], [4, 5], [10, 11], [6, 7]]
     assert active == [3, 2, 1]
     tokens = torch.arange(12)
