@@ -253,7 +253,7 @@ def draw_target(room: int, short_sequence_probability: float, draw: np.random.Ge
 
 def _reach(sentence_offsets: np.ndarray, start: int, last: int, target: int) -> int:
     """The end of the fewest sentences from `start`, at least one, that hold `target` tokens; or `last`."""
-    end = int(np.searchsorted(sentence_offsets, sentence_offsets[start] + target))
+    end = int(sentence_offsets.searchsorted(sentence_offsets[start] + target))
     return min(max(end, start + 1), last)
 
 
@@ -273,12 +273,16 @@ def _cut(tokens: np.ndarray, kept: int, draw: np.random.Generator) -> np.ndarray
 
 def _pair(a: np.ndarray, b: np.ndarray, cls: int, sep: int, label: int, dropped: int) -> BuiltSequence:
     """[CLS] a [SEP] b [SEP]"""
-    input_ids = np.concatenate([[cls], a, [sep], b, [sep]]).astype(np.int32)
-    token_type_ids = np.repeat(np.array([0, 1], np.int8), [len(a) + 2, len(b) + 1])
+    length, middle = len(a) + len(b) + PAIR_SPECIALS, len(a) + 1
+    input_ids, token_type_ids = np.empty(length, np.int32), np.zeros(length, np.int8)
+    input_ids[0], input_ids[middle], input_ids[-1] = cls, sep, sep
+    input_ids[1:middle], input_ids[middle + 1 : -1] = a, b
+    token_type_ids[middle + 1 :] = 1
     return BuiltSequence(input_ids, token_type_ids, label, dropped)
 
 
 def _single(a: np.ndarray, cls: int, sep: int, label: int | None, dropped: int) -> BuiltSequence:
     """[CLS] a [SEP]"""
-    input_ids = np.concatenate([[cls], a, [sep]]).astype(np.int32)
+    input_ids = np.empty(len(a) + SINGLE_SPECIALS, np.int32)
+    input_ids[0], input_ids[1:-1], input_ids[-1] = cls, a, sep
     return BuiltSequence(input_ids, np.zeros(len(input_ids), np.int8), label, dropped)

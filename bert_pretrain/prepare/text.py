@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from bert_pretrain.prepare.documents import Document, DocumentOptions, documents_of, find_sources, no_text
+from bert_pretrain.prepare.documents import (
+    Document,
+    DocumentOptions,
+    find_sources,
+    no_text,
+    paragraphs_of,
+    sentences_of,
+)
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
 from bert_pretrain.prepare.tokens import TokenDocuments, load_part, open_tokens, save_part, write_tokens
 from packing.files.names import NamedFile
@@ -43,15 +50,22 @@ class TextTask(NamedTuple):
     """bool, one per document; None: all."""
 
     def chosen(self) -> list[Document]:
-        found = [document for block in self.blocks for document in documents_of(block, self.options)]
-        if self.members is None:
-            return found
-        if len(found) != len(self.members):
-            raise ValueError(
-                f"{self.blocks[0].source} changed while it was read: {len(self.members)} documents became "
-                f"{len(found)}; prepare it again"
-            )
-        return [document for document, member in zip(found, self.members, strict=True) if member]
+        found = self._all()
+        if self.members is not None:
+            if len(found) != len(self.members):
+                raise ValueError(
+                    f"{self.blocks[0].source} changed while it was read: {len(self.members)} documents became "
+                    f"{len(found)}; prepare it again"
+                )
+            found = [document for document, member in zip(found, self.members, strict=True) if member]
+        return [sentences_of(document, self.options) for document in found]
+
+    def num_documents(self) -> int:
+        return len(self._all())
+
+    def _all(self) -> list[list[list[str]]]:
+        """All documents, as paragraphs of lines: to find their sentences takes longer than to read them."""
+        return [found for block in self.blocks for found in paragraphs_of(block, self.options.documents)]
 
 
 class Text:
@@ -101,10 +115,8 @@ class Text:
 
     @cached_property
     def _documents_per_task(self) -> np.ndarray:
-        # A line that is not blank makes a sentence either way: counting documents needs no search for sentences.
-        options = self.options._replace(sentences="lines")
-        tasks = [TextTask(blocks, options) for blocks in self.tasks]
-        return np.array(list(self._progress("reading", _count_documents, tasks)))
+        tasks = [TextTask(blocks, self.options) for blocks in self.tasks]
+        return np.array(list(self._progress("reading", TextTask.num_documents, tasks)))
 
     def sentences(self, members: np.ndarray) -> Iterator[str]:
         """The sentences of the documents of which `members` is True."""
@@ -193,10 +205,6 @@ def _tasks_of(blocks: Iterable[TextBlock]) -> list[list[TextBlock]]:
         tasks[-1].append(block)
         size += block.num_bytes
     return tasks
-
-
-def _count_documents(task: TextTask) -> int:
-    return len(task.chosen())
 
 
 def _count_characters(task: TextTask) -> Counter[str]:

@@ -9,9 +9,10 @@ from bert_pretrain.prepare.documents import (
     Document,
     DocumentOptions,
     TextSources,
-    documents_of,
     find_sources,
     no_text,
+    paragraphs_of,
+    sentences_of,
 )
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
 from bert_pretrain.prepare.tokens import TokenDocuments
@@ -36,9 +37,9 @@ def read_documents(
         found = False
         for texts in sources.values():
             for block in find_blocks(texts, documents):
-                for document in documents_of(block, options):
+                for document in paragraphs_of(block, options.documents):
                     found = True
-                    yield document
+                    yield sentences_of(document, options)
         if not found:
             raise no_text(sources)
 

