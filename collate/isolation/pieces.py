@@ -88,7 +88,7 @@ def pieces_of_tokens(layout: PackLayout, key_layout: PackLayout | None = None, w
         piece
         for is_real, (start, length), (key_start, key_length) in zip(real, *bounds, strict=True)
         if is_real
-        for piece in cut(0, start, length, key_start, key_length, window)
+        for piece in windowed_pieces(0, start, length, key_start, key_length, window)
     ]
     return Pieces(pieces, 1, layout.num_tokens, window, None if key_layout is None else keys.num_tokens)
 
@@ -101,7 +101,7 @@ def pieces_of_rows(layout: PackLayout, window: int | None = None) -> Pieces:
     pieces: list[Piece] = []
     for index, length in zip(starts, lengths, strict=True):
         row, start = divmod(index, num_slots)
-        pieces += cut(row, start, length, start, length, window)
+        pieces += windowed_pieces(row, start, length, start, length, window)
     return Pieces(pieces, num_rows, num_slots, window)
 
 
@@ -110,7 +110,9 @@ def spans(layout: PackLayout) -> Iterator[tuple[int, int]]:
     return zip(layout.cu_seqlens[:-1].tolist(), layout.lengths.tolist(), strict=True)
 
 
-def cut(row: int, start: int, length: int, key_start: int, key_length: int, window: int | None) -> Iterator[Piece]:
+def windowed_pieces(
+    row: int, start: int, length: int, key_start: int, key_length: int, window: int | None
+) -> Iterator[Piece]:
     """One sequence in pieces, without queries that see no key.
 
     window 64, 200 tokens    ->    queries 0..63 with keys 0..127, 64..127 with 0..191, 128..191 with 64..199, …

@@ -22,7 +22,7 @@ from torch import Tensor
 from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, window_mask
 from bert_pretrain.attention.options import whole
 from bert_pretrain.attention.parts.pattern import Sees
-from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
+from bert_pretrain.attention.parts.windows import Windows, attend, windows_of_tokens
 from collate.layout import PackLayout
 
 
@@ -42,9 +42,6 @@ class EtcAttention(WindowPattern):
     def sees(self, device: torch.device) -> Sees:
         near = super().sees(device)  # a key at -1: a mean of the sequence, no token
         return lambda head, query, key, length: near(head, query, key, length) | (key < 0)
-
-    def longest_whole(self) -> int:
-        return keys_per_query(self.options.window) * 3 // 2  # here the two cost about the same
 
     def extra_keys(self, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
         key, value = (block_means(x, layout, self.options.global_tokens) for x in (k_THK, v_THK))

@@ -40,6 +40,9 @@ class WindowPattern(PatternAttention):
         window = self.options.window
         return lambda head, query, key, length: (query - key).abs() <= window
 
+    def longest_whole(self) -> int:
+        return keys_per_query(self.options.window) * 3 // 2  # here the two cost about the same
+
 
 class LocalAttention(WindowPattern):
     """Softmax attention over a window in own positions; no parameters."""
@@ -61,9 +64,6 @@ class LocalAttention(WindowPattern):
         if fits:
             return attend_varlen(q_THK, k_THK, v_THK, layout, window=self.options.window)
         return super().attend(q_THK, k_THK, v_THK, layout, dropout)
-
-    def longest_whole(self) -> int:
-        return keys_per_query(self.options.window) * 3 // 2  # here the two cost about the same
 
     def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)
