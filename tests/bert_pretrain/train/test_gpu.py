@@ -16,6 +16,7 @@ from bert_pretrain.options import named
 from bert_pretrain.train import gpu
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.run_record import config_record
+from collate.training.progress import RunningSums
 
 GIB = 2**30
 
@@ -289,3 +290,24 @@ def test_another_size_of_passes_may_be_said_when_a_run_resumes(folders, tmp_path
     assert train(data, tmp_path / "run", save_strategy="steps", save_steps=2, per_device_train_batch_size=4) == 0
     chosen = json.loads((tmp_path / "run" / "run.json").read_text())["chosen"]
     assert chosen["tokens_per_pass"] is None
+
+
+# -- torch.compile --------------------------------------------------------------------------------------------
+
+
+def test_the_mode_of_torch_compile_reaches_it(folders, tmp_path, monkeypatch):
+    """ "reduce-overhead" and "max-autotune" replay CUDA graphs. What a run adds up over passes is its own copy."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    data = {"dataset": folders["packed"], "tokenizer": folders["tokenizer"]}
+    assert train(data, tmp_path / "run", torch_compile_mode="reduce-overhead", max_steps=1) == 0
+    assert asked and all(options["mode"] == "reduce-overhead" for options in asked)
+
+
+def test_sums_are_no_buffer_of_a_graph():
+    """A CUDA graph writes each pass into the same memory."""
+    of_graph, sums = torch.tensor([1.0, 2.0]), RunningSums()
+    for step in range(3):
+        of_graph.copy_(torch.tensor([1.0, 2.0]) * (step + 1))
+        sums.add(of_graph)
+    assert sums.take().tolist() == [6.0, 12.0]
