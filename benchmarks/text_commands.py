@@ -35,7 +35,7 @@ from typing import NamedTuple
 from packers import machine
 
 HERE = Path(__file__).resolve().parent.parent
-WARM_UP = 200  # rows, or paragraphs, of a run before the clock starts
+WARM_UP = 10_000  # rows, or paragraphs, of a run before the clock starts, which loads all compiled code
 COMMANDS = ("pack", "prepare", "training")
 
 
