@@ -81,9 +81,9 @@ class LoadsPacks(ResumesExactly):
         if _has_length(dataset):
             return
         if is_training and self.sequences_per_step is not None:
-            raise ValueError(
-                f"sequences_per_step={self.sequences_per_step} chooses among all packs, which an iterable dataset does "
-                "not have; use a dataset with a length, or leave it out"
+            raise OptionError(
+                f"{Option('sequences_per_step', self.sequences_per_step)} chooses among all packs, which an iterable "
+                "dataset does not have; use a dataset with a length, or leave it out"
             )
         if self.args.world_size > 1:
             raise ValueError(
@@ -143,9 +143,10 @@ class LoadsPacks(ResumesExactly):
 
     def _order_by_sequences(self) -> SequencesPerStep:
         if self._packed_info is None or self.sequences_per_step is None:
-            raise ValueError(
-                f"sequences_per_step={self.sequences_per_step} needs a train_dataset of pack_dataset, or EpochPacks, "
-                f"whose packs' depths are known; got {type(self._source).__name__}"
+            given = Option("sequences_per_step", self.sequences_per_step)
+            raise OptionError(
+                f"{given} needs a train_dataset of pack_dataset, or EpochPacks, whose packs' depths are known; got "
+                f"{type(self._source).__name__}"
             )
         return SequencesPerStep(
             self._source,

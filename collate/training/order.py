@@ -25,7 +25,7 @@ import pyarrow as pa
 from torch.utils.data import Dataset, Sampler
 
 from packing import EpochPacks
-from packing.files.errors import whole_number
+from packing.files.errors import Option, OptionError, whole_number
 from packing.numba_tools import njit
 
 NO_DEPTH = -1
@@ -82,10 +82,9 @@ def plan_steps(depths: np.ndarray, sequences_per_step: int) -> StepPlan:
         raise ValueError("the training dataset has no packs")
     deepest = int(depths.max())
     if deepest > sequences_per_step:
-        raise ValueError(
-            f"sequences_per_step={sequences_per_step} is less than the {deepest} sequences of the deepest pack; set it "
-            f"to {deepest} or more, or pack with max_sequences_per_pack={sequences_per_step}"
-        )
+        given, pack = (Option(name, sequences_per_step) for name in ("sequences_per_step", "max_sequences_per_pack"))
+        what = f"{given} is less than the {deepest} sequences of the deepest pack"
+        raise OptionError(f"{what}; set it to {deepest} or more, or pack with {pack}")
     found, counts = np.unique(depths, return_counts=True)
     num_steps = -(-int(depths.sum()) // sequences_per_step)
     planned, offsets = np.empty(len(depths), np.int32), np.empty(num_steps + 1, np.int64)

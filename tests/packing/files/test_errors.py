@@ -1,6 +1,8 @@
 """SourceError: where a source is wrong, what is wrong, and the cure, in one sentence."""
 
+import ast
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +69,24 @@ def test_a_hint_says_how_to_find_the_row_also_where_there_is_no_cure():
         error = SourceError("is empty", row=3, cure=cure)
         error.hint = "it is []"
         assert str(error) == str(pickle.loads(pickle.dumps(error))) == printed
+
+
+def marks_without_reader(source):
+    """Lines of calls, other than of errors that spell options, that get an Option in an f-string."""
+    lines = []
+    for call in ast.walk(ast.parse(source)):
+        name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+        if name.endswith("Error") and not name.endswith(("OptionError", "SourceError", "OverlongError")):
+            words = [part for given in call.args for part in ast.walk(given) if isinstance(part, ast.FormattedValue)]
+            lines += [call.lineno for word in words if ast.unparse(word.value).startswith("Option(")]
+    return lines
+
+
+def test_an_option_is_only_in_errors_that_spell_it():
+    """Any other error would print both spellings, and the marks between them."""
+    assert marks_without_reader("raise ValueError(f'{Option(name)} is odd')") == [1]
+    assert not marks_without_reader("raise OptionError(f'{Option(name)} is odd')")
+    root = Path(__file__).parents[3]
+    for package in ("packing", "collate", "bert_pretrain"):
+        for file in (root / package).rglob("*.py"):
+            assert not marks_without_reader(file.read_text(encoding="utf-8")), file
