@@ -236,6 +236,8 @@ def most_launches(name):
 
 def goal_missed(name):
     """What the stored row lacks, or ""."""
+    if STORED[name] is None:
+        return "it does not run"
     (waits, launches), most = STORED[name], most_launches(name)
     missed = [f"{max(waits)} waits a pass"] if any(waits) else []
     missed += [f"{launches[0]} launches at 10 lengths, {launches[1]} at 32"] if launches[0] != launches[1] else []
@@ -261,7 +263,11 @@ def waits_of(found):
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_waits_and_launches_are_as_stored(name):
-    """More: it got worse. Fewer: lower the row."""
+    """More: it got worse. Fewer: lower the row. None: it fails."""
+    if STORED[name] is None:
+        with pytest.raises(Exception):  # noqa: B017
+            measured(name)
+        return
     found, mixes = measured(name)
     assert found.waits == STORED[name].waits and mixes == (name in MIXED)
     assert np.allclose(found.launches, STORED[name].launches, rtol=0.01, atol=0)  # other versions of torch may differ
