@@ -151,7 +151,9 @@ class PackedTrainer(EvaluatesSequences):
             of_batch = torch.cat([count_packs(batch), filled[None], self.task.count(batch)]).to(device)
             counts = of_batch if counts is None else counts + of_batch
         counts = self.accelerator.reduce(counts, "sum")
-        self._progress.add(counts[[0, 1, 4, 2]].long())  # floats, because denominators are sums of weights
+        self._progress.add(
+            torch.stack([counts[i] for i in (0, 1, 4, 2)]).long()
+        )  # floats, because denominators are sums of weights
         self._step_counted(counts[:4], counts[5:])
         return counts[5:]
 

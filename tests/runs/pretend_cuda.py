@@ -17,7 +17,7 @@ Kernels that CPUs lack have stand-ins: pretend_kernels. What torch says of its d
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -57,6 +57,8 @@ SIZE_READ = {
 """Operations whose CUDA kernels read something back, mostly the size of their result; how often."""
 WITHOUT_SIZE = {aten.repeat_interleave: "output_size", aten.segment_reduce: "unsafe"}
 """The argument with which such an operation reads nothing."""
+
+INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index)
 
 NO_KERNEL = {
     *(aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided),
@@ -318,7 +320,9 @@ class PretendCuda:
             return result
         if self._copies_between(packet, args, kwargs, to_device):
             pass
-        elif any(not isinstance(x, DeviceTensor) and x.dim() for x in tensors) or _draws_on_host(kwargs):
+        elif any(not isinstance(x, DeviceTensor) and x.dim() for x in not_indices(packet, tensors, args)) or (
+            _draws_on_host(kwargs)
+        ):
             self._note_mixed(packet)
         self._note_wait(packet, args, kwargs)
         if starts_kernel(func):
@@ -349,16 +353,28 @@ class PretendCuda:
         elif packet in SIZE_READ:
             if kwargs.get(WITHOUT_SIZE.get(packet, "")) is None:
                 self.note(packet.__name__.strip("_"), SIZE_READ[packet])
-        elif packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index):
+        elif packet in INDEXED:
             masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
+            self._note_copied(x for x in args[1] if x is not None)
             fills = packet is not aten.index and len(args) > 2 and args[2].numel() == 1  # as masked_fill does
             if masks and not fills:
                 self.note(BOOLEAN_INDEX, len(masks))
+
+    def _note_copied(self, indices: Iterable[Tensor]) -> None:
+        """An index of the host, such as a list: allowed, and copied to the device."""
+        for x in indices:
+            if x.dim() and not isinstance(x, DeviceTensor):
+                self.note(COPY_TO_DEVICE)
 
     def _note_mixed(self, packet: Any) -> None:
         if not self._quiet:
             where, _ = lines_on_stack()
             self.mixed[f"{packet.__name__}: {where}"] += 1
+
+
+def not_indices(packet: Any, tensors: list[Tensor], args: tuple) -> list[Tensor]:
+    """Tensors that must be on one device: all but indices."""
+    return [args[0], *args[2:3]] if packet in INDEXED else tensors
 
 
 def _names_device(kwargs: dict[str, Any]) -> bool:
