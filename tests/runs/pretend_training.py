@@ -32,8 +32,8 @@ def pretend_training() -> Iterator[PretendCuda]:
 
 def command(folders: dict[str, str], output, **options) -> PretendCuda:
     """`bert-pretrain train` with evaluation at the end. folders: of tiny_runs.make_folders."""
-    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    lengths = {"max_steps": STEPS, "logging_steps": LOGGED, "use_cpu": None}
+    shape: dict = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    lengths: dict = {"max_steps": STEPS, "logging_steps": LOGGED, "use_cpu": None}
     with pretend_training() as gpu:
         assert tiny_runs.train(folders, output, **shape | lengths | options) == 0
     return gpu
@@ -44,7 +44,7 @@ def stock(head: str, **options) -> PretendCuda:
 
     logging_nan_inf_filter, which is on by default, looks at the loss in each pass: Trainer waits for the device there.
     """
-    settings = {"max_steps": STEPS, "logging_steps": LOGGED, "num_train_epochs": STEPS, "bf16": True}
+    settings: dict = {"max_steps": STEPS, "logging_steps": LOGGED, "num_train_epochs": STEPS, "bf16": True}
     settings |= {"optim": "adamw_torch_fused", "max_grad_norm": 1.0, "include_num_input_tokens_seen": "no"}
     settings |= {
         "logging_nan_inf_filter": False,
