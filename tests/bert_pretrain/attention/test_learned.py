@@ -665,7 +665,7 @@ def test_a_permutation_shows_each_block_one_other():
     inputs = heads_input(layout)
     for order, seen in (([1, 0], layout), ([0, 1], layout_of([[1] * 4 + [2] * 4]))):
         matrix = torch.eye(2, dtype=torch.float64)[order].expand(1, contract.HEADS, 2, 2)
-        with mock.patch.object(SinkhornAttention, "sorting_matrix", lambda _, sums, matrix=matrix: matrix):
+        with mock.patch.object(SinkhornAttention, "sorting_matrix", lambda *_, matrix=matrix: matrix):
             context = make(SinkhornAttention, block_size=4)(*inputs, layout)
         assert_close([context], [make(SdpaAttention)(*inputs, seen)])
 
