@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from bert_pretrain.attention.head import AttentionHead, draw_normal, unit_vectors
+from bert_pretrain.attention.head import AttentionHead, draw_normal, longer_than, unit_vectors
 from bert_pretrain.attention.options import HeadOptions, choice, seed_option, whole
 from collate.chunks import Chunks
 from collate.layout import PackLayout
@@ -93,11 +93,16 @@ class LSHAttention(AttentionHead):
         """Draw the rotations of this layer."""
         self.rotations.copy_(draw_normal(self.rotations.shape, self.generator()))
 
+    def prepare(self, layout: PackLayout) -> None:
+        longer_than(layout, self.max_sequence_length)
+        longest(layout)
+        layout.chunks(self.options.bucket_size)
+
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         self.refuse_longer(layout)
         q_THK = InsteadOf.apply(q_THK, k_THK)
         chunks = layout.chunks(self.options.bucket_size)
-        most_chunks = -(-self.max_sequence_length // self.options.bucket_size)
+        most_chunks = -(-longest(layout) // self.options.bucket_size)
         buckets = self.hash(q_THK.detach(), layout)
         places = sort_into_chunks(buckets, layout.sequence_of_token, chunks, most_chunks)
         query, key, value = self._gather(q_THK, v_THK, places)
@@ -117,10 +122,8 @@ class LSHAttention(AttentionHead):
     def hash(self, q_THK: Tensor, layout: PackLayout) -> Tensor:
         """(R, H, T) int64: every token's bucket in each round, from 0 to below its sequence's num_buckets(n)."""
         columns_T = num_buckets(layout.lengths, self.options.bucket_size)[layout.sequence_of_token] // 2
-        # No more columns than the longest needs. The cached groups know the length: no wait for the device.
-        longest = max(width for _, width in layout.length_groups.shapes)
-        columns = num_buckets(longest, self.options.bucket_size) // 2
-        rotations = self.rotations[..., :columns]
+        columns = num_buckets(longest(layout), self.options.bucket_size) // 2
+        rotations = self.rotations[..., :columns]  # a stretch of padding may ask for more than there are: any will do
         rotated = torch.einsum("thk,hkrc->rhtc", q_THK, rotations.to(q_THK.dtype))
         # column c stands for two buckets, c where it is positive and (columns of the sequence) + c where negative
         unused = torch.arange(rotations.shape[-1], device=q_THK.device) >= columns_T[:, None]
@@ -143,6 +146,11 @@ class LSHAttention(AttentionHead):
         # torch's softmax over the first dimension rounds differently at the end of a tensor: not the same everywhere
         weights = (normaliser - normaliser.detach().amax(0)).exp()
         return (context * (weights / weights.sum(0)).type_as(context)).sum(0)
+
+
+def longest(layout: PackLayout) -> int:
+    """Tokens of the longest sequence, or stretch of padding: the host knows, and nobody waits."""
+    return layout.table("longest", lambda on_host: int(on_host.lengths.max()))
 
 
 def num_buckets(length: Length, bucket_size: int) -> Length:
