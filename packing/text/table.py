@@ -6,7 +6,7 @@ bytes   -> cut ->   units            -> look up ->   entries    -> gather ->   i
 A unit of at most 15 bytes is its own key, in two words of 64 bits with its length in the last byte. A longer one has a
 hash there, and its bytes lie in a pool. Units of more than LONGEST_UNIT bytes are not kept.
 
-The table takes 24 MB, and grows to some 60 MB with pools. It keeps at most MOST_UNITS; the tokenizer then reads each
+The table takes up to 34 MB, and some 70 MB with pools. It keeps at most MOST_UNITS; the tokenizer then reads each
 further unit as often as it comes.
 """
 
