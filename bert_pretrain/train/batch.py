@@ -56,17 +56,15 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
             f"{Option('tokens_per_pass')} (or {Option('per_device_train_batch_size')}), or "
             f"{Option('batch_policy', 'packs')}"
         )
+    given = Option("sequences_per_step", config.sequences_per_step)
     if config.sequences_per_step > (sequences := int(depths.sum())):
-        raise OptionError(
-            f"{Option('sequences_per_step', config.sequences_per_step)} is more than the {sequences:,} sequences of "
-            f"the training split; set it to {sequences} or less"
-        )
+        what = f"{given} is more than the {sequences:,} sequences of the training split"
+        raise OptionError(f"{what}; set it to {sequences} or less")
     plan = plan_steps(depths, config.sequences_per_step)
     if plan.most_packs < training.world_size:
         raise OptionError(
-            f"{Option('sequences_per_step', config.sequences_per_step)} are {plan.most_packs} packs at the most, less "
-            f"than one for each of {training.world_size} devices; set it to {math.ceil(factor * training.world_size)} "
-            "or more"
+            f"{given} are {plan.most_packs} packs at the most, less than one for each of {training.world_size} "
+            f"devices; set it to {math.ceil(factor * training.world_size)} or more"
         )
     passes, packs = split_step(plan.most_packs, training.world_size, training.per_device_train_batch_size)
     training.gradient_accumulation_steps, training.per_device_train_batch_size = passes, packs

@@ -197,20 +197,16 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
                 raise OptionError(f"{given}: {folder} may not be written to; give another")
             break
     if training.fp16 and training.device.type == "cpu":
-        raise OptionError(
-            f"{Option('fp16', True)} needs a GPU, and would be ignored on a CPU; choose bf16, or leave it out"
-        )
+        what = f"{Option('fp16', True)} needs a GPU, and would be ignored on a CPU"
+        raise OptionError(f"{what}; choose bf16, or leave it out")
     _check_schedule(training)
     for name in training.report_to or ():
+        given = Option("report_to", name)
         if name not in INTEGRATION_TO_CALLBACK:
-            raise OptionError(
-                f"{Option('report_to', name)} is unknown to transformers; choose from "
-                f"{sorted(INTEGRATION_TO_CALLBACK)}, or none"
-            )
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise OptionError(f"{given} is unknown to transformers; choose from {known}, or none")
         if name not in (*get_available_reporting_integrations(), "flyte"):
-            raise OptionError(
-                f"{Option('report_to', name)} needs a package that is not installed: pip install {name}; or choose none"
-            )
+            raise OptionError(f"{given} needs a package that is not installed: pip install {name}; or choose none")
     for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
         value = getattr(training, name)
         value = getattr(value, "value", value)

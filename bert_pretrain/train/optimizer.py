@@ -42,10 +42,8 @@ def choose_optimizer(
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
     optim = OptimizerNames(training.optim).value
     if "betas" not in options:
-        raise OptionError(
-            f"{Option('beta_power')} adjusts Adam's betas, which {Option('optim', optim)} does not have; choose AdamW "
-            "or LAMB"
-        )
+        what = f"{Option('beta_power')} adjusts Adam's betas, which {Option('optim', optim)} does not have"
+        raise OptionError(f"{what}; choose AdamW or LAMB")
     return optimizer_class, options | {"betas": betas}
 
 
