@@ -33,12 +33,14 @@ class News(NamedTuple):
 class Learned:
     """One process's end."""
 
+    _own: FileIO | None
+    _others: dict[str, FileIO | None]
+
     def __init__(self, folder: Path):
+        self._folder, self._own, self._others = folder, None, {}
         folder.mkdir(exist_ok=True)
-        self._folder = folder
         handle, name = tempfile.mkstemp(dir=folder)
-        self._own: FileIO | None = FileIO(handle, "ab")
-        self._others: dict[str, FileIO | None] = {name: None}
+        self._own, self._others[name] = FileIO(handle, "ab"), None
 
     def meet(self) -> None:
         """Look which processes there are."""
