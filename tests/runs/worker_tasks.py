@@ -18,5 +18,7 @@ def die(_):
 
 def leave(number):
     """A file in the folder of the pool."""
-    (shared_folder() / str(number)).touch()
-    return shared_folder()
+    folder = shared_folder()
+    assert folder is not None
+    (folder / str(number)).touch()
+    return folder
