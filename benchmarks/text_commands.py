@@ -8,10 +8,11 @@ pack       `pack-dataset pack rows.jsonl --text-column text`: each paragraph of 
 prepare    `bert-pretrain prepare` with --tokenizer
 training   `bert-pretrain prepare` without it
 
-Each run is a process of its own, from its first import to its end, with an empty HF_DATASETS_CACHE and a warm cache of
-Numba. All take turns, round by round. Seconds are the median, with the least and the most: wall, and processor time of
-the command and all of its processes. A ratio is of processor time in the same round. All contenders of a command must
-write the same folder, byte for byte; "differs" says where they do not, as an earlier commit may.
+Each run is a process of its own, from its first import to its end, with an empty HF_DATASETS_CACHE. The first round is
+not counted: it compiles what a text of this size needs. All take turns, round by round. Seconds are the median, with
+the least and the most: wall, and processor time of the command and all of its processes. A ratio is of processor time
+in the same round. All contenders of a command must write the same folder, byte for byte; "differs" says where they do
+not, as an earlier commit may.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from typing import NamedTuple
 from packers import machine
 
 HERE = Path(__file__).resolve().parent.parent
-WARM_UP = 10_000  # rows, or paragraphs, of a run before the clock starts, which loads all compiled code
 COMMANDS = ("pack", "prepare", "training")
 
 
@@ -83,8 +83,7 @@ def compare(command: str, num_proc: int, options: argparse.Namespace, folder: Pa
         contenders.append(Contender("before", options.before.resolve()))
     paragraphs = [" ".join(part.split()) for part in options.text.read_text(encoding="utf-8").split("\n\n")]
     paragraphs = [text for text in paragraphs if text]
-    source, few = (write(folder / name, command, texts) for name, texts in
-                   (("all", paragraphs), ("few", paragraphs[:WARM_UP])))  # fmt: skip
+    source = write(folder / "all", command, paragraphs)
     found: dict[str, list[Measured]] = defaultdict(list)
     outputs = {}
     for number in range(options.rounds + 1):
@@ -92,8 +91,8 @@ def compare(command: str, num_proc: int, options: argparse.Namespace, folder: Pa
             place = folder / contender.name.strip("*")
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
-            measured = run(contender, command, few if number == 0 else source, num_proc, options.tokenizer, place)
-            if number:
+            measured = run(contender, command, source, num_proc, options.tokenizer, place)
+            if number:  # the first round compiles
                 found[contender.name].append(measured)
                 outputs[contender.name] = place / "out"
     first = contenders[0].name
