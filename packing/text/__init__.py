@@ -3,12 +3,16 @@
 encode       texts to ids: units out of a table, or the tokenizer reads all
 rows         texts and rows of ids; encode_batch
 reader       the ids of units that are new, by the tokenizer
+words        the same for words that are known by their first token
 learned      units that several processes tell each other
+metaspace    where texts may be cut for Unigram and for BPE with spaces in its words
 outcome      how much the tokenizer read; the text for which units are wrong
 rules        where a tokenizer's texts may be cut into units
+spaces       white space that becomes one space
 table        the units met so far, and their ids, compiled
 tokenizer    a tokenizer for which all text is text
 pretrained   a tokenizer of transformers, without torch
+units        what a rule is
 
 Others import open_encoder, Texts, Amount and DifferentTokens from encode; describe and text_tokenizer from tokenizer;
 load_pretrained from pretrained.

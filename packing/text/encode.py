@@ -23,9 +23,11 @@ from packing.text.learned import Learned, News
 from packing.text.outcome import Amount, DifferentTokens
 from packing.text.reader import UnitReader, chosen, join, joined_rows
 from packing.text.rows import Rows, SlowEncoder, Texts
-from packing.text.rules import NoRule, UnitRule, unit_rule
+from packing.text.rules import unit_rule
+from packing.text.spaces import squeeze
 from packing.text.table import MOST_IDS, Units, WordTable, count_foreign, cut, frame
 from packing.text.tokenizer import TOKENIZE_CURE, text_tokenizer
+from packing.text.units import NoRule, UnitRule
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -87,7 +89,7 @@ class FastEncoder:
         if self._to_pass:
             self._to_pass -= 1
             return self._encode_slowly(texts)
-        data, offsets = self._with_prefix(texts)
+        data, offsets = self._prepared(texts)
         padded = _padded(data)
         units = cut(padded[: len(data)], offsets, self.rule)
         if (units.ends - units.starts).max(initial=0) > LONGEST:
@@ -129,15 +131,16 @@ class FastEncoder:
         self.new_bytes += len(texts.data)
         return self._slow.encode([texts], special_tokens=False)
 
-    def _with_prefix(self, texts: Texts) -> Texts:
-        """The texts as they are, or each with the prefix of the rule, unless it is empty or starts with it."""
+    def _prepared(self, texts: Texts) -> Texts:
+        """The texts as they are cut: the prefix of the rule before those that take it, white space squeezed."""
+        if self.rule.squeezes:
+            texts = Texts(*squeeze(texts.data, texts.offsets, self.rule.classes))
         prefix = np.frombuffer(self.rule.prefix.encode(), np.uint8)
-        if not len(prefix):
-            return texts
         starts, lengths = texts.offsets[:-1], np.diff(texts.offsets)
         takes = lengths > 0
-        if not self.rule.is_prefix_repeated:
-            takes[takes] &= texts.data[starts[takes]] != prefix[0]
+        takes[takes] = self.rule.prefixed[texts.data[starts[takes]]]
+        if not takes.any():
+            return texts
         data = np.insert(texts.data, np.repeat(starts[takes], len(prefix)), np.tile(prefix, takes.sum()))
         return Texts(data, texts.offsets + len(prefix) * offsets_of(takes))
 

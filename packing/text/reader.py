@@ -5,7 +5,7 @@
 A plain word is one of ASCII letters, perhaps with the space before it. Most new units are plain words, and the
 tokenizer's model alone reads them: its normalizer and pre-tokenizer would change nothing, and take half the time. Other
 units are joined with the separator of the rule. Where such a text would not be cut right there, each unit of it
-is a text of its own.
+is a text of its own. Where a rule knows words by their first token, words.py reads all.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import numpy as np
 from packing.histogram import offsets_of
 from packing.numba_tools import njit
 from packing.text.rows import Rows, SlowEncoder, Texts
-from packing.text.rules import UnitRule
 from packing.text.table import cut
 from packing.text.tokenizer import text_tokenizer
+from packing.text.units import UnitRule
+from packing.text.words import WordReader
 
 JOINED = (128, 16)
 """How many units are in one text: at first, and of those that could not be read so."""
@@ -34,6 +35,7 @@ class UnitReader:
         self._units = SlowEncoder(text_tokenizer(rule.tokenizer))
         self._separator = _Separator.of(self._units, rule.separator)
         self._plain = PlainWords.of(rule.tokenizer)
+        self._words = WordReader(rule, self._units) if rule.word_mark else None
 
     def read(self, data: np.ndarray, new: np.ndarray) -> Rows:
         """new: (new, 3) int64 of `WordTable.look_up`: first byte, and bytes. -> the ids of each."""
@@ -45,6 +47,9 @@ class UnitReader:
             parts.append(rows)
             is_left[tried[is_read]] = False
 
+        if self._words is not None:
+            for read, rows in self._words.read(data, new):
+                take(read, np.ones(len(read), np.bool_), rows)
         if self._plain is not None:
             tried = numbers[are_plain(data, new, bool(len(self._plain.space)))]
             take(tried, *self._plain.read(data, new[tried]))

@@ -18,7 +18,7 @@ import numpy as np
 from numba import uint64
 
 from packing.numba_tools import load_word, njit, prefetch
-from packing.text.rules import CLASSES, UnitRule
+from packing.text.units import CLASSES, UnitRule
 
 SLOTS = 1 << 20
 MOST_UNITS = SLOTS // 2
@@ -146,7 +146,7 @@ def _cut(data, offsets, classes, cuts, marks, starts, ends, of_texts):
     for text in range(len(offsets) - 1):
         at, end = uint64(offsets[text]), uint64(offsets[text + 1])
         if at < end:
-            first, length = _class_at(data, np.int64(at), classes)
+            first, length = class_at(data, np.int64(at), classes)
             near, size = uint64(first), uint64(length)
             marks[0] = np.int64(at << one | uint64(cuts[near << three]) >> one)
             found = one
@@ -160,7 +160,7 @@ def _cut(data, offsets, classes, cuts, marks, starts, ends, of_texts):
                     at += one
                 after, length = 0, 1
                 if at + size < end:
-                    after, length = _class_at(data, np.int64(at + size), classes)
+                    after, length = class_at(data, np.int64(at + size), classes)
                 near = (near << three | uint64(after)) & NEAR
                 kind = uint64(cuts[near])
                 marks[found] = np.int64(at << one | kind >> one)
@@ -176,7 +176,7 @@ def _cut(data, offsets, classes, cuts, marks, starts, ends, of_texts):
 
 
 @njit(inline="always")
-def _class_at(data, at, classes):
+def class_at(data, at, classes):
     """The class of a character, and its bytes."""
     byte = np.int64(data[at])
     if byte < 0x80:

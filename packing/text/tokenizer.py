@@ -26,8 +26,8 @@ refuse instead. exact: by the tokenizer alone."""
 
 TOKENIZE_CURE = "take auto or exact"
 
-# Noncharacters of Unicode, which are for a program's own use and stand in no text.
-MARK = "\ufdd0\ufdd1\ufdd0"
+# Noncharacters of Unicode, which are for a program's own use and stand in no text: the first of these, and 16 digits.
+MARK, FIRST_DIGIT = "\ufdd0\ufdd1\ufdd0", 0xFDD2
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -84,7 +84,7 @@ def _rename(description: str, special_tokens: Iterable[str]) -> str:
     special = {*special_tokens, *(token["content"] for token in added if token["special"])}
 
     def name(token: str) -> str:
-        return MARK + token if token in special else token
+        return MARK + _digits(token) if token in special else token
 
     for token in added:
         token["content"] = name(token["content"])
@@ -98,3 +98,8 @@ def _rename(description: str, special_tokens: Iterable[str]) -> str:
         pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
         model["merges"] = [pair for pair in pairs if special.isdisjoint((*pair, "".join(pair)))]
     return json.dumps(content)
+
+
+def _digits(token: str) -> str:
+    """Two noncharacters a byte, so that no other character stands in the name of a special token."""
+    return "".join(chr(FIRST_DIGIT + digit) for byte in token.encode() for digit in divmod(byte, 16))

@@ -1,14 +1,17 @@
 """Texts have the ids of encode_batch, whichever way they are read."""
 
 import json
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_families import CODE, FAMILIES, FOREIGN, bert, english, family, hostile_texts
+from translations import LANGUAGES, messages
 
-from packing.text import encode, rules, table
+from packing.text import encode, rules, table, units
 from packing.text.encode import FastEncoder, SlowEncoder, Texts, open_encoder
 from packing.text.outcome import DifferentTokens
 from packing.text.tokenizer import text_tokenizer
@@ -58,6 +61,19 @@ def test_the_ids_of_the_tokenizer_for_many_texts(name):
     encoder = fast(name)
     for seed in range(1, 6):
         assert_same(encoder, name, hostile_texts(20_000, seed))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_ids_of_the_tokenizer_for_real_texts(name):
+    encoder = fast(name)
+    for language in LANGUAGES:
+        texts = messages(language)
+        assert len(texts) > 200
+        assert_same(encoder, name, texts)
+    code = sorted(Path(sysconfig.get_path("stdlib"), "json").glob("*.py"))
+    assert_same(encoder, name, [file.read_text("utf-8") for file in code])
+    assert 0 < encoder.new_bytes < encoder.bytes
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -110,16 +126,16 @@ def test_units_are_found_again_whatever_their_length():
 
 
 def test_capitals_are_one_unit_with_small_letters_where_the_tokenizer_lowers():
-    for name, units in (("BERT", 2), ("BERT cased", 6)):
+    for name, count in (("BERT", 2), ("BERT cased", 6)):
         encoder = fast(name)
         assert_same(encoder, name, ["word WORD Word", "éa ÉA éA" if name == "BERT cased" else "éa éA"])
-        assert len(encoder._table) == units
+        assert len(encoder._table) == count
 
 
 def wrong_cuts(monkeypatch) -> None:
     """A rule that is wrong: the whole text is cut at each letter."""
-    right = rules._cuts
-    monkeypatch.setattr(rules, "_cuts", lambda is_cut: right(lambda *classes: True))
+    right = rules.cut_table
+    monkeypatch.setattr(rules, "cut_table", lambda is_cut: right(lambda *classes: True))
 
 
 @pytest.mark.parametrize("text", ["we must", "der größere"])
@@ -154,7 +170,7 @@ def test_a_long_text_is_looked_at_in_part(monkeypatch):
 def test_what_has_no_rule(change, reason):
     content = json.loads(bert())
     change(content)
-    with pytest.raises(rules.NoRule, match=reason):
+    with pytest.raises(units.NoRule, match=reason):
         rules.unit_rule(json.dumps(content))
 
 
@@ -175,7 +191,7 @@ def test_a_tokenizer_without_a_rule_reads_all_texts():
 def test_added_tokens_that_would_be_cut(name, token, reason):
     tokenizer = text_tokenizer(family(name))
     tokenizer.add_tokens([token])
-    with pytest.raises(rules.NoRule, match=reason):
+    with pytest.raises(units.NoRule, match=reason):
         rules.unit_rule(tokenizer.to_str())
 
 
@@ -184,7 +200,7 @@ def test_merges_over_a_space_have_no_rule():
     content = json.loads(family("Llama 2"))
     vocabulary = content["model"]["vocab"]
     vocabulary["t▁o"] = len(vocabulary)
-    with pytest.raises(rules.NoRule, match="goes over the start of a word: 't▁o'"):
+    with pytest.raises(units.NoRule, match="goes over the start of a word: 't▁o'"):
         rules.unit_rule(json.dumps(content))
 
 
