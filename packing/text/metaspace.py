@@ -29,8 +29,8 @@ from packing.text.units import (
     cut_table,
     general_classes,
     kept_table,
-    named,
     parts_of,
+    types_of,
 )
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def llama(content: dict[str, Any], parts: list[dict], added: list[dict]) -> Unit
     merge goes over the start of a word, see `_check_merges`."""
     normalizers = parts_of(content["normalizer"])
     if [part["type"] for part in normalizers] != ["Prepend", "Replace"] or added:
-        raise NoRule(f"normalizer {named(normalizers)} without a pre-tokenizer")
+        raise NoRule(f"normalizer {types_of(normalizers)} without a pre-tokenizer")
     prepend, replace = normalizers
     mark = prepend["prepend"]
     if replace["pattern"] != {"String": " "} or replace["content"] != mark:

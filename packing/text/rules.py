@@ -26,8 +26,8 @@ from packing.text.units import (
     cut_table,
     general_classes,
     kept_table,
-    named,
     parts_of,
+    types_of,
 )
 
 
@@ -42,7 +42,7 @@ def unit_rule(description: str) -> UnitRule:
     for kinds, make in MAKERS:
         if tuple(part["type"] for part in parts) == kinds:
             return make(content, parts, added)
-    raise NoRule(f"pre-tokenizer {named(parts)}")
+    raise NoRule(f"pre-tokenizer {types_of(parts)}")
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def _bert(content: dict[str, Any], parts: list[dict], added: list[dict]) -> Unit
     """
     normalizers = parts_of(content["normalizer"])
     if [part["type"] for part in normalizers] != ["BertNormalizer"]:
-        raise NoRule(f"normalizer {named(normalizers)} before BertPreTokenizer")
+        raise NoRule(f"normalizer {types_of(normalizers)} before BertPreTokenizer")
     (normalizer,) = normalizers
     for token in added:
         if not all("!" <= character <= "~" for character in token["content"]):
@@ -119,7 +119,7 @@ def _byte_level(content: dict[str, Any], parts: list[dict], added: list[dict]) -
     """
     normalizers, model, of_bytes = parts_of(content["normalizer"]), content["model"], parts[-1]
     if normalizers and [part["type"] for part in normalizers] != ["NFC"]:
-        raise NoRule(f"normalizer {named(normalizers)} before ByteLevel")
+        raise NoRule(f"normalizer {types_of(normalizers)} before ByteLevel")
     if model["type"] != "BPE":
         raise NoRule(f"model {model['type']} behind ByteLevel")
     for token in added:

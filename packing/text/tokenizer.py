@@ -27,7 +27,7 @@ refuse instead. exact: by the tokenizer alone."""
 TOKENIZE_CURE = "take auto or exact"
 
 # Noncharacters of Unicode, which are for a program's own use and stand in no text: the first of these, and 16 digits.
-MARK, FIRST_DIGIT = "\ufdd0\ufdd1\ufdd0", 0xFDD2
+NAME_START, FIRST_DIGIT = "\ufdd0\ufdd1\ufdd0", 0xFDD2
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -84,7 +84,7 @@ def _rename(description: str, special_tokens: Iterable[str]) -> str:
     special = {*special_tokens, *(token["content"] for token in added if token["special"])}
 
     def name(token: str) -> str:
-        return MARK + _digits(token) if token in special else token
+        return NAME_START + _digits(token) if token in special else token
 
     for token in added:
         token["content"] = name(token["content"])

@@ -76,7 +76,7 @@ def parts_of(component: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [component] if inner is None else [part for each in inner for part in parts_of(each)]
 
 
-def named(parts: list[dict]) -> str:
+def types_of(parts: list[dict]) -> str:
     return " + ".join(part["type"] for part in parts) or "none"
 
 
