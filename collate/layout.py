@@ -158,6 +158,11 @@ class PackLayout:
         return len(self.cu_seqlens) - 1
 
     @view
+    def most_sequences(self) -> int:
+        """At least as many as any pack holds."""
+        return self.table("most sequences", lambda layout: int(layout.sequence_ids_BL.max()))
+
+    @view
     def sequence_of_token(self) -> Tensor:
         """(T,) int64: which of the batch's sequences a token belongs to, from 0."""
         return self.is_start_BL.flatten()[self.token_index].cumsum(0) - 1
@@ -304,6 +309,10 @@ class SlotLayout(PackLayout):
     @view
     def exact(self) -> PackLayout:
         return PackLayout(self.sequence_ids_BL, None if self.host is None else self.host.exact)
+
+    @view
+    def most_sequences(self) -> int:
+        return self.sequence_slots
 
     @view
     def _slot_lengths(self) -> Tensor:

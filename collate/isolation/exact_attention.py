@@ -37,7 +37,7 @@ def attend_tokens(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayou
     """The context (T, H, K) of queries, keys and values (T, H, K) of real tokens, scores scaled by 1/sqrt(K)."""
     inputs = (q_THK, k_THK, v_THK)
     if takes_one_by_one(q_THK, num_heads=q_THK.shape[1], dropout=dropout):
-        pieces = layout.table("pieces of tokens", pieces_of_tokens)
+        pieces = layout.derived("pieces of tokens", lambda: pieces_of_tokens(layout))
         rows = (x.transpose(0, 1).unsqueeze(0) for x in inputs)
         return OneByOne.apply(*rows, pieces).squeeze(0).transpose(0, 1)  # [0] would copy the gradient
     if q_THK.device.type == "cpu":
@@ -50,7 +50,7 @@ def attend_tokens(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayou
 def prepare_tokens(layout: PackLayout) -> None:
     """Make the tables of `attend_tokens`, but those of rare executions."""
     if layout.device.type == "cpu":
-        layout.table("pieces of tokens", pieces_of_tokens)
+        layout.derived("pieces of tokens", lambda: pieces_of_tokens(layout))
     else:
         layout.cu_seqlens  # noqa: B018
 
@@ -70,7 +70,7 @@ def attend_rows(
     """
     rows, layout = (query_BHLK, key_BHLK, value_BHLK), layout.exact
     if takes_one_by_one(query_BHLK, num_heads=query_BHLK.shape[1], dropout=dropout):
-        pieces = layout.table(("pieces of rows", window), lambda layout: pieces_of_rows(layout, window))
+        pieces = layout.derived(("pieces of rows", window), lambda: pieces_of_rows(layout, window))
         return OneByOne.apply(*rows, pieces, scale)
     if layout.num_sequences == 0:  # no token, but a part of the graph
         return (query_BHLK + key_BHLK + value_BHLK) * 0
@@ -94,7 +94,7 @@ def attend_grouped(
 ) -> Tensor:
     """(T, H, K) each -> the context (T, H, K), sequences of like length together."""
     groups = layout.length_groups
-    masks = layout.table(("masks of groups", window), lambda layout: _group_masks(layout, window))
+    masks = layout.derived(("masks of groups", window), lambda: _group_masks(layout, window))
     contexts = []
     for query, key, value, mask in zip(*map(groups.gather, (q_THK, k_THK, v_THK)), masks, strict=True):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))

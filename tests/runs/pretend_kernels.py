@@ -3,7 +3,7 @@
 They count as one launch in either direction, whatever they do here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -27,10 +27,7 @@ def pretend_kernels(gpu: PretendCuda) -> Iterator[None]:
         "collate.isolation.varlen.varlen_kernel": lambda: lambda *args, **kw: varlen_attn(gpu, *args, **kw),
         "collate.isolation.varlen.has_varlen_kernel": lambda: True,
         "collate.isolation.varlen.varlen_takes_window": lambda: True,
-        "bert_pretrain.attention.parts.pattern.flex_functions": lambda: (
-            flex,
-            lambda *args, **kwargs: create_block_mask(gpu, *args, **kwargs),
-        ),
+        "bert_pretrain.attention.parts.blocks.flex_attention": lambda: flex,
     }
     with ExitStack() as stack:
         for name, stand_in in seams.items():
@@ -110,23 +107,6 @@ def varlen_attn(
     return Kernel.apply(gpu, "varlen", attend, query, key, value)
 
 
-class DenseMask:
-    """What create_block_mask makes here: mask_mod and sizes."""
-
-    def __init__(self, mask_mod: Callable, sizes: tuple[int, int, int, int]):
-        self.mask_mod, self.sizes = mask_mod, sizes
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-
-def create_block_mask(
-    gpu: PretendCuda, mask_mod: Callable, B: Any, H: Any, Q_LEN: int, KV_LEN: int, device: Any = None, **_: Any
-) -> DenseMask:
-    """torch.nn.attention.flex_attention.create_block_mask, compiled: one kernel."""
-    check(torch.device(device or "cpu").type == "cuda", f"device={device}")
-    gpu.launched("create_block_mask")
-    return DenseMask(mask_mod, (B or 1, H or 1, Q_LEN, KV_LEN))
-
-
 BLOCK = 128
 
 
@@ -136,7 +116,7 @@ def flex_attention(
     key: Tensor,
     value: Tensor,
     score_mod: Any = None,
-    block_mask: DenseMask | BlockMask | None = None,
+    block_mask: BlockMask | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """torch.nn.attention.flex_attention.flex_attention: (B, H, Q, K) each."""
@@ -169,11 +149,8 @@ def rows_seen(block_mask: Any, query: Tensor, key: Tensor, start: int) -> tuple[
     """For the queries from `start` on: the keys that any sees, and the mask (B, H or 1, queries, those keys)."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     stop = min(start + BLOCK, num_queries)
-    if isinstance(block_mask, DenseMask):
-        batch, heads, q_len, kv_len = block_mask.sizes
-        check((q_len, kv_len) == (num_queries, num_keys), f"a mask of {q_len} x {kv_len}")
-    else:
-        batch, heads = block_mask.kv_num_blocks.shape[:2]
+    batch, heads, *sizes = block_mask.shape
+    check(tuple(sizes) == (num_queries, num_keys), f"a mask of {sizes}")
     grid = (
         torch.arange(batch)[:, None, None, None],
         torch.arange(heads)[:, None, None],
@@ -182,8 +159,7 @@ def rows_seen(block_mask: Any, query: Tensor, key: Tensor, start: int) -> tuple[
     )
     with_device = [on_device(index) for index in grid]
     mask = on_host(block_mask.mask_mod(*with_device)).expand(batch, heads, stop - start, num_keys)
-    if isinstance(block_mask, BlockMask):
-        mask = by_blocks(block_mask, mask, start, stop, num_keys)
+    mask = by_blocks(block_mask, mask, start, stop, num_keys)
     columns = mask.flatten(0, 2).any(0).nonzero().squeeze(1)
     if not len(columns):
         columns = torch.zeros(1, dtype=torch.int64)

@@ -16,13 +16,15 @@ Isolation: blocks are cut from the sequence's own start. The draws are a statele
 n): no batch, pack mate or training step changes them.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bert_pretrain.attention.options import seed_option, whole
-from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, replace_global
+from bert_pretrain.attention.parts.blocks import BLOCK, MaskMod, hold, spans_of, within
+from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, prepare_global, replace_global
 from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, windows
 from collate.chunks import NO_CHUNK
@@ -73,6 +75,83 @@ class BigBirdAttention(PatternAttention):
         o = self.options
         return o.block, o.window, o.random_blocks, o.global_tokens, o.last_global_tokens
 
+    def draws(self, layout: PackLayout) -> Tensor:
+        """(NC, H, r) int32: the numbers of the random blocks that each block sees; NO_CHUNK where there is none."""
+        return layout.table((*self.cache_key(), "draws"), self._draws)
+
+    def _draws(self, layout: PackLayout) -> Tensor:
+        chunks = layout.chunks(self.options.block)
+        head = torch.arange(self.num_heads)
+        number, length = chunks.number[:, None], layout.lengths[chunks.sequence][:, None]
+        drawn = random_blocks(self.layer_seed(head.device), head, number, length, *self.numbers())
+        return (
+            torch.stack(drawn, -1).int()
+            if drawn
+            else torch.empty(chunks.num_chunks, self.num_heads, 0, dtype=torch.int32)
+        )
+
+    def mask_mod(self, layout: PackLayout) -> MaskMod:
+        """As `sees` has it, but the draws come from a table: a hash for each pair would take longer than all else."""
+        chunks, spans, drawn = layout.chunks(self.options.block), spans_of(layout), self.draws(layout)
+        chunk = layout.derived(
+            ("chunk in packs", chunks.size), lambda: layout.in_rows(chunks.slot_of_token // chunks.size).int()
+        )
+        starts, stops = spans.start, spans.stop
+        numbers = self.numbers()
+
+        def mask_mod(pack, head, query, key, numbers=numbers):
+            size, window, count, first, last = numbers
+            start, stop = starts[pack, query], stops[pack, query]
+            block, key_block = (query - start) // size, (key - start) // size
+            seen = (block - key_block).abs() <= window
+            seen = (
+                seen | (query < start + first) | (key < start + first) | (query >= stop - last) | (key >= stop - last)
+            )
+            for k in range(count):
+                seen = seen | (key_block == drawn[chunk[pack, query], head, k])
+            return seen & (key >= start) & (key < stop)
+
+        return mask_mod
+
+    def seen_blocks(self, layout: PackLayout) -> Tensor:
+        ids, (size, window, _, first, last) = layout.sequence_ids_BL, self.numbers()
+        spans, position, slots = spans_of(layout), layout.positions, ids.shape[1]
+        is_global = layout.is_real_BL & ((position < first) | (position >= spans.stop - spans.start - last))
+        near = within((window + 1) * size - 1, slots, slots, ids.device) | hold(is_global)
+        return near[:, None] | self.drawn_blocks(layout)
+
+    def drawn_blocks(self, layout: PackLayout) -> Tensor:
+        """(B, H, R, R) bool: where a pack's random blocks lie among its blocks of 128 slots."""
+        return layout.table((*self.cache_key(), "drawn blocks"), self._drawn_blocks)
+
+    def _drawn_blocks(self, layout: PackLayout) -> Tensor:
+        chunks, draws, (packs, slots) = (
+            layout.chunks(self.options.block),
+            self.draws(layout),
+            layout.sequence_ids_BL.shape,
+        )
+        own = torch.arange(chunks.num_chunks)[:, None, None]
+        drawn = torch.where(draws != NO_CHUNK, chunks.first[chunks.sequence][:, None, None] + draws, own)
+        slot = layout.token_index[chunks.index[:, 0]]
+        pack, start = slot // slots, slot % slots
+        first, last = start // BLOCK, (start + chunks.valid.sum(1) - 1) // BLOCK
+        seen = torch.zeros(packs, self.num_heads, *[-(-slots // BLOCK)] * 2, dtype=torch.bool)
+        place = pack[:, None, None], torch.arange(self.num_heads)[:, None]
+        for row, column in itertools.product(range((chunks.size - 2 + BLOCK) // BLOCK + 1), repeat=2):
+            query, key = (torch.minimum(first + more, last) for more in (row, column))
+            seen[*place, query[:, None, None], key[drawn]] = True
+        return seen
+
+    def prepare(self, layout: PackLayout) -> None:
+        super().prepare(layout)
+        if layout.device.type != "cpu":
+            self.drawn_blocks(layout)
+
+    def prepare_chunks(self, layout: PackLayout) -> None:
+        windows(layout, self.options.block, self.options.window)
+        prepare_global(layout, self.options.global_tokens, self.options.last_global_tokens)
+        self.draws(layout)
+
     def layer_seed(self, device: torch.device) -> Tensor:
         return hashed(hashed(torch.tensor(self.options.seed, device=device)) ^ (self.layer_index + 1))
 
@@ -101,9 +180,7 @@ class BigBirdAttention(PatternAttention):
         """Each chunk's random chunks (NC, H, r), as chunk * H + head; and the mask (NC, H, 1, M + G + r C)."""
         chunks = view.chunks
         head = torch.arange(self.num_heads, device=view.length.device)
-        number, length = chunks.number[:, None], view.length[:, None]
-        blocks = random_blocks(self.layer_seed(head.device), head, number, length, *self.numbers())
-        drawn = torch.stack(blocks, -1) if blocks else head.new_empty(chunks.num_chunks, self.num_heads, 0)
+        length, drawn = view.length[:, None], self.draws(layout)
         exists = drawn != NO_CHUNK
         own = torch.arange(chunks.num_chunks, device=head.device)
         chunk = torch.where(exists, chunks.first[chunks.sequence][:, None, None] + drawn, own[:, None, None])

@@ -19,11 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bert_pretrain.attention.head import without_autocast
 from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, window_mask
 from bert_pretrain.attention.options import whole
+from bert_pretrain.attention.parts.blocks import BLOCK, MaskMod, spans_of, within
 from bert_pretrain.attention.parts.pattern import Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, windows_of_tokens
 from collate.layout import PackLayout
+from collate.views import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,45 @@ class EtcAttention(WindowPattern):
     def extra_keys(self, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
         key, value = (block_means(x, layout, self.options.global_tokens) for x in (k_THK, v_THK))
         return key, value, self.exists(layout)
+
+    def extra_rows(self, x_THK: Tensor, layout: PackLayout) -> Tensor:
+        """(B, H, (S + 1) G, K): the global tokens of each pack."""
+        return means_in_packs(x_THK, layout, self.options.global_tokens).transpose(1, 2)
+
+    def extra_ids(self, layout: PackLayout) -> Tensor:
+        number, ids = self.options.global_tokens, layout.sequence_ids_BL
+        lengths = ids.new_zeros(len(ids), layout.most_sequences + 2)
+        lengths = lengths.scatter_add_(1, ids.long(), torch.ones_like(ids))[:, 1:, None]
+        own = torch.arange(1, layout.most_sequences + 2, device=ids.device, dtype=ids.dtype)[:, None]
+        return torch.where(torch.arange(number, device=ids.device) < lengths, own, 0).flatten(1)
+
+    def seen_blocks(self, layout: PackLayout) -> Tensor:
+        ids, number = layout.sequence_ids_BL, self.options.global_tokens
+        slots = ids.shape[1]
+        key_slots = slots + (layout.most_sequences + 1) * number
+        has_extra = torch.arange(-(-key_slots // BLOCK), device=ids.device) >= slots // BLOCK
+        return within(self.options.window, slots, key_slots, ids.device) | has_extra
+
+    def mask_mod(self, layout: PackLayout) -> MaskMod:
+        of_tokens, spans, ids = super().mask_mod(layout), spans_of(layout), layout.sequence_ids_BL
+        starts, stops, numbers = spans.start, spans.stop, (ids.shape[1], self.options.global_tokens)
+
+        def mask_mod(pack, head, query, key, numbers=numbers):
+            slots, number = numbers
+            extra, length = key - slots, stops[pack, query] - starts[pack, query]
+            mean = (extra >= 0) & (extra // number == ids[pack, query] - 1) & (extra % number < length)
+            return of_tokens(pack, head, query, key) | mean
+
+        return mask_mod
+
+    def prepare(self, layout: PackLayout) -> None:
+        super().prepare(layout)
+        if layout.device.type != "cpu":
+            layout.cu_seqlens, layout.most_sequences  # noqa: B018
+
+    def prepare_chunks(self, layout: PackLayout) -> None:
+        windows_of_tokens(layout, self.options.window)
+        layout.length_groups  # noqa: B018
 
     def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)
@@ -74,6 +116,10 @@ class EtcAttention(WindowPattern):
 
 def block_means(x_THK: Tensor, layout: PackLayout, number: int) -> Tensor:
     """(T, H, K) -> (N, G, H, K): means over the blocks of each sequence; 0 where a sequence has fewer tokens."""
+    if x_THK.device.type != "cpu":
+        place, count = layout.derived(("block of token", number), lambda: block_of_token(layout, number))
+        place = layout.sequence_of_token * number + place
+        return add_up_means(x_THK, place, count, layout.num_sequences * number).unflatten(0, (-1, number))
     groups = layout.length_groups
     key = ("block means", number, x_THK.dtype)
     weights = layout.derived(key, lambda: mean_weights(layout, number, x_THK.dtype))
@@ -92,3 +138,38 @@ def mean_weights(layout: PackLayout, number: int, dtype: torch.dtype) -> list[Te
         inside = block[:, None] == torch.arange(number, device=length.device)[:, None]
         weights.append(inside.to(dtype) / inside.sum(-1, keepdim=True).clamp(min=1).to(dtype))
     return weights
+
+
+def means_in_packs(x_THK: Tensor, layout: PackLayout, number: int) -> Tensor:
+    """(T, H, K) -> (B, (S + 1) G, H, K): the same, in each pack S sequences and padding."""
+    slots = layout.most_sequences + 1
+    key = ("block of token, in packs", number)
+    place, count = layout.derived(key, lambda: _block_in_packs(layout, number))
+    return add_up_means(x_THK, place, count, len(layout.sequence_ids_BL) * slots * number).unflatten(
+        0, (-1, slots * number)
+    )
+
+
+def _block_in_packs(layout: PackLayout, number: int) -> tuple[Tensor, Tensor]:
+    packs, slots, most = *layout.sequence_ids_BL.shape, layout.most_sequences
+    block, count = block_of_token(layout, number)
+    own = layout.unpad(layout.sequence_ids_BL).long() - 1
+    pack = layout.unpad(torch.arange(packs, device=own.device)[:, None].expand(-1, slots))
+    return (pack * (most + 1) + torch.where(own < 0, most, own)) * number + block, count
+
+
+def block_of_token(layout: PackLayout, number: int) -> tuple[Tensor, Tensor]:
+    """(T,) int64 each: the block that a token is in, and how many tokens that block has."""
+    length, position = layout.lengths[layout.sequence_of_token], layout.positions_T
+    blocks = length.clamp(max=number)
+    block = position * blocks // length
+    first, after = ((b * length + blocks - 1) // blocks for b in (block, block + 1))
+    return block, after - first
+
+
+def add_up_means(x_THK: Tensor, place: Tensor, count: Tensor, rows: int) -> Tensor:
+    """(T, H, K) -> (rows, H, K): each token over the tokens of its block, added up where its place is."""
+    with without_autocast(x_THK):
+        wide = at_least_float32(x_THK)
+        sums = wide.new_zeros(rows, *wide.shape[1:])
+        return sums.index_add_(0, place, wide / count[:, None, None]).to(x_THK.dtype)

@@ -53,7 +53,7 @@ class FixedAttention(StridePattern):
     def sees(self, device: torch.device) -> Sees:
         stride, summary, num_near, split = self.stride, self.summary, self.num_near, self.split
 
-        def sees(head, query, key, length):
+        def sees(head, query, key, length, stride=stride, summary=summary, num_near=num_near):
             near = query // stride == key // stride
             in_last = (key >= length - summary) & (key // stride == (length - 1) // stride)
             far = (key % stride >= stride - summary) | in_last

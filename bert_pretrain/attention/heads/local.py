@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.options import whole
+from bert_pretrain.attention.parts.blocks import within
 from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.isolation.other_keys import attend_other_keys
@@ -38,7 +39,15 @@ class WindowPattern(PatternAttention):
 
     def sees(self, device: torch.device) -> Sees:
         window = self.options.window
-        return lambda head, query, key, length: (query - key).abs() <= window
+
+        def sees(head, query, key, length, window=window):
+            return (query - key).abs() <= window
+
+        return sees
+
+    def seen_blocks(self, layout: PackLayout) -> Tensor:
+        ids = layout.sequence_ids_BL
+        return within(self.options.window, ids.shape[1], ids.shape[1], ids.device)
 
     def longest_whole(self) -> int:
         return keys_per_query(self.options.window) * 3 // 2  # here the two cost about the same
@@ -64,6 +73,14 @@ class LocalAttention(WindowPattern):
         if fits:
             return attend_varlen(q_THK, k_THK, v_THK, layout, window=self.options.window)
         return super().attend(q_THK, k_THK, v_THK, layout, dropout)
+
+    def prepare(self, layout: PackLayout) -> None:
+        super().prepare(layout)
+        if layout.device.type != "cpu":
+            layout.cu_seqlens  # noqa: B018
+
+    def prepare_chunks(self, layout: PackLayout) -> None:
+        windows_of_tokens(layout, self.options.window)
 
     def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)

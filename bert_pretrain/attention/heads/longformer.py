@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, window_mask
 from bert_pretrain.attention.options import whole
-from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, replace_global
+from bert_pretrain.attention.parts.blocks import hold
+from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, prepare_global, replace_global
 from bert_pretrain.attention.parts.pattern import Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, keys_per_query, windows_of_tokens
 from collate.layout import PackLayout
@@ -42,10 +43,22 @@ class LongformerAttention(WindowPattern):
 
     def sees(self, device: torch.device) -> Sees:
         near, number = super().sees(device), self.options.global_tokens
-        return lambda head, query, key, length: near(head, query, key, length) | (query < number) | (key < number)
+
+        def sees(head, query, key, length, number=number):
+            return near(head, query, key, length) | (query < number) | (key < number)
+
+        return sees
+
+    def seen_blocks(self, layout: PackLayout) -> Tensor:
+        is_global = layout.is_real_BL & (layout.positions < self.options.global_tokens)
+        return (super().seen_blocks(layout) | hold(is_global))[:, None]
 
     def longest_whole(self) -> int:
         return keys_per_query(self.options.window) * 5 // 2  # here the two cost about the same
+
+    def prepare_chunks(self, layout: PackLayout) -> None:
+        windows_of_tokens(layout, self.options.window)
+        prepare_global(layout, self.options.global_tokens)
 
     def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         view = windows_of_tokens(layout, self.options.window)

@@ -85,7 +85,7 @@ class StridedAttention(StridePattern):
     def sees(self, device: torch.device) -> Sees:
         stride, num_near, split = self.stride, self.num_near, self.split
 
-        def sees(head, query, key, length):
+        def sees(head, query, key, length, stride=stride, num_near=num_near):
             near = (query - key).abs() <= stride
             far = (query - key) % stride == 0
             return torch.where(head < num_near, near, far) if split else near | far

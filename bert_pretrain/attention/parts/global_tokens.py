@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from bert_pretrain.attention.head import without_autocast
 from bert_pretrain.attention.parts.windows import attend
 from collate.layout import PackLayout
+from collate.views import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,7 +17,7 @@ class GlobalTokens:
     """The first and last few tokens of each of N sequences, each once: G slots per sequence.
 
     first, last: how many of each. index: (N, G) int64, the token in each slot; a slot without one shows a token of the
-    same sequence. valid: (N, G) bool.
+    same sequence, but in an empty sequence. valid: (N, G) bool.
     """
 
     first: int
@@ -47,7 +50,7 @@ def _global_tokens(layout: PackLayout, first: int, last: int) -> GlobalTokens:
     return GlobalTokens(
         first=first,
         last=last,
-        index=layout.cu_seqlens[:-1, None].long() + torch.minimum(position.clamp(min=0), length - 1),
+        index=(layout.cu_seqlens[:-1, None].long() + torch.minimum(position.clamp(min=0), length - 1)).clamp(min=0),
         valid=torch.cat([at_start < length, at_end >= first], 1),
     )
 
@@ -56,14 +59,60 @@ def replace_global(
     x_THK: Tensor, tokens: GlobalTokens, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float
 ) -> Tensor:
     """The contexts x_THK, with those of global tokens replaced by softmax attention over their whole sequence."""
-    groups = layout.length_groups
     query = tokens.gather(q_THK).transpose(1, 2)
+    attend_all = attend_in_groups if query.device.type == "cpu" else attend_by_chunks
+    found_NGHK = attend_all(query, k_THK, v_THK, layout, dropout).transpose(1, 2)
+    token, slot = written(layout, tokens.first, tokens.last)
+    return x_THK.index_copy(0, token, found_NGHK.flatten(0, 1).index_select(0, slot))
+
+
+def prepare_global(layout: PackLayout, first: int, last: int = 0) -> None:
+    """Make the tables of `replace_global`."""
+    written(layout, first, last)
+    layout.length_groups if layout.device.type == "cpu" else layout.chunks(CHUNK)
+
+
+def written(layout: PackLayout, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """All global tokens, and the slot of each among the N * G."""
+    return layout.table(("written global tokens", first, last), lambda layout: _written(layout, first, last))
+
+
+def _written(layout: PackLayout, first: int, last: int) -> tuple[Tensor, Tensor]:
+    tokens = global_tokens(layout, first, last)
+    slot = tokens.valid.flatten().nonzero().squeeze(1)
+    return tokens.index.flatten()[slot], slot
+
+
+def attend_in_groups(
+    query_NHGK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+) -> Tensor:
+    """A few queries of each sequence over all of it: (N, H, G, K). Sequences of like length side by side."""
+    groups = layout.length_groups
     found = []
     for members, mask, *key_value in zip(
         groups.members, groups.key_masks, *map(groups.gather, (k_THK, v_THK)), strict=True
     ):
         key, value = (x.transpose(1, 2) for x in key_value)
-        found.append(attend(query.index_select(0, members), key, value, mask, dropout).transpose(1, 2))
-    order = torch.cat(groups.members)
-    valid = tokens.valid[order]
-    return x_THK.index_copy(0, tokens.index[order][valid], torch.cat(found)[valid])
+        found.append(attend(query_NHGK.index_select(0, members), key, value, mask, dropout))
+    return torch.zeros_like(query_NHGK).index_copy(0, torch.cat(groups.members), torch.cat(found))
+
+
+CHUNK = 64
+
+
+def attend_by_chunks(
+    query_NHGK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0
+) -> Tensor:
+    """The same in products over chunks of keys and sums over the chunks of a sequence: as many for any lengths."""
+    chunks = layout.chunks(CHUNK)
+    with without_autocast(query_NHGK):
+        query = at_least_float32(query_NHGK) * query_NHGK.shape[-1] ** -0.5
+        key, value = (at_least_float32(chunks.gather(x).transpose(1, 2)) for x in (k_THK, v_THK))
+        scores = query.index_select(0, chunks.sequence) @ key.transpose(-1, -2)
+        scores = scores.masked_fill(~chunks.valid[:, None, None], torch.finfo(scores.dtype).min)
+        top = scores.new_zeros(query.shape[:3])  # any number near the largest does
+        top.index_reduce_(0, chunks.sequence, scores.detach().amax(-1), "amax", include_self=False)
+        weights = (scores - top.index_select(0, chunks.sequence)[..., None]).exp()
+        sums = torch.zeros_like(top).index_add_(0, chunks.sequence, weights.sum(-1))
+        context = torch.zeros_like(query).index_add_(0, chunks.sequence, F.dropout(weights, dropout) @ value)
+        return (context / sums[..., None].clamp(min=torch.finfo(sums.dtype).tiny)).to(query_NHGK.dtype)

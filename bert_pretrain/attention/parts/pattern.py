@@ -5,19 +5,17 @@
 The definition is a predicate in own positions, sees(head, query, key, n) with n the sequence's own length. The same
 predicate makes
 
-    flex    FlexAttention with one BlockMask per batch, shared by all layers: CUDA
+    flex    FlexAttention with one mask per batch, shared by all layers: CUDA (`bert_pretrain.attention.parts.blocks`)
     chunks  the tokens that a chunk of queries may see, side by side, and batched products: everywhere, any dtype
     whole   sequences so short that chunks would not pay: side by side in full, with a mask over what is not seen
 
-Isolation: positions and n are the sequence's own, and flex adds the predicate "same
-sequence". A chunk never holds two sequences, so a NaN stays where it is. A tile of flex may hold several and hides what
-is not seen: a huge number stays where it is, a NaN does not. Only a sequence's own length decides whether it is taken
-whole.
+Isolation: positions and n are the sequence's own, and flex adds the predicate "same sequence". A chunk never holds two
+sequences, so a NaN stays where it is. A block of flex may hold several and hides what is not seen: a huge number stays
+where it is, a NaN does not. Only a sequence's own length decides whether it is taken whole.
 """
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead, without_autocast
 from bert_pretrain.attention.options import HeadOptions, choice
+from bert_pretrain.attention.parts import blocks
 from bert_pretrain.attention.parts.windows import attend
 from collate.layout import PackLayout
 from collate.length_groups import Gather
@@ -43,9 +42,9 @@ class PatternOptions(HeadOptions):
     """The options of all pattern heads."""
 
     execution: str = choice("auto", ("auto", "flex", "chunks", "whole"))
-    """"auto": flex for CUDA tensors of 32 bits or fewer, without dropout; elsewhere short sequences whole and long ones
-    by chunks. "chunks" and "whole" do so with all sequences, in float64 too, and confine NaN. "flex" never copies keys,
-    but has no gradient on CPUs."""
+    """"auto": flex for CUDA tensors of 32 bits or fewer, without dropout, and chunks for others there; on CPUs short
+    sequences whole and long ones by chunks. "chunks" and "whole" do so with all sequences, in float64 too, and confine
+    NaN. "flex" never copies keys, but has no gradient on CPUs."""
 
 
 class PatternAttention(AttentionHead):
@@ -60,7 +59,11 @@ class PatternAttention(AttentionHead):
     """Whether the pattern differs between layers."""
 
     def sees(self, device: torch.device) -> Sees:
-        """The pattern. A closure over numbers and tensors, not over self: flex compiles it once for all layers."""
+        """The pattern, a closure that does not hold self: flex compiles it once for all layers.
+
+        Numbers are defaults of its parameters: torch.compile takes those for constants, but numbers of a closure for
+        variables as soon as they differ between two heads.
+        """
         raise NotImplementedError
 
     def attend_chunks(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
@@ -75,17 +78,29 @@ class PatternAttention(AttentionHead):
         """Keys and values (N, G, H, K) that are no tokens, and which of them exist (N, G); `sees` has them at -1."""
         return None
 
+    def prepare(self, layout: PackLayout) -> None:
+        if layout.device.type == "cpu" and self.options.execution == "auto":
+            split = self.by_length(layout)
+            if split.short is not None:
+                split.short.length_groups  # noqa: B018
+            if split.long is not None:
+                self.prepare_chunks(split.long)
+
+    def prepare_chunks(self, layout: PackLayout) -> None:
+        """Ask a layout for each table that `attend_chunks` needs."""
+
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         inputs, execution = (q_THK, k_THK, v_THK), self.options.execution
         if execution == "flex" and dropout:
             raise ValueError(f"flex cannot drop attention weights, but dropout={dropout}; set execution='chunks'")
-        fits = q_THK.is_cuda and q_THK.dtype != torch.float64 and not dropout
-        if execution == "flex" or (execution == "auto" and fits):
+        if execution == "auto" and q_THK.device.type != "cpu":
+            fits = q_THK.is_cuda and q_THK.dtype != torch.float64 and not dropout
+            execution = "flex" if fits else "chunks"
+        if execution == "flex":
             return self.attend_flex(*inputs, layout)
         if execution != "auto":
             return (self.attend_chunks if execution == "chunks" else self.attend_whole)(*inputs, layout, dropout)
-        longest = self.longest_whole()
-        split = layout.derived(("split by length", longest), lambda: split_by_length(layout, longest))
+        split = self.by_length(layout)
         query, key, value = map(split.gather, inputs)
         parts = []
         if split.short is not None:
@@ -93,6 +108,10 @@ class PatternAttention(AttentionHead):
         if split.long is not None:
             parts.append(self.attend_chunks(query[1], key[1], value[1], split.long, dropout))
         return split.scatter(parts)
+
+    def by_length(self, layout: PackLayout) -> "LengthSplit":
+        longest = self.longest_whole()
+        return layout.derived(("split by length", longest), lambda: split_by_length(layout, longest))
 
     def attend_whole(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Tensor:
         """The pattern by masks of (n, n), sequences of like length side by side."""
@@ -126,48 +145,51 @@ class PatternAttention(AttentionHead):
         return masks
 
     def attend_flex(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> Tensor:
-        extra = self.extra_keys(k_THK, v_THK, layout)
-        exists = None
-        if extra is not None:
-            k_THK = torch.cat([k_THK, extra[0].flatten(0, 1)])
-            v_THK = torch.cat([v_THK, extra[1].flatten(0, 1)])
-            exists = extra[2]
         has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_THK, k_THK, v_THK))
         if has_gradient and not q_THK.is_cuda:
             raise ValueError(
                 "flex has no gradient on CPUs; set execution='chunks' there (for attention 'flex' take 'sdpa'), or use "
                 "torch.no_grad()"
             )
-        block_mask = layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout, exists))
-        flex_attention, _ = flex_functions()
-        query, key, value = (x.transpose(0, 1)[None] for x in (q_THK, k_THK, v_THK))
-        return flex_attention(query, key, value, block_mask=block_mask)[0].transpose(0, 1)
+        block_mask = layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout))
+        query, *key_value = (layout.in_rows(x).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
+        more = (self.extra_rows(x, layout) for x in (k_THK, v_THK))
+        key, value = (x if y is None else torch.cat([x, y], 2) for x, y in zip(key_value, more, strict=True))
+        context = blocks.flex_attention()(query, key, value, block_mask=block_mask)
+        return layout.unpad(context.transpose(1, 2))
 
-    def block_mask(self, layout: PackLayout, exists: Tensor | None = None) -> "BlockMask":
-        """FlexAttention's mask of the batch: (1, H or 1, T, T + E). exists: (N, G), of keys that are no tokens."""
-        extra_sequence = None
-        if exists is not None:
-            own = torch.arange(layout.num_sequences, device=exists.device)[:, None]
-            extra_sequence = torch.where(exists, own, -1).flatten()
-        num_heads, num_tokens = self.num_heads if self.per_head else None, layout.num_tokens
-        num_keys = num_tokens if exists is None else num_tokens + exists.numel()
-        _, create_block_mask = flex_functions()
-        mask_mod, device = self.mask_mod(layout, extra_sequence), layout.token_index.device
-        return create_block_mask(mask_mod, None, num_heads, num_tokens, num_keys, device=device)
+    def block_mask(self, layout: PackLayout) -> "BlockMask":
+        """FlexAttention's mask of the packs: (B, H or 1, L, L + E)."""
+        ids = layout.sequence_ids_BL
+        extra_ids = self.extra_ids(layout)
+        key_ids = ids if extra_ids is None else torch.cat([ids, extra_ids], 1)
+        seen = blocks.share_sequence(ids, key_ids)[:, None]
+        pattern = self.seen_blocks(layout)
+        if pattern is not None:
+            seen = seen & pattern
+        full = blocks.are_one_sequence(ids)[:, None] if self.is_full else None
+        return blocks.block_mask(seen, full, self.mask_mod(layout), ids.shape[1], key_ids.shape[1])
 
-    def mask_mod(self, layout: PackLayout, extra_sequence: Tensor | None = None) -> Callable:
-        """FlexAttention's predicate over tokens: (batch, head, query, key) -> same sequence, and seen."""
-        sees = self.sees(layout.token_index.device)
-        sequence, position = layout.sequence_of_token, layout.positions_T
-        length = layout.lengths[sequence]
-        key_sequence, key_position = sequence, position
-        if extra_sequence is not None:
-            key_sequence = torch.cat([sequence, extra_sequence])
-            key_position = torch.cat([position, torch.full_like(extra_sequence, -1)])
+    def seen_blocks(self, layout: PackLayout) -> Tensor | None:
+        """(B, H or 1, R, R) bool, or what broadcasts to it: blocks where a query may see a key; None: all."""
+        return None
 
-        def mask_mod(batch, head, query, key):
-            same = sequence[query] == key_sequence[key]
-            return same & sees(head, position[query], key_position[key], length[query])
+    def extra_rows(self, x_THK: Tensor, layout: PackLayout) -> Tensor | None:
+        """(B, H, E, K): for flex, keys or values of each pack that are no tokens."""
+        return None
+
+    def extra_ids(self, layout: PackLayout) -> Tensor | None:
+        """(B, E): the sequences that they belong to."""
+        return None
+
+    def mask_mod(self, layout: PackLayout) -> blocks.MaskMod:
+        """FlexAttention's predicate: same sequence, and seen."""
+        sees, spans = self.sees(layout.token_index.device), blocks.spans_of(layout)
+        starts, stops = spans.start, spans.stop
+
+        def mask_mod(pack: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            start, stop = starts[pack, query], stops[pack, query]
+            return (key >= start) & (key < stop) & sees(head, query - start, key - start, stop - start)
 
         return mask_mod
 
@@ -175,14 +197,6 @@ class PatternAttention(AttentionHead):
         """What the pattern depends on, besides the layout."""
         layer = self.layer_index if self.per_layer else None
         return (type(self).__name__, self.options, self.num_heads, self.max_sequence_length, layer)
-
-
-@cache
-def flex_functions() -> tuple[Callable, Callable]:
-    """flex_attention and create_block_mask, compiled once and only when first asked for."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,15 +226,15 @@ class LengthSplit:
 
 def split_by_length(layout: PackLayout, longest_short: int) -> LengthSplit:
     """The sequences of up to longest_short tokens apart from the others."""
-    is_long = layout.lengths > longest_short
+    lengths = layout.lengths
+    is_long, is_short = lengths > longest_short, (lengths > 0) & (lengths <= longest_short)
     order = is_long[layout.sequence_of_token].sort(stable=True).indices
-    num_long = int(is_long.sum())
-    if num_long == 0:
+    if not is_long.any():
         short, long = layout, None
-    elif num_long == layout.num_sequences:
+    elif not is_short.any():
         short, long = None, layout
     else:
-        short, long = in_one_row(layout.lengths[~is_long]), in_one_row(layout.lengths[is_long])
+        short, long = in_one_row(lengths[is_short]), in_one_row(lengths[is_long])
     return LengthSplit(short, long, order, order.argsort())
 
 

@@ -8,7 +8,7 @@ from transformers import BertConfig
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.choice import choose_attention
-from bert_pretrain.attention.parts.pattern import flex_functions
+from bert_pretrain.attention.parts import blocks
 from collate import PackLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -92,11 +92,8 @@ def test_bert_with_the_attention_that_auto_chooses(dtype):
 
 
 def test_flex_makes_one_mask_for_all_layers_of_a_batch(monkeypatch):
-    made, (_, create) = [], flex_functions()
-    monkeypatch.setattr(
-        "bert_pretrain.attention.parts.pattern.flex_functions",
-        lambda: (flex_functions()[0], lambda *args, **kwargs: made.append(1) or create(*args, **kwargs)),
-    )
+    made, make = [], blocks.block_mask
+    monkeypatch.setattr(blocks, "block_mask", lambda *args: made.append(1) or make(*args))
     model = small_bert("flex").cuda()
     for width in (250, 100, 37):  # a different number of tokens each time
         loss, gradients = loss_and_gradients(model, torch.tensor(IDS, dtype=torch.int32)[:, :width], torch.float32)

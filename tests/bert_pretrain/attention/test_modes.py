@@ -23,7 +23,7 @@ from transformers import AutoModel, BertForMaskedLM, EuroBertConfig, ModernBertC
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION, use_attention
 from bert_pretrain.attention.heads.etc import EtcAttention
-from bert_pretrain.attention.parts import pattern
+from bert_pretrain.attention.parts import blocks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
@@ -65,14 +65,14 @@ def test_a_model_is_trained_on_a_batch_that_it_saw_in_inference_mode(name):
 
 def test_what_flex_keeps_can_be_saved_for_backward_too(monkeypatch):
     """The mask holds tensors of the layout. flex has no gradient on CPUs, so the test looks at the mask."""
-    monkeypatch.setattr(pattern, "flex_functions", lambda: (lambda query, *_, **__: query, lambda mask, *_, **__: mask))
+    monkeypatch.setattr(blocks, "flex_attention", lambda: lambda query, *_, **__: query)
     head, layout = make(EtcAttention, window=3, global_tokens=3, execution="flex"), layout_of([[1] * 9 + [2] * 2])
     with torch.inference_mode():
         head(*heads_input(layout), layout)
-    (mask_mod,) = [kept for key, kept in layout._derived.items() if key[-1] == "flex"]
-    tensors = [cell.cell_contents for cell in mask_mod.__closure__]
-    tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
-    assert len(tensors) == 5 and not any(x.is_inference() for x in tensors)
+    (mask,) = [kept for key, kept in layout._derived.items() if key[-1] == "flex"]
+    tensors = [cell.cell_contents for cell in mask.mask_mod.__closure__]
+    tensors = [x for x in (*tensors, *vars(mask).values()) if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 3 + 4 and not any(x.is_inference() for x in tensors)
 
 
 # Types

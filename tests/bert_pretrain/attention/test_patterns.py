@@ -487,11 +487,11 @@ def test_no_head_of_any_layer_draws_the_blocks_of_another():
 
 @pytest.fixture
 def interpreted_flex(monkeypatch):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    from bert_pretrain.attention.parts import pattern
+    from bert_pretrain.attention.parts import blocks
 
-    monkeypatch.setattr(pattern, "flex_functions", lambda: (flex_attention, create_block_mask))
+    monkeypatch.setattr(blocks, "flex_attention", lambda: flex_attention)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
