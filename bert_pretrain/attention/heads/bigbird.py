@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bert_pretrain.attention.options import seed_option, whole
-from bert_pretrain.attention.parts.blocks import BLOCK, MaskMod, hold, spans_of, within
+from bert_pretrain.attention.parts.blocks import BLOCK_SLOTS, MaskMod, hold, spans_of, within
 from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, prepare_global, replace_global
 from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, windows
@@ -134,10 +134,10 @@ class BigBirdAttention(PatternAttention):
         drawn = torch.where(draws != NO_CHUNK, chunks.first[chunks.sequence][:, None, None] + draws, own)
         slot = layout.token_index[chunks.index[:, 0]]
         pack, start = slot // slots, slot % slots
-        first, last = start // BLOCK, (start + chunks.valid.sum(1) - 1) // BLOCK
-        seen = torch.zeros(packs, self.num_heads, *[-(-slots // BLOCK)] * 2, dtype=torch.bool)
+        first, last = start // BLOCK_SLOTS, (start + chunks.valid.sum(1) - 1) // BLOCK_SLOTS
+        seen = torch.zeros(packs, self.num_heads, *[-(-slots // BLOCK_SLOTS)] * 2, dtype=torch.bool)
         place = pack[:, None, None], torch.arange(self.num_heads)[:, None]
-        for row, column in itertools.product(range((chunks.size - 2 + BLOCK) // BLOCK + 1), repeat=2):
+        for row, column in itertools.product(range((chunks.size - 2 + BLOCK_SLOTS) // BLOCK_SLOTS + 1), repeat=2):
             query, key = (torch.minimum(first + more, last) for more in (row, column))
             seen[*place, query[:, None, None], key[drawn]] = True
         return seen

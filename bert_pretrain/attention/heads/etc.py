@@ -22,7 +22,7 @@ from torch import Tensor
 from bert_pretrain.attention.head import without_autocast
 from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, window_mask
 from bert_pretrain.attention.options import whole
-from bert_pretrain.attention.parts.blocks import BLOCK, MaskMod, spans_of, within
+from bert_pretrain.attention.parts.blocks import BLOCK_SLOTS, MaskMod, spans_of, within
 from bert_pretrain.attention.parts.pattern import Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, windows_of_tokens
 from collate.layout import PackLayout
@@ -65,7 +65,7 @@ class EtcAttention(WindowPattern):
         ids, number = layout.sequence_ids_BL, self.options.global_tokens
         slots = ids.shape[1]
         key_slots = slots + (layout.most_sequences + 1) * number
-        has_extra = torch.arange(-(-key_slots // BLOCK), device=ids.device) >= slots // BLOCK
+        has_extra = torch.arange(-(-key_slots // BLOCK_SLOTS), device=ids.device) >= slots // BLOCK_SLOTS
         return within(self.options.window, slots, key_slots, ids.device) | has_extra
 
     def mask_mod(self, layout: PackLayout) -> MaskMod:

@@ -1,6 +1,7 @@
 """What several attention heads are made of.
 
 pattern            softmax over a fixed pattern of positions
+blocks             which blocks of a pack FlexAttention looks at
 windows            a chunk and its neighbours
 fold               a sequence folded into a table
 global_tokens      tokens that see all, and are seen by all

@@ -25,7 +25,7 @@ from collate.layout import PackLayout
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-BLOCK = 128
+BLOCK_SLOTS = 128
 """Slots of a block, as FlexAttention has it by default."""
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -63,7 +63,7 @@ def _spans_of(layout: PackLayout) -> Spans:
 
 def in_blocks(values_BL: Tensor) -> Tensor:
     """(B, L) -> (B, R, 128), 0 or False beyond L."""
-    return F.pad(values_BL, (0, -values_BL.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    return F.pad(values_BL, (0, -values_BL.shape[1] % BLOCK_SLOTS)).unflatten(1, (-1, BLOCK_SLOTS))
 
 
 def share_sequence(ids_BL: Tensor, key_ids_BL: Tensor) -> Tensor:
@@ -87,8 +87,8 @@ def _first_and_last(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def within(distance: int, slots: int, key_slots: int, device: torch.device) -> Tensor:
     """(R of queries, R of keys) bool: blocks with a pair of slots at most so far apart."""
-    block, key_block = (torch.arange(-(-number // BLOCK), device=device) for number in (slots, key_slots))
-    return ((block[:, None] - key_block).abs() - 1) * BLOCK + 1 <= distance
+    block, key_block = (torch.arange(-(-number // BLOCK_SLOTS), device=device) for number in (slots, key_slots))
+    return ((block[:, None] - key_block).abs() - 1) * BLOCK_SLOTS + 1 <= distance
 
 
 def hold(is_special_BL: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def block_mask(seen: Tensor, is_full: Tensor | None, mask_mod: MaskMod, slots: i
         for side, table in (("kv", dense), ("q", None if dense is None else dense.mT)):
             number, which = (None, None) if table is None else _in_order(table)
             tables |= {f"{kind}{side}_num_blocks": number, f"{kind}{side}_indices": which}
-    return BlockMask(seq_lengths=(slots, key_slots), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod, **tables)
+    return BlockMask(seq_lengths=(slots, key_slots), BLOCK_SIZE=(BLOCK_SLOTS, BLOCK_SLOTS), mask_mod=mask_mod, **tables)
 
 
 def _in_order(seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,13 +22,13 @@ HEADS = {
     "bigbird": partial(ATTENTION["bigbird"], block=3, window=1, random_blocks=2, last_global_tokens=1),
     "bigbird, large blocks": partial(ATTENTION["bigbird"], block=7, window=0, random_blocks=1),
 }
-BLOCK = 4
+SMALL = 4
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     for module in ("parts.blocks", "heads.etc", "heads.bigbird"):
-        monkeypatch.setattr(f"bert_pretrain.attention.{module}.BLOCK", BLOCK)
+        monkeypatch.setattr(f"bert_pretrain.attention.{module}.BLOCK_SLOTS", SMALL)
 
 
 @st.composite
@@ -65,8 +65,8 @@ def of_table(counts, indices):
 
 def in_blocks(pairs, at_all):
     """(B, H, Q, K) -> (B, H, R, R): whether any pair of a block is seen, or all."""
-    fill = torch.nn.functional.pad(pairs, (0, -pairs.shape[3] % BLOCK, 0, -pairs.shape[2] % BLOCK))
-    tiles = fill.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    fill = torch.nn.functional.pad(pairs, (0, -pairs.shape[3] % SMALL, 0, -pairs.shape[2] % SMALL))
+    tiles = fill.unflatten(3, (-1, SMALL)).unflatten(2, (-1, SMALL))
     return tiles.any(-1).any(3) if at_all else tiles.all(-1).all(3)
 
 
@@ -92,7 +92,7 @@ def test_blocks_hold_what_is_seen(name, layout):
 
 
 def test_a_narrow_pattern_looks_at_few_blocks():
-    layout = PackLayout(torch.ones(1, 40 * BLOCK, dtype=torch.int64))
+    layout = PackLayout(torch.ones(1, 40 * SMALL, dtype=torch.int64))
     most = {"local": 3 * 40, "longformer": 5 * 40, "etc": (3 + 2) * 40, "bigbird": 16 * 40}
     for name, number in most.items():
         mask = make(HEADS[name], max_sequence_length=200).block_mask(layout)
