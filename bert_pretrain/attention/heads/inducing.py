@@ -57,8 +57,7 @@ class InducingAttention(WholeSequenceHead):
         with without_autocast(q_PHWK):
             points_HMK = self.points_HMK.to(wide_key.dtype) / self.head_width**0.5
             points_PHMK = points_HMK.expand(len(q_PHWK), -1, -1, -1)
-            summaries = softmax_means(
-                points_PHMK @ wide_key.transpose(2, 3), pieces, wide_key, wide_value, dropout=dropout
-            )
-            key_PHMK, value_PHMK = (pieces.spread(x.to(q_PHWK.dtype)) for x in summaries)
+            scores_PHMW = points_PHMK @ wide_key.transpose(2, 3)
+            summaries = softmax_means(scores_PHMW, pieces, wide_key, wide_value, dropout=dropout, spread=True)
+            key_PHMK, value_PHMK = (x.to(q_PHWK.dtype) for x in summaries)
         return F.scaled_dot_product_attention(q_PHWK, key_PHMK, value_PHMK, dropout_p=dropout)

@@ -30,7 +30,23 @@ class LinearAttention(WholeSequenceHead):
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """x + 1 above 0, exp(x) below: written out, as exp(x) - 1 + 1 is 0 from -17 on in float32."""
-    return x.relu() + x.clamp(max=0).exp()
+    return EluPlusOne.apply(x)
+
+
+class EluPlusOne(torch.autograd.Function):
+    """Its slope is 1 above 0, exp(x) below: the smaller one of 1 and the result."""
+
+    @staticmethod
+    def forward(ctx, x):
+        result = x.clamp(max=0).exp_().add_(x.relu())
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (result,) = ctx.saved_tensors
+        return grad * result.clamp(max=1)
 
 
 def kernel_attention(query_PHWF: Tensor, key_PHWF: Tensor, v_PHWK: Tensor, pieces: SequencePieces) -> Tensor:
@@ -42,4 +58,4 @@ def kernel_attention(query_PHWF: Tensor, key_PHWF: Tensor, v_PHWK: Tensor, piece
     sums_PHKF = pieces.total(v_PHWK.transpose(2, 3) @ key_PHWF)
     context_PHWK = query_PHWF @ sums_PHKF.transpose(2, 3)
     weight_PHW1 = query_PHWF @ pieces.total(key_PHWF.sum(2))[..., None]
-    return context_PHWK / weight_PHW1.clamp_min(torch.finfo(weight_PHW1.dtype).tiny)
+    return context_PHWK * weight_PHW1.clamp_min(torch.finfo(weight_PHW1.dtype).tiny).reciprocal()

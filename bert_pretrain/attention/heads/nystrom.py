@@ -55,7 +55,9 @@ class NystromAttention(WholeSequenceHead):
         width = q_PHWK.shape[2]
         # by the width, which is the sequence's own as well as its length is
         if pieces.runs is None and width <= self.chunk:
-            mask = None if pieces.is_real is None else pieces.is_real.expand(-1, -1, width, -1)  # a row each: faster
+            hidden, mask = pieces.is_padding, None
+            if hidden is not None:  # a row per query: torch's fast kernel wants it
+                mask = pieces.kept("mask", lambda: ~hidden).expand(-1, -1, width, -1)
             return F.scaled_dot_product_attention(q_PHWK, k_PHWK, v_PHWK, attn_mask=mask)
         return nystrom(q_PHWK, k_PHWK, v_PHWK, pieces, self.options.landmarks, self.options.iterations)
 

@@ -10,6 +10,7 @@ sequence is then the sum over its chunks, each of which is a product of its own;
 Shape letters: P pieces of a part, W its width, S its sequences.
 """
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,12 +40,12 @@ class Runs(NamedTuple):
 class SequencePieces:
     """P pieces of W slots. Padding slots, at a sequence's end, show its last token.
 
-    shape: (P, W). is_real: (P, 1, 1, W) bool, False in padding slots; None where there are none.
+    shape: (P, W). is_padding: (P, 1, 1, W) bool, True in padding slots; None where there are none.
     length: (P,) int64, tokens of each piece's sequence. runs: None where each piece is a sequence.
     """
 
     shape: tuple[int, int]
-    is_real: Tensor | None
+    is_padding: Tensor | None
     length: Tensor
     runs: Runs | None = None
 
@@ -87,32 +88,60 @@ class SequencePieces:
 
     def hide_padding(self, x_PHWK: Tensor) -> Tensor:
         """0 in padding slots, along W."""
-        return x_PHWK if self.is_real is None else x_PHWK.masked_fill(~self.is_real.transpose(2, 3), 0)
+        return x_PHWK if self.is_padding is None else x_PHWK.masked_fill(self.is_padding.transpose(2, 3), 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Where T tokens stand in the slots of all parts, part after part.
+    """Which tokens the slots of all parts show, part after part.
 
-    source: (slots,) int64, the token that a slot shows. slot_of_token: (T,) int64.
+    source: (slots,) int64, the token that a slot shows. num_tokens: T.
     """
 
     source: Tensor
-    slot_of_token: Tensor
+    num_tokens: int
     parts: list[SequencePieces]
 
-    def gather(self, x_T: Tensor) -> list[Tensor]:
-        """(T, …) -> of each part (P, W, …). The gradient of padding slots is taken for 0."""
-        slots = Gather.apply(x_T, self.source, self.slot_of_token)
-        if len(self.parts) == 1:
-            return [slots.unflatten(0, self.parts[0].shape)]
-        sizes = [pieces * width for pieces, width in (part.shape for part in self.parts)]
-        return [x.unflatten(0, part.shape) for x, part in zip(slots.split(sizes), self.parts, strict=True)]
+    def gather(self, x_THK: Tensor) -> list[Tensor]:
+        """(T, H, K) -> of each part (P, H, W, K), contiguous. The gradient of padding slots is taken for 0."""
+        num_heads = x_THK.shape[1]
+        rows = Gather.apply(x_THK.flatten(0, 1), *self._rows(num_heads))
+        shapes = [(count, num_heads, width) for count, width in (part.shape for part in self.parts)]
+        parts = [rows] if len(shapes) == 1 else rows.split([math.prod(shape) for shape in shapes])
+        return [x.unflatten(0, shape) for x, shape in zip(parts, shapes, strict=True)]
 
-    def scatter(self, x: list[Tensor]) -> Tensor:
-        """Of each part (P, W, …) -> (T, …): the inverse of `gather`."""
-        slots = [part.flatten(0, 1) for part in x]
-        return Scatter.apply(slots[0] if len(slots) == 1 else torch.cat(slots), self.slot_of_token)
+    def scatter(self, x_PHWK: list[Tensor]) -> Tensor:
+        """Of each part (P, H, W, K) -> (T, H, K): the inverse of `gather`."""
+        num_heads = x_PHWK[0].shape[1]
+        rows = [x.flatten(0, 2) for x in x_PHWK]
+        _, slot_of_row = self._rows(num_heads)
+        context = Scatter.apply(rows[0] if len(rows) == 1 else torch.cat(rows), slot_of_row)
+        return context.unflatten(0, (self.num_tokens, num_heads))
+
+    def _rows(self, num_heads: int) -> tuple[Tensor, Tensor]:
+        """Which row of (T * H, K) each row of all (P, H, W, K) shows, and where each of the former stands."""
+        if num_heads not in self._kept:
+            self._kept[num_heads] = in_ordinary_mode(lambda: self._make_rows(num_heads))
+        return self._kept[num_heads]
+
+    def _make_rows(self, num_heads: int) -> tuple[Tensor, Tensor]:
+        heads, rows, is_real = torch.arange(num_heads, device=self.source.device)[:, None], [], []
+        sources = self.source.split([math.prod(part.shape) for part in self.parts])
+        for part, source in zip(self.parts, sources, strict=True):
+            rows.append((source.view(part.shape)[:, None] * num_heads + heads).flatten())
+            shown = torch.ones_like(rows[-1], dtype=torch.bool).view(part.shape[0], num_heads, -1)
+            is_real.append(shown if part.is_padding is None else shown & ~part.is_padding[:, 0])
+        row = torch.cat(rows)
+        num_rows = self.num_tokens * num_heads
+        # padding slots show a token that has a slot of its own: they write where nothing reads
+        target = torch.where(torch.cat([x.flatten() for x in is_real]), row, num_rows)
+        slot_of_row = row.new_empty(num_rows + 1)
+        slot_of_row.scatter_(0, target, torch.arange(len(row), device=row.device))
+        return row, slot_of_row[:num_rows]
+
+    @view
+    def _kept(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
 
 
 def takes_chunks(layout: PackLayout) -> bool:
@@ -128,10 +157,10 @@ def whole_sequences(layout: PackLayout) -> Cut:
 def _whole_sequences(layout: PackLayout) -> Cut:
     groups = layout.length_groups
     parts = [
-        SequencePieces(shape, mask, layout.lengths[members])
+        SequencePieces(shape, None if mask is None else ~mask, layout.lengths[members])
         for shape, mask, members in zip(groups.shapes, groups.key_masks, groups.members, strict=True)
     ]
-    return Cut(groups.source, groups.slot_of_token, parts)
+    return Cut(groups.source, layout.num_tokens, parts)
 
 
 def in_chunks(layout: PackLayout, size: int, apart: bool = False) -> Cut:
@@ -179,15 +208,12 @@ def _runs(number: Tensor, sequence: Tensor) -> Runs:
 
 def _in_chunks(layout: PackLayout, size: int, table: ChunkTable) -> Cut:
     chunks = layout.chunks(size)
-    index, valid, slot_of_token = chunks.index, chunks.valid, chunks.slot_of_token
-    length = layout.lengths[chunks.sequence]
+    index, is_padding, length = chunks.index, ~chunks.valid, layout.lengths[chunks.sequence]
     if table.order is not None:
-        index, valid, length = (x[table.order] for x in (index, valid, length))
-        place = table.order.argsort()
-        slot_of_token = place[slot_of_token // size] * size + slot_of_token % size
-    parts = zip(valid[:, None, None].split(table.counts), length.split(table.counts), table.runs, strict=True)
-    pieces = [SequencePieces((len(own), size), valid, own, runs) for valid, own, runs in parts if len(own)]
-    return Cut(index.flatten(), slot_of_token, pieces)
+        index, is_padding, length = (x[table.order] for x in (index, is_padding, length))
+    parts = zip(is_padding[:, None, None].split(table.counts), length.split(table.counts), table.runs, strict=True)
+    pieces = [SequencePieces((len(own), size), hidden, own, runs) for hidden, own, runs in parts if len(own)]
+    return Cut(index.flatten(), layout.num_tokens, pieces)
 
 
 def over_sequences(x: Tensor, sequence: Tensor, bounds: Tensor, reduce: str) -> Tensor:

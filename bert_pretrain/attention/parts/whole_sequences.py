@@ -13,6 +13,7 @@ Shape letters: P pieces of a part, W its width, n a sequence's own length.
 from contextlib import nullcontext
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -56,11 +57,8 @@ class WholeSequenceHead(AttentionHead):
         cut, settings, contexts = self.cut(layout), self.dropout_settings(dropout), []
         with without_autocast(q_THK) if self.precise else nullcontext():
             for *inputs, pieces in zip(*map(cut.gather, (q_THK, k_THK, v_THK)), cut.parts, strict=True):
-                if self.precise:
-                    inputs = [at_least_float32(x) for x in inputs]
-                # contiguous once: each product would copy a strided tensor again
-                query, key, value = (x.transpose(1, 2).contiguous() for x in inputs)
-                contexts.append(self.mix(query, key, value, pieces, **settings).transpose(1, 2))
+                query, key, value = map(at_least_float32, inputs) if self.precise else inputs
+                contexts.append(self.mix(query, key, value, pieces, **settings))
             return cut.scatter(contexts).to(q_THK.dtype)
 
     def mix(
@@ -75,15 +73,23 @@ class WholeSequenceHead(AttentionHead):
 
 
 def softmax_means(
-    scores_PHMW: Tensor, pieces: SequencePieces, *x_PHWK: Tensor, dropout: float = 0.0
+    scores_PHMW: Tensor, pieces: SequencePieces, *x_PHWK: Tensor, dropout: float = 0.0, spread: bool = False
 ) -> tuple[Tensor, ...]:
-    """Softmax over all tokens of each sequence, and the means of each x by these weights: (S, H, M, K) each."""
-    if pieces.is_real is not None:
-        scores_PHMW = scores_PHMW.masked_fill(~pieces.is_real, float("-inf"))
+    """Softmax over all tokens of each sequence, and the means of each x by these weights: (S, H, M, K) each.
+
+    spread: at each piece of the sequence, (P, H, M, K) each.
+    """
+    if pieces.is_padding is not None:
+        scores_PHMW = scores_PHMW.masked_fill(pieces.is_padding, float("-inf"))
     if pieces.runs is None:
         weights_PHMW = F.dropout(scores_PHMW.softmax(3), dropout)
         return tuple(weights_PHMW @ x for x in x_PHWK)
     weights_PHMW = (scores_PHMW - pieces.largest(scores_PHMW.detach().amax(3, keepdim=True))).exp()
-    total_SHM1 = pieces.add_up(weights_PHMW.sum(3, keepdim=True))
+    total_PHM1 = weights_PHMW.sum(3, keepdim=True)
     weights_PHMW = F.dropout(weights_PHMW, dropout)
-    return tuple(pieces.add_up(weights_PHMW @ x) / total_SHM1 for x in x_PHWK)
+    # all sums as one tensor: they are added up in one step
+    sums_SHMJ = pieces.add_up(torch.cat([*(weights_PHMW @ x for x in x_PHWK), total_PHM1], dim=3))
+    means_SHMJ = sums_SHMJ[..., :-1] * sums_SHMJ[..., -1:].reciprocal()
+    if spread:
+        means_SHMJ = pieces.spread(means_SHMJ)
+    return means_SHMJ.split([x.shape[3] for x in x_PHWK], dim=3)

@@ -83,12 +83,13 @@ def test_a_sum_that_forgets_a_chunk_would_be_caught(monkeypatch):
 def test_sums_over_the_chunks_of_each_sequence(apart):
     _, slots = both_layouts()
     cut = in_chunks(slots, 64, apart)
-    tokens = torch.randn(slots.num_tokens, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    of_parts = map(cut.gather, (tokens, slots.positions_T, slots.sequence_of_token))
+    tokens = torch.randn(slots.num_tokens, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    of_parts = map(cut.gather, (tokens, slots.positions_T[:, None], slots.sequence_of_token[:, None]))
     for part, x, positions, numbers in zip(cut.parts, *of_parts, strict=True):
-        real, number = part.is_real[:, 0, 0], numbers[:, 0]
-        assert (part.positions == positions)[real].all() and (part.length == slots.lengths[number]).all()
-        x = torch.where(real[..., None], x, 0).sum(1)
+        number = numbers[:, 0, 0]
+        assert ((part.positions == positions[:, 0]) | part.is_padding[:, 0, 0]).all()
+        assert (part.length == slots.lengths[number]).all()
+        x = part.hide_padding(x).sum(2)
         expected = torch.stack([tokens[slots.sequence_of_token == own].sum(0) for own in number])
         torch.testing.assert_close(part.total(x), expected, rtol=0, atol=ROUNDING)
         torch.testing.assert_close(part.spread(part.add_up(x)), expected, rtol=0, atol=ROUNDING)
