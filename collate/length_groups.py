@@ -15,6 +15,8 @@ from collate.views import starts_of
 
 WIDTH_STEP = 16
 """A wider step makes fewer groups, but more padding in them."""
+NARROWEST_DOUBLED = 6
+"""2 ** 6 = 64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +50,27 @@ class LengthGroups:
         return Scatter.apply(torch.cat([part.flatten(0, 1) for part in parts]), self.slot_of_token)
 
 
-def length_groups(starts: Tensor, lengths: Tensor, sequence_of_token: Tensor, positions_T: Tensor) -> LengthGroups:
-    """Group the sequences of a batch; starts, lengths: (N,) int64. Empty ones are in no group."""
-    widths = (lengths + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP
+def doubled_widths(lengths: Tensor) -> Tensor:
+    """Widths 64, 128, 256 and so on, for few groups: 3, 64, 65 -> 64, 64, 128."""
+    powers = torch.tensor([(length - 1).bit_length() if length else 0 for length in lengths.tolist()])
+    return torch.where(lengths > 0, 1 << powers.clamp(min=NARROWEST_DOUBLED), 0)
+
+
+def narrowest_length(width: int, doubled: bool = False) -> int:
+    """The least length that has this width."""
+    if doubled:
+        return width // 2 + 1 if width > 1 << NARROWEST_DOUBLED else 1
+    return width - WIDTH_STEP + 1
+
+
+def length_groups(
+    starts: Tensor, lengths: Tensor, sequence_of_token: Tensor, positions_T: Tensor, doubled: bool = False
+) -> LengthGroups:
+    """Group the sequences of a batch; starts, lengths: (N,) int64. Empty ones are in no group.
+
+    doubled: by `doubled_widths`, instead of multiples of 16.
+    """
+    widths = doubled_widths(lengths) if doubled else (lengths + WIDTH_STEP - 1) // WIDTH_STEP * WIDTH_STEP
     widths, order = widths.sort(stable=True)
     first_slot = starts_of(widths)[order.argsort()]
     num_empty = int((lengths == 0).sum())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_pretrain.attention.options import HeadOptions
-from collate.layout import PackLayout
+from collate.layout import PackLayout, SlotLayout
 
 
 class AttentionHead(nn.Module):
@@ -142,6 +142,14 @@ def prepare_heads(heads: Iterable[AttentionHead], layout: PackLayout) -> None:
         for head in heads:
             head.prepare(layout.host or layout)
         layout.receive()
+
+
+def prefers_few_launches(layout: PackLayout) -> bool:
+    """Whether a head computes all lengths at once, at the price of padding: on accelerators, and over all slots.
+
+    It follows from the device and the form of the layout alone, so that a resumed run computes the same.
+    """
+    return isinstance(layout, SlotLayout) or layout.runs_on.type != "cpu"
 
 
 def longer_than(layout: PackLayout, limit: int) -> int:

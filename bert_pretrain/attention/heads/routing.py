@@ -31,10 +31,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from bert_pretrain.attention.head import AttentionHead, draw_normal, unit_vectors, without_autocast
+from bert_pretrain.attention.head import (
+    AttentionHead,
+    draw_normal,
+    longer_than,
+    prefers_few_launches,
+    unit_vectors,
+    without_autocast,
+)
 from bert_pretrain.attention.options import HeadOptions, number, seed_option, whole
 from collate.layout import PackLayout
-from collate.length_groups import WIDTH_STEP
+from collate.length_groups import LengthGroups, length_groups, narrowest_length
 
 PATIENCE = 1000
 """After so many micro-batches without an update the head refuses: somebody forgot it."""
@@ -88,12 +95,12 @@ class RoutingAttention(AttentionHead):
                 f"routing centroids were not updated in {PATIENCE} micro-batches; add RoutingCallback() to the "
                 "Trainer, call update_after_step(optimizer, model), or set decay=1 to keep the centroids as they are"
             )
-        queries, keys = (self._unit_groups(x, layout) for x in (q_THK, k_THK))
+        parts = self.clusters(layout)
+        queries, keys = (self._unit_groups(x, parts.groups) for x in (q_THK, k_THK))
         # each group fills its own clusters of (sequences, H, c, w) rows of (T * H, K)
-        groups, rows, contexts, seen = layout.length_groups, [], [], []
-        for query, key, source, mask in zip(queries, keys, groups.part(groups.source), groups.key_masks, strict=True):
-            clusters = self._clusters(source, mask)
-            query_row, key_row = (self._members(x, source, mask, clusters) for x in (query, key))
+        rows, contexts, seen = [], [], []
+        for query, key, source, clusters in zip(queries, keys, parts.sources, parts.clusters, strict=True):
+            query_row, key_row = (self._members(x, source, clusters) for x in (query, key))
             context = self._attend_clusters(q_THK, k_THK, v_THK, query_row, key_row, clusters)
             rows.append(query_row.flatten())
             contexts.append(context.flatten(0, -2))
@@ -101,28 +108,55 @@ class RoutingAttention(AttentionHead):
         context_THK = _mean_by_row(torch.cat(rows), torch.cat(contexts), torch.cat(seen), q_THK)
         if self.training and self.options.decay < 1 and torch.is_grad_enabled():
             with without_autocast(q_THK):
-                statistics = self._count(queries, keys, layout)
+                statistics = self._count(queries, keys, parts.clusters)
             context_THK = Collect.apply(context_THK, self, *statistics)
         return context_THK
 
     @torch.no_grad()
-    def _unit_groups(self, x_THK: Tensor, layout: PackLayout) -> list[Tensor]:
+    def _unit_groups(self, x_THK: Tensor, groups: LengthGroups) -> list[Tensor]:
         """Unit vectors of each group, (M, H, width, K)."""
-        return [x.transpose(1, 2) for x in layout.length_groups.gather(unit_vectors(x_THK.detach()))]
+        return [x.transpose(1, 2) for x in groups.gather(unit_vectors(x_THK.detach()))]
 
-    def _clusters(self, source: Tensor, mask: Tensor | None) -> "Clusters":
+    def prepare(self, layout: PackLayout) -> None:
+        longer_than(layout, self.max_sequence_length)
+        self.clusters(layout)
+
+    def clusters(self, layout: PackLayout) -> "ClusterGroups":
+        """The clusters of a batch, sequences of like length side by side."""
+        doubled = prefers_few_launches(layout)
+        key = ("routing", self.options.num_clusters, self.max_clusters, doubled)
+        return layout.table(key, lambda on_host: self._make_clusters(on_host, doubled))
+
+    def _make_clusters(self, layout: PackLayout, doubled: bool) -> "ClusterGroups":
+        starts, lengths = layout.cu_seqlens[:-1].long(), layout.lengths
+        groups = layout.length_groups
+        if doubled:
+            groups = length_groups(starts, lengths, layout.sequence_of_token, layout.positions_T, doubled)
+        clusters = []
+        for (_, width), members, mask in zip(groups.shapes, groups.members, groups.key_masks, strict=True):
+            is_real = layout.is_real_sequence[members]
+            counted = mask
+            if not is_real.all():
+                counted = (is_real if mask is None else mask.flatten(1) & is_real[:, None]).view(len(members), 1, 1, -1)
+            own = lengths[members]
+            clusters.append(self._clusters(narrowest_length(width, doubled), width, own, mask, counted))
+        return ClusterGroups(groups, clusters)
+
+    def _clusters(
+        self, narrowest: int, widest: int, own: Tensor, mask: Tensor | None, counted: Tensor | None
+    ) -> "Clusters":
         """The clusters of a group: as many and as wide as any of its lengths asks for; the rest are not used."""
-        width = source.shape[1]
         # The width decides, not the members: nothing may depend on which sequences are in the group.
-        lengths = range(max(1, width - WIDTH_STEP + 1), width + 1)
+        lengths = range(narrowest, widest + 1)
         counts = torch.tensor([min(self.num_clusters(n), self.max_clusters) for n in lengths])
         windows = (torch.tensor(lengths) + counts - 1) // counts
-        own = _lengths(source, mask) - lengths[0]
-        rank = torch.arange(int(windows.max()), device=source.device)
-        number = torch.arange(int(counts.max()), device=source.device)
+        rank, number = torch.arange(int(windows.max())), torch.arange(int(counts.max()))
+        place = own - lengths[0]
         return Clusters(
-            used=(number < counts.to(own)[own][:, None])[:, None, :, None],
-            ranked=(rank < windows.to(own)[own][:, None])[:, None, None, :],
+            used=(number < counts[place][:, None])[:, None, :, None],
+            ranked=(rank < windows[place][:, None])[:, None, None, :],
+            mask=mask,
+            counted=counted,
         )
 
     def _scores(self, unit: Tensor, num_clusters: int) -> Tensor:
@@ -130,11 +164,11 @@ class RoutingAttention(AttentionHead):
         return self.centroids_HCK[:, :num_clusters].type_as(unit) @ unit.transpose(-1, -2)
 
     @torch.no_grad()
-    def _members(self, unit: Tensor, source: Tensor, mask: Tensor | None, clusters: "Clusters") -> Tensor:
+    def _members(self, unit: Tensor, source: Tensor, clusters: "Clusters") -> Tensor:
         """(M, H, c, w) rows of (T * H, K): the tokens nearest to each centroid, nearest first."""
         scores = self._scores(unit, clusters.num_clusters)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
+        if clusters.mask is not None:
+            scores = scores.masked_fill(~clusters.mask, -torch.inf)
         place = scores.topk(clusters.window, dim=-1).indices
         token = source[:, None, None, :].expand_as(scores).gather(-1, place)
         return token * self.num_heads + torch.arange(self.num_heads, device=token.device)[:, None, None]
@@ -158,19 +192,18 @@ class RoutingAttention(AttentionHead):
         return context.unflatten(1, query_row.shape[1:3])
 
     @torch.no_grad()
-    def _count(self, queries: list[Tensor], keys: list[Tensor], layout: PackLayout) -> tuple[Tensor, Tensor]:
+    def _count(self, queries: list[Tensor], keys: list[Tensor], groups: "list[Clusters]") -> tuple[Tensor, Tensor]:
         """Sums (H, C, K) and numbers (H, C) of the queries and keys nearest to each centroid of their sequence's."""
         dtype = torch.promote_types(queries[0].dtype, torch.float32)
         sums = queries[0].new_zeros(self.centroids_HCK.shape, dtype=dtype)
-        counts, groups = sums.new_zeros(self.centroids_HCK.shape[:2]), layout.length_groups
-        for query, key, source, mask in zip(queries, keys, groups.part(groups.source), groups.key_masks, strict=True):
-            clusters = self._clusters(source, mask)
+        counts = sums.new_zeros(self.centroids_HCK.shape[:2])
+        for query, key, clusters in zip(queries, keys, groups, strict=True):
             for unit in (query, key):
                 scores = self._scores(unit, clusters.num_clusters).masked_fill(~clusters.used, -torch.inf)
                 nearest = scores.argmax(2, keepdim=True)
                 is_nearest = torch.zeros_like(scores, dtype=dtype).scatter_(2, nearest, 1.0)
-                if mask is not None:
-                    is_nearest = is_nearest.masked_fill(~mask, 0)
+                if clusters.counted is not None:
+                    is_nearest = is_nearest.masked_fill(~clusters.counted, 0)
                 counts[:, : clusters.num_clusters] += is_nearest.sum((0, 3))
                 sums[:, : clusters.num_clusters] += (is_nearest @ unit.to(dtype)).sum(0)
         return sums, counts
@@ -209,16 +242,19 @@ class RoutingAttention(AttentionHead):
         self._sums, self._micro_batches = None, 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clusters:
     """The clusters of a group of M sequences.
 
     used: (M, 1, c, 1) bool, True on the clusters that a sequence has. ranked: (M, 1, 1, w) bool, True on the ranks
-    within a cluster that it fills.
+    within a cluster that it fills. mask: (M, 1, 1, width) bool, True on tokens; None where all are. counted: the same,
+    without tokens that are padding.
     """
 
     used: Tensor
     ranked: Tensor
+    mask: Tensor | None
+    counted: Tensor | None
 
     @property
     def num_clusters(self) -> int:
@@ -234,9 +270,17 @@ class Clusters:
         return self.used & self.ranked
 
 
-def _lengths(source: Tensor, mask: Tensor | None) -> Tensor:
-    """(M,) int64"""
-    return torch.full_like(source[:, 0], source.shape[1]) if mask is None else mask.sum((1, 2, 3))
+@dataclass(frozen=True, eq=False)
+class ClusterGroups:
+    """Sequences in groups of like length, and the clusters of each group."""
+
+    groups: LengthGroups
+    clusters: list[Clusters]
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """Of each group (M, width): the token in each slot."""
+        return self.groups.part(self.groups.source)
 
 
 def _mean_by_row(row: Tensor, context: Tensor, seen: Tensor, like_THK: Tensor) -> Tensor:

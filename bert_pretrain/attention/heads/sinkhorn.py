@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_pretrain.attention.head import AttentionHead, draw_normal, longer_than, without_autocast
+from bert_pretrain.attention.head import AttentionHead, draw_normal, longer_than, prefers_few_launches, without_autocast
 from bert_pretrain.attention.options import HeadOptions, choice, number, seed_option, whole
 from collate.chunks import Chunks
 from collate.layout import PackLayout
@@ -203,7 +203,7 @@ class Blocks:
 
 def blocks_of(layout: PackLayout, size: int) -> Blocks:
     """The blocks of a batch. On accelerators groups have up to 1, 2, 4, 8 … blocks, so that there are few of them."""
-    by_doubling = layout.runs_on.type != "cpu"
+    by_doubling = prefers_few_launches(layout)
     return layout.table(("blocks", size, by_doubling), lambda on_host: _blocks(on_host.chunks(size), by_doubling))
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collate.layout import PackLayout, SlotLayout
+from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
 from collate.views import in_ordinary_mode, view
 
@@ -142,11 +142,6 @@ class Cut:
     @view
     def _kept(self) -> dict[int, tuple[Tensor, Tensor]]:
         return {}
-
-
-def takes_chunks(layout: PackLayout) -> bool:
-    """Whether sequences are cut into chunks. It follows from the device and the layout's form alone."""
-    return isinstance(layout, SlotLayout) or layout.runs_on.type != "cpu"
 
 
 def whole_sequences(layout: PackLayout) -> Cut:

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_pretrain.attention.head import AttentionHead, without_autocast
+from bert_pretrain.attention.head import AttentionHead, prefers_few_launches, without_autocast
 from bert_pretrain.attention.parts.pieces import (
     Cut,
     SequencePieces,
     chunk_table,
     in_chunks,
-    takes_chunks,
     whole_sequences,
 )
 from collate.layout import PackLayout
@@ -44,14 +43,14 @@ class WholeSequenceHead(AttentionHead):
         return 64
 
     def prepare(self, layout: PackLayout) -> None:
-        if takes_chunks(layout):
+        if prefers_few_launches(layout):
             layout.chunks(self.chunk)
             chunk_table(layout, self.chunk, self.apart)
         else:
             whole_sequences(layout)
 
     def cut(self, layout: PackLayout) -> Cut:
-        return in_chunks(layout, self.chunk, self.apart) if takes_chunks(layout) else whole_sequences(layout)
+        return in_chunks(layout, self.chunk, self.apart) if prefers_few_launches(layout) else whole_sequences(layout)
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         cut, settings, contexts = self.cut(layout), self.dropout_settings(dropout), []

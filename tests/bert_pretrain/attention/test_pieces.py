@@ -7,8 +7,9 @@ import torch
 from attention_contract import ROUNDING, assert_equal, heads_input, make, of_tokens, run
 
 from bert_pretrain.attention import ATTENTION
+from bert_pretrain.attention.head import prefers_few_launches
 from bert_pretrain.attention.parts import pieces
-from bert_pretrain.attention.parts.pieces import in_chunks, takes_chunks, whole_sequences
+from bert_pretrain.attention.parts.pieces import in_chunks, whole_sequences
 from collate.layout import PackLayout, SlotLayout
 
 HEADS = {
@@ -18,6 +19,11 @@ HEADS = {
     "inducing": partial(ATTENTION["inducing"], points=5),
     "linformer": partial(ATTENTION["linformer"], rank=12, initial="random"),
     "nystrom": partial(ATTENTION["nystrom"], landmarks=7),
+    "delta": ATTENTION["delta"],
+    "lsh": partial(ATTENTION["lsh"], bucket_size=16),
+    "routing": ATTENTION["routing"],
+    "sinkhorn": partial(ATTENTION["sinkhorn"], block_size=16, noise=1.0),
+    "sinkhorn, columns last": partial(ATTENTION["sinkhorn"], block_size=40, normalized_last="columns"),
 }
 LENGTHS = [[1, 63, 64, 65], [190], [130, 20, 3], []]
 every_head = pytest.mark.parametrize("build", HEADS.values(), ids=HEADS)
@@ -42,9 +48,26 @@ def inputs_and_weights(layout, slots):
     return inputs, weights, [in_slots(x, 1e3) for x in inputs], in_slots(weights, 0)
 
 
-def test_cpus_take_whole_sequences_and_slots_are_cut_into_chunks():
+def test_padding_stays_out_of_centroids():
+    """Where it is sequences of its own: what routing learns is the same with and without it."""
     layout, slots = both_layouts()
-    assert not takes_chunks(layout) and takes_chunks(slots)
+    inputs, weights, in_slots, weights_in_slots = inputs_and_weights(layout, slots)
+    heads = [make(ATTENTION["routing"], max_sequence_length=190) for _ in range(3)]
+    run(heads[0], layout, inputs, weights)
+    run(heads[1], slots, in_slots, weights_in_slots)
+    (sums, counts), (sums_of_slots, counts_of_slots) = (head.routing_statistics() for head in heads[:2])
+    torch.testing.assert_close(sums_of_slots, sums, rtol=0, atol=ROUNDING * float(sums.abs().max()))
+    assert (counts_of_slots == counts).all() and int(counts.sum()) == 2 * heads[0].num_heads * layout.num_tokens
+    for head in heads[:2]:
+        head.update_centroids()
+    torch.testing.assert_close(heads[1].centroids_HCK, heads[0].centroids_HCK, rtol=0, atol=ROUNDING)
+    assert (heads[1].num_updates == heads[0].num_updates).all()
+    assert (heads[1].centroids_HCK != heads[2].centroids_HCK).any()
+
+
+def test_cpus_take_each_length_by_itself_but_not_for_slots():
+    layout, slots = both_layouts()
+    assert not prefers_few_launches(layout) and prefers_few_launches(slots)
 
 
 @every_head
