@@ -25,20 +25,23 @@ class LinearAttention(WholeSequenceHead):
     def mix(
         self, q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, dropout: float = 0.0
     ) -> Tensor:
-        return kernel_attention(elu_plus_one(q_PHWK), elu_plus_one(k_PHWK), v_PHWK, pieces)
+        padding = None if pieces.is_padding is None else pieces.is_padding.transpose(2, 3)
+        return kernel_attention(elu_plus_one(q_PHWK), elu_plus_one(k_PHWK, padding), v_PHWK, pieces)
 
 
-def elu_plus_one(x: Tensor) -> Tensor:
-    """x + 1 above 0, exp(x) below: written out, as exp(x) - 1 + 1 is 0 from -17 on in float32."""
-    return EluPlusOne.apply(x)
+def elu_plus_one(x: Tensor, padding: Tensor | None = None) -> Tensor:
+    """x + 1 above 0, exp(x) below: written out, as exp(x) - 1 + 1 is 0 from -17 on in float32; 0 in padding."""
+    return EluPlusOne.apply(x, padding)
 
 
 class EluPlusOne(torch.autograd.Function):
-    """Its slope is 1 above 0, exp(x) below: the smaller one of 1 and the result."""
+    """Its slope is 1 above 0, exp(x) below, 0 in padding: the smaller one of 1 and the result."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, padding):
         result = x.clamp(max=0).exp_().add_(x.relu())
+        if padding is not None:
+            result.masked_fill_(padding, 0)
         ctx.save_for_backward(result)
         return result
 
@@ -46,15 +49,14 @@ class EluPlusOne(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (result,) = ctx.saved_tensors
-        return grad * result.clamp(max=1)
+        return grad * result.clamp(max=1), None
 
 
 def kernel_attention(query_PHWF: Tensor, key_PHWF: Tensor, v_PHWK: Tensor, pieces: SequencePieces) -> Tensor:
     """Attention with the weights query_i . key_j, divided by their sum over j: features (P, H, W, F) -> (P, H, W, K).
 
-    The weights are at least 0. Where all weights of a query are 0, its context is 0.
+    The weights are at least 0. Where all weights of a query are 0, its context is 0. The keys of padding are 0.
     """
-    key_PHWF = pieces.hide_padding(key_PHWF)
     sums_PHKF = pieces.total(v_PHWK.transpose(2, 3) @ key_PHWF)
     context_PHWK = query_PHWF @ sums_PHKF.transpose(2, 3)
     weight_PHW1 = query_PHWF @ pieces.total(key_PHWF.sum(2))[..., None]

@@ -65,7 +65,7 @@ class PerformerAttention(WholeSequenceHead):
     def mix(
         self, q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, dropout: float = 0.0
     ) -> Tensor:
-        query_PHWF, key_PHWF = self.features(q_PHWK), self.features(k_PHWK, pieces)
+        query_PHWF, key_PHWF = self.features(q_PHWK), pieces.hide_padding(self.features(k_PHWK, pieces))
         return kernel_attention(query_PHWF, key_PHWF, v_PHWK, pieces)
 
     def features(self, x_PHWK: Tensor, pieces: SequencePieces | None = None) -> Tensor:
