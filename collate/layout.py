@@ -55,8 +55,6 @@ class PackLayout:
                 f"sequence_ids must be (packs, slots) integers, got {tuple(self.sequence_ids_BL.shape)} "
                 f"{self.sequence_ids_BL.dtype}"
             )
-        if self.host is not None:
-            self.host.__dict__["device"] = self.device
         if not self.sequence_ids_BL.numel():
             packs, slots = self.sequence_ids_BL.shape
             raise ValueError(f"sequence_ids has {packs} packs of {slots} slots; give at least one pack and one slot")
@@ -102,11 +100,6 @@ class PackLayout:
     def exact(self) -> "PackLayout":
         """The layout of the real tokens alone: for what reads some tokens of the last layer."""
         return self
-
-    @view
-    def device(self) -> torch.device:
-        """Where the batch is that this layout speaks of; of a host's layout the device that it makes tables for."""
-        return self.sequence_ids_BL.device
 
     @view
     def is_real_BL(self) -> Tensor:

@@ -248,7 +248,7 @@ STORED: dict[str, Row | None] = {
     "local": Row((0, 0), (1072, 1072)),
     "strided": Row((0, 0), (1163, 1163)),
     "fixed": Row((0, 0), (1163, 1163)),
-    "axial": Row((4, 4), (3085, 4261)),
+    "axial": Row((0, 0), (1404, 1404)),
     "longformer": Row((0, 0), (1178, 1178)),
     "etc": Row((0, 0), (1496, 1496)),
     "bigbird": Row((0, 0), (1637, 1637)),

@@ -70,7 +70,7 @@ class AutoAttention(AttentionHead):
 
     def prepare(self, layout: PackLayout) -> None:
         """The tables of the head that `attend` will choose, as far as autocast tells the type."""
-        device = layout.device
+        device = layout.runs_on
         has_autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if has_autocast else torch.float32
         self.full[_chosen(device, dtype, self.head_width, 0.0)].prepare(layout)

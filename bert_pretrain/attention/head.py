@@ -85,7 +85,7 @@ class AttentionHead(nn.Module):
     def prepare(self, layout: PackLayout) -> None:
         """Ask a layout for each table that `attend` needs. Called once per batch, before the first layer, on the host.
 
-        All of them then go to the device in one copy. A graph of torch.compile finds them ready, too. `layout.device`
+        All of them then go to the device in one copy. A graph of torch.compile finds them ready, too. `layout.runs_on`
         says where `attend` will run. A table that is left out comes later, in a copy of its own.
         """
 

@@ -49,7 +49,7 @@ def attend_tokens(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayou
 
 def prepare_tokens(layout: PackLayout) -> None:
     """Make the tables of `attend_tokens`, but those of rare executions."""
-    if layout.device.type == "cpu":
+    if layout.runs_on.type == "cpu":
         layout.derived("pieces of tokens", lambda: pieces_of_tokens(layout))
     else:
         layout.cu_seqlens  # noqa: B018

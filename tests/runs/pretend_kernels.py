@@ -149,8 +149,8 @@ def rows_seen(block_mask: Any, query: Tensor, key: Tensor, start: int) -> tuple[
     """For the queries from `start` on: the keys that any sees, and the mask (B, H or 1, queries, those keys)."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     stop = min(start + BLOCK, num_queries)
-    batch, heads, *sizes = block_mask.shape
-    check(tuple(sizes) == (num_queries, num_keys), f"a mask of {sizes}")
+    batch, heads = query.shape[:2]  # a mask for all heads alike is asked for each, too
+    check(block_mask.shape[2:] == (num_queries, num_keys), f"a mask of {block_mask.shape}")
     grid = (
         torch.arange(batch)[:, None, None, None],
         torch.arange(heads)[:, None, None],
@@ -175,7 +175,7 @@ def by_blocks(block_mask: BlockMask, mask: Tensor, start: int, stop: int, num_ke
         tables.append((block_mask.full_kv_num_blocks, block_mask.full_kv_indices, True))
     for counts, indices, is_full in tables:
         check(isinstance(counts, DeviceTensor) and counts.dtype == torch.int32, f"a table of {counts.dtype}")
-        counts, indices = on_host(counts), on_host(indices)
+        counts, indices = (on_host(x).expand(*mask.shape[:2], *x.shape[2:]) for x in (counts, indices))
         for b in range(mask.shape[0]):
             for h in range(mask.shape[1]):
                 for block in range(start // of_queries, -(-stop // of_queries)):

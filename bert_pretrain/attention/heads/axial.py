@@ -51,19 +51,26 @@ class AxialAttention(AttentionHead):
         super().__init__(*args, **kwargs)
         self.columns = self.options.columns or fold.default_stride(self.max_sequence_length)
 
-    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+    def prepare(self, layout: PackLayout) -> None:
+        self.folded(layout) if layout.runs_on.type == "cpu" else fold.fold(layout, self.columns)
+
+    def folded(self, layout: PackLayout) -> tuple[fold.Tables, list[Tensor], list[Tensor]]:
+        """The tables, and masks along their rows and columns."""
         tables = fold.fold(layout, self.columns)
-        masks = layout.derived(("axial", self.columns), lambda: list(map(fold.column_mask, tables.valid)))
+        rows = layout.derived(("axial rows", self.columns), lambda: fold.row_masks(tables))
+        return tables, rows, layout.derived(("axial columns", self.columns), lambda: fold.column_masks(tables))
+
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        tables, *masks = self.folded(layout)
         contexts = []
         inputs = map(tables.gather, (q_THK, k_THK, v_THK))
-        for valid, mask, query, key, value in zip(tables.valid, masks, *inputs, strict=True):
-            row = attend(
-                fold.along_rows(query), fold.along_rows(key), fold.along_rows(value), fold.row_mask(valid), dropout
-            )
-            row = fold.from_rows(row, valid.shape[1])
+        for along_row, along_column, query, key, value in zip(*masks, *inputs, strict=True):
+            rows = query.shape[1]
+            row = attend(fold.along_rows(query), fold.along_rows(key), fold.along_rows(value), along_row, dropout)
+            row = fold.from_rows(row, rows)
             composed = self.options.combine == "composed"
             value = fold.along_columns(row if composed else value)
-            column = attend(fold.along_columns(query), fold.along_columns(key), value, mask, dropout)
+            column = attend(fold.along_columns(query), fold.along_columns(key), value, along_column, dropout)
             column = fold.from_columns(column, self.columns)
             contexts.append(column if composed else (row + column) / 2)
         return tables.scatter(contexts)

@@ -144,7 +144,7 @@ class BigBirdAttention(PatternAttention):
 
     def prepare(self, layout: PackLayout) -> None:
         super().prepare(layout)
-        if layout.device.type != "cpu":
+        if layout.runs_on.type != "cpu":
             self.drawn_blocks(layout)
 
     def prepare_chunks(self, layout: PackLayout) -> None:

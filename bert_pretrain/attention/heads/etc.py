@@ -17,6 +17,7 @@ appears a second time, as its own block; so with w >= n - 1 this is full softmax
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bert_pretrain.attention.head import without_autocast
@@ -24,6 +25,7 @@ from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, win
 from bert_pretrain.attention.options import whole
 from bert_pretrain.attention.parts.blocks import BLOCK_SLOTS, MaskMod, spans_of, within
 from bert_pretrain.attention.parts.pattern import Sees
+from bert_pretrain.attention.parts.pieces import AddUp
 from bert_pretrain.attention.parts.windows import Windows, attend, windows_of_tokens
 from collate.layout import PackLayout
 from collate.views import at_least_float32
@@ -82,7 +84,7 @@ class EtcAttention(WindowPattern):
 
     def prepare(self, layout: PackLayout) -> None:
         super().prepare(layout)
-        if layout.device.type != "cpu":
+        if layout.runs_on.type != "cpu":
             layout.cu_seqlens, layout.most_sequences  # noqa: B018
 
     def prepare_chunks(self, layout: PackLayout) -> None:
@@ -117,9 +119,8 @@ class EtcAttention(WindowPattern):
 def block_means(x_THK: Tensor, layout: PackLayout, number: int) -> Tensor:
     """(T, H, K) -> (N, G, H, K): means over the blocks of each sequence; 0 where a sequence has fewer tokens."""
     if x_THK.device.type != "cpu":
-        place, count = layout.derived(("block of token", number), lambda: block_of_token(layout, number))
-        place = layout.sequence_of_token * number + place
-        return add_up_means(x_THK, place, count, layout.num_sequences * number).unflatten(0, (-1, number))
+        make = lambda: MeanTable.of(layout.sequence_of_token, layout.num_sequences, layout, number)  # noqa: E731
+        return layout.derived(("blocks", number), make).means(x_THK).unflatten(0, (-1, number))
     groups = layout.length_groups
     key = ("block means", number, x_THK.dtype)
     weights = layout.derived(key, lambda: mean_weights(layout, number, x_THK.dtype))
@@ -142,34 +143,43 @@ def mean_weights(layout: PackLayout, number: int, dtype: torch.dtype) -> list[Te
 
 def means_in_packs(x_THK: Tensor, layout: PackLayout, number: int) -> Tensor:
     """(T, H, K) -> (B, (S + 1) G, H, K): the same, in each pack S sequences and padding."""
-    slots = layout.most_sequences + 1
-    key = ("block of token, in packs", number)
-    place, count = layout.derived(key, lambda: _block_in_packs(layout, number))
-    return add_up_means(x_THK, place, count, len(layout.sequence_ids_BL) * slots * number).unflatten(
-        0, (-1, slots * number)
-    )
+    packs, slots = len(layout.sequence_ids_BL), layout.most_sequences + 1
+    make = lambda: MeanTable.of(_slot_of_token(layout), packs * slots, layout, number)  # noqa: E731
+    return layout.derived(("blocks in packs", number), make).means(x_THK).unflatten(0, (packs, -1))
 
 
-def _block_in_packs(layout: PackLayout, number: int) -> tuple[Tensor, Tensor]:
-    packs, slots, most = *layout.sequence_ids_BL.shape, layout.most_sequences
-    block, count = block_of_token(layout, number)
+def _slot_of_token(layout: PackLayout) -> Tensor:
+    """(T,) the sequence slot of each token, counted through all packs of S + 1 slots; that of padding is the last."""
+    (packs, slots), most = layout.sequence_ids_BL.shape, layout.most_sequences
     own = layout.unpad(layout.sequence_ids_BL).long() - 1
     pack = layout.unpad(torch.arange(packs, device=own.device)[:, None].expand(-1, slots))
-    return (pack * (most + 1) + torch.where(own < 0, most, own)) * number + block, count
+    return pack * (most + 1) + torch.where(own < 0, most, own)
 
 
-def block_of_token(layout: PackLayout, number: int) -> tuple[Tensor, Tensor]:
-    """(T,) int64 each: the block that a token is in, and how many tokens that block has."""
-    length, position = layout.lengths[layout.sequence_of_token], layout.positions_T
-    blocks = length.clamp(max=number)
-    block = position * blocks // length
-    first, after = ((b * length + blocks - 1) // blocks for b in (block, block + 1))
-    return block, after - first
+@dataclass(frozen=True, eq=False)
+class MeanTable:
+    """Which block each token adds to. place: (T,) int64, ascending. count: (T,) int64, tokens of that block.
 
+    bounds: (blocks + 1,) int64, where each block begins among the tokens.
+    """
 
-def add_up_means(x_THK: Tensor, place: Tensor, count: Tensor, rows: int) -> Tensor:
-    """(T, H, K) -> (rows, H, K): each token over the tokens of its block, added up where its place is."""
-    with without_autocast(x_THK):
-        wide = at_least_float32(x_THK)
-        sums = wide.new_zeros(rows, *wide.shape[1:])
-        return sums.index_add_(0, place, wide / count[:, None, None]).to(x_THK.dtype)
+    place: Tensor
+    count: Tensor
+    bounds: Tensor
+
+    @classmethod
+    def of(cls, slot_T: Tensor, num_slots: int, layout: PackLayout, number: int) -> "MeanTable":
+        """slot_T: which sequence slot each token is in, ascending; each slot has `number` blocks."""
+        length = layout.lengths[layout.sequence_of_token]
+        blocks = length.clamp(max=number)
+        block = layout.positions_T * blocks // length
+        first, after = ((b * length + blocks - 1) // blocks for b in (block, block + 1))
+        place = slot_T * number + block
+        counts = place.new_zeros(num_slots * number).index_add_(0, place, torch.ones_like(place))
+        return cls(place, after - first, F.pad(counts.cumsum(0), (1, 0)))
+
+    def means(self, x_THK: Tensor) -> Tensor:
+        """(T, H, K) -> (blocks, H, K), 0 for a block of no token."""
+        with without_autocast(x_THK):
+            shares = at_least_float32(x_THK) / self.count[:, None, None]
+            return AddUp.apply(shares, self.place, self.bounds).to(x_THK.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bert_pretrain.attention.heads.strided import Found, StrideOptions, StridePattern
 from bert_pretrain.attention.options import whole
-from bert_pretrain.attention.parts.fold import along_rows, fold, from_rows, row_mask
+from bert_pretrain.attention.parts.fold import Tables, along_rows, fold, from_rows, row_masks
 from bert_pretrain.attention.parts.pattern import Sees
 from collate.layout import PackLayout
 
@@ -61,48 +61,58 @@ class FixedAttention(StridePattern):
 
         return sees
 
+    def prepare_chunks(self, layout: PackLayout) -> None:
+        fold(layout, self.stride)
+
     def near(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Found:
         tables = fold(layout, self.stride)
+        masks = layout.derived((*self.cache_key(), "near"), lambda: row_masks(tables))
         found = []
         inputs = map(tables.gather, (q_THK, k_THK, v_THK))
-        for valid, query, key, value in zip(tables.valid, *inputs, strict=True):
-            parts = self.softmax(along_rows(query), along_rows(key), along_rows(value), row_mask(valid), dropout)
-            found.append([from_rows(x, valid.shape[1]) for x in parts])
+        for mask, query, key, value in zip(masks, *inputs, strict=True):
+            parts = self.softmax(along_rows(query), along_rows(key), along_rows(value), mask, dropout)
+            found.append([from_rows(x, query.shape[1]) for x in parts])
         return tables.scatter_each(found)
 
     def far(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Found:
         """Each table's queries, all rows together, against the table's summaries."""
         tables = fold(layout, self.stride)
+        masks = layout.derived((*self.cache_key(), "far"), lambda: self.far_masks(tables))
         found = []
         inputs = map(tables.gather, (q_THK, k_THK, v_THK))
-        for lengths, query, key, value in zip(tables.lengths, *inputs, strict=True):
+        for (slot, mask), query, key, value in zip(masks, *inputs, strict=True):
             rows = query.shape[1]
-            last_slot, valid = last_summary(lengths, rows, self.stride, self.summary)
-            key, value = (summaries(x, last_slot).transpose(1, 2) for x in (key, value))
-            mask, query = valid[:, None, None], query.flatten(1, 2).transpose(1, 2)
-            if not self.split:
-                mask = mask & other_rows(rows, self.stride, self.summary, mask.device)
-            parts = self.softmax(query, key, value, mask, dropout)
+            key, value = (summaries(x, slot).transpose(1, 2) for x in (key, value))
+            parts = self.softmax(query.flatten(1, 2).transpose(1, 2), key, value, mask, dropout)
             found.append([x.transpose(1, 2).unflatten(1, (rows, self.stride)) for x in parts])
         return tables.scatter_each(found)
 
+    def far_masks(self, tables: Tables) -> list[tuple[Tensor, Tensor]]:
+        """Of each group the slots (S, R c) of the last c tokens of each row, and which a query sees."""
+        found = []
+        for valid, sequence in zip(tables.valid, tables.sequence, strict=True):
+            (count, rows, columns), device = valid.shape, valid.device
+            row = torch.arange(rows, device=device)
+            in_row = valid.sum(-1)[..., None] + torch.arange(-self.summary, 0, device=device)
+            mask = (in_row >= 0).flatten(1)[:, None, None]
+            if sequence is not None:
+                same = sequence[:, None, :, None, None] == sequence[:, None, None, :, None]
+                mask = mask & spread(same.expand(*same.shape[:-1], self.summary).flatten(3), columns)
+                mask = mask | ~mask.any(-1, keepdim=True)  # a softmax over nothing is NaN
+            if not self.split:
+                other = (row[:, None] != row)[..., None].expand(-1, -1, self.summary).flatten(1)
+                mask = mask & spread(other[None, None], columns)  # its own row's are in its block already
+            table = torch.arange(count, device=device)[:, None, None]
+            slot = (table * rows + row[:, None]) * columns + in_row.clamp(min=0)
+            found.append((slot.flatten(1), mask))
+        return found
 
-def last_summary(lengths: Tensor, rows: int, columns: int, summary: int) -> tuple[Tensor, Tensor]:
-    """The slots (S, c) of the last c tokens in the last row, and which of a table's R c summary tokens exist."""
-    slot = (lengths - (rows - 1) * columns)[:, None] + torch.arange(-summary, 0, device=lengths.device)
-    valid = torch.ones(len(lengths), (rows - 1) * summary, dtype=torch.bool, device=lengths.device)
-    return slot.clamp(min=0), torch.cat([valid, slot >= 0], 1)
+
+def spread(mask: Tensor, columns: int) -> Tensor:
+    """(S, 1, R, M) -> (S, 1, R C, M): the mask of a row for each of its tokens."""
+    return mask[:, :, :, None].expand(-1, -1, -1, columns, -1).flatten(2, 3)
 
 
-def summaries(x: Tensor, last_slot: Tensor) -> Tensor:
-    """(S, R, C, H, K) -> (S, R c, H, K): the last c tokens of each row."""
-    tables, _, columns = x.shape[:3]
-    table = torch.arange(tables, device=x.device)[:, None]
-    last = x[:, -1].flatten(0, 1).index_select(0, (table * columns + last_slot).flatten())
-    return torch.cat([x[:, :-1, -last_slot.shape[1] :].flatten(1, 2), last.unflatten(0, last_slot.shape)], 1)
-
-
-def other_rows(rows: int, columns: int, summary: int, device: torch.device) -> Tensor:
-    """(R C, R c) bool: summaries of other rows than the query's; its own are in its block already."""
-    row = torch.arange(rows, device=device)
-    return row.repeat_interleave(columns)[:, None] != row.repeat_interleave(summary)
+def summaries(x: Tensor, slot: Tensor) -> Tensor:
+    """(S, R, C, H, K) -> (S, R c, H, K): the tokens in these slots."""
+    return x.flatten(0, 2).index_select(0, slot.flatten()).unflatten(0, slot.shape)

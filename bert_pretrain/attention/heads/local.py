@@ -76,7 +76,7 @@ class LocalAttention(WindowPattern):
 
     def prepare(self, layout: PackLayout) -> None:
         super().prepare(layout)
-        if layout.device.type != "cpu":
+        if layout.runs_on.type != "cpu":
             layout.cu_seqlens  # noqa: B018
 
     def prepare_chunks(self, layout: PackLayout) -> None:

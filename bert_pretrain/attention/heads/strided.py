@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bert_pretrain.attention.heads.local import window_mask
 from bert_pretrain.attention.options import choice, whole
-from bert_pretrain.attention.parts.fold import along_columns, column_mask, default_stride, fold, from_columns
+from bert_pretrain.attention.parts.fold import along_columns, column_masks, default_stride, fold, from_columns
 from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees, attend_part, join_parts
 from bert_pretrain.attention.parts.windows import attend, windows_of_tokens
 from collate.layout import PackLayout
@@ -98,9 +98,13 @@ class StridedAttention(StridePattern):
         found = self.softmax(view.queries(q_THK), view.keys(k_THK), view.keys(v_THK), mask, dropout)
         return tuple(map(view.to_tokens, found))
 
+    def prepare_chunks(self, layout: PackLayout) -> None:
+        windows_of_tokens(layout, self.stride)
+        fold(layout, self.stride)
+
     def far(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float) -> Found:
         tables = fold(layout, self.stride)
-        masks = layout.derived((*self.cache_key(), "far"), lambda: list(map(column_mask, tables.valid)))
+        masks = layout.derived((*self.cache_key(), "far"), lambda: column_masks(tables))
         found = []
         inputs = map(tables.gather, (q_THK, k_THK, v_THK))
         for mask, query, key, value in zip(masks, *inputs, strict=True):

@@ -6,6 +6,9 @@
 
 The rows of a table are the sequence's own chunks: no table holds two sequences, and nothing depends on where in a batch
 a sequence lies. Python loops over the different numbers of rows only.
+
+On a GPU each number would cost launches of its own. There a table holds all rows of a pack, and masks along its columns
+keep sequences apart: few rows are wasted, since a pack has little more rows than its tokens fill.
 """
 
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from torch import Tensor
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
+from collate.views import starts_of
 
 
 class ChunkGroups:
@@ -59,7 +63,8 @@ class Tables:
 
     source: (P,) int64, the token that each slot of all groups shows; a padding slot shows its sequence's last token.
     slot_of_token: (T,) int64, where each token stands. columns: C. shapes: (S, R) of each group.
-    valid: of each group (S, R, C) bool, True on tokens. lengths: of each group (S,) int64, tokens of the sequences.
+    valid: of each group (S, R, C) bool, True on tokens.
+    sequence: of each group (S, R) int64, whose row it is, -1 for nobody's; None where a table is a sequence.
     """
 
     source: Tensor
@@ -67,7 +72,7 @@ class Tables:
     columns: int
     shapes: list[tuple[int, int]]
     valid: list[Tensor]
-    lengths: list[Tensor]
+    sequence: list[Tensor | None]
 
     def gather(self, x_T: Tensor) -> list[Tensor]:
         """(T, …) -> of each group (S, R, C, …). The gradient of padding slots is taken for 0."""
@@ -86,10 +91,12 @@ class Tables:
 
 def fold(layout: PackLayout, columns: int) -> Tables:
     """Every sequence of the batch in a table of `columns` columns; folded once for all layers that ask."""
-    return layout.derived(("fold", columns), lambda: _fold(layout, columns))
+    if layout.runs_on.type == "cpu":
+        return layout.derived(("fold", columns), lambda: fold_sequences(layout, columns))
+    return layout.table(("fold packs", columns), lambda layout: fold_packs(layout, columns))
 
 
-def _fold(layout: PackLayout, columns: int) -> Tables:
+def fold_sequences(layout: PackLayout, columns: int) -> Tables:
     chunks = layout.chunks(columns)
     groups = ChunkGroups(chunks)
     return Tables(
@@ -98,7 +105,27 @@ def _fold(layout: PackLayout, columns: int) -> Tables:
         columns=columns,
         shapes=groups.shapes,
         valid=groups.gather(chunks.valid),
-        lengths=[layout.lengths[members] for members in groups.members],
+        sequence=[None] * len(groups.shapes),
+    )
+
+
+def fold_packs(layout: PackLayout, columns: int) -> Tables:
+    """One group, a table for each pack. A row of nobody shows a token of its pack."""
+    chunks, (packs, slots) = layout.chunks(columns), layout.sequence_ids_BL.shape
+    pack = layout.token_index[chunks.index[:, 0]] // slots
+    rows_of_pack = torch.bincount(pack, minlength=packs)
+    first, rows = starts_of(rows_of_pack), int(rows_of_pack.max())
+    row = pack * rows + torch.arange(chunks.num_chunks) - first[pack]
+    source = chunks.index[first.clamp(max=chunks.num_chunks - 1), :1, None].expand(-1, rows, columns).flatten(0, 1)
+    sequence = torch.full((packs * rows,), -1)
+    valid = torch.zeros(packs * rows, columns, dtype=torch.bool)
+    return Tables(
+        source=source.index_copy(0, row, chunks.index).flatten(),
+        slot_of_token=row[chunks.slot_of_token // columns] * columns + chunks.slot_of_token % columns,
+        columns=columns,
+        shapes=[(packs, rows)],
+        valid=[valid.index_copy(0, row, chunks.valid).unflatten(0, (packs, rows))],
+        sequence=[sequence.index_copy(0, row, chunks.sequence).unflatten(0, (packs, rows))],
     )
 
 
@@ -122,15 +149,23 @@ def from_columns(x: Tensor, columns: int) -> Tensor:
     return x.unflatten(0, (-1, columns)).movedim(3, 1)
 
 
-def row_mask(valid: Tensor) -> Tensor:
-    """(S, R, C) -> (S * R, 1, 1, C): the tokens of each row. Every row has one."""
-    return valid.flatten(0, 1)[:, None, None]
+def row_masks(tables: Tables) -> list[Tensor]:
+    """Of each group (S * R, 1, 1, C): the tokens of each row; in a row of nobody all."""
+    masks = zip(tables.valid, tables.sequence, strict=True)
+    found = [valid if sequence is None else valid | (sequence < 0)[..., None] for valid, sequence in masks]
+    return [valid.flatten(0, 1)[:, None, None] for valid in found]
 
 
-def column_mask(valid: Tensor) -> Tensor:
-    """(S, R, C) -> (S * C, 1, R, R): the tokens of each column; a padding slot, whatever it computes, sees itself."""
-    itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-    return (valid.transpose(1, 2).flatten(0, 1)[:, None] | itself)[:, None]
+def column_masks(tables: Tables) -> list[Tensor]:
+    """Of each group (S * C, 1, R, R): the tokens of each column, of the row's sequence; a padding slot sees itself."""
+    masks = []
+    for valid, sequence in zip(tables.valid, tables.sequence, strict=True):
+        seen = valid.transpose(1, 2)[:, :, None]
+        if sequence is not None:
+            seen = seen & (sequence[:, None, :, None] == sequence[:, None, None])
+        itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+        masks.append((seen | itself).flatten(0, 1)[:, None])
+    return masks
 
 
 def default_stride(max_sequence_length: int) -> int:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_pretrain.attention.head import without_autocast
+from bert_pretrain.attention.parts.pieces import in_chunks
 from bert_pretrain.attention.parts.windows import attend
 from collate.layout import PackLayout
 from collate.views import at_least_float32
@@ -69,7 +70,7 @@ def replace_global(
 def prepare_global(layout: PackLayout, first: int, last: int = 0) -> None:
     """Make the tables of `replace_global`."""
     written(layout, first, last)
-    layout.length_groups if layout.device.type == "cpu" else layout.chunks(CHUNK)
+    layout.length_groups if layout.runs_on.type == "cpu" else in_chunks(layout, CHUNK)
 
 
 def written(layout: PackLayout, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -104,15 +105,14 @@ def attend_by_chunks(
     query_NHGK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0
 ) -> Tensor:
     """The same in products over chunks of keys and sums over the chunks of a sequence: as many for any lengths."""
-    chunks = layout.chunks(CHUNK)
+    chunks, cut = layout.chunks(CHUNK), in_chunks(layout, CHUNK)
+    (pieces,) = cut.parts
     with without_autocast(query_NHGK):
         query = at_least_float32(query_NHGK) * query_NHGK.shape[-1] ** -0.5
-        key, value = (at_least_float32(chunks.gather(x).transpose(1, 2)) for x in (k_THK, v_THK))
+        key, value = (at_least_float32(cut.gather(x)[0].transpose(1, 2)) for x in (k_THK, v_THK))
         scores = query.index_select(0, chunks.sequence) @ key.transpose(-1, -2)
         scores = scores.masked_fill(~chunks.valid[:, None, None], torch.finfo(scores.dtype).min)
-        top = scores.new_zeros(query.shape[:3])  # any number near the largest does
-        top.index_reduce_(0, chunks.sequence, scores.detach().amax(-1), "amax", include_self=False)
-        weights = (scores - top.index_select(0, chunks.sequence)[..., None]).exp()
-        sums = torch.zeros_like(top).index_add_(0, chunks.sequence, weights.sum(-1))
-        context = torch.zeros_like(query).index_add_(0, chunks.sequence, F.dropout(weights, dropout) @ value)
-        return (context / sums[..., None].clamp(min=torch.finfo(sums.dtype).tiny)).to(query_NHGK.dtype)
+        weights = (scores - pieces.largest(scores.detach().amax(-1, keepdim=True))).exp()
+        context = pieces.total(F.dropout(weights, dropout) @ value) / pieces.total(weights.sum(-1, keepdim=True))
+        first = chunks.first.clamp(max=chunks.num_chunks - 1)  # an empty sequence has none
+        return context.index_select(0, first).to(query_NHGK.dtype)

@@ -79,7 +79,7 @@ class PatternAttention(AttentionHead):
         return None
 
     def prepare(self, layout: PackLayout) -> None:
-        if layout.device.type == "cpu" and self.options.execution == "auto":
+        if layout.runs_on.type == "cpu" and self.options.execution == "auto":
             split = self.by_length(layout)
             if split.short is not None:
                 split.short.length_groups  # noqa: B018
