@@ -105,11 +105,10 @@ def attend_by_chunks(
     query_NHGK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0
 ) -> Tensor:
     """The same in products over chunks of keys and sums over the chunks of a sequence: as many for any lengths."""
-    chunks, cut = layout.chunks(CHUNK), in_chunks(layout, CHUNK)
-    (pieces,) = cut.parts
+    chunks, (pieces,) = layout.chunks(CHUNK), in_chunks(layout, CHUNK).parts
     with without_autocast(query_NHGK):
         query = at_least_float32(query_NHGK) * query_NHGK.shape[-1] ** -0.5
-        key, value = (at_least_float32(cut.gather(x)[0].transpose(1, 2)) for x in (k_THK, v_THK))
+        key, value = (at_least_float32(chunks.gather(x).transpose(1, 2)) for x in (k_THK, v_THK))
         scores = query.index_select(0, chunks.sequence) @ key.transpose(-1, -2)
         scores = scores.masked_fill(~chunks.valid[:, None, None], torch.finfo(scores.dtype).min)
         weights = (scores - pieces.largest(scores.detach().amax(-1, keepdim=True))).exp()
