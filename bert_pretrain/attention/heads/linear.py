@@ -60,4 +60,4 @@ def kernel_attention(query_PHWF: Tensor, key_PHWF: Tensor, v_PHWK: Tensor, piece
     sums_PHKF = pieces.total(v_PHWK.transpose(2, 3) @ key_PHWF)
     context_PHWK = query_PHWF @ sums_PHKF.transpose(2, 3)
     weight_PHW1 = query_PHWF @ pieces.total(key_PHWF.sum(2))[..., None]
-    return context_PHWK * weight_PHW1.clamp_min(torch.finfo(weight_PHW1.dtype).tiny).reciprocal()
+    return context_PHWK * (weight_PHW1 + torch.finfo(weight_PHW1.dtype).tiny).reciprocal()

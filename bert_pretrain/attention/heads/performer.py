@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bert_pretrain.attention.head import without_autocast
 from bert_pretrain.attention.heads.linear import kernel_attention
 from bert_pretrain.attention.options import HeadOptions, choice, number, seed_option, whole
 from bert_pretrain.attention.parts.pieces import SequencePieces
 from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead
+from collate.views import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class PerformerAttention(WholeSequenceHead):
 
     Options = PerformerOptions
     precise = True
+    widens = False
     projection_FK: Tensor
 
     def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
@@ -65,24 +68,62 @@ class PerformerAttention(WholeSequenceHead):
     def mix(
         self, q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, dropout: float = 0.0
     ) -> Tensor:
-        query_PHWF, key_PHWF = self.features(q_PHWK), pieces.hide_padding(self.features(k_PHWK, pieces))
-        return kernel_attention(query_PHWF, key_PHWF, v_PHWK, pieces)
+        query_PHWF, key_PHWF = self.features(q_PHWK, k_PHWK, pieces)
+        return kernel_attention(query_PHWF, key_PHWF, at_least_float32(v_PHWK), pieces)
 
-    def features(self, x_PHWK: Tensor, pieces: SequencePieces | None = None) -> Tensor:
-        """phi(x) (P, H, W, F), with c the maximum of a token; with pieces, that of a sequence.
+    def features(self, q_PHWK: Tensor, k_PHWK: Tensor, pieces: SequencePieces) -> tuple[Tensor, ...]:
+        """phi(q), phi(k) (P, H, W, F), without the factor 1/sqrt(m), which cancels; 0 for keys of padding."""
+        both = at_least_float32(torch.stack([q_PHWK, k_PHWK]))
+        projection_FK = self.projection_FK.to(both.dtype)
+        epsilon = pieces.kept(("epsilon", self.options.epsilon, both.dtype), lambda: self._epsilon(pieces, both.dtype))
+        by_exponent = self.options.stabiliser == "exponent"
+        return Features.apply(both, projection_FK, self.head_width**-0.25, by_exponent, pieces, epsilon).unbind(0)
 
-        Padding slots repeat one of the sequence's own tokens, so that they cannot raise its maximum.
-        """
-        y_PHWK = x_PHWK * self.head_width**-0.25
-        projection_KF = self.projection_FK.T.to(y_PHWK.dtype)
-        product_PHWF = y_PHWK @ projection_KF.expand(*y_PHWK.shape[:2], -1, -1)
-        exponent_PHWF = product_PHWF - y_PHWK.square().sum(3, keepdim=True) / 2
-        largest = (exponent_PHWF if self.options.stabiliser == "exponent" else product_PHWF).detach()
-        c_PH11 = largest.amax(3, keepdim=True)
-        if pieces is not None:
-            c_PH11 = pieces.largest(c_PH11.amax(2, keepdim=True))
-        features_PHWF = (exponent_PHWF - c_PH11).exp() + self.options.epsilon
-        return features_PHWF * self.options.features**-0.5
+    def _epsilon(self, pieces: SequencePieces, dtype: torch.dtype) -> Tensor:
+        """(2, P, 1, W, 1): epsilon, and 0 for keys of padding."""
+        epsilon = torch.full((2, *pieces.shape), self.options.epsilon, dtype=dtype, device=pieces.length.device)
+        if pieces.is_padding is not None:
+            epsilon[1].masked_fill_(pieces.is_padding[:, 0, 0], 0)
+        return epsilon[:, :, None, :, None]
+
+
+class Features(torch.autograd.Function):
+    """x (2, P, H, W, K), queries and keys; w (F, K) -> exp(w_f . y - |y|^2 / 2 - c) + epsilon, y = scale x.
+
+    c is the maximum of a query's features, and of the keys of a whole sequence. Padding slots repeat one of the
+    sequence's own tokens, so that they cannot raise its maximum.
+    """
+
+    @staticmethod
+    def forward(ctx, x, projection_FK, scale, by_exponent, pieces, epsilon):
+        rows = x.flatten(0, 2)
+        projection = projection_FK.expand(len(rows), -1, -1)
+        exponent = torch.baddbmm(x.new_empty(()), rows, projection.transpose(1, 2), beta=0, alpha=scale)
+        exponent = exponent.unflatten(0, x.shape[:3])
+        largest = exponent.amax(4, keepdim=True)
+        length = torch.linalg.vector_norm(x, dim=4, keepdim=True)
+        exponent.addcmul_(length, length, value=-(scale**2) / 2)
+        if by_exponent:
+            largest = exponent.amax(4, keepdim=True)
+        of_keys = pieces.largest(largest[1].amax(2, keepdim=True))
+        if pieces.is_padding is not None:
+            of_keys = of_keys.expand(largest[1].shape).masked_fill(pieces.is_padding.transpose(2, 3), torch.inf)
+        largest[1] = of_keys
+        features = exponent.sub_(largest).exp_()
+        ctx.save_for_backward(rows, projection, features)
+        ctx.scale = scale
+        return features + epsilon
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, projection, features = ctx.saved_tensors
+        scale = ctx.scale
+        with without_autocast(grad):
+            grad = grad * features
+            shrinking = grad.sum(4, keepdim=True).flatten(0, 2) * rows
+            grad_rows = torch.baddbmm(shrinking, grad.flatten(0, 2), projection, beta=-(scale**2), alpha=scale)
+        return grad_rows.unflatten(0, grad.shape[:3]), None, None, None, None, None
 
 
 def orthogonal_features(num_features: int, width: int, seed: int) -> Tensor:

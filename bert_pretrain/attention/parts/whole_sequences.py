@@ -37,6 +37,9 @@ class WholeSequenceHead(AttentionHead):
     apart: ClassVar[bool] = False
     """Whether sequences of one chunk are a part of their own."""
 
+    widens: ClassVar[bool] = True
+    """Whether a precise head gets wide inputs. If not, `mix` widens them itself: both at once, for instance."""
+
     @property
     def chunk(self) -> int:
         """Tokens of a chunk, where sequences are cut into chunks."""
@@ -56,7 +59,7 @@ class WholeSequenceHead(AttentionHead):
         cut, settings, contexts = self.cut(layout), self.dropout_settings(dropout), []
         with without_autocast(q_THK) if self.precise else nullcontext():
             for *inputs, pieces in zip(*map(cut.gather, (q_THK, k_THK, v_THK)), cut.parts, strict=True):
-                query, key, value = map(at_least_float32, inputs) if self.precise else inputs
+                query, key, value = map(at_least_float32, inputs) if self.precise and self.widens else inputs
                 contexts.append(self.mix(query, key, value, pieces, **settings))
             return cut.scatter(contexts).to(q_THK.dtype)
 
