@@ -11,10 +11,15 @@ Isolation: both sums are taken per sequence.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bert_pretrain.attention.parts.pieces import SequencePieces
 from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead
+
+
+WEIGHT_COLUMNS = 4
+"""One would do; the fast kernels of GPUs want rows of a multiple of 16 bytes."""
 
 
 class LinearAttention(WholeSequenceHead):
@@ -57,7 +62,7 @@ def kernel_attention(query_PHWF: Tensor, key_PHWF: Tensor, v_PHWK: Tensor, piece
 
     The weights are at least 0. Where all weights of a query are 0, its context is 0. The keys of padding are 0.
     """
-    sums_PHKF = pieces.total(v_PHWK.transpose(2, 3) @ key_PHWF)
-    context_PHWK = query_PHWF @ sums_PHKF.transpose(2, 3)
-    weight_PHW1 = query_PHWF @ pieces.total(key_PHWF.sum(2))[..., None]
+    value = F.pad(v_PHWK, (0, WEIGHT_COLUMNS), value=1.0)  # the sum of all weights is one more value
+    context = query_PHWF @ pieces.total(value.transpose(2, 3) @ key_PHWF).transpose(2, 3)
+    context_PHWK, weight_PHW1, _ = context.split([v_PHWK.shape[3], 1, WEIGHT_COLUMNS - 1], dim=3)
     return context_PHWK * (weight_PHW1 + torch.finfo(weight_PHW1.dtype).tiny).reciprocal()
