@@ -17,7 +17,6 @@ from torch import Tensor
 from bert_pretrain.attention.parts.pieces import SequencePieces
 from bert_pretrain.attention.parts.whole_sequences import WholeSequenceHead
 
-
 WEIGHT_COLUMNS = 4
 """One would do; the fast kernels of GPUs want rows of a multiple of 16 bytes."""
 
@@ -64,5 +63,5 @@ def kernel_attention(query_PHWF: Tensor, key_PHWF: Tensor, v_PHWK: Tensor, piece
     """
     value = F.pad(v_PHWK, (0, WEIGHT_COLUMNS), value=1.0)  # the sum of all weights is one more value
     context = query_PHWF @ pieces.total(value.transpose(2, 3) @ key_PHWF).transpose(2, 3)
-    context_PHWK, weight_PHW1, _ = context.split([v_PHWK.shape[3], 1, WEIGHT_COLUMNS - 1], dim=3)
-    return context_PHWK * (weight_PHW1 + torch.finfo(weight_PHW1.dtype).tiny).reciprocal()
+    context_PHWK, weights = context.split([v_PHWK.shape[3], WEIGHT_COLUMNS], dim=3)
+    return context_PHWK * (weights[..., :1] + torch.finfo(weights.dtype).tiny).reciprocal()

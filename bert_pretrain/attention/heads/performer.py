@@ -73,11 +73,11 @@ class PerformerAttention(WholeSequenceHead):
 
     def features(self, q_PHWK: Tensor, k_PHWK: Tensor, pieces: SequencePieces) -> tuple[Tensor, ...]:
         """phi(q), phi(k) (P, H, W, F), without the factor 1/sqrt(m), which cancels; 0 for keys of padding."""
-        both = at_least_float32(torch.stack([q_PHWK, k_PHWK]))
-        projection_FK = self.projection_FK.to(both.dtype)
-        epsilon = pieces.kept(("epsilon", self.options.epsilon, both.dtype), lambda: self._epsilon(pieces, both.dtype))
+        dtype = torch.promote_types(q_PHWK.dtype, torch.float32)
+        epsilon = pieces.kept(("epsilon", self.options.epsilon, dtype), lambda: self._epsilon(pieces, dtype))
         by_exponent = self.options.stabiliser == "exponent"
-        return Features.apply(both, projection_FK, self.head_width**-0.25, by_exponent, pieces, epsilon).unbind(0)
+        scale, projection_FK = self.head_width**-0.25, self.projection_FK.to(dtype)
+        return Features.apply(q_PHWK, k_PHWK, projection_FK, scale, by_exponent, pieces, epsilon)
 
     def _epsilon(self, pieces: SequencePieces, dtype: torch.dtype) -> Tensor:
         """(2, P, 1, W, 1): epsilon, and 0 for keys of padding."""
@@ -88,14 +88,15 @@ class PerformerAttention(WholeSequenceHead):
 
 
 class Features(torch.autograd.Function):
-    """x (2, P, H, W, K), queries and keys; w (F, K) -> exp(w_f . y - |y|^2 / 2 - c) + epsilon, y = scale x.
+    """q, k (P, H, W, K), w (F, K) -> exp(w_f . y - |y|^2 / 2 - c) + epsilon of both (P, H, W, F), where y = scale x.
 
     c is the maximum of a query's features, and of the keys of a whole sequence. Padding slots repeat one of the
     sequence's own tokens, so that they cannot raise its maximum.
     """
 
     @staticmethod
-    def forward(ctx, x, projection_FK, scale, by_exponent, pieces, epsilon):
+    def forward(ctx, q, k, projection_FK, scale, by_exponent, pieces, epsilon):
+        x = at_least_float32(torch.stack([q, k]))
         rows = x.flatten(0, 2)
         projection = projection_FK.expand(len(rows), -1, -1)
         exponent = torch.baddbmm(x.new_empty(()), rows, projection.transpose(1, 2), beta=0, alpha=scale)
@@ -110,20 +111,23 @@ class Features(torch.autograd.Function):
             of_keys = of_keys.expand(largest[1].shape).masked_fill(pieces.is_padding.transpose(2, 3), torch.inf)
         largest[1] = of_keys
         features = exponent.sub_(largest).exp_()
-        ctx.save_for_backward(rows, projection, features)
+        ctx.save_for_backward(x, projection_FK, features)
         ctx.scale = scale
-        return features + epsilon
+        return tuple((features + epsilon).unbind(0))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        rows, projection, features = ctx.saved_tensors
-        scale = ctx.scale
-        with without_autocast(grad):
-            grad = grad * features
-            shrinking = grad.sum(4, keepdim=True).flatten(0, 2) * rows
-            grad_rows = torch.baddbmm(shrinking, grad.flatten(0, 2), projection, beta=-(scale**2), alpha=scale)
-        return grad_rows.unflatten(0, grad.shape[:3]), None, None, None, None, None
+    def backward(ctx, *grads):
+        inputs, projection_FK, both = ctx.saved_tensors
+        found = []
+        with without_autocast(grads[0]):
+            for grad, x, features in zip(grads, inputs, both, strict=True):
+                grad = (grad * features).flatten(0, 1)
+                shrinking = grad.sum(2, keepdim=True) * x.flatten(0, 1)
+                projection = projection_FK.expand(len(grad), -1, -1)
+                grad = torch.baddbmm(shrinking, grad, projection, beta=-(ctx.scale**2), alpha=ctx.scale)
+                found.append(grad.view_as(x))
+        return *found, None, None, None, None, None
 
 
 def orthogonal_features(num_features: int, width: int, seed: int) -> Tensor:
