@@ -149,7 +149,7 @@ class SinkhornAttention(AttentionHead):
             num_blocks = own.shape[1]
             matrix = of_group[:, :, :num_blocks, :num_blocks]
             rows = matrix @ own.transpose(1, 2).flatten(3)
-            chosen = matrix.argmax(-1).transpose(1, 2)
+            chosen = matrix.argmax(-1).transpose(1, 2).contiguous()  # torch.compile expects its index to be
             sequence = torch.arange(len(chosen), device=chosen.device)[:, None, None]
             found.append(own_valid[sequence, chosen])
             rows = rows.unflatten(3, own.shape[3:]).transpose(1, 2)
