@@ -216,8 +216,13 @@ def fla_kernel() -> Callable[..., Any]:
 
 def by_fla(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, beta_TH1: Tensor, layout: PackLayout) -> Tensor:
     """`delta_rule` by fla, which cuts chunks itself. It would wait for the boundaries, so it gets the host's, too."""
-    boundaries = layout.derived("cu_seqlens of fla", lambda: layout.cu_seqlens.long())
-    of_host = None if layout.host is None else layout.host.cu_seqlens.long()
+    boundaries = boundaries_of(layout)  # the same tensors in each layer: fla keeps what it made of the last ones
+    of_host = None if layout.host is None else boundaries_of(layout.host)
     inputs = (x[None] for x in (q_THK, k_THK, v_THK, beta_TH1.squeeze(2)))
     context, _ = fla_kernel()(*inputs, scale=1.0, cu_seqlens=boundaries, cu_seqlens_cpu=of_host)
     return context[0]
+
+
+def boundaries_of(layout: PackLayout) -> Tensor:
+    """cu_seqlens in int64, as fla wants them."""
+    return layout.derived("cu_seqlens of fla", lambda: layout.cu_seqlens.long())

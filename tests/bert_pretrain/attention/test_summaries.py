@@ -277,6 +277,7 @@ def test_delta_by_the_kernels_of_fla_is_the_same(slots, monkeypatch):
     monkeypatch.setattr(delta, "fla_kernel", lambda: stand_in)
     contract.assert_equal(run(head, layout, inputs, weights), expected, 1e-11)
     assert stand_in.calls == 1
+    assert delta.boundaries_of(layout) is delta.boundaries_of(layout)  # by which fla knows that it has seen them
 
 
 def test_fla_takes_16_bits_on_cuda_only(monkeypatch):
