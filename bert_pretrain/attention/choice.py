@@ -75,17 +75,13 @@ class AutoAttention(AttentionHead):
         dtype = torch.get_autocast_dtype(device.type) if has_autocast else torch.float32
         self.full[_chosen(device, dtype, self.head_width, 0.0)].prepare(layout)
 
-    def attend(
-        self,
-        q_THK: Tensor,
-        k_THK: Tensor,
-        v_THK: Tensor,
-        layout: PackLayout,
-        dropout: float = 0.0,
-        key_layout: PackLayout | None = None,
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        head: Any = self.full[_chosen(q_THK.device, q_THK.dtype, self.head_width, dropout)]
+        return head.attend(q_THK, k_THK, v_THK, layout, dropout)
+
+    def attend_others(
+        self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, key_layout: PackLayout, dropout: float
     ) -> Tensor:
         head: Any = self.full[_chosen(q_THK.device, q_THK.dtype, self.head_width, dropout)]
-        if key_layout is None:
-            return head.attend(q_THK, k_THK, v_THK, layout, dropout)
         head = head if head.takes_key_layout else self.full["sdpa"]
-        return head.attend(q_THK, k_THK, v_THK, layout, key_layout=key_layout, **head.dropout_settings(dropout))
+        return head.attend_others(q_THK, k_THK, v_THK, layout, key_layout, dropout)

@@ -31,7 +31,7 @@ class AttentionHead(nn.Module):
     survives_nan: ClassVar[bool] = True
     """Whether a NaN in one sequence leaves the others alone. It does not where a mask multiplies what it hides."""
     takes_key_layout: ClassVar[bool] = False
-    """Whether keys may be others than the queries."""
+    """Whether keys may be others than the queries: `attend_others`."""
 
     def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
         super().__init__()
@@ -79,8 +79,9 @@ class AttentionHead(nn.Module):
             nothing = sum(parameter.sum() * 0 for parameter in self.parameters())
             return (query_THK + key_THK + value_THK + nothing).to(value_THK.dtype)
         inputs = as_one_type(query_THK, key_THK, value_THK)
-        settings = self.dropout_settings(dropout) | ({} if key_layout is None else {"key_layout": key_layout})
-        return self.attend(*inputs, layout, **settings).to(value_THK.dtype)
+        if key_layout is not None:
+            return self.attend_others(*inputs, layout, key_layout, dropout).to(value_THK.dtype)
+        return self.attend(*inputs, layout, **self.dropout_settings(dropout)).to(value_THK.dtype)
 
     def prepare(self, layout: PackLayout) -> None:
         """Ask a layout for each table that `attend` needs. Called once per batch, before the first layer, on the host.
@@ -92,9 +93,14 @@ class AttentionHead(nn.Module):
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         """The mechanism, for a batch with at least one sequence.
 
-        dropout: 0 unless the head supports it. Your own head may leave the parameter out if it does not. A head that
-            takes a key_layout has one more parameter of that name.
+        dropout: 0 unless the head supports it. Your own head may leave the parameter out if it does not.
         """
+        raise NotImplementedError
+
+    def attend_others(
+        self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, key_layout: PackLayout, dropout: float
+    ) -> Tensor:
+        """The mechanism where keys are not the queries; for heads that take a key_layout."""
         raise NotImplementedError
 
     def dropout_settings(self, dropout: float) -> dict[str, Any]:

@@ -58,21 +58,16 @@ class LocalAttention(WindowPattern):
 
     takes_key_layout = True
 
-    def attend(
-        self,
-        q_THK: Tensor,
-        k_THK: Tensor,
-        v_THK: Tensor,
-        layout: PackLayout,
-        dropout: float = 0.0,
-        key_layout: PackLayout | None = None,
-    ) -> Tensor:
-        if key_layout is not None:
-            return attend_other_keys(q_THK, k_THK, v_THK, layout, key_layout, dropout, self.options.window)
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         fits = not dropout and self.options.execution == "auto" and takes_varlen(q_THK, has_window=True)
         if fits:
             return attend_varlen(q_THK, k_THK, v_THK, layout, window=self.options.window)
         return super().attend(q_THK, k_THK, v_THK, layout, dropout)
+
+    def attend_others(
+        self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, key_layout: PackLayout, dropout: float
+    ) -> Tensor:
+        return attend_other_keys(q_THK, k_THK, v_THK, layout, key_layout, dropout, self.options.window)
 
     def prepare(self, layout: PackLayout) -> None:
         super().prepare(layout)

@@ -26,15 +26,10 @@ class SdpaAttention(AttentionHead):
     def prepare(self, layout: PackLayout) -> None:
         prepare_tokens(layout)
 
-    def attend(
-        self,
-        q_THK: Tensor,
-        k_THK: Tensor,
-        v_THK: Tensor,
-        layout: PackLayout,
-        dropout: float = 0.0,
-        key_layout: PackLayout | None = None,
-    ) -> Tensor:
-        if key_layout is not None:
-            return attend_other_keys(q_THK, k_THK, v_THK, layout, key_layout, dropout)
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         return attend_tokens(q_THK, k_THK, v_THK, layout, dropout)
+
+    def attend_others(
+        self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, key_layout: PackLayout, dropout: float
+    ) -> Tensor:
+        return attend_other_keys(q_THK, k_THK, v_THK, layout, key_layout, dropout)

@@ -25,21 +25,22 @@ class VarlenAttention(AttentionHead):
     def prepare(self, layout: PackLayout) -> None:
         layout.cu_seqlens  # noqa: B018
 
-    def attend(
-        self,
-        q_THK: Tensor,
-        k_THK: Tensor,
-        v_THK: Tensor,
-        layout: PackLayout,
-        dropout: float = 0.0,
-        key_layout: PackLayout | None = None,
-    ) -> Tensor:
-        if not q_THK.is_cuda or q_THK.dtype not in (float16, bfloat16):
-            raise ValueError(
-                f"varlen runs on CUDA in bfloat16 or float16, not on {q_THK.device.type} in {q_THK.dtype}; "
-                "train with bf16=True, or use attention 'auto', which runs anywhere: from_pretrained(…, "
-                "packed_attention='auto'), or --attention auto"
-            )
-        if key_layout is not None:
-            return attend_other_keys(q_THK, k_THK, v_THK, layout, key_layout)
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
+        refuse_elsewhere(q_THK)
         return attend_varlen(q_THK, k_THK, v_THK, layout)
+
+    def attend_others(
+        self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, key_layout: PackLayout, dropout: float
+    ) -> Tensor:
+        refuse_elsewhere(q_THK)
+        return attend_other_keys(q_THK, k_THK, v_THK, layout, key_layout)
+
+
+def refuse_elsewhere(query: Tensor) -> None:
+    """Raise ValueError unless the kernel can take these queries."""
+    if not query.is_cuda or query.dtype not in (float16, bfloat16):
+        raise ValueError(
+            f"varlen runs on CUDA in bfloat16 or float16, not on {query.device.type} in {query.dtype}; "
+            "train with bf16=True, or use attention 'auto', which runs anywhere: from_pretrained(…, "
+            "packed_attention='auto'), or --attention auto"
+        )
