@@ -15,8 +15,9 @@ Source: Axial attention (Ho et al. 2019, arXiv 1912.12180, section 3.1), there o
 for the two passes, which a head cannot have: it gets one set of queries, keys and values. "mean" is half the sum of the
 package axial-attention's two attentions with shared projections.
 
-Isolation: each table is folded from one sequence, from its own start; c comes from the options or from the model's
-max_sequence_length. With c >= n "composed" is full softmax attention: columns of one token.
+Isolation: each table is folded from one sequence, from its own start (on a GPU a table holds a pack, and a mask along
+its columns keeps sequences apart: there a NaN passes, a huge number does not); c comes from the options or from the
+model's max_sequence_length. With c >= n "composed" is full softmax attention: columns of one token.
 """
 
 from dataclasses import dataclass

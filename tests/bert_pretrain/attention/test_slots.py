@@ -24,17 +24,6 @@ IDS = {
 """The last: heads that split by length take some sequences whole and others by chunks."""
 
 
-COUNTS_PADDING = {"routing"}
-"""Heads that still break the law, in what they store."""
-every_head = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(*each.values, marks=[*each.marks, *[pytest.mark.xfail] * (each.values[0] in COUNTS_PADDING)])
-        for each in HERE
-    ],
-)
-
-
 @st.composite
 def packs(draw):
     width, rows = draw(st.integers(1, 24)), []
@@ -69,14 +58,14 @@ def builds(name):
     return [ATTENTION[name], partial(ATTENTION[name], **SMALL_OPTIONS.get(name, {}))]
 
 
-@every_head
+@pytest.mark.parametrize("name", HERE)
 def test_slots_of_padding_change_nothing(name):
     for build in builds(name):
         for ids in IDS.values():
             assert_equal(*both(build, ids, slots=5), ROUNDING)
 
 
-@every_head
+@pytest.mark.parametrize("name", HERE)
 @settings(max_examples=15)
 @given(ids=packs(), more=st.integers(0, 2))
 def test_slots_change_nothing_in_any_layout(name, ids, more):
