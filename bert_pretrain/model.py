@@ -18,7 +18,8 @@ from transformers.utils import ModelOutput
 from bert_pretrain.attention import AttentionHead, use_attention
 from bert_pretrain.attention.head import initialize_head, prepare_heads
 from collate.columns import IGNORED, PAIR_LABELS
-from collate.layout import PackLayout
+from collate.device.host import tensors_in
+from collate.layout import PackLayout, SlotLayout
 from collate.losses import MLM_TERMS, Loss, Predicted, mlm_sums, pair_sums, pretraining_loss
 from collate.views import at_least_float32
 from packing.files.errors import check_known
@@ -113,18 +114,42 @@ class PackedBertForPreTraining(BertForPreTraining):
                 last_hidden_state=layout.pad(hidden_TD),
             )
 
-        mlm_logits_PV = self._predict(hidden_TD.index_select(0, targets.predicted.tokens))
-        sums = mlm_sums(mlm_logits_PV, targets.predicted)
+        predicted_PD = hidden_TD.index_select(0, targets.predicted.tokens)
         labelled_N2 = pair_logits_N2.index_select(0, targets.labelled)
-        sums |= pair_sums(at_least_float32(labelled_N2), targets.pair_labels, by_row=True)
+        to_sum = predicted_PD, targets.predicted, labelled_N2, targets.pair_labels
+        if "_sums" in self.__dict__:
+            _let_sizes_change(to_sum)
+        logits_PV, sums = self._sums(*to_sum)
         sums |= {total: sums["pairs"] * (name == objective) for name, total in PAIR_SUMS.items()}
         loss = self._loss(objective)
         return PackedBertOutput(
             loss=loss(sums, denominators),
             sums=loss.stacked(sums, layout),
-            prediction_logits=None if self.training else mlm_logits_PV[:, : self.config.vocab_size],
+            prediction_logits=None if self.training else logits_PV[:, : self.config.vocab_size],
             seq_relationship_logits=pair_logits_N2,
         )
+
+    def _sums(
+        self, hidden_PD: Tensor, predicted: Predicted, pair_logits_N2: Tensor, pair_labels_N: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits of predicted tokens, and the sums of both losses."""
+        logits_PV = self._predict(hidden_PD)
+        sums = mlm_sums(logits_PV, predicted)
+        return logits_PV, sums | pair_sums(at_least_float32(pair_logits_N2), pair_labels_N, by_row=True)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the encoder as one graph, and the losses as another; args and options: of torch.compile.
+
+        Each is compiled once for all sizes of batches, since what has such sizes is made before. PackedTrainer calls
+        this for --torch_compile. `torch.compile(model)` would end a graph wherever a size is read.
+        """
+        options = {"fullgraph": True} | options
+        self.bert.encoder.compile(*args, **options)
+        self.__dict__["_sums"] = torch.compile(self._sums, *args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are not compiled, as in torch."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_sums"}
 
     def encode(
         self,
@@ -147,6 +172,10 @@ class PackedBertForPreTraining(BertForPreTraining):
             position_ids=layout.unpad(position_ids)[None],
             token_type_ids=layout.unpad(token_type_ids)[None],
         )
+        if self.bert.encoder._compiled_call_impl is not None:
+            if not isinstance(layout, SlotLayout):
+                torch._dynamo.maybe_mark_dynamic(embedded_1TD, 1)
+            _let_sizes_change(layout.tables)
         return self.bert.encoder(embedded_1TD, layout=layout).last_hidden_state[0]
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
@@ -207,6 +236,16 @@ def _pair_label(pair_labels: dict[str, Tensor | None]) -> tuple[str, Tensor | No
             "dataset"
         )
     return next(((names[column], labels) for column, labels in given.items()), ("nsp", None))
+
+
+def _let_sizes_change(tree: Any) -> None:
+    """Tell torch.compile that the first dimension of these tensors is a size of the batch.
+
+    Else it compiles for the sizes of the first batch, and again for the second.
+    """
+    for tensor in tensors_in(tree):
+        if tensor.dim():
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 class _Targets(NamedTuple):

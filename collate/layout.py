@@ -142,11 +142,12 @@ class PackLayout:
         """(N,) int64: tokens of each sequence."""
         return self.cu_seqlens.diff().long()
 
-    @view
+    @property
     def num_tokens(self) -> int:
+        """T; read off a tensor each time, so that a graph of torch.compile takes it for a size that may change."""
         return len(self.token_index)
 
-    @view
+    @property
     def num_sequences(self) -> int:
         return len(self.cu_seqlens) - 1
 
@@ -198,13 +199,13 @@ class PackLayout:
         make: gets a layout, of the host if there is one. Its result may depend on sizes: it may hold numbers, and
             tensors in tuples, lists, dicts and dataclasses.
         """
-        if key not in self._tables:
+        if key not in self.tables:
             if self.host is None:
-                self._tables[key] = in_ordinary_mode(lambda: make(self))
+                self.tables[key] = in_ordinary_mode(lambda: make(self))
             else:
                 self.host.table(key, make)
                 self.receive()
-        return self._tables[key]
+        return self.tables[key]
 
     def from_host(self, make: "Callable[..., Made]", *tensors: Tensor | None) -> Made:
         """What `make` returns for a layout and these tensors of the batch: on the host if it has all of them.
@@ -222,13 +223,13 @@ class PackLayout:
 
     def receive(self) -> None:
         """Get all tables that the host has and this layout lacks, in one copy."""
-        made = {} if self.host is None else self.host._tables
-        missing = {key: table for key, table in made.items() if key not in self._tables}
+        made = {} if self.host is None else self.host.tables
+        missing = {key: table for key, table in made.items() if key not in self.tables}
         if missing:
-            self._tables.update(in_ordinary_mode(lambda: send(missing, self.sequence_ids_BL.device)))
+            self.tables.update(in_ordinary_mode(lambda: send(missing, self.sequence_ids_BL.device)))
 
     @view
-    def _tables(self) -> dict[Hashable, Any]:
+    def tables(self) -> dict[Hashable, Any]:
         return {}
 
     def derived(self, key: Hashable, make: Callable[[], Made]) -> Made:

@@ -37,8 +37,8 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
         whole_number(name, getattr(training, name))
     if config.tokens_per_pass is not None:
         slots = packed_info(train).max_sequence_length
-        given = said_packs_per_pass(training)
-        training.per_device_train_batch_size = packs_per_pass(config.tokens_per_pass, slots, given)
+        said = said_packs_per_pass(training)
+        training.per_device_train_batch_size = packs_per_pass(config.tokens_per_pass, slots, said)
     factor, depths = packing_factor(train), pack_depths(train)
     if config.batch_policy == "packs":
         packs = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size

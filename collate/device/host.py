@@ -35,8 +35,7 @@ def send(values: Tree, device: torch.device) -> Tree:
 
     One pinned buffer, one copy. The host goes on while it runs.
     """
-    found: list[Tensor] = []
-    _map(values, found.append)
+    found = tensors_in(values)
     sizes = [-(-x.numel() * x.itemsize // ALIGNED) * ALIGNED for x in found]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for x, part in zip(found, buffer.split(sizes), strict=True):
@@ -56,6 +55,13 @@ def on_host(tensor: Tensor) -> Tensor | None:
         return tensor
     sent = None if tensor.is_inference() else _SENT.get(tensor)
     return sent.host if sent is not None and sent.version == tensor._version else None
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors of a tree, from left to right."""
+    found: list[Tensor] = []
+    _map(tree, found.append)
+    return found
 
 
 def _as(part: Tensor, like: Tensor) -> Tensor:

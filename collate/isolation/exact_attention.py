@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from collate.isolation.in_graph import attend_in_graph
 from collate.isolation.pieces import OneByOne, pieces_of_rows, pieces_of_tokens
 from collate.isolation.varlen import attend_varlen, takes_varlen
 from collate.layout import PackLayout
@@ -36,6 +37,8 @@ from collate.layout import PackLayout
 def attend_tokens(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
     """The context (T, H, K) of queries, keys and values (T, H, K) of real tokens, scores scaled by 1/sqrt(K)."""
     inputs = (q_THK, k_THK, v_THK)
+    if torch.compiler.is_compiling() and q_THK.device.type == "cpu" and not dropout:
+        return attend_in_graph(*inputs, layout.cu_seqlens)
     if takes_one_by_one(q_THK, num_heads=q_THK.shape[1], dropout=dropout):
         pieces = layout.derived("pieces of tokens", lambda: pieces_of_tokens(layout))
         rows = (x.transpose(0, 1).unsqueeze(0) for x in inputs)

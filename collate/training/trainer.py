@@ -19,6 +19,7 @@ from copy import copy
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -67,9 +68,11 @@ class PackedTrainer(EvaluatesSequences):
         **kwargs: Any,
     ):
         self._given_task, self.sequences_per_step = task, sequences_per_step
+        self._compiles_with: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
         self.task = self._find_task(self.model)
+        self._compile(self.model)
         self._train_sums = RunningSums()
         self._no_objective = {"num_input_tokens_seen"}  # Trainer.log adds it; evaluations add ours
         self._progress = PackingProgress()
@@ -139,7 +142,18 @@ class PackedTrainer(EvaluatesSequences):
         """A model of hyperparameter search is prepared like the first."""
         model = super().call_model_init(trial)
         self.task = self._find_task(model)
+        if hasattr(self, "accelerator"):  # Trainer makes the first model before it
+            self._compile(model)
         return model
+
+    def _compile(self, model: nn.Module) -> None:
+        """With torch_compile, a model that knows what makes good graphs compiles itself; accelerate would take all."""
+        plugin = self.accelerator.state.dynamo_plugin
+        if type(model).compile is not nn.Module.compile and plugin.backend != DynamoBackend.NO:
+            self._compiles_with = plugin.to_kwargs()
+            plugin.backend = DynamoBackend.NO
+        if self._compiles_with is not None:
+            model.compile(**self._compiles_with)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """(k,) the denominators of one optimizer step: over its micro-batches and all ranks."""

@@ -1,0 +1,87 @@
+"""torch.compile of the model: one graph of the encoder, one of the losses, and the values and gradients of eager."""
+
+import copy
+
+import pytest
+import torch
+from count_waits import batch_of, packs
+from torch._dynamo.utils import counters
+from transformers import BertConfig
+
+from bert_pretrain import PackedBertForPreTraining
+from bert_pretrain.attention import ATTENTION
+from collate import to_device
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
+ONE_GRAPH = ("sdpa",)
+"""Heads whose graphs hold for all batches."""
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # while torch traces
+
+
+def make_model(head):
+    torch.manual_seed(0)
+    none = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=100, max_position_embeddings=256, packed_attention=head, **SIZES, **none)
+    model = PackedBertForPreTraining(config).double().train()
+    for parameter in model.parameters():
+        parameter.data.mul_(4)  # large enough for attention to matter
+    return model
+
+
+def batches(number, by_slots):
+    """Other sequences, other numbers of them, and other numbers of tokens and of predicted tokens."""
+    generator = torch.Generator().manual_seed(1)
+    for i in range(number):
+        ids = packs(3 + 2 * i)[torch.randperm(18, generator=generator)[:4]]
+        ids[:, 250 - 7 * i :] = 0
+        batch = batch_of(ids)
+        for name, fill in (("cls_positions", -1), ("next_sentence_label", -100)):  # as many slots in each batch
+            batch[name] = torch.nn.functional.pad(batch[name], (0, 32 - batch[name].shape[1]), value=fill)
+        yield to_device(batch, "cpu", by_slots=by_slots or None)
+
+
+def assert_equal_and_count(head, backend, by_slots=False, number=8):
+    """-> the graphs that were compiled."""
+    torch.compiler.reset()
+    counters.clear()
+    eager = make_model(head)
+    compiled = copy.deepcopy(eager)
+    compiled.compile(backend=backend)
+    for batch in batches(number, by_slots):
+        losses = []
+        for model in (eager, compiled):
+            model.zero_grad()
+            output = model(**batch)
+            output.loss.backward()
+            losses.append(output.loss.detach())
+        torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-12)
+        scale = max(float(parameter.grad.abs().max()) for parameter in eager.parameters())
+        for (name, mine), theirs in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+            assert float((mine.grad - theirs.grad).abs().max()) <= 1e-12 * scale, name
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("by_slots", [False, True])
+@pytest.mark.parametrize("head", ONE_GRAPH)
+def test_two_graphs_hold_for_all_batches(head, by_slots):
+    assert assert_equal_and_count(head, "aot_eager", by_slots) == 2
+
+
+@pytest.mark.long
+def test_inductor_computes_the_same():
+    assert assert_equal_and_count("sdpa", "inductor") == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("head", [name for name in ATTENTION if name not in ("varlen", "flex", *ONE_GRAPH)])
+def test_other_heads_compute_the_same(head):
+    """Their tables have as many parts as a batch has lengths: torch compiles again for another number."""
+    assert assert_equal_and_count(head, "aot_eager", number=2) <= 3
+
+
+def test_a_copy_is_not_compiled():
+    model = make_model("sdpa")
+    model.compile(backend="eager")
+    assert "_sums" in model.__dict__ and "_sums" not in copy.deepcopy(model).__dict__
+    assert copy.deepcopy(model).bert.encoder._compiled_call_impl is None
