@@ -5,6 +5,7 @@ attention heads keep the sequences apart by the layout. Nothing is padded back: 
 vocabulary projection, the largest product of a small BERT, runs on predicted positions only.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from collate.layout import PackLayout, SlotLayout
 from collate.losses import MLM_TERMS, Loss, Predicted, mlm_sums, pair_sums, pretraining_loss
 from collate.views import at_least_float32
 from packing.files.errors import check_known
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_ATTENTION = "sdpa"
 PAIR_SUMS = {name: f"{name}_pairs" for name in PAIR_LABELS}
@@ -144,7 +147,11 @@ class PackedBertForPreTraining(BertForPreTraining):
         this for --torch_compile. `torch.compile(model)` would end a graph wherever a size is read.
         """
         options = {"fullgraph": True} | options
-        self.bert.encoder.compile(*args, **options)
+        heads = [module for module in self.modules() if isinstance(module, AttentionHead)]
+        if left_out := sorted({type(head).__name__ for head in heads if not head.is_one_graph}):
+            logger.info("the encoder is not compiled: the steps of %s depend on the batch", " and ".join(left_out))
+        else:
+            self.bert.encoder.compile(*args, **options)
         self.__dict__["_sums"] = torch.compile(self._sums, *args, **options)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class AttentionHead(nn.Module):
     """Whether `attend` honours dropout > 0; if not, use_attention refuses a model with attention dropout."""
     is_full: ClassVar[bool] = False
     """Whether every token sees every token of its sequence, as in stock BERT."""
+    is_one_graph: ClassVar[bool] = True
+    """Whether torch.compile can take `attend` into one graph. It cannot where a loop's length is read off the batch."""
     survives_nan: ClassVar[bool] = True
     """Whether a NaN in one sequence leaves the others alone. It does not where a mask multiplies what it hides."""
     takes_key_layout: ClassVar[bool] = False

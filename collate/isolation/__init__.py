@@ -8,6 +8,7 @@ masks              what keeps sequences apart under sdpa, eager, flex and flash 
 lazy_mask          the mask for sdpa: it attends by sequences, and is built only if somebody reads it
 exact_attention    full attention within each sequence, by torch's kernels
 pieces             one sequence at a time, by torch's CPU kernel
+in_graph           the same as one operator, for torch.compile
 other_keys         keys that are not the queries, with a layout of their own
 varlen             on CUDA in 16 bits, by FlashAttention's kernels
 

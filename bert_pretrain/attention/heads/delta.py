@@ -68,6 +68,7 @@ class DeltaOptions(HeadOptions):
 class DeltaAttention(AttentionHead):
     """The delta rule in both directions; `strength_weight_HK` and `strength_bias_H` make beta."""
 
+    is_one_graph = False
     Options = DeltaOptions
 
     def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):

@@ -64,6 +64,7 @@ class RoutingOptions(HeadOptions):
 class RoutingAttention(AttentionHead):
     """Softmax within the clusters of each sequence; no parameters, centroids in a buffer."""
 
+    is_one_graph = False
     Options = RoutingOptions
     centroids_HCK: Tensor
     num_updates: Tensor

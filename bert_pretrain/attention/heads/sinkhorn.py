@@ -59,6 +59,7 @@ class SinkhornOptions(HeadOptions):
 class SinkhornAttention(AttentionHead):
     """Softmax over the own block and the block that a Sinkhorn-normalised matrix sorts to it. Parameter: W."""
 
+    is_one_graph = False
     Options = SinkhornOptions
     noise: Tensor
 
