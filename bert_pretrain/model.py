@@ -70,6 +70,7 @@ class PackedBertForPreTraining(BertForPreTraining):
             raise ValueError("packed pretraining is for encoders; set is_decoder=False and add_cross_attention=False")
         super().__init__(config)
         config.mlm_loss = mlm_loss
+        self._has_said = False
         use_attention(
             self,
             getattr(config, "packed_attention", None) or DEFAULT_ATTENTION,
@@ -143,15 +144,12 @@ class PackedBertForPreTraining(BertForPreTraining):
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile the encoder as one graph, and the losses as another; args and options: of torch.compile.
 
-        Each is compiled once for all sizes of batches, since what has such sizes is made before. PackedTrainer calls
+        Where one graph does not hold for all batches, by a head's `is_one_graph`, the encoder runs as it is. Each graph
+        is compiled once for all sizes of batches, since what has such sizes is made before. PackedTrainer calls
         this for --torch_compile. `torch.compile(model)` would end a graph wherever a size is read.
         """
         options = {"fullgraph": True} | options
-        heads = [module for module in self.modules() if isinstance(module, AttentionHead)]
-        if left_out := sorted({type(head).__name__ for head in heads if not head.is_one_graph}):
-            logger.info("the encoder is not compiled: the steps of %s depend on the batch", " and ".join(left_out))
-        else:
-            self.bert.encoder.compile(*args, **options)
+        self.bert.encoder.compile(*args, **options)
         self.__dict__["_sums"] = torch.compile(self._sums, *args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,7 +169,8 @@ class PackedBertForPreTraining(BertForPreTraining):
             # BERT's layers cannot run on no token: run on one, and keep nothing of it.
             one = torch.zeros_like(input_ids[:1, :1])
             return self.encode(PackLayout.of(one + 1), one)[:0]
-        prepare_heads((module for module in self.modules() if isinstance(module, AttentionHead)), layout)
+        heads = [module for module in self.modules() if isinstance(module, AttentionHead)]
+        prepare_heads(heads, layout)
         position_ids = layout.positions if position_ids is None else position_ids
         token_type_ids = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         embedded_1TD = self.bert.embeddings(
@@ -179,11 +178,22 @@ class PackedBertForPreTraining(BertForPreTraining):
             position_ids=layout.unpad(position_ids)[None],
             token_type_ids=layout.unpad(token_type_ids)[None],
         )
-        if self.bert.encoder._compiled_call_impl is not None:
-            if not isinstance(layout, SlotLayout):
+        encoder: Any = self.bert.encoder
+        if encoder._compiled_call_impl is not None:
+            if left_out := {type(head).__name__ for head in heads if not head.is_one_graph(layout)}:
+                self._say_left_out(left_out)
+                encoder = encoder._call_impl
+            elif not isinstance(layout, SlotLayout):
                 torch._dynamo.maybe_mark_dynamic(embedded_1TD, 1)
             _let_sizes_change(layout.tables)
-        return self.bert.encoder(embedded_1TD, layout=layout).last_hidden_state[0]
+        return encoder(embedded_1TD, layout=layout).last_hidden_state[0]
+
+    def _say_left_out(self, heads: set[str]) -> None:
+        """Once a model."""
+        if not self._has_said:
+            self._has_said = True
+            names = " and ".join(sorted(heads))
+            logger.info("the encoder runs uncompiled where the steps of %s depend on the batch", names)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """Losses and accuracies from summed `PackedBertOutput.sums`.

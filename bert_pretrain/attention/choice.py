@@ -68,6 +68,9 @@ class AutoAttention(AttentionHead):
         sizes = self.num_heads, self.head_width, self.max_sequence_length, self.layer_index
         self.full = {name: head(*sizes) for name, head in FULL.items()}  # they have no parameters: no submodules
 
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        return True
+
     def prepare(self, layout: PackLayout) -> None:
         """The tables of the head that `attend` will choose, as far as autocast tells the type."""
         device = layout.runs_on

@@ -28,8 +28,6 @@ class AttentionHead(nn.Module):
     """Whether `attend` honours dropout > 0; if not, use_attention refuses a model with attention dropout."""
     is_full: ClassVar[bool] = False
     """Whether every token sees every token of its sequence, as in stock BERT."""
-    is_one_graph: ClassVar[bool] = True
-    """Whether torch.compile can take `attend` into one graph. It cannot where a loop's length is read off the batch."""
     survives_nan: ClassVar[bool] = True
     """Whether a NaN in one sequence leaves the others alone. It does not where a mask multiplies what it hides."""
     takes_key_layout: ClassVar[bool] = False
@@ -104,6 +102,13 @@ class AttentionHead(nn.Module):
     ) -> Tensor:
         """The mechanism where keys are not the queries; for heads that take a key_layout."""
         raise NotImplementedError
+
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        """Whether one graph of torch.compile holds for all batches with this form of layout, on its device.
+
+        It does not where Python loops over what differs between batches, such as the number of different lengths.
+        """
+        return isinstance(layout, SlotLayout)
 
     def dropout_settings(self, dropout: float) -> dict[str, Any]:
         """The keyword that `attend` gets where the head supports dropout."""

@@ -52,6 +52,9 @@ class AxialAttention(AttentionHead):
         super().__init__(*args, **kwargs)
         self.columns = self.options.columns or fold.default_stride(self.max_sequence_length)
 
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        return False
+
     def prepare(self, layout: PackLayout) -> None:
         self.folded(layout) if layout.runs_on.type == "cpu" else fold.fold(layout, self.columns)
 

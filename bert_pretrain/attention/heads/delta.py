@@ -68,7 +68,6 @@ class DeltaOptions(HeadOptions):
 class DeltaAttention(AttentionHead):
     """The delta rule in both directions; `strength_weight_HK` and `strength_bias_H` make beta."""
 
-    is_one_graph = False
     Options = DeltaOptions
 
     def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
@@ -81,6 +80,9 @@ class DeltaAttention(AttentionHead):
         """beta around 1/2, different from token to token."""
         nn.init.normal_(self.strength_weight_HK, std=self.head_width**-0.5)
         nn.init.zeros_(self.strength_bias_H)
+
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        return False
 
     def prepare(self, layout: PackLayout) -> None:
         chunks_by_number(layout, self.options.chunk)

@@ -93,6 +93,9 @@ class LSHAttention(AttentionHead):
         """Draw the rotations of this layer."""
         self.rotations.copy_(draw_normal(self.rotations.shape, self.generator()))
 
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        return True
+
     def prepare(self, layout: PackLayout) -> None:
         longer_than(layout, self.max_sequence_length)
         longest(layout)

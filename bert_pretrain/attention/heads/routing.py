@@ -64,7 +64,6 @@ class RoutingOptions(HeadOptions):
 class RoutingAttention(AttentionHead):
     """Softmax within the clusters of each sequence; no parameters, centroids in a buffer."""
 
-    is_one_graph = False
     Options = RoutingOptions
     centroids_HCK: Tensor
     num_updates: Tensor
@@ -117,6 +116,9 @@ class RoutingAttention(AttentionHead):
     def _unit_groups(self, x_THK: Tensor, groups: LengthGroups) -> list[Tensor]:
         """Unit vectors of each group, (M, H, width, K)."""
         return [x.transpose(1, 2) for x in groups.gather(unit_vectors(x_THK.detach()))]
+
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        return False
 
     def prepare(self, layout: PackLayout) -> None:
         longer_than(layout, self.max_sequence_length)

@@ -23,6 +23,9 @@ class SdpaAttention(AttentionHead):
     supports_dropout = True
     takes_key_layout = True
 
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        return True
+
     def prepare(self, layout: PackLayout) -> None:
         prepare_tokens(layout)
 

@@ -59,7 +59,6 @@ class SinkhornOptions(HeadOptions):
 class SinkhornAttention(AttentionHead):
     """Softmax over the own block and the block that a Sinkhorn-normalised matrix sorts to it. Parameter: W."""
 
-    is_one_graph = False
     Options = SinkhornOptions
     noise: Tensor
 
@@ -81,6 +80,9 @@ class SinkhornAttention(AttentionHead):
         if self.options.noise:
             uniform = torch.rand(self.noise.shape, generator=generator, dtype=torch.float32, device="cpu")
             self.noise.copy_(-(-(uniform + EPSILON).log() + EPSILON).log() * self.options.noise)
+
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        return False
 
     def prepare(self, layout: PackLayout) -> None:
         longer_than(layout, self.max_blocks * self.options.block_size)

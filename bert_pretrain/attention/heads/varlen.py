@@ -22,6 +22,9 @@ class VarlenAttention(AttentionHead):
     is_full = True
     takes_key_layout = True
 
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        return True
+
     def prepare(self, layout: PackLayout) -> None:
         layout.cu_seqlens  # noqa: B018
 

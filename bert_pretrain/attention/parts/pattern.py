@@ -78,6 +78,9 @@ class PatternAttention(AttentionHead):
         """Keys and values (N, G, H, K) that are no tokens, and which of them exist (N, G); `sees` has them at -1."""
         return None
 
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        return super().is_one_graph(layout) and layout.device.type != "cpu"  # CPUs take short and long ones apart
+
     def prepare(self, layout: PackLayout) -> None:
         if layout.runs_on.type == "cpu" and self.options.execution == "auto":
             split = self.by_length(layout)
