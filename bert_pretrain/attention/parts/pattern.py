@@ -79,7 +79,7 @@ class PatternAttention(AttentionHead):
         return None
 
     def is_one_graph(self, layout: PackLayout) -> bool:
-        return super().is_one_graph(layout) and layout.device.type != "cpu"  # CPUs take short and long ones apart
+        return super().is_one_graph(layout) and layout.runs_on.type != "cpu"  # CPUs take short and long ones apart
 
     def prepare(self, layout: PackLayout) -> None:
         if layout.runs_on.type == "cpu" and self.options.execution == "auto":
