@@ -5,8 +5,6 @@ The twin is stock transformers on each sequence alone. Each negative control mak
 must fail the same comparison that the right code passes.
 """
 
-import copy
-
 import pytest
 import torch
 from pretraining_models import MAX_LENGTH, alone, make_models
@@ -14,7 +12,7 @@ from slow_training import packed_rows, pretraining_one_by_one
 from small_heads import RowWideAttention
 
 from bert_pretrain.attention import use_attention
-from collate import DataCollatorWithPacking, PackLayout, to_device
+from collate import DataCollatorWithPacking, PackLayout
 from collate.losses import count_denominators
 
 
@@ -74,31 +72,6 @@ def test_the_order_of_sentences_is_learned_by_the_same_head(pairs, collate):
         packed.metrics(outputs[0].sums + outputs[1].sums)
     with pytest.raises(ValueError, match="one head cannot learn both; remove one of the columns"):
         packed(**nsp | sop)
-
-
-@pytest.mark.parametrize("mlm_loss", ["sequence", "token"])
-def test_padding_slots_change_nothing(pairs, collate, mlm_loss):
-    """A batch by its slots, of which some are padding, has the loss, gradients, sums and logits of its tokens."""
-    _, exact = make_models(mlm_loss)
-    slots = copy.deepcopy(exact)
-    batch = collate(packed_rows(pairs, MAX_LENGTH))
-    assert (batch["sequence_ids"] == 0).any()
-    by_slots = to_device(collate(packed_rows(pairs, MAX_LENGTH)), "cpu", by_slots=True)
-    assert PackLayout.of(by_slots["sequence_ids"]).num_tokens == batch["sequence_ids"].numel()
-    outputs = exact(**batch), slots(**by_slots)
-    for output in outputs:
-        output.loss.backward()
-    assert gradient_error(slots, exact) < 1e-12
-    for name in ("loss", "sums", "seq_relationship_logits"):
-        torch.testing.assert_close(outputs[1][name], outputs[0][name], rtol=0, atol=1e-12)
-    for inputs in (batch, by_slots):
-        for name in ("labels", "next_sentence_label"):
-            inputs.pop(name)
-    with torch.no_grad():
-        exact.eval(), slots.eval()
-        expected, found = exact(**batch), slots(**by_slots)
-    for name in ("prediction_logits", "seq_relationship_logits", "last_hidden_state"):
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12)
 
 
 def test_gradient_checkpointing_changes_nothing(pairs, collate):
@@ -212,8 +185,6 @@ def test_a_huge_pack_mate_changes_nothing(pairs, collate):
     batch = collate(packed_rows(pairs, MAX_LENGTH))
     _, packed = make_models()
     layer = packed.bert.encoder.layer[0]
-    from collate import PackLayout
-
     layout = PackLayout(batch["sequence_ids"])
     torch.manual_seed(1)
     hidden = torch.randn(1, layout.num_tokens, 32, dtype=torch.float64)

@@ -217,7 +217,7 @@ def test_steps_of_packs(folders, tmp_path):
 def test_resuming_is_of_the_same_run_and_from_where_it_is_told(folders, tmp_path, capsys):
     assert train(folders, tmp_path / "first", "--save_steps", "2") == 0
     assert train(folders, tmp_path / "first", "--mlm_probability", "0.2") == 2
-    assert "was trained with mlm_probability=0.15, now it is 0.2" in capsys.readouterr().err
+    assert "was trained with --mlm-probability 0.15, now it is 0.2" in capsys.readouterr().err
     checkpoint = str(tmp_path / "first" / "checkpoint-2")
     assert train(folders, tmp_path / "second", "--resume_from_checkpoint", checkpoint) == 0
     history = json.loads((tmp_path / "second" / "trainer_state.json").read_text())["log_history"]
@@ -230,28 +230,28 @@ def test_resuming_is_of_the_same_run_and_from_where_it_is_told(folders, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gradient_accumulation_steps", "2"], "gradient_accumulation_steps=2 follows from sequences_per_step"),
+        (["--gradient_accumulation_steps", "2"], "--gradient-accumulation-steps 2 follows from --sequences-per-step"),
         (["--attention", "nothing"], "unknown attention 'nothing'"),
         (["--attention", "locl"], "unknown attention 'locl'; did you mean 'local'?; choose from"),
         (["--mlm_loss", "pack"], "unknown mlm_loss 'pack'"),
         (["--mlm_loss", "tokn"], "unknown mlm_loss 'tokn'; did you mean 'token'?; choose from sequence, token"),
-        (["--num_attention_heads", "3"], "hidden_size=16 must be a multiple of num_attention_heads=3"),
-        (["--sequences_per_step", "0"], "sequences_per_step=0"),
-        (["--sequences_per_step", "1"], "sequences_per_step=1 is less than the"),
-        (["--batch_policy", "packs"], "sequences_per_step=12 is for batch_policy='sequences'"),
+        (["--num_attention_heads", "3"], "--hidden-size 16 must be a multiple of --num-attention-heads 3"),
+        (["--sequences_per_step", "0"], "--sequences-per-step 0 must be"),
+        (["--sequences_per_step", "1"], "--sequences-per-step 1 is less than the"),
+        (["--batch_policy", "packs"], "--sequences-per-step 12 is for --batch-policy sequences"),
         (["--batch_policy", "tokens"], "unknown batch_policy 'tokens'"),
-        (["--num_attention_heads", "0"], "num_attention_heads=0 must be a whole number, at least 1"),
-        (["--auto_find_batch_size", "True"], "auto_find_batch_size"),
-        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0 must be a whole number, at least 1"),
+        (["--num_attention_heads", "0"], "--num-attention-heads 0 must be a whole number, at least 1"),
+        (["--auto_find_batch_size", "True"], "--auto-find-batch-size would change"),
+        (["--per_device_train_batch_size", "0"], "--per-device-train-batch-size 0 must be a whole number, at least 1"),
         (["--tokens_per_pass", "63"], "--tokens-per-pass 63 is less than the 64 token slots of one pack"),
         (
             ["--tokens_per_pass", "640", "--per_device_train_batch_size", "4"],
             "--tokens-per-pass 640 is 10 packs of 64 token slots, but --per-device-train-batch-size 4 disagrees; leave",
         ),
-        (["--sequences_per_step", "3000"], "sequences_per_step=3000 is more than the "),
-        (["--fp16"], "fp16=True needs a GPU"),
+        (["--sequences_per_step", "3000"], "--sequences-per-step 3000 is more than the "),
+        (["--fp16"], "--fp16 True needs a GPU"),
         (["--include_num_input_tokens_seen", "some"], "choose from all, non_padding, no"),
-        (["--metric_for_best_model", "foo"], "metric_for_best_model='foo' is no metric of evaluation; choose from "),
+        (["--metric_for_best_model", "foo"], "--metric-for-best-model foo is no metric of evaluation; choose from "),
     ],
 )
 def test_bad_options_are_one_clear_line(folders, tmp_path, capsys, options, message):
