@@ -56,9 +56,16 @@ from bert_pretrain.attention.choice import choose_attention
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.train.metrics import peak_flops
 from collate.columns import IGNORED
+from collate.device.transfer import to_device
 from collate.layout import PackLayout
 
-MODELS = {"bert-tiny": (2, 128), "bert-mini": (4, 256), "bert-small": (4, 512), "bert-base": (12, 768)}
+MODELS = {
+    "bert-tiny": (2, 128),
+    "bert-mini": (4, 256),
+    "bert-small": (4, 512),
+    "bert-base": (12, 768),
+    "bert-large": (24, 1024),
+}
 """Layers and width; attention heads are 64 wide."""
 
 VOCABULARY, SYNTHETIC_SEQUENCES, MEGABATCH = 30_522, 20_000, 50
@@ -273,9 +280,9 @@ def passes_of(
     return [collate(rows[part], corpus, width or -(-max(sizes[part]) // multiple) * multiple) for part in parts]
 
 
-def collate(rows: list[np.ndarray], corpus: Corpus, width: int) -> dict[str, Tensor]:
-    """What DataCollatorWithPacking makes of the rows: see there."""
-    depth = max(map(len, rows))
+def collate(rows: list[np.ndarray], corpus: Corpus, width: int, depth: int | None = None) -> dict[str, Tensor]:
+    """What DataCollatorWithPacking makes of the rows: see there. depth: sequence slots; None: the most in a row."""
+    depth = depth or max(map(len, rows))
     batch = {name: np.zeros((len(rows), width), np.int64) for name in ("input_ids", "position_ids", "token_type_ids")}
     batch["sequence_ids"] = np.zeros((len(rows), width), np.int32)
     batch["labels"] = np.full((len(rows), width), IGNORED)
@@ -314,12 +321,8 @@ def compare(corpus: Corpus, options) -> str:
 
 def steps_of(way: Way, corpus: Corpus, options, num_steps: int) -> list[list[dict[str, Tensor]]]:
     width = None if way.name == "bucketed" else corpus.max_sequence_length
-    on_cuda = options.device.startswith("cuda")
-    multiple = 8 if on_cuda else 1  # tensor cores like it
-    steps = [passes_of(next(way.rows), corpus, width, options.slots, multiple) for _ in range(num_steps)]
-    if on_cuda:
-        steps = [[{name: x.pin_memory() for name, x in batch.items()} for batch in step] for step in steps]
-    return steps
+    multiple = 8 if options.device.startswith("cuda") else 1  # tensor cores like it
+    return [passes_of(next(way.rows), corpus, width, options.slots, multiple) for _ in range(num_steps)]
 
 
 def run_block(way: Way, corpus: Corpus, options, num_steps: int) -> None:
@@ -343,7 +346,7 @@ def run_block(way: Way, corpus: Corpus, options, num_steps: int) -> None:
 
 
 def loss_of(way: Way, batch: dict[str, Tensor], denominators: Tensor, options) -> Tensor:
-    batch = {name: x.to(options.device, non_blocking=True) for name, x in batch.items()}
+    batch = to_device(batch, options.device)
     with torch.autocast(options.device.split(":")[0], getattr(torch, options.dtype), options.dtype != "float32"):
         return way.model(**batch, denominators=denominators).loss
 

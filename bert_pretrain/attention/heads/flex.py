@@ -28,5 +28,8 @@ class FlexAttention(PatternAttention):
     def sees(self, device: torch.device) -> Sees:
         return lambda head, query, key, length: (query >= 0) & (key >= 0)
 
+    def prepare(self, layout: PackLayout) -> None:
+        """Its mask follows from what the layout has anyway."""
+
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         return self.attend_flex(q_THK, k_THK, v_THK, layout)

@@ -39,6 +39,7 @@ from transformers import (
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION, load_attention, use_attention
+from bert_pretrain.attention.head import prepare_heads
 from collate import DataCollatorWithPacking, PackLayout
 
 
@@ -274,6 +275,16 @@ def test_attention_dropout_is_applied_where_it_is_supported():
         else:
             with pytest.raises(ValueError, match=r"cannot drop attention weights, but dropout=0\.5"):
                 attention(*inputs, layout, dropout=0.5)
+
+
+def test_each_head_can_be_prepared_for_a_cpu():
+    """Also those that run on a GPU only: the model prepares its heads before one of them refuses."""
+    for name, head in ATTENTION.items():
+        layout = PackLayout(torch.tensor([[1, 1, 2]]))
+        attention = make(head)
+        prepare_heads([attention], layout)
+        if name in HERE:
+            assert attention(*heads_input(layout), layout).isfinite().all(), name
 
 
 def test_what_needs_a_gpu_says_so():
