@@ -3,6 +3,7 @@
 encode       texts to ids: units out of a table, or the tokenizer reads all
 rows         texts and rows of ids; encode_batch
 reader       the ids of units that are new, by the tokenizer
+plain        texts as the model sees them: it reads them without normalizer and pre-tokenizer
 words        the same for words that are known by their first token
 learned      units that several processes tell each other
 metaspace    where texts may be cut for Unigram and for BPE with spaces in its words

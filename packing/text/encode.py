@@ -21,8 +21,9 @@ from packing.files.cache import key_of
 from packing.histogram import offsets_of
 from packing.text.learned import Learned, News
 from packing.text.outcome import Amount, DifferentTokens
-from packing.text.reader import UnitReader, chosen, join, joined_rows
-from packing.text.rows import Rows, SlowEncoder, Texts
+from packing.text.plain import PlainReader
+from packing.text.reader import UnitReader, join
+from packing.text.rows import Rows, SlowEncoder, Texts, chosen, joined_rows
 from packing.text.rules import unit_rule
 from packing.text.spaces import squeeze
 from packing.text.table import MOST_IDS, Units, WordTable, count_foreign, cut, frame
@@ -49,7 +50,8 @@ class FastEncoder:
     def __init__(self, tokenizer: Tokenizer, rule: UnitRule, learned: Learned | None = None):
         """learned: what other processes tell of the units that they met; None: there are none."""
         self.tokenizer, self.rule, self._slow = tokenizer, rule, SlowEncoder(tokenizer)
-        self._table, self._reader, self._learned = WordTable(), UnitReader(rule), learned
+        self._plain = PlainReader(rule.tokenizer, tokenizer.normalizer)
+        self._table, self._reader, self._learned = WordTable(), UnitReader(rule, self._plain), learned
         self._frames = {1: Frame.of(tokenizer, 1), 2: Frame.of(tokenizer, 2)}
         self.bytes = self.new_bytes = 0
         self._passed = self._to_pass = 0
@@ -99,9 +101,8 @@ class FastEncoder:
         new_bytes = int(new[:, 1].sum())
         if new_bytes > MOST_NEW * len(data) and self.bytes > SCAN_BYTES // 2:
             self._passed = self._to_pass = min(2 * self._passed + 1, MOST_PASSED)
-            self.new_bytes += len(texts.data)
             self._table.forget(new)
-            return self._slow.encode([texts], special_tokens=False)
+            return self._encode_slowly(texts)
         self._passed = 0
         self.new_bytes += min(new_bytes, len(texts.data))  # a prefix is no text
         added = self._learn(padded, new) if len(new) else NO_UNITS
@@ -129,7 +130,7 @@ class FastEncoder:
 
     def _encode_slowly(self, texts: Texts) -> Rows:
         self.new_bytes += len(texts.data)
-        return self._slow.encode([texts], special_tokens=False)
+        return self._plain.read(texts, self._slow)
 
     def _prepared(self, texts: Texts) -> Texts:
         """The texts as they are cut: the prefix of the rule before those that take it, white space squeezed."""

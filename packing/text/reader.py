@@ -11,14 +11,14 @@ is a text of its own. Where a rule knows words by their first token, words.py re
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from packing.histogram import offsets_of
 from packing.numba_tools import njit
-from packing.text.rows import Rows, SlowEncoder, Texts
+from packing.text.plain import PlainReader
+from packing.text.rows import Rows, SlowEncoder, Texts, chosen, joined_rows
 from packing.text.table import cut
 from packing.text.tokenizer import text_tokenizer
 from packing.text.units import UnitRule
@@ -30,12 +30,12 @@ BLANK, CAPITALS, SMALL = ord(" "), (ord("A"), ord("Z")), (ord("a"), ord("z"))
 
 
 class UnitReader:
-    def __init__(self, rule: UnitRule):
+    def __init__(self, rule: UnitRule, texts: PlainReader):
         self.rule = rule
         self._units = SlowEncoder(text_tokenizer(rule.tokenizer))
         self._separator = _Separator.of(self._units, rule.separator)
         self._plain = PlainWords.of(rule.tokenizer)
-        self._words = WordReader(rule, self._units) if rule.word_mark else None
+        self._words = WordReader(rule, self._units, texts) if rule.word_mark else None
 
     def read(self, data: np.ndarray, new: np.ndarray) -> Rows:
         """new: (new, 3) int64 of `WordTable.look_up`: first byte, and bytes. -> the ids of each."""
@@ -148,25 +148,11 @@ def _parted(read: Rows, separator: _Separator, are_good: np.ndarray, units: int,
     return is_read, Rows(ids, offsets)
 
 
-def joined_rows(parts: Sequence[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
-    ids = np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)])
-    return Rows(ids, offsets_of(np.concatenate([np.empty(0, np.int64), *(np.diff(part.offsets) for part in parts)])))
-
-
 def _in_order(rows: Rows, places: np.ndarray) -> Rows:
     """Row i moves to places[i]."""
     if np.array_equal(places, np.arange(len(places))):
         return rows
     return chosen(rows, np.argsort(places))
-
-
-def chosen(rows: Rows, numbers: np.ndarray) -> Rows:
-    """The rows of these numbers, in their order."""
-    lengths = np.diff(rows.offsets)[numbers]
-    offsets = offsets_of(lengths)
-    return Rows(rows.ids[np.repeat(rows.offsets[numbers] - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
 
 
 # Compiled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -48,7 +48,8 @@ class Texts(NamedTuple):
         return self.data[self.offsets[number] : self.offsets[number + 1]].tobytes().decode()
 
     def strings(self) -> list[str]:
-        return [self.text(number) for number in range(len(self))]
+        data = self.data.tobytes()
+        return [data[start:end].decode() for start, end in pairwise(self.offsets.tolist())]
 
     def slice(self, start: int, end: int) -> Texts:
         first, last = self.offsets[start], self.offsets[end]
@@ -64,6 +65,20 @@ class Rows(NamedTuple):
 
     def row(self, number: int) -> np.ndarray:
         return self.ids[self.offsets[number] : self.offsets[number + 1]]
+
+
+def joined_rows(parts: Sequence[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    ids = np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)])
+    return Rows(ids, offsets_of(np.concatenate([np.empty(0, np.int64), *(np.diff(part.offsets) for part in parts)])))
+
+
+def chosen(rows: Rows, numbers: np.ndarray) -> Rows:
+    """The rows of these numbers, in their order."""
+    lengths = np.diff(rows.offsets)[numbers]
+    offsets = offsets_of(lengths)
+    return Rows(rows.ids[np.repeat(rows.offsets[numbers] - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
 
 
 class SlowEncoder:

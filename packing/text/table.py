@@ -6,8 +6,8 @@ bytes   -> cut ->   units            -> look up ->   entries    -> gather ->   i
 A unit of at most 15 bytes is its own key, in two words of 64 bits with its length in the last byte. A longer one has a
 hash there, and its bytes lie in a pool. Units of more than LONGEST_UNIT bytes are not kept.
 
-The table takes up to 34 MB, and some 70 MB with pools. It keeps at most MOST_UNITS; the tokenizer then reads each
-further unit as often as it comes.
+The table grows with the units, since memory costs time when it is first written. It takes up to 34 MB, and some 70 MB
+with pools. It keeps at most MOST_UNITS; the tokenizer then reads each further unit as often as it comes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from numba import uint64
 from packing.numba_tools import load_word, njit, prefetch
 from packing.text.units import CLASSES, UnitRule
 
-SLOTS = 1 << 20
+FIRST_SLOTS, SLOTS = 1 << 16, 1 << 20
 MOST_UNITS = SLOTS // 2
 LONGEST_UNIT = 64
+GROWTH = 4
 MOST_KEY_WORDS = 1 << 20  # 8 bytes each
 MOST_POOL_IDS = 1 << 22
 AHEAD = 32
@@ -59,13 +60,14 @@ class WordTable:
     """The units met so far, and their ids."""
 
     def __init__(self) -> None:
-        self._slots = np.zeros((SLOTS, 4), np.uint64)
+        self._slots = np.zeros((FIRST_SLOTS, 4), np.uint64)
         """the two words of a key, what there is to say about its ids, and nothing: half a line of the cache"""
         self._long_keys = np.zeros(MOST_KEY_WORDS, np.uint64)
         self._pool = np.zeros(1 << 16, np.int32)
         self._pool_used = 0
-        self._used = np.array([0, 0, MOST_UNITS])
-        """units, words of long keys, most units"""
+        self._most = MOST_UNITS
+        self._used = np.array([0, 0, 0])
+        """units, words of long keys, most units until the slots grow"""
         self._before = (0, 0)  # of these, the first two before the last look-up
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class WordTable:
 
     @property
     def is_full(self) -> bool:
-        return bool(self._used[0] >= self._used[2])
+        return bool(self._used[0] >= self._most)
 
     def look_up(self, data: np.ndarray, units: Units, lowercase: bool) -> tuple[np.ndarray, np.ndarray]:
         """What there is of each unit, and the units that are new, which must be added before anything is gathered,
@@ -83,7 +85,10 @@ class WordTable:
         -> found, (units,) int64, for `gather`; new, (new, 3) int64: first byte, bytes, and the slot, -1 without one
         """
         if self._pool_used > MOST_POOL_IDS:
-            self._used[2] = self._used[0]
+            self._most = self._used[0]
+        if len(self._slots) < SLOTS and self._used[0] > len(self._slots) // 4:
+            self._slots = _grown(self._slots, GROWTH)
+        self._used[2] = min(self._most, len(self._slots) // 4 * 3)
         self._before = self._used[0], self._used[1]
         found = np.empty(len(units.starts), np.int64)
         new = np.empty((len(units.starts), 3), np.int64)
@@ -296,6 +301,22 @@ def _mixed(low, high):
     found ^= found >> uint64(32)
     found *= uint64(0xD6E8FEB86659FD93)
     return found ^ found >> uint64(29)
+
+
+@njit(nogil=True, cache=True)
+def _grown(slots, times):
+    """The same units in so many times as many slots."""
+    grown = np.zeros((times * len(slots), 4), np.uint64)
+    mask = uint64(len(grown) - 1)
+    for slot in range(len(slots)):
+        low, high = slots[slot, 0], slots[slot, 1]
+        if high:
+            place = (_mixed(low, high) if high >> uint64(56) <= uint64(SHORT) else low) & mask
+            while grown[place, 1]:
+                place = (place + uint64(1)) & mask
+            for k in range(3):
+                grown[place, k] = slots[slot, k]
+    return grown
 
 
 @njit(nogil=True, cache=True)

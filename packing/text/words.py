@@ -15,6 +15,7 @@ import numpy as np
 
 from packing.histogram import offsets_of
 from packing.numba_tools import njit
+from packing.text.plain import PlainReader, first_ids
 from packing.text.rows import Rows, SlowEncoder, Texts
 from packing.text.table import class_at, cut
 from packing.text.units import LETTER, MARK, SPACE, UNSAFE, UnitRule
@@ -29,11 +30,9 @@ characters. OTHER: not to be joined."""
 class WordReader:
     """Reads new units, where the rule knows words by their first token."""
 
-    def __init__(self, rule: UnitRule, encoder: SlowEncoder):
-        self._rule, self._encoder = rule, encoder
-        vocabulary = encoder.tokenizer.get_vocab()
-        self._is_first = np.zeros(max(vocabulary.values()) + 1, np.bool_)
-        self._is_first[[id_ for piece, id_ in vocabulary.items() if piece.startswith(rule.word_mark)]] = True
+    def __init__(self, rule: UnitRule, encoder: SlowEncoder, texts: PlainReader):
+        self._rule, self._encoder, self._texts = rule, encoder, texts
+        self._is_first = first_ids(encoder.tokenizer, rule.word_mark)
         self._lead, self._lead_ids = np.empty(0, np.uint8), 0
         for letter in ascii_letters[::-1]:
             if rule.classes[ord(letter)] == LETTER:
@@ -69,13 +68,13 @@ class WordReader:
         is_cut_there = np.array_equal(found.starts, starts) and np.array_equal(found.of_texts, of_joined)
         if not is_cut_there:
             return np.zeros(len(new), np.bool_), Rows(np.empty(0, np.int32), np.zeros(1, np.int64))
-        read = self._encoder.encode([Texts(joined, offsets)], special_tokens=False)
+        read = self._texts.read(Texts(joined, offsets), self._encoder)
         is_read, ids, of_units = part_words(read.ids, read.offsets, self._is_first, is_inner, most)
         return is_read, Rows(ids, of_units)
 
     def _read_alone(self, data: np.ndarray, new: np.ndarray, is_inner: np.ndarray) -> Rows:
         joined, offsets, *_ = join_words(data, new, is_inner, self._lead, 1)
-        ids, of_units, _ = self._encoder.encode([Texts(joined, offsets)], special_tokens=False)
+        ids, of_units, _ = self._texts.read(Texts(joined, offsets), self._encoder)
         is_kept = np.ones(len(ids), np.bool_)
         for place in range(self._lead_ids):
             is_kept[of_units[:-1][is_inner] + place] = False

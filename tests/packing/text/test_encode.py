@@ -93,6 +93,19 @@ def test_a_full_table_reads_on(name, monkeypatch):
     assert len(encoder._table) == 50
 
 
+def test_a_table_grows(monkeypatch):
+    monkeypatch.setattr(table, "FIRST_SLOTS", 16)
+    monkeypatch.setattr(encode, "SCAN_BYTES", 300)
+    encoder = fast("BERT")
+    assert_same(encoder, "BERT", REAL)
+    assert len(encoder._table) > 1000
+    read = encoder.new_bytes
+    for _ in range(2):
+        encoder.encode([Texts.of_strings(REAL)])
+        assert encoder.new_bytes - read < 0.2 * encoder.bytes, "units that no slot was left for are kept when it grew"
+        read = encoder.new_bytes
+
+
 def test_a_full_pool_reads_on(monkeypatch):
     monkeypatch.setattr(table, "MOST_POOL_IDS", 10)
     monkeypatch.setattr(encode, "SCAN_BYTES", 1000)
