@@ -74,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--dtype", choices=("float32", "bfloat16"), help="bfloat16 by autocast; default: on CUDA")
     add("--model", choices=training.MODELS, default="bert-base", help="of base, compiled and sweep")
     add("--attention", default="auto", help="of the ways without padding")
+    add("--ways", nargs="+", choices=training.WAYS, default=list(training.WAYS), help="of base and compiled")
     add("--slots", type=int, default=65_536, help="token slots of a pass")
     add("--compile-mode", help="of torch.compile, such as max-autotune")
     add("--seconds", type=int, help="the clock of each part, instead of its own")
@@ -223,12 +224,12 @@ def pass_without_dropout(
 
 
 def base(corpus: Corpus, options) -> Iterator[dict[str, Any]]:
-    return in_turns([(way, {"model": options.model}) for way in training.WAYS], corpus, options)
+    return in_turns([(way, {"model": options.model}) for way in training.WAYS if way in options.ways], corpus, options)
 
 
 def compiled(corpus: Corpus, options) -> Iterator[dict[str, Any]]:
     ways = [("padded", True), ("packed", True), ("packed", False)]
-    settings = [(way, {"model": options.model, "is_compiled": is_compiled}) for way, is_compiled in ways]
+    settings = [(way, {"model": options.model, "is_compiled": is_it}) for way, is_it in ways if way in options.ways]
     return in_turns(settings, corpus, options)
 
 

@@ -255,6 +255,9 @@ class TokenLosses(torch.autograd.Function):
 
     torch's own keeps log-probabilities (P, V) for the backward pass, under autocast in float32: 300 MB for 2,458 tokens
     and a vocabulary of 30,522. Here some rows at a time are widened, and of each row one number is kept.
+
+    torch.compile gets all rows at once: it merges the steps and keeps no table either. Parts would tie its graph to
+    their number, which differs between batches.
     """
 
     @staticmethod
@@ -269,6 +272,10 @@ class TokenLosses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_P, _):
         logits_PV, labels_P, log_sums_P = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            is_label_PV = torch.arange(logits_PV.shape[1], device=logits_PV.device) == labels_P[:, None]
+            apart_PV = (at_least_float32(logits_PV) - log_sums_P[:, None]).exp() - is_label_PV.float()
+            return (apart_PV * grad_P[:, None]).to(logits_PV.dtype), None
         grad_PV = torch.empty_like(logits_PV)
         for logits, labels, log_sums, grad, place in _some_rows(logits_PV, labels_P, log_sums_P, grad_P, grad_PV):
             wide = place if place.itemsize >= 4 else torch.empty_like(place, dtype=torch.float32)
@@ -285,6 +292,8 @@ def _losses_of_rows(logits_PV: Tensor, labels_P: Tensor) -> tuple[Tensor, Tensor
 
 
 def _some_rows(logits_PV: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    if torch.compiler.is_compiling():
+        return [(logits_PV, *others)]
     rows = max(1, WIDENED[logits_PV.device.type != "cpu"] // (4 * max(1, logits_PV.shape[1])))
     return list(zip(*(x.split(rows) for x in (logits_PV, *others)), strict=True))
 
