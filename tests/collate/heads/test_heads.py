@@ -26,7 +26,7 @@ from transformers import (
     BertForNextSentencePrediction,
 )
 
-from collate import DataCollatorWithPacking
+from collate import DataCollatorWithPacking, PackLayout, to_device
 from collate.heads import (
     MaskedLM,
     PerSequence,
@@ -40,6 +40,7 @@ from collate.heads import (
     task_for,
 )
 from collate.isolation.positions import position_ids_start
+from collate.layout import SlotLayout
 from packing import pack_dataset
 
 SMALL: dict[str, Any] = {
@@ -271,6 +272,28 @@ def compare(architecture, task, **changes):
 @pytest.mark.parametrize(("architecture", "task"), CASES, ids=lambda name: name)
 def test_a_packed_batch_equals_its_sequences_one_by_one(architecture, task):
     compare(architecture, task)
+
+
+@pytest.mark.parametrize(("architecture", "task"), [c for c in CASES if c[0] in ("bert", "modernbert")])
+def test_padding_slots_change_nothing(architecture, task):
+    """A batch by all of its slots, and one of padding alone: see collate.layout."""
+    _, model = make_models(architecture, task)
+    head = task_for(model, **OPTIONS.get(task, {}))
+    full = make_batch(make_sequences(task), position_ids_start(model.config))
+    nothing = full | {"sequence_ids": full["sequence_ids"] * 0, "cls_positions": full["cls_positions"] * 0 - 1}
+    for batch in (full, nothing):
+        results = []
+        for by_slots in (False, True):
+            sent = to_device({name: x.clone() for name, x in batch.items()}, "cpu", by_slots)
+            assert isinstance(PackLayout.of(sent["sequence_ids"]), SlotLayout) == by_slots
+            twin = copy.deepcopy(model)
+            output = head(twin, sent)
+            loss_of(output, task).backward()
+            gradients = torch.cat([x.grad.flatten() for x in twin.parameters() if x.grad is not None])
+            results.append([loss_of(output, task), output.sums, head.count(sent), output.logits, gradients])
+        for found, expected in zip(*results, strict=True):
+            scale = max([1.0, *expected.detach().abs().flatten().tolist()])
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * scale)
 
 
 @pytest.mark.parametrize(
