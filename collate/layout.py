@@ -8,10 +8,11 @@ stay, as a GPU wants it; see there.
 
 What needs sizes of the batch, such as an index of all tokens, is a table. The host makes it and sends it to the device.
 The rest follows on the device in fixed shapes. So nobody waits for a GPU, where `to_device` brought the batch there.
+Ids that were made on the device are copied to the host first, which waits once.
 """
 
 from collections.abc import Callable, Hashable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from collate.chunks import Chunks, cut_into_chunks
-from collate.device.host import on_host, send
+from collate.device.host import copy_on_host, on_host, send, version_of
 from collate.length_groups import LengthGroups, length_groups
 from collate.views import in_ordinary_mode, view
 
@@ -42,12 +43,13 @@ class PackLayout:
         positions    [[0, 1, 2, 0, 1, 0]]      cu_seqlens [0, 3, 5]      lengths [3, 2]
 
     Raises ValueError for no packs, and for ids that no packing produces: a sequence in two pieces, or numbers that do
-    not count up from 1. It looks at ids on the CPU only, the collator's: elsewhere it would wait for the device.
+    not count up from 1.
     """
 
     sequence_ids_BL: Tensor
     host: "PackLayout | None" = None
-    """The layout of the same ids on the host, which makes the tables of this one; None: this one makes its own."""
+    """The layout of the same ids on the host, which makes the tables of this one. None on the host itself; elsewhere
+    it is made of a copy of the ids, which waits for the device."""
 
     def __post_init__(self) -> None:
         if self.sequence_ids_BL.dim() != 2 or self.sequence_ids_BL.is_floating_point():
@@ -60,8 +62,11 @@ class PackLayout:
             raise ValueError(f"sequence_ids has {packs} packs of {slots} slots; give at least one pack and one slot")
         if self.sequence_ids_BL.device.type == "cpu":
             _check_ids(self.sequence_ids_BL, self.is_start_BL)
-        if self.host is not None:
-            self.host.__dict__["runs_on"] = self.sequence_ids_BL.device
+            return
+        if self.host is None:
+            copied = in_ordinary_mode(self.sequence_ids_BL.cpu)
+            object.__setattr__(self, "host", replace(self, sequence_ids_BL=copied))
+        self.host.__dict__["runs_on"] = self.sequence_ids_BL.device
 
     @view
     def runs_on(self) -> torch.device:
@@ -76,7 +81,7 @@ class PackLayout:
         Ids that have changed get a new layout. On a CPU a comparison of the ids notices it, also after a write through
         numpy. Elsewhere the tensor's version does, since a comparison would wait for the device.
         """
-        version = None if sequence_ids_BL.is_inference() else sequence_ids_BL._version
+        version = version_of(sequence_ids_BL)
         layout, made_from = _LAYOUTS.get(sequence_ids_BL, (None, None))
         if layout is not None:
             if sequence_ids_BL.device.type == "cpu":
@@ -94,7 +99,7 @@ class PackLayout:
 
     def keep_for(self, sequence_ids_BL: Tensor) -> None:
         """Whoever asks for the layout of this tensor gets this one."""
-        _LAYOUTS[sequence_ids_BL] = self, None if sequence_ids_BL.is_inference() else sequence_ids_BL._version
+        _LAYOUTS[sequence_ids_BL] = self, version_of(sequence_ids_BL)
 
     @view
     def exact(self) -> "PackLayout":
@@ -208,17 +213,14 @@ class PackLayout:
         return self.tables[key]
 
     def from_host(self, make: "Callable[..., Made]", *tensors: Tensor | None) -> Made:
-        """What `make` returns for a layout and these tensors of the batch: on the host if it has all of them.
+        """What `make` returns for the layout and these tensors of the batch on the host, here.
 
-        make: as in `table`; for what one batch needs once. On a device whose batch came without `to_device` it runs
-            there, and waits.
+        make: as in `table`; for what one batch needs once. Tensors that came without `to_device` are copied to the
+            host, which waits.
         """
-        found = [None if x is None else on_host(x) for x in tensors]
-        is_there = self.host is not None and all(
-            x is None or y is not None for x, y in zip(tensors, found, strict=True)
-        )
-        if not is_there:
+        if self.host is None:
             return in_ordinary_mode(lambda: make(self, *tensors))
+        found = [None if x is None else copy_on_host(x) for x in tensors]
         return in_ordinary_mode(lambda: send(make(self.host, *found), self.sequence_ids_BL.device))
 
     def receive(self) -> None:
@@ -295,10 +297,18 @@ class SlotLayout(PackLayout):
     before. Packs have little padding. What the padding computes stays in it, but counts, sums and buffers must leave it
     out, by `is_real_token` and `is_real_sequence`.
 
-    sequence_slots: S, the most sequences in a pack. Padding stands at the end of a pack only; `to_device` sees to it.
+    sequence_slots: S, the most sequences in a pack; raises ValueError for a pack of more. Padding stands at the end of
+        a pack only; `to_device` sees to it.
     """
 
     sequence_slots: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.host is None and (most := int(self.sequence_ids_BL.max())) > self.sequence_slots:
+            raise ValueError(
+                f"a pack holds {most} sequences, more than sequence_slots={self.sequence_slots}; give more slots"
+            )
 
     @view
     def exact(self) -> PackLayout:

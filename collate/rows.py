@@ -273,7 +273,7 @@ class _Reader:
         column = self.column(name)
         if column is None:
             raise _no_numbers(name)
-        if name in (INPUT_IDS, LENGTHS) and column.values.dtype.kind not in "iu":
+        if name in (INPUT_IDS, LENGTHS) and len(column.values) and column.values.dtype.kind not in "iu":
             raise ValueError(f"column {name!r} must hold integers, not {column.values.dtype}")
         if column.counts is None:
             raise ValueError(f"column {name!r} has one value per row; it must have a list")
@@ -318,8 +318,9 @@ def _from_values(name: str, values: list[Any]) -> Column | None:
         if missing and not any(isinstance(entry, str) for value in lists for entry in value):
             raise ValueError(f"column {name!r} has a missing value (None) in row {missing[0]} of the batch; fill it in")
         return None
-    if not filled:
-        return Column(np.empty(0, np.int64), counts)
+    if not filled:  # an array of nothing still says of what type
+        typed = [value for value in values if isinstance(value, np.ndarray) and value.dtype.kind in "biuf"]
+        return Column(typed[0][:0] if typed else np.empty(0, np.int64), counts)
     if any(array.dtype.kind not in "biuf" for array in filled) or len({array.shape[1:] for array in filled}) > 1:
         return None
     return Column(np.stack(filled) if counts is None else np.concatenate(filled), counts)

@@ -22,8 +22,11 @@ ALIGNED = 16
 
 
 class _Sent(NamedTuple):
+    """What the host has of a tensor, and the versions of both then."""
+
     host: Tensor
-    version: int
+    host_version: int | None
+    version: int | None
 
 
 _SENT: MutableMapping[Tensor, _Sent] = WeakIdKeyDictionary()
@@ -44,17 +47,33 @@ def send(values: Tree, device: torch.device) -> Tree:
     # Parts of one buffer would share a version: a write to one would look like a write to all. `data` has its own.
     sent = [_as(part, x).data for part, x in zip(arrived, found, strict=True)]
     for x, there in zip(found, sent, strict=True):
-        _SENT[there] = _Sent(x, there._version)
+        _SENT[there] = _Sent(x, version_of(x), version_of(there))
     parts = iter(sent)
     return _map(values, lambda _: next(parts))
 
 
 def on_host(tensor: Tensor) -> Tensor | None:
-    """What a device's tensor was sent from. None if it was made on the device, or written to since."""
+    """What a device's tensor was sent from. None if it was made on the device, or if either was written to since.
+
+    torch counts no write by a collective, such as broadcast, and none through numpy: they are not seen.
+    """
     if tensor.device.type == "cpu":
         return tensor
-    sent = None if tensor.is_inference() else _SENT.get(tensor)
-    return sent.host if sent is not None and sent.version == tensor._version else None
+    sent = _SENT.get(tensor)
+    if sent is None or (sent.host_version, sent.version) != (version_of(sent.host), version_of(tensor)):
+        return None
+    return sent.host
+
+
+def copy_on_host(tensor: Tensor) -> Tensor:
+    """The values on the host; waits for the device unless they came from there."""
+    found = on_host(tensor)
+    return tensor.cpu() if found is None else found
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Another number after each write. None for tensors of torch.inference_mode(), whose writes nobody counts."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -7,6 +7,7 @@ A collator's batch does the same by itself where it is sent: `batch.to("cuda")`,
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -36,7 +37,8 @@ def to_device(
     by_slots: whether all batches have the shapes of their slots, see `SlotLayout`; True is also for CPUs. None: on an
         accelerator, if at least three quarters of the slots hold tokens, and padding stands at the end of each pack.
 
-    Raises ValueError for by_slots=True if padding stands elsewhere.
+    Raises ValueError for by_slots=True if padding stands elsewhere, or if cls_positions has fewer slots than a pack has
+    sequences.
     """
     device = torch.device(device)
     is_here = device.type == "cpu"
@@ -46,18 +48,29 @@ def to_device(
     ids = tensors.get("sequence_ids")
     if ids is None or ids.dim() != 2 or not ids.numel() or (is_here and not by_slots):
         return there
-    can = _is_padded_at_the_end(ids)
-    if by_slots and not can:
-        raise ValueError("by_slots=True needs packs with padding at their end only; give packs of the collator")
-    if can and (by_slots or (by_slots is None and float((ids != PADDING).float().mean()) >= FULL)):
-        slots = batch["cls_positions"].shape[1] if "cls_positions" in batch else _rounded_up(int(ids.max()))
-        layout: PackLayout = SlotLayout(in_ordinary_mode(ids.clone), sequence_slots=slots)
-        if not is_here:
-            layout = SlotLayout(there["sequence_ids"].data, layout, slots)
-    else:
-        layout = PackLayout(there["sequence_ids"].data, PackLayout.of(ids))
+    try:
+        host = _layout_by_slots(ids, batch, by_slots) or PackLayout.of(ids)
+    except ValueError:
+        if by_slots:
+            raise
+        # Where accelerate deals out batches, other ranks send memory that holds nothing yet. Of ids that are wrong for
+        # good, the model asks for the layout, and refuses them.
+        return there
+    layout = host if is_here else replace(host, sequence_ids_BL=there["sequence_ids"].data, host=host)
     layout.keep_for(there["sequence_ids"])
     return there
+
+
+def _layout_by_slots(ids: Tensor, batch: Mapping[str, Any], by_slots: bool | None) -> SlotLayout | None:
+    """None where the batch goes by its tokens."""
+    if not _is_padded_at_the_end(ids):
+        if by_slots:
+            raise ValueError("by_slots=True needs packs with padding at their end only; give packs of the collator")
+        return None
+    if by_slots is False or (by_slots is None and float((ids != PADDING).float().mean()) < FULL):
+        return None
+    slots = batch["cls_positions"].shape[1] if "cls_positions" in batch else _rounded_up(int(ids.max()))
+    return SlotLayout(in_ordinary_mode(ids.clone), sequence_slots=slots)
 
 
 def _is_padded_at_the_end(sequence_ids_BL: Tensor) -> bool:

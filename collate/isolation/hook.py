@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from collate.device.host import on_host
+from collate.device.host import copy_on_host
 from collate.isolation.masks import attention_arguments
 from collate.isolation.positions import own_positions, position_ids_start
 from collate.layout import PADDING, PackLayout
@@ -45,18 +45,14 @@ class IsolateSequences:
         """The layout; None where the forward is traced or transformed, since shapes must not depend on ids there.
 
         Raises ValueError for ids that no packing produces, and for positions that begin below the model's own start.
-        On an accelerator, where it has to wait for the device, it checks the first batch only.
+        On an accelerator, where it may have to wait for the device, it checks positions of the first batch only.
         """
         if sequence_ids.dim() != 2:
             raise ValueError(f"sequence_ids must be (packs, slots) integers, got {tuple(sequence_ids.shape)}")
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
             return None
         layout = PackLayout.of(sequence_ids)
-        if sequence_ids.device.type == "cpu":
-            _refuse_early_positions(sequence_ids, position_ids, start)
-        elif not self.has_checked:
-            host_ids = on_host(sequence_ids)
-            PackLayout.of(sequence_ids.cpu() if host_ids is None else host_ids)  # this checks the ids
+        if sequence_ids.device.type == "cpu" or not self.has_checked:
             _refuse_early_positions(sequence_ids, position_ids, start)
         self.has_checked = True
         return layout
@@ -81,9 +77,7 @@ def _refuse_early_positions(sequence_ids_BL: Tensor, position_ids_BL: Tensor | N
     """Raise ValueError for positions below the model's first one. Waits for the device that they were made on."""
     if position_ids_BL is None or not start:
         return
-    host_ids, host_positions = on_host(sequence_ids_BL), on_host(position_ids_BL)
-    if host_ids is not None and host_positions is not None:
-        sequence_ids_BL, position_ids_BL = host_ids, host_positions
+    sequence_ids_BL, position_ids_BL = copy_on_host(sequence_ids_BL), copy_on_host(position_ids_BL)
     first = int(torch.where(sequence_ids_BL == PADDING, start, position_ids_BL).min())
     if first < start:
         raise ValueError(

@@ -18,6 +18,7 @@ models.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -248,7 +249,8 @@ class EvenedPacks(Dataset):
 
     7 packs, multiple 4  ->  7 packs and 1 that holds no sequence: no loss, no denominator, no gradient.
 
-    Every pack with a higher number, which a sampler may ask for, is empty, too.
+    Every pack with a higher number, which a sampler may ask for, is empty, too. A batch of empty packs alone has the
+    columns of others: accelerate's dispatch joins it to them.
     """
 
     def __init__(self, packs: Any, multiple: int):
@@ -266,7 +268,7 @@ class EvenedPacks(Dataset):
         real = [index for index in indices if index < self.num_packs]
         num_empty = len(indices) - len(real)
         if not real:
-            return [EMPTY_PACK] * num_empty
+            return [self._nothing] * num_empty
         rows = self.packs.__getitems__(real) if hasattr(self.packs, "__getitems__") else [self.packs[i] for i in real]
         if not num_empty:
             return rows
@@ -276,6 +278,23 @@ class EvenedPacks(Dataset):
         if not isinstance(rows, list):
             rows = rows.to_pylist()
         return rows + [EMPTY_PACK] * num_empty
+
+    @cached_property
+    def _nothing(self) -> dict:
+        """An empty pack with the types of the first one."""
+        rows = self.packs[0] if self.num_packs else {}
+        first = rows.to_pylist()[0] if isinstance(rows, pa.Table) else rows
+        arrays = {name: _as_array(value) for name, value in first.items()}
+        return EMPTY_PACK | {name: array[:0] for name, array in arrays.items() if array is not None}
+
+
+def _as_array(value: Any) -> np.ndarray | None:
+    """A list of numbers, or of lists of as many numbers; None: it is something else."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of unequal lists
+        return None
+    return array if array.ndim and array.dtype.kind in "biuf" else None
 
 
 @njit(cache=True)

@@ -12,9 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, gather_object
 from datasets import Dataset
 from pairs import make_tokenizer
+from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -25,7 +27,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from collate import DataCollatorWithPacking, PackedTrainer, isolate_sequences
+from collate import DataCollatorWithPacking, PackedTrainer, PackLayout, isolate_sequences, task_for, to_device
+from collate.layout import SlotLayout
 from packing import pack_dataset
 
 LENGTH = 32
@@ -156,6 +159,15 @@ class WeightedSum(PackedTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class BySlots(PackedTrainer):
+    """Each rank's batches have a layout by slots, as on GPUs."""
+
+    def _prepare_inputs(self, inputs):
+        sent = to_device(super()._prepare_inputs(inputs), "cpu", by_slots=True)
+        assert isinstance(PackLayout.of(sent["sequence_ids"]), SlotLayout)
+        return sent
+
+
 # Training and prediction.
 
 
@@ -210,6 +222,23 @@ def predict(head, dataset, **arguments):
         "given": [(p.predictions, p.label_ids) for p in given],
         "metrics": metrics,
     }
+
+
+def dealt_out():
+    """What each rank gets of an iterable dataset in a loop of one's own: accelerate reads it in one process, and deals
+    out. [{"packs", "sums", "depth"}] of both ranks, one after the other."""
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    packs, model = make_packs("mlm", 16), make_model("mlm")
+    task, collator = task_for(model), make_collator("mlm").for_dataset(packs)
+    batches = DataLoader(packs.to_iterable_dataset(num_shards=2), 4, collate_fn=collator, num_workers=2)
+    found = []
+    for batch in accelerator.prepare(batches):
+        sent = to_device(batch, "cpu", by_slots=True)
+        layout = PackLayout.of(sent["sequence_ids"])
+        assert isinstance(layout, SlotLayout) and torch.equal(layout.sequence_ids_BL, sent["sequence_ids"])
+        sums = task(model, sent).sums.tolist()
+        found.append({"packs": sent["input_ids"].tolist(), "sums": sums, "slots": layout.num_sequences})
+    return gather_object(found)
 
 
 def without_labels(head, dataset):
@@ -294,6 +323,11 @@ TWO_PROCESSES: dict[str, Callable[[], object]] = {head: functools.partial(train,
 TWO_PROCESSES |= {
     "class weights": lambda: train("single", 4, 2, kind=WeightedSum),
     "22 packs": lambda: train("mlm", 4, 2, packs=22),
+    "dealt out": dealt_out,
+    "dispatched": lambda: train("mlm", 4, 2, kind=BySlots, accelerator_config={"dispatch_batches": True}),
+    "dispatched by workers": lambda: train(
+        "single", 4, 2, kind=BySlots, accelerator_config={"dispatch_batches": True}, dataloader_num_workers=2
+    ),
     "random": lambda: train("mlm", 4, 2, train_sampling_strategy="random", num_train_epochs=2),
     **{f"predict {head}": functools.partial(lambda head: predict(head, make_packs(head)), head) for head in HEADS},
     "predict without labels": lambda: predict_only("single", without_labels("single", make_packs("single"))),

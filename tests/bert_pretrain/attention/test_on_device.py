@@ -10,7 +10,8 @@ from functools import partial
 import pytest
 import torch
 from attention_contract import assert_equal, heads_input, make, run
-from pretend_cuda import PretendCuda
+from pretend_cuda import COPY_TO_HOST, PretendCuda
+from small_heads import HERE, SMALL_OPTIONS
 
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.head import prepare_heads
@@ -117,3 +118,24 @@ def test_dropout_takes_other_executions_there():
             gpu.waits.clear()
             context = attention(*inputs, layout, dropout=0.1)
             assert not gpu.waits and not gpu.operations["flex"] and bool(context.isfinite().all()), name
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_batch_that_was_made_there_waits_once(name):
+    """Ids that the host never had, such as those of a batch that accelerate dealt out, are copied to it."""
+    build = partial(ATTENTION[name], **SMALL_OPTIONS.get(name, {}))
+    ids = torch.tensor(ANYWHERE, dtype=torch.int32)
+    exact = PackLayout(ids)
+    inputs, weights = heads_input(exact, width=WIDTH), heads_input(exact, 1, width=WIDTH)[0]
+    expected = run(make(build, head_width=WIDTH, max_sequence_length=96), exact, inputs, weights)
+    with PretendCuda() as gpu:
+        there = ids.to("cuda")
+        attention = make(build, head_width=WIDTH, max_sequence_length=96).to("cuda")
+        there_inputs, there_weights = [x.to("cuda") for x in inputs], weights.to("cuda")
+        gpu.waits.clear()
+        found = run(attention, PackLayout.of(there), there_inputs, there_weights)
+        waits = [wait.kind for wait in gpu.waits]
+        assert not gpu.mixed
+        found = {name: x.cpu() for name, x in found.items()}
+    assert waits == [COPY_TO_HOST]
+    assert_equal(found, expected, 1e-12)

@@ -7,11 +7,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import send_to_device, slice_tensors
 from hypothesis import given
 from hypothesis import strategies as st
+from pretend_cuda import COPY_TO_HOST, DEVICE, PretendCuda
+from pretraining_models import MAX_LENGTH, make_models
+from slow_training import packed_rows
 
-from collate.device.host import on_host, send
+from collate import DataCollatorWithPacking
+from collate.device.host import copy_on_host, on_host, send
 from collate.device.transfer import CollatedBatch, to_device
 from collate.layout import PackLayout, SlotLayout
 
@@ -48,8 +52,18 @@ def test_a_tree_is_sent_in_one_piece():
 
 
 def test_what_the_host_has_of_a_tensor():
+    """The host's own until either is written to, and nothing of parts or results."""
     here = torch.arange(3)
-    assert on_host(here) is here
+    assert on_host(here) is here and copy_on_host(here) is here
+    with PretendCuda() as gpu:
+        sent, other = send((here, torch.arange(3)), DEVICE)
+        assert on_host(sent) is here and copy_on_host(sent) is here and not gpu.waits
+        assert all(on_host(x) is None for x in (sent[1:], sent.clone(), sent + 0))
+        other.fill_(7)
+        assert on_host(other) is None and copy_on_host(other).tolist() == [7, 7, 7] and on_host(sent) is here
+        assert [wait.kind for wait in gpu.waits] == [COPY_TO_HOST]
+        here[0] = 5
+        assert on_host(sent) is None and copy_on_host(sent).tolist() == [0, 1, 2]
 
 
 @st.composite
@@ -109,6 +123,81 @@ def test_a_batch_goes_by_slots_where_it_is_asked_for():
     assert type(PackLayout.of(by_slots["sequence_ids"])) is PackLayout
     with pytest.raises(ValueError, match="needs packs with padding at their end only"):
         to_device({"sequence_ids": torch.tensor([[0, 1]])}, "cpu", by_slots=True)
+
+
+def test_more_sequences_than_slots_are_refused():
+    """Else the last would pass for padding."""
+    with pytest.raises(ValueError, match="a pack holds 2 sequences, more than sequence_slots=1; give more slots"):
+        SlotLayout(batch()["sequence_ids"], sequence_slots=1)
+    shallow = batch() | {"cls_positions": torch.tensor([[0], [0]])}
+    with pytest.raises(ValueError, match="more than sequence_slots=1"):
+        to_device(shallow, "cpu", by_slots=True)
+    with PretendCuda():
+        assert type(PackLayout.of(to_device(shallow, "cuda")["sequence_ids"])) is PackLayout
+
+
+def model_of(device):
+    _, model = make_models()
+    return model.to(device)
+
+
+def collated(tokenizer, pairs):
+    collator = DataCollatorWithPacking(tokenizer, pad_to=MAX_LENGTH, max_sequences_per_pack=8)
+    return collator(packed_rows(pairs, MAX_LENGTH))
+
+
+def test_what_is_edited_on_the_device_is_not_taken_from_the_host(tokenizer, pairs):
+    """Labels, ids, and where sequences begin."""
+    edited = collated(tokenizer, pairs)
+    with PretendCuda() as gpu:
+        sent = collated(tokenizer, pairs).to("cuda")
+        model = model_of("cuda")
+        before = model(**sent).loss.cpu()
+        for name, value in (
+            ("labels", -100),
+            ("sequence_ids", 0),
+            ("cls_positions", -1),
+            ("next_sentence_label", -100),
+        ):
+            for x in (edited[name], sent[name]):
+                x[1:] = value  # packs of padding
+        found = model(**sent)
+        assert [wait.kind for wait in gpu.waits].count(COPY_TO_HOST) == 1 + 4 and not gpu.mixed
+        loss, sums = found.loss.cpu(), found.sums.cpu()
+    expected = model_of("cpu")(**edited)
+    torch.testing.assert_close(sums, expected.sums, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-12, atol=1e-12)
+    assert abs(before - loss) > 1e-4
+
+
+@pytest.mark.parametrize("by_slots", [True, False])
+def test_parts_of_a_batch_have_layouts_of_their_own(tokenizer, pairs, by_slots):
+    """As accelerate makes them, which sends a batch of all ranks and deals it out on the device."""
+    whole = collated(tokenizer, pairs)
+    expected = [model_of("cpu")(**part).sums for part in parts_of(whole)]
+    with PretendCuda() as gpu:
+        model = model_of("cuda")
+        parts = parts_of(to_device(whole, "cuda", by_slots))
+        assert all(type(part) is CollatedBatch for part in parts)
+        found = [model(**part).sums.cpu() for part in parts]
+        assert not gpu.mixed
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+def parts_of(batch):
+    half = len(batch["sequence_ids"]) // 2
+    return [slice_tensors(batch, slice(half)), slice_tensors(batch, slice(half, None))]
+
+
+def test_memory_that_holds_nothing_yet_can_be_sent():
+    """Where accelerate deals out batches, all ranks but one send such, and then receive into it."""
+    nonsense = batch() | {"sequence_ids": torch.tensor([[7, -1, 2, 0], [1 << 40, 3, 3, 9]])}
+    with PretendCuda():
+        sent = CollatedBatch(nonsense).to("cuda")
+        with pytest.raises(ValueError, match="sequence_ids of pack 0 must count 1, 2, 3"):
+            PackLayout.of(sent["sequence_ids"])
+        sent["sequence_ids"].copy_(batch()["sequence_ids"].to("cuda"))
+        assert PackLayout.of(sent["sequence_ids"][:1]).lengths.cpu().tolist() == [2, 1]
 
 
 def test_a_batch_survives_what_dataloaders_and_accelerate_do_with_it():

@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from collate import isolate_sequences, task_for
+from collate.training.order import ArrowRows, EvenedPacks
 from collate.training.refused import REFUSED_ARGUMENTS, refuse_arguments
 from packing import pack_dataset
 
@@ -161,6 +162,35 @@ def test_two_processes_change_nothing(head, one_step, two_processes):
 
 def test_two_processes_with_packs_in_every_pass(two_processes):
     assert_same(two_processes["22 packs"], train("mlm", packs=22))
+
+
+@pytest.mark.parametrize(("name", "head"), [("dispatched", "mlm"), ("dispatched by workers", "single")])
+def test_batches_that_one_process_deals_out(name, head, one_step, two_processes):
+    """Each rank gets whole packs, and makes the layout of its own, here by slots."""
+    assert two_processes[name]["processes"] == 2
+    assert_same(two_processes[name], one_step[head])
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("wrap", [ArrowRows, list])
+def test_a_batch_of_empty_packs_has_the_columns_of_others(head, wrap):
+    packs = make_packs(head, 3)
+    evened, collator = EvenedPacks(wrap(packs), 4), make_collator(head).for_dataset(packs).for_prediction()
+    full, empty = (collator(evened.__getitems__(chosen)) for chosen in ([0, 1], [3, 3]))
+    assert list(empty) == list(full) and not empty["sequence_ids"].any()
+    assert [(x.shape, x.dtype) for x in empty.values()] == [(x.shape, x.dtype) for x in full.values()]
+
+
+def test_batches_of_an_iterable_dataset_that_one_process_deals_out(two_processes):
+    """Together the ranks get every pack once; no layout is that of another batch."""
+    packs, model = make_packs("mlm", 16), make_model("mlm")
+    whole = make_collator("mlm").for_dataset(packs)(list(packs))
+    depth = whole["cls_positions"].shape[1]
+    found = two_processes["dealt out"]
+    assert [(len(part["packs"]), part["slots"]) for part in found] == [(4, 4 * (depth + 1))] * 4
+    assert sorted(pack for part in found for pack in part["packs"]) == sorted(whole["input_ids"].tolist())
+    sums = torch.tensor([part["sums"] for part in found], dtype=torch.float64).sum(0)
+    torch.testing.assert_close(sums, task_for(model)(model, whole).sums, rtol=1e-12, atol=1e-12)
 
 
 def test_a_loss_of_ones_own_does_not_depend_on_ranks(two_processes):
