@@ -88,6 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(tables(read_rows(options.table)))
         return
     complete(options)
+    if options.on_cuda and not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA device here; --device cpu --quick tries the benchmark out")
     corpus = prepared(options.batches, options.length)
     if options.run:
         run_part(options.run, corpus, options)
@@ -100,8 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             command = [sys.executable, str(Path(__file__).resolve()), *(arguments or sys.argv[1:]), "--run", part]
             seconds = options.seconds or CLOCKS[part]
-            if not ends_in_time(command, seconds):
-                write({"part": part, "row": part, "error": f"killed after {seconds} s"}, options)
+            if why := failure_of(command, seconds):
+                write({"part": part, "row": part, "error": why}, options)
     print(tables(read_rows(options.output)))
 
 
@@ -117,18 +119,18 @@ def complete(options) -> None:
         torch.set_num_threads(options.threads)
 
 
-def ends_in_time(command: list[str], seconds: float) -> bool:
-    """Run a command; after so many seconds kill it, and all that it has started."""
+def failure_of(command: list[str], seconds: float) -> str:
+    """Run a command; after so many seconds kill it, and all that it has started. -> why it failed, or nothing."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
-        process.wait(timeout=seconds)
+        status = process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        return False
+        return f"killed after {seconds} s"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return True
+    return f"ended with status {status}" if status else ""
 
 
 def run_part(part: str, corpus: Corpus, options) -> None:
@@ -137,8 +139,6 @@ def run_part(part: str, corpus: Corpus, options) -> None:
     options.ends = time.perf_counter() + seconds
     for row in PARTS[part](corpus, options):
         write({"part": part} | row, options)
-    if options.on_cuda:
-        torch.cuda.empty_cache()
 
 
 def write(row: dict[str, Any], options) -> None:
@@ -193,9 +193,8 @@ def correctness(corpus: Corpus, options) -> Iterator[dict[str, Any]]:
         here, limit = argparse.Namespace(**vars(options) | {"dtype": dtype}), 1e-3 if dtype == "float32" else 5e-2
         try:
             loss, gradients = pass_without_dropout(batch, corpus, here, attention, is_compiled)
-            pairs = zip(gradients, true_gradients, strict=True)
             row["loss_apart"] = rounded(abs(loss - true_loss) / true_loss)
-            row["gradients_apart"] = rounded(max(float((x - y).norm() / y.norm().clamp(min=1e-6)) for x, y in pairs))
+            row["gradients_apart"] = rounded((gradients - true_gradients).norm() / true_gradients.norm())
             row["agrees"] = row["loss_apart"] < limit and row["gradients_apart"] < limit
         except Exception as error:
             row["error"] = one_line(error)
@@ -208,8 +207,8 @@ def correctness(corpus: Corpus, options) -> Iterator[dict[str, Any]]:
 
 def pass_without_dropout(
     batch: dict[str, Tensor], corpus: Corpus, options, attention: str, is_compiled: bool
-) -> tuple[float, list[Tensor]]:
-    """The loss, and the gradients of all parameters, on the host. Weights are the same each time."""
+) -> tuple[float, Tensor]:
+    """The loss, and the gradients of all parameters as one vector, on the host. Weights are the same each time."""
     settings = vars(options) | {"model": "bert-tiny", "attention": attention}
     model = make_way("packed", corpus, argparse.Namespace(**settings)).model
     for module in model.modules():
@@ -220,7 +219,8 @@ def pass_without_dropout(
     with autocast(options):
         loss = model(**to_device(batch, options.device)).loss
     loss.backward()
-    return float(loss.detach()), [x.grad.float().cpu() for x in model.parameters() if x.grad is not None]
+    gradients = [x.grad.float().cpu().flatten() for x in model.parameters() if x.grad is not None]
+    return float(loss.detach()), torch.cat(gradients)
 
 
 def base(corpus: Corpus, options) -> Iterator[dict[str, Any]]:
@@ -228,7 +228,7 @@ def base(corpus: Corpus, options) -> Iterator[dict[str, Any]]:
 
 
 def compiled(corpus: Corpus, options) -> Iterator[dict[str, Any]]:
-    ways = [("padded", True), ("packed", True), ("packed", False)]
+    ways = [("packed", False), ("packed", True), ("padded", True)]
     settings = [(way, {"model": options.model, "is_compiled": is_it}) for way, is_it in ways if way in options.ways]
     return in_turns(settings, corpus, options)
 
@@ -242,7 +242,9 @@ def sweep(corpus: Corpus, options) -> Iterator[dict[str, Any]]:
         options.ends = start + (end - start) * (i + 1) / len(cases)
         settings = {"model": options.model, "attention": attention, "slots": slots}
         yield from in_turns([("packed", settings)], corpus, options)
-        release(options)
+        if options.on_cuda:  # give the memory back, for the next one
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def large(corpus: Corpus, options) -> Iterator[dict[str, Any]]:
@@ -263,7 +265,8 @@ def heads(corpus: Corpus, options) -> Iterator[dict[str, Any]]:
             except Exception as error:
                 row["error"] = one_line(error)
             yield row
-            release(options)
+            if options.on_cuda:
+                torch.cuda.empty_cache()
 
 
 def packed_ids(lengths: np.ndarray, slots: int, packs: int) -> Tensor:
@@ -301,13 +304,6 @@ def measured_head(name: str, ids: Tensor, most: int, options) -> dict[str, Any]:
     seconds = fastest(step, options, times=1 if options.quick else 3, each=1)
     measured = {"milliseconds": rounded(seconds * 1e3), "tokens_per_second": round(tokens / seconds)}
     return measured | seen_in(step, options)
-
-
-def release(options) -> None:
-    """Give the memory of what was measured back, for what comes next."""
-    if options.on_cuda:
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 PARTS: dict[str, Callable[[Corpus, Any], Iterator[dict[str, Any]]]] = {

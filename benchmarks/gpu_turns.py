@@ -110,6 +110,10 @@ class Contender:
     flops: list[float] = field(default_factory=list)
     efficiency: list[float] = field(default_factory=list)
 
+    def forget(self) -> None:
+        """Measure anew."""
+        self.rates, self.flops, self.efficiency = [], [], []
+
     def next_pass(self) -> dict[str, Tensor]:
         self.turn += 1
         batch = self.passes[(self.turn - 1) % len(self.passes)]
@@ -129,6 +133,10 @@ def autocast(options) -> Any:
     return torch.autocast(options.device.split(":")[0], getattr(torch, options.dtype))
 
 
+def named(way: str, is_compiled: bool) -> str:
+    return f"{way}, compiled" if is_compiled else way
+
+
 def contender(
     way: str, corpus: Corpus, options, model: str, attention: str = "", slots: int = 0, is_compiled: bool = False
 ) -> Contender:
@@ -138,7 +146,7 @@ def contender(
     made = make_way(way, corpus, chosen)
     if is_compiled:
         made.model.compile(**how_to_compile(options))
-    about: dict[str, Any] = {"row": f"{way}, compiled" if is_compiled else way, "model": model, "slots": slots}
+    about: dict[str, Any] = {"row": named(way, is_compiled), "model": model, "slots": slots}
     about["attention"] = "sdpa, padding mask" if way in ("padded", "bucketed") else chosen.attention
     ready = Contender(about["row"], made.model, passes_of(way, corpus, slots), made.optimizer, about)
     start = time.perf_counter()
@@ -151,13 +159,20 @@ def contender(
 
 
 def in_turns(ways: list[tuple[str, dict[str, Any]]], corpus: Corpus, options, passes: int = 2) -> Iterator[dict]:
-    """Time the ways round by round until the part's end; rows after 1, 2, 4, 8… rounds and at the end."""
+    """Time the ways round by round until the part's end; rows after 1, 2, 4, 8… rounds and at the end.
+
+    Each has a row of its own already when it is ready: the next one may take long to compile.
+    """
     ready: list[Contender] = []
     for way, settings in ways:
         try:
             ready.append(contender(way, corpus, options, **settings))
         except Exception as error:
-            yield {"row": way, **settings, "error": one_line(error)}
+            yield {"row": named(way, settings.get("is_compiled", False)), **settings, "error": one_line(error)}
+        else:
+            time_round(ready[-1], passes, options)
+            yield row_of(ready[-1], ready[-1:], options)
+            ready[-1].forget()
     rounds, shown = 0, 0
     while ready and (rounds == 0 or time.perf_counter() < options.ends):
         for next_one in ready[rounds % len(ready) :] + ready[: rounds % len(ready)]:
@@ -186,16 +201,16 @@ def time_round(way: Contender, passes: int, options) -> None:
 
 
 def row_of(way: Contender, everyone: list[Contender], options) -> dict[str, Any]:
-    """What all rounds so far say, compared round by round: with a padded way that came first, and with itself eager."""
+    """What all rounds so far say, compared round by round: with the padded way, if any, and with itself eager."""
     row = way.about | {"rounds": len(way.rates), "tokens_per_second": round(float(np.median(way.rates)))}
     row |= {f"percentile_{p}": round(float(np.percentile(way.rates, p))) for p in (10, 90)}
-    first, rates = everyone[0], np.array(way.rates)
-    if first.name.startswith("padded"):
-        times = np.median(rates / first.rates)
+    rates = np.array(way.rates)
+    for padded in (other for other in everyone if other.name.startswith("padded")):
+        times = np.median(rates / padded.rates)
         row["times_padded"] = rounded(times)
-        row["by_factor"] = rounded(times / (np.mean(way.efficiency) / np.mean(first.efficiency)))
+        row["by_factor"] = rounded(times / (np.mean(way.efficiency) / np.mean(padded.efficiency)))
     for eager in everyone:
-        if way.name == f"{eager.name}, compiled":
+        if way.name == named(eager.name, True):
             low, middle, high = np.percentile(rates / eager.rates, [10, 50, 90])
             row["times_eager"] = f"{middle:.3f} ({low:.3f}-{high:.3f})"
     peak = known_peak(options) if options.on_cuda else None
@@ -218,8 +233,10 @@ def seen_in(step: Callable[[], None], options) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        step()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     peak = torch.cuda.max_memory_allocated() - before
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
