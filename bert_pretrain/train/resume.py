@@ -124,14 +124,15 @@ def _check_part(folder: Path, part: str, changed: dict[str, tuple], record: dict
     """changed: {name: (before, now)}."""
     if part == "best" and not record["best"]["load_best_model_at_end"]:
         return
-    where = f"{part} " if part in (*CONTENTS, "model") else ""
+    is_option = part not in (*CONTENTS, "model")
     for name, (before, now) in changed.items():
         if part == "versions":
             logger.warning("%s was trained with %s %s, now it is %s: numbers may differ", folder, name, before, now)
         elif name == "attention" and _attend_alike(before, now, record["config"]["attention_probs_dropout_prob"]):
             logger.info("attention: %s was trained with %s, now it is %s: the same function", folder, before, now)
         else:
-            raise OptionError(f"{folder} was trained with {where}{Option(name, before)}, now it is {now!r}; {cure}")
+            given = Option(name, before) if is_option else f"{part} {name}={before!r}"
+            raise OptionError(f"{folder} was trained with {given}, now it is {now!r}; {cure}")
 
 
 def _attend_alike(before: str, now: str, dropout: float | None) -> bool:

@@ -192,8 +192,8 @@ def test_the_summary_and_the_bars(given, tmp_path, capsys):
 @pytest.fixture
 def wrong_rule(monkeypatch):
     """Texts are cut between all letters."""
-    right = rules._cuts
-    monkeypatch.setattr(rules, "_cuts", lambda is_cut: right(lambda *classes: True))
+    right = rules.cut_table
+    monkeypatch.setattr(rules, "cut_table", lambda is_cut: right(lambda *classes: True))
 
 
 def test_a_wrong_rule_begins_the_split_again(given, tmp_path, wrong_rule, caplog):

@@ -748,7 +748,7 @@ def test_a_finished_run_is_overwritten_by_none_but_itself(options, tmp_path, cap
     assert last_checkpoint(output) is None
     files = {file: (output / file).read_bytes() for file in ("model.safetensors", "pretrain.json", "run.json")}
     assert train(options, output, **once, learning_rate=0.02) == 2
-    message = f"{output} was trained with learning_rate=0.01, now it is 0.02; its model would be overwritten"
+    message = f"{output} was trained with --learning-rate 0.01, now it is 0.02; its model would be overwritten"
     assert message in capsys.readouterr().err
     assert files == {file: (output / file).read_bytes() for file in files}
     (output / "model.safetensors").unlink()
@@ -760,7 +760,7 @@ def test_a_finished_run_is_overwritten_by_none_but_itself(options, tmp_path, cap
     ("missing", "message"),
     [
         ("run.json", "has no run.json, so bert-pretrain train did not write it"),
-        ("optimizer.pt", "save_only_model=True"),
+        ("optimizer.pt", "--save-only-model True"),
     ],
 )
 def test_a_checkpoint_that_lacks_what_training_needs_is_refused(options, whole, tmp_path, capsys, missing, message):

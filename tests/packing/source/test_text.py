@@ -234,8 +234,8 @@ def test_what_another_source_or_tokenizer_has_left_is_not_used(source, tmp_path)
 @pytest.fixture
 def wrong_rule(monkeypatch):
     """Texts are cut between all letters."""
-    right = rules._cuts
-    monkeypatch.setattr(rules, "_cuts", lambda is_cut: right(lambda *classes: True))
+    right = rules.cut_table
+    monkeypatch.setattr(rules, "cut_table", lambda is_cut: right(lambda *classes: True))
 
 
 @pytest.fixture

@@ -776,8 +776,6 @@ def test_what_is_wrong_with_a_source_is_said_by_its_url(shelf, capsys, tmp_path)
         open_split("shelf://bucket/one")
     with pytest.raises(ValueError, match="has no split 'train'; it has ''"):
         open_split("shelf://bucket/saved", "train")
-    with pytest.raises(ValueError, match="storage_options would be ignored"):
-        open_splits(str(shelf / "saved"), storage_options={"root": "x"})
     assert open_splits(f"file://{shelf}/saved")[""].num_rows == 900
 
 
