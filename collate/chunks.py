@@ -5,6 +5,10 @@
                                number    0       1         0        in its own sequence
 
 No chunk crosses a boundary, and nothing depends on where in the row, or in the batch, a sequence lies.
+
+Of a SlotLayout T and N stay from batch to batch, and so do the shapes of `slot_of_token` and `chunks_per_sequence`. NC
+does not: it is the sum of ceil(length / C), which is between T / C and T / C + N. So heads that work on chunks compile
+with NC as a size that may change.
 """
 
 from dataclasses import dataclass

@@ -186,6 +186,8 @@ class PackLayout:
         """Every sequence cut into chunks of `size` tokens from its own start; cut once for all layers that ask.
 
         lengths 5, 2 and size 3: [0 1 2] [3 4 .] [5 6 .]
+
+        Their number depends on the lengths, in a SlotLayout, too: see `collate.chunks`.
         """
         if size < 1:
             raise ValueError(f"chunks of {size} tokens; give a size of at least 1")
@@ -285,7 +287,8 @@ class PackLayout:
 
 @dataclass(frozen=True, eq=False)
 class SlotLayout(PackLayout):
-    """All slots of a batch as tokens: T = B * L, and N = B * (S + 1). No shape depends on the ids.
+    """All slots of a batch as tokens: T = B * L, and N = B * (S + 1). No shape depends on the ids, except for tables of
+    chunks and of length groups, whose numbers follow from the lengths.
 
     The slots of a pack's padding are its last sequence; before it, unused ones are empty.
 

@@ -43,8 +43,9 @@ def to_device(
     device = torch.device(device)
     is_here = device.type == "cpu"
     tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.device.type == "cpu"}
-    sent = {} if is_here else in_ordinary_mode(lambda: send(tensors, device))
-    there = CollatedBatch({**batch, **sent})
+    sent = tensors if is_here else in_ordinary_mode(lambda: send(tensors, device))
+    elsewhere = {name: x.to(device) for name, x in batch.items() if isinstance(x, Tensor) and name not in sent}
+    there = CollatedBatch({**batch, **elsewhere, **sent})
     ids = tensors.get("sequence_ids")
     if ids is None or ids.dim() != 2 or not ids.numel() or (is_here and not by_slots):
         return there

@@ -3,18 +3,20 @@
 import copy
 import pickle
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
 from accelerate.utils import send_to_device, slice_tensors
 from hypothesis import given
 from hypothesis import strategies as st
-from pretend_cuda import COPY_TO_HOST, DEVICE, PretendCuda
+from pretend_cuda import COPY_TO_HOST, DEVICE, DeviceTensor, PretendCuda
 from pretraining_models import MAX_LENGTH, make_models
 from slow_training import packed_rows
+from stock_runs import make_collator, make_model, make_packs, make_trainer
+from transformers import Trainer
 
-from collate import DataCollatorWithPacking
+from collate import DataCollatorWithPacking, isolate_sequences
 from collate.device.host import copy_on_host, on_host, send
 from collate.device.transfer import CollatedBatch, to_device
 from collate.layout import PackLayout, SlotLayout
@@ -125,6 +127,18 @@ def test_a_batch_goes_by_slots_where_it_is_asked_for():
         to_device({"sequence_ids": torch.tensor([[0, 1]])}, "cpu", by_slots=True)
 
 
+def test_a_batch_comes_back():
+    with PretendCuda() as gpu:
+        sent = batch().to("cuda")
+        again = sent.to("cuda")
+        assert all(again[name] is x for name, x in sent.items()) and not gpu.waits
+        back = sent.to("cpu")
+        assert list(back) == list(batch()) and back["max_length_q"] == 4
+        assert all(
+            x.device == CPU and torch.equal(x, batch()[name]) for name, x in back.items() if name != "max_length_q"
+        )
+
+
 def test_more_sequences_than_slots_are_refused():
     """Else the last would pass for padding."""
     with pytest.raises(ValueError, match="a pack holds 2 sequences, more than sequence_slots=1; give more slots"):
@@ -205,3 +219,32 @@ def test_a_batch_survives_what_dataloaders_and_accelerate_do_with_it():
     for same in (pickle.loads(pickle.dumps(given_)), copy.copy(given_), type(given_)(dict(given_))):
         assert type(same) is CollatedBatch and same.keys() == given_.keys()
     assert type(send_to_device(given_, "cpu", non_blocking=True)) is CollatedBatch
+
+
+class Noting(Trainer):
+    """It notes the form of each layout, and how often that had to wait."""
+
+    noted: ClassVar[list] = []
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        gpu = DeviceTensor.active
+        before = len(gpu.waits)
+        assert all(on_host(x) is not None for x in inputs.values())
+        layout = PackLayout.of(inputs["sequence_ids"])
+        assert {layout.cu_seqlens.device, layout.chunks(4).index.device} == {DEVICE}
+        self.noted.append((type(layout), len(gpu.waits) - before))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_plain_trainer_sends_the_layout(workers):
+    """From a worker and through pinned memory: accelerate calls the batch's own `to`."""
+    packs, collator = make_packs("mlm", 12), make_collator("mlm").for_dataset(make_packs("mlm"))
+    options = {"train_dataset": packs, "data_collator": collator, "callbacks": [collator.callback()]}
+    options |= {"per_device_train_batch_size": 4, "remove_unused_columns": False, "use_cpu": False}
+    options |= {"dataloader_num_workers": workers, "dataloader_pin_memory": True, "include_num_input_tokens_seen": "no"}
+    model = isolate_sequences(make_model("mlm").float())
+    Noting.noted.clear()
+    with PretendCuda() as gpu, make_trainer(model, Noting, **options) as trainer:
+        trainer.train()
+    assert Noting.noted == [(SlotLayout, 0)] * 3 and not gpu.mixed
