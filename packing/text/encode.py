@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SCAN_BYTES = 1 << 18  # of texts at a time: what is known of their units stays in the processor's cache
 SAMPLE_TEXTS, SAMPLE_CHARACTERS = 8, 2048
 """How many texts of a call the tokenizer reads itself, and how much of each."""
-MOST_NEW = 0.5  # of the bytes of a block; with more in new units, the tokenizer reads the block as it is
+MOST_NEW = 0.95  # of the bytes of a block; with more in new units, the tokenizer reads the block as it is
 MOST_PASSED = 64  # blocks that go to the tokenizer before the table is tried again
 LONGEST = MOST_IDS >> 5  # bytes of a unit, whose ids can be counted: a character has 11 times its bytes at most
 

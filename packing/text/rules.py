@@ -7,6 +7,8 @@ A rule is only made of parts that are listed here and in metaspace.py, each with
 from __future__ import annotations
 
 import json
+import unicodedata
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -153,8 +155,29 @@ def _byte_level(content: dict[str, Any], parts: list[dict], added: list[dict]) -
     prefixed[ord(" ")] = False
     of_bytes["add_prefix_space"] = False  # in content, too
     return UnitRule(
-        general_classes(), cut_table(is_cut), kept_table(), json.dumps(content), " ", prefixed, separator="\n"
+        _classes_of_letters(), cut_table(is_cut), kept_table(), json.dumps(content), " ", prefixed, separator="\n"
     )
+
+
+LETTER_BLOCKS = ((0x3041, 0x3094), (0x30A1, 0x30FA), (0x3400, 0x4DB5), (0x4E00, 0x9FA5))
+"""Japanese and Chinese letters."""
+MARK_BLOCKS = ((0x2010, 0x2027), (0x2030, 0x203E), (0x3001, 0x3003), (0x3008, 0x301B), (0xFF01, 0xFF0F),
+               (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF5E))  # fmt: skip
+"""Their punctuation."""
+
+
+@cache
+def _classes_of_letters() -> np.ndarray:
+    """With letters and marks of Chinese and Japanese, which each version of Unicode from 3.2 on takes for such. NFC
+    leaves them, and joins none with the one before. Phrases between marks repeat where nothing parts words.
+    """
+    classes = general_classes().copy()
+    for blocks, class_, kinds in ((LETTER_BLOCKS, LETTER, "L"), (MARK_BLOCKS, MARK, "PS")):
+        for code in (code for first, last in blocks for code in range(first, last + 1)):
+            before, now = (version.category(chr(code))[0] for version in (unicodedata.ucd_3_2_0, unicodedata))
+            if before == now and now in kinds:
+                classes[code] = class_
+    return classes
 
 
 def _expression(parts: list[dict]) -> str:

@@ -25,7 +25,8 @@ PRIVATE = 0x40000  # from here on no character that shows has been assigned
 CLASSES = 8
 EDGE, SPACE, BREAK, LETTER, APOSTROPHE, MARK, VISIBLE, UNSAFE = range(CLASSES)
 """EDGE: before and after the text. BREAK: white space that is no space. LETTER: a letter or digit of ASCII. MARK: other
-ASCII. VISIBLE: a character that shows and joins with nothing. UNSAFE: all others; a rule does not cut beside them."""
+ASCII. A rule may take more characters for these two. VISIBLE: a character that shows and joins with nothing. UNSAFE:
+all others; a rule does not cut beside them."""
 
 SHOWING = (LETTER, APOSTROPHE, MARK, VISIBLE)
 WHITE = (SPACE, BREAK)

@@ -1,6 +1,7 @@
 """Texts have the ids of encode_batch, whichever way they are read."""
 
 import json
+import random
 import sysconfig
 from pathlib import Path
 
@@ -82,6 +83,27 @@ def test_the_ids_of_the_tokenizer_for_real_texts(name):
 def test_the_ids_of_the_tokenizer_for_any_text(name, texts):
     texts = [text.encode("utf-8", "ignore").decode() for text in texts]
     assert_same(fast(name), name, texts)
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "RoBERTa", "ModernBERT", "Llama 3", "Qwen 2"])
+def test_phrases_of_chinese_and_japanese_are_units_of_byte_level_bpe(name):
+    """Letters and marks beside others drawn at random: ASCII, white space, and marks that compose."""
+    blocks = rules.LETTER_BLOCKS + rules.MARK_BLOCKS
+    codes = [code for first, last in blocks for code in range(first, last + 1)]
+    draw = random.Random(0)
+    codes = draw.sample(codes, 2000)
+    marks = [chr(code) for first, last in rules.MARK_BLOCKS for code in range(first, last + 1)]
+    others = [*" \n\r\t'a1,s7", "\n\n", "  ", "'s", "'re", "\u3099", "\u0301", "\u0338", "\u3000", "é", "½", "Ⅷ"]
+    characters = [each for code in codes for each in (chr(code), draw.choice(others), draw.choice(marks))]
+    texts = ["".join(characters[start : start + 50]) for start in range(0, len(characters), 50)]
+    texts += ["".join(draw.choices(characters, k=draw.randint(1, 9))) for _ in range(500)]
+    assert_same(fast(name), name, texts)
+
+
+def test_a_phrase_is_a_unit():
+    data = Texts.of_strings(["我们，我们。"])
+    found = table.cut(data.data, data.offsets, rules.unit_rule(family("GPT-2")))
+    assert found.starts.tolist() == [0, 6, 9, 15]
 
 
 @pytest.mark.parametrize("name", ["BERT", "RoBERTa", "XLM-R"])
