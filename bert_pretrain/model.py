@@ -147,8 +147,13 @@ class PackedBertForPreTraining(BertForPreTraining):
         Where one graph does not hold for all batches, by a head's `is_one_graph`, the encoder runs as it is. Each graph
         is compiled once for all sizes of batches, since what has such sizes is made before. PackedTrainer calls
         this for --torch_compile. `torch.compile(model)` would end a graph wherever a size is read.
+
+        On a CPU dropout draws as it does uncompiled: inductor's own generator is so slow there that compiling costs.
         """
         options = {"fullgraph": True} | options
+        is_plain = options.get("backend", "inductor") == "inductor" and options.get("mode") in (None, "default")
+        if self.device.type == "cpu" and is_plain and not args and not options.get("options"):
+            options |= {"mode": None, "options": {"fallback_random": True}}
         self.bert.encoder.compile(*args, **options)
         self.__dict__["_sums"] = torch.compile(self._sums, *args, **options)
 

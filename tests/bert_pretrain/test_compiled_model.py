@@ -88,6 +88,19 @@ def test_other_heads_have_one_graph_of_slots_or_none(head, caplog):
     assert assert_equal_and_count(head, "aot_eager", by_slots=True) <= 3
 
 
+@pytest.mark.parametrize(
+    ("given", "draws_as_eager"),
+    [({}, True), ({"mode": "default", "options": None}, True), ({"mode": "max-autotune"}, False)],
+)
+def test_dropout_on_a_cpu_draws_as_eager_unless_a_mode_is_named(monkeypatch, given, draws_as_eager):
+    model, seen = make_model("sdpa"), []
+    monkeypatch.setattr(torch, "compile", lambda run, **options: seen.append(options))
+    monkeypatch.setattr(model.bert.encoder, "compile", lambda **options: seen.append(options))
+    model.compile(**given)
+    assert [options.get("options") == {"fallback_random": True} for options in seen] == [draws_as_eager] * 2
+    assert all(options["mode"] is None for options in seen if draws_as_eager)
+
+
 def test_a_copy_is_not_compiled():
     model = make_model("sdpa")
     model.compile(backend="eager")
