@@ -131,6 +131,8 @@ def read_packs(rows: Any, levels: Levels, columns: Sequence[str] | None) -> Flat
     for name, column in read.others(but=(INPUT_IDS, LENGTHS, MASK)):
         if column.counts is None:
             raise ValueError(f"column {name!r} has one value per row; a pack has one per token or per sequence")
+        if levels.is_token_level(name) is None and not counts.any():
+            continue  # packs of nothing do not show what a value belongs to
         if _is_token_level(name, column.counts, tokens_per_row, per_row, levels):
             _check_counts(name, column.counts, tokens_per_row, "tokens")
             in_tokens[name] = column.values

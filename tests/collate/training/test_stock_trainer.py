@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from collate import isolate_sequences, task_for
+from collate.losses import count_denominators
 from collate.training.order import ArrowRows, EvenedPacks
 from collate.training.refused import REFUSED_ARGUMENTS, refuse_arguments
 from packing import pack_dataset
@@ -179,6 +180,16 @@ def test_a_batch_of_empty_packs_has_the_columns_of_others(head, wrap):
     full, empty = (collator(evened.__getitems__(chosen)) for chosen in ([0, 1], [3, 3]))
     assert list(empty) == list(full) and not empty["sequence_ids"].any()
     assert [(x.shape, x.dtype) for x in empty.values()] == [(x.shape, x.dtype) for x in full.values()]
+
+
+def test_a_column_of_empty_packs_is_left_out_where_nothing_says_what_it_belongs_to():
+    """Taken for labels of tokens it would be counted."""
+    rows = [{"input_ids": [], "sequence_lengths": [], "next_sentence_label": []}]
+    assert "next_sentence_label" not in make_collator("mlm", pad_to=LENGTH)(rows)
+    evened = EvenedPacks(
+        [row | {"next_sentence_label": [1] * len(row["sequence_lengths"])} for row in make_packs("mlm", 3)], 4
+    )
+    assert count_denominators(make_collator("mlm", pad_to=LENGTH)([evened[3]])).tolist() == [0, 0, 0]
 
 
 def test_batches_of_an_iterable_dataset_that_one_process_deals_out(two_processes):
