@@ -212,7 +212,7 @@ def has_fla() -> bool:
 
 @cache
 def fla_kernel() -> Callable[..., Any]:
-    from fla.ops.delta_rule import chunk_delta_rule  # type: ignore[import-untyped]
+    from fla.ops.delta_rule import chunk_delta_rule
 
     return chunk_delta_rule
 
