@@ -21,8 +21,8 @@ making strings and lists is not timed. A ratio is of MB per second in the same r
 
 Hostile texts are those of the tests, and so are the small tokenizers of each family that read them, but for the first.
 
-Two processes: each reads half of the English text, and tells the other its units. The ratio is the time of one process
-for all of it, by that of the slower half.
+Two processes: each takes the next batch of the English text when it is done with one, as in the commands. The ratio is
+the time of one process for all of it, by that of the one of two that took longer.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def _slow(description: str) -> Callable:
     return partial(text_tokenizer(description).encode_batch_fast, add_special_tokens=False)
 
 
-def _ours(description: str, learned: Path | None = None) -> Callable:
-    return partial(open_encoder(description, "fast", learned).encode, special_tokens=False)
+def _ours(description: str) -> Callable:
+    return partial(open_encoder(description, "fast").encode, special_tokens=False)
 
 
 def _gigatoken(description: str) -> Callable:
@@ -266,15 +266,15 @@ def main() -> None:
     add("--text", type=Path, nargs="+", default=[], metavar="FILE", help="English prose, a text a line")
     add("--code", type=Path, nargs="+", default=[], metavar="FILE", help="source code, a text a file")
     add("--chinese", type=Path, nargs="+", default=[], metavar="FILE", help="Chinese, a text a line")
-    add("--corpora", nargs="+", default=[ENGLISH, CODE, CHINESE], help="those to read")
-    add("--tokenizers", nargs="+", default=["WordPiece", "BPE", "Unigram"], help="those to read them with")
+    for name, known in (("corpora", [ENGLISH, CODE, CHINESE]), ("tokenizers", ["WordPiece", "BPE", "Unigram"])):
+        add(f"--{name}", nargs="+", choices=known, default=known, help="those to read, or to read with")
     add("--mb", type=float, default=80, help="of each corpus")
     add("--warm-mb", type=float, default=10, help="of each corpus, to read again")
     add("--batch-mb", type=float, default=4, help="at a time, as pack-dataset has them")
     add("--rounds", type=int, default=3)
     add("--memory", type=float, nargs="*", metavar="MB", help="measure peak memory instead, for so much text")
     add("--hostile", type=int, metavar="TEXTS", help="count hostile texts that peers get wrong instead")
-    add("--worker", nargs=4, metavar=("JSON", "PART", "PARTS", "LEARNED"), help=argparse.SUPPRESS)  # a process of two
+    add("--worker", nargs=2, metavar=("JSON", "TAKEN"), help=argparse.SUPPRESS)  # a process of two
     add("--memory-of", nargs=2, metavar=("JSON", "MB"), help=argparse.SUPPRESS)  # a process of its own
     options = parser.parse_args()
     if options.worker:
@@ -443,41 +443,50 @@ def two_processes(tokenizer: str, description: str, options) -> str:
 
 
 def side_by_side(file: Path, processes: int, options) -> list[list[float]]:
-    """Processor seconds of each of so many processes: cold, warm. They start when all are ready."""
+    """Processor seconds of each of so many processes: cold, warm. They start either when all are ready."""
     own = ["--mb", str(options.mb), "--batch-mb", str(options.batch_mb)]
     if options.text:
         own += ["--text", *map(str, options.text)]
     command = [sys.executable, __file__, *own, "--worker", str(file)]
-    learned = tempfile.mkdtemp(dir=file.parent)
+    taken = tempfile.mkdtemp(dir=file.parent)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running: list[Any] = [
-        subprocess.Popen([*command, str(part), str(processes), learned], **pipes) for part in range(processes)
-    ]
+    running: list[Any] = [subprocess.Popen([*command, taken], **pipes) for _ in range(processes)]
+    seconds = []
+    for _ in ("cold", "warm", "end"):
+        seconds.append([each.stdout.readline() for each in running])
+        for each in running:
+            each.stdin.write("start\n")
+            each.stdin.flush()
     for each in running:
-        each.stdout.readline()
-    for each in running:
-        each.stdin.write("start\n")
-        each.stdin.flush()
-    return [[float(value) for value in each.communicate()[0].split()] for each in running]
+        each.communicate()
+    return [[float(cold), float(warm)] for cold, warm in zip(*seconds[1:], strict=True)]
 
 
 def work(options) -> None:
-    """In a process of its own: read a part of the English text twice; the parts take batches in turn."""
-    file, part, parts, learned = options.worker
-    mine = batches(first(prose(options.text), options.mb), options.batch_mb)[int(part) :: int(parts)]
-    prepared = [[Texts.of_strings(texts)] for texts in mine]
+    """In a process of its own: read the English text twice, or those batches of it that no other process took."""
+    file, taken = options.worker
+    texts = batches(first(prose(options.text), options.mb), options.batch_mb)
+    prepared = [[Texts.of_strings(batch)] for batch in texts]
     description = Path(file).read_text("utf-8")
-    with tempfile.TemporaryDirectory() as folder:
-        for warm_up in [_ours(description, Path(folder)) for _ in range(2)]:
-            warm_up(prepared[0])
-    run = _ours(description, Path(learned) if int(parts) > 1 else None)
+    _ours(description)(prepared[0])  # compiled
+    run = _ours(description)
     print("ready", flush=True)
-    sys.stdin.readline()
-    for _ in ("cold", "warm"):
+    for state in ("cold", "warm"):
+        sys.stdin.readline()
         start = time.process_time()
-        for each in prepared:
-            run(each)
+        for number, each in enumerate(prepared):
+            if takes(Path(taken, f"{state}-{number}")):
+                run(each)
         print(time.process_time() - start, flush=True)
+
+
+def takes(batch: Path) -> bool:
+    """Whether this process is the first to ask for the batch."""
+    try:
+        batch.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 # Memory

@@ -25,7 +25,7 @@ from bert_pretrain.prepare.documents import (
 from bert_pretrain.prepare.tokenizer import tokenize_sentences
 from bert_pretrain.prepare.tokens import TokenDocuments, load_part, open_tokens, save_part, write_tokens
 from packing.files.names import NamedFile
-from packing.files.processes import Workers, shared_folder
+from packing.files.processes import Workers
 from packing.files.progress import progress_bar
 from packing.source.text_files import BLOCK_BYTES, TextBlock, TextRows, find_blocks
 from packing.text.outcome import Amount, DifferentTokens
@@ -234,4 +234,4 @@ def _encoder(file: Path, mode: str) -> "Encoder":
     """One for all tasks of this process: its table holds what it has read."""
     from packing.text.encode import open_encoder  # compiled code, which help must not wait for
 
-    return open_encoder(file.read_text(encoding="utf-8"), mode, shared_folder())
+    return open_encoder(file.read_text(encoding="utf-8"), mode)

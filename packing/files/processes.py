@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 TASKS_AHEAD = 4  # tasks given to each process in advance: none is idle, and few tasks are held
@@ -46,7 +44,6 @@ class Workers:
         if self._executor is not None:
             self._stop.set()
             self._executor.shutdown(cancel_futures=True)
-            self._folder.cleanup()
 
     def map(
         self, do: Callable[[Task], Result], tasks: Iterable[Task], *, in_order: bool = True, most: int | None = None
@@ -81,9 +78,7 @@ class Workers:
         """All processes start now. One that started after another had died would be waited for without end."""
         context = multiprocessing.get_context("spawn")
         self._stop = context.Event()
-        self._folder = TemporaryDirectory(prefix="dataset-packing-", ignore_cleanup_errors=True)
-        initial = self.prepare, self._stop, Path(self._folder.name)
-        self._executor = ProcessPoolExecutor(self.num_proc, context, _begin, initial)
+        self._executor = ProcessPoolExecutor(self.num_proc, context, _begin, (self.prepare, self._stop))
         for _ in range(self.num_proc):
             self._executor.submit(int)  # done once the process has started
         return self._executor
@@ -102,7 +97,6 @@ def _take(waiting: deque[Future[Result]], in_order: bool) -> Result:
 
 _prepared: Any = None
 _stop: Any = None  # the event that is set when the pool ends
-_folder: Path | None = None
 
 
 def prepared() -> Any:
@@ -110,22 +104,17 @@ def prepared() -> Any:
     return _prepared
 
 
-def shared_folder() -> Path | None:
-    """A folder that the processes of this pool have for each other, until it ends; None in no pool."""
-    return _folder
-
-
 def is_stopped() -> bool:
     """Whether the pool is ending, so that a long task should leave off."""
     return _stop.is_set()
 
 
-def _begin(prepare: Callable[[], object] | None, stop: object, folder: Path) -> None:
-    global _prepared, _stop, _folder
+def _begin(prepare: Callable[[], object] | None, stop: object) -> None:
+    global _prepared, _stop
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process works alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _folder, _stop = folder, stop
+    _stop = stop
     _prepared = None if prepare is None else prepare()
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from packing.files.cache import kept_rows, key_of
 from packing.files.errors import Option, SourceError, suggestion
 from packing.files.hashed import HashedFile, write_file
-from packing.files.processes import Workers, prepared, shared_folder
+from packing.files.processes import Workers, prepared
 from packing.files.progress import progress_bar
 from packing.source.fingerprint import column_prints, combined_print
 from packing.source.sequences import OverlongError
@@ -158,7 +158,7 @@ class TokenizeRows:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return open_encoder(self.description, self.mode, shared_folder())
+        return open_encoder(self.description, self.mode)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_encoder"}

@@ -5,7 +5,6 @@ rows         texts and rows of ids; encode_batch
 reader       the ids of units that are new, by the tokenizer
 plain        texts as the model sees them: it reads them without normalizer and pre-tokenizer
 words        the same for words that are known by their first token
-learned      units that several processes tell each other
 metaspace    where texts may be cut for Unigram and for BPE with spaces in its words
 outcome      how much the tokenizer read; the text for which units are wrong
 rules        where a tokenizer's texts may be cut into units

@@ -12,21 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from packing.files.cache import key_of
 from packing.histogram import offsets_of
-from packing.text.learned import Learned, News
 from packing.text.outcome import Amount, DifferentTokens
 from packing.text.plain import PlainReader
-from packing.text.reader import UnitReader, join
-from packing.text.rows import Rows, SlowEncoder, Texts, chosen, joined_rows
+from packing.text.reader import UnitReader
+from packing.text.rows import Rows, SlowEncoder, Texts, joined_rows
 from packing.text.rules import unit_rule
 from packing.text.spaces import squeeze
-from packing.text.table import MOST_IDS, Units, WordTable, count_foreign, cut, frame
+from packing.text.table import MOST_IDS, WordTable, count_foreign, cut, frame
 from packing.text.tokenizer import TOKENIZE_CURE, text_tokenizer
 from packing.text.units import NoRule, UnitRule
 
@@ -47,11 +44,10 @@ class FastEncoder:
     bytes: how much text there was. new_bytes: how much of it the tokenizer read.
     """
 
-    def __init__(self, tokenizer: Tokenizer, rule: UnitRule, learned: Learned | None = None):
-        """learned: what other processes tell of the units that they met; None: there are none."""
+    def __init__(self, tokenizer: Tokenizer, rule: UnitRule):
         self.tokenizer, self.rule, self._slow = tokenizer, rule, SlowEncoder(tokenizer)
         self._plain = PlainReader(rule.tokenizer, tokenizer.normalizer)
-        self._table, self._reader, self._learned = WordTable(), UnitReader(rule, self._plain), learned
+        self._table, self._reader = WordTable(), UnitReader(rule, self._plain)
         self._frames = {1: Frame.of(tokenizer, 1), 2: Frame.of(tokenizer, 2)}
         self.bytes = self.new_bytes = 0
         self._passed = self._to_pass = 0
@@ -63,8 +59,6 @@ class FastEncoder:
 
     def encode(self, columns: Sequence[Texts], special_tokens: bool = True) -> Rows:
         """The rows of one column of texts, or of two that make pairs. Raises DifferentTokens."""
-        if self._learned is not None:
-            self._learned.meet()
         rows = self._encode(columns, special_tokens)
         self._check(columns, rows, special_tokens)
         return rows
@@ -96,7 +90,6 @@ class FastEncoder:
         units = cut(padded[: len(data)], offsets, self.rule)
         if (units.ends - units.starts).max(initial=0) > LONGEST:
             return self._encode_slowly(texts)
-        self._hear()
         found, new = self._table.look_up(padded, units, self.rule.lowercase)
         new_bytes = int(new[:, 1].sum())
         if new_bytes > MOST_NEW * len(data) and self.bytes > SCAN_BYTES // 2:
@@ -111,22 +104,7 @@ class FastEncoder:
     def _learn(self, data: np.ndarray, new: np.ndarray) -> np.ndarray:
         """What `WordTable.gather` needs of new units, which the tokenizer reads."""
         rows = self._reader.read(data, new)
-        if self._learned is not None:
-            kept = np.flatnonzero(new[:, 2] >= 0)
-            told = chosen(rows, kept)
-            self._learned.tell(
-                News(join(data, new[kept], NO_BYTES, 1)[0], new[kept, 1], told.ids, np.diff(told.offsets))
-            )
         return self._table.add(new, rows.ids, rows.offsets)
-
-    def _hear(self) -> None:
-        """Keep what other processes have learned."""
-        for news in [] if self._learned is None or self._table.is_full else self._learned.hear():
-            ends, offsets = offsets_of(news.lengths), offsets_of(news.counts)
-            units = Units(ends[:-1].astype(np.int32), ends[1:].astype(np.int32), NO_UNITS)
-            _, new = self._table.look_up(_padded(news.data), units, self.rule.lowercase)
-            rows = chosen(Rows(news.ids, offsets), np.searchsorted(ends, new[:, 0]))
-            self._table.add(new, rows.ids, rows.offsets)
 
     def _encode_slowly(self, texts: Texts) -> Rows:
         self.new_bytes += len(texts.data)
@@ -162,17 +140,16 @@ class FastEncoder:
 Encoder = FastEncoder | SlowEncoder
 
 
-def open_encoder(description: str, mode: str = "auto", shared: Path | None = None) -> Encoder:
+def open_encoder(description: str, mode: str = "auto") -> Encoder:
     """The encoder of a tokenizer, from the JSON that `describe` makes. mode: see MODES.
 
-    shared: a folder in which processes tell each other the units that they met; None: this one works alone.
     Raises ValueError for mode="fast" where no rule is known."""
     tokenizer = text_tokenizer(description)
     if mode == "exact":
         return SlowEncoder(tokenizer, "as --tokenize exact asks")
     try:
         rule = unit_rule(description)
-        return FastEncoder(tokenizer, rule, None if shared is None else Learned(shared / key_of(description)))
+        return FastEncoder(tokenizer, rule)
     except NoRule as error:
         if mode == "fast":
             raise ValueError(

