@@ -471,22 +471,24 @@ def work(options) -> None:
     _ours(description)(prepared[0])  # compiled
     run = _ours(description)
     print("ready", flush=True)
-    for state in ("cold", "warm"):
+    mine: list = []
+    for offered in (not_taken(prepared, Path(taken), mine), mine):  # cold, then warm
         sys.stdin.readline()
         start = time.process_time()
-        for number, each in enumerate(prepared):
-            if takes(Path(taken, f"{state}-{number}")):
-                run(each)
+        for batch in offered:
+            run(batch)
         print(time.process_time() - start, flush=True)
 
 
-def takes(batch: Path) -> bool:
-    """Whether this process is the first to ask for the batch."""
-    try:
-        batch.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+def not_taken(prepared: list, taken: Path, mine: list) -> Iterator:
+    """The batches that this process is the first to ask for; they are put down as mine."""
+    for number, batch in enumerate(prepared):
+        try:
+            (taken / str(number)).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        mine.append(batch)
+        yield batch
 
 
 # Memory
