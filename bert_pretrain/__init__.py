@@ -8,9 +8,10 @@ objective    OBJECTIVES: what is learned about sentence pairs, one row each
 prepare/     text -> sequences
 model        PackedBertForPreTraining
 attention/   attention heads: the contract, and ATTENTION
+block/       what stands around attention in a layer
 train/       one pretraining run
 
-Others import PackedBertForPreTraining from here, and what attention/ names.
+Others import PackedBertForPreTraining from here, and what attention/ and block/ name.
 """
 
 from typing import TYPE_CHECKING

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertForPreTraining
+from transformers import AutoModelForPreTraining, BertConfig, BertForPreTraining, PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from bert_pretrain.attention import AttentionHead, use_attention
-from bert_pretrain.attention.head import initialize_head, prepare_heads
+from bert_pretrain.attention.head import prepare_heads
+from bert_pretrain.block import BlockBertConfig, BlockOptions, place_block
+from bert_pretrain.block.use import DEFAULT_ATTENTION, initialize_block
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.device.host import tensors_in
 from collate.layout import PackLayout, SlotLayout
@@ -27,9 +29,10 @@ from packing.files.errors import check_known
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ATTENTION = "sdpa"
 PAIR_SUMS = {name: f"{name}_pairs" for name in PAIR_LABELS}
 """Objective -> the name of the sum that counts its pairs."""
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+"""Keywords that say where a config lies."""
 VOCABULARY_STEP = 64
 """GPUs multiply matrices of such multiples several times faster."""
 
@@ -55,9 +58,10 @@ class PackedBertOutput(ModelOutput):
 class PackedBertForPreTraining(BertForPreTraining):
     """BERT with MLM and NSP heads for batches of `DataCollatorWithPacking`; the NSP head can learn SOP instead.
 
-    Checkpoints are those of `BertForPreTraining`, tensor for tensor, in both directions. Two additions to the config:
-    `packed_attention` (a name or one per layer, default "sdpa") and `mlm_loss` ("sequence": every sequence weighs the
-    same; "token": every predicted token does).
+    Checkpoints are those of `BertForPreTraining`, tensor for tensor, in both directions. Three additions to the config:
+    `packed_attention` (a name or one per layer, default "sdpa"), `mlm_loss` ("sequence": every sequence weighs the
+    same; "token": every predicted token does) and `block`, the options of `bert_pretrain.block`. With a block that
+    stock BERT does not compute, a checkpoint is that of `BlockBertForPreTraining`, which stock's Auto classes refuse.
     """
 
     pair_columns = tuple(PAIR_LABELS.values())
@@ -71,6 +75,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         super().__init__(config)
         config.mlm_loss = mlm_loss
         self._has_said = False
+        place_block(self, _block_of(config))
         use_attention(
             self,
             getattr(config, "packed_attention", None) or DEFAULT_ATTENTION,
@@ -144,7 +149,8 @@ class PackedBertForPreTraining(BertForPreTraining):
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile the encoder as one graph, and the losses as another; args and options: of torch.compile.
 
-        Where one graph does not hold for all batches, by a head's `is_one_graph`, the encoder runs as it is. Each graph
+        Where one graph does not hold for all batches, by a head's `is_one_graph` or by the block, the encoder runs as it
+        is. Each graph
         is compiled once for all sizes of batches, since what has such sizes is made before. PackedTrainer calls
         this for --torch_compile. `torch.compile(model)` would end a graph wherever a size is read.
 
@@ -185,7 +191,8 @@ class PackedBertForPreTraining(BertForPreTraining):
         )
         encoder: Any = self.bert.encoder
         if encoder._compiled_call_impl is not None:
-            if left_out := {type(head).__name__ for head in heads if not head.is_one_graph(layout)}:
+            left_out = {type(head).__name__ for head in heads if not head.is_one_graph(layout)}
+            if left_out := left_out | set(getattr(encoder, "not_one_graph", ())):
                 self._say_left_out(left_out)
                 encoder = encoder._call_impl
             elif not isinstance(layout, SlotLayout):
@@ -198,7 +205,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         if not self._has_said:
             self._has_said = True
             names = " and ".join(sorted(heads))
-            logger.info("the encoder runs uncompiled where the steps of %s depend on the batch", names)
+            logger.info("the encoder runs uncompiled where no graph holds for the steps of %s", names)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """Losses and accuracies from summed `PackedBertOutput.sums`.
@@ -231,9 +238,17 @@ class PackedBertForPreTraining(BertForPreTraining):
     def initialize_weights(self) -> None:
         """Draw the weights of a new model, or those that a checkpoint lacks; attention heads draw their own."""
         super().initialize_weights()
-        for module in self.modules():
-            if isinstance(module, AttentionHead):
-                initialize_head(module)
+        initialize_block(self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a checkpoint with a block becomes a BlockBertForPreTraining."""
+        if cls is PackedBertForPreTraining and not isinstance(kwargs.get("config"), PreTrainedConfig):
+            place = kwargs.get("config") or pretrained_model_name_or_path
+            found, _ = PreTrainedConfig.get_config_dict(place, **{k: kwargs[k] for k in OF_THE_HUB if k in kwargs})
+            if found.get("model_type") == BlockBertConfig.model_type:
+                return BlockBertForPreTraining.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
@@ -243,6 +258,26 @@ class PackedBertForPreTraining(BertForPreTraining):
         self.config.architectures = [BertForPreTraining.__name__]
         if is_main_process:
             self.config.save_pretrained(save_directory)
+
+
+class BlockBertForPreTraining(PackedBertForPreTraining):
+    """PackedBertForPreTraining with a block of its own; `AutoModelForPreTraining` finds it."""
+
+    config: BlockBertConfig
+
+
+AutoModelForPreTraining.register(BlockBertConfig, BlockBertForPreTraining, exist_ok=True)
+
+
+def _block_of(config: BertConfig) -> BlockOptions:
+    """The options of the block that a config names.
+
+    chunk_size_feed_forward, which stock BERT has, cuts padded rows into equal chunks; a block cuts tokens.
+    """
+    options = BlockOptions.of(getattr(config, "block", None))
+    if options.chunk_size is None and getattr(config, "chunk_size_feed_forward", 0):
+        return options.with_changes({"chunk_size": config.chunk_size_feed_forward})
+    return options
 
 
 def _pair_label(pair_labels: dict[str, Tensor | None]) -> tuple[str, Tensor | None]:

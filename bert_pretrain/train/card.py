@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainerState
 
+from bert_pretrain.block import BlockOptions
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.objective import OBJECTIVES, pair_columns
 from bert_pretrain.train.config import PretrainConfig
@@ -26,15 +27,21 @@ pipeline("fill-mask", model="{name}")("… {mask} …")
 ```
 """
 
-LOADING_OTHER_ATTENTION = """\
-It was trained with the attention head `{attention}`; stock transformers has its weights but not its attention. So load
-it with
+OURS = """
 
 ```python
 from bert_pretrain import PackedBertForPreTraining
 
 model = PackedBertForPreTraining.from_pretrained("{name}")
 ```
+"""
+LOADING_OTHER_ATTENTION = f"""\
+It was trained with the attention head `{{attention}}`; stock transformers has its weights but not its attention. So
+load it with{OURS}"""
+LOADING_OTHER_BLOCK = f"""\
+Its layers have another block than BERT's, so stock transformers refuses it. Load it with{OURS}
+Once `bert_pretrain.block` is imported, `AutoModel`, `AutoModelForSequenceClassification` and their like load it, too.
+Call these with `sequence_ids=`: 1 for the tokens of a sequence, 0 for padding.
 """
 
 
@@ -55,7 +62,10 @@ def model_card(
         "tokens_seen" by the end of training, which may be later than the last log.
     best_step: the step that the model is of, if it is not the last one.
     """
-    bert, is_stock = model.config, attends_fully(model)
+    bert, is_full = model.config, attends_fully(model)
+    block = BlockOptions.of(getattr(bert, "block", None))
+    loading = LOADING if is_full else LOADING_OTHER_ATTENTION
+    loading = loading if block.computes_stock else LOADING_OTHER_BLOCK
     trained = _last(state.log_history, "loss")
     evaluated = {key.removeprefix("eval_"): value for key, value in _last(state.log_history, "eval_loss").items()}
     attention = bert.packed_attention if isinstance(bert.packed_attention, str) else ", ".join(bert.packed_attention)
@@ -73,10 +83,12 @@ def model_card(
         "architecture": f"{bert.num_hidden_layers} layers of {bert.hidden_size}, {bert.num_attention_heads} attention "
         f"heads, feed-forward {bert.intermediate_size}, {bert.max_position_embeddings} positions, vocabulary "
         f"{bert.vocab_size:,}",
-        "attention": f"`{attention}`" + (", full attention" if is_stock else ""),
+        "attention": f"`{attention}`" + (", full attention" if is_full else ""),
         "trained for": f"{state.global_step:,} optimizer steps of "
         + ("equally many packs" if config.batch_policy == "packs" else f"{config.sequences_per_step:,} sequences"),
     }
+    if block.changed:
+        facts["block"] = ", ".join(f"{option} `{value}`" for option, value in block.changed.items())
     if seen["sequences_seen"]:
         facts["seen"] = f"{seen['sequences_seen']:,} sequences, {seen['tokens_seen']:,} real tokens"
     if best_step is not None:
@@ -91,7 +103,7 @@ def model_card(
         "## Results",
         _results(trained, evaluated),
         "## Use",
-        (LOADING if is_stock else LOADING_OTHER_ATTENTION).format(name=name, attention=attention, mask=mask_token),
+        loading.format(name=name, attention=attention, mask=mask_token),
         "## Versions",
         _table(("package", "version"), versions().items()),
     ]

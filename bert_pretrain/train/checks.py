@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
@@ -17,6 +17,7 @@ from transformers.trainer_utils import SchedulerType
 from bert_pretrain.objective import NO_PAIR, pair_columns
 from bert_pretrain.prepare.tokenizer import vocabulary_fingerprint
 from bert_pretrain.train.config import AUTO, PretrainConfig
+from bert_pretrain.train.run_record import CHECKPOINTING
 from collate.losses import mlm_loss_of, pretraining_loss
 from collate.vocabulary import token_ids, vocabulary_size
 from packing import load_packed, packed_info
@@ -217,6 +218,17 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
             )
     if test is not None:
         _check_best_metric(training.metric_for_best_model, test)
+
+
+def check_stream(model: PreTrainedModel, training: TrainingArguments) -> None:
+    """Raise ValueError for checkpointing on top of a reversible stream, which keeps less already."""
+    options = getattr(model.base_model.encoder, "options", None)
+    for name in CHECKPOINTING:
+        if getattr(training, name, False) and options is not None and options.stream == "reversible":
+            raise OptionError(
+                f"{Option(name, True)} keeps what enters each layer, and {Option('block')} has the stream "
+                "'reversible', which keeps nothing of them; leave the former out"
+            )
 
 
 def _check_schedule(training: TrainingArguments) -> None:

@@ -1,5 +1,6 @@
 """What a pretraining run is configured with, beside transformers' TrainingArguments."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ class PretrainConfig:
         AUTO,
     )
     attention_options: str | None = _help("Options of the attention heads, as JSON: '{\"window\": 64}'.", None)
+    block: str | None = _help(
+        "What stands around attention in a layer, as JSON: "
+        '\'{"placement": "pre", "norm": "rms", "stream": "checkpoint"}\'. By default the block of the checkpoint, or of '
+        "BERT; docs/blocks.md has all options.",
+        None,
+    )
     mlm_loss: str = _help(
         "What the MLM loss is the mean of: sequence (every sequence weighs the same) or token (every predicted token).",
         "sequence",
@@ -114,7 +121,21 @@ class PretrainConfig:
         """ "local, sdpa" -> ["local", "sdpa"]: one name for all layers, or one per layer."""
         return [name.strip() for name in self.attention.split(",")]
 
+    def json_object(self, name: str) -> dict[str, Any]:
+        """The value of an option that is JSON; {} where it is not given."""
+        given = Option(name, getattr(self, name))
+        try:
+            found = json.loads(getattr(self, name) or "{}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise OptionError(f"{given} is no JSON: {error}") from None
+        if not isinstance(found, dict):
+            example = {"attention_options": '{"window": 64}', "block": '{"placement": "pre"}'}[name]
+            raise OptionError(f"{given} must be a JSON object, such as {example}")
+        return found
+
     def __post_init__(self) -> None:
+        if self.block is not None:  # the same text for the same options: a run that resumes compares it
+            object.__setattr__(self, "block", json.dumps(self.json_object("block"), sort_keys=True))
         given = {name: Option(name, value) for name, value in vars(self).items()}
         for name in ("sequences_per_step", "tokens_per_pass", *SHAPE):
             if getattr(self, name) is not None:

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from transformers import BertForPreTraining, TrainingArguments
 from transformers.utils.import_utils import enable_tf32
 
+from bert_pretrain.block import BlockOptions
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.metrics import attends_fully
 from bert_pretrain.train.run_record import CHOSEN
@@ -140,14 +141,20 @@ def bytes_per_token(model: BertForPreTraining, mlm_probability: float, is_half: 
     dropout. One layer more is for backward, which works on one. Embeddings keep 11 D. The loss has logits in 16
     and 32 bits, their probabilities and two gradients: 16 V for each predicted token.
 
-    Checkpointing keeps the sum that enters a layer, 4 D, and makes the rest of one layer again.
+    Checkpointing keeps the sum that enters a layer, 4 D, or two of them, and makes the rest of one layer again. A
+    reversible stream keeps two sums and their gradients, whatever the depth. Chunks keep what enters the feed-forward.
     """
-    bert = model.config
-    width, wide = bert.hidden_size, bert.intermediate_size
+    bert: Any = model.config
+    block = BlockOptions.of(getattr(bert, "block", None))
+    width = bert.hidden_size
+    wide = bert.intermediate_size if block.chunk_size is None else 0
     of_layer = 28 * width + 4 * wide if is_half else 40 * width + 8 * wide
+    sums = 4 * width * (2 if block.placement == "residual" else 1)
     of_layers = (bert.num_hidden_layers + 1) * of_layer
-    if is_checkpointed:
-        of_layers = bert.num_hidden_layers * 4 * width + 2 * of_layer
+    if block.stream == "reversible":
+        of_layers = 16 * width + 2 * of_layer
+    elif is_checkpointed or block.stream == "checkpoint":
+        of_layers = bert.num_hidden_layers * sums + 2 * of_layer
     return of_layers + 11 * width + 16 * mlm_probability * bert.vocab_size
 
 

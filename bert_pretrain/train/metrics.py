@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil  # accelerate brings it
 import torch
@@ -51,22 +52,30 @@ class ModelFlops:
       + 6 · (width² + width · vocabulary) · predicted tokens
 
     As PaLM counts them (arXiv 2204.02311, appendix B), with the lengths of single sequences, and the vocabulary
-    projection where it is computed. Pooler and pair classifier, one token in a sequence, are left out.
+    projection where it is computed. A shared layer counts once a pass, of experts those that a token chooses. Pooler and pair classifier, one token in a sequence, are left out.
     """
 
     def __init__(self, model: BertForPreTraining):
         config = model.config
         self.attention = attends_fully(model)
-        self.per_token = 6 * sum(
-            weight.numel()
-            for name, weight in model.bert.encoder.layer.named_parameters()
-            if weight.dim() == 2 and "attention_head" not in name.split(".")
-        )
+        encoder: Any = model.bert.encoder
+        self.per_token = 6 * sum(map(_weights_of_token, getattr(encoder, "passes", encoder.layer)))
         self.per_square = 12 * config.num_hidden_layers * config.hidden_size if self.attention else 0
         self.per_prediction = 6 * config.hidden_size * (config.hidden_size + config.vocab_size)
 
     def __call__(self, tokens: int, squares: int, predicted: int) -> int:
         return self.per_token * tokens + self.per_square * squares + self.per_prediction * predicted
+
+
+def _weights_of_token(layer: Any) -> int:
+    """Of a layer's matrices, how many numbers a token meets; of experts, those that it chooses."""
+    own = ("attention_head", "feed_forward")
+    shared = sum(
+        weight.numel()
+        for name, weight in layer.named_parameters()
+        if weight.dim() == 2 and not any(part in own for part in name.split("."))
+    )
+    return shared + getattr(getattr(layer, "feed_forward", None), "weights_of_token", 0)
 
 
 class Meter:

@@ -1,6 +1,5 @@
 """Configuration + vocabulary -> the model to pretrain."""
 
-import json
 import logging
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import AutoConfig, BertConfig, PreTrainedConfig, TrainingArgum
 
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.choice import choose_attention
+from bert_pretrain.block import BlockOptions, use_block
 from bert_pretrain.model import PackedBertForPreTraining
 from bert_pretrain.places import find_pretrained
 from bert_pretrain.train.checks import READ_PACKS
@@ -65,6 +65,7 @@ def _new_model(config: PretrainConfig, vocab_size: int, pad_token_id: int, longe
         vocab_size=vocab_size,
         attention_probs_dropout_prob=_attention_dropout(config, 0.1),
         pad_token_id=pad_token_id,
+        block=_block(config, None).changed or None,
         **shape,
         **_own_options(config),
     )
@@ -99,18 +100,26 @@ def _loaded_model(config: PretrainConfig, name: str, vocab_size: int, longest: i
     model, found = loaded
     # the seed draws what the checkpoint lacks
     model.loaded_parameters = parameters_digest(model, without=set(found["missing_keys"]))
-    return model
+    options = _block(config, getattr(bert, "block", None))
+    if options.initial != BlockOptions.of(getattr(bert, "block", None)).initial:
+        raise OptionError(
+            f"{Option('block', config.block)} has initial, which draws the weights of a new model, and "
+            f"{Option('model', name)} has its own; leave either out"
+        )
+    return use_block(model, **options.changed)
+
+
+def _block(config: PretrainConfig, before: dict[str, Any] | None) -> BlockOptions:
+    """What the user asks for; what is left out is as in the checkpoint's config."""
+    try:
+        return BlockOptions.of(before).with_changes(config.json_object("block"))
+    except ValueError as error:
+        raise OptionError(f"{Option('block', config.block)}: {error}") from None
 
 
 def _own_options(config: PretrainConfig) -> dict[str, Any]:
     """What our model's config has beside stock BERT's."""
-    given = f"{Option('attention_options', config.attention_options)}"
-    try:
-        options = json.loads(config.attention_options or "{}")
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise OptionError(f"{given} is no JSON: {error}") from None
-    if not isinstance(options, dict):
-        raise OptionError(f'{given} must be a JSON object, such as {{"window": 64}}')
+    options = config.json_object("attention_options")
     names = config.attention_names
     attention = names[0] if len(names) == 1 else names
     return {"mlm_loss": config.mlm_loss, "packed_attention": attention, "packed_attention_options": options}

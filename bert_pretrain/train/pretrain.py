@@ -79,6 +79,7 @@ def _pretrain(
     model = build_model(config, vocabulary_size(tokenizer), tokenizer.pad_token_id, longest_sequence(*splits))
     for split in splits:
         checks.check_token_types(config.dataset, split, model.config.type_vocab_size)
+    checks.check_stream(model, training)
     objective = checks.check_objective(config, train)
     freeze_unlearned(model, objective)
     slots = packed_info(train).max_sequence_length

@@ -41,7 +41,8 @@ class _TiedTogether(TrainerCallback):
         self.model, self.head = model, model.cls.predictions
         self.head.__dict__["weight"] = self.head.decoder.weight  # accelerate sees that they are tied
         model.__dict__["get_output_embeddings"] = lambda: self.head
-        model._no_split_modules = {"BertLayer"}  # BertEmbeddings would be a part of its own, and holds what is tied
+        layers: Any = model.bert.encoder.layer
+        model._no_split_modules = {type(layer).__name__ for layer in layers}  # BertEmbeddings would be a part of its own, and holds what is tied
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.head.__dict__.pop("weight", None)

@@ -10,6 +10,7 @@ Nothing here needs a GPU: see pretend_cuda.
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,12 +104,17 @@ def batch_of(sequence_ids: Tensor) -> dict[str, Tensor]:
     }
 
 
-def count(head: str, layers: int = 1, batch: dict[str, Tensor] | None = None) -> Count:
-    """One pass of PackedBertForPreTraining with this attention head, from the batch's arrival to the gradients."""
+def count(
+    head: str, layers: int = 1, batch: dict[str, Tensor] | None = None, block: dict[str, Any] | None = None
+) -> Count:
+    """One pass of PackedBertForPreTraining with this attention head, from the batch's arrival to the gradients.
+
+    block: options of bert_pretrain.block.
+    """
     batch = batch_of(packs(10)) if batch is None else batch
     torch.manual_seed(0)
     sizes: dict = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": layers}
-    ours: dict = {"packed_attention": head, "attention_probs_dropout_prob": 0.0}
+    ours: dict = {"packed_attention": head, "attention_probs_dropout_prob": 0.0, "block": block}
     config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes, **ours)
     model = PackedBertForPreTraining(config).train()
     with PretendCuda() as gpu:
@@ -122,10 +128,10 @@ def count(head: str, layers: int = 1, batch: dict[str, Tensor] | None = None) ->
     return Count(len(gpu.waits), gpu.launches.total(), gpu.mixed, per_line(gpu.waits))
 
 
-def counts(head: str, distinct: int = 10) -> Counts:
+def counts(head: str, distinct: int = 10, block: dict[str, Any] | None = None) -> Counts:
     """Passes over a batch with so many distinct lengths."""
     batch = batch_of(packs(distinct))
-    one, two = (count(head, layers, batch) for layers in (1, 2))
+    one, two = (count(head, layers, batch, block) for layers in (1, 2))
     waits, launches = two.waits - one.waits, two.launches - one.launches
     return Counts(one.waits - waits, waits, one.launches - launches, launches, two.mixed, two.lines)
 

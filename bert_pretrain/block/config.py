@@ -1,0 +1,34 @@
+"""BlockBertConfig: the config of a BERT whose block is not stock's.
+
+Its tensors have stock names, so stock BERT would load them and compute nonsense. Hence a model type and architectures
+of its own, which transformers' Auto classes refuse; `bert_pretrain.block` registers them.
+"""
+
+from typing import Any
+
+from transformers import BertConfig, PreTrainedConfig
+
+from bert_pretrain.block.options import BlockOptions
+
+OWN = "Block"
+"""What the names of architectures begin with."""
+
+
+class BlockBertConfig(BertConfig):
+    """BertConfig with an entry `block`: options and values, {"placement": "pre"}."""
+
+    model_type = "block_bert"
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        names = values.get("architectures") or []
+        return values | {"architectures": [OWN + name.removeprefix(OWN).removeprefix("Packed") for name in names]}
+
+
+def set_block(config: PreTrainedConfig, options: BlockOptions) -> None:
+    """Write the entry, and let the config be of the type that belongs to it."""
+    config.block = options.changed or None  # type: ignore[attr-defined]
+    if isinstance(config, BertConfig):
+        config.__class__ = BertConfig if options.computes_stock else BlockBertConfig
+    if config.block is None:  # type: ignore[attr-defined]
+        del config.block  # type: ignore[attr-defined]

@@ -1,0 +1,106 @@
+"""BlockEncoder: layers with a block in the place of stock BERT's encoder."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from bert_pretrain.attention import AttentionHead
+from bert_pretrain.attention.head import prepare_heads
+from bert_pretrain.block.initial import INITIAL
+from bert_pretrain.block.layer import BlockLayer
+from bert_pretrain.block.norms import norm_like
+from bert_pretrain.block.options import BlockOptions
+from bert_pretrain.block.placements import PLACEMENTS
+from bert_pretrain.block.streams import STREAMS
+from collate.layout import PackLayout
+
+NOT_RECORDED = ("output_hidden_states", "output_attentions")
+
+
+@dataclass
+class BlockOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """loss_sums: what the layers add to the loss, by the names of the terms, summed over layers."""
+
+    loss_sums: dict[str, Tensor] | None = None
+
+
+class BlockEncoder(nn.Module):
+    """Takes the place of `bert.encoder`, and keeps its tensor names; a norm at the end is `encoder.LayerNorm`.
+
+    Two callers. Our model gives (1, T, D) with its `layout`. A stock model gives padded rows (B, L, D) with
+    `sequence_ids`: they are unpadded once before the layers, and padded after.
+
+    layers: of stock BERT, or of a BlockEncoder; their parameters are taken over. With share_layers the first is.
+    """
+
+    def __init__(self, config: Any, layers: nn.ModuleList, options: BlockOptions):
+        super().__init__()
+        self.config, self.options, self.is_shrunk = config, options, False
+        self.placement, self.stream = PLACEMENTS[options.placement], STREAMS[options.stream]
+        sources: list[Any] = list(layers)[:1] if options.share_layers else list(layers)
+        self.layer = nn.ModuleList(BlockLayer(config, options, layer, i) for i, layer in enumerate(sources))
+        if self.placement.has_final_norm:
+            self.LayerNorm = norm_like(options.norm, sources[0].output.LayerNorm, is_new=True)
+
+    @property
+    def passes(self) -> list[Any]:
+        """The layers in the order of their passes."""
+        return [*self.layer] * (self.config.num_hidden_layers if self.options.share_layers else 1)
+
+    @property
+    def not_one_graph(self) -> set[str]:
+        """The names of what torch.compile cannot take into a graph: a stream or a feed-forward that says so."""
+        parts = [self.stream, *(layer.feed_forward for layer in self.passes)]
+        names = {getattr(part, "__name__", type(part).__name__) for part in parts if not getattr(part, "is_one_graph", True)}
+        return names
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        layout: PackLayout | None = None,
+        sequence_ids: Tensor | None = None,
+        **others: Any,
+    ) -> BlockOutput:
+        if layout is not None:
+            hidden_TD, sums = self._run(hidden_states[0], layout)
+            return BlockOutput(last_hidden_state=hidden_TD[None], loss_sums=sums)
+        for name in NOT_RECORDED:
+            if others.get(name) or getattr(self.config, name, False):
+                raise ValueError(f"a model with a block cannot give what {name}=True asks for; leave it out")
+        if sequence_ids is None:
+            raise ValueError(
+                "a block needs to know which tokens belong together: call the model with sequence_ids=, 1, 2, 3… within "
+                "each row and 0 on padding"
+            )
+        layout = PackLayout.of(sequence_ids)
+        if layout.num_tokens == 0:  # BERT's layers cannot run on no token: run on one, and keep nothing of it
+            one = PackLayout.of(torch.ones_like(sequence_ids[:1, :1]))
+            hidden_TD, sums = self._run(hidden_states[:1, 0], one)
+            hidden_TD, sums = hidden_TD[:0], {name: value * 0 for name, value in sums.items()}
+        else:
+            prepare_heads([module for module in self.modules() if isinstance(module, AttentionHead)], layout)
+            hidden_TD, sums = self._run(layout.unpad(hidden_states), layout)
+        return BlockOutput(last_hidden_state=layout.pad(hidden_TD), loss_sums=sums)
+
+    def _run(self, hidden_TD: Tensor, layout: PackLayout) -> tuple[Tensor, dict[str, Tensor]]:
+        state, sums = self.stream(self.passes, self.placement, hidden_TD, layout)
+        names = self.passes[0].loss_names
+        hidden_TD = self.placement.end(state, getattr(self, "LayerNorm", None))
+        return hidden_TD, dict(zip(names, sums.unbind(), strict=True)) if names else {}
+
+    @torch.no_grad()
+    def shrink_outputs(self) -> None:
+        """Apply INITIAL to the output projections of new layers: those that no checkpoint gave; once."""
+        if self.is_shrunk or next(self.parameters()).is_meta:
+            return
+        self.is_shrunk = True
+        factor = INITIAL[self.options.initial](self.config.num_hidden_layers)
+        for layer in dict.fromkeys(self.passes):
+            for branch, _ in layer.branches:
+                for weight in branch.output_weights():
+                    if factor != 1 and not getattr(weight, "_is_hf_initialized", False):
+                        weight.mul_(factor)

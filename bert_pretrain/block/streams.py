@@ -1,0 +1,42 @@
+"""STREAMS: what the backward pass keeps of the layers.
+
+    plain        everything
+    checkpoint   what enters each layer; backward computes the layer again (1604.06174)
+
+A stream is `stream(layers, placement, hidden_TD, layout) -> (state, sums)`. layers: in the order of their passes, one
+layer several times where they are shared. state: of the placement, after the last. sums: (k,) over all layers.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bert_pretrain.block.branches import added_up
+from bert_pretrain.block.placements import Post, State
+from collate.layout import PackLayout
+
+Layers = Sequence[Callable[..., tuple[Tensor, ...]]]
+Stream = Callable[[Layers, Post, Tensor, PackLayout], tuple[State, Tensor]]
+
+
+def plain(layers: Layers, placement: Post, hidden_TD: Tensor, layout: PackLayout) -> tuple[State, Tensor]:
+    state, found = placement.begin(hidden_TD), []
+    for layer in layers:
+        *state, sums = layer(*state, layout=layout)  # type: ignore[assignment]
+        found.append(sums)
+    return tuple(state), added_up(found)
+
+
+def checkpointed(layers: Layers, placement: Post, hidden_TD: Tensor, layout: PackLayout) -> tuple[State, Tensor]:
+    if not torch.is_grad_enabled():
+        return plain(layers, placement, hidden_TD, layout)
+
+    def again(layer: Callable) -> Callable:
+        return lambda *state, layout: checkpoint(layer, *state, layout=layout, use_reentrant=False)
+
+    return plain([again(layer) for layer in layers], placement, hidden_TD, layout)
+
+
+STREAMS: dict[str, Stream] = {"plain": plain, "checkpoint": checkpointed}

@@ -1,0 +1,101 @@
+"""use_block: give a BERT another block."""
+
+import inspect
+from typing import Any, TypeVar
+
+from transformers import BertModel, PreTrainedModel
+from transformers.models.bert.modeling_bert import BertEncoder
+
+from bert_pretrain.attention import AttentionHead, use_attention
+from bert_pretrain.attention.head import initialize_head
+from bert_pretrain.block.config import set_block
+from bert_pretrain.block.encoder import BlockEncoder
+from bert_pretrain.block.layer import BlockLayer
+from bert_pretrain.block.options import BlockOptions
+from collate.isolation.handover import base_of, encoder_of, pretrained_model
+from collate.isolation.hook import attach_hook, is_isolated
+
+DEFAULT_ATTENTION = "sdpa"
+ASKS = "use_block"
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def use_block(model: Model, **options: Any) -> Model:
+    """Give the layers of a BERT another block, and return the model.
+
+        use_block(model, placement="pre", norm="rms")
+
+    model: PackedBertForPreTraining, or BertModel and the task models around it. Call these with `sequence_ids=` (B, L)
+        afterwards. They get attention heads, too: sdpa, where `use_attention` has not chosen others.
+    options: of BlockOptions; what is left out stays as it is. Without any, and with stock BERT's, nothing changes.
+
+    Parameters stay, with their names and values. New ones are the weights of a norm at the end, and whatever another
+    feed-forward needs. initial="deep" shrinks the output projections: choose it for new models only.
+    The config keeps the options in one entry, `block`. What is saved is then no stock checkpoint: load it by AutoModel
+    and its like, once `bert_pretrain.block` is imported.
+
+    Raises ValueError for an unknown name or option, and for a model of another kind. The model then stays as it is.
+    """
+    place_block(model, BlockOptions.of(_entry(model)).with_changes(options))
+    encoder = base_of(pretrained_model(model, ASKS)).encoder
+    has_heads = any(isinstance(module, AttentionHead) for module in model.modules())
+    if isinstance(encoder, BlockEncoder) and not has_heads:
+        attention = getattr(model.config, "packed_attention", None) or DEFAULT_ATTENTION
+        use_attention(model, attention, **(getattr(model.config, "packed_attention_options", None) or {}))
+    return model
+
+
+def place_block(model: PreTrainedModel, options: BlockOptions) -> None:
+    """`use_block` without attention heads, and with all options; for a model that attaches its heads later."""
+    base = _bert(model)
+    before = base.encoder
+    is_placed = isinstance(before, BlockEncoder)
+    if options == (before.options if is_placed else BlockOptions()):
+        return
+    if is_placed and before.options.share_layers and not options.share_layers:
+        raise ValueError("share_layers=False cannot part layers that are one; make the model anew")
+    takes_ids = "sequence_ids" in inspect.signature(model.forward).parameters
+    if not is_placed and not takes_ids and not is_isolated(model):
+        attach_hook(encoder_of(model, ASKS))  # positions that begin again in each sequence
+    shrinks = options.initial != (before.options.initial if is_placed else BlockOptions.initial)
+    base.encoder = BlockEncoder(model.config, before.layer, options).train(before.training)
+    base.encoder.is_shrunk = not shrinks
+    base.encoder.shrink_outputs()
+    for part in (model, base):
+        names = set(part._no_split_modules or ()) - {"BertLayer"}
+        part._no_split_modules = names | {BlockLayer.__name__}
+    set_block(model.config, options)
+
+
+def initialize_block(model: PreTrainedModel) -> None:
+    """Draw what a checkpoint lacks of attention heads and feed-forwards; call it where a model initializes weights."""
+    for module in model.modules():
+        if isinstance(module, AttentionHead) or hasattr(module, "from_dense"):
+            initialize_head(module)
+    for module in model.modules():
+        if isinstance(module, BlockEncoder):
+            module.shrink_outputs()
+
+
+def _bert(model: PreTrainedModel) -> Any:
+    """The BertModel that has the encoder. Raises ValueError for a model of another kind."""
+    base = base_of(pretrained_model(model, ASKS))
+    config: Any = model.config
+    if not isinstance(base, BertModel) or not isinstance(base.encoder, BertEncoder | BlockEncoder):
+        raise ValueError(
+            f"{type(model).__name__} ({config.model_type}) has no encoder of BERT's layers; {ASKS} takes "
+            "PackedBertForPreTraining, BertModel and the task models around it"
+        )
+    if config.is_decoder or config.add_cross_attention:
+        raise ValueError(
+            f"{type(model).__name__} is a decoder, and blocks are for encoders; set is_decoder=False and "
+            "add_cross_attention=False"
+        )
+    return base
+
+
+def _entry(model: PreTrainedModel) -> dict[str, Any] | None:
+    encoder = _bert(model).encoder
+    return encoder.options.changed if isinstance(encoder, BlockEncoder) else None
+
