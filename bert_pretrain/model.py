@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from bert_pretrain.attention import AttentionHead, use_attention
 from bert_pretrain.attention.head import prepare_heads
-from bert_pretrain.block import BlockBertConfig, BlockOptions, place_block
+from bert_pretrain.block import BlockBertConfig, BlockEncoder, BlockOptions, place_block
 from bert_pretrain.block.use import DEFAULT_ATTENTION, initialize_block
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.device.host import tensors_in
@@ -75,7 +75,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         super().__init__(config)
         config.mlm_loss = mlm_loss
         self._has_said = False
-        place_block(self, _block_of(config))
+        place_block(self, _block_of(config), is_new=True)
         use_attention(
             self,
             getattr(config, "packed_attention", None) or DEFAULT_ATTENTION,
@@ -192,7 +192,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         encoder: Any = self.bert.encoder
         if encoder._compiled_call_impl is not None:
             left_out = {type(head).__name__ for head in heads if not head.is_one_graph(layout)}
-            if left_out := left_out | set(getattr(encoder, "not_one_graph", ())):
+            if left_out := left_out | (encoder.not_one_graph(layout) if isinstance(encoder, BlockEncoder) else set()):
                 self._say_left_out(left_out)
                 encoder = encoder._call_impl
             elif not isinstance(layout, SlotLayout):

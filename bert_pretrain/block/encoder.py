@@ -14,7 +14,7 @@ from bert_pretrain.block.layer import BlockLayer
 from bert_pretrain.block.norms import norm_like
 from bert_pretrain.block.options import BlockOptions
 from bert_pretrain.block.placements import PLACEMENTS
-from bert_pretrain.block.streams import STREAMS
+from bert_pretrain.block.streams import NOT_ONE_GRAPH, STREAMS
 from collate.layout import PackLayout
 
 NOT_RECORDED = ("output_hidden_states", "output_attentions")
@@ -50,12 +50,11 @@ class BlockEncoder(nn.Module):
         """The layers in the order of their passes."""
         return [*self.layer] * (self.config.num_hidden_layers if self.options.share_layers else 1)
 
-    @property
-    def not_one_graph(self) -> set[str]:
-        """The names of what torch.compile cannot take into a graph: a stream or a feed-forward that says so."""
-        parts = [self.stream, *(layer.feed_forward for layer in self.passes)]
-        names = {getattr(part, "__name__", type(part).__name__) for part in parts if not getattr(part, "is_one_graph", True)}
-        return names
+    def not_one_graph(self, layout: PackLayout) -> set[str]:
+        """The names of what no graph of torch.compile holds for all batches: the stream, or feed-forwards."""
+        branches = {type(layer.feed_forward).__name__: layer.feed_forward for layer in self.passes}
+        left_out = {name for name, branch in branches.items() if not branch.is_one_graph(layout)}
+        return left_out | ({self.options.stream} & NOT_ONE_GRAPH)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bert_pretrain.block.branches import no_sums
-from collate.layout import PackLayout
+from collate.layout import PackLayout, SlotLayout
 
 if TYPE_CHECKING:
     from bert_pretrain.block.options import BlockOptions
@@ -40,6 +40,10 @@ class DenseFeedForward(nn.Module):
     def _run(self, hidden_TD: Tensor) -> Tensor:
         output: Any = self.output
         return output.dropout(output.dense(self.intermediate(hidden_TD)))
+
+    def is_one_graph(self, layout: PackLayout) -> bool:
+        """Whether one graph of torch.compile holds for all batches: chunks are as many as the tokens ask for."""
+        return self.chunk_size is None or isinstance(layout, SlotLayout)
 
     def output_weights(self) -> list[nn.Parameter]:
         """The projections that write to the residual sum."""

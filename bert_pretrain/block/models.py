@@ -11,7 +11,8 @@ import transformers
 from transformers import AutoConfig
 
 from bert_pretrain.block.config import BlockBertConfig
-from bert_pretrain.block.use import initialize_block, use_block
+from bert_pretrain.block.options import BlockOptions
+from bert_pretrain.block.use import initialize_block, place_block, use_block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Stock
@@ -24,7 +25,8 @@ class _WithBlock(_Stock):
 
     def __init__(self, config: BlockBertConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        use_block(self, **(getattr(config, "block", None) or {}))
+        place_block(self, BlockOptions.of(getattr(config, "block", None)), is_new=True)
+        use_block(self)  # attention heads
 
     def initialize_weights(self) -> None:
         super().initialize_weights()

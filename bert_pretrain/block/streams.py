@@ -40,3 +40,5 @@ def checkpointed(layers: Layers, placement: Post, hidden_TD: Tensor, layout: Pac
 
 
 STREAMS: dict[str, Stream] = {"plain": plain, "checkpoint": checkpointed}
+NOT_ONE_GRAPH = {"reversible"}
+"""Streams that torch.compile cannot take into a graph."""

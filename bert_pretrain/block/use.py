@@ -3,14 +3,17 @@
 import inspect
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import BertModel, PreTrainedModel
 from transformers.models.bert.modeling_bert import BertEncoder
 
 from bert_pretrain.attention import AttentionHead, use_attention
 from bert_pretrain.attention.head import initialize_head
+from bert_pretrain.attention.use import HEAD
 from bert_pretrain.block.config import set_block
 from bert_pretrain.block.encoder import BlockEncoder
 from bert_pretrain.block.layer import BlockLayer
+from bert_pretrain.block.norms import BlockLayerNorm, BlockRMSNorm
 from bert_pretrain.block.options import BlockOptions
 from collate.isolation.handover import base_of, encoder_of, pretrained_model
 from collate.isolation.hook import attach_hook, is_isolated
@@ -38,16 +41,18 @@ def use_block(model: Model, **options: Any) -> Model:
     Raises ValueError for an unknown name or option, and for a model of another kind. The model then stays as it is.
     """
     place_block(model, BlockOptions.of(_entry(model)).with_changes(options))
-    encoder = base_of(pretrained_model(model, ASKS)).encoder
-    has_heads = any(isinstance(module, AttentionHead) for module in model.modules())
-    if isinstance(encoder, BlockEncoder) and not has_heads:
+    encoder = _bert(model).encoder
+    if isinstance(encoder, BlockEncoder) and not hasattr(encoder.layer[0].attention.self, HEAD):
         attention = getattr(model.config, "packed_attention", None) or DEFAULT_ATTENTION
         use_attention(model, attention, **(getattr(model.config, "packed_attention_options", None) or {}))
     return model
 
 
-def place_block(model: PreTrainedModel, options: BlockOptions) -> None:
-    """`use_block` without attention heads, and with all options; for a model that attaches its heads later."""
+def place_block(model: PreTrainedModel, options: BlockOptions, is_new: bool = False) -> None:
+    """`use_block` without attention heads, and with all options; for a model that attaches its heads later.
+
+    is_new: draw what another feed-forward adds. Otherwise it starts so that the model computes what it did, if it can.
+    """
     base = _bert(model)
     before = base.encoder
     is_placed = isinstance(before, BlockEncoder)
@@ -61,6 +66,9 @@ def place_block(model: PreTrainedModel, options: BlockOptions) -> None:
     shrinks = options.initial != (before.options.initial if is_placed else BlockOptions.initial)
     base.encoder = BlockEncoder(model.config, before.layer, options).train(before.training)
     base.encoder.is_shrunk = not shrinks
+    for module in base.encoder.modules() if is_new else ():
+        if _draws_itself(module):
+            module.reset_parameters()
     base.encoder.shrink_outputs()
     for part in (model, base):
         names = set(part._no_split_modules or ()) - {"BertLayer"}
@@ -71,11 +79,17 @@ def place_block(model: PreTrainedModel, options: BlockOptions) -> None:
 def initialize_block(model: PreTrainedModel) -> None:
     """Draw what a checkpoint lacks of attention heads and feed-forwards; call it where a model initializes weights."""
     for module in model.modules():
-        if isinstance(module, AttentionHead) or hasattr(module, "from_dense"):
+        if isinstance(module, AttentionHead) or _draws_itself(module):
             initialize_head(module)
     for module in model.modules():
         if isinstance(module, BlockEncoder):
             module.shrink_outputs()
+
+
+def _draws_itself(module: nn.Module) -> bool:
+    """Whether a module of this folder draws its weights, and not transformers."""
+    is_ours = type(module).__module__.startswith(f"{__package__}.")
+    return is_ours and hasattr(module, "reset_parameters") and not isinstance(module, BlockLayerNorm | BlockRMSNorm)
 
 
 def _bert(model: PreTrainedModel) -> Any:

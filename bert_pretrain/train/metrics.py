@@ -75,7 +75,8 @@ def _weights_of_token(layer: Any) -> int:
         for name, weight in layer.named_parameters()
         if weight.dim() == 2 and not any(part in own for part in name.split("."))
     )
-    return shared + getattr(getattr(layer, "feed_forward", None), "weights_of_token", 0)
+    of_experts = getattr(getattr(layer, "feed_forward", None), "weights_a_token", None)
+    return shared + (0 if of_experts is None else of_experts())
 
 
 class Meter:
