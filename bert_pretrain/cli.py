@@ -39,7 +39,8 @@ bert-pretrain prepare --help and bert-pretrain train --help list the options, be
 
 MODEL = [
     *("model", "attention", "attention_options", "block", "hidden_size", "num_hidden_layers"),
-    *("num_attention_heads", "intermediate_size", "max_position_embeddings", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("num_attention_heads", "intermediate_size", "max_position_embeddings", "hidden_dropout_prob"),
+    "attention_probs_dropout_prob",
 ]
 OPTIMIZATION = [
     *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate"),

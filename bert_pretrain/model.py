@@ -149,10 +149,9 @@ class PackedBertForPreTraining(BertForPreTraining):
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile the encoder as one graph, and the losses as another; args and options: of torch.compile.
 
-        Where one graph does not hold for all batches, by a head's `is_one_graph` or by the block, the encoder runs as it
-        is. Each graph
-        is compiled once for all sizes of batches, since what has such sizes is made before. PackedTrainer calls
-        this for --torch_compile. `torch.compile(model)` would end a graph wherever a size is read.
+        Where one graph does not hold for all batches, by a head's `is_one_graph` or by the block, the encoder runs as
+        it is. Each graph is compiled once for all sizes of batches, since what has such sizes is made before.
+        PackedTrainer calls this for --torch_compile. `torch.compile(model)` would end a graph wherever a size is read.
 
         On a CPU dropout draws as it does uncompiled: inductor's own generator is so slow there that compiling costs.
         """
@@ -275,7 +274,7 @@ def _block_of(config: BertConfig) -> BlockOptions:
     chunk_size_feed_forward, which stock BERT has, cuts padded rows into equal chunks; a block cuts tokens.
     """
     options = BlockOptions.of(getattr(config, "block", None))
-    if options.chunk_size is None and getattr(config, "chunk_size_feed_forward", 0):
+    if options.chunk_size is None and config.chunk_size_feed_forward:
         return options.with_changes({"chunk_size": config.chunk_size_feed_forward})
     return options
 

@@ -28,8 +28,11 @@ class AttentionBranch(nn.Module):
         self.self, self.output = attention.self, attention.output
 
     def forward(self, hidden_TD: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor]:
-        context_1TD, _ = self.self(hidden_TD[None], layout=layout)
-        return self.output.dropout(self.output.dense(context_1TD))[0], no_sums(hidden_TD)
+        """hidden_TD may also be (1, T, D), as stock BERT has it; then so is the output."""
+        is_one_row = hidden_TD.dim() == 3
+        context_1TD, _ = self.self(hidden_TD if is_one_row else hidden_TD[None], layout=layout)
+        out_1TD = self.output.dropout(self.output.dense(context_1TD))
+        return out_1TD if is_one_row else out_1TD[0], no_sums(hidden_TD)
 
     def output_weights(self) -> list[nn.Parameter]:
         """The projections that write to the residual sum."""

@@ -27,8 +27,8 @@ class BlockBertConfig(BertConfig):
 
 def set_block(config: PreTrainedConfig, options: BlockOptions) -> None:
     """Write the entry, and let the config be of the type that belongs to it."""
-    config.block = options.changed or None  # type: ignore[attr-defined]
+    config.block = options.changed or None
     if isinstance(config, BertConfig):
         config.__class__ = BertConfig if options.computes_stock else BlockBertConfig
-    if config.block is None:  # type: ignore[attr-defined]
-        del config.block  # type: ignore[attr-defined]
+    if config.block is None:
+        del config.block

@@ -72,8 +72,8 @@ class BlockEncoder(nn.Module):
                 raise ValueError(f"a model with a block cannot give what {name}=True asks for; leave it out")
         if sequence_ids is None:
             raise ValueError(
-                "a block needs to know which tokens belong together: call the model with sequence_ids=, 1, 2, 3… within "
-                "each row and 0 on padding"
+                "a block needs to know which tokens belong together: call the model with sequence_ids=, 1, 2, 3… "
+                "within each row and 0 on padding"
             )
         layout = PackLayout.of(sequence_ids)
         if layout.num_tokens == 0:  # BERT's layers cannot run on no token: run on one, and keep nothing of it

@@ -1,8 +1,8 @@
 """FEED_FORWARDS: the branch G of a layer.
 
-    feed_forward = FEED_FORWARDS[name](config, options, layer_index)
-    feed_forward.from_dense(intermediate, output)         stock BERT's modules
-    out_TD, sums = feed_forward(hidden_TD, layout)
+feed_forward = FEED_FORWARDS[name](config, options, layer_index)
+feed_forward.from_dense(intermediate, output)         stock BERT's modules
+out_TD, sums = feed_forward(hidden_TD, layout)
 """
 
 from collections.abc import Callable

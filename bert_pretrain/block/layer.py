@@ -19,7 +19,10 @@ class _NormOnly(nn.Module):
 
 
 class BlockLayer(GradientCheckpointingLayer):
-    """(*state, layout) -> (*state, sums), where a placement says what the state is.
+    """(*state, layout) -> (*state, sums), where a placement says what the state is: tensors (1, T, D).
+
+    Not (T, D): queries, keys and values read the very tensor that the residual sum reads, as in stock BERT. So autograd
+    adds up their gradients in its order, and no bit differs.
 
     Tensors have the names of stock BERT's layer: attention.self.…, attention.output.…, intermediate.…, output.…; the
     norm of each branch is the LayerNorm in its output. A feed-forward that is not dense is called feed_forward.
@@ -52,11 +55,12 @@ class BlockLayer(GradientCheckpointingLayer):
         return tuple(name for branch, _ in self.branches for name in branch.loss_names)
 
     def forward(self, *state: Tensor, layout: PackLayout) -> tuple[Tensor, ...]:
-        found = []
-        for branch, norm in self.branches:
-            out_TD, sums = branch(self.placement.enter(state, norm), layout)
-            state = self.placement.leave(state, norm, out_TD)
-            found.append(sums)
+        (attend, norm), (feed_forward, second_norm) = self.branches
+        out_1TD, sums = attend(self.placement.enter(state, norm), layout)
+        state = self.placement.leave(state, norm, out_1TD)
+        out_TD, second_sums = feed_forward(self.placement.enter(state, second_norm)[0], layout)
+        state = self.placement.leave(state, second_norm, out_TD[None])
+        found = sums, second_sums
         some = [sums for sums in found if len(sums)]
         return *state, torch.cat(some) if len(some) > 1 else (some or found)[0]
 

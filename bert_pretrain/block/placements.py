@@ -4,7 +4,8 @@
     pre        x ← x + f(n(x))                          out = final(x)                       2002.04745
     residual   x ← n(x + f(x)),  d ← d + f(x)           out = x + final(d),  d₀ = x₀         ResiDual, 2304.14802
 
-A placement carries a tuple of tensors through the layers. Each branch reads what `enter` gives; `leave` adds its output.
+A placement carries a tuple of tensors through the layers. Each branch reads what `enter` gives; `leave` adds its
+output.
 """
 
 from torch import Tensor, nn

@@ -1,11 +1,11 @@
 """Published weights of other models that have one of these blocks, under the names of a BERT with that block.
 
-    config, weights = published_weights(RobertaPreLayerNormForMaskedLM.from_pretrained(…))
-    model = PackedBertForPreTraining(config)
-    model.load_state_dict(weights, strict=False)
+config, weights = published_weights(RobertaPreLayerNormForMaskedLM.from_pretrained(…))
+model = PackedBertForPreTraining(config)
+model.load_state_dict(weights, strict=False)
 
-    RoBERTa-PreLayerNorm   placement "pre"     the whole model: embeddings, layers, the norm at the end, MLM head
-    ALBERT                 share_layers        the layer; its embeddings are of another width
+RoBERTa-PreLayerNorm   placement "pre"     the whole model: embeddings, layers, the norm at the end, MLM head
+ALBERT                 share_layers        the layer; its embeddings are of another width
 """
 
 import re
@@ -85,4 +85,6 @@ def published_weights(published: PreTrainedModel) -> tuple[BlockBertConfig, dict
             weights[name] = tensor[start:] if name == POSITIONS else tensor
     shared = {name: getattr(config, name) for name in SHARED}
     positions = config.max_position_embeddings - start
-    return BlockBertConfig(max_position_embeddings=positions, block=rules.block, **shared), weights
+    made: Any = BlockBertConfig(max_position_embeddings=positions, **shared)
+    made.block = rules.block
+    return made, weights

@@ -22,11 +22,11 @@ Stream = Callable[[Layers, Post, Tensor, PackLayout], tuple[State, Tensor]]
 
 
 def plain(layers: Layers, placement: Post, hidden_TD: Tensor, layout: PackLayout) -> tuple[State, Tensor]:
-    state, found = placement.begin(hidden_TD), []
+    state, found = placement.begin(hidden_TD[None]), []
     for layer in layers:
         *state, sums = layer(*state, layout=layout)  # type: ignore[assignment]
         found.append(sums)
-    return tuple(state), added_up(found)
+    return tuple(x_1TD[0] for x_1TD in state), added_up(found)
 
 
 def checkpointed(layers: Layers, placement: Post, hidden_TD: Tensor, layout: PackLayout) -> tuple[State, Tensor]:

@@ -9,7 +9,6 @@ from transformers.models.bert.modeling_bert import BertEncoder
 
 from bert_pretrain.attention import AttentionHead, use_attention
 from bert_pretrain.attention.head import initialize_head
-from bert_pretrain.attention.use import HEAD
 from bert_pretrain.block.config import set_block
 from bert_pretrain.block.encoder import BlockEncoder
 from bert_pretrain.block.layer import BlockLayer
@@ -42,7 +41,7 @@ def use_block(model: Model, **options: Any) -> Model:
     """
     place_block(model, BlockOptions.of(_entry(model)).with_changes(options))
     encoder = _bert(model).encoder
-    if isinstance(encoder, BlockEncoder) and not hasattr(encoder.layer[0].attention.self, HEAD):
+    if isinstance(encoder, BlockEncoder) and not hasattr(encoder.passes[0].attention.self, "attention_head"):
         attention = getattr(model.config, "packed_attention", None) or DEFAULT_ATTENTION
         use_attention(model, attention, **(getattr(model.config, "packed_attention_options", None) or {}))
     return model
@@ -112,4 +111,3 @@ def _bert(model: PreTrainedModel) -> Any:
 def _entry(model: PreTrainedModel) -> dict[str, Any] | None:
     encoder = _bert(model).encoder
     return encoder.options.changed if isinstance(encoder, BlockEncoder) else None
-

@@ -43,8 +43,8 @@ class PretrainConfig:
     attention_options: str | None = _help("Options of the attention heads, as JSON: '{\"window\": 64}'.", None)
     block: str | None = _help(
         "What stands around attention in a layer, as JSON: "
-        '\'{"placement": "pre", "norm": "rms", "stream": "checkpoint"}\'. By default the block of the checkpoint, or of '
-        "BERT; docs/blocks.md has all options.",
+        '\'{"placement": "pre", "norm": "rms", "stream": "checkpoint"}\'. By default the block of the checkpoint, or '
+        "of BERT; docs/blocks.md has all options.",
         None,
     )
     mlm_loss: str = _help(

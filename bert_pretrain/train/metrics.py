@@ -52,7 +52,8 @@ class ModelFlops:
       + 6 · (width² + width · vocabulary) · predicted tokens
 
     As PaLM counts them (arXiv 2204.02311, appendix B), with the lengths of single sequences, and the vocabulary
-    projection where it is computed. A shared layer counts once a pass, of experts those that a token chooses. Pooler and pair classifier, one token in a sequence, are left out.
+    projection where it is computed. A shared layer counts once a pass; of experts count those that a token chooses.
+    Pooler and pair classifier, one token in a sequence, are left out.
     """
 
     def __init__(self, model: BertForPreTraining):

@@ -65,10 +65,11 @@ def _new_model(config: PretrainConfig, vocab_size: int, pad_token_id: int, longe
         vocab_size=vocab_size,
         attention_probs_dropout_prob=_attention_dropout(config, 0.1),
         pad_token_id=pad_token_id,
-        block=_block(config, None).changed or None,
         **shape,
         **_own_options(config),
     )
+    if block := _block(config, None).changed:
+        bert.update({"block": block})
     model = PackedBertForPreTraining(bert)
     logger.info(
         "a new BERT of %.1f million parameters: %d layers of %d",

@@ -42,7 +42,8 @@ class _TiedTogether(TrainerCallback):
         self.head.__dict__["weight"] = self.head.decoder.weight  # accelerate sees that they are tied
         model.__dict__["get_output_embeddings"] = lambda: self.head
         layers: Any = model.bert.encoder.layer
-        model._no_split_modules = {type(layer).__name__ for layer in layers}  # BertEmbeddings would be a part of its own, and holds what is tied
+        # BertEmbeddings would be a part of its own, and holds what is tied
+        model._no_split_modules = {type(layer).__name__ for layer in layers}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.head.__dict__.pop("weight", None)

@@ -10,8 +10,8 @@ from collate import PackLayout
 
 HEAD_OPTIONS = {
     "local": {"window": 2},
-    "lsh": {"bucket_length": 4, "rounds": 2},
-    "routing": {"clusters": 2},
+    "lsh": {"bucket_size": 2, "num_rounds": 2},
+    "routing": {"num_clusters": 2},
 }
 """So small that short sequences meet more than one window, bucket or cluster."""
 IDS = [[1, 1, 1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 2, 2, 3, 0]]
@@ -21,7 +21,11 @@ def block_model(head="sdpa", layers=2, seed=0, scale=1.0, config=None, **block):
     """In float64, in training; the weights have a standard deviation of 0.3, and a scale."""
     torch.manual_seed(seed)
     sizes = {"num_hidden_layers": layers, "packed_attention": head, "packed_attention_options": HEAD_OPTIONS.get(head)}
-    model = PackedBertForPreTraining(make_config(block=block or None, **sizes | (config or {}))).double().train()
+    model = (
+        PackedBertForPreTraining(make_config(**({"block": block} if block else {}), **sizes | (config or {})))
+        .double()
+        .train()
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "LayerNorm" in name or "bias" in name:  # else they start at one value, and hide a mistake

@@ -46,7 +46,7 @@ def fill_at_random(projection_LR: Tensor) -> None:
     nn.init.uniform_(projection_LR, -bound, bound)
 
 
-INITIAL: dict[str, Callable[[Tensor], None]] = {"means": fill_with_means, "random": fill_at_random}
+FIRST_VALUES: dict[str, Callable[[Tensor], None]] = {"means": fill_with_means, "random": fill_at_random}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LinformerOptions(HeadOptions):
     rank: int = whole(128, 1, "give the number of rows that a sequence is projected to")
     """r: rows that a sequence's keys and values are projected to, at most max_sequence_length. More follow full
     attention closer and cost in proportion."""
-    initial: str = choice("means", INITIAL)
+    initial: str = choice("means", FIRST_VALUES)
     """The first projections. "means" starts near a trained full attention, as attention over means of neighbours;
     "random" as published."""
 
@@ -76,7 +76,7 @@ class LinformerAttention(WholeSequenceHead):
 
     def reset_parameters(self) -> None:
         for projection_LR in (self.key_projection_LR, self.value_projection_LR):
-            INITIAL[self.options.initial](projection_LR)
+            FIRST_VALUES[self.options.initial](projection_LR)
 
     def prepare(self, layout: PackLayout) -> None:
         super().prepare(layout)

@@ -59,7 +59,9 @@ def test_the_config_has_one_entry_more(tmp_path):
     assert found.keys() - before.keys() == {"block"} and before["model_type"] == "bert"
 
 
-@pytest.mark.parametrize("load", [PackedBertForPreTraining, BlockBertForPreTraining, transformers.AutoModelForPreTraining])
+@pytest.mark.parametrize(
+    "load", [PackedBertForPreTraining, BlockBertForPreTraining, transformers.AutoModelForPreTraining]
+)
 @pytest.mark.parametrize("head", ["sdpa", "linformer"])
 def test_a_model_with_a_block_comes_back(tmp_path, head, load, caplog):
     model = block_model(head, **OPTIONS, share_layers=True).eval()
@@ -78,7 +80,7 @@ def test_stock_tasks_with_a_block_come_back_by_auto(tmp_path, task):
     torch.manual_seed(0)
     stock = getattr(transformers, f"Bert{task}")(make_config())
     model = use_block(stock, placement="pre", norm="rms").eval()
-    words, ids = (x[:, None].expand(-1, 2, -1) for x in (WORDS, SEQUENCE_IDS))
+    words, ids = (x[:, None].repeat(1, 2, 1) for x in (WORDS, SEQUENCE_IDS))
     given = (WORDS, SEQUENCE_IDS) if task != "ForMultipleChoice" else (words, ids.flatten(0, 1))
     model.save_pretrained(tmp_path)
     assert stored(tmp_path)["architectures"] == [f"BlockBert{task}"]
@@ -98,7 +100,8 @@ def test_what_stock_bert_computes_stays_a_stock_checkpoint(tmp_path):
     """A stream and chunks change no number, so stock may read it."""
     model = block_model(stream="checkpoint", chunk_size=8).eval()
     model.save_pretrained(tmp_path)
-    assert stored(tmp_path)["model_type"] == "bert" and type(AutoConfig.from_pretrained(tmp_path)) is not BlockBertConfig
+    assert stored(tmp_path)["model_type"] == "bert"
+    assert type(AutoConfig.from_pretrained(tmp_path)) is not BlockBertConfig
     stock, found = BertForPreTraining.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float64)
     assert not found["missing_keys"] and not found["unexpected_keys"]
     one = torch.ones_like(WORDS[:1])

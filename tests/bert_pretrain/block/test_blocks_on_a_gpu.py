@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from bert_pretrain.block import FEED_FORWARDS, NORMS, PLACEMENTS, STREAMS
 
 DEFAULT = {"placement": "post", "norm": "layer", "stream": "plain", "feed_forward": "dense"}
-BLOCKS = [
+BLOCKS: list[dict] = [
     *({"placement": placement, "norm": norm} for placement in PLACEMENTS for norm in NORMS),
     *({"placement": "pre", "stream": stream} for stream in STREAMS),
     *({"placement": "residual", "feed_forward": name} for name in FEED_FORWARDS),
@@ -41,13 +41,13 @@ def test_no_waits_and_few_launches(options, stock):
 
 @pytest.mark.parametrize("options", BLOCKS, ids=lambda options: "-".join(map(str, options.values())))
 def test_one_graph_or_its_name(options, caplog):
-    """One graph of the encoder and one of the losses, with eager's numbers; or the encoder says why it runs uncompiled."""
+    """One graph of the encoder and one of the losses, with eager's numbers; or the encoder says why it has none."""
     torch.compiler.reset()
     counters.clear()
     eager = block_model(**options)
     compiled = copy.deepcopy(eager)
     compiled.compile(backend="aot_eager")
-    for ids in (IDS, [row[1:] + [0] for row in IDS[1:]] * 3):
+    for ids in (IDS, [[*row[1:], 0] for row in IDS[1:]] * 3):
         ids = torch.tensor(ids)
         words = torch.arange(ids.numel()).reshape(ids.shape) % 50 + 5
         results = []
