@@ -33,17 +33,20 @@ class BlockEncoder(nn.Module):
     Two callers. Our model gives (1, T, D) with its `layout`. A stock model gives padded rows (B, L, D) with
     `sequence_ids`: they are unpadded once before the layers, and padded after.
 
-    layers: of stock BERT, or of a BlockEncoder; their parameters are taken over. With share_layers the first is.
+    before: stock BERT's encoder, or a BlockEncoder; its parameters are taken over, with share_layers those of the first
+        layer.
     """
 
-    def __init__(self, config: Any, layers: nn.ModuleList, options: BlockOptions):
+    def __init__(self, config: Any, before: Any, options: BlockOptions):
         super().__init__()
         self.config, self.options, self.is_shrunk = config, options, False
         self.placement, self.stream = PLACEMENTS[options.placement], STREAMS[options.stream]
-        sources: list[Any] = list(layers)[:1] if options.share_layers else list(layers)
+        sources: list[Any] = list(before.layer)[:1] if options.share_layers else list(before.layer)
         self.layer = nn.ModuleList(BlockLayer(config, options, layer, i) for i, layer in enumerate(sources))
         if self.placement.has_final_norm:
-            self.LayerNorm = norm_like(options.norm, sources[0].output.LayerNorm, is_new=True)
+            last = getattr(before, "LayerNorm", None)
+            of_layer = sources[0].output.LayerNorm
+            self.LayerNorm = norm_like(options.norm, of_layer if last is None else last, is_new=last is None)
 
     @property
     def passes(self) -> list[Any]:

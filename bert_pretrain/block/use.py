@@ -63,7 +63,7 @@ def place_block(model: PreTrainedModel, options: BlockOptions, is_new: bool = Fa
     if not is_placed and not takes_ids and not is_isolated(model):
         attach_hook(encoder_of(model, ASKS))  # positions that begin again in each sequence
     shrinks = options.initial != (before.options.initial if is_placed else BlockOptions.initial)
-    base.encoder = BlockEncoder(model.config, before.layer, options).train(before.training)
+    base.encoder = BlockEncoder(model.config, before, options).train(before.training)
     base.encoder.is_shrunk = not shrinks
     for module in base.encoder.modules() if is_new else ():
         if _draws_itself(module):

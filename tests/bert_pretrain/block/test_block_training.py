@@ -86,7 +86,7 @@ def test_a_stock_checkpoint_gets_a_block(folders, tmp_path):
     [
         ({"block": "pre"}, "--block pre is no JSON"),
         ({"block": '["pre"]'}, 'must be a JSON object, such as {"placement": "pre"}'),
-        ({"block": '{"placement": "prae"}'}, "unknown placement 'prae', did you mean 'pre'"),
+        ({"block": '{"placement": "prae"}'}, "unknown placement 'prae'; did you mean 'pre'"),
         ({"block": '{"plcement": "pre"}'}, "did you mean 'placement'"),
     ],
 )
@@ -100,6 +100,7 @@ def test_initial_weights_are_for_a_new_model(folders, run, tmp_path, capsys):
     assert "draws the weights of a new model" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # renamed in transformers 5.23
 def test_gradient_checkpointing_by_flag(folders, run, tmp_path):
     given = {"num_hidden_layers": 2, "gradient_checkpointing": True}
     assert train(folders, tmp_path / "run", block=PRE, **given) == 0
@@ -115,7 +116,7 @@ def test_norms_are_out_of_weight_decay(tmp_path, norm):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     decayed = set(Trainer(model, arguments).get_decay_parameter_names(model))
     matrices = {name for name, parameter in model.named_parameters() if parameter.dim() == 2}
-    assert decayed == matrices
+    assert decayed - {"cls.predictions.decoder.weight"} == matrices  # which is the embeddings'
     assert "bert.encoder.LayerNorm.weight" in dict(model.named_parameters()).keys() - decayed
 
 

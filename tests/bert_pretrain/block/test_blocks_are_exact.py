@@ -58,7 +58,7 @@ def test_the_default_block_computes_stock_bits(changes):
     torch.manual_seed(0)
     stock = PackedBertForPreTraining(make_config(**DROPOUT)).train()
     ours = copy.deepcopy(stock)
-    ours.bert.encoder = BlockEncoder(ours.config, ours.bert.encoder.layer, BlockOptions(**changes))
+    ours.bert.encoder = BlockEncoder(ours.config, ours.bert.encoder, BlockOptions(**changes))
     assert list(ours.state_dict()) == list(stock.state_dict())
     assert_same_bits(step(ours), step(stock))
 
@@ -283,6 +283,15 @@ def test_options_that_are_left_out_stay():
     encoder = model.bert.encoder
     assert use_block(model).bert.encoder is encoder
     assert model.config.block == {"placement": "pre", "stream": "checkpoint"}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_second_call_keeps_all_weights(norm):
+    model = block_model(placement="residual", norm=norm)
+    before, expected = copy.deepcopy(model.state_dict()), step(model)
+    use_block(model, stream="checkpoint")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_same_bits(step(model), expected)
 
 
 @pytest.mark.parametrize(
