@@ -23,7 +23,8 @@ from bert_pretrain.block.use import DEFAULT_ATTENTION, initialize_block
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.device.host import tensors_in
 from collate.layout import PackLayout, SlotLayout
-from collate.losses import MLM_TERMS, Loss, Predicted, mlm_sums, pair_sums, pretraining_loss
+from collate.loss_rows import added_sums, rows_of
+from collate.losses import MLM_TERMS, Batch, Loss, Predicted, mlm_sums, pair_sums, pretraining_loss
 from collate.views import at_least_float32
 from packing.files.errors import check_known
 
@@ -99,7 +100,8 @@ class PackedBertForPreTraining(BertForPreTraining):
         input_ids, sequence_ids, position_ids, token_type_ids, labels: (B, L). position_ids defaults to counting from 0
             in each sequence, token_type_ids to 0.
         cls_positions: (B, S), -1 in empty slots; defaults to each sequence's first token.
-        denominators: (3,) what the loss is divided by, counted over an optimizer step; None: over this batch.
+        denominators: (k,) what the loss is divided by, counted over an optimizer step by `count_denominators`; None:
+            over this batch.
         attention_mask: refused, as sequence_ids says more.
         pair_labels: one of next_sentence_label (0: B is the next sentence, 1: a random one) and sentence_order_label
             (0: A and B in order, 1: switched, as AlbertForPreTraining has it), (B, S), -100 in empty slots. One head
@@ -113,7 +115,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         objective, pair_label = _pair_label(pair_labels)
         layout = PackLayout.of(sequence_ids)
         assert self.bert.pooler is not None
-        hidden_TD = self.encode(layout, input_ids, position_ids, token_type_ids)
+        hidden_TD, given = self._encode(layout, input_ids, position_ids, token_type_ids)
         targets = layout.from_host(_Targets.of, labels, cls_positions, pair_label)
         pair_logits_N2 = self.cls.seq_relationship(self.bert.pooler(hidden_TD.index_select(0, targets.cls)[:, None]))
         if labels is None and pair_label is None:
@@ -131,6 +133,7 @@ class PackedBertForPreTraining(BertForPreTraining):
         logits_PV, sums = self._sums(*to_sum)
         sums |= {total: sums["pairs"] * (name == objective) for name, total in PAIR_SUMS.items()}
         loss = self._loss(objective)
+        sums |= added_sums(self, loss.added, layout, given)
         return PackedBertOutput(
             loss=loss(sums, denominators),
             sums=loss.stacked(sums, layout),
@@ -174,11 +177,18 @@ class PackedBertForPreTraining(BertForPreTraining):
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """(T, D): the last hidden state of every real token."""
+        return self._encode(layout, input_ids, position_ids, token_type_ids)[0]
+
+    def _encode(
+        self, layout: PackLayout, input_ids: Tensor, position_ids: Tensor | None, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(T, D), and the sums for terms that its layers add to the loss; see collate.loss_rows."""
         if layout.num_tokens == 0:
             # A rank that ran out of packs must still take part in the step, with a gradient of 0 for every parameter.
             # BERT's layers cannot run on no token: run on one, and keep nothing of it.
             one = torch.zeros_like(input_ids[:1, :1])
-            return self.encode(PackLayout.of(one + 1), one)[:0]
+            hidden_TD, given = self._encode(PackLayout.of(one + 1), one, None, None)
+            return hidden_TD[:0], {total: value[None][:0].sum() for total, value in given.items()}
         heads = [module for module in self.modules() if isinstance(module, AttentionHead)]
         prepare_heads(heads, layout)
         position_ids = layout.positions if position_ids is None else position_ids
@@ -197,7 +207,8 @@ class PackedBertForPreTraining(BertForPreTraining):
             elif not isinstance(layout, SlotLayout):
                 torch._dynamo.maybe_mark_dynamic(embedded_1TD, 1)
             _let_sizes_change(layout.tables)
-        return encoder(embedded_1TD, layout=layout).last_hidden_state[0]
+        encoded = encoder(embedded_1TD, layout=layout)
+        return encoded.last_hidden_state[0], getattr(encoded, "loss_sums", {})
 
     def _say_left_out(self, heads: set[str]) -> None:
         """Once a model."""
@@ -221,8 +232,17 @@ class PackedBertForPreTraining(BertForPreTraining):
             )
         return self._loss(first).metrics(sums)
 
+    def count_denominators(self, batch: Batch) -> Tensor:
+        """(k,) what the loss is divided by, of one batch; these add up over the batches and ranks of a step.
+
+        Predicted tokens, sequences with predicted tokens, sequences with a label of their pair. Where modules add terms
+        to the loss, sequences or tokens follow.
+        """
+        return self._loss().count(batch)
+
     def _loss(self, objective: str = "nsp") -> Loss:
-        return replace(pretraining_loss(self.config.mlm_loss, objective), others=tuple(PAIR_SUMS.values()))
+        loss = replace(pretraining_loss(self.config.mlm_loss, objective), others=tuple(PAIR_SUMS.values()))
+        return loss.plus(rows_of(self))
 
     def _predict(self, hidden_PD: Tensor) -> Tensor:
         """(P, V) logits; on a GPU V is rounded up, since its products want a multiple, and these logits are -inf."""

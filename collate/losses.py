@@ -14,13 +14,14 @@ The MLM loss "sequence" is the mean over sequences of the mean over each one's p
 the same, as in "Packing: Towards 2x NLP BERT Acceleration" (arXiv 2107.02027, section 3.2.3). "token" is the mean over
 predicted tokens, as in the original BERT: longer sequences weigh more.
 
-To add a term, write its row in a `Loss`, and its sum beside the other sums of that loss.
+To add a term, write its row in a `Loss`, and its sum beside the other sums of that loss. Modules of a model may add
+terms, too: see collate.loss_rows.
 
 Shape letters: N sequences, P predicted tokens, C labels, V vocabulary, M the longest sequence.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
 from typing import NamedTuple
@@ -39,6 +40,10 @@ Count = Callable[[Batch], Tensor]
 """Batch -> a scalar: how many it holds of something, or the sum of their weights."""
 
 
+def _as_it_is(mean: Tensor) -> Tensor:
+    return mean
+
+
 class Mean(NamedTuple):
     """One row: a sum divided by a count. A term of a loss, or a metric for the log.
 
@@ -49,7 +54,7 @@ class Mean(NamedTuple):
     total: str
     per: str
     weight: float = 1.0
-    shown: Callable[[Tensor], Tensor] = lambda mean: mean
+    shown: Callable[[Tensor], Tensor] = _as_it_is
 
     def of(self, sums: Sums, counts: Sums) -> Tensor:
         """The weighted mean. Where the count is 0, so is the sum, and the mean is 0."""
@@ -66,9 +71,11 @@ class Loss:
         loss(sums, denominators)     a scalar; None: divided by the counts among the sums themselves
         loss.stacked(sums, layout)   1-D float64; adds up over batches and ranks
         loss.metrics(stacked)        what added-up sums mean
+        loss.plus(rows)              the same with more terms
 
     counts: the name of each denominator, in order, and how it is counted; the counts among the sums have these names.
     others: sums that no row needs. only_whole: the log has a loss only where every term has something to count.
+    added: terms that modules of the model add. Without labels they are no loss: the log has none for them alone.
     sums, in the methods: {name: scalar} of one batch.
     """
 
@@ -77,11 +84,23 @@ class Loss:
     logged: tuple[Mean, ...] = ()
     others: tuple[str, ...] = ()
     only_whole: bool = False
+    added: tuple[Mean, ...] = ()
+
+    def plus(self, rows: Sequence[Mean]) -> "Loss":
+        """This loss and more terms, per "sequences" or "tokens", whose means the log shows without their weights."""
+        if not rows:
+            return self
+        return replace(
+            self,
+            counts={**self.counts, **{row.per: COUNTS_OF_ADDED[row.per] for row in rows}},
+            logged=(*self.logged, *(row._replace(weight=1.0) for row in rows)),
+            added=(*self.added, *rows),
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the sums are, in order, before the last two: tokens and sequences."""
-        rows = [name for row in (*self.terms, *self.logged) for name in (row.total, row.per)]
+        rows = [name for row in (*self.terms, *self.added, *self.logged) for name in (row.total, row.per)]
         return tuple(dict.fromkeys((*self.counts, *rows, *self.others)))
 
     def count(self, batch: Batch) -> Tensor:
@@ -95,8 +114,13 @@ class Loss:
 
     def __call__(self, sums: Sums, denominators: Tensor | None = None) -> Tensor:
         """The weighted sum of the terms. A denominator of 0 goes with a sum of 0."""
+        if denominators is not None and len(denominators) != len(self.counts):
+            raise ValueError(
+                f"a loss with the denominators {', '.join(self.counts)} got {len(denominators)} of them; count them as "
+                "the model or its task does: model.count_denominators(batch), task.count(batch)"
+            )
         counts = sums if denominators is None else dict(zip(self.counts, denominators.unbind(), strict=True))
-        return reduce(add, (term.of(sums, counts) for term in self.terms))
+        return reduce(add, (term.of(sums, counts) for term in (*self.terms, *self.added)))
 
     def stacked(self, sums: Sums | None, layout: PackLayout) -> Tensor:
         """The sums in the order of `names`, then the batch's tokens and sequences. None: there are no labels."""
@@ -160,6 +184,20 @@ def lengths_by_slot(sequence_ids_BL: Tensor, depth: int | None = None) -> Tensor
     ones = torch.ones_like(sequence_ids_BL, dtype=torch.int64)
     counts = ones.new_zeros((packs, max(depth, slots) + 1)).scatter_add_(1, sequence_ids_BL.long(), ones)
     return counts[:, 1 : depth + 1]
+
+
+def count_sequences(batch: Batch) -> Tensor:
+    """sequence_ids [[1, 1, 1, 2], [0, 0, 0, 0]]  ->  2"""
+    return batch["sequence_ids"].amax(1).sum()
+
+
+def count_tokens(batch: Batch) -> Tensor:
+    """sequence_ids [[1, 1, 2, 0]]  ->  3"""
+    return (batch["sequence_ids"] != PADDING).sum()
+
+
+COUNTS_OF_ADDED: Mapping[str, Count] = {"sequences": count_sequences, "tokens": count_tokens}
+"""What terms that modules add may be divided by."""
 
 
 def _labelled_tokens(batch: Batch) -> Tensor:

@@ -45,7 +45,7 @@ FLOORS = {
         "views vocabulary columns device.host",
         "length_groups chunks",
         "layout",
-        "losses device",
+        "losses loss_rows device",
         "isolation",
         "probe isolate",
         "heads",

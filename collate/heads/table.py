@@ -1,6 +1,7 @@
 """TASKS: which task a stock model has, by the name of its class; one row a kind of head."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from collate.heads.gather import prepare_head, task_model
 from collate.heads.pretraining import MaskedLM, PreTraining
 from collate.heads.question_answering import QuestionAnswering
 from collate.heads.task import Task
+from collate.loss_rows import rows_of
 from collate.losses import Batch
 
 TASKS: dict[str, type[Task]] = {
@@ -40,7 +42,18 @@ def task_for(model: nn.Module, **options: Any) -> Task:
         raise ValueError(f"{type(stock).__name__} counts its own loss; call it, it needs no task")
     task = _task_class(stock).for_config(stock.config, **options)
     prepare_head(model)
-    return task
+    return with_rows_of(model, task)
+
+
+def with_rows_of(model: nn.Module, task: Task) -> Task:
+    """The task, with the terms that modules of the model add to the loss; see collate.loss_rows."""
+    rows = rows_of(model)
+    if rows and not isinstance(task, Task):
+        raise ValueError(
+            f"modules of the model add {', '.join(row.name for row in rows)} to its loss, which the task "
+            f"{type(task).__name__} would leave out; derive it from collate.heads.Task"
+        )
+    return replace(task, added=rows) if rows else task
 
 
 def _task_class(stock: PreTrainedModel) -> type[Task]:

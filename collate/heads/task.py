@@ -1,6 +1,6 @@
 """Task: what a packed head is trained for. The tasks themselves are in the files beside this one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -8,7 +8,8 @@ from transformers import PretrainedConfig
 
 from collate.heads.batch import PackedBatch
 from collate.heads.values import PerSequence
-from collate.losses import Batch, Loss, Sums
+from collate.loss_rows import added_sums, heard_sums
+from collate.losses import Batch, Loss, Mean, Sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,9 @@ class Task:
     A batch of padding alone, such as that of a process without packs, gives loss 0 and gradients of 0.
     """
 
+    added: tuple[Mean, ...] = field(default=(), repr=False)
+    """Terms that modules of the model add to the loss: `collate.loss_rows.rows_of(model)`."""
+
     @classmethod
     def for_config(cls, config: PretrainedConfig, **options: Any) -> "Task":
         """The task of a stock model with this config."""
@@ -57,8 +61,12 @@ class Task:
 
     @property
     def formula(self) -> Loss:
-        """The terms of the loss, what is counted for them, and what is logged."""
+        """The head's own terms of the loss, what is counted for them, and what is logged."""
         raise NotImplementedError
+
+    @property
+    def _loss(self) -> Loss:
+        return self.formula.plus(self.added)
 
     def check(self, batch: Batch) -> None:
         """Raise ValueError for labels that the head has no place for; see collate.heads.check."""
@@ -77,20 +85,22 @@ class Task:
         Raises ValueError for a batch without labels that is to be trained on, one with `denominators`.
         """
         packed = PackedBatch(batch)
-        sums, logits, predictions, labels = self.run(model, packed)
+        with heard_sums(model, self.added) as heard:
+            sums, logits, predictions, labels = self.run(model, packed)
         loss = None
         if sums is not None:
-            loss = self.formula(sums, self.count(batch) if denominators is None else denominators)
+            sums = {**sums, **added_sums(model, self.added, packed.layout, heard)}
+            loss = self._loss(sums, self.count(batch) if denominators is None else denominators)
         elif denominators is not None:
             raise ValueError(
                 f"{type(self).__name__} cannot train on a batch without labels, only {sorted(batch)}; "
                 "keep the label columns when you pack the dataset, and as numbers: text is left out"
             )
-        return PackedOutput(loss, self.formula.stacked(sums, packed.layout), logits, predictions, labels)
+        return PackedOutput(loss, self._loss.stacked(sums, packed.layout), logits, predictions, labels)
 
     def count(self, batch: Batch) -> Tensor:
-        """(k,) what the terms of the loss are divided by, in the order of `formula.counts`."""
-        return self.formula.count(batch)
+        """(k,) what the terms of the loss are divided by: `formula.counts` in order, then those of `added`."""
+        return self._loss.count(batch)
 
     def weight(self, batch: Batch) -> Tensor:
         """What the loss of a batch is a mean over, and so its weight in the mean over several batches."""
@@ -98,4 +108,4 @@ class Task:
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """What added-up sums mean; a metric without anything to count is left out."""
-        return self.formula.metrics(sums)
+        return self._loss.metrics(sums)

@@ -23,6 +23,7 @@ from collate.heads import PackedOutput
 from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids
 from collate.layout import PADDING
+from collate.loss_rows import rows_of
 from collate.losses import count_denominators
 from collate.training.dataloaders import LoadsPacks
 from collate.training.hooks import overrides_trainer
@@ -114,6 +115,12 @@ def loss_by(override: Callable, seen: SeenModel, name: str, needs_count: bool) -
             "it called self.model, whose outputs have a row per pack and not per label, let it call `model`"
         ) from error
     loss = loss[0] if isinstance(loss, tuple) else loss
+    if not seen.is_counted and (added := getattr(seen.task, "added", ())):
+        raise ValueError(
+            f"modules of the model add {', '.join(row.name for row in added)} to its loss, which a loss that "
+            f"{name}.compute_loss makes of its own would leave out; let it call super().compute_loss(model, inputs, "
+            "return_outputs, num_items_in_batch), and add to that"
+        )
     if needs_count and not seen.is_counted:
         raise ValueError(
             f"{name}.compute_loss makes a loss of its own, and a step has several passes or ranks, whose packs hold "
@@ -134,10 +141,12 @@ class OwnLoss:
 
     def __init__(self, model: nn.Module):
         self.metrics = model.metrics
+        self.added = rows_of(model)
+        self._count = getattr(model, "count_denominators", count_denominators)
         self.arguments = {*inspect.signature(model.forward).parameters, *getattr(model, "pair_columns", ())}
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return count_denominators(batch)
+        return self._count(batch)
 
     def weight(self, batch: Mapping[str, Tensor]) -> Tensor:
         return count_packs(batch)[0]

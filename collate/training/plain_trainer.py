@@ -11,6 +11,7 @@ from collate.columns import HEADS_OF_TOKENS
 from collate.isolation.encoders import REFUSED
 from collate.isolation.hook import is_isolated
 from collate.isolation.positions import position_ids_start
+from collate.loss_rows import rows_of
 from collate.training.hooks import overrides_callback
 from collate.training.refused import refuse_arguments, refuse_data_skip
 
@@ -54,8 +55,9 @@ class PlainTrainerCallback(SetEpoch):
     """SetEpoch, and a ValueError at the start of training for what plain Trainer would get wrong with packs.
 
     That is: models that are not isolated, foreign positions and masks, heads that read one sequence per row, stock
-    losses that must be counted over passes or ranks, packs that accelerate repeats, columns that Trainer strips, and
-    the arguments in collate.training.refused. An evaluation checks the model and these arguments, too.
+    losses that must be counted over passes or ranks, or that leave out what modules add to them, packs that accelerate
+    repeats, columns that Trainer strips, and the arguments in collate.training.refused. An evaluation checks the model
+    and these arguments, too.
 
     Evaluation is not exact: plain Trainer averages the losses of batches by their rows, and evaluation has the masks of
     the epoch.
@@ -188,6 +190,11 @@ def _check_head(model: nn.Module) -> None:
 
 def _check_loss(args: TrainingArguments, model: nn.Module) -> None:
     """Stock encoders take a mean per micro-batch, whatever Trainer believes (huggingface/transformers#47688)."""
+    if rows := rows_of(model):
+        raise ValueError(
+            f"modules of {type(model).__name__} add {', '.join(row.name for row in rows)} to its loss, which its own "
+            "forward leaves out; use collate.PackedTrainer, which adds them"
+        )
     counts = {"gradient_accumulation_steps": args.gradient_accumulation_steps, "ranks": args.world_size}
     for name, value in (counts | {"GPUs in one process": args.n_gpu}).items():
         if value > 1:

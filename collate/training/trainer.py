@@ -8,10 +8,13 @@ depend on packing, accumulation or the number of processes. (Dropout does: each 
 A task (collate.heads) says what to count, and what the loss is; the class of a stock model tells its task. A model with
 a loss of its own has
 
-    forward(**batch, denominators=Tensor(3)) -> output.loss, divided by these instead of by the batch's own counts
+    forward(**batch, denominators=Tensor(k)) -> output.loss, divided by these instead of by the batch's own counts
     output.sums                              -> 1-D tensor of additive statistics
     metrics(sums) -> dict[str, float]        -> what they mean, for the log: "loss", "sequences", "tokens" and others
     pair_columns: tuple[str, ...]            -> columns that forward takes by **; a model may leave this out
+    count_denominators(batch) -> Tensor(k)   -> what divides its loss, if that is not the three of collate.losses
+
+Modules of either kind of model may add terms to its loss: see collate.loss_rows.
 """
 
 import logging
@@ -25,6 +28,7 @@ from transformers import Trainer
 
 from collate.collator import DataCollatorWithPacking
 from collate.heads import prepare_head, task_for
+from collate.heads.table import with_rows_of
 from collate.layout import PADDING
 from collate.training.dataloaders import packs_per_pass, refuse_torn_steps, said_packs_per_pass, slots_per_pack
 from collate.training.hooks import overrides_trainer
@@ -132,7 +136,7 @@ class PackedTrainer(EvaluatesSequences):
             check_forward(model)
             return task_for(model)
         prepare_head(model)
-        return self._given_task
+        return with_rows_of(model, self._given_task)
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)

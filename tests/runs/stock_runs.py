@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, gather_object
+from adding_models import with_terms
 from datasets import Dataset
 from pairs import make_tokenizer
 from torch.utils.data import DataLoader
@@ -82,7 +83,7 @@ def make_packs(head, count=PACKS):
     return packed.select(range(count))
 
 
-def make_model(head, **changes):
+def make_model(head, change=None, **changes):
     """Small, in float64, with weights so large that a mistake shows; no dropout."""
     config = BertConfig(
         vocab_size=60,
@@ -99,7 +100,8 @@ def make_model(head, **changes):
         **changes,
     )
     torch.manual_seed(0)
-    return CLASSES[head](config).double()
+    model = CLASSES[head](config).double()
+    return model if change is None else change(model)
 
 
 def make_collator(head, **options):
@@ -171,12 +173,12 @@ class BySlots(PackedTrainer):
 # Training and prediction.
 
 
-def train(head, packs_per_pass=16, passes=1, packs=PACKS, dataset=None, kind=PackedTrainer, **arguments):
+def train(head, packs_per_pass=16, passes=1, packs=PACKS, dataset=None, kind=PackedTrainer, change=None, **arguments):
     """Parameters after SGD, what every step logged, and the evaluation on the same packs."""
     dataset = make_packs(head, packs) if dataset is None else dataset
     options = {"train_dataset": dataset, "data_collator": make_collator(head)} | arguments
     options |= {"per_device_train_batch_size": packs_per_pass, "gradient_accumulation_steps": passes}
-    with make_trainer(None if "model_init" in arguments else make_model(head), kind, **options) as trainer:
+    with make_trainer(None if "model_init" in arguments else make_model(head, change), kind, **options) as trainer:
         trainer.train()
         evaluation = deterministic(trainer.evaluate(make_packs(head, packs)))
     return outcome(trainer) | {"evaluation": evaluation}
@@ -190,14 +192,14 @@ def outcome(trainer):
     }
 
 
-def train_plain(dataset=None, isolated=True, with_callback=True, head="mlm", resume=None, **arguments):
+def train_plain(dataset=None, isolated=True, with_callback=True, head="mlm", resume=None, change=None, **arguments):
     """Plain Trainer, set up as our callback asks for; two epochs of two steps."""
     dataset = make_packs(head) if dataset is None else dataset
     collator = make_collator(head)
     options = {"train_dataset": dataset, "data_collator": collator.for_dataset(make_packs(head))}
     options |= {"per_device_train_batch_size": 16, "num_train_epochs": 2, "remove_unused_columns": False}
     options |= {"include_num_input_tokens_seen": "no", "callbacks": [collator.callback()] if with_callback else []}
-    model = make_model(head)
+    model = make_model(head, change)
     with make_trainer(isolate_sequences(model) if isolated else model, Trainer, **options | arguments) as trainer:
         trainer.train(resume_from_checkpoint=resume)
     return outcome(trainer)
@@ -323,6 +325,7 @@ TWO_PROCESSES: dict[str, Callable[[], object]] = {head: functools.partial(train,
 TWO_PROCESSES |= {
     "class weights": lambda: train("single", 4, 2, kind=WeightedSum),
     "22 packs": lambda: train("mlm", 4, 2, packs=22),
+    "terms of a stock model's modules": lambda: train("mlm", 4, 2, change=with_terms),
     "dealt out": dealt_out,
     "dispatched": lambda: train("mlm", 4, 2, kind=BySlots, accelerator_config={"dispatch_batches": True}),
     "dispatched by workers": lambda: train(

@@ -6,6 +6,7 @@ import os
 import tempfile
 
 import numpy as np
+from adding_models import with_terms
 from datasets import Dataset
 from pairs import make_pair, make_tokenizer
 from pretraining_models import MAX_LENGTH, make_models
@@ -43,13 +44,14 @@ def make_packs(count):
     return Dataset.from_list(rows)
 
 
-def train(packs, packs_per_pass, passes, mlm_loss):
+def train(packs, packs_per_pass, passes, mlm_loss, change=None):
     """Parameters after one epoch of SGD, the losses and metrics of each step, and the evaluation on the same packs."""
     dataset = make_packs(packs)
     with make_trainer(
         mlm_loss,
         train_dataset=dataset,
         eval_dataset=dataset,
+        change=change,
         per_device_train_batch_size=packs_per_pass,
         per_device_eval_batch_size=3,
         gradient_accumulation_steps=passes,
@@ -102,9 +104,13 @@ TRAINER_OPTIONS = ("compute_metrics", "compute_loss_func", "data_collator", "seq
 
 
 @contextlib.contextmanager
-def make_trainer(mlm_loss="sequence", train_dataset=None, eval_dataset=None, folder=None, **arguments):
-    """A PackedTrainer on a small model in float64; its folder is gone afterwards, unless one is given."""
+def make_trainer(mlm_loss="sequence", train_dataset=None, eval_dataset=None, folder=None, change=None, **arguments):
+    """A PackedTrainer on a small model in float64; its folder is gone afterwards, unless one is given.
+
+    change: of the model, before it gets there.
+    """
     _, model = make_models(mlm_loss)
+    model = model if change is None else change(model)
     collator = DataCollatorWithPacking(make_tokenizer(), pad_to=MAX_LENGTH, max_sequences_per_pack=8)
     options = {"data_collator": collator} | {k: arguments.pop(k) for k in TRAINER_OPTIONS if k in arguments}
     defaults = {
@@ -129,4 +135,5 @@ def make_trainer(mlm_loss="sequence", train_dataset=None, eval_dataset=None, fol
 
 
 TWO_PROCESSES = {name: functools.partial(train, *run) for name, run in IN_TWO.items()}
+TWO_PROCESSES["terms of modules"] = functools.partial(train, 17, 4, 2, "sequence", with_terms)
 TWO_PROCESSES |= {name: functools.partial(train_by_sequences, *run) for name, run in BY_SEQUENCES_IN_TWO.items()}
