@@ -9,6 +9,7 @@ prepare/     text -> sequences
 model        PackedBertForPreTraining
 attention/   attention heads: the contract, and ATTENTION
 block/       what stands around attention in a layer
+moving       buffers that move after an optimizer step
 train/       one pretraining run
 
 Others import PackedBertForPreTraining from here, and what attention/ and block/ name.

@@ -53,7 +53,8 @@ FLOORS = {
         "training",
     ],
     "bert_pretrain": [
-        "attention.options attention.head",
+        "attention.options moving",
+        "attention.head",
         "attention.parts",
         "attention.heads",
         "attention",

@@ -1,18 +1,19 @@
 """What all attention heads share: how they are built, and how they read their options."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_pretrain.attention.options import HeadOptions
+from bert_pretrain.moving import KeepsWideBuffers
 from collate.layout import PackLayout, SlotLayout
 
 
-class AttentionHead(nn.Module):
+class AttentionHead(KeepsWideBuffers):
     """One attention mechanism, for all heads of one layer. A subclass defines `Options` and `attend`.
 
     H heads, K head width, T real tokens of the batch.
@@ -117,24 +118,6 @@ class AttentionHead(nn.Module):
     def generator(self) -> torch.Generator:
         """For what a layer draws when it is built, if the head has an option `seed`: each layer draws its own."""
         return torch.Generator().manual_seed(self.options.seed * 10_007 + self.layer_index)
-
-    def register_at_least_float32(self, name: str, shape: tuple[int, ...]) -> None:
-        """Give the head an empty buffer that is saved with it and keeps its precision: see `_apply`."""
-        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.register_buffer(name, torch.empty(shape, dtype=dtype))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `.to`, `.half()` and `.cuda()` call. Buffers stay in float32 at least.
-
-        In 16 bits a moving average loses its small steps, and draws would stay rounded for good.
-        """
-        wide = {name: x for name, x in self.named_buffers(recurse=False) if x.is_floating_point() and x.itemsize >= 4}
-        super()._apply(fn, recurse)
-        for name, before in wide.items():
-            after = getattr(self, name)
-            if after.itemsize < 4:
-                setattr(self, name, before.to(after.device, torch.float32))
-        return self
 
     def refuse_longer(self, layout: PackLayout) -> None:
         """Raise ValueError for a sequence of more than max_sequence_length tokens, for heads that it sizes."""

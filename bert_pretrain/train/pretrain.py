@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from bert_pretrain.attention.heads.routing import RoutingAttention, RoutingCallback
+from bert_pretrain.moving import AfterStepCallback, moves_after_step
 from bert_pretrain.prepare.tokenizer import load_tokenizer
 from bert_pretrain.train import checks, gpu
 from bert_pretrain.train.batch import set_batch
@@ -115,8 +115,8 @@ def _pretrain(
         objective=objective,
         optimizer_cls_and_kwargs=choose_optimizer(config, training, model, train),
     )
-    if any(isinstance(module, RoutingAttention) for module in model.modules()):
-        trainer.add_callback(RoutingCallback())
+    if moves_after_step(model):
+        trainer.add_callback(AfterStepCallback())
     if trainer.is_world_process_zero():
         write_config_record(output, record)
     trainer.run_record, trainer.checked_checkpoint = run, checkpoint

@@ -6,8 +6,8 @@ training would silently go wrong. So each class here and in bert_pretrain/train 
     @overrides_trainer
     class ResumesExactly(Trainer): ...
 
-Trainer's private methods are in the list because it has no public place for what they do. RoutingCallback has no
-decorator: attention heads load without Trainer. A test checks its event, too.
+Trainer's private methods are in the list because it has no public place for what they do. AfterStepCallback has
+no decorator: attention heads load without Trainer. A test checks its event, too.
 """
 
 import inspect

@@ -15,8 +15,7 @@ Centroids are a buffer. It moves once after each optimizer step, by what all mic
     trainer.add_callback(RoutingCallback())          # under Trainer
     update_after_step(optimizer, model)              # in your own loop: once, before training
 
-The backward pass takes the sums, once in each micro-batch: gradient checkpointing, which runs forward twice, counts
-nothing twice, and evaluation counts nothing.
+Both are those of bert_pretrain.moving, and move all such buffers of a model.
 """
 
 import math
@@ -24,12 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback
+from torch import Tensor
 
 from bert_pretrain.attention.head import (
     AttentionHead,
@@ -40,11 +35,14 @@ from bert_pretrain.attention.head import (
     without_autocast,
 )
 from bert_pretrain.attention.options import HeadOptions, number, seed_option, whole
+from bert_pretrain.moving import PATIENCE, AfterStepCallback, MovesAfterStep, after_step, update_after_step
 from collate.layout import PackLayout
 from collate.length_groups import LengthGroups, length_groups, narrowest_length
 
-PATIENCE = 1000
-"""After so many micro-batches without an update the head refuses: somebody forgot it."""
+__all__ = ["RoutingAttention", "RoutingCallback", "RoutingOptions", "update_after_step", "update_centroids"]
+
+RoutingCallback, update_centroids = AfterStepCallback, after_step
+"""The names of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class RoutingOptions(HeadOptions):
     """Draws the first centroids, others for each layer."""
 
 
-class RoutingAttention(AttentionHead):
+class RoutingAttention(AttentionHead, MovesAfterStep):
     """Softmax within the clusters of each sequence; no parameters, centroids in a buffer."""
 
     Options = RoutingOptions
@@ -73,8 +71,6 @@ class RoutingAttention(AttentionHead):
         self.max_clusters = self.num_clusters(self.max_sequence_length)
         self.register_at_least_float32("centroids_HCK", (self.num_heads, self.max_clusters, self.head_width))
         self.register_buffer("num_updates", torch.empty(self.centroids_HCK.shape[:2], dtype=torch.int64))
-        self._sums: tuple[Tensor, Tensor] | None = None  # no buffer: ranks have their own, and DDP levels buffers
-        self._micro_batches = 0
         self.reset_parameters()
 
     @torch.no_grad()
@@ -82,7 +78,7 @@ class RoutingAttention(AttentionHead):
         """Draw this layer's first centroids: random directions."""
         self.centroids_HCK.copy_(F.normalize(draw_normal(self.centroids_HCK.shape, self.generator()), dim=-1))
         self.num_updates.zero_()
-        self._sums, self._micro_batches = None, 0
+        self.forget()
 
     def num_clusters(self, length: int) -> int:
         """c(n)"""
@@ -109,7 +105,7 @@ class RoutingAttention(AttentionHead):
         if self.training and self.options.decay < 1 and torch.is_grad_enabled():
             with without_autocast(q_THK):
                 statistics = self._count(queries, keys, parts.clusters)
-            context_THK = Collect.apply(context_THK, self, *statistics)
+            context_THK = self.collected(context_THK, *statistics)
         return context_THK
 
     @torch.no_grad()
@@ -211,17 +207,11 @@ class RoutingAttention(AttentionHead):
                 sums[:, : clusters.num_clusters] += (is_nearest @ unit.to(dtype)).sum(0)
         return sums, counts
 
-    def collect(self, sums: Tensor, counts: Tensor) -> None:
-        """Add what one micro-batch saw."""
-        if self._sums is not None:
-            sums, counts = self._sums[0] + sums, self._sums[1] + counts
-        self._sums = sums, counts
-        self._micro_batches += 1
-
     def routing_statistics(self) -> tuple[Tensor, Tensor]:
         """Sums (H, C, K) and counts (H, C) since the last update, on this rank."""
-        if self._sums is not None:
-            return self._sums
+        if self._statistics is not None:
+            sums, counts = self._statistics
+            return sums, counts
         dtype = torch.promote_types(self.centroids_HCK.dtype, torch.float32)
         sums = torch.zeros_like(self.centroids_HCK, dtype=dtype)
         return sums, sums.new_zeros(sums.shape[:2])
@@ -232,17 +222,18 @@ class RoutingAttention(AttentionHead):
         if self.options.decay == 1:
             return
         sums, counts = self.routing_statistics()
-        if dist.is_available() and dist.is_initialized():
-            both = torch.cat([sums, counts[..., None]], dim=-1)
-            dist.all_reduce(both)
-            sums, counts = both[..., :-1], both[..., -1]
+        both = self.over_ranks(torch.cat([sums, counts[..., None]], dim=-1))
+        sums, counts = both[..., :-1], both[..., -1]
         moves = self.num_updates.to(sums)[..., None]  # each centroid's own: many are first seen late
         decay = torch.clamp((1 + moves) / (10 + moves), max=self.options.decay)
         moved = decay * self.centroids_HCK.to(sums) + (1 - decay) * F.normalize(sums, dim=-1)
         seen = (counts > 0) & sums.isfinite().all(-1)  # a NaN would stay for good
         self.centroids_HCK.copy_(torch.where(seen[..., None], moved, self.centroids_HCK.to(sums)))
         self.num_updates += seen
-        self._sums, self._micro_batches = None, 0
+        self.forget()
+
+    def after_step(self) -> None:
+        self.update_centroids()
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,37 +283,3 @@ def _mean_by_row(row: Tensor, context: Tensor, seen: Tensor, like_THK: Tensor) -
     count = count.flatten().index_add(0, row, seen.float())
     context = torch.where(seen[:, None], context / count.clamp(min=1).type_as(context)[row, None], 0)
     return torch.zeros_like(like_THK).flatten(0, 1).index_add(0, row, context).view_as(like_THK)
-
-
-class Collect(torch.autograd.Function):
-    """context, head, sums, counts -> context. The head gets the statistics when, and only when, backward runs."""
-
-    @staticmethod
-    def forward(ctx, context, head, sums, counts):
-        ctx.head, ctx.statistics = head, (sums, counts)
-        return context.view_as(context)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        ctx.head.collect(*ctx.statistics)
-        return grad, None, None, None
-
-
-def update_centroids(model: nn.Module) -> None:
-    """Update every routing head of a model: once after each optimizer step, on every rank."""
-    for module in model.modules():
-        if isinstance(module, RoutingAttention):
-            module.update_centroids()
-
-
-def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
-    """Update the model's centroids whenever the optimizer has stepped; returns a handle, `.remove()` ends it."""
-    return optimizer.register_step_post_hook(lambda *_: update_centroids(model))
-
-
-class RoutingCallback(TrainerCallback):
-    """Trainer's optimizer steps move the centroids."""
-
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        update_centroids(model)
