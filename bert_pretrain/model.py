@@ -22,8 +22,8 @@ from bert_pretrain.block import BlockBertConfig, BlockEncoder, BlockOptions, pla
 from bert_pretrain.block.use import DEFAULT_ATTENTION, initialize_block
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.device.host import tensors_in
+from collate.heads.loss_rows import added_sums, rows_of
 from collate.layout import PackLayout, SlotLayout
-from collate.loss_rows import added_sums, rows_of
 from collate.losses import MLM_TERMS, Batch, Loss, Predicted, mlm_sums, pair_sums, pretraining_loss
 from collate.views import at_least_float32
 from packing.files.errors import check_known
@@ -182,7 +182,7 @@ class PackedBertForPreTraining(BertForPreTraining):
     def _encode(
         self, layout: PackLayout, input_ids: Tensor, position_ids: Tensor | None, token_type_ids: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(T, D), and the sums for terms that its layers add to the loss; see collate.loss_rows."""
+        """(T, D), and the sums for terms that its layers add to the loss; see collate.heads.loss_rows."""
         if layout.num_tokens == 0:
             # A rank that ran out of packs must still take part in the step, with a gradient of 0 for every parameter.
             # BERT's layers cannot run on no token: run on one, and keep nothing of it.

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-PATIENCE = 1000
+MOST_MICRO_BATCHES = 1000
 """After so many micro-batches without an update such a module refuses: somebody forgot it."""
 
 
@@ -32,8 +32,9 @@ def moves_after_step(model: nn.Module) -> bool:
 def after_step(model: nn.Module) -> None:
     """Move the buffers of all modules: once after each optimizer step, on every rank."""
     for module in model.modules():
-        if hasattr(module, "after_step"):
-            module.after_step()
+        move: Any = getattr(module, "after_step", None)
+        if move is not None:
+            move()
 
 
 def update_after_step(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:

@@ -10,7 +10,6 @@ chunks           sequences cut into chunks, for attention over blocks
 length_groups    sequences of like length side by side
 views            views that a layout makes once; where parts begin; values widened for sums
 losses           the terms of every loss, and what divides them
-loss_rows        terms that modules of a model add to its loss
 vocabulary       which ids a tokenizer's tokens have
 isolate          isolate_sequences: a stock encoder honours sequence_ids
 probe            check_isolation: what leaks between sequences, and by how much

@@ -15,7 +15,7 @@ the same, as in "Packing: Towards 2x NLP BERT Acceleration" (arXiv 2107.02027, s
 predicted tokens, as in the original BERT: longer sequences weigh more.
 
 To add a term, write its row in a `Loss`, and its sum beside the other sums of that loss. Modules of a model may add
-terms, too: see collate.loss_rows.
+terms, too: see collate.heads.loss_rows.
 
 Shape letters: N sequences, P predicted tokens, C labels, V vocabulary, M the longest sequence.
 """
@@ -186,17 +186,17 @@ def lengths_by_slot(sequence_ids_BL: Tensor, depth: int | None = None) -> Tensor
     return counts[:, 1 : depth + 1]
 
 
-def count_sequences(batch: Batch) -> Tensor:
+def sequences_in(batch: Batch) -> Tensor:
     """sequence_ids [[1, 1, 1, 2], [0, 0, 0, 0]]  ->  2"""
     return batch["sequence_ids"].amax(1).sum()
 
 
-def count_tokens(batch: Batch) -> Tensor:
+def tokens_in(batch: Batch) -> Tensor:
     """sequence_ids [[1, 1, 2, 0]]  ->  3"""
     return (batch["sequence_ids"] != PADDING).sum()
 
 
-COUNTS_OF_ADDED: Mapping[str, Count] = {"sequences": count_sequences, "tokens": count_tokens}
+COUNTS_OF_ADDED: Mapping[str, Count] = {"sequences": sequences_in, "tokens": tokens_in}
 """What terms that modules add may be divided by."""
 
 

@@ -45,7 +45,7 @@ FLOORS = {
         "views vocabulary columns device.host",
         "length_groups chunks",
         "layout",
-        "losses loss_rows device",
+        "losses device",
         "isolation",
         "probe isolate",
         "heads",

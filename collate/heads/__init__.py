@@ -22,8 +22,9 @@ gather               the hook that gathers what a head reads, and the models tha
 batch                what goes in: a batch, and the slots that heads read
 values               what comes out: values by sequence
 check                labels and ids out of range, for which a model has no place
+loss_rows            terms that modules of a model add to its loss
 
-Others import what is named below, batch and check.
+Others import what is named below, batch, check and loss_rows.
 
 Shape letters as in collate.layout; P slots that a head reads, S sequence slots per pack, C labels, V vocabulary.
 """

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from collate.heads.classification import SequenceClassification, TokenClassification
 from collate.heads.embedding import SequenceEmbedding
 from collate.heads.gather import prepare_head, task_model
+from collate.heads.loss_rows import rows_of
 from collate.heads.pretraining import MaskedLM, PreTraining
 from collate.heads.question_answering import QuestionAnswering
 from collate.heads.task import Task
-from collate.loss_rows import rows_of
 from collate.losses import Batch
 
 TASKS: dict[str, type[Task]] = {
@@ -46,7 +46,7 @@ def task_for(model: nn.Module, **options: Any) -> Task:
 
 
 def with_rows_of(model: nn.Module, task: Task) -> Task:
-    """The task, with the terms that modules of the model add to the loss; see collate.loss_rows."""
+    """The task, with the terms that modules of the model add to the loss; see collate.heads.loss_rows."""
     rows = rows_of(model)
     if rows and not isinstance(task, Task):
         raise ValueError(

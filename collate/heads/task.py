@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from collate.heads.batch import PackedBatch
+from collate.heads.loss_rows import added_sums, heard_sums
 from collate.heads.values import PerSequence
-from collate.loss_rows import added_sums, heard_sums
 from collate.losses import Batch, Loss, Mean, Sums
 
 
@@ -52,7 +52,7 @@ class Task:
     """
 
     added: tuple[Mean, ...] = field(default=(), repr=False)
-    """Terms that modules of the model add to the loss: `collate.loss_rows.rows_of(model)`."""
+    """Terms that modules of the model add to the loss: `collate.heads.loss_rows.rows_of(model)`."""
 
     @classmethod
     def for_config(cls, config: PretrainedConfig, **options: Any) -> "Task":

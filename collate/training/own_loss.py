@@ -22,8 +22,8 @@ from collate.columns import PAIR_LABELS
 from collate.heads import PackedOutput
 from collate.heads.batch import PackedBatch
 from collate.heads.check import check_label_ids
+from collate.heads.loss_rows import rows_of
 from collate.layout import PADDING
-from collate.loss_rows import rows_of
 from collate.losses import count_denominators
 from collate.training.dataloaders import LoadsPacks
 from collate.training.hooks import overrides_trainer

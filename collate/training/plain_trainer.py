@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from collate.columns import HEADS_OF_TOKENS
+from collate.heads.loss_rows import rows_of
 from collate.isolation.encoders import REFUSED
 from collate.isolation.hook import is_isolated
 from collate.isolation.positions import position_ids_start
-from collate.loss_rows import rows_of
 from collate.training.hooks import overrides_callback
 from collate.training.refused import refuse_arguments, refuse_data_skip
 

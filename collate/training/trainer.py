@@ -14,7 +14,7 @@ a loss of its own has
     pair_columns: tuple[str, ...]            -> columns that forward takes by **; a model may leave this out
     count_denominators(batch) -> Tensor(k)   -> what divides its loss, if that is not the three of collate.losses
 
-Modules of either kind of model may add terms to its loss: see collate.loss_rows.
+Modules of either kind of model may add terms to its loss: see collate.heads.loss_rows.
 """
 
 import logging

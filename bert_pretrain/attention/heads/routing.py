@@ -35,7 +35,7 @@ from bert_pretrain.attention.head import (
     without_autocast,
 )
 from bert_pretrain.attention.options import HeadOptions, number, seed_option, whole
-from bert_pretrain.moving import PATIENCE, AfterStepCallback, MovesAfterStep, after_step, update_after_step
+from bert_pretrain.moving import MOST_MICRO_BATCHES, AfterStepCallback, MovesAfterStep, after_step, update_after_step
 from collate.layout import PackLayout
 from collate.length_groups import LengthGroups, length_groups, narrowest_length
 
@@ -43,6 +43,8 @@ __all__ = ["RoutingAttention", "RoutingCallback", "RoutingOptions", "update_afte
 
 RoutingCallback, update_centroids = AfterStepCallback, after_step
 """The names of earlier versions."""
+PATIENCE = MOST_MICRO_BATCHES
+"""After so many micro-batches without an update the head refuses."""
 
 
 @dataclass(frozen=True)

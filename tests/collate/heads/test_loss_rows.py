@@ -16,8 +16,8 @@ from torch import nn
 from training_runs import train
 
 from collate import DataCollatorWithPacking, PackedTrainer, PackLayout, task_for, to_device
+from collate.heads.loss_rows import added_sums, rows_of
 from collate.heads.table import with_rows_of
-from collate.loss_rows import added_sums, rows_of
 from collate.losses import Mean, count_denominators, pretraining_loss
 
 EMPTY = {"input_ids": [], "sequence_lengths": []}
@@ -58,18 +58,21 @@ def test_the_terms_are_those_of_the_sequences_one_by_one(rows, collate):
     stock, packed = adding_models()
     expected, hidden = pretraining_one_by_one(stock, alone(batch), "sequence")
     terms = terms_by_hand(packed, hidden)
-    (expected + weighted(terms)).backward()
+    by_hand = expected + weighted(terms)
+    by_hand.backward()
     of_scales = [scale.scale.grad for scale in packed.bert.encoder.scales]
     expected_gradients = [p.grad for p in stock.parameters()]
     packed.zero_grad()
     output = packed(**batch)
     output.loss.backward()
-    assert float(output.loss.detach()) == pytest.approx(float(expected + weighted(terms)), rel=1e-12)
+    assert float(output.loss.detach()) == pytest.approx(float(by_hand.detach()), rel=1e-12)
     own = dict(packed.named_parameters())
     assert_near([own[name].grad for name, _ in stock.named_parameters()], expected_gradients)
     assert_near([scale.scale.grad for scale in packed.bert.encoder.scales], of_scales)
     metrics = packed.metrics(output.sums)
-    assert {name: metrics[name] for name in LOGGED} == pytest.approx({n: float(x) for n, x in terms.items()}, rel=1e-12)
+    assert {name: metrics[name] for name in LOGGED} == pytest.approx(
+        {n: float(x.detach()) for n, x in terms.items()}, rel=1e-12
+    )
     assert metrics["loss"] == pytest.approx(float(output.loss.detach()), rel=1e-12)
 
 
@@ -83,11 +86,13 @@ def test_micro_batches_add_up(rows, collate):
     parts = [{name: x[i : i + 2] for name, x in batch.items()} for i in range(0, len(rows), 2)]
     parts.append(collate([EMPTY]))  # what a rank without packs computes
     counts = sum(packed.count_denominators(part) for part in parts)
-    assert counts.tolist() == [*count_denominators(batch).tolist(), 23, int((batch["sequence_ids"] > 0).sum())]
+    assert counts.tolist() == [*count_denominators(batch).tolist(), int((batch["sequence_ids"] > 0).sum()), 23]
     outputs = [packed(**part, denominators=counts) for part in parts]
     sum(output.loss for output in outputs).backward()
     assert_near(gradients(packed), expected_gradients)
-    assert float(sum(output.loss.detach() for output in outputs)) == pytest.approx(float(expected.loss), rel=1e-12)
+    assert float(sum(output.loss.detach() for output in outputs)) == pytest.approx(
+        float(expected.loss.detach()), rel=1e-12
+    )
     sums = sum(output.sums for output in outputs)
     assert packed.metrics(sums) == pytest.approx(packed.metrics(expected.sums), rel=1e-12)
     mean = torch.stack([packed(**part).loss.detach() for part in parts]).mean()  # negative control
@@ -152,11 +157,13 @@ def test_a_stock_model_has_them_too(two_processes):
     hidden = layout.unpad(hidden_BLD).split(layout.lengths.tolist())
     terms = terms_by_hand(model, hidden)
     metrics = task.metrics(task(model, batch).sums)
-    assert {name: metrics[name] for name in LOGGED} == pytest.approx({n: float(x) for n, x in terms.items()}, rel=1e-12)
+    assert {name: metrics[name] for name in LOGGED} == pytest.approx(
+        {n: float(x.detach()) for n, x in terms.items()}, rel=1e-12
+    )
     first = expected["steps"][0]
     of_masks = first["mlm_loss_per_token"]
-    assert first["loss"] == pytest.approx(of_masks + float(weighted(terms)), rel=1e-6)
-    assert task.count(batch).tolist()[2:] == [layout.num_sequences, layout.num_tokens]
+    assert first["loss"] == pytest.approx(of_masks + float(weighted(terms).detach()), rel=1e-6)
+    assert task.count(batch).tolist()[2:] == [layout.num_tokens, layout.num_sequences]
     assert copy.copy(task).added == rows_of(model)
 
 
@@ -184,13 +191,13 @@ def test_a_sum_that_nobody_gives(rows, collate):
 def test_denominators_must_be_those_of_the_loss(rows, collate):
     _, packed = adding_models()
     batch = collate(rows)
-    message = "denominators mlm_tokens, mlm_sequences, pairs, sequences, tokens got 3 of them; count them as"
+    message = "denominators mlm_tokens, mlm_sequences, pairs, tokens, sequences got 3 of them; count them as"
     with pytest.raises(ValueError, match=message):
         packed(**batch, denominators=count_denominators(batch))
 
 
 def test_losses_that_would_leave_them_out_are_refused():
-    with pytest.raises(ValueError, match=re.escape("add scale_penalty, activity, drift to its loss, which its own")):
+    with pytest.raises(ValueError, match=re.escape("add activity, drift, scale_penalty to its loss, which its own")):
         train_plain(change=with_terms)
     with pytest.raises(ValueError, match="the task SimpleNamespace would leave out; derive it from collate"):
         with_rows_of(Scale(1.0), SimpleNamespace())
