@@ -56,10 +56,10 @@ def added_sums(
         return {}
     counts = {"sequences": layout.is_real_sequence.sum(), "tokens": layout.is_real_token.sum()}
     found = dict(given)
+    module: Any
     for module in model.modules():
-        penalties: Any = getattr(module, "penalties", None)
-        if penalties is not None and getattr(module, "loss_rows", ()):
-            for total, penalty in penalties().items():
+        if hasattr(module, "loss_rows") and hasattr(module, "penalties"):
+            for total, penalty in module.penalties().items():
                 _add(found, total, at_least_float32(penalty) * counts["sequences"])
     for row in rows:
         if row.total not in found:
