@@ -66,6 +66,8 @@ COST = {
     "fixed": "n √n",
     "axial": "n √n",
     "routing": "n √n",
+    "adaptive_span": "n²",
+    "entmax": "n²",
     "lsh": "n log n",
     "sinkhorn": "n + (n/64)²",
 }
@@ -76,6 +78,8 @@ SCALED = {
     "longformer": {"window": 32},
     "etc": {"window": 32, "global_tokens": 8},
     "bigbird": {"block": 16, "random_blocks": 2},
+    "adaptive_span": {"span": 64},
+    "entmax": {"top_k": 64},
     "lsh": {"bucket_size": 32},
     "sinkhorn": {"block_size": 32},
     "inducing": {"points": 32},

@@ -252,6 +252,8 @@ STORED: dict[str, Row | None] = {
     "longformer": Row((0, 0), (1178, 1178)),
     "etc": Row((0, 0), (1477, 1477)),
     "bigbird": Row((0, 0), (1637, 1637)),
+    "adaptive_span": Row((0, 0), (1721, 1721)),
+    "entmax": Row((0, 0), (5441, 5441)),
     "lsh": Row((0, 0), (3459, 3459)),
     "routing": Row((0, 0), (4277, 4277)),
     "sinkhorn": Row((0, 0), (3161, 3161)),
@@ -268,6 +270,7 @@ MIXED: set[str] = set()
 MOST_LAUNCHES, MORE_A_LAYER = 1089, 60
 """Those of varlen before any head was mended, and how many more another head may start in each layer."""
 NAMED = {
+    "entmax": 5500,  # 24 halvings of the interval of its threshold, by its package
     "lsh": 3500,
     "routing": 4300,  # up to 4 groups of like length at 512 tokens, each in both directions
     "sinkhorn": 3200,  # 14 normalizations in turn, forwards and backwards

@@ -22,6 +22,7 @@ LIMITS: dict[str, Callable[[float], bool]] = {
     "of at least 0": lambda value: value >= 0,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0 to below 1": lambda value: 0 <= value < 1,
+    "between 1.01 and 2": lambda value: 1.01 < value < 2,
 }
 """The limits of `number`."""
 

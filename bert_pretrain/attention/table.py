@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 from torch import nn
 
+from bert_pretrain.attention.heads.adaptive_span import AdaptiveSpanAttention
 from bert_pretrain.attention.heads.axial import AxialAttention
 from bert_pretrain.attention.heads.bigbird import BigBirdAttention
 from bert_pretrain.attention.heads.delta import DeltaAttention
+from bert_pretrain.attention.heads.entmax import EntmaxAttention
 from bert_pretrain.attention.heads.etc import EtcAttention
 from bert_pretrain.attention.heads.fixed import FixedAttention
 from bert_pretrain.attention.heads.flex import FlexAttention
@@ -35,6 +37,8 @@ ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "longformer": LongformerAttention,
     "etc": EtcAttention,
     "bigbird": BigBirdAttention,
+    "adaptive_span": AdaptiveSpanAttention,
+    "entmax": EntmaxAttention,
     "lsh": LSHAttention,
     "routing": RoutingAttention,
     "sinkhorn": SinkhornAttention,

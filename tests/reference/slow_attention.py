@@ -131,6 +131,36 @@ def delta(weight_HK, bias_H, features="norm"):
     return each_head(one_head)
 
 
+def adaptive_span(spans_H, ramp):
+    """The closed form of the paper, equation 3, with distances to both sides."""
+
+    def one_head(query, key, value, h):
+        position = torch.arange(len(query))
+        distance = (position[:, None] - position).abs()
+        window = ((ramp + spans_H[h] - distance) / ramp).clamp(0, 1)
+        weights = window * (query @ key.T / key.shape[1] ** 0.5).exp()
+        return weights / weights.sum(1, keepdim=True) @ value
+
+    return each_head(one_head)
+
+
+def entmax(alpha_H, top_k=None):
+    """The package's own weights; with top_k of the largest scores of each query, one query after the other."""
+    from entmax import entmax_bisect
+
+    def one_head(query, key, value, h):
+        scores = query @ key.T / key.shape[1] ** 0.5
+        if top_k is None:
+            return entmax_bisect(scores, alpha_H[h]) @ value
+        context = []
+        for row in scores:
+            kept = row.argsort(descending=True)[:top_k]
+            context.append(entmax_bisect(row[kept], alpha_H[h]) @ value[kept])
+        return torch.stack(context)
+
+    return each_head(one_head)
+
+
 # Public implementations, as (T, H, K) x 3 -> (T, H, K); none of them knows of packed sequences.
 
 

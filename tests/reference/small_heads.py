@@ -16,6 +16,8 @@ SMALL_OPTIONS = {
     "longformer": {"window": 3},
     "etc": {"window": 3, "global_tokens": 3},
     "bigbird": {"block": 4, "random_blocks": 1},
+    "adaptive_span": {"ramp": 3, "initial": 0.1},
+    "entmax": {"top_k": 4},
     "lsh": {"bucket_size": 4},
     "routing": {"decay": 1},
     "sinkhorn": {"block_size": 4},

@@ -18,6 +18,7 @@ from bert_pretrain.attention.head import prepare_heads
 from collate import to_device
 from collate.layout import PackLayout, SlotLayout
 
+LONG = {"max_sequence_length": 160}
 BUILDS = {
     "sdpa": ATTENTION["sdpa"],
     "flex": ATTENTION["flex"],
@@ -31,6 +32,10 @@ BUILDS = {
     "longformer": partial(ATTENTION["longformer"], window=4, global_tokens=3),
     "etc": partial(ATTENTION["etc"], window=3, global_tokens=5),
     "bigbird": partial(ATTENTION["bigbird"], block=4, window=1, random_blocks=2, last_global_tokens=2),
+    "adaptive_span": partial(ATTENTION["adaptive_span"], ramp=5, initial=0.13),
+    "adaptive_span chunks": lambda **sizes: ATTENTION["adaptive_span"](**sizes | LONG, span=9, ramp=4, initial=0.6),
+    "entmax": ATTENTION["entmax"],
+    "entmax top_k": partial(ATTENTION["entmax"], top_k=7),
 }
 AT_THE_END = [[1] * 90 + [2] * 5 + [3] * 61 + [0] * 4, [1] * 3 + [2] * 125 + [3] * 2 + [0] * 30, [0] * 160]
 ANYWHERE = [[0] * 4 + [1] * 20 + [0] * 9 + [2] * 50, [1] + [0] * 60 + [2] * 22]
@@ -56,9 +61,10 @@ def both(build, ids, by_slots, dtype):
         prepare_heads([attention], layout)
         found = run(attention, layout, there, weights)
         waits = list(gpu.waits)
-        rows = {name: layout.pad(x).cpu().double() for name, x in found.items()}
+        parameters = {name: x.cpu().double() for name, x in found.items() if name.startswith("parameter")}
+        rows = {name: layout.pad(x).cpu().double() for name, x in found.items() if name not in parameters}
     assert not gpu.mixed
-    return {name: exact.unpad(x) for name, x in rows.items()}, expected, waits
+    return {name: exact.unpad(x) for name, x in rows.items()} | parameters, expected, waits
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -21,7 +21,7 @@ from bert_pretrain.attention import ATTENTION
 from bert_pretrain.train.config import SEQUENCES_PER_STEP, PretrainConfig
 from bert_pretrain.train.optimizer import Lamb, choose_optimizer
 
-ONE_DIMENSIONAL = {"strength_bias_H"}  # parameters of attention heads that are neither matrices nor called bias
+ONE_DIMENSIONAL = {"strength_bias_H", "span_bias_H", "alpha_bias_H"}  # parameters of heads: one number a head
 
 
 def make_parameters():
