@@ -31,6 +31,7 @@ from torch import Tensor
 
 from bert_pretrain.attention.head import AttentionHead, draw_normal, longer_than, unit_vectors
 from bert_pretrain.attention.options import HeadOptions, choice, seed_option, whole
+from bert_pretrain.attention.parts.choices import chosen
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
@@ -106,7 +107,9 @@ class LSHAttention(AttentionHead):
         q_THK = InsteadOf.apply(q_THK, k_THK)
         chunks = layout.chunks(self.options.bucket_size)
         most_chunks = -(-longest(layout) // self.options.bucket_size)
-        buckets = self.hash(q_THK.detach(), layout)
+        buckets = chosen(
+            lambda: self.hash(q_THK.detach(), layout), below=num_buckets(longest(layout), self.options.bucket_size)
+        )
         places = sort_into_chunks(buckets, layout.sequence_of_token, chunks, most_chunks)
         query, key, value = self._gather(q_THK, v_THK, places)
         scores = query @ key.transpose(-1, -2)

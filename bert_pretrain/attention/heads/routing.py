@@ -36,6 +36,7 @@ from bert_pretrain.attention.head import (
 )
 from bert_pretrain.attention.options import HeadOptions, number, seed_option, whole
 from bert_pretrain.moving import MOST_MICRO_BATCHES, AfterStepCallback, MovesAfterStep, after_step, update_after_step
+from bert_pretrain.attention.parts.choices import chosen
 from collate.layout import PackLayout
 from collate.length_groups import LengthGroups, length_groups, narrowest_length
 
@@ -167,11 +168,15 @@ class RoutingAttention(AttentionHead, MovesAfterStep):
     @torch.no_grad()
     def _members(self, unit: Tensor, source: Tensor, clusters: "Clusters") -> Tensor:
         """(M, H, c, w) rows of (T * H, K): the tokens nearest to each centroid, nearest first."""
-        scores = self._scores(unit, clusters.num_clusters)
-        if clusters.mask is not None:
-            scores = scores.masked_fill(~clusters.mask, -torch.inf)
-        place = scores.topk(clusters.window, dim=-1).indices
-        token = source[:, None, None, :].expand_as(scores).gather(-1, place)
+
+        def choose() -> Tensor:
+            scores = self._scores(unit, clusters.num_clusters)
+            if clusters.mask is not None:
+                scores = scores.masked_fill(~clusters.mask, -torch.inf)
+            return scores.topk(clusters.window, dim=-1).indices
+
+        place = chosen(choose, below=source.shape[1])
+        token = source[:, None, None, :].expand(*place.shape[:3], -1).gather(-1, place)
         return token * self.num_heads + torch.arange(self.num_heads, device=token.device)[:, None, None]
 
     def _attend_clusters(

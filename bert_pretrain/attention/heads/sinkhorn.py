@@ -20,6 +20,7 @@ blocks lie side by side, each in a product of its own. Up to C tokens it is full
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from bert_pretrain.attention.head import AttentionHead, draw_normal, longer_than, prefers_few_launches, without_autocast
 from bert_pretrain.attention.options import HeadOptions, choice, number, seed_option, whole
+from bert_pretrain.attention.parts.choices import chosen
 from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
@@ -152,9 +154,10 @@ class SinkhornAttention(AttentionHead):
             num_blocks = own.shape[1]
             matrix = of_group[:, :, :num_blocks, :num_blocks]
             rows = matrix @ own.transpose(1, 2).flatten(3)
-            chosen = matrix.argmax(-1).transpose(1, 2).contiguous()  # torch.compile expects its index to be
-            sequence = torch.arange(len(chosen), device=chosen.device)[:, None, None]
-            found.append(own_valid[sequence, chosen])
+            block = chosen(partial(torch.argmax, matrix, dim=-1), below=num_blocks)
+            block = block.transpose(1, 2).contiguous()  # torch.compile expects its index to be
+            sequence = torch.arange(len(block), device=block.device)[:, None, None]
+            found.append(own_valid[sequence, block])
             rows = rows.unflatten(3, own.shape[3:]).transpose(1, 2)
             if self.options.normalized_last == "rows":
                 share = (matrix @ own_valid.type_as(matrix)[:, None]).transpose(1, 2)

@@ -8,4 +8,5 @@ global_tokens      tokens that see all, and are seen by all
 pieces             whole sequences side by side, or in chunks, and sums over the chunks of each
 whole_sequences    sums and projections over whole sequences
 all_scores         weights made of all scores of a sequence, by other rules than a softmax
+choices            what was chosen going forward, for the pass that computes it again
 """
