@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from packing.numba_tools import njit
-from packing.text.rows import Rows, SlowEncoder, Texts, chosen, joined_rows
+from packing.text.rows import Rows, SlowEncoder, Texts, joined_rows, picked_rows
 from packing.text.table import class_at
 from packing.text.tokenizer import text_tokenizer
 from packing.text.units import CODE_POINTS, parts_of
@@ -88,7 +88,7 @@ class PlainReader:
         left = np.flatnonzero(~is_plain)
         rest = others.encode([Texts.of_strings([texts.text(number) for number in left.tolist()])], False)
         order = np.concatenate([np.flatnonzero(is_plain), left])
-        return chosen(joined_rows([Rows(ids, of_texts), rest]), np.argsort(order))
+        return picked_rows(joined_rows([Rows(ids, of_texts), rest]), np.argsort(order))
 
 
 def first_ids(tokenizer: Tokenizer, mark: str) -> np.ndarray:

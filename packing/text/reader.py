@@ -18,7 +18,7 @@ import numpy as np
 from packing.histogram import offsets_of
 from packing.numba_tools import njit
 from packing.text.plain import PlainReader
-from packing.text.rows import Rows, SlowEncoder, Texts, chosen, joined_rows
+from packing.text.rows import Rows, SlowEncoder, Texts, joined_rows, picked_rows
 from packing.text.table import cut
 from packing.text.tokenizer import text_tokenizer
 from packing.text.units import UnitRule
@@ -152,7 +152,7 @@ def _in_order(rows: Rows, places: np.ndarray) -> Rows:
     """Row i moves to places[i]."""
     if np.array_equal(places, np.arange(len(places))):
         return rows
-    return chosen(rows, np.argsort(places))
+    return picked_rows(rows, np.argsort(places))
 
 
 # Compiled

@@ -74,7 +74,7 @@ def joined_rows(parts: Sequence[Rows]) -> Rows:
     return Rows(ids, offsets_of(np.concatenate([np.empty(0, np.int64), *(np.diff(part.offsets) for part in parts)])))
 
 
-def chosen(rows: Rows, numbers: np.ndarray) -> Rows:
+def picked_rows(rows: Rows, numbers: np.ndarray) -> Rows:
     """The rows of these numbers, in their order."""
     lengths = np.diff(rows.offsets)[numbers]
     offsets = offsets_of(lengths)
