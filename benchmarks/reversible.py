@@ -1,4 +1,4 @@
-"""What do the three streams of a deep model cost, in memory and time, and how far does a Reformer reach on this machine?
+"""What do the streams of a deep model cost, in memory and time, and how far does a Reformer reach on this machine?
 
     python benchmarks/reversible.py                    all of it
     python benchmarks/reversible.py --parts streams    one part: streams, depth, length or rounds
@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import BertConfig
 
 from bert_pretrain import PackedBertForPreTraining
+from bert_pretrain.attention import use_attention
 from bert_pretrain.attention.heads.lsh import LSHAttention, longest, sort_into_chunks
 from bert_pretrain.block import use_block
 from collate.layout import PackLayout
@@ -83,10 +84,9 @@ class Case:
             num_attention_heads=width // 64,
             max_position_embeddings=max(lengths),
             attention_probs_dropout_prob=0.0,
-            packed_attention=attention,
-            packed_attention_options=options,
         )
-        self.model = use_block(PackedBertForPreTraining(config), placement="pre", **block).train()
+        model = use_attention(PackedBertForPreTraining(config), attention, **options)
+        self.model = use_block(model, placement="pre", **block).train()
         ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int32)
         for row, length in zip(ids, lengths, strict=True):
             row[:length] = 1
@@ -118,8 +118,8 @@ def in_own_process(threads: int, **case: Any) -> dict[str, float]:
 
 def show_streams(options: argparse.Namespace) -> Iterator[str]:
     yield (
-        f"\nstreams: {options.layers} layers of width {options.width}, placement pre, dropout 0.1, {options.packs} packs of "
-        f"512 tokens, {options.rounds} interleaved rounds after one that does not count\n"
+        f"\nstreams: {options.layers} layers of width {options.width}, placement pre, dropout 0.1, {options.packs} "
+        f"packs of 512 tokens, {options.rounds} interleaved rounds after one that does not count\n"
     )
     yield "| head | stream | memory, MB | ÷ plain | time, s | × plain (least to greatest) |"
     yield "|---|---|--:|--:|--:|--:|"
@@ -139,9 +139,10 @@ def show_streams(options: argparse.Namespace) -> Iterator[str]:
         seconds = interleaved({name: Case(**case).run for name, case in cases.items()}, options.rounds)
         for stream in STREAMS:
             ratios = seconds[stream] / seconds["plain"]
+            spread = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
             yield (
                 f"| {attention} | {stream} | {peaks[stream] / 1e6:,.0f} | {peaks[stream] / peaks['plain']:.3f} | "
-                f"{np.median(seconds[stream]):.2f} | {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) |"
+                f"{np.median(seconds[stream]):.2f} | {spread} |"
             )
 
 
@@ -184,8 +185,8 @@ def show_length(options: argparse.Namespace) -> Iterator[str]:
             exact = in_own_process(options.threads, **case)
             cells = [f"{exact['seconds']:.1f}", f"{exact['bytes'] / 1e6:,.0f}"]
         yield (
-            f"| {length:,} | {found['bytes'] / 1e6:,.0f} | {found['seconds']:.2f} | {found['seconds'] / length * 1e6:.0f} "
-            f"| {' | '.join(cells)} |"
+            f"| {length:,} | {found['bytes'] / 1e6:,.0f} | {found['seconds']:.2f} | "
+            f"{found['seconds'] / length * 1e6:.0f} | {' | '.join(cells)} |"
         )
     yield f"\nslope of time against length, log-log, over the longer half: {slope(options.lengths, seconds):.2f}"
 
@@ -193,15 +194,16 @@ def show_length(options: argparse.Namespace) -> Iterator[str]:
 def show_rounds(options: argparse.Namespace) -> Iterator[str]:
     numbers = [1, 2, 4, 8]
     yield (
-        f"\nrounds: shared queries and keys of width 64 in one sequence of {LONGEST:,} tokens; a round shows 128 tokens "
-        "of buckets of 64. The share of exact attention's weight on tokens that are shown, and in parentheses "
+        f"\nrounds: shared queries and keys of width 64 in one sequence of {LONGEST:,} tokens; a round shows 128 "
+        "tokens of buckets of 64. The share of exact attention's weight on tokens that are shown, and in parentheses "
         "the error of the context, |lsh - exact| / |exact|; 256 queries\n"
     )
     yield f"| tokens | entropy, nats | {' | '.join(f'{number} rounds' for number in numbers)} |"
     yield f"|---|--:|{'--:|' * len(numbers)}"
     for name, (query, value) in sources().items():
         cells = [share_and_error(query, value, number) for number in numbers]
-        yield f"| {name} | {cells[0][2]:.1f} | {' | '.join(f'{share:.0%} ({error:.2f})' for share, error, _ in cells)} |"
+        found = " | ".join(f"{share:.0%} ({error:.2f})" for share, error, _ in cells)
+        yield f"| {name} | {cells[0][2]:.1f} | {found} |"
 
 
 def sources() -> dict[str, tuple[Tensor, Tensor]]:

@@ -59,6 +59,7 @@ FLOORS = {
         "attention.heads",
         "attention",
         "block.branches block.placements block.norms block.initial",
+        "block.reversible",
         "block.streams block.feed_forwards",
         "block.options",
         "block",

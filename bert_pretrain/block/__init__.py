@@ -7,7 +7,7 @@ norm and without a sum: `branch(hidden_TD, layout) -> (out_TD, sums)`. Around th
 
     placement   how branches, norms and residual sums combine          PLACEMENTS     post, pre, residual
     norm        what normalizes                                        NORMS          layer, rms
-    stream      what the backward pass keeps of the layers             STREAMS        plain, checkpoint
+    stream      what the backward pass keeps of the layers             STREAMS        plain, checkpoint, reversible
     feed_forward  the branch G                                         FEED_FORWARDS  dense
     initial     how output projections of a new model are drawn        INITIAL        bert, deep
 
@@ -22,6 +22,7 @@ published      weights of models that have one of these blocks
 encoder        BlockEncoder in the place of stock BERT's
 layer          BlockLayer: both branches and their norms
 branches       the branch F, and what a branch is
+reversible     layers that keep nothing for the backward pass
 placements, norms, streams, initial, feed_forwards    the tables
 
 Others import what is named below.

@@ -30,6 +30,7 @@ class BlockOptions:
         plus the sum of all branches, normalized at the end (ResiDual).
     norm: layer (LayerNorm) or rms (RMSNorm).
     stream: what backward keeps. plain: everything. checkpoint: what enters each layer, and computes it again.
+        reversible: nothing of the layers, on two streams; only with pre.
     feed_forward: dense.
     initial: how a new model draws the output projections of both branches. deep: smaller by 1/√(2N), N layers.
     share_layers: one layer takes the place of all (ALBERT).

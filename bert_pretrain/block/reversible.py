@@ -133,7 +133,7 @@ class _Step(torch.autograd.Function):
 
 
 class _Last(torch.autograd.Function):
-    """pair, both streams and all sums -> the same. It keeps the streams, and its backward pass comes before all steps'."""
+    """pair, both streams, all sums -> the same. It keeps the streams, and runs back before all steps."""
 
     @staticmethod
     def forward(ctx: Any, pair: _Pair, first: Tensor, second: Tensor, *sums: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
     plain        everything
     checkpoint   what enters each layer; backward computes the layer again (1604.06174)
+    reversible   nothing: two streams, whose inputs backward gets from the outputs; see bert_pretrain.block.reversible
 
 A stream is `stream(layers, placement, hidden_TD, layout) -> (state, sums)`. layers: in the order of their passes, one
 layer several times where they are shared. state: of the placement, after the last. sums: (k,) over all layers.
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bert_pretrain.block.branches import added_up
 from bert_pretrain.block.placements import Post, State
+from bert_pretrain.block.reversible import reversed_layers
 from collate.layout import PackLayout
 
 Layers = Sequence[Callable[..., tuple[Tensor, ...]]]
@@ -39,6 +41,6 @@ def checkpointed(layers: Layers, placement: Post, hidden_TD: Tensor, layout: Pac
     return plain([again(layer) for layer in layers], placement, hidden_TD, layout)
 
 
-STREAMS: dict[str, Stream] = {"plain": plain, "checkpoint": checkpointed}
+STREAMS: dict[str, Stream] = {"plain": plain, "checkpoint": checkpointed, "reversible": reversed_layers}
 NOT_ONE_GRAPH = {"reversible"}
 """Streams that torch.compile cannot take into a graph."""

@@ -8,16 +8,13 @@ import pytest
 import torch
 from attention_contract import layout_of
 from pretraining_models import make_config
-from torch import Tensor, nn
-from transformers import ReformerConfig
-from transformers.models.bert.modeling_bert import BertEncoder
+from torch import Tensor
+from transformers import BertModel, ReformerConfig
 from transformers.models.reformer.modeling_reformer import ReformerLayer
 
-from bert_pretrain.attention.heads.lsh import LSHAttention, num_buckets
-from bert_pretrain.block.layer import BlockLayer
-from bert_pretrain.block.options import BlockOptions
-from bert_pretrain.block.placements import PLACEMENTS
-from bert_pretrain.block.streams import STREAMS
+from bert_pretrain.attention import use_attention
+from bert_pretrain.attention.heads.lsh import num_buckets
+from bert_pretrain.block import PLACEMENTS, STREAMS, use_block
 
 WIDTH, HEADS, BUCKET, ROUNDS, LAYERS = 32, 2, 8, 2, 3
 
@@ -45,16 +42,13 @@ def stock_layers(length: int) -> list[Any]:
     return layers
 
 
-def our_layers(stock: list[Any]) -> list[BlockLayer]:
+def our_layers(stock: list[Any]) -> list[Any]:
     """Layers of ours with the weights of stock ones."""
-    config = make_config(num_hidden_layers=LAYERS, layer_norm_eps=1e-12, _attn_implementation="packed_attention")
-    options = BlockOptions(placement="pre", stream="reversible")
-    layers = []
-    for index, (bert, theirs) in enumerate(zip(BertEncoder(config).layer, stock, strict=True)):
-        attention, output = bert.attention.self, bert.attention.output
-        attention.attention_head = LSHAttention(
-            HEADS, WIDTH // HEADS, 64, index, bucket_size=BUCKET, num_rounds=ROUNDS, duplicates="count"
-        )
+    model = BertModel(make_config(num_hidden_layers=LAYERS, layer_norm_eps=1e-12))
+    use_attention(model, "lsh", bucket_size=BUCKET, num_rounds=ROUNDS, duplicates="count")
+    layers: list[Any] = use_block(model, placement="pre", stream="reversible").double().train().encoder.layer
+    for ours, theirs in zip(layers, stock, strict=True):
+        attention, output = ours.attention.self, ours.attention.output
         with torch.no_grad():
             for bias in (attention.query.bias, attention.value.bias, output.dense.bias):
                 bias.zero_()  # it has none
@@ -63,26 +57,28 @@ def our_layers(stock: list[Any]) -> list[BlockLayer]:
             attention.value.weight.copy_(theirs.attention.self_attention.value.weight)
             output.dense.weight.copy_(theirs.attention.output.dense.weight)
         output.LayerNorm.load_state_dict(theirs.attention.layer_norm.state_dict())
-        bert.intermediate.dense.load_state_dict(theirs.feed_forward.dense.dense.state_dict())
-        bert.output.dense.load_state_dict(theirs.feed_forward.output.dense.state_dict())
-        bert.output.LayerNorm.load_state_dict(theirs.feed_forward.layer_norm.state_dict())
-        layers.append(BlockLayer(config, options, bert, index).double().train())
+        ours.intermediate.dense.load_state_dict(theirs.feed_forward.dense.dense.state_dict())
+        ours.output.dense.load_state_dict(theirs.feed_forward.output.dense.state_dict())
+        ours.output.LayerNorm.load_state_dict(theirs.feed_forward.layer_norm.state_dict())
     return layers
 
 
-def run_stock(layers: list[Any], ours: list[BlockLayer], x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def run_stock(layers: list[Any], ours: list[Any], x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of both streams, and the gradient of its weighted sum; parameters get theirs."""
     first, second, buckets = x[None], x[None], []
     for layer, our in zip(layers, ours, strict=True):
         rotations = our.attention.self.attention_head.rotations[..., : num_buckets(len(x), BUCKET) // 2]
         with mock.patch.object(torch, "randn", lambda *_, rotations=rotations, **__: rotations):
-            first, second, _, chosen = layer(first, second)
-        buckets.append(chosen)
+            out = layer(first, second)
+        first, second = out.attn_output, out.hidden_states
+        buckets.append(out.buckets)
     result = ((first + second) / 2)[0]
-    grads = [weights[None] / 2] * 2
+    of_first = of_second = weights[None] / 2
     for layer, chosen in zip(reversed(layers), reversed(buckets), strict=True):
-        first, second, *grads = layer.backward_pass(first, second, *grads, buckets=chosen)
-    return result, sum(grads)[0]
+        back = layer.backward_pass(first, second, of_first, of_second, buckets=chosen)
+        first, second = back.attn_output, back.hidden_states
+        of_first, of_second = back.grad_attn_output, back.grad_hidden_states
+    return result, (of_first + of_second)[0]
 
 
 @pytest.mark.parametrize("length", [BUCKET, 32, 48])
@@ -100,6 +96,6 @@ def test_it_equals_reformer_layer(length):
     close(hidden.grad, expected_gradient)
     for our, theirs in zip(ours, stock, strict=True):
         close(our.attention.self.value.weight.grad, theirs.attention.self_attention.value.weight.grad)
-        query: nn.Linear = theirs.attention.self_attention.query_key
-        close(our.attention.self.query.weight.grad * (WIDTH // HEADS) ** 0.5, query.weight.grad)
+        query_grad = theirs.attention.self_attention.query_key.weight.grad
+        close(our.attention.self.query.weight.grad * (WIDTH // HEADS) ** 0.5, query_grad)
         close(our.intermediate.dense.weight.grad, theirs.feed_forward.dense.dense.weight.grad)
