@@ -35,8 +35,8 @@ from bert_pretrain.attention.head import (
     without_autocast,
 )
 from bert_pretrain.attention.options import HeadOptions, number, seed_option, whole
-from bert_pretrain.moving import MOST_MICRO_BATCHES, AfterStepCallback, MovesAfterStep, after_step, update_after_step
 from bert_pretrain.attention.parts.choices import chosen
+from bert_pretrain.moving import MOST_MICRO_BATCHES, AfterStepCallback, MovesAfterStep, after_step, update_after_step
 from collate.layout import PackLayout
 from collate.length_groups import LengthGroups, length_groups, narrowest_length
 
