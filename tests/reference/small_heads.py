@@ -1,5 +1,7 @@
 """Attention heads for small tests: options for each name of the table, and one that mixes sequences."""
 
+from typing import Any
+
 import pytest
 import torch.nn.functional as F
 from torch import nn
@@ -8,7 +10,7 @@ from bert_pretrain.attention import ATTENTION
 
 NEEDS_CUDA = ("varlen", "flex")  # no kernel, or no gradient, on CPUs: tests/bert_pretrain/attention/test_cuda.py
 HERE = [pytest.param(n, marks=pytest.mark.skipif(n in NEEDS_CUDA, reason="runs on CUDA only")) for n in ATTENTION]
-SMALL_OPTIONS = {
+SMALL_OPTIONS: dict[str, dict[str, Any]] = {
     "local": {"window": 3},
     "strided": {"stride": 4},
     "fixed": {"stride": 4, "summary": 2},
