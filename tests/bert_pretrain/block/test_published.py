@@ -1,8 +1,8 @@
-"""Weights of models that transformers publishes with the same block; made here, since nothing is downloaded."""
+"""Blocks and weights of other libraries; made here, since nothing is downloaded."""
 
 import pytest
 import torch
-from block_models import IDS, layout_of, run_encoder
+from block_models import IDS, block_model, hidden_of, layout_of, run_encoder
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -20,6 +20,7 @@ SIZES = {
     **{"max_position_embeddings": 18, "initializer_range": 0.3, "attn_implementation": "eager"},
     **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
+PROJECTIONS = ("query", "key", "value")
 WORDS = torch.tensor([[2, 17, 23, 8, 3, 40, 3, 9, 0], [5, 4, 33, 8, 7, 40, 3, 9, 0]])
 
 
@@ -62,6 +63,43 @@ def test_alberts_layer_is_shared():
     hidden_TD = published.encoder.embedding_hidden_mapping_in(x_TE)
     found, _, _ = run_encoder(model, hidden_TD, layout)
     alone = [published.encoder(x[None]).last_hidden_state[0] for x in x_TE.split(layout.lengths.tolist())]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-12)
+
+
+def test_residual_is_resi_dual_of_x_transformers():
+    """Whose norms and projections of attention have no bias."""
+    x_transformers = pytest.importorskip("x_transformers")
+    torch.manual_seed(0)
+    theirs = x_transformers.Encoder(dim=32, depth=3, heads=2, attn_dim_head=16, resi_dual=True).double().eval()
+    model = block_model(
+        layers=3, placement="residual", config={"intermediate_size": 128, "layer_norm_eps": 1e-5}
+    ).eval()
+    encoder = model.bert.encoder
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + name.endswith("gamma"))
+        for parameter in encoder.parameters():
+            if parameter.dim() == 1:
+                parameter.zero_()
+        for i, (norms, branch, _) in enumerate(theirs.layers):
+            layer = encoder.layer[i // 2]
+            if i % 2 == 0:
+                pairs = [(getattr(layer.attention.self, n), getattr(branch, f"to_{n[0]}")) for n in PROJECTIONS]
+                pairs += [(layer.attention.output.dense, branch.to_out)]
+                branch.attend.attn_fn = torch.softmax  # its own softmax is in float32
+            else:
+                pairs = [(layer.intermediate.dense, branch.ff[0][0]), (layer.output.dense, branch.ff[-1])]
+                for mine, given in pairs:
+                    mine.bias.copy_(given.bias)
+            for mine, given in pairs:
+                mine.weight.copy_(given.weight)
+            norm = layer.attention.output.LayerNorm if i % 2 == 0 else layer.output.LayerNorm
+            norm.weight.copy_(norms[2].gamma + norms[2].unit_offset)
+        encoder.LayerNorm.weight.copy_(theirs.final_norm.gamma + theirs.final_norm.unit_offset)
+    layout = layout_of(IDS)
+    hidden_TD = hidden_of(layout)
+    found, _, _ = run_encoder(model, hidden_TD, layout)
+    alone = [theirs(x[None])[0] for x in hidden_TD.split(layout.lengths.tolist())]
     torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-12)
 
 
