@@ -47,7 +47,12 @@ def test_no_waits_and_few_launches(options, stock):
     assert found.launches_a_layer <= stock.launches_a_layer + more
 
 
-@pytest.mark.parametrize("options", BLOCKS, ids=lambda options: "-".join(map(str, options.values())))
+QUICK = [{"placement": "residual", "norm": "rms"}, {"placement": "pre", "stream": "checkpoint"}, {"chunk_size": 1024}]
+"""Which graphs `make test` compiles, three seconds each."""
+COMPILED = [pytest.param(options, marks=[] if options in QUICK else [pytest.mark.long]) for options in BLOCKS]
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=lambda options: "-".join(map(str, options.values())))
 def test_one_graph_or_its_name(options, caplog):
     """One graph of the encoder and one of the losses, with eager's numbers; or the encoder says why it has none."""
     torch.compiler.reset()

@@ -1,5 +1,7 @@
 """Blocks and weights of other libraries; made here, since nothing is downloaded."""
 
+from functools import partial
+
 import pytest
 import torch
 from block_models import IDS, block_model, hidden_of, layout_of, run_encoder
@@ -86,7 +88,7 @@ def test_residual_is_resi_dual_of_x_transformers():
             if i % 2 == 0:
                 pairs = [(getattr(layer.attention.self, n), getattr(branch, f"to_{n[0]}")) for n in PROJECTIONS]
                 pairs += [(layer.attention.output.dense, branch.to_out)]
-                branch.attend.attn_fn = torch.softmax  # its own softmax is in float32
+                branch.attend.attn_fn = partial(torch.softmax, dim=-1)  # its own is in float32
             else:
                 pairs = [(layer.intermediate.dense, branch.ff[0][0]), (layer.output.dense, branch.ff[-1])]
                 for mine, given in pairs:
