@@ -39,7 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,12 +143,18 @@ class Case:
     def run(self, tensors: list[Tensor]) -> None:
         """Forward and backward. tensors: query, key, value and the context's gradient, (T, H, K) each."""
         *inputs, gradient = tensors
-        self.head(*inputs, self.layout).backward(gradient)
+        run_head(self.head, inputs, self.layout).backward(gradient)
 
     def run_anew(self, tensors: list[Tensor]) -> None:
         """The same, with a layout that has no views yet."""
         self.layout = PackLayout(self.sequence_ids)
         self.run(tensors)
+
+
+def run_head(head: nn.Module, inputs: Sequence[Tensor], layout: PackLayout) -> Tensor:
+    """The context of queries, keys and values. A head that projects the layer's input gets the keys for that."""
+    hidden = {"hidden_TD": inputs[1].flatten(1)} if head.needs_hidden else {}
+    return head(*inputs, layout, **hidden)
 
 
 def measure_cost(names, lengths, tokens: int, rounds: int, device: str = "cpu", dtype: str = "float32"):
@@ -422,7 +428,7 @@ def attends(name: str, lengths, num_heads: int = 2, max_sequence_length: int | N
     layout, tokens = packed(lengths), sum(lengths)
     head = ATTENTION[name](num_heads, 8, max_sequence_length or max(lengths), **options).double()
     query, key, value = (torch.randn(tokens, num_heads, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    return _nonzero(head(query, key, value, layout), (key, value))
+    return _nonzero(run_head(head, (query, key, value), layout), (key, value))
 
 
 def reach(name: str, lengths, layers: int, num_heads: int = 2, **options) -> np.ndarray:
@@ -437,7 +443,8 @@ def reach(name: str, lengths, layers: int, num_heads: int = 2, **options) -> np.
     for index in range(layers):
         head = ATTENTION[name](num_heads, 8, max(lengths), index, **options).double()
         *inputs, back = torch.randn(4, width, width, dtype=torch.float64) / width**0.5
-        context = head(*((hidden @ weight).unflatten(1, (num_heads, 8)) for weight in inputs), layout)
+        projected = ((hidden @ weight).unflatten(1, (num_heads, 8)) for weight in inputs)
+        context = head(*projected, layout, hidden_TD=hidden)
         hidden = hidden + context.flatten(1) @ back
     return _nonzero(hidden[:, None], (start,))[0]
 

@@ -293,7 +293,8 @@ def measured_head(name: str, ids: Tensor, most: int, options) -> dict[str, Any]:
         layout = PackLayout.of(there)
         prepare_heads([head], layout)
         with autocast(options):
-            head(*inputs, layout).backward(gradient)
+            hidden = {"hidden_TD": inputs[1].flatten(1)} if head.needs_hidden else {}
+            head(*inputs, layout, **hidden).backward(gradient)
 
     first = PackLayout.of(to_device({"sequence_ids": ids}, options.device)["sequence_ids"]).num_tokens
     dtype = getattr(torch, options.dtype)

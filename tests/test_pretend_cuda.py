@@ -251,6 +251,7 @@ STORED: dict[str, Row | None] = {
     "axial": Row((0, 0), (1404, 1404)),
     "longformer": Row((0, 0), (1178, 1178)),
     "etc": Row((0, 0), (1477, 1477)),
+    "etc_stream": Row((0, 0), (4542, 4542)),
     "bigbird": Row((0, 0), (1637, 1637)),
     "adaptive_span": Row((0, 0), (1721, 1721)),
     "entmax": Row((0, 0), (5441, 5441)),
@@ -274,6 +275,7 @@ NAMED = {
     "lsh": 3500,
     "routing": 4300,  # up to 4 groups of like length at 512 tokens, each in both directions
     "sinkhorn": 3200,  # 14 normalizations in turn, forwards and backwards
+    "etc_stream": 4600,  # two softmaxes from global tokens and one from long ones, each with scores of labels
     "delta": 3300,  # a step for each chunk of the longest sequence; with flash-linear-attention it has few
     "nystrom": 4400,  # 24 products towards the pseudo-inverse, and their gradients
 }

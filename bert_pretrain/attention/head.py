@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ class AttentionHead(KeepsWideBuffers):
 
     num_heads, head_width, max_sequence_length: of the model.
     layer_index: seeds what the layer draws when it is built: each layer draws its own, always the same.
+    hidden_size: D, the width of the layer's input, for heads that need it; None: H * K, as in most models.
     options: fields of Options.
     """
 
@@ -33,10 +35,22 @@ class AttentionHead(KeepsWideBuffers):
     """Whether a NaN in one sequence leaves the others alone. It does not where a mask multiplies what it hides."""
     takes_key_layout: ClassVar[bool] = False
     """Whether keys may be others than the queries: `attend_others`."""
+    needs_hidden: bool = False
+    """Whether the head projects the layer's input itself: `attend` then gets it as `hidden_TD`, too. Where an option
+    decides it, the instance says so."""
 
-    def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
+    def __init__(
+        self,
+        num_heads: int,
+        head_width: int,
+        max_sequence_length: int,
+        layer_index: int = 0,
+        hidden_size: int | None = None,
+        **options: Any,
+    ):
         super().__init__()
         self.num_heads, self.head_width = num_heads, head_width
+        self.hidden_size = num_heads * head_width if hidden_size is None else hidden_size
         self.max_sequence_length, self.layer_index = max_sequence_length, layer_index
         known = [field.name for field in fields(self.Options)]
         for name, value in options.items():
@@ -55,15 +69,17 @@ class AttentionHead(KeepsWideBuffers):
         layout: PackLayout,
         dropout: float = 0.0,
         key_layout: PackLayout | None = None,
+        hidden_TD: Tensor | None = None,
     ) -> Tensor:
         """(T, H, K) each -> the context (T, H, K), of the value's type.
 
-        The three are made one type first: rotary encoders under autocast have queries and keys in float32, values in
+        They are made one type first: rotary encoders under autocast have queries and keys in float32, values in
         bfloat16.
 
         key_layout: of keys and values, if they are not the queries' tokens. Sequence i of `layout` sees sequence i of
             `key_layout`, which may be empty: then its context is 0. Keys end where queries end; by positions, the last
             query stands beside the last key.
+        hidden_TD: (T, D) what the layer made its queries, keys and values of, for a head that needs it.
         """
         if dropout and not self.supports_dropout:
             raise ValueError(
@@ -75,14 +91,21 @@ class AttentionHead(KeepsWideBuffers):
                 f"{type(self).__name__} cannot take keys that are not the queries (key_layout); take sdpa, varlen or "
                 "local attention"
             )
+        if self.needs_hidden and hidden_TD is None:
+            raise ValueError(
+                f"{type(self).__name__} projects the input of its layer, but did not get it: give hidden_TD (tokens, "
+                f"{self.hidden_size}); in a model, use_attention sees to it"
+            )
         if layout.num_sequences == 0:
             # No token, but part of the graph: a rank without packs needs a gradient, of 0, for every parameter.
             nothing = sum(parameter.sum() * 0 for parameter in self.parameters())
             return (query_THK + key_THK + value_THK + nothing).to(value_THK.dtype)
-        inputs = as_one_type(query_THK, key_THK, value_THK)
+        own: dict[str, Any] = {"hidden_TD": hidden_TD} if self.needs_hidden and hidden_TD is not None else {}
+        query, key, value, *hidden = as_one_type(query_THK, key_THK, value_THK, *own.values())
+        own = dict(zip(own, hidden, strict=True))
         if key_layout is not None:
-            return self.attend_others(*inputs, layout, key_layout, dropout).to(value_THK.dtype)
-        return self.attend(*inputs, layout, **self.dropout_settings(dropout)).to(value_THK.dtype)
+            return self.attend_others(query, key, value, layout, key_layout, dropout, **own).to(value_THK.dtype)
+        return self.attend(query, key, value, layout, **self.dropout_settings(dropout), **own).to(value_THK.dtype)
 
     def prepare(self, layout: PackLayout) -> None:
         """Ask a layout for each table that `attend` needs. Called once per batch, before the first layer, on the host.
@@ -95,13 +118,18 @@ class AttentionHead(KeepsWideBuffers):
         """The mechanism, for a batch with at least one sequence.
 
         dropout: 0 unless the head supports it. Your own head may leave the parameter out if it does not.
+
+        A head with `needs_hidden` has one more parameter, hidden_TD (T, D): the layer's input.
         """
         raise NotImplementedError
 
     def attend_others(
         self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, key_layout: PackLayout, dropout: float
     ) -> Tensor:
-        """The mechanism where keys are not the queries; for heads that take a key_layout."""
+        """The mechanism where keys are not the queries; for heads that take a key_layout.
+
+        A head with `needs_hidden` gets hidden_TD here, too: of the queries' tokens.
+        """
         raise NotImplementedError
 
     def is_one_graph(self, layout: PackLayout) -> bool:
@@ -110,6 +138,13 @@ class AttentionHead(KeepsWideBuffers):
         It does not where Python loops over what differs between batches, such as the number of different lengths.
         """
         return isinstance(layout, SlotLayout)
+
+    def start_from(self, layer: nn.Module) -> None:
+        """Take over what the layer knows, for a head that has projections of its own to start with.
+
+        layer: the module that owns the head and makes its queries, keys and values. Called when the head is attached,
+            and again where a checkpoint has the layer's weights and not the head's.
+        """
 
     def dropout_settings(self, dropout: float) -> dict[str, Any]:
         """The keyword that `attend` gets where the head supports dropout."""
@@ -158,13 +193,15 @@ def longer_than(layout: PackLayout, limit: int) -> int:
     return layout.table(("longer than", limit), make)
 
 
-def initialize_head(head: nn.Module) -> None:
-    """Reset the weights of a head that the checkpoint lacked; transformers marks the others."""
+def initialize_head(head: nn.Module, layer: nn.Module) -> None:
+    """Reset the weights of the layer's head that the checkpoint lacked; transformers marks the others."""
     own = [*head.parameters(), *head.buffers()]
     loaded = [(x, x.detach().clone()) for x in own if getattr(x, "_is_hf_initialized", False)]
     reset_parameters = getattr(head, "reset_parameters", None)
     if len(loaded) < len(own) and reset_parameters is not None:
         reset_parameters()
+        if isinstance(head, AttentionHead):
+            head.start_from(layer)
         with torch.no_grad():
             for tensor, value in loaded:
                 tensor.copy_(value)
@@ -175,14 +212,14 @@ def draw_normal(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def as_one_type(query_THK: Tensor, key_THK: Tensor, value_THK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All three in autocast's type where it is on and none is in float64; otherwise in the widest of their types."""
-    device = query_THK.device.type
-    dtype = torch.promote_types(torch.promote_types(query_THK.dtype, key_THK.dtype), value_THK.dtype)
+def as_one_type(*tensors: Tensor) -> list[Tensor]:
+    """All in autocast's type where it is on and none is in float64; otherwise in the widest of their types."""
+    device = tensors[0].device.type
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
     has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if has_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    return query_THK.to(dtype), key_THK.to(dtype), value_THK.to(dtype)
+    return [x.to(dtype) for x in tensors]
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -10,6 +10,7 @@ from bert_pretrain.attention.heads.bigbird import BigBirdAttention
 from bert_pretrain.attention.heads.delta import DeltaAttention
 from bert_pretrain.attention.heads.entmax import EntmaxAttention
 from bert_pretrain.attention.heads.etc import EtcAttention
+from bert_pretrain.attention.heads.etc_stream import EtcStreamAttention
 from bert_pretrain.attention.heads.fixed import FixedAttention
 from bert_pretrain.attention.heads.flex import FlexAttention
 from bert_pretrain.attention.heads.inducing import InducingAttention
@@ -36,6 +37,7 @@ ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "axial": AxialAttention,
     "longformer": LongformerAttention,
     "etc": EtcAttention,
+    "etc_stream": EtcStreamAttention,
     "bigbird": BigBirdAttention,
     "adaptive_span": AdaptiveSpanAttention,
     "entmax": EntmaxAttention,

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from collate.layout import PackLayout
 from packing.files.errors import check_known
 
 IMPLEMENTATION = "packed_attention"
-HEAD = "attention_head"
+ATTENTION_HEAD = "attention_head"
 """The name of a head in the layer that owns it."""
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -57,6 +58,7 @@ def use_attention(model: Model, attention: str | Callable | Sequence, **options:
             head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             max_sequence_length=config.max_position_embeddings,
             layer_index=index,
+            **_hidden_size(builder, config),
             **{name: value for name, value in options.items() if _takes(builder, name)},
         )
         name, dropout = _attention_dropout(layer, config)
@@ -68,6 +70,10 @@ def use_attention(model: Model, attention: str | Callable | Sequence, **options:
         heads.append(head.to(next(layer.parameters())))
     for layer, head in zip(layers, heads, strict=True):
         layer.attention_head = head
+        if isinstance(head, AttentionHead):
+            head.start_from(layer)
+        if getattr(head, "needs_hidden", False) and _hand_on_input not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_hand_on_input, with_kwargs=True)
     names = [choice if isinstance(choice, str) else f"{_name(choice)} (a callable)" for choice in chosen]
     config.packed_attention = names[0] if len(set(names)) == 1 else names
     config.packed_attention_options = options
@@ -95,11 +101,11 @@ def load_attention(model: Model, checkpoint: str | Path) -> Model:
     use_attention(model, attention, **model.config.packed_attention_options)
     # Names have a prefix in the checkpoint of a task model, and none in that of a base model.
     prefix = f"{model.base_model_prefix}."
-    own = {name.removeprefix(prefix): name for name in model.state_dict() if HEAD in name.split(".")}
+    own = {name.removeprefix(prefix): name for name in model.state_dict() if ATTENTION_HEAD in name.split(".")}
     weights: dict[str, Tensor] = {}
     for file in sorted(Path(checkpoint).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            stored = [name for name in tensors.keys() if HEAD in name.split(".")]  # noqa: SIM118
+            stored = [name for name in tensors.keys() if ATTENTION_HEAD in name.split(".")]  # noqa: SIM118
             weights |= {name.removeprefix(prefix): tensors.get_tensor(name) for name in stored}
     if weights.keys() != own.keys():
         lacking, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -145,6 +151,13 @@ def _calls_interface(module: type[nn.Module]) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module.forward)
 
 
+def _hand_on_input(layer: nn.Module, args: tuple, keywords: dict) -> tuple[tuple, dict]:
+    """A pre-hook of layers whose head needs their input: they pass keywords on to the attention interface."""
+    if not getattr(layer.attention_head, "needs_hidden", False):  # it may have another head by now
+        return args, keywords
+    return args, keywords | {"layer_input": args[0] if args else keywords["hidden_states"]}
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -155,6 +168,7 @@ def packed_attention(
     dropout: float = 0.0,
     layout: PackLayout | None = None,
     sequence_ids: Tensor | None = None,
+    layer_input: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: pass a layer's queries, keys and values to its attention head.
@@ -162,6 +176,8 @@ def packed_attention(
     Two callers. Our model runs on real tokens only: query (1, H, T, K) and their `layout`. A stock model runs on padded
     rows: query (B, H, L, K) and `sequence_ids` (B, L). Returns the context in transformers' order, (1, T, H, K) or
     (B, L, H, K).
+
+    layer_input: (1, T, D) or (B, L, D), for heads that need it.
     """
     if scaling is not None and not math.isclose(scaling, query.shape[-1] ** -0.5, rel_tol=1e-6):
         raise ValueError(
@@ -173,7 +189,8 @@ def packed_attention(
     head: Any = module.attention_head
     if layout is not None:
         heads = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        return head(*heads, layout, dropout=dropout)[None], None
+        hidden = {} if layer_input is None else {"hidden_TD": layer_input.squeeze(0)}
+        return head(*heads, layout, dropout=dropout, **hidden)[None], None
     if sequence_ids is None:
         raise ValueError(
             "packed_attention needs to know which tokens belong together: call the model with sequence_ids=, "
@@ -181,7 +198,8 @@ def packed_attention(
         )
     layout = PackLayout.of(sequence_ids)
     heads = (layout.unpad(x.transpose(1, 2)) for x in (query, key, value))
-    return layout.pad(head(*heads, layout, dropout=dropout)), None
+    hidden = {} if layer_input is None else {"hidden_TD": layout.unpad(layer_input)}
+    return layout.pad(head(*heads, layout, dropout=dropout, **hidden)), None
 
 
 def _attention_dropout(layer: nn.Module, config: PreTrainedConfig) -> tuple[str, float]:
@@ -193,6 +211,19 @@ def _attention_dropout(layer: nn.Module, config: PreTrainedConfig) -> tuple[str,
         if isinstance(module, nn.Dropout):
             return name or own, max(module.p, configured)
     return name or "attention_dropout", configured
+
+
+def _hidden_size(builder: Callable, config: PreTrainedConfig) -> dict[str, int]:
+    """The width of the layers' input, for heads of ours and those like them: their widths need not add up to it."""
+    while isinstance(builder, partial):
+        builder = builder.func
+    is_head = isinstance(builder, type) and issubclass(builder, AttentionHead)
+    size = getattr(config, "hidden_size", None)
+    if not is_head or size is None:
+        return {}
+    kinds = inspect.signature(builder).parameters
+    takes_it = "hidden_size" in kinds or any(each.kind is each.VAR_KEYWORD for each in kinds.values())
+    return {"hidden_size": size} if takes_it else {}
 
 
 def _refuse_unknown_options(builders: Sequence[Callable], options: dict) -> None:

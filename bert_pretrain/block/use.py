@@ -77,9 +77,10 @@ def place_block(model: PreTrainedModel, options: BlockOptions, is_new: bool = Fa
 
 def initialize_block(model: PreTrainedModel) -> None:
     """Draw what a checkpoint lacks of attention heads and feed-forwards; call it where a model initializes weights."""
-    for module in model.modules():
-        if isinstance(module, AttentionHead) or _draws_itself(module):
-            initialize_head(module)
+    for owner in model.modules():
+        for module in owner.children():
+            if isinstance(module, AttentionHead) or _draws_itself(module):
+                initialize_head(module, owner)
     for module in model.modules():
         if isinstance(module, BlockEncoder):
             module.shrink_outputs()

@@ -59,7 +59,23 @@ def make(build: Callable[..., nn.Module], **changes) -> nn.Module:
     """The head, in float64, its parameters drawn under a fixed seed."""
     sizes = {"num_heads": HEADS, "head_width": WIDTH, "max_sequence_length": MAX_LENGTH, "layer_index": 0}
     torch.manual_seed(0)
-    return build(**{**sizes, **changes}).double()
+    head = build(**{**sizes, **changes}).double()
+    if getattr(head, "needs_hidden", False):
+        head.register_forward_pre_hook(with_hidden, with_kwargs=True)
+    return head
+
+
+def with_hidden(head: nn.Module, inputs: tuple, keywords: dict) -> tuple[tuple, dict]:
+    """A pre-hook for heads that need the layer's input: it is made of queries, keys and values, as these are of it."""
+    if "hidden_TD" not in keywords:
+        query, key, value, *_ = inputs
+        keywords = keywords | {"hidden_TD": hidden_of(query, key, value)}
+    return inputs, keywords
+
+
+def hidden_of(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(T, H, K) each -> (T, H * K)"""
+    return (query - key + value).flatten(1) / 2
 
 
 def layout_of(ids) -> PackLayout:
@@ -74,10 +90,14 @@ def heads_input(layout: PackLayout, seed: int = 0, heads: int = HEADS, width: in
 
 
 def run(attention: nn.Module, layout: PackLayout, inputs: list[Tensor], weights: Tensor) -> dict[str, Tensor]:
-    """The context, and the gradients of sum(context * weights) for the inputs and the head's parameters."""
+    """The context, and the gradients of sum(context * weights) for the inputs and the head's parameters.
+
+    inputs: queries, keys, values (T, H, K), and for a head that needs it the layer's input (T, D), else see `make`.
+    """
     inputs = [x.clone().requires_grad_() for x in inputs]
     attention.zero_grad()
-    context = attention(*inputs, layout)
+    hidden = {"hidden_TD": inputs[3]} if len(inputs) > 3 else {}
+    context = attention(*inputs[:3], layout, **hidden)
     (context * weights).sum().backward()
     # a head need not read all inputs: what it leaves alone has a gradient of 0
     gradients = (torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
@@ -255,6 +275,8 @@ def check_mixed_types(build) -> None:
     """Inputs of several types are computed in the widest, under autocast in its own; the context has value's type."""
     layout = layout_of(LAYOUTS["long and short"])
     inputs, weights = [x / 3 for x in heads_input(layout)], heads_input(layout, 1)[0]
+    needs_hidden = getattr(make(build), "needs_hidden", False)
+    inputs += [hidden_of(*inputs)] if needs_hidden else []
     f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
     cases = [
         ((f32, f32, bf16), f32, False),
@@ -264,7 +286,8 @@ def check_mixed_types(build) -> None:
         ((f32, f32, f32), bf16, True),
         ((f32, f64, bf16), f64, True),
     ]
-    for types, common, autocast in cases:
+    for given, common, autocast in cases:
+        types = given + given[:needs_hidden]  # the layer's input has that of queries
         attention = make(build).to(f64 if f64 in types else f32)
         mixed = [x.to(bf16).to(dtype) for x, dtype in zip(inputs, types, strict=True)]
         with torch.autocast("cpu", bf16, enabled=autocast):

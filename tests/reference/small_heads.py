@@ -17,6 +17,7 @@ SMALL_OPTIONS: dict[str, dict[str, Any]] = {
     "axial": {"columns": 4},
     "longformer": {"window": 3},
     "etc": {"window": 3, "global_tokens": 3},
+    "etc_stream": {"window": 3, "global_tokens": 2, "max_distance": 2},
     "bigbird": {"block": 4, "random_blocks": 1},
     "adaptive_span": {"ramp": 3, "initial": 0.1},
     "entmax": {"top_k": 4},

@@ -105,16 +105,21 @@ def batch_of(sequence_ids: Tensor) -> dict[str, Tensor]:
 
 
 def count(
-    head: str, layers: int = 1, batch: dict[str, Tensor] | None = None, block: dict[str, Any] | None = None
+    head: str,
+    layers: int = 1,
+    batch: dict[str, Tensor] | None = None,
+    block: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Count:
     """One pass of PackedBertForPreTraining with this attention head, from the batch's arrival to the gradients.
 
-    block: options of bert_pretrain.block.
+    block: options of bert_pretrain.block. options: of the head.
     """
     batch = batch_of(packs(10)) if batch is None else batch
     torch.manual_seed(0)
     sizes: dict = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": layers}
-    ours: dict = {"packed_attention": head, "attention_probs_dropout_prob": 0.0, "block": block}
+    ours: dict = {"packed_attention": head, "packed_attention_options": options, "block": block}
+    ours |= {"attention_probs_dropout_prob": 0.0}
     config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes, **ours)
     model = PackedBertForPreTraining(config).train()
     with PretendCuda() as gpu:
@@ -128,10 +133,10 @@ def count(
     return Count(len(gpu.waits), gpu.launches.total(), gpu.mixed, per_line(gpu.waits))
 
 
-def counts(head: str, distinct: int = 10, block: dict[str, Any] | None = None) -> Counts:
+def counts(head: str, distinct: int = 10, block: dict[str, Any] | None = None, **options: Any) -> Counts:
     """Passes over a batch with so many distinct lengths."""
     batch = batch_of(packs(distinct))
-    one, two = (count(head, layers, batch, block) for layers in (1, 2))
+    one, two = (count(head, layers, batch, block, **options) for layers in (1, 2))
     waits, launches = two.waits - one.waits, two.launches - one.launches
     return Counts(one.waits - waits, waits, one.launches - launches, launches, two.mixed, two.lines)
 

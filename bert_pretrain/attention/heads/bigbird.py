@@ -24,7 +24,12 @@ from torch import Tensor
 
 from bert_pretrain.attention.options import seed_option, whole
 from bert_pretrain.attention.parts.blocks import BLOCK_SLOTS, MaskMod, hold, spans_of, within
-from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, prepare_global, replace_global
+from bert_pretrain.attention.parts.global_tokens import (
+    GlobalTokens,
+    attend_from_global,
+    global_tokens,
+    prepare_global,
+)
 from bert_pretrain.attention.parts.pattern import PatternAttention, PatternOptions, Sees
 from bert_pretrain.attention.parts.windows import Windows, attend, windows
 from collate.chunks import NO_CHUNK
@@ -166,7 +171,7 @@ class BigBirdAttention(PatternAttention):
         source, mask = layout.derived((*self.cache_key(), "chunks"), lambda: self.random_chunks(view, tokens, layout))
         key, value = (self.keys(x, view, tokens, source) for x in (k_THK, v_THK))
         context_THK = view.to_tokens(attend(view.queries(q_THK), key, value, mask, dropout))
-        return replace_global(context_THK, tokens, q_THK, k_THK, v_THK, layout, dropout)
+        return attend_from_global(context_THK, tokens, tokens.gather(q_THK), k_THK, v_THK, layout, dropout)
 
     def keys(self, x_THK: Tensor, view: Windows, tokens: GlobalTokens, source: Tensor) -> Tensor:
         """(T, H, K) -> (NC, H, M + G + r C, K): of the window, the global tokens and the random blocks."""

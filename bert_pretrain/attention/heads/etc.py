@@ -8,7 +8,8 @@ Cost: N (2 w + 2 g) K; memory N (2 w + g) K.
 Source: ETC (Ainslie et al. 2020, arXiv 2004.08483), in the form of LongT5's transient global attention (Guo et al.
 2021, arXiv 2112.07916, section 3.1.2): each layer makes its global tokens again, and all tokens see them. LongT5
 projects a normalised sum of hidden states; here the mean of keys is the key of the mean hidden state, without a norm
-and so without parameters. LongT5's blocks have a fixed length; here each sequence has g blocks.
+and so without parameters. LongT5's blocks have a fixed length; here each sequence has g blocks. ETC's own global
+tokens, which last from layer to layer, are the head `etc_stream`.
 
 Isolation: positions and n are the sequence's own, and a global token is a mean of one sequence. With g >= n every token
 appears a second time, as its own block; so with w >= n - 1 this is full softmax attention.

