@@ -38,7 +38,8 @@ class Attention(nn.Module):
     def forward(self, hidden_TD: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor]:
         x_TD = self.norm(hidden_TD)
         heads = (project(x_TD).unflatten(-1, (self.num_heads, -1)) for project in (self.query, self.key, self.value))
-        context_TD = self.attention_head(*heads, layout).flatten(1)
+        hidden = {"hidden_TD": x_TD} if getattr(self.attention_head, "needs_hidden", False) else {}
+        context_TD = self.attention_head(*heads, layout, **hidden).flatten(1)
         return self.dropout(self.dense(context_TD)), context_TD.square().sum(dtype=hidden_TD.dtype)[None] / 100
 
 
