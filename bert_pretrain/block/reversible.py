@@ -33,16 +33,9 @@ from collate.views import at_least_float32
 
 def reversed_layers(layers: Any, placement: Post, hidden_TD: Tensor, layout: PackLayout) -> tuple[State, Tensor]:
     """The row `reversible` of STREAMS."""
-    dtype = hidden_TD.dtype
-
-    def step(branch: nn.Module, norm: nn.Module) -> Step:
-        parameters = [*norm.parameters(), *branch.parameters()]
-        return Step(lambda x_TD, layout: branch(placement.enter((x_TD,), norm).to(dtype), layout), parameters)
-
-    steps = [step(*each) for layer in layers for each in layer.branches]
-    hidden_TD, sums = reversible(steps, hidden_TD, layout)
+    result_TD, sums = reversible(steps_of(layers, placement, hidden_TD.dtype), hidden_TD, layout)
     of_layers = [torch.cat(pair) for pair in zip(sums[::2], sums[1::2], strict=True)]
-    return placement.begin(hidden_TD.to(dtype)), added_up(of_layers)
+    return placement.begin(result_TD.to(hidden_TD.dtype)), added_up(of_layers)
 
 
 class Step(NamedTuple):
@@ -53,6 +46,16 @@ class Step(NamedTuple):
 
     run: Callable[[Tensor, PackLayout], tuple[Tensor, Tensor]]
     parameters: Sequence[nn.Parameter]
+
+
+def steps_of(layers: Any, placement: Post, dtype: torch.dtype) -> list[Step]:
+    """F and G of each layer behind their norms. dtype: of the model, which branches get instead of the streams'."""
+
+    def step(branch: nn.Module, norm: nn.Module) -> Step:
+        parameters = [*norm.parameters(), *branch.parameters()]
+        return Step(lambda x_TD, layout: branch(placement.enter((x_TD,), norm).to(dtype), layout), parameters)
+
+    return [step(*each) for layer in layers for each in layer.branches]
 
 
 def reversible(steps: Sequence[Step], hidden_TD: Tensor, layout: PackLayout) -> tuple[Tensor, list[Tensor]]:

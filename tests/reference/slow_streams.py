@@ -67,5 +67,5 @@ def small_layers(
     return nn.ModuleList(branches).double().train()
 
 
-def steps_of(branches: nn.ModuleList) -> list[Step]:
+def small_steps(branches: nn.ModuleList) -> list[Step]:
     return [Step(branch, list(branch.parameters())) for branch in branches]

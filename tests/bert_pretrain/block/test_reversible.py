@@ -9,17 +9,18 @@ import pytest
 import torch
 from attention_contract import assert_equal, layout_of
 from process_group import run_ranks
-from slow_streams import small_layers, steps_of, two_streams
+from slow_streams import small_layers, small_steps, two_streams
 from small_heads import HERE, SMALL_OPTIONS
 from torch import Tensor, nn
 
 from bert_pretrain.attention import ATTENTION
+from bert_pretrain.attention.parts.choices import recording
 from bert_pretrain.block import reversible as stream
 from bert_pretrain.block.reversible import Step, reversible
 from collate import PackLayout
 
 IDS = [[1] * 20 + [2] * 9 + [0] * 4 + [3] * 15, [1] * 7 + [2] * 5 + [3] * 33 + [4] * 3]
-CHOOSE = ("lsh", "routing", "sinkhorn")
+CHOOSE = ("lsh", "routing", "sinkhorn", "clustered")
 """Heads whose choices are handed on."""
 
 
@@ -36,7 +37,7 @@ def run(streams, branches: nn.ModuleList, layout: PackLayout, hidden_TD: Tensor,
     branches.zero_grad()
     hidden_TD = hidden_TD.clone().requires_grad_()
     torch.manual_seed(seed)
-    result, sums = streams(steps_of(branches), hidden_TD, layout)
+    result, sums = streams(small_steps(branches), hidden_TD, layout)
     weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     ((result * weights).sum() + torch.cat(sums).sum()).backward()
     assert hidden_TD.grad is not None
@@ -70,7 +71,7 @@ def test_random_numbers_go_on_as_with_a_stream_that_keeps_everything():
     after = []
     for streams in (two_streams, reversible):
         torch.manual_seed(3)
-        result, _ = streams(steps_of(branches), hidden_of(layout), layout)
+        result, _ = streams(small_steps(branches), hidden_of(layout), layout)
         after.append(torch.get_rng_state())
         result.sum().backward()
         after.append(torch.get_rng_state())
@@ -98,27 +99,24 @@ def saved_bytes(streams, branches: nn.ModuleList, layout: PackLayout) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = streams(steps_of(branches), hidden_of(layout).requires_grad_(), layout)
+        result = streams(small_steps(branches), hidden_of(layout).requires_grad_(), layout)
     del result
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
 @pytest.mark.parametrize("name", HERE)
 def test_as_much_is_kept_at_2_layers_as_at_24(name):
-    """The last pair of streams. A head that chooses adds its choices, a byte or two each."""
+    """The last pair of streams. A head that chooses adds its choices, a byte or two each, and nothing else."""
     layout = layout_of(IDS)
-    at_2, at_24 = (saved_bytes(reversible, small_layers(build(name), n), layout) for n in (2, 24))
     pair = 2 * hidden_of(layout).nbytes
-    if name not in CHOOSE:
-        assert at_2 == at_24 == pair
-        return
-    of_layer = (at_2 - pair) // 2
-    assert at_24 == pair + 24 * of_layer
-    head: Any = small_layers(build(name), 1)[0]
-    num_heads, num_tokens = head.num_heads, layout.num_tokens
-    if name == "lsh":
-        assert of_layer == head.attention_head.options.num_rounds * num_heads * num_tokens
-    assert 0 < of_layer <= 4 * num_heads * num_tokens
+    for num_layers in (2, 24):
+        branches = small_layers(build(name), num_layers)
+        with recording() as choices:
+            two_streams(small_steps(branches), hidden_of(layout), layout)
+        chosen = sum(x.nbytes for x in choices)
+        assert (chosen > 0) == (name in CHOOSE)
+        assert chosen <= 4 * num_layers * branches[0].num_heads * layout.num_tokens
+        assert saved_bytes(reversible, branches, layout) == pair + chosen
 
 
 def test_a_stream_that_keeps_everything_keeps_more_with_every_layer():
@@ -128,7 +126,7 @@ def test_a_stream_that_keeps_everything_keeps_more_with_every_layer():
 
 def test_random_states_are_kept_where_numbers_were_drawn():
     for dropout, expected in ((0.0, 0), (0.1, 12)):
-        steps, layout = steps_of(small_layers(build("sdpa"), 6, dropout)), layout_of(IDS)
+        steps, layout = small_steps(small_layers(build("sdpa"), 6, dropout)), layout_of(IDS)
         result, _ = reversible(steps, hidden_of(layout).requires_grad_(), layout)
         assert sum(states is not None for states in states_of_steps(result)) == expected
 
@@ -205,13 +203,13 @@ def test_casts_of_weights_under_autocast_serve_no_other_pass():
     """A cast made without a graph, kept by autocast, would leave the weight's other use without a gradient."""
     branches, layout = small_layers(build("sdpa"), 1).float(), layout_of(IDS)
     with torch.autocast("cpu", torch.bfloat16):
-        result, _ = reversible(steps_of(branches), hidden_of(layout).float(), layout)
+        result, _ = reversible(small_steps(branches), hidden_of(layout).float(), layout)
         again = branches[1](result, layout)[0]
         again.float().sum().backward()  # within autocast, too
         assert branches[1].up.weight.grad is not None
         first = branches[1].up.weight.grad.clone()
         branches.zero_grad()
-        result, _ = two_streams(steps_of(branches), hidden_of(layout).float(), layout)
+        result, _ = two_streams(small_steps(branches), hidden_of(layout).float(), layout)
         branches[1](result, layout)[0].float().sum().backward()
     torch.testing.assert_close(first, branches[1].up.weight.grad, rtol=0.05, atol=0.05 * float(first.abs().max()))
 
@@ -239,7 +237,7 @@ def test_what_is_frozen_gets_no_gradient_and_what_is_shared_gets_the_sum():
     grads = []
     for streams in (two_streams, reversible):
         shared.zero_grad()
-        result, sums = streams(steps_of(shared), hidden_of(layout), layout)  # hidden needs no gradient, either
+        result, sums = streams(small_steps(shared), hidden_of(layout), layout)  # hidden needs no gradient, either
         (result.square().sum() + torch.cat(sums).sum()).backward()
         grads.append({name: p.grad for name, p in shared.named_parameters()})
     for name, grad in grads[0].items():
@@ -251,10 +249,10 @@ def test_what_is_frozen_gets_no_gradient_and_what_is_shared_gets_the_sum():
 
 def test_without_gradients_it_computes_the_same():
     branches, layout = small_layers(build("lsh"), 2), layout_of(IDS)
-    result, sums = reversible(steps_of(branches), hidden_of(layout), layout)
+    result, sums = reversible(small_steps(branches), hidden_of(layout), layout)
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
-            again, sums_again = reversible(steps_of(branches), hidden_of(layout), layout)
+            again, sums_again = reversible(small_steps(branches), hidden_of(layout), layout)
         assert torch.equal(again, result) and not again.requires_grad
         assert all(map(torch.equal, sums, sums_again))
 
@@ -262,7 +260,7 @@ def test_without_gradients_it_computes_the_same():
 def test_a_second_derivative_is_refused():
     branches, layout = small_layers(build("sdpa"), 1), layout_of(IDS)
     hidden = hidden_of(layout).requires_grad_()
-    result, _ = reversible(steps_of(branches), hidden, layout)
+    result, _ = reversible(small_steps(branches), hidden, layout)
     with pytest.raises(RuntimeError, match="stream='plain'"):
         torch.autograd.grad(result.sum(), hidden, create_graph=True)
 
@@ -270,7 +268,7 @@ def test_a_second_derivative_is_refused():
 def test_a_graph_that_is_kept_gives_the_same_gradients_again():
     branches, layout = small_layers(build("lsh"), 2, 0.1), layout_of(IDS)
     hidden = hidden_of(layout).requires_grad_()
-    result, _ = reversible(steps_of(branches), hidden, layout)
+    result, _ = reversible(small_steps(branches), hidden, layout)
     first, second = (torch.autograd.grad(result.square().sum(), hidden, retain_graph=True) for _ in range(2))
     assert torch.equal(*first, *second)
 
@@ -292,7 +290,7 @@ class Stack(nn.Module):
         self.branches = small_layers(build(name), 2)
 
     def forward(self, hidden_TD, layout):
-        return reversible(steps_of(self.branches), hidden_TD, layout)
+        return reversible(small_steps(self.branches), hidden_TD, layout)
 
 
 def one_rank(rank, folder):
