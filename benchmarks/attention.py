@@ -62,12 +62,14 @@ EXACT = "sdpa"
 
 COST = {
     "sdpa": "n²",
+    "persistent": "n²",
     "strided": "n √n",
     "fixed": "n √n",
     "axial": "n √n",
     "routing": "n √n",
     "adaptive_span": "n²",
     "entmax": "n²",
+    "clustered": "n √n",
     "lsh": "n log n",
     "sinkhorn": "n + (n/64)²",
 }
@@ -82,6 +84,7 @@ SCALED = {
     "entmax": {"top_k": 64},
     "lsh": {"bucket_size": 32},
     "sinkhorn": {"block_size": 32},
+    "clustered": {"top_keys": 16},
     "inducing": {"points": 32},
     "linformer": {"rank": 64},
     "nystrom": {"landmarks": 32},

@@ -11,7 +11,8 @@ itself. If it cannot drop attention weights, `supports_dropout` is False, and a 
 What the context and gradients of a sequence show of its pack mates:
 
 * their values: nothing. Other values in a pack mate change no bit, on every processor; nor does NaN, where
-  `survives_nan` is True. (A GPU adds up the clusters of `routing` in any order: there it is rounding.)
+  `survives_nan` is True. (A GPU adds up the clusters of `routing` in any order, and the gradients of keys in
+  `clustered`: there it is rounding.)
 * their presence: rounding (in float64 1e-12 of the largest value). Alone, or beside others, a sequence takes part in
   products of other shapes, for which a processor may choose another kernel.
 * A head whose products take their shape from values (none here does) promises rounding in both.

@@ -123,6 +123,11 @@ class AttentionHead(KeepsWideBuffers):
         """
         raise NotImplementedError
 
+    @property
+    def shared_keys(self) -> int:
+        """How many keys every token sees besides those of its sequence; FLOPs of full attention count them."""
+        return 0
+
     def attend_others(
         self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, key_layout: PackLayout, dropout: float
     ) -> Tensor:

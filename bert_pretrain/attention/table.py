@@ -7,6 +7,7 @@ from torch import nn
 from bert_pretrain.attention.heads.adaptive_span import AdaptiveSpanAttention
 from bert_pretrain.attention.heads.axial import AxialAttention
 from bert_pretrain.attention.heads.bigbird import BigBirdAttention
+from bert_pretrain.attention.heads.clustered import ClusteredAttention
 from bert_pretrain.attention.heads.delta import DeltaAttention
 from bert_pretrain.attention.heads.entmax import EntmaxAttention
 from bert_pretrain.attention.heads.etc import EtcAttention
@@ -21,6 +22,7 @@ from bert_pretrain.attention.heads.longformer import LongformerAttention
 from bert_pretrain.attention.heads.lsh import LSHAttention
 from bert_pretrain.attention.heads.nystrom import NystromAttention
 from bert_pretrain.attention.heads.performer import PerformerAttention
+from bert_pretrain.attention.heads.persistent import PersistentAttention
 from bert_pretrain.attention.heads.routing import RoutingAttention
 from bert_pretrain.attention.heads.sdpa import SdpaAttention
 from bert_pretrain.attention.heads.sinkhorn import SinkhornAttention
@@ -31,6 +33,7 @@ ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "sdpa": SdpaAttention,
     "varlen": VarlenAttention,
     "flex": FlexAttention,
+    "persistent": PersistentAttention,
     "local": LocalAttention,
     "strided": StridedAttention,
     "fixed": FixedAttention,
@@ -44,6 +47,7 @@ ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "lsh": LSHAttention,
     "routing": RoutingAttention,
     "sinkhorn": SinkhornAttention,
+    "clustered": ClusteredAttention,
     "inducing": InducingAttention,
     "linformer": LinformerAttention,
     "nystrom": NystromAttention,

@@ -49,6 +49,7 @@ class ModelFlops:
 
         6 · (weights of the encoder's matrices) · tokens
       + 12 · layers · width · Σ length²                    only if attention is full
+      + 12 · width · Σ shared keys of each layer · tokens  only if attention is full: learned keys, as `persistent` has
       + 6 · (width² + width · vocabulary) · predicted tokens
 
     As PaLM counts them (arXiv 2204.02311, appendix B), with the lengths of single sequences, and the vocabulary
@@ -62,6 +63,9 @@ class ModelFlops:
         encoder: Any = model.bert.encoder
         self.per_token = 6 * sum(map(_weights_of_token, getattr(encoder, "passes", encoder.layer)))
         self.per_square = 12 * config.num_hidden_layers * config.hidden_size if self.attention else 0
+        if self.attention:
+            heads = [layer.attention_head for layer in attention_layers(model)]
+            self.per_token += 12 * config.hidden_size * sum(getattr(head, "shared_keys", 0) for head in heads)
         self.per_prediction = 6 * config.hidden_size * (config.hidden_size + config.vocab_size)
 
     def __call__(self, tokens: int, squares: int, predicted: int) -> int:

@@ -124,13 +124,13 @@ def _group_masks(layout: PackLayout, window: int | None) -> list[Tensor | None]:
 
 def attend_under_mask(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
     """(T, H, K) each -> the context (T, H, K), all packs in one call."""
-    bias = layout.derived(("bias of packs", q_THK.dtype), lambda: _bias(layout, q_THK.dtype))
+    bias = layout.derived(("bias of packs", q_THK.dtype), lambda: bias_of_packs(layout, q_THK.dtype))
     query, key, value = (layout.in_rows(x).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
     context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
     return layout.unpad(context.transpose(1, 2))
 
 
-def _bias(layout: PackLayout, dtype: torch.dtype) -> Tensor:
+def bias_of_packs(layout: PackLayout, dtype: torch.dtype) -> Tensor:
     """(B, 1, L, L), -inf between sequences; padding sees padding, since a softmax over nothing is NaN."""
     ids = layout.sequence_ids_BL
     other = ids[:, None, :, None] != ids[:, None, None]

@@ -30,10 +30,23 @@ def attend_varlen(
     keys = key_layout or layout
     # an upper bound of the lengths is enough, and needs no wait for the device
     longest, longest_key = layout.sequence_ids_BL.shape[1], keys.sequence_ids_BL.shape[1]
-    inputs = (x.contiguous() for x in (q_THK, k_THK, v_THK))
     options = {} if window is None else {"window_size": (window, window)}
-    return varlen_kernel()(*inputs, layout.cu_seqlens, keys.cu_seqlens, longest, longest_key, **options)
+    return attend_bounds(q_THK, k_THK, v_THK, layout.cu_seqlens, keys.cu_seqlens, longest, longest_key, **options)
 
+
+def attend_bounds(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    bounds: Tensor,
+    key_bounds: Tensor,
+    longest: int,
+    longest_key: int,
+    **options: Any,
+) -> Tensor:
+    """The same, given where each sequence of queries and of keys begins, (N + 1,) int32 each, and their longest."""
+    inputs = (x.contiguous() for x in (q_THK, k_THK, v_THK))
+    return varlen_kernel()(*inputs, bounds, key_bounds, longest, longest_key, **options)
 
 def takes_varlen(query: Tensor, has_window: bool = False) -> bool:
     """Whether the kernel runs here, for these queries (…, K)."""

@@ -11,6 +11,7 @@ from bert_pretrain.attention import ATTENTION
 NEEDS_CUDA = ("varlen", "flex")  # no kernel, or no gradient, on CPUs: tests/bert_pretrain/attention/test_cuda.py
 HERE = [pytest.param(n, marks=pytest.mark.skipif(n in NEEDS_CUDA, reason="runs on CUDA only")) for n in ATTENTION]
 SMALL_OPTIONS: dict[str, dict[str, Any]] = {
+    "persistent": {"vectors": 3},
     "local": {"window": 3},
     "strided": {"stride": 4},
     "fixed": {"stride": 4, "summary": 2},
@@ -24,6 +25,7 @@ SMALL_OPTIONS: dict[str, dict[str, Any]] = {
     "lsh": {"bucket_size": 4},
     "routing": {"decay": 1},
     "sinkhorn": {"block_size": 4},
+    "clustered": {"num_clusters": 3, "top_keys": 4},
     "inducing": {"points": 3},
     "linformer": {"rank": 5},
     "nystrom": {"landmarks": 4},

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_pretrain.attention.head import without_autocast
-from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, window_mask
+from bert_pretrain.attention.heads.local import WindowOptions, WindowPattern, window_mask
 from bert_pretrain.attention.options import whole
 from bert_pretrain.attention.parts.blocks import BLOCK_SLOTS, MaskMod, spans_of, within
 from bert_pretrain.attention.parts.pattern import Sees
@@ -33,7 +33,7 @@ from collate.views import at_least_float32
 
 
 @dataclass(frozen=True)
-class EtcOptions(LocalOptions):
+class EtcOptions(WindowOptions):
     """What `use_attention(model, "etc", …)` takes."""
 
     global_tokens: int = whole(16, 1, "without global tokens take local attention")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert_pretrain.attention.heads.local import LocalOptions, WindowPattern, window_mask
+from bert_pretrain.attention.heads.local import WindowOptions, WindowPattern, window_mask
 from bert_pretrain.attention.options import choice, whole
 from bert_pretrain.attention.parts.blocks import hold
 from bert_pretrain.attention.parts.global_tokens import (
@@ -37,7 +37,7 @@ from collate.layout import PackLayout
 
 
 @dataclass(frozen=True)
-class LongformerOptions(LocalOptions):
+class LongformerOptions(WindowOptions):
     """What `use_attention(model, "longformer", …)` takes. The paper's window is 2 w."""
 
     global_tokens: int = whole(1, 1, "without global tokens take local attention")

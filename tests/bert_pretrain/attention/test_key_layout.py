@@ -137,3 +137,9 @@ def test_layouts_of_other_sequences_are_refused():
     query, (_, key, value) = heads_input(layout)[0], heads_input(key_layout)
     with pytest.raises(ValueError, match=r"key_layout has 1 sequences, layout 2; .* give both as SlotLayout"):
         make(ATTENTION["sdpa"])(query, key, value, layout, key_layout=key_layout)
+
+
+def test_local_attention_in_blocks_refuses_them():
+    layout = layout_of([[1, 1, 2]])
+    with pytest.raises(ValueError, match=r"block=4\) takes no keys that are not the queries .* give a window"):
+        make(ATTENTION["local"], block=4)(*heads_input(layout), layout, key_layout=layout)

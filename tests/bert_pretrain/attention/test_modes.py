@@ -98,6 +98,7 @@ def test_large_numbers_in_float16_stay_finite_in_merged_patterns(name):
 
 
 NO_MEAN = {
+    "persistent": "learned values are mixed in",
     "routing": "0 for a token in no cluster, as published",
     "linformer": "its rows are learned, and those beyond a short sequence hold nothing",
     "nystrom": "the pseudo-inverse is approached, not reached",

@@ -22,7 +22,9 @@ LONG = {"max_sequence_length": 160}
 BUILDS = {
     "sdpa": ATTENTION["sdpa"],
     "flex": ATTENTION["flex"],
+    "persistent": partial(ATTENTION["persistent"], vectors=3),
     "local": partial(ATTENTION["local"], window=5),
+    "local blocks": partial(ATTENTION["local"], block=7),
     "strided split": partial(ATTENTION["strided"], stride=5),
     "strided merged": partial(ATTENTION["strided"], stride=4, heads="merged"),
     "fixed split": partial(ATTENTION["fixed"], stride=7, summary=2),
@@ -46,7 +48,7 @@ WIDTH = 16
 
 
 def both(build, ids, by_slots, dtype):
-    """(found, expected, waits): on the device, and on the CPU; of real tokens."""
+    """(found, expected, waits, operations): on the device, and on the CPU; of real tokens."""
     batch = {"sequence_ids": torch.tensor(ids, dtype=torch.int32)}
     exact = PackLayout(batch["sequence_ids"])
     inputs, weights = heads_input(exact, width=WIDTH), heads_input(exact, 1, width=WIDTH)[0]
@@ -66,7 +68,7 @@ def both(build, ids, by_slots, dtype):
         parameters = {name: x.cpu().double() for name, x in found.items() if name.startswith("parameter")}
         rows = {name: layout.pad(x).cpu().double() for name, x in found.items() if name not in parameters}
     assert not gpu.mixed
-    return {name: exact.unpad(x) for name, x in rows.items()} | parameters, expected, waits
+    return {name: exact.unpad(x) for name, x in rows.items()} | parameters, expected, waits, gpu.operations
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -74,7 +76,7 @@ def both(build, ids, by_slots, dtype):
 def test_a_device_computes_what_a_cpu_does(name, batch):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         if name != "flex" or dtype == torch.float32:
-            found, expected, waits = both(BUILDS[name], *BATCHES[batch], dtype)
+            found, expected, waits, _ = both(BUILDS[name], *BATCHES[batch], dtype)
             assert_equal(found, expected, tolerance)
             assert waits == []
 
@@ -109,6 +111,15 @@ def test_in_16_bits_they_take_varlen(name):
         (exact.unpad(found_of_others), exact.unpad(by_slots.pad(expected_of_others))),
     ):
         torch.testing.assert_close(one, other.detach(), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", ["persistent", "local blocks"])
+def test_in_16_bits_they_give_varlen_sequences_of_their_own(name, batch):
+    """Keys that begin with learned ones; blocks instead of sequences. The CPU computes in float64."""
+    found, expected, waits, operations = both(BUILDS[name], *BATCHES[batch], torch.bfloat16)
+    assert operations["varlen"] == operations["varlen backward"] == 1 and waits == []
+    assert_equal(found, expected, 0.05)
 
 
 def test_dropout_takes_other_executions_there():

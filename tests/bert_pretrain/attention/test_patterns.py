@@ -39,6 +39,7 @@ from bert_pretrain.attention.heads.strided import StridedAttention
 HEADS: dict[str, Callable] = {
     "local 3": partial(LocalAttention, window=3),
     "local 20": partial(LocalAttention, window=20),
+    "local blocks": partial(LocalAttention, window=3, block=6),
     "strided split": partial(StridedAttention, stride=5),
     "strided merged": partial(StridedAttention, heads="merged"),
     "fixed split": partial(FixedAttention, stride=7, summary=2),
@@ -201,6 +202,7 @@ def etc_twin(window, number):
 TWINS = {
     "local 3": twin_of(local_keys(3)),
     "local 20": twin_of(local_keys(20)),
+    "local blocks": twin_of(lambda head, i, n: [j for j in range(n) if j // 6 == i // 6]),
     "strided split": twin_of(strided_keys(5, split=True)),
     "strided merged": twin_of(strided_keys(8, split=False)),  # 8: the root of max_sequence_length
     "fixed split": twin_of(fixed_keys(7, 2, split=True)),
@@ -257,6 +259,7 @@ def test_the_patterns_as_drawn():
         return ["".join(".x"[seen] for seen in row) for row in mask_of(attention, 6)[head].tolist()]
 
     assert drawn(LocalAttention(2, 8, 64, window=1)) == ["xx....", "xxx...", ".xxx..", "..xxx.", "...xxx", "....xx"]
+    assert drawn(LocalAttention(2, 8, 64, block=4)) == ["xxxx.."] * 4 + ["....xx"] * 2
     strided = StridedAttention(2, 8, 64, stride=2)
     assert drawn(strided) == ["xxx...", "xxxx..", "xxxxx.", ".xxxxx", "..xxxx", "...xxx"]
     assert drawn(strided, 1) == ["x.x.x.", ".x.x.x"] * 3
@@ -272,6 +275,7 @@ def test_the_patterns_as_drawn():
 LIMITS = {
     "local": partial(LocalAttention, window=63),
     "local, a window beyond 512 keys": partial(LocalAttention, window=600),
+    "local, one block": partial(LocalAttention, block=64),
     "strided": partial(StridedAttention, stride=1, heads="merged"),
     "strided, one row": partial(StridedAttention, stride=64, heads="merged"),
     "fixed": partial(FixedAttention, stride=64, heads="merged"),
@@ -327,16 +331,24 @@ def projections():
     return [torch.nn.Linear(16, 16, bias=False, dtype=torch.float64) for _ in range(3)]
 
 
-def test_local_attention_package(projections):
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        ({"window": 6}, {"look_backward": 1, "look_forward": 1, "exact_windowsize": True}),
+        ({"block": 6}, {"look_backward": 0, "look_forward": 0}),
+    ],
+    ids=["window", "blocks"],
+)
+def test_local_attention_package(projections, options, theirs):
     reference = pytest.importorskip("local_attention", reason="pip install local-attention==1.11.2").LocalAttention(
-        window_size=6, causal=False, look_backward=1, look_forward=1, exact_windowsize=True, use_rotary_pos_emb=False
+        window_size=6, causal=False, use_rotary_pos_emb=False, **theirs
     )
 
     def attend(hidden):
         query, key, value = (x.transpose(0, 1)[None] for x in qkv_of(hidden, *projections))
         return reference(query, key, value)[0].transpose(0, 1)
 
-    check_reference(make(LocalAttention, window=6), attend, projections)
+    check_reference(make(LocalAttention, **options), attend, projections)
 
 
 def test_axial_attention_package(projections):

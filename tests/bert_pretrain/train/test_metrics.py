@@ -47,10 +47,11 @@ def make_model(attention="sdpa", **options):
 # -- FLOPs --------------------------------------------------------------------------------------------------------
 
 
-def test_model_flops_are_those_that_torch_counts(monkeypatch):
+@pytest.mark.parametrize(("attention", "options"), [("sdpa", {}), ("persistent", {"vectors": 5})])
+def test_model_flops_are_those_that_torch_counts(monkeypatch, attention, options):
     """Every product of a forward and backward pass; lengths are multiples of 16, so sdpa's groups have no padding."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)  # groups: torch does not count its CPU kernel's products
-    model, lengths = make_model(), [16, 48, 32, 16]
+    model, lengths = make_model(attention, **options), [16, 48, 32, 16]
     sequence_ids = torch.zeros(2, 64, dtype=torch.int32)
     sequence_ids[0, :16], sequence_ids[0, 16:64] = 1, 2
     sequence_ids[1, :32], sequence_ids[1, 32:48] = 1, 2
