@@ -48,6 +48,7 @@ def attend_bounds(
     inputs = (x.contiguous() for x in (q_THK, k_THK, v_THK))
     return varlen_kernel()(*inputs, bounds, key_bounds, longest, longest_key, **options)
 
+
 def takes_varlen(query: Tensor, has_window: bool = False) -> bool:
     """Whether the kernel runs here, for these queries (…, K)."""
     return query.is_cuda and _takes_varlen(query.device, query.dtype, query.shape[-1], has_window)

@@ -51,7 +51,8 @@ def test_a_scaled_step_in_float16_is_near_that_of_float32(name):
     )
     assert of_half.isfinite().all()
     off = float((of_half - of_exact).norm() / of_exact.norm())
-    assert off < (1 if name in ("lsh", "routing", "clustered") else 0.05)  # their choices may fall otherwise when rounded
+    chooses = name in ("lsh", "routing", "clustered")  # their choices may fall otherwise when rounded
+    assert off < (1 if chooses else 0.05)
 
 
 def test_a_step_that_overflows_is_skipped_and_the_parameters_stay():

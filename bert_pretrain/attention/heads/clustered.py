@@ -151,7 +151,7 @@ class ClusteredAttention(AttentionHead):
         return Scatter.apply(torch.cat(contexts), slot).view_as(q_THK)
 
     @torch.no_grad()
-    def blocks(self, groups: "Groups", found: "list[Found]", like_THK: Tensor) -> "tuple[list[Blocks], Tensor]":
+    def blocks(self, groups: "Groups", found: "list[Found]", like_THK: Tensor) -> "tuple[list[QueryBlocks], Tensor]":
         """The blocks of each group, and (T * H,) int64: the slot of each query among all blocks."""
         num_rows = like_THK.shape[0] * self.num_heads
         heads = torch.arange(self.num_heads, device=like_THK.device)[:, None]
@@ -159,7 +159,7 @@ class ClusteredAttention(AttentionHead):
         blocks, num_slots = [], 0
         for group, source, each in zip(groups.groups, groups.sources, found, strict=True):
             row_MHW = source[:, None] * self.num_heads + heads
-            made, slot_MHW = blocks_of(row_MHW, each, group)
+            made, slot_MHW = query_blocks(row_MHW, each, group)
             # padding shows a token that has a slot of its own: it writes where nobody reads
             target = row_MHW if group.mask is None else torch.where(group.mask[:, 0], row_MHW, num_rows)
             slot_of_row.scatter_(0, target.flatten(), (slot_MHW + num_slots).flatten())
@@ -244,7 +244,7 @@ class Found:
     top: Tensor | None
 
 
-class Blocks(NamedTuple):
+class QueryBlocks(NamedTuple):
     """Queries of one cluster in blocks of equal size: P = M * H, B blocks each. Rows are those of (T * H, K).
 
     query_row: (P, B, size) int64; in free slots any of the sequence. key_row: (P, B, top keys) int64.
@@ -256,7 +256,7 @@ class Blocks(NamedTuple):
     is_key: Tensor | None
 
 
-def blocks_of(row_MHW: Tensor, found: Found, group: Group) -> tuple[Blocks, Tensor]:
+def query_blocks(row_MHW: Tensor, found: Found, group: Group) -> tuple[QueryBlocks, Tensor]:
     """The blocks of a group, and (M, H, W) int64: the slot of each query in them.
 
     clusters 0 1 0 1 1, blocks of 2    ->    [0 2] [1 3] [4 .]
@@ -283,7 +283,7 @@ def blocks_of(row_MHW: Tensor, found: Found, group: Group) -> tuple[Blocks, Tens
     query = order.gather(-1, place.flatten(2))
     key = top.gather(2, own[..., None].expand(-1, -1, -1, top.shape[-1]))
     return (
-        Blocks(
+        QueryBlocks(
             query_row=row_MHW.gather(-1, query).unflatten(-1, place.shape[2:]).flatten(0, 1),
             key_row=row_MHW.gather(-1, key.flatten(2)).view_as(key).flatten(0, 1),
             is_key=(key < group.length[..., None, None]).flatten(0, 1) if group.shortest < key.shape[-1] else None,

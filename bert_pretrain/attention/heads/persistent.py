@@ -73,29 +73,29 @@ class PersistentAttention(AttentionHead):
         if not dropout and takes_varlen(q_THK):
             return self.attend_varlen(q_THK, k_THK, v_THK, vectors, layout)
         if q_THK.device.type != "cpu":
-            return attend_under_mask(q_THK, k_THK, v_THK, vectors, layout, dropout)
+            return attend_packs(q_THK, k_THK, v_THK, vectors, layout, dropout)
         if takes_one_by_one(q_THK, self.num_heads, dropout) and not torch.compiler.is_compiling():
             return self.attend_one_by_one(q_THK, k_THK, v_THK, vectors, layout)
-        return attend_grouped(q_THK, k_THK, v_THK, vectors, layout, dropout)
+        return attend_groups(q_THK, k_THK, v_THK, vectors, layout, dropout)
 
     def attend_varlen(
         self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, vectors: tuple[Tensor, Tensor], layout: PackLayout
     ) -> Tensor:
         before = self.before(layout)
-        keys = (Before.apply(x, own, *before) for x, own in zip((k_THK, v_THK), vectors, strict=True))
+        key, value = (Before.apply(x, own, *before) for x, own in zip((k_THK, v_THK), vectors, strict=True))
         longest, number = layout.sequence_ids_BL.shape[1], self.options.vectors
         bounds = layout.derived(
             ("bounds with vectors", number),
             lambda: layout.cu_seqlens + number * torch.arange(layout.num_sequences + 1, device=q_THK.device).int(),
         )
-        return attend_bounds(q_THK, *keys, layout.cu_seqlens, bounds, longest, longest + number)
+        return attend_bounds(q_THK, key, value, layout.cu_seqlens, bounds, longest, longest + number)
 
     def attend_one_by_one(
         self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, vectors: tuple[Tensor, Tensor], layout: PackLayout
     ) -> Tensor:
         before = self.before(layout)
-        keys = (Before.apply(x, own, *before) for x, own in zip((k_THK, v_THK), vectors, strict=True))
-        rows = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, *keys))
+        key, value = (Before.apply(x, own, *before) for x, own in zip((k_THK, v_THK), vectors, strict=True))
+        rows = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, key, value))
         return OneByOne.apply(*rows, self.pieces(layout)).squeeze(0).transpose(0, 1)
 
     def before(self, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +156,7 @@ class Before(torch.autograd.Function):
         return grad.index_select(0, token_place), of_vectors.transpose(0, 1), None, None, None
 
 
-def attend_grouped(
+def attend_groups(
     q_THK: Tensor,
     k_THK: Tensor,
     v_THK: Tensor,
@@ -177,7 +177,7 @@ def attend_grouped(
     return groups.scatter(contexts)
 
 
-def attend_under_mask(
+def attend_packs(
     q_THK: Tensor,
     k_THK: Tensor,
     v_THK: Tensor,

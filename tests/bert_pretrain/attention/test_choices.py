@@ -11,7 +11,7 @@ from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.parts.choices import chosen, narrowest, recording, replaying
 
 IDS = [[1] * 20 + [2] * 9 + [0] * 4 + [3] * 15]
-CHOOSE = ("lsh", "routing", "sinkhorn")
+CHOOSE = ("lsh", "routing", "sinkhorn", "clustered")
 
 
 def of(values: list[int], below: int | None = 300) -> list[int]:

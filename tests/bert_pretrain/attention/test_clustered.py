@@ -68,7 +68,8 @@ def clusters_of(codes, number, iterations):
     for _ in range(iterations):
         clusters = [nearest(code) for code in codes]
         for j in range(number):
-            votes = [sum(bits) for bits in zip(*(c for c, own in zip(codes, clusters, strict=True) if own == j))]
+            own = [code for code, cluster in zip(codes, clusters, strict=True) if cluster == j]
+            votes = [sum(bits) for bits in zip(*own, strict=True)]
             for b, vote in enumerate(votes):
                 if vote:
                     centroids[j] = [*centroids[j][:b], 1 if vote > 0 else -1, *centroids[j][b + 1 :]]
@@ -126,9 +127,7 @@ def test_with_a_cluster_for_each_code_plain_attention_is_exact():
     head = make(ClusteredAttention, num_clusters=64, top_keys=0, bits=200)
     codes = (inputs[0] @ head.rotation >= 0).transpose(0, 1)
     assert all(len(own.unique(dim=0)) == 40 for own in codes)
-    contract.assert_equal(
-        run(head, layout, inputs, weights), run(make(SdpaAttention), layout, inputs, weights), 1e-12
-    )
+    contract.assert_equal(run(head, layout, inputs, weights), run(make(SdpaAttention), layout, inputs, weights), 1e-12)
 
 
 def test_queries_of_a_cluster_share_their_attention():
