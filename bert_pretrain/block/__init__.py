@@ -8,7 +8,7 @@ norm and without a sum: `branch(hidden_TD, layout) -> (out_TD, sums)`. Around th
     placement   how branches, norms and residual sums combine          PLACEMENTS     post, pre, residual
     norm        what normalizes                                        NORMS          layer, rms
     stream      what the backward pass keeps of the layers             STREAMS        plain, checkpoint, reversible
-    feed_forward  the branch G                                         FEED_FORWARDS  dense
+    feed_forward  the branch G                                         FEED_FORWARDS  dense, moe
     initial     how output projections of a new model are drawn        INITIAL        bert, deep
 
 and `share_layers`, one layer for all passes. The default is stock BERT's block. Every choice works on packed rows, with
@@ -23,7 +23,8 @@ encoder        BlockEncoder in the place of stock BERT's
 layer          BlockLayer: both branches and their norms
 branches       the branch F, and what a branch is
 reversible     layers that keep nothing for the backward pass
-placements, norms, streams, initial, feed_forwards    the tables
+placements, norms, streams, initial    the tables
+feed_forwards/ the branch G: dense, with a gate, in chunks; a mixture of experts
 
 Others import what is named below.
 """

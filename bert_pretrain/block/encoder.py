@@ -37,6 +37,9 @@ class BlockEncoder(nn.Module):
         layer.
     """
 
+    gives_loss_sums = True
+    """For collate.loss_rows: the output has `loss_sums`."""
+
     def __init__(self, config: Any, before: Any, options: BlockOptions):
         super().__init__()
         self.config, self.options, self.is_shrunk = config, options, False

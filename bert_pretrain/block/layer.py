@@ -81,5 +81,5 @@ def _feed_forward(config: Any, options: BlockOptions, layer: Any, index: int) ->
         raise ValueError(
             f"feed_forward={options.feed_forward!r} cannot be made of {type(before).__name__}; make the model anew"
         )
-    assert before is not None
-    return before
+    made.from_own(before)  # type: ignore[operator]
+    return made

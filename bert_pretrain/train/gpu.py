@@ -148,6 +148,7 @@ def bytes_per_token(model: BertForPreTraining, mlm_probability: float, is_half: 
     block = BlockOptions.of(getattr(bert, "block", None))
     width = bert.hidden_size
     wide = bert.intermediate_size if block.chunk_size is None else 0
+    wide *= (block.top_k if block.feed_forward == "moe" else 1) * (2 if block.gated else 1)
     of_layer = 28 * width + 4 * wide if is_half else 40 * width + 8 * wide
     sums = 4 * width * (2 if block.placement == "residual" else 1)
     of_layers = (bert.num_hidden_layers + 1) * of_layer

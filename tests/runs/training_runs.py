@@ -13,6 +13,8 @@ from pretraining_models import MAX_LENGTH, make_models
 from slow_training import packed_rows
 from transformers import TrainingArguments
 
+from bert_pretrain.block import use_block
+from bert_pretrain.moving import AfterStepCallback, moves_after_step
 from collate import DataCollatorWithPacking, PackedTrainer
 from packing import EpochPacks, pack_dataset
 
@@ -60,6 +62,7 @@ def train(packs, packs_per_pass, passes, mlm_loss, change=None):
         evaluation = deterministic(trainer.evaluate())
     return {
         "parameters": [parameter.detach().clone() for parameter in trainer.model.parameters()],
+        "buffers": {name: x.clone() for name, x in trainer.model.named_buffers() if x.is_floating_point()},
         "steps": [entry for entry in trainer.state.log_history if "loss" in entry],
         "evaluation": evaluation,
         "processes": trainer.args.world_size,
@@ -131,9 +134,23 @@ def make_trainer(mlm_loss="sequence", train_dataset=None, eval_dataset=None, fol
     }
     with tempfile.TemporaryDirectory() as temporary:
         training = TrainingArguments(str(folder or temporary), **defaults | arguments)
-        yield PackedTrainer(model, training, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
+        trainer = PackedTrainer(model, training, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
+        if moves_after_step(model):
+            trainer.add_callback(AfterStepCallback())
+        yield trainer
+
+
+def with_experts(balance, model):
+    """The model with a mixture of experts; its terms weigh so much that a mistake shows."""
+    options = {"experts": 4, "top_k": 2, "balance": balance, "z_loss": 0.1}
+    options |= {"balance_weight": 0.5} if balance == "sequence" else {"bias_speed": 0.01}
+    return use_block(model, feed_forward="moe", **options)
+
+
+EXPERTS = {balance: functools.partial(with_experts, balance) for balance in ("sequence", "bias")}
 
 
 TWO_PROCESSES = {name: functools.partial(train, *run) for name, run in IN_TWO.items()}
 TWO_PROCESSES["terms of modules"] = functools.partial(train, 17, 4, 2, "sequence", with_terms)
+TWO_PROCESSES |= {f"experts, {name}": functools.partial(train, 17, 4, 2, "sequence", x) for name, x in EXPERTS.items()}
 TWO_PROCESSES |= {name: functools.partial(train_by_sequences, *run) for name, run in BY_SEQUENCES_IN_TWO.items()}
