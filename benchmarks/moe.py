@@ -12,6 +12,7 @@ turns. speed: tokens a second of the mixture / of the dense one, the median of -
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,11 +119,17 @@ def print_models(width: int, layout: PackLayout, options) -> None:
         config = config_of(width, inner, options)
         config.vocab_size, config.block = 1000, block
         model = PackedBertForPreTraining(config).train()
-        runs[name] = lambda model=model: model(**batch).loss.backward()
+        runs[name] = partial(one_pass, model, batch)
     times = in_turns(runs, options.rounds)
     print_speed(
         f"model of {options.layers} layers, width {width}, {layout.num_tokens} tokens", times, layout.num_tokens
     )
+
+
+def one_pass(model: PackedBertForPreTraining, batch: dict[str, Tensor]) -> None:
+    loss = model(**batch).loss
+    assert loss is not None
+    loss.backward()
 
 
 def print_parts(width: int, layout: PackLayout, options) -> None:

@@ -64,7 +64,8 @@ class GatedIntermediate(nn.Module):
         self.dense, self.intermediate_act_fn = intermediate.dense, intermediate.intermediate_act_fn
         self.initializer_range = initializer_range
         weight_FD = self.dense.weight
-        self.up = nn.Linear(*weight_FD.shape[::-1], device=weight_FD.device, dtype=weight_FD.dtype)
+        inner, width = weight_FD.shape
+        self.up = nn.Linear(width, inner, device=weight_FD.device, dtype=weight_FD.dtype)
         nn.init.zeros_(self.up.weight)
         nn.init.ones_(self.up.bias)
 

