@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_pretrain.attention.head import AttentionHead
@@ -33,7 +32,7 @@ from bert_pretrain.attention.heads.local import window_mask
 from bert_pretrain.attention.options import HeadOptions, whole
 from bert_pretrain.attention.parts.distances import by_distance, distance_scores
 from bert_pretrain.attention.parts.global_tokens import GlobalTokens, global_tokens, replace_global, written
-from bert_pretrain.attention.parts.pattern import attend_part, join_chunks, join_parts
+from bert_pretrain.attention.parts.pattern import attend_biased, attend_part, join_chunks, join_parts
 from bert_pretrain.attention.parts.pieces import chunk_table, in_chunks
 from bert_pretrain.attention.parts.projections import Projection
 from bert_pretrain.attention.parts.windows import Windows, chunk_and_reach, windows_of_tokens
@@ -141,12 +140,11 @@ class EtcStreamAttention(AttentionHead):
     ) -> Tensor:
         """(NC, H, C, K): what long tokens see, of the window (NC, H, M, K) and of global tokens (NC, H, G, K)."""
         key, value = (torch.cat(pair, 2) for pair in zip(near, far, strict=True))
-        query, size = query * self.head_width**-0.5, view.chunks.size
+        scaled, size = query * self.head_width**-0.5, view.chunks.size
         reach = (view.source.shape[1] - 1) // 2 * size
         distances = by_distance(self.labels_ll, 1 - size - reach, size - 1 + reach)
-        bias = torch.cat([distance_scores(query, distances), self.of_parts(query, self.labels_lg, masks.own)], -1)
-        bias = bias.to(query.dtype).masked_fill(~masks.long, torch.finfo(query.dtype).min)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=1.0)
+        bias = torch.cat([distance_scores(scaled, distances), self.of_parts(scaled, self.labels_lg, masks.own)], -1)
+        return attend_biased(query, key, value, masks.long, bias, dropout)
 
     def from_global(
         self,

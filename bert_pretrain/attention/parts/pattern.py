@@ -258,17 +258,34 @@ def attend_part(
     """Attention over these keys only, (…, Q, K) and mask (…, Q, M): the context (…, Q, K) and log sum exp (…, Q).
 
     bias: (…, Q, M), added to the scores.
-
-    The least number hides a key, not -inf: a query may see nothing of this part, and then has a tiny log sum exp.
-    Scores and log sums are wide: 16 bits would overflow, or round a log sum so that the join goes wrong.
     """
     with without_autocast(query):
-        scores = at_least_float32(query) * query.shape[-1] ** -0.5 @ at_least_float32(key).transpose(-1, -2)
-        scores = scores if bias is None else scores + bias
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
-        weights, log_sum = SoftmaxWithLogSum.apply(scores)
+        weights, log_sum = SoftmaxWithLogSum.apply(masked_scores(query, key, mask, bias))
         context = F.dropout(weights, dropout) @ at_least_float32(value)
         return context.to(value.dtype), log_sum
+
+
+def attend_biased(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """Attention with a bias that is learned.
+
+    Not torch's fused attention: where the bias has a gradient it takes another kernel than where it has none, which
+    rounds differently. A pass that is computed again must give what it gave.
+    """
+    with without_autocast(query):
+        weights = masked_scores(query, key, mask, bias).softmax(-1)
+        return (F.dropout(weights, dropout) @ at_least_float32(value)).to(value.dtype)
+
+
+def masked_scores(query: Tensor, key: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(…, Q, M), wide: 16 bits would overflow, or round a log sum so that a join goes wrong.
+
+    The least number hides a key, not -inf: a query may see nothing of a part, and then has a tiny log sum exp.
+    """
+    scores = at_least_float32(query) * query.shape[-1] ** -0.5 @ at_least_float32(key).transpose(-1, -2)
+    scores = scores if bias is None else scores + bias
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
 
 
 class SoftmaxWithLogSum(torch.autograd.Function):
