@@ -18,7 +18,6 @@ Isolation: no two sequences meet in a product, or a mask keeps them apart: see `
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +50,7 @@ class EntmaxAttention(AllScoresHead):
 
     def __init__(self, num_heads: int, head_width: int, max_sequence_length: int, layer_index: int = 0, **options: Any):
         super().__init__(num_heads, head_width, max_sequence_length, layer_index, **options)
-        self.entmax_bisect = by_package()
+        load_package()
         self.alpha_bias_H = nn.Parameter(torch.empty(num_heads))  # what is called bias has no weight decay
         self.reset_parameters()
 
@@ -73,18 +72,40 @@ class EntmaxAttention(AllScoresHead):
         return torch.zeros_like(scores).scatter(3, index, self._entmax(scores.gather(3, index)))
 
     def _entmax(self, scores_GHCM: Tensor) -> Tensor:
+        if not _PACKAGE:  # a head that was unpickled
+            load_package()
         bias_H11 = self.alpha_bias_H.to(scores_GHCM.dtype)[:, None, None]
         alpha_H11 = LEAST_ALPHA + (MOST_ALPHA - LEAST_ALPHA) * bias_H11.sigmoid()
         alpha_GHC1 = alpha_H11.expand(*scores_GHCM.shape[:3], 1)
-        return self.entmax_bisect(scores_GHCM, alpha_GHC1, dim=-1, n_iter=HALVINGS[scores_GHCM.itemsize])
+        return AlphaEntmax.apply(scores_GHCM, alpha_GHC1, HALVINGS[scores_GHCM.itemsize])
 
 
-def by_package() -> Callable[..., Tensor]:
-    """The package's function: entmax_bisect(scores, alpha, dim, n_iter). Raises ImportError without the package."""
+class AlphaEntmax(torch.autograd.Function):
+    """scores (…, M), alpha (…, 1), halvings -> weights (…, M): what the package's entmax_bisect computes.
+
+    The package's own class has class methods, which torch.compile (2.13) cannot trace in one graph.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, alpha, halvings):
+        return _PACKAGE["forward"](_PACKAGE["class"], ctx, scores, alpha, -1, halvings)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *_PACKAGE["backward"](_PACKAGE["class"], ctx, grad)[:2], None
+
+
+_PACKAGE: dict[str, Any] = {}
+
+
+def load_package() -> None:
+    """Find the package's functions. Raises ImportError without the package."""
     try:
-        from entmax import entmax_bisect
+        from entmax.root_finding import EntmaxBisectFunction as Bisect
     except ImportError as error:
         raise ImportError(
             f"the attention head 'entmax' needs the package entmax ({error}): pip install 'dataset-packing[entmax]'"
         ) from None
-    return entmax_bisect
+    functions = {name: getattr(Bisect, name).__func__ for name in ("forward", "backward")}
+    _PACKAGE.update(functions, **{"class": Bisect})
