@@ -80,12 +80,13 @@ class AdaptiveSpanAttention(AllScoresHead):
 
     @property
     def loss_rows(self) -> tuple[Mean, ...]:
-        """The term that the loss gets: see `collate.loss_rows`."""
+        """The term that the loss gets: see `collate.heads.loss_rows`."""
         return (Mean("attention_span", SPANS, "sequences", self.options.penalty),) if self.options.penalty else ()
 
     def penalties(self) -> dict[str, Tensor]:
         """The mean span. Its gradient ends at 0: nothing pushes a span farther."""
-        return {SPANS: (self.longest_span * at_least_float32(self.span_bias_H).clamp(min=0)).mean()}
+        span_H = self.longest_span * at_least_float32(self.span_bias_H).clamp(min=0)
+        return {SPANS: span_H.mean()} if self.loss_rows else {}
 
     def weigh(self, scores_GHCM: Tensor, mask: Tensor | None) -> Tensor:
         num_queries, num_keys = scores_GHCM.shape[2:]

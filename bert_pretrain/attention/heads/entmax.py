@@ -68,6 +68,7 @@ class EntmaxAttention(AllScoresHead):
         kept, num_keys = self.options.top_k, scores.shape[3]
         if kept is None or kept >= num_keys:
             return self._entmax(scores)
+        # no choice to hand on to a pass that is computed again: those near the limit have the least weights
         index = scores.detach().topk(kept).indices
         return torch.zeros_like(scores).scatter(3, index, self._entmax(scores.gather(3, index)))
 
