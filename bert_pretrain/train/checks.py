@@ -221,10 +221,17 @@ def check_arguments(training: TrainingArguments, test: Dataset | None, dataset: 
 
 
 def check_stream(model: PreTrainedModel, training: TrainingArguments) -> None:
-    """Raise ValueError for checkpointing on top of a reversible stream, which keeps less already."""
+    """Raise ValueError for checkpointing on top of a reversible stream, which keeps less already, and for FSDP."""
     options = getattr(model.base_model.encoder, "options", None)
+    if options is None or options.stream != "reversible":
+        return
+    if training.fsdp:
+        raise OptionError(
+            f"{Option('fsdp', training.fsdp)} gathers the weights of a layer when it is called, and the stream "
+            f"'reversible' of {Option('block')} calls its branches; leave either out"
+        )
     for name in CHECKPOINTING:
-        if getattr(training, name, False) and options is not None and options.stream == "reversible":
+        if getattr(training, name, False):
             raise OptionError(
                 f"{Option(name, True)} keeps what enters each layer, and {Option('block')} has the stream "
                 "'reversible', which keeps nothing of them; leave the former out"

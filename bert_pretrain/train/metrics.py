@@ -80,8 +80,8 @@ def _weights_of_token(layer: Any) -> int:
         for name, weight in layer.named_parameters()
         if weight.dim() == 2 and not any(part in own for part in name.split("."))
     )
-    of_experts = getattr(getattr(layer, "feed_forward", None), "weights_a_token", None)
-    return shared + (0 if of_experts is None else of_experts())
+    other = layer._modules.get("feed_forward")  # where it is not stock BERT's, whose parts are counted above
+    return shared + (0 if other is None else other.weights_a_token())
 
 
 class Meter:

@@ -1,6 +1,7 @@
 """`bert-pretrain train --block`: the run, its record, its card, what it counts, and its optimizer."""
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from bert_pretrain.train.gpu import bytes_per_token
 from bert_pretrain.train.metrics import ModelFlops
 from bert_pretrain.train.optimizer import Lamb
 
+NAMES = {field.name for field in fields(TrainingArguments)}
 PRE = '{"placement": "pre", "norm": "rms"}'
 
 
@@ -105,6 +107,15 @@ def test_gradient_checkpointing_by_flag(folders, run, tmp_path):
     given = {"num_hidden_layers": 2, "gradient_checkpointing": True}
     assert train(folders, tmp_path / "run", block=PRE, **given) == 0
     assert losses(tmp_path / "run") == losses(run)
+
+
+def test_a_reversible_stream_trains_and_takes_no_checkpointing(folders, tmp_path, capsys):
+    block = '{"placement": "pre", "stream": "reversible"}'
+    assert train(folders, tmp_path / "run", block=block, num_hidden_layers=2) == 0
+    assert "stream `reversible`" in (tmp_path / "run" / "README.md").read_text()
+    name = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
+    assert train(folders, tmp_path / "more", block=block, **{name: True}) == 2
+    assert "the stream 'reversible', which keeps nothing" in capsys.readouterr().err
 
 
 # -- the optimizer ---------------------------------------------------------------------------------------------------
