@@ -94,6 +94,12 @@ def _draws_itself(module: nn.Module) -> bool:
 
 def _bert(model: PreTrainedModel) -> Any:
     """The BertModel that has the encoder. Raises ValueError for a model of another kind."""
+    if not isinstance(model, PreTrainedModel):
+        inner = pretrained_model(model, ASKS)
+        raise ValueError(
+            f"{ASKS} got a {type(model).__name__} around a {type(inner).__name__}, which may hold its parameters "
+            "already; give the model its block before it is wrapped"
+        )
     base = base_of(pretrained_model(model, ASKS))
     config: Any = model.config
     if not isinstance(base, BertModel) or not isinstance(base.encoder, BertEncoder | BlockEncoder):

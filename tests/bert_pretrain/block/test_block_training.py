@@ -83,6 +83,17 @@ def test_a_stock_checkpoint_gets_a_block(folders, tmp_path):
     assert PackedBertForPreTraining.from_pretrained(tmp_path / "pre").config.block == json.loads(PRE)
 
 
+def test_experts_of_a_checkpoint_begin_as_its_feed_forward(folders, tmp_path):
+    """A token's two experts are copies, and their weights add up to 1: so the first step has the same loss of MLM."""
+    given = {"hidden_dropout_prob": 0.0, "max_steps": 1}
+    assert train(folders, tmp_path / "stock", **given) == 0
+    found = []
+    for name, block in (("dense", None), ("moe", '{"feed_forward": "moe", "experts": 4}')):
+        assert train(folders, tmp_path / name, model=str(tmp_path / "stock"), block=block, **given) == 0
+        found.append(next(entry["mlm_loss_per_sequence"] for entry in history(tmp_path / name) if "loss" in entry))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -325,6 +325,8 @@ def test_models_of_another_kind_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=name):
             use_block(model, placement="pre")
+    with pytest.raises(ValueError, match=r"got a Sequential around a BertForMaskedLM.*before it is wrapped"):
+        use_block(nn.Sequential(BertForMaskedLM(make_config())), placement="pre")
     with pytest.raises(ValueError, match="share_layers=False cannot part"):
         place_block(block_model(share_layers=True), BlockOptions())
 

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 from block_models import IDS, block_model, hidden_of, layout_of, run_encoder
+from count_waits import batch_of
 
 from bert_pretrain.block import FEED_FORWARDS, NORMS, PLACEMENTS, STREAMS, BlockOptions
+from collate import to_device
 
 HEADS = ["sdpa", "local", "lsh", "routing", "linear"]
 ROUNDING = 1e-12
@@ -72,6 +74,20 @@ def test_packed_is_alone(options, head):
                 assert torch.equal(found[:first], expected[:first]), value
             else:  # which experts the mates choose decides the shape of a product
                 assert close(found[:first], expected[:first], float(expected.abs().max())), value
+
+
+@pytest.mark.parametrize("options", LEGAL, ids=lambda options: "-".join(options.values()))
+def test_padding_slots_change_nothing(options):
+    """A GPU computes all slots of a pack; losses and gradients are those of the real tokens."""
+    model = block_model(config={"vocab_size": 100}, **options).eval()
+    batch = batch_of(torch.tensor([[1] * 9 + [2] * 4 + [0] * 11, [1] * 20 + [0] * 4], dtype=torch.int32))
+    found = []
+    for by_slots in (None, True):
+        model.zero_grad()
+        loss = model(**to_device(dict(batch), "cpu", by_slots=by_slots)).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert all(close(a, b, float(b.abs().max())) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("options", LEGAL, ids=lambda options: "-".join(options.values()))

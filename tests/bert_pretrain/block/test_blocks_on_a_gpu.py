@@ -47,6 +47,14 @@ def test_no_waits_and_few_launches(options, stock):
     assert found.launches_a_layer <= stock.launches_a_layer + more
 
 
+@pytest.mark.parametrize("head", ["local", "lsh", "routing", "linear"])
+@pytest.mark.parametrize("stream", [name for name in STREAMS if name != "plain"])
+def test_no_waits_with_other_heads(head, stream):
+    """What a layer computes again needs no wait either."""
+    found = counts(head, block={"placement": "pre", "norm": "rms", "stream": stream})
+    assert (found.waits, found.waits_a_layer) == (0, 0) and not found.mixed, found.lines
+
+
 QUICK = [{"placement": "residual", "norm": "rms"}, {"placement": "pre", "stream": "checkpoint"}, {"chunk_size": 1024}]
 """Which graphs `make test` compiles, three seconds each."""
 COMPILED = [pytest.param(options, marks=[] if options in QUICK else [pytest.mark.long]) for options in BLOCKS]
