@@ -38,7 +38,7 @@ class BlockEncoder(nn.Module):
     """
 
     gives_loss_sums = True
-    """For collate.loss_rows: the output has `loss_sums`."""
+    """For collate.heads.loss_rows: the output has `loss_sums`."""
 
     def __init__(self, config: Any, before: Any, options: BlockOptions):
         super().__init__()

@@ -154,7 +154,13 @@ def test_lamb_adapts_no_norm():
 
 @pytest.mark.parametrize(
     "options",
-    [{"placement": "pre", "norm": "rms"}, {"placement": "residual"}, {"share_layers": True}],
+    [
+        {"placement": "pre", "norm": "rms"},
+        {"placement": "residual"},
+        {"share_layers": True},
+        {"gated": True},
+        {"feed_forward": "moe", "gated": True, "top_k": 3},
+    ],
     ids=lambda options: "-".join(options),
 )
 def test_flops_are_those_that_torch_counts(monkeypatch, options):
