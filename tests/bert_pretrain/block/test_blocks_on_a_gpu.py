@@ -16,6 +16,8 @@ BLOCKS: list[dict] = [
     *({"placement": "pre", "stream": stream} for stream in STREAMS),
     *({"placement": "residual", "feed_forward": name} for name in FEED_FORWARDS),
     {"chunk_size": 1024},
+    {"feed_forward": "moe", "gated": True, "balance": "bias", "chunk_size": 2048},
+    {"placement": "pre", "stream": "reversible", "feed_forward": "moe"},
     {"share_layers": True},
 ]
 BLOCKS = [options for options in BLOCKS if options.items() - DEFAULT.items()]

@@ -15,7 +15,7 @@ from training_runs import EXPERTS
 from training_runs import train as train_packed
 
 from bert_pretrain import PackedBertForPreTraining
-from bert_pretrain.block import use_block
+from bert_pretrain.block import STREAMS, use_block
 from bert_pretrain.block.feed_forwards.moe import MixtureOfExperts
 from collate import DataCollatorWithPacking
 
@@ -32,13 +32,13 @@ def mixtures(model):
     return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
 
-@pytest.mark.parametrize("stream", ["plain", "checkpoint"])
+@pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("balance", EXPERTS)
 def test_packing_changes_nothing(pairs, collate, balance, stream):
     """The loss with its terms, all gradients, and what the bias has counted, once."""
     rows, found = packed_rows(pairs, MAX_LENGTH), []
     for given in (rows, unpacked_rows(rows)):
-        model = block_model(**EXPERT_OPTIONS, balance=balance, stream=stream)
+        model = block_model(**EXPERT_OPTIONS, balance=balance, stream=stream, placement="pre")
         output = model(**collate(given))
         output.loss.backward()
         gradients = [parameter.grad for parameter in model.parameters()]
