@@ -3,7 +3,8 @@
     git worktree add /tmp/before COMMIT
     python benchmarks/two_checkouts.py /tmp/before --rounds 20
 
-training   optimizer steps of BERT-mini, as benchmarks/training.py makes and times them, at each of --lengths
+training   optimizer steps of BERT-mini, as benchmarks/training.py makes and times them, at each of --lengths, with
+           each of --attention
 collating  batches of 32 packs of 512 with masks, as benchmarks/collator.py fetches and collates them
 
 Each checkout works in a process of its own, with its own benchmarks, on one thread. Both do the same work, one after
@@ -23,6 +24,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ def main() -> None:
     add("--parts", nargs="+", choices=("training", "collating"), default=["training", "collating"])
     add("--ways", nargs="+", default=["unpadded", "packed"], help="of training: see benchmarks/training.py")
     add("--lengths", nargs="+", type=int, default=[128, 512])
+    add("--attention", nargs="+", default=["sdpa"], help="attention heads of training")
     add("--rounds", type=int, default=15)
     add("--work", nargs="+", help=argparse.SUPPRESS)  # what a process does, told by a line each time
     options = parser.parse_args()
@@ -45,7 +48,8 @@ def main() -> None:
         return
     print(f"{date.today()}, {options.rounds} rounds, one thread, processor time\n")
     print("| work | rate, this ÷ other | 10-90 % | time, this ÷ other |\n|---|--:|--:|--:|")
-    cases = [["training", way, str(length)] for way in options.ways for length in options.lengths]
+    choices = product(options.attention, options.ways, map(str, options.lengths))
+    cases = [["training", way, length, attention] for attention, way, length in choices]
     for case in [case for case in [*cases, ["collating"]] if case[0] in options.parts]:
         ratios = in_turns(options.other, case, options.rounds)
         low, middle, high = np.percentile(ratios, [10, 50, 90])
@@ -103,13 +107,13 @@ def work(checkout: Path, part: str, *about: str) -> None:
             print(rate(), file=answers, flush=True)
 
 
-def trainer(way: str, length: str) -> Callable[[], float]:
+def trainer(way: str, length: str, attention: str) -> Callable[[], float]:
     """Real tokens per second in two optimizer steps."""
     import torch
     import training
 
     torch.set_num_threads(1)
-    options = Namespace(device="cpu", dtype="float32", model="bert-mini", attention="sdpa", slots=16_384)
+    options = Namespace(device="cpu", dtype="float32", model="bert-mini", attention=attention, slots=16_384)
     options.sequences_per_step, options.steps_per_block = 32, 2
     corpus = training.synthetic_corpus(int(length), 4_000)
     made = training.make_way(way, corpus, options)

@@ -30,6 +30,8 @@ from packing.files.errors import check_known
 
 logger = logging.getLogger(__name__)
 
+OURS = ("packed_attention", "packed_attention_options", "mlm_loss")
+"""Entries of the config that stock BERT lacks."""
 PAIR_SUMS = {name: f"{name}_pairs" for name in PAIR_LABELS}
 """Objective -> the name of the sum that counts its pairs."""
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -68,7 +70,12 @@ class PackedBertForPreTraining(BertForPreTraining):
     pair_columns = tuple(PAIR_LABELS.values())
     """Labels of sentence pairs that `forward` takes, one of them at a time."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: BertConfig, **ours: Any):
+        """ours: entries for a config that lacks them, as from_pretrained hands them on with a stock checkpoint."""
+        for name, value in ours.items():
+            if name not in OURS:
+                raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}")
+            setattr(config, name, value)
         mlm_loss = getattr(config, "mlm_loss", None) or "sequence"
         check_known("mlm_loss", mlm_loss, MLM_TERMS)
         if config.is_decoder or config.add_cross_attention:
@@ -206,6 +213,8 @@ class PackedBertForPreTraining(BertForPreTraining):
                 encoder = encoder._call_impl
             elif not isinstance(layout, SlotLayout):
                 torch._dynamo.maybe_mark_dynamic(embedded_1TD, 1)
+            for head in heads:
+                head.before_graph(layout)
             _let_sizes_change(layout.tables)
         encoded = encoder(embedded_1TD, layout=layout)
         return encoded.last_hidden_state[0], getattr(encoded, "loss_sums", {})

@@ -91,8 +91,11 @@ class PackLayout:
             if is_current:
                 return layout
         host_ids = on_host(sequence_ids_BL)
-        host = None if host_ids is None or host_ids is sequence_ids_BL else PackLayout.of(host_ids)
-        # it holds a copy of the ids, which neither keeps the batch alive nor changes with it
+        # Layouts hold copies of the ids, which neither keep the batch alive nor change with it. The host's layout of a
+        # batch that is elsewhere is made anew: what the batch needs on the host itself is chosen for the host.
+        host = None
+        if host_ids is not None and host_ids is not sequence_ids_BL:
+            host = cls(in_ordinary_mode(host_ids.clone))
         layout = cls(in_ordinary_mode(sequence_ids_BL.clone), host)
         layout.keep_for(sequence_ids_BL)
         return layout

@@ -153,6 +153,8 @@ def read_sequences(rows: Any, levels: Levels, columns: Sequence[str] | None) -> 
     tells what they belong to.
     """
     is_empty = [_is_empty_pack(row) for row in rows] if isinstance(rows, Sequence) else []
+    if is_empty and all(is_empty):
+        return _no_sequences(rows, levels, columns)
     if any(is_empty):
         real = [row for row, empty in zip(rows, is_empty, strict=True) if not empty]
         return replace(read_sequences(real, levels, columns), sequences_per_row=(~np.array(is_empty)).astype(np.int64))
@@ -173,6 +175,25 @@ def read_sequences(rows: Any, levels: Levels, columns: Sequence[str] | None) -> 
         elif name == "labels" or name in (columns or ()):
             _check_counts(name, column.counts, lengths, "tokens")
     return _without_padding(FlatRows(np.ones(len(lengths), np.int64), lengths, in_tokens, in_sequences))
+
+
+def _no_sequences(rows: Sequence[Mapping[str, Any]], levels: Levels, columns: Sequence[str] | None) -> FlatRows:
+    """Empty packs alone, with the columns of unpacked rows as far as the first one shows them.
+
+    Each column is an array (0, …) of what a sequence has. Without `levels` nothing tells the tokens' own apart.
+    """
+    wanted = None if columns is None else {*columns, *BOOKKEEPING}
+    in_tokens, in_sequences = {INPUT_IDS: np.empty(0, np.int64)}, {}
+    for name, values in rows[0].items():
+        is_list, is_known = np.ndim(values) > 1, levels.is_token_level(name) is not None
+        is_left_out = name in (INPUT_IDS, LENGTHS, MASK, *levels.ragged) or not isinstance(values, np.ndarray)
+        if is_left_out or (wanted is not None and name not in wanted):
+            continue
+        if is_list and levels.is_token_level(name):
+            in_tokens[name] = values.reshape(0)
+        elif not is_list or is_known:
+            in_sequences[name] = values
+    return FlatRows(np.zeros(len(rows), np.int64), np.zeros(0, np.int64), in_tokens, in_sequences)
 
 
 def _is_list_of_tokens(name: str, counts: np.ndarray, lengths: np.ndarray, levels: Levels) -> bool:

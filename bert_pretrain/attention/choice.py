@@ -72,11 +72,17 @@ class AutoAttention(AttentionHead):
         return True
 
     def prepare(self, layout: PackLayout) -> None:
-        """The tables of the head that `attend` will choose, as far as autocast tells the type."""
+        self._expected(layout).prepare(layout)
+
+    def before_graph(self, layout: PackLayout) -> None:
+        self._expected(layout).before_graph(layout)
+
+    def _expected(self, layout: PackLayout) -> AttentionHead:
+        """The head that `attend` will choose, as far as autocast tells the type."""
         device = layout.runs_on
         has_autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if has_autocast else torch.float32
-        self.full[_chosen(device, dtype, self.head_width, 0.0)].prepare(layout)
+        return self.full[_chosen(device, dtype, self.head_width, 0.0)]
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         head: Any = self.full[_chosen(q_THK.device, q_THK.dtype, self.head_width, dropout)]

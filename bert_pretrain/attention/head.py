@@ -114,6 +114,12 @@ class AttentionHead(KeepsWideBuffers):
         says where `attend` will run. A table that is left out comes later, in a copy of its own.
         """
 
+    def before_graph(self, layout: PackLayout) -> None:
+        """Make what layers share and no graph of torch.compile can make, by `layout.derived`, where `attend` will run.
+
+        Called once per batch, before a compiled encoder, after `prepare`.
+        """
+
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         """The mechanism, for a batch with at least one sequence.
 

@@ -50,7 +50,9 @@ def to_device(
     if ids is None or ids.dim() != 2 or not ids.numel() or (is_here and not by_slots):
         return there
     try:
-        host = _layout_by_slots(ids, batch, by_slots) or PackLayout.of(ids)
+        host: PackLayout | None = _layout_by_slots(ids, batch, by_slots)
+        if host is None:  # that of the ids may be in use on the host: see PackLayout.of
+            host = PackLayout.of(ids) if is_here else PackLayout(in_ordinary_mode(ids.clone))
     except ValueError:
         if by_slots:
             raise

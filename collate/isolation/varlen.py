@@ -61,9 +61,11 @@ def _takes_varlen(device: torch.device, dtype: torch.dtype, head_width: int, has
     return obstacle is None and (not has_window or varlen_takes_window())
 
 
-@cache
 def varlen_kernel() -> Callable[..., Any]:
-    """(query, key, value, cu_seqlens of queries, of keys, longest query, longest key) -> context, both directions."""
+    """(query, key, value, cu_seqlens of queries, of keys, longest query, longest key) -> context, both directions.
+
+    Without a cache of its own, which torch.compile would warn of; Python keeps modules.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -17,6 +17,7 @@ from collate.heads.check import CheckedCollator, check_inputs, embedding_sizes, 
 from collate.training.checkpoints import what_is_saved
 from collate.training.hooks import overrides_trainer
 from collate.training.order import EMPTY_PACK, ArrowRows, EvenedPacks, SequencesPerStep, StepSampler
+from collate.training.refused import refuse_torn_batches
 from collate.training.resume import ResumesExactly
 from packing import EpochPacks, PackedInfo, packed_info
 from packing.files.errors import Option, OptionError, whole_number
@@ -66,9 +67,12 @@ class LoadsPacks(ResumesExactly):
                 packs = ArrowRows(dataset)
         packs = self._evened(packs, batch_size, is_training, has_epochs=isinstance(dataset, EpochPacks))
         try:
-            return super()._get_dataloader(packs, description, batch_size, sampler_fn, is_training, dataloader_key)
+            found = super()._get_dataloader(packs, description, batch_size, sampler_fn, is_training, dataloader_key)
         finally:
             self.data_collator = collator
+        if isinstance(collator, DataCollatorWithPacking) and self.args.world_size > 1:
+            refuse_torn_batches(collator if is_training else collator.for_prediction(), found)
+        return found
 
     def _refuse_dataset(self, dataset: Any, description: str, is_training: bool) -> None:
         """Raise ValueError for a collator that knows nothing of packs, and for a dataset without a needed length."""

@@ -281,11 +281,12 @@ class EvenedPacks(Dataset):
 
     @cached_property
     def _nothing(self) -> dict:
-        """An empty pack with the types of the first one."""
+        """An empty pack with the types of the first one, and the values of no sequence in their shapes."""
         rows = self.packs[0] if self.num_packs else {}
         first = rows.to_pylist()[0] if isinstance(rows, pa.Table) else rows
-        arrays = {name: _as_array(value) for name, value in first.items()}
-        return EMPTY_PACK | {name: array[:0] for name, array in arrays.items() if array is not None}
+        is_packed = "sequence_lengths" in first
+        arrays = {name: _as_array(value if is_packed else [value]) for name, value in first.items()}
+        return {name: array[:0] for name, array in arrays.items() if array is not None} | EMPTY_PACK
 
 
 def _as_array(value: Any) -> np.ndarray | None:

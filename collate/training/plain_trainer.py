@@ -13,7 +13,7 @@ from collate.isolation.encoders import REFUSED
 from collate.isolation.hook import is_isolated
 from collate.isolation.positions import position_ids_start
 from collate.training.hooks import overrides_callback
-from collate.training.refused import refuse_arguments, refuse_data_skip
+from collate.training.refused import refuse_arguments, refuse_data_skip, refuse_torn_batches
 
 PLAIN = "plain Trainer on packs"
 MASKS_OF = {"attention_mask": ("sdpa",), "attention_bias": ("sdpa", "eager")}
@@ -102,11 +102,7 @@ class PlainTrainerCallback(SetEpoch):
         refuse_arguments(args, PLAIN)
         if state.global_step:
             refuse_data_skip(args)
-        if self.collator.emit == "flash" and type(train_dataloader).__name__ == "DataLoaderDispatcher":
-            raise ValueError(
-                "emit='flash' gives one row per batch, which dispatch would cut into pieces; set "
-                "accelerator_config={'dispatch_batches': False} and shard the dataset, or use emit='sequence_ids'"
-            )
+        refuse_torn_batches(self.collator, train_dataloader)
 
 
 def check_model(collator: Any, model: nn.Module | None) -> None:

@@ -3,6 +3,8 @@
 And those whose defaults leave a GPU waiting: they are only named.
 """
 
+from typing import Any
+
 import torch
 from transformers import TrainingArguments
 
@@ -69,6 +71,23 @@ def refuse_data_skip(args: TrainingArguments) -> None:
         )
 
 
+def refuse_torn_batches(collator: Any, dataloader: Any) -> None:
+    """Raise ValueError where accelerate deals out batches whose rows are not as many as it counts on."""
+    if type(dataloader).__name__ != "DataLoaderDispatcher":
+        return
+    cure = "set accelerator_config={'dispatch_batches': False} and shard the dataset"
+    if collator.emit == "flash":
+        raise ValueError(
+            f"emit='flash' gives one row per batch, which dispatch would cut into pieces; {cure}, or use "
+            "emit='sequence_ids'"
+        )
+    if collator.unpacked_rows == "pack":
+        raise ValueError(
+            "unpacked_rows='pack' gives as many rows as a batch needs, and dispatch would drop those that do not share "
+            f"out evenly; {cure}, or pack the dataset with pack_dataset"
+        )
+
+
 def wanted_on_gpu(args: TrainingArguments) -> str:
     """What a GPU user may want: "bf16=True, dataloader_num_workers=4, …"; "" where nothing is left, and on CPUs."""
     if args.device.type != "cuda":
@@ -79,6 +98,7 @@ def wanted_on_gpu(args: TrainingArguments) -> str:
         "dataloader_num_workers=4": workers == 0,
         "dataloader_persistent_workers=True": not args.dataloader_persistent_workers,
         "dataloader_pin_memory=True": not args.dataloader_pin_memory,
+        "logging_nan_inf_filter=False": args.logging_nan_inf_filter,  # else each pass waits for its loss
         "a larger per_device_train_batch_size, or PackedTrainer(…, tokens_per_pass=32768)": (
             args.per_device_train_batch_size == type(args).per_device_train_batch_size
         ),

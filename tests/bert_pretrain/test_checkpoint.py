@@ -73,6 +73,18 @@ def test_we_read_a_stock_checkpoint(tmp_path):
     torch.testing.assert_close(ours.seq_relationship_logits, theirs.seq_relationship_logits, rtol=0, atol=1e-12)
 
 
+def test_a_stock_checkpoint_takes_our_entries_of_the_config(tmp_path):
+    stock, _ = make_models()
+    stock.save_pretrained(tmp_path)
+    ours = {"packed_attention": "local", "packed_attention_options": {"window": 2}, "mlm_loss": "token"}
+    loaded = PackedBertForPreTraining.from_pretrained(tmp_path, **ours, attention_probs_dropout_prob=0.0)
+    assert ours.items() <= vars(loaded.config).items() and loaded.config.attention_probs_dropout_prob == 0.0
+    assert "packed_attention" not in vars(stock.config)
+    assert PackedBertForPreTraining.from_pretrained(tmp_path, packed_attention="auto").config.packed_attention == "auto"
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'packed_atention'"):
+        PackedBertForPreTraining.from_pretrained(tmp_path, packed_atention="auto")
+
+
 def test_a_checkpoint_returns_to_us_as_it_was(tmp_path):
     _, packed = make_models("token")
     packed.save_pretrained(tmp_path)

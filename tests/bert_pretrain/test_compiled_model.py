@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from count_waits import batch_of, packs
+from kernels_in_graph import flex_in_graph, varlen_in_graph
 from torch._dynamo.utils import counters
 from transformers import BertConfig
 
@@ -18,10 +19,11 @@ ONE_GRAPH = {"sdpa": 2, "auto": 2, "lsh": 3}
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # while torch traces
 
 
-def make_model(head):
+def make_model(head, **options):
     torch.manual_seed(0)
     none = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
-    config = BertConfig(vocab_size=100, max_position_embeddings=256, packed_attention=head, **SIZES, **none)
+    ours = {"packed_attention": head, "packed_attention_options": options}
+    config = BertConfig(vocab_size=100, max_position_embeddings=256, **SIZES, **ours, **none)
     model = PackedBertForPreTraining(config).double().train()
     for parameter in model.parameters():
         parameter.data.mul_(4)  # large enough for attention to matter
@@ -40,12 +42,12 @@ def batches(number, by_slots):
         yield to_device(batch, "cpu", by_slots=by_slots or None)
 
 
-def assert_equal_and_count(head, backend, by_slots=False, number=8):
-    """-> the graphs that were compiled."""
+def assert_equal_and_count(head, backend, by_slots=False, number=8, twin=None, **options):
+    """-> the graphs that were compiled. twin: the model to compare with; None: the same."""
     torch.compiler.reset()
     counters.clear()
-    eager = make_model(head)
-    compiled = copy.deepcopy(eager)
+    compiled = make_model(head, **options)
+    eager = copy.deepcopy(compiled) if twin is None else twin
     compiled.compile(backend=backend)
     for batch in batches(number, by_slots):
         losses = []
@@ -86,6 +88,39 @@ def test_other_heads_have_one_graph_of_slots_or_none(head, caplog):
     with caplog.at_level("INFO"):
         assert assert_equal_and_count(head, "aot_eager") == 1 and "the encoder runs uncompiled" in caplog.text
     assert assert_equal_and_count(head, "aot_eager", by_slots=True) <= 3
+
+
+@pytest.mark.parametrize("by_slots", [False, True])
+@pytest.mark.parametrize("head", ["varlen", "auto"])
+def test_the_kernel_of_varlen_is_in_the_graph(head, by_slots):
+    """Full attention, so that the model without it computes the same."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    with varlen_in_graph():
+        assert assert_equal_and_count(head, "aot_eager", by_slots, twin=make_model("sdpa")) == 2
+
+
+def test_the_kernel_of_varlen_is_in_the_graph_of_a_window():
+    pytest.importorskip("torch.nn.attention.varlen")
+    with varlen_in_graph():
+        twin = make_model("local", window=9, execution="chunks")
+        assert assert_equal_and_count("local", "aot_eager", True, twin=twin, window=9) == 2
+
+
+def test_flex_is_in_the_graph():
+    with flex_in_graph():
+        assert assert_equal_and_count("flex", "aot_eager", True, twin=make_model("sdpa")) == 2
+
+
+PATTERNS = ("local", "strided", "fixed", "longformer", "etc", "bigbird")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("head", PATTERNS)
+def test_patterns_by_flex_are_in_the_graph(head):
+    """Their twin takes chunks, as a CPU can."""
+    with flex_in_graph():
+        twin = make_model(head, execution="chunks")
+        assert assert_equal_and_count(head, "aot_eager", True, twin=twin, execution="flex") == 2
 
 
 @pytest.mark.parametrize(

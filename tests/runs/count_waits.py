@@ -1,8 +1,7 @@
-"""What a GPU would wait for, and how many kernels it would start: for each attention head, and in training.
+"""What a GPU would wait for, and how many kernels it would start: for each attention head.
 
     python tests/runs/count_waits.py                   a table of all heads
     python tests/runs/count_waits.py local routing     these heads, with the lines that wait
-    python tests/runs/count_waits.py train [HEAD]      a few steps of `bert-pretrain train`, with the lines that wait
 
 Nothing here needs a GPU: see pretend_cuda.
 """

@@ -184,6 +184,25 @@ def train(head, packs_per_pass=16, passes=1, packs=PACKS, dataset=None, kind=Pac
     return outcome(trainer) | {"evaluation": evaluation}
 
 
+def train_unpacked(rows_per_pass=16, passes=1, form="keep", **arguments):
+    """Rows of one sequence each; the collator packs them or does not."""
+    collator = make_collator("single", unpacked_rows=form, pad_to=LENGTH)
+    options = {"train_dataset": make_source("single", PACKS), "data_collator": collator} | arguments
+    options |= {"per_device_train_batch_size": rows_per_pass, "gradient_accumulation_steps": passes}
+    with make_trainer(make_model("single"), **options) as trainer:
+        trainer.train()
+    return outcome(trainer) | {"evaluation": {}}
+
+
+def refusal(run):
+    """What it raises, in words."""
+    try:
+        run()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def outcome(trainer):
     return {
         "parameters": [parameter.detach().clone() for parameter in trainer.model.parameters()],
@@ -330,6 +349,10 @@ TWO_PROCESSES |= {
     "dispatched": lambda: train("mlm", 4, 2, kind=BySlots, accelerator_config={"dispatch_batches": True}),
     "dispatched by workers": lambda: train(
         "single", 4, 2, kind=BySlots, accelerator_config={"dispatch_batches": True}, dataloader_num_workers=2
+    ),
+    "dispatched unpacked": lambda: train_unpacked(4, 2, accelerator_config={"dispatch_batches": True}),
+    "dispatched and packed by batches": lambda: refusal(
+        lambda: train_unpacked(4, 2, "pack", accelerator_config={"dispatch_batches": True})
     ),
     "random": lambda: train("mlm", 4, 2, train_sampling_strategy="random", num_train_epochs=2),
     **{f"predict {head}": functools.partial(lambda head: predict(head, make_packs(head)), head) for head in HEADS},

@@ -31,5 +31,8 @@ class FlexAttention(PatternAttention):
     def prepare(self, layout: PackLayout) -> None:
         """Its mask follows from what the layout has anyway."""
 
+    def before_graph(self, layout: PackLayout) -> None:
+        self.kept_block_mask(layout)
+
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         return self.attend_flex(q_THK, k_THK, v_THK, layout)

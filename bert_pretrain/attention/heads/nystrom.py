@@ -55,27 +55,44 @@ class NystromAttention(WholeSequenceHead):
         width = q_PHWK.shape[2]
         # by the width, which is the sequence's own as well as its length is
         if pieces.runs is None and width <= self.chunk:
-            hidden, mask = pieces.is_padding, None
+            hidden, bias = pieces.is_padding, None
             if hidden is not None:  # a row per query: torch's fast kernel wants it
-                mask = pieces.kept("mask", lambda: ~hidden).expand(-1, -1, width, -1)
-            return F.scaled_dot_product_attention(q_PHWK, k_PHWK, v_PHWK, attn_mask=mask)
+                bias = pieces.kept(("bias", q_PHWK.dtype), lambda: bias_of(hidden, q_PHWK.dtype))
+                bias = bias.expand(-1, -1, width, -1)
+            return F.scaled_dot_product_attention(q_PHWK, k_PHWK, v_PHWK, attn_mask=bias)
         return nystrom(q_PHWK, k_PHWK, v_PHWK, pieces, self.options.landmarks, self.options.iterations)
+
+
+def bias_of(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where it is True, 0 elsewhere. A mask of bools would be turned into such in each layer."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, float("-inf"))
 
 
 def nystrom(
     q_PHWK: Tensor, k_PHWK: Tensor, v_PHWK: Tensor, pieces: SequencePieces, landmarks: int, iterations: int
 ) -> Tensor:
     """The formula, for sequences of at least `landmarks` tokens."""
-    means_P1MW = segment_means(pieces, landmarks, q_PHWK.dtype)
-    q_PHWK = q_PHWK / q_PHWK.shape[3] ** 0.5
-    query_SHMK, key_SHMK = (pieces.add_up(means_P1MW @ x) for x in (q_PHWK, k_PHWK))
-    to_landmarks_PHWM = (q_PHWK @ pieces.spread(key_SHMK).transpose(2, 3)).softmax(3)
-    among_landmarks_SHMM = (query_SHMK @ key_SHMK.transpose(2, 3)).softmax(3)
-    scores_PHMW = pieces.spread(query_SHMK) @ k_PHWK.transpose(2, 3)
-    (from_landmarks_SHMK,) = softmax_means(scores_PHMW, pieces, v_PHWK)
+    shape, heads = (len(q_PHWK), q_PHWK.shape[1]), q_PHWK.shape[1]
+    # Products take sequences and heads as one dimension, J. With two, their gradients would be copied.
+    q_JWK, k_JWK = q_PHWK.flatten(0, 1), k_PHWK.flatten(0, 1)
+    means_JMW = means_of_heads(pieces, landmarks, heads, q_PHWK.dtype)
+    query_SHMK, key_SHMK = (pieces.add_up((means_JMW @ x).unflatten(0, shape)) for x in (q_JWK, k_JWK))
+    query_SHMK = query_SHMK / q_PHWK.shape[3] ** 0.5
+    among_landmarks = torch.bmm(query_SHMK.flatten(0, 1), key_SHMK.flatten(0, 1).mT).softmax(2)
+    scores = torch.bmm(pieces.spread(query_SHMK).flatten(0, 1), k_JWK.mT)
+    (from_landmarks_SHMK,) = softmax_means(scores.unflatten(0, shape), pieces, v_PHWK)
     # from the right, as these products are the small ones
-    read_SHMK = pseudo_inverse(among_landmarks_SHMM, iterations) @ from_landmarks_SHMK
-    return to_landmarks_PHWM @ pieces.spread(read_SHMK)
+    read = torch.bmm(pseudo_inverse(among_landmarks, iterations), from_landmarks_SHMK.flatten(0, 1))
+    read_SHMK = read.view_as(from_landmarks_SHMK)
+    return F.scaled_dot_product_attention(q_PHWK, pieces.spread(key_SHMK), pieces.spread(read_SHMK))
+
+
+def means_of_heads(pieces: SequencePieces, landmarks: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """(P * H, M, W): the segment means for each head, as a batched product wants them."""
+    means = segment_means(pieces, landmarks, dtype)
+    return pieces.kept(
+        ("means of heads", landmarks, heads, dtype), lambda: means.expand(-1, heads, -1, -1).flatten(0, 1)
+    )
 
 
 def segment_means(pieces: SequencePieces, landmarks: int, dtype: torch.dtype) -> Tensor:
@@ -96,13 +113,49 @@ def _segment_means(pieces: SequencePieces, landmarks: int, dtype: torch.dtype) -
     return (is_in_PMW.to(dtype) / (next_first - first))[:, None]
 
 
-def pseudo_inverse(a_SHMM: Tensor, iterations: int) -> Tensor:
-    """The Moore-Penrose inverse of each matrix by itself, approached by the iteration of Razavi et al. (2014)."""
-    norms_SH11 = a_SHMM.sum(2, keepdim=True).amax(3, keepdim=True) * a_SHMM.sum(3, keepdim=True).amax(2, keepdim=True)
-    inverse_SHMM = a_SHMM.transpose(2, 3) / norms_SH11  # the entries of a softmax are their own absolute values
-    a, z = a_SHMM.flatten(0, 1), inverse_SHMM.flatten(0, 1)
-    for _ in range(iterations):
-        p = torch.bmm(a, z)
-        rest = torch.baddbmm(p, p, torch.baddbmm(p, p, p, beta=-7), beta=15)
-        z = torch.baddbmm(z, z, rest, beta=13 / 4, alpha=-1 / 4)
-    return z.view_as(a_SHMM)
+def pseudo_inverse(a_JMM: Tensor, iterations: int) -> Tensor:
+    """The Moore-Penrose inverse of each matrix by itself, approached by the iteration of Razavi et al. (2014).
+
+    a_JMM: each row is a softmax. So its entries are their own absolute values, and |A|_inf, the largest sum of a row,
+        is 1; |A|_1 is the largest sum of a column.
+    """
+    return PseudoInverse.apply(a_JMM, a_JMM.sum(1, keepdim=True).amax(2, keepdim=True), iterations)
+
+
+class PseudoInverse(torch.autograd.Function):
+    """A (J, M, M), its norm (J, 1, 1), steps -> the inverse Z (J, M, M), and the gradient written out.
+
+        Z = A^T / norm, and then in each step     P = A Z,   S = P^2 - 7 P,   R = P S + 15 P,   Z <- Z (13 - R) / 4
+
+    P is a polynomial of A A^T: symmetric. So of a gradient of P its symmetric part alone counts. Where G is the
+    gradient of R, and B = G + G^T, half of 15 B + P B P + 2 S B will do for P. Autograd takes twice as many steps.
+    """
+
+    @staticmethod
+    def forward(ctx, a, norm, iterations):
+        z, steps = a.mT / norm, []
+        for _ in range(iterations):
+            p = torch.bmm(a, z)
+            s = torch.baddbmm(p, p, p, beta=-7)
+            r = torch.baddbmm(p, p, s, beta=15)
+            steps += [z, p, s, r]
+            z = torch.baddbmm(z, z, r, beta=13 / 4, alpha=-1 / 4)
+        ctx.save_for_backward(a, norm, *steps)
+        return z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_z):
+        a, norm, *steps = ctx.saved_tensors
+        of_a = torch.zeros(())  # that of the first step takes its place
+        for i in range(len(steps) - 4, -1, -4):
+            z, p, s, r = steps[i : i + 4]
+            of_r = torch.bmm(z.mT, of_z)  # and -1/4
+            b = of_r + of_r.mT
+            of_p = torch.baddbmm(b, torch.bmm(p, b), p, beta=-15 / 8, alpha=-1 / 8)
+            of_p = torch.baddbmm(of_p, s, b, alpha=-1 / 4)
+            of_z = torch.baddbmm(of_z, of_z, r, beta=13 / 4, alpha=-1 / 4)
+            of_z = torch.baddbmm(of_z, a.mT, of_p)
+            of_a = torch.baddbmm(of_a, of_p, z.mT) if of_a.dim() else torch.bmm(of_p, z.mT)
+        of_norm = (of_z * steps[0]).sum((1, 2), keepdim=True) / -norm
+        return torch.addcdiv(of_a, of_z.mT, norm), of_norm, None

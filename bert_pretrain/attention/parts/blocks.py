@@ -32,9 +32,18 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(pack, head, slot of the query, slot of the key), integer tensors -> bool."""
 
 
-@cache
 def flex_attention() -> Callable:
-    """torch's function, compiled once and only when first asked for."""
+    """torch's function, compiled; within a graph as it is, since the graph compiles it."""
+    if not torch.compiler.is_compiling():
+        return compiled_flex_attention()
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention
+
+
+@cache
+def compiled_flex_attention() -> Callable:
+    """Compiled once, and only when first asked for."""
     from torch.nn.attention.flex_attention import flex_attention
 
     # For CPUs torch writes code that does not compile where sizes are variables: there each shape gets its own.

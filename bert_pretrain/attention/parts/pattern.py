@@ -150,18 +150,20 @@ class PatternAttention(AttentionHead):
         return masks
 
     def attend_flex(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout) -> Tensor:
-        has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_THK, k_THK, v_THK))
-        if has_gradient and not q_THK.is_cuda:
-            raise ValueError(
-                "flex has no gradient on CPUs; set execution='chunks' there (for attention 'flex' take 'sdpa'), or use "
-                "torch.no_grad()"
-            )
-        block_mask = layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout))
+        refuse_gradient(q_THK, k_THK, v_THK)
+        block_mask = self.kept_block_mask(layout)
         query, *key_value = (layout.in_rows(x).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
         more = (self.extra_rows(x, layout) for x in (k_THK, v_THK))
         key, value = (x if y is None else torch.cat([x, y], 2) for x, y in zip(key_value, more, strict=True))
         context = blocks.flex_attention()(query, key, value, block_mask=block_mask)
         return layout.unpad(context.transpose(1, 2))
+
+    def before_graph(self, layout: PackLayout) -> None:
+        if self.options.execution == "flex" or (self.options.execution == "auto" and layout.runs_on.type != "cpu"):
+            self.kept_block_mask(layout)
+
+    def kept_block_mask(self, layout: PackLayout) -> "BlockMask":
+        return layout.derived((*self.cache_key(), "flex"), lambda: self.block_mask(layout))
 
     def block_mask(self, layout: PackLayout) -> "BlockMask":
         """FlexAttention's mask of the packs: (B, H or 1, L, L + E)."""
@@ -202,6 +204,16 @@ class PatternAttention(AttentionHead):
         """What the pattern depends on, besides the layout."""
         layer = self.layer_index if self.per_layer else None
         return (type(self).__name__, self.options, self.num_heads, self.max_sequence_length, layer)
+
+
+def refuse_gradient(*inputs: Tensor) -> None:
+    """Raise ValueError where flex would have to compute a gradient and cannot."""
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if has_gradient and not inputs[0].is_cuda:
+        raise ValueError(
+            "flex has no gradient on CPUs; set execution='chunks' there (for attention 'flex' take 'sdpa'), or use "
+            "torch.no_grad()"
+        )
 
 
 @dataclass(frozen=True, eq=False)

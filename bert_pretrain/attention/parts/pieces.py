@@ -21,7 +21,7 @@ from torch import Tensor
 
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
-from collate.views import in_ordinary_mode, view
+from collate.views import at_least_float32, in_ordinary_mode, view
 
 
 class Runs(NamedTuple):
@@ -71,10 +71,7 @@ class SequencePieces:
     @torch.no_grad()
     def largest(self, x: Tensor) -> Tensor:
         """(P, …) -> (P, …): the maximum over all pieces of a piece's own sequence, without a gradient."""
-        if self.runs is None:
-            return x.detach()
-        _, sequence, bounds = self.runs
-        return over_sequences(x.detach(), sequence, bounds, "max").index_select(0, sequence)
+        return x.detach() if self.runs is None else largest(x.detach(), *self.runs[1:])
 
     def kept(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns, made once for all layers."""
@@ -102,10 +99,15 @@ class Cut:
     num_tokens: int
     parts: list[SequencePieces]
 
-    def gather(self, x_THK: Tensor) -> list[Tensor]:
-        """(T, H, K) -> of each part (P, H, W, K), contiguous. The gradient of padding slots is taken for 0."""
+    def gather(self, x_THK: Tensor, widens: bool = False) -> list[Tensor]:
+        """(T, H, K) -> of each part (P, H, W, K), contiguous. The gradient of padding slots is taken for 0.
+
+        widens: to float32 at least.
+        """
         num_heads = x_THK.shape[1]
         rows = Gather.apply(x_THK.flatten(0, 1), *self._rows(num_heads))
+        if widens:  # before they are split, as each part costs a launch
+            rows = at_least_float32(rows)
         shapes = [(count, num_heads, width) for count, width in (part.shape for part in self.parts)]
         parts = [rows] if len(shapes) == 1 else rows.split([math.prod(shape) for shape in shapes])
         return [x.unflatten(0, shape) for x, shape in zip(parts, shapes, strict=True)]
@@ -263,3 +265,7 @@ class Total(torch.autograd.Function):
 
 def totals(x: Tensor, sequence: Tensor, bounds: Tensor) -> Tensor:
     return over_sequences(x, sequence, bounds, "sum").index_select(0, sequence)
+
+
+def largest(x: Tensor, sequence: Tensor, bounds: Tensor) -> Tensor:
+    return over_sequences(x, sequence, bounds, "max").index_select(0, sequence)

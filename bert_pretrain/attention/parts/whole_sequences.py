@@ -23,10 +23,11 @@ from bert_pretrain.attention.parts.pieces import (
     SequencePieces,
     chunk_table,
     in_chunks,
+    largest,
+    totals,
     whole_sequences,
 )
 from collate.layout import PackLayout
-from collate.views import at_least_float32
 
 
 class WholeSequenceHead(AttentionHead):
@@ -58,8 +59,9 @@ class WholeSequenceHead(AttentionHead):
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         cut, settings, contexts = self.cut(layout), self.dropout_settings(dropout), []
         with without_autocast(q_THK) if self.precise else nullcontext():
-            for *inputs, pieces in zip(*map(cut.gather, (q_THK, k_THK, v_THK)), cut.parts, strict=True):
-                query, key, value = map(at_least_float32, inputs) if self.precise and self.widens else inputs
+            widens = self.precise and self.widens
+            inputs = (cut.gather(x, widens) for x in (q_THK, k_THK, v_THK))
+            for query, key, value, pieces in zip(*inputs, cut.parts, strict=True):
                 contexts.append(self.mix(query, key, value, pieces, **settings))
             return cut.scatter(contexts).to(q_THK.dtype)
 
@@ -83,15 +85,36 @@ def softmax_means(
     """
     if pieces.is_padding is not None:
         scores_PHMW = scores_PHMW.masked_fill(pieces.is_padding, float("-inf"))
-    if pieces.runs is None:
-        weights_PHMW = F.dropout(scores_PHMW.softmax(3), dropout)
-        return tuple(weights_PHMW @ x for x in x_PHWK)
-    weights_PHMW = (scores_PHMW - pieces.largest(scores_PHMW.detach().amax(3, keepdim=True))).exp()
-    total_PHM1 = weights_PHMW.sum(3, keepdim=True)
+    weights_PHMW = (
+        scores_PHMW.softmax(3) if pieces.runs is None else SequenceSoftmax.apply(scores_PHMW, *pieces.runs[1:])
+    )
     weights_PHMW = F.dropout(weights_PHMW, dropout)
-    # all sums as one tensor: they are added up in one step
-    sums_SHMJ = pieces.add_up(torch.cat([*(weights_PHMW @ x for x in x_PHWK), total_PHM1], dim=3))
-    means_SHMJ = sums_SHMJ[..., :-1] * sums_SHMJ[..., -1:].reciprocal()
-    if spread:
-        means_SHMJ = pieces.spread(means_SHMJ)
-    return means_SHMJ.split([x.shape[3] for x in x_PHWK], dim=3)
+    means = [weights_PHMW @ x for x in x_PHWK]
+    if pieces.runs is None:
+        return tuple(means)
+    # all means as one tensor: they are added up in one step
+    together = means[0] if len(means) == 1 else torch.cat(means, dim=3)
+    together = pieces.total(together) if spread else pieces.add_up(together)
+    return (together,) if len(means) == 1 else together.split([x.shape[3] for x in x_PHWK], dim=3)
+
+
+class SequenceSoftmax(torch.autograd.Function):
+    """scores (P, H, M, W), sequence (P,), bounds (S + 1,) -> softmax over the slots of all pieces of each sequence.
+
+    Its gradient is written out: autograd would take twice as many passes over the weights.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, sequence, bounds):
+        weights = (scores - largest(scores.amax(3, keepdim=True), sequence, bounds)).exp_()
+        weights /= totals(weights.sum(3, keepdim=True), sequence, bounds)
+        ctx.save_for_backward(weights, sequence, bounds)
+        return weights
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        weights, sequence, bounds = ctx.saved_tensors
+        weighted = weights * grad
+        mean = totals(weighted.sum(3, keepdim=True), sequence, bounds)
+        return torch.addcmul(weighted, weights, mean, value=-1), None, None

@@ -10,6 +10,7 @@ from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.head import prefers_few_launches
 from bert_pretrain.attention.parts import pieces
 from bert_pretrain.attention.parts.pieces import in_chunks, whole_sequences
+from bert_pretrain.attention.parts.whole_sequences import SequenceSoftmax
 from collate.layout import PackLayout, SlotLayout
 
 HEADS = {
@@ -133,6 +134,18 @@ def test_sums_are_the_same_in_one_pass_and_in_two():
         assert torch.autograd.gradcheck(getattr(part, name), x.clone().requires_grad_())
     sums = part.add_up(x)
     assert torch.autograd.gradcheck(part.spread, sums.requires_grad_())
+
+
+def test_softmax_over_the_chunks_of_a_sequence_and_its_gradient():
+    _, slots = both_layouts()
+    (part,) = in_chunks(slots, 64).parts
+    scores = torch.randn(part.shape[0], 2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    weights = SequenceSoftmax.apply(scores, *part.runs[1:])
+    for own in part.runs.sequence.unique():
+        of_sequence = scores[part.runs.sequence == own].permute(1, 2, 0, 3)
+        expected = of_sequence.flatten(2).softmax(2).view(of_sequence.shape).permute(2, 0, 1, 3)
+        torch.testing.assert_close(weights[part.runs.sequence == own], expected, rtol=0, atol=ROUNDING)
+    assert torch.autograd.gradcheck(lambda x: SequenceSoftmax.apply(x, *part.runs[1:]), scores.requires_grad_())
 
 
 def test_a_batch_of_short_or_of_long_sequences_has_one_part():

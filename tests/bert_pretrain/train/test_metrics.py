@@ -19,6 +19,9 @@ from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.console import LinesCallback
 from bert_pretrain.train.metrics import Meter, ModelFlops, known_peak, peak_flops
 from bert_pretrain.train.pretrain import pretrain
+from collate import PackLayout, to_device
+from collate.layout import SlotLayout
+from collate.losses import count_denominators
 from collate.training.progress import count_packs
 
 
@@ -72,6 +75,16 @@ def test_model_flops_are_those_that_torch_counts(monkeypatch, attention, options
     assert (sequences, tokens, slots, squares) == (4, 112, 128, sum(n * n for n in lengths))
     pooler_and_pairs = 6 * sequences * (32 * 32 + 32 * 2)  # left out, as one token in a sequence
     assert counter.get_total_flops() == ModelFlops(model)(tokens, squares, 5) + pooler_and_pairs
+
+
+def test_padding_slots_are_no_work():
+    """Counts by slots, for the FLOPs of a step and for the loss: see collate.layout."""
+    ids = torch.tensor([[1, 1, 2, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+    batch = {"sequence_ids": ids, "labels": torch.where(ids > 0, 7, -100), "cls_positions": torch.full((3, 4), -1)}
+    sent = to_device({name: x.clone() for name, x in batch.items()}, "cpu", by_slots=True)
+    assert isinstance(PackLayout.of(sent["sequence_ids"]), SlotLayout)
+    assert count_packs(sent).tolist() == count_packs(batch).tolist() == [3, 8, 10, 4 + 1 + 25]
+    assert count_denominators(sent).tolist() == count_denominators(batch).tolist()
 
 
 def test_empty_packs_have_no_slots():

@@ -127,6 +127,20 @@ def test_a_batch_goes_by_slots_where_it_is_asked_for():
         to_device({"sequence_ids": torch.tensor([[0, 1]])}, "cpu", by_slots=True)
 
 
+@pytest.mark.parametrize("send", [lambda x: to_device(x, "cuda", by_slots=False), lambda x: {**x.to("cuda")}])
+def test_a_batch_of_the_host_stays_the_hosts_own(send):
+    """Used there, then on a device, then there again: what it needs is chosen for where it runs."""
+    here = batch()
+    before = PackLayout.of(here["sequence_ids"])
+    before.table("of the host", lambda layout: layout.runs_on.type)
+    with PretendCuda():
+        there = PackLayout.of(send(here)["sequence_ids"])
+        assert there.runs_on == there.host.runs_on == DEVICE
+        assert there.table("of the device", lambda layout: layout.runs_on.type) == "cuda"
+    assert PackLayout.of(here["sequence_ids"]) is before and before.runs_on == CPU
+    assert before.tables == {"of the host": "cpu"} and "of the host" not in there.tables
+
+
 def test_a_batch_comes_back():
     with PretendCuda() as gpu:
         sent = batch().to("cuda")

@@ -37,11 +37,19 @@ from transformers import (
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import use_attention
-from collate import DataCollatorWithPacking, PackLayout, check_isolation, isolate_sequences, position_ids_start
+from collate import (
+    DataCollatorWithPacking,
+    PackLayout,
+    check_isolation,
+    isolate_sequences,
+    position_ids_start,
+    to_device,
+)
 from collate.isolation import masks, pieces
 from collate.isolation.encoders import REFUSED, SUPPORTED
 from collate.isolation.hook import IsolateSequences, is_isolated
 from collate.isolation.lazy_mask import LazyMask
+from collate.layout import SlotLayout
 
 PAD = 1
 COMMON = {
@@ -534,29 +542,51 @@ def test_padding_gives_finite_gradients_and_empty_rows_are_harmless():
         assert all(p.grad.isfinite().all() for p in packed.parameters() if p.grad is not None)
 
 
+def flash_stand_in(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """It reads only what flash kernels read: boundaries and the layer's own window. Sequences may be empty."""
+    packs = len(query)
+    assert attention_mask is None and kwargs["max_length_q"] == kwargs["max_length_k"] == query.shape[2]
+    assert torch.equal(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"])
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    contexts = []
+    for start, end in itertools.pairwise(kwargs["cu_seq_lens_q"].tolist()):
+        slots = torch.arange(end - start)
+        near = (slots[:, None] - slots).abs() < (sliding_window or 999)
+        mine = (x[None, start:end].transpose(1, 2) for x in (query, key, value))
+        if start < end:
+            contexts.append(F.scaled_dot_product_attention(*mine, attn_mask=near, scale=scaling)[0].transpose(0, 1))
+    return torch.cat(contexts).unflatten(0, (packs, -1)), None
+
+
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_flash_gets_the_boundaries_of_the_flattened_rows(kind, monkeypatch):
-    """The stand-in for the kernel reads only what flash kernels read: boundaries and the layer's own window."""
-
-    def flash(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-        packs = len(query)
-        assert attention_mask is None and kwargs["max_length_q"] == kwargs["max_length_k"] == query.shape[2]
-        assert torch.equal(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"])
-        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        contexts = []
-        for start, end in torch.stack([kwargs["cu_seq_lens_q"][:-1], kwargs["cu_seq_lens_q"][1:]], 1).tolist():
-            slots = torch.arange(end - start)
-            near = (slots[:, None] - slots).abs() < (sliding_window or 999)
-            mine = (x[None, start:end].transpose(1, 2) for x in (query, key, value))
-            contexts.append(F.scaled_dot_product_attention(*mine, attn_mask=near, scale=scaling)[0].transpose(0, 1))
-        return torch.cat(contexts).unflatten(0, (packs, -1)), None
-
     stock = make_model(kind)
     packed = isolate_sequences(copy.deepcopy(stock))
     packed.config._attn_implementation = "flash_stand_in"
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_stand_in", flash)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_stand_in", flash_stand_in)
     assert value_error(packed_and_alone(packed, stock)) < 1e-10
     assert gradient_error(packed, stock) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_stand_in"])
+def test_padding_slots_change_nothing(kind, implementation, monkeypatch):
+    """A batch by all of its slots, as it comes to a GPU: see collate.layout."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_stand_in", flash_stand_in)
+    packed = isolate_sequences(make_model(kind, "eager" if implementation == "eager" else "sdpa"))
+    packed.config._attn_implementation = implementation
+    results = []
+    for by_slots in (False, True):
+        input_ids, sequence_ids = make_rows(gap=0)
+        sent = to_device({"sequence_ids": sequence_ids}, "cpu", by_slots=by_slots)["sequence_ids"]
+        assert isinstance(PackLayout.of(sent), SlotLayout) == by_slots
+        twin = copy.deepcopy(packed)
+        hidden = twin(input_ids, sequence_ids=sent)[0][sequence_ids > 0]
+        functional(hidden).backward()
+        gradients = torch.cat([x.grad.flatten() for x in twin.parameters() if x.grad is not None])
+        results.append([hidden.detach(), gradients])
+    for found, expected in zip(*results, strict=True):
+        assert float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
 
 
 def flex_error(kind, dtype):

@@ -105,9 +105,9 @@ class OnGpu(TrainingArguments):
 @pytest.mark.parametrize(
     ("capability", "given", "wanted"),
     [
-        ((8, 0), {}, ["bf16", "workers=4", "persistent", "pass"]),
-        ((7, 5), {}, ["workers=4", "persistent", "pass"]),
-        ((9, 0), {"bf16": True, "per_device_train_batch_size": 64}, ["workers=4", "persistent"]),
+        ((8, 0), {}, ["bf16", "workers=4", "persistent", "nan_inf", "pass"]),
+        ((7, 5), {}, ["workers=4", "persistent", "nan_inf", "pass"]),
+        ((9, 0), {"bf16": True, "per_device_train_batch_size": 64}, ["workers=4", "persistent", "nan_inf"]),
         (
             (9, 0),
             {
@@ -115,6 +115,7 @@ class OnGpu(TrainingArguments):
                 "per_device_train_batch_size": 64,
                 "dataloader_num_workers": 2,
                 "dataloader_persistent_workers": True,
+                "logging_nan_inf_filter": False,
             },
             [],
         ),
@@ -126,7 +127,7 @@ def test_what_a_gpu_user_may_want(tmp_path, monkeypatch, capability, given, want
     training.dataloader_pin_memory = True  # use_cpu turned it off
     before = training.to_dict()
     said = wanted_on_gpu(training)
-    found = [name for name in ("bf16", "workers=4", "persistent", "pin_memory", "pass") if name in said]
+    found = [name for name in ("bf16", "workers=4", "persistent", "pin_memory", "nan_inf", "pass") if name in said]
     assert found == wanted and training.to_dict() == before
 
 

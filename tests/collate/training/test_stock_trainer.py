@@ -28,6 +28,7 @@ from stock_runs import (
     predict_only,
     train,
     train_plain,
+    train_unpacked,
     without_labels,
 )
 from transformers import (
@@ -172,11 +173,28 @@ def test_batches_that_one_process_deals_out(name, head, one_step, two_processes)
     assert_same(two_processes[name], one_step[head])
 
 
+def test_unpacked_rows_that_one_process_deals_out(two_processes):
+    """In the last step one rank has none."""
+    assert_same(two_processes["dispatched unpacked"], train_unpacked())
+    assert "dispatch would drop those that do not share out evenly" in two_processes["dispatched and packed by batches"]
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("wrap", [ArrowRows, list])
 def test_a_batch_of_empty_packs_has_the_columns_of_others(head, wrap):
     packs = make_packs(head, 3)
     evened, collator = EvenedPacks(wrap(packs), 4), make_collator(head).for_dataset(packs).for_prediction()
+    full, empty = (collator(evened.__getitems__(chosen)) for chosen in ([0, 1], [3, 3]))
+    assert list(empty) == list(full) and not empty["sequence_ids"].any()
+    assert [(x.shape, x.dtype) for x in empty.values()] == [(x.shape, x.dtype) for x in full.values()]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("wrap", [ArrowRows, list])
+def test_a_batch_of_empty_unpacked_rows_has_the_columns_of_others(head, wrap):
+    rows = make_source(head, 3)
+    evened = EvenedPacks(wrap(rows), 4)
+    collator = make_collator(head, unpacked_rows="keep", pad_to=LENGTH).for_model(make_model(head)).for_dataset(rows)
     full, empty = (collator(evened.__getitems__(chosen)) for chosen in ([0, 1], [3, 3]))
     assert list(empty) == list(full) and not empty["sequence_ids"].any()
     assert [(x.shape, x.dtype) for x in empty.values()] == [(x.shape, x.dtype) for x in full.values()]
@@ -492,9 +510,9 @@ class OtherArguments:
         return self._changes[name] if name in self._changes else getattr(self._args, name)
 
 
-def begin_training(model, emit="sequence_ids", train_dataloader=None, **changes):
+def begin_training(model, emit="sequence_ids", train_dataloader=None, unpacked_rows=None, **changes):
     """What the callback does at the start of a training that is right except for the changes."""
-    callback = make_collator("mlm", emit=emit).callback()
+    callback = make_collator("mlm", emit=emit, unpacked_rows=unpacked_rows, pad_to=LENGTH).callback()
     options = {"remove_unused_columns": False, "include_num_input_tokens_seen": "no"}
     with make_trainer(make_model("mlm"), Trainer, **options) as trainer:
         args = OtherArguments(trainer.args, changes)
@@ -620,6 +638,11 @@ NOT_BEGUN = {
         lambda: with_attention("flash_attention_2"),
         {"emit": "flash", "train_dataloader": DataLoaderDispatcher()},
         "one row per batch, which dispatch would cut",
+    ),
+    "rows that dispatch would drop": (
+        lambda: stock(),
+        {"unpacked_rows": "pack", "train_dataloader": DataLoaderDispatcher()},
+        "unpacked_rows='pack' gives as many rows as a batch needs, and dispatch would drop",
     ),
 }
 
