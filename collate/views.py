@@ -1,8 +1,8 @@
 """Views that are made once and kept; where parts begin; values widened for sums."""
 
 from collections.abc import Callable
-from functools import cached_property, wraps
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,21 @@ def view(make: Callable[[Any], Made]) -> cached_property[Made]:
     Without it, a batch that is evaluated first and trained on later would keep tensors of torch.inference_mode(), which
     cannot be saved for a backward pass.
     """
-    return cached_property(wraps(make)(lambda self: in_ordinary_mode(lambda: make(self))))
+    return cast(Any, _View(make))
+
+
+class _View:
+    """functools.cached_property without its lock, which Python 3.11 has, and which torch.compile cannot take."""
+
+    def __init__(self, make: Callable[[Any], Any]):
+        self.make, self.name, self.__doc__ = make, make.__name__, make.__doc__
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        made = in_ordinary_mode(lambda: self.make(instance))
+        instance.__dict__[self.name] = made
+        return made
 
 
 def in_ordinary_mode(make: Callable[[], Made]) -> Made:

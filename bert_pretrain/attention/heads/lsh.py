@@ -155,7 +155,12 @@ class LSHAttention(AttentionHead):
 
 
 def longest(layout: PackLayout) -> int:
-    """Tokens of the longest sequence, or stretch of padding: the host knows, and nobody waits."""
+    """Tokens of the longest sequence, or stretch of padding: the host knows, and nobody waits.
+
+    Within a graph of torch.compile the slots of a pack, of which none has more: that holds for all batches.
+    """
+    if torch.compiler.is_compiling():
+        return layout.sequence_ids_BL.shape[1]
     return layout.table("longest", lambda on_host: int(on_host.lengths.max()))
 
 

@@ -68,7 +68,6 @@ class SequencePieces:
         """(P, …) -> (P, …): the sum over all pieces of a piece's own sequence."""
         return x if self.runs is None else Total.apply(x, *self.runs[1:])
 
-    @torch.no_grad()
     def largest(self, x: Tensor) -> Tensor:
         """(P, …) -> (P, …): the maximum over all pieces of a piece's own sequence, without a gradient."""
         return x.detach() if self.runs is None else largest(x.detach(), *self.runs[1:])
@@ -175,26 +174,22 @@ def chunk_table(layout: PackLayout, size: int, apart: bool) -> "ChunkTable":
 
 @dataclass(frozen=True, eq=False)
 class ChunkTable:
-    """What `in_chunks` must know of the sizes.
+    """What `in_chunks` must know of the sizes. It holds no number, for which torch.compile would make another graph.
 
-    counts: chunks of each part. order: (NC,) int64, the chunks part by part; None: as they are. runs: of each part.
+    chunks: of each part (P,) int64, which of the NC; None: all. runs: of each part.
     """
 
-    counts: list[int]
-    order: Tensor | None
+    chunks: list[Tensor | None]
     runs: list[Runs | None]
 
 
 def _chunk_table(layout: PackLayout, size: int, apart: bool) -> ChunkTable:
     chunks = layout.chunks(size)
     if not apart:
-        return ChunkTable([chunks.num_chunks], None, [_runs(chunks.number, chunks.sequence)])
+        return ChunkTable([None], [_runs(chunks.number, chunks.sequence)])
     is_long = chunks.chunks_per_sequence[chunks.sequence] > 1
-    num_short = len(is_long) - int(is_long.sum())
-    order = is_long.int().argsort(stable=True)
-    long = order[num_short:]
-    runs = _runs(chunks.number[long], chunks.sequence[long])
-    return ChunkTable([num_short, len(long)], order, [None, runs])
+    short, long = (which.nonzero().squeeze(1) for which in (~is_long, is_long))
+    return ChunkTable([short, long], [None, _runs(chunks.number[long], chunks.sequence[long])])
 
 
 def _runs(number: Tensor, sequence: Tensor) -> Runs:
@@ -205,12 +200,14 @@ def _runs(number: Tensor, sequence: Tensor) -> Runs:
 
 def _in_chunks(layout: PackLayout, size: int, table: ChunkTable) -> Cut:
     chunks = layout.chunks(size)
-    index, is_padding, length = chunks.index, ~chunks.valid, layout.lengths[chunks.sequence]
-    if table.order is not None:
-        index, is_padding, length = (x[table.order] for x in (index, is_padding, length))
-    parts = zip(is_padding[:, None, None].split(table.counts), length.split(table.counts), table.runs, strict=True)
-    pieces = [SequencePieces((len(own), size), hidden, own, runs) for hidden, own, runs in parts if len(own)]
-    return Cut(index.flatten(), layout.num_tokens, pieces)
+    of_all = chunks.index, ~chunks.valid[:, None, None], layout.lengths[chunks.sequence]
+    indices, pieces = [], []
+    for own, runs in zip(table.chunks, table.runs, strict=True):
+        index, is_padding, length = of_all if own is None else (x.index_select(0, own) for x in of_all)
+        if len(index):
+            indices.append(index.flatten())
+            pieces.append(SequencePieces((len(index), size), is_padding, length, runs))
+    return Cut(torch.cat(indices), layout.num_tokens, pieces)
 
 
 def over_sequences(x: Tensor, sequence: Tensor, bounds: Tensor, reduce: str) -> Tensor:
