@@ -215,7 +215,8 @@ class PackedBertForPreTraining(BertForPreTraining):
                 torch._dynamo.maybe_mark_dynamic(embedded_1TD, 1)
             for head in heads:
                 head.before_graph(layout)
-            _let_sizes_change(layout.tables)
+            views = {} if isinstance(layout, SlotLayout) else vars(layout)
+            _let_sizes_change([layout.tables, [x for x in views.values() if isinstance(x, Tensor)]])
         encoded = encoder(embedded_1TD, layout=layout)
         return encoded.last_hidden_state[0], getattr(encoded, "loss_sums", {})
 
