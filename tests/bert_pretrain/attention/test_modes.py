@@ -125,7 +125,7 @@ ROTARY = {
 
 
 @pytest.mark.parametrize("name", ROTARY)
-@pytest.mark.parametrize("attention", ["sdpa", "routing", "lsh"])
+@pytest.mark.parametrize("attention", ["sdpa", "local", "adaptive_span", "entmax", "routing", "lsh"])
 def test_rotary_encoders_train_under_autocast(name, attention):
     """Their queries and keys are in float32, their values in bfloat16."""
     torch.manual_seed(0)
@@ -137,8 +137,29 @@ def test_rotary_encoders_train_under_autocast(name, attention):
         hidden = model(input_ids, sequence_ids=ids).last_hidden_state[ids > 0]
     hidden.float().square().sum().backward()
     assert hidden.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    if attention == "sdpa":  # the others choose tokens, and rounding may change a choice
+    if attention not in ("routing", "lsh"):  # these choose tokens, and rounding may change a choice
         assert float(((hidden - plain).norm() / plain.norm()).detach()) < 0.05
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("attention", ["local", "adaptive_span", "entmax"])
+def test_rotary_encoders_keep_sequences_apart(name, attention):
+    """Packed = each sequence alone, hidden states and gradients."""
+    torch.manual_seed(0)
+    model = use_attention(AutoModel.from_config(ROTARY[name]), attention, **SMALL_OPTIONS[attention]).double()
+    ids = torch.tensor([[1] * 20 + [2] * 9 + [0] * 3 + [3] * 16])
+    input_ids = torch.randint(5, 60, ids.shape)
+    hidden = model(input_ids, sequence_ids=ids).last_hidden_state[ids > 0]
+    own = [input_ids[:, ids[0] == number] for number in (1, 2, 3)]
+    alone = torch.cat([model(each, sequence_ids=torch.ones_like(each)).last_hidden_state[0] for each in own])
+    found, expected = (
+        torch.autograd.grad(x.square().sum(), list(model.parameters()), allow_unused=True) for x in (hidden, alone)
+    )
+    torch.testing.assert_close(hidden, alone, rtol=0, atol=1e-12)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine is None) == (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
 # Centroids in 16 bits
