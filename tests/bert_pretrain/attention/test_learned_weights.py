@@ -199,6 +199,27 @@ def test_the_penalty_pulls_on_spans_only_down_to_zero():
         assert head.span_bias_H.grad.tolist() == [32.0 if expected else 0.0] * HEADS  # S / H
 
 
+def spans_after_training(distance):
+    """Trained until contexts are values so many tokens away, where queries match the keys; under a penalty."""
+    head = make(AdaptiveSpanAttention, ramp=20, initial=0.1)
+    layout = layout_of([[1] * 40])
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(40, HEADS, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
+    for _ in range(120):
+        optimizer.zero_grad()
+        context = head(2 * key.roll(distance, 0), key, value, layout)
+        error = (context - value.roll(distance, 0))[distance:].square().mean()
+        (error + 0.01 * sum(head.penalties().values())).backward()
+        optimizer.step()
+        head.after_step()
+    return head.spans_H.detach()
+
+
+def test_a_head_learns_to_see_as_far_as_it_must():
+    assert (spans_after_training(2) < 1).all() and (spans_after_training(16) > 4).all()
+
+
 def test_sequences_are_cut_where_span_makes_that_cheaper():
     """Which are, only the options decide."""
     head = make(AdaptiveSpanAttention, span=9, ramp=4, max_sequence_length=160)
