@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,3 +96,47 @@ def test_learning_curves_of_padded_and_packed_coincide(benchmark, folders, tmp_p
     assert curves.table(results).count("\n|") == 2 + 3 + 2
     curves.plot(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_the_last_layers_gradient_shrinks_with_depth_with_pre_and_not_with_post(benchmark):
+    """By the root of the depth: 1/2 from 6 to 24 layers."""
+    blocks = benchmark("blocks")
+    shrinks = {}
+    for name in ("post", "pre"):
+        norms = [blocks.gradient_norms(depth, 0, batches=2, **blocks.BLOCKS[name]) for depth in blocks.DEPTHS]
+        shallow, deep = norms
+        assert (len(shallow), len(deep)) == blocks.DEPTHS
+        shrinks[name] = deep[-1] / shallow[-1]
+    assert shrinks["pre"] < 0.7 < 0.8 < shrinks["post"]
+
+
+def test_the_evidence_of_blocks_in_short(benchmark, tmp_path, monkeypatch):
+    blocks = benchmark("blocks")
+    batch = blocks.Language().batch()
+    predicted = batch["labels"] >= 0
+    assert predicted.any() and (batch["input_ids"][predicted] == blocks.MASK).all()
+    assert (batch["sequence_ids"][predicted] > 0).all() and batch["sequence_ids"].max() > 1
+    monkeypatch.setattr(blocks, "POINT", 2)
+    options = SimpleNamespace(seeds=2, steps=4)
+    monkeypatch.setattr(blocks, "DEPTHS", (1, 2))
+    memory = {stream: {"6": {"bytes": 2**20}, "12": {"bytes": 2**21}} for stream in blocks.STREAMS}
+    found = {"gradients": blocks.show_gradients(options), "training": blocks.show_training(options)}
+    found["memory"] = memory, list(blocks.memory_table(memory))
+    for part, rows in (("gradients", 4), ("training", 3), ("memory", 3)):
+        results, lines = found[part]
+        assert "\n".join(lines).count("\n|") == 2 + rows, lines
+        blocks.PLOTS[part](results, tmp_path / f"{part}.png")
+        assert (tmp_path / f"{part}.png").stat().st_size > 5_000
+    curves = found["training"][0]["pre"]["without"]
+    assert len(curves) == 2 and len(curves[0]) == 2 and abs(curves[0][0] - np.log(blocks.WORDS)) < 1
+
+
+def test_the_page_of_blocks_shows_every_picture(monkeypatch, tmp_path):
+    docs = BENCHMARKS.parent / "docs"
+    monkeypatch.syspath_prepend(str(docs / "pictures"))
+    pictures = importlib.import_module("blocks_pictures")
+    pictures.draw(tmp_path)
+    page = (docs / "blocks.md").read_text(encoding="utf-8")
+    for name in pictures.PICTURES:
+        assert f"pictures/blocks_{name}.png" in page
+        assert (tmp_path / f"blocks_{name}.png").stat().st_size > 5_000
