@@ -64,9 +64,8 @@ def added_sums(
     for row in rows:
         if row.total not in found:
             raise RuntimeError(
-                f"nobody gave {row.total!r}, the sum of the term {row.name!r}, in this pass. A module gives it by its "
-                "penalties(), an encoder in loss_sums of its output. What torch.compile made of a stock model gives "
-                "none: leave out torch_compile, or train PackedBertForPreTraining"
+                f"nobody gave {row.total!r}, the sum of the term {row.name!r}, in this pass; let the module give it by "
+                "its penalties(), or the encoder by loss_sums in its output"
             )
     return {name: value for row in rows for name, value in ((row.total, found[row.total]), (row.per, counts[row.per]))}
 

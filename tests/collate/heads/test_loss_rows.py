@@ -167,6 +167,13 @@ def test_a_stock_model_has_them_too(two_processes):
     assert copy.copy(task).added == rows_of(model)
 
 
+@pytest.mark.long
+def test_a_compiled_stock_model_has_them_too():
+    expected = train_stock("mlm", 4, 4, change=with_terms)
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    assert_same_run(train_stock("mlm", 4, 4, change=with_terms, **compiled), expected)
+
+
 def test_terms_that_contradict_each_other():
     class Other(Scale):
         loss_rows = (Mean("scale_penalty", "scale_squared", "sequences", weight=0.1),)
