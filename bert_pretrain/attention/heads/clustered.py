@@ -12,7 +12,8 @@ Cost: N c K for c clusters, N top_keys K for the exact keys, and (iterations + 1
 N (c + top_keys). By default c is about sqrt(n).
 Source: Vyas et al. 2020, Fast Transformers with Clustered Attention (arXiv 2007.04825), sections 3.2 and 3.3. K-means
 starts from tokens at equal distances, there from the first ones. A cluster without members keeps its centroid, there it
-gets a random one; a bit for which as many members are 1 as -1 stays, too.
+gets a random one; a bit for which as many members are 1 as -1 stays, too. Gradients are those of the formula; the
+published code takes m_c for a constant.
 
 Isolation: a sequence has its own clusters, as many as its length asks for, and products of its own. The rotation R is a
 buffer. Sums of signs are exact, so no rounding decides a step of k-means.
