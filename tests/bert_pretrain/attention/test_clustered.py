@@ -8,11 +8,14 @@ import pytest
 import torch
 from attention_contract import by_sequence, heads_input, layout_of, leak, make, run
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from slow_attention import NOT_INSTALLED
 
-from bert_pretrain.attention.heads.clustered import ClusteredAttention
+from bert_pretrain.attention.heads import clustered
+from bert_pretrain.attention.heads.clustered import ClusteredAttention, query_blocks
 from bert_pretrain.attention.heads.sdpa import SdpaAttention
 from bert_pretrain.attention.parts.choices import recording, replaying
+from collate.layout import PackLayout, SlotLayout
 
 BUILDS = {
     "default": ClusteredAttention,
@@ -24,6 +27,12 @@ BUILDS = {
     "first centroids": partial(ClusteredAttention, num_clusters=4, top_keys=3, iterations=0),
 }
 every_head = pytest.mark.parametrize("name", BUILDS)
+every_execution = pytest.mark.parametrize("widest_mask", [256, 0], ids=["mask", "blocks"])
+
+
+def executing(widest_mask):
+    """Queries of short sequences attend to top keys under a mask, those of long ones in blocks."""
+    return mock.patch.object(clustered, "WIDEST_MASK", widest_mask)
 
 
 def one_sequence(n):
@@ -33,25 +42,45 @@ def one_sequence(n):
 # The contract
 
 
+@every_execution
 @every_head
-def test_contract(name):
+def test_contract(name, widest_mask):
     """In bfloat16 a query may fall into another cluster."""
-    contract.check_contract(BUILDS[name], bfloat16=10)
+    with executing(widest_mask):
+        contract.check_contract(BUILDS[name], bfloat16=10)
 
 
+@every_execution
 @every_head
 @settings(max_examples=12)
 @given(contract.rows(max_length=40))
-def test_packed_equals_alone_in_any_layout(name, ids):
-    contract.check_isolation(BUILDS[name], ids)
+def test_packed_equals_alone_in_any_layout(name, widest_mask, ids):
+    with executing(widest_mask):
+        contract.check_isolation(BUILDS[name], ids)
 
 
 @pytest.mark.long
+@every_execution
 @every_head
 @settings(max_examples=300)
 @given(contract.rows(max_length=60))
-def test_packed_equals_alone_in_any_layout_long(name, ids):
-    contract.check_isolation(BUILDS[name], ids)
+def test_packed_equals_alone_in_any_layout_long(name, widest_mask, ids):
+    with executing(widest_mask):
+        contract.check_isolation(BUILDS[name], ids)
+
+
+@every_head
+def test_slots_of_padding_change_nothing_in_blocks(name):
+    """Groups are wider there, and padding is a cluster more."""
+    ids = torch.tensor([[1] * 60 + [2] * 9 + [0] * 19, [1] * 40 + [2] * 41 + [0] * 7])
+    exact, slots = PackLayout(ids), SlotLayout(ids, sequence_slots=4)
+    inputs, weights = heads_input(exact), heads_input(exact, 1)[0]
+    by_slots = [exact.pad(x).flatten(0, 1) for x in (*inputs, weights)]
+    head = make(BUILDS[name])
+    with executing(0):
+        expected = run(head, exact, inputs, weights)
+        found = run(head, slots, by_slots[:3], by_slots[3])
+    contract.assert_equal(contract.of_tokens(found, slots.is_real_token), expected)
 
 
 # The slow twin: the paper's equations for one sequence, query by query
@@ -101,15 +130,17 @@ def clustered_twin(head, query_nHK, key_nHK, value_nHK, constant_share=False):
     return torch.stack(contexts, dim=1)
 
 
+@every_execution
 @every_head
-def test_equals_the_slow_twin(name):
+def test_equals_the_slow_twin(name, widest_mask):
     layout = layout_of([[1] * 7 + [0] * 2 + [2] * 47 + [3] * 4, [0] * 3 + [1] + [2] * 54 + [3] * 2])
     head, inputs, weights = make(BUILDS[name]), heads_input(layout), heads_input(layout, 1)[0]
     leaves = [x.clone().requires_grad_() for x in inputs]
     twin = by_sequence(partial(clustered_twin, head), layout, *leaves)
     gradients = torch.autograd.grad((twin * weights).sum(), leaves)
     expected = {"context": twin.detach()} | {f"gradient {i}": x for i, x in enumerate(gradients)}
-    contract.assert_equal(run(head, layout, inputs, weights), expected, 1e-11)
+    with executing(widest_mask):
+        contract.assert_equal(run(head, layout, inputs, weights), expected, 1e-11)
 
 
 # Limits
@@ -149,6 +180,28 @@ def test_more_top_keys_come_nearer_to_exact_attention():
     exact = make(SdpaAttention)(*inputs, layout)
     errors = [float((make(ClusteredAttention, top_keys=k)(*inputs, layout) - exact).norm()) for k in (0, 4, 16, 48)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0]
+
+
+def test_blocks_hold_queries_of_one_cluster():
+    cluster = torch.tensor([[[0, 1, 0, 1, 1, 2, 2, 3]]])  # 3 is padding
+    slot, query, own = query_blocks(cluster, 3)
+    held = [[0, 2, None], [1, 3, 4], [5, 6, None], [7, None, None]]
+    assert own.flatten().tolist()[:4] == [0, 1, 2, 2] and query.shape[3] == 3
+    for block, queries in enumerate(held):
+        for place, i in enumerate(queries):
+            if i is not None:
+                assert query[0, 0, block, place] == i and slot[0, 0, i] == 3 * block + place
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_every_query_has_a_slot_of_its_own(clusters):
+    """Whatever the clusters are, and however unequal, the blocks suffice."""
+    slot, query, own = query_blocks(torch.tensor([[clusters]]), 5)
+    slots = slot.flatten().tolist()
+    assert len(set(slots)) == len(clusters) and max(slots) < query.numel()
+    assert query.flatten()[slot.flatten()].tolist() == list(range(len(clusters)))
+    size = query.shape[3]
+    assert [int(own.flatten()[s // size]) for s in slots] == [min(c, 4) for c in clusters]
 
 
 # K-means
