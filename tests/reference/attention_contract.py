@@ -357,11 +357,58 @@ def check_float16(build, scale: float = 30.0) -> None:
         assert value.isfinite().all() or not holds, f"{name}: float64 has at most {float(exact[name].abs().max())}"
 
 
+def check_dropout(build, dropout: float = 0.3) -> None:
+    """What is dropped in a sequence does not follow from its mates' values; and it is something."""
+    attention, layout = make(build), layout_of([[1] * 9 + [2] * 30 + [3] * 5, [1] * 20 + [0] * 24])
+    if not getattr(attention, "supports_dropout", False):
+        return
+    inputs, others, weights = heads_input(layout), heads_input(layout, 2), heads_input(layout, 1)[0]
+    mate = layout.sequence_of_token == 1
+    changed = [torch.where(mate[:, None, None], y, x) for x, y in zip(inputs, others, strict=True)]
+    weights = torch.where(mate[:, None, None], 0, weights)
+    kept = run(attention, layout, inputs, weights)["context"]
+    attend, attention.forward = attention.forward, partial(attention.forward, dropout=dropout)
+    results = []
+    for each in (inputs, changed):
+        torch.manual_seed(7)
+        results.append(of_tokens(run(attention, layout, each, weights), ~mate))
+    attention.forward = attend
+    before, after = results
+    assert_equal(after, before, tolerance=0)
+    assert (before["context"] != kept[~mate]).any()
+
+
+def check_one_gradient(build) -> None:
+    """An input has the same gradient where no other input and no parameter asks for one, as in a half-frozen model."""
+    attention, layout = make(build), layout_of(LAYOUTS["long and short"])
+    inputs, weights = heads_input(layout), heads_input(layout, 1)[0]
+    expected = run(attention, layout, inputs, weights)
+    attention.requires_grad_(False)
+    for i in range(3):
+        alone = [x.clone().requires_grad_(j == i) for j, x in enumerate(inputs)]
+        context = attention(*alone, layout)
+        gradient = None
+        if context.requires_grad:  # a head need not read all inputs
+            (gradient,) = torch.autograd.grad((context * weights).sum(), alone[i], allow_unused=True)
+        gradient = torch.zeros_like(alone[i]) if gradient is None else gradient
+        assert_equal({f"gradient {i}": gradient}, {f"gradient {i}": expected[f"gradient {i}"]})
+    attention.requires_grad_(True)
+
+
+def check_other_sizes(build, heads: int = 3, width: int = 5) -> None:
+    """Packed equals alone for other numbers of heads, and widths that no kernel likes."""
+    attention, layout = make(build, num_heads=heads, head_width=width), layout_of(LAYOUTS["long and short"])
+    inputs, weights = heads_input(layout, 0, heads, width), heads_input(layout, 1, heads, width)[0]
+    packed = run(attention, layout, inputs, weights)
+    assert packed["context"].shape == weights.shape
+    assert_equal(packed, run_one_by_one(attention, layout, inputs, weights))
+
+
 def check_contract(build, survives_nan: bool = True, bfloat16: float = 0.15, mate_tolerance: float = 0.0) -> None:
     """All checks; isolation over every layout of LAYOUTS. bfloat16: how far it may be off in that type."""
     for ids in LAYOUTS.values():
         check_isolation(build, ids)
-    values = (1e4, -1e4, float("nan")) if survives_nan else (1e4, -1e4)
+    values = (1e4, -1e4, float("nan"), float("inf")) if survives_nan else (1e4, -1e4)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         check_broken_mate(build, None, values, mate_tolerance, dtype)
     check_broken_mate(build, LAYOUTS["long and short"], values, mate_tolerance)
@@ -373,3 +420,6 @@ def check_contract(build, survives_nan: bool = True, bfloat16: float = 0.15, mat
     check_mixed_types(build)
     check_default_type(build)
     check_buffers_stay_wide(build)
+    check_dropout(build)
+    check_one_gradient(build)
+    check_other_sizes(build)

@@ -11,7 +11,10 @@ from attention_contract import (
     ROUNDING,
     check_broken_mate,
     check_contract,
+    check_dropout,
     check_isolation,
+    check_one_gradient,
+    check_other_sizes,
     check_place,
     heads_input,
     make,
@@ -88,6 +91,47 @@ def test_a_leak_as_small_as_rounding_is_found_by_a_mates_values():
     with pytest.raises(AssertionError, match="with another mate"):
         check_broken_mate(NearlyIsolated)
     check_broken_mate(NearlyIsolated, values=(), tolerance=ROUNDING)
+
+
+class DropsAsMatesSay(nn.Module):
+    """How many numbers it draws depends on values."""
+
+    supports_dropout = True
+
+    def __init__(self, **_):
+        super().__init__()
+
+    def forward(self, query_THK, key_THK, value_THK, layout, dropout=0.0):
+        if dropout:
+            torch.rand(int(value_THK.sum().abs()))
+        return torch.nn.functional.dropout(value_THK, dropout)
+
+
+class ForgetsKeys(torch.autograd.Function):
+    """Its gradient of keys is right only where queries ask for one, too."""
+
+    @staticmethod
+    def forward(ctx, query, key):
+        return query + key
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad * ctx.needs_input_grad[0]
+
+
+class HalfFrozen(RowWideAttention):
+    def forward(self, query_THK, key_THK, value_THK, layout, dropout=0.0):
+        return ForgetsKeys.apply(query_THK, key_THK) + value_THK
+
+
+def test_the_contract_fails_for_other_mistakes():
+    check_one_gradient(RowWideAttention)
+    with pytest.raises(AssertionError, match="gradient 1"):
+        check_one_gradient(HalfFrozen)
+    with pytest.raises(AssertionError, match="context"):
+        check_dropout(DropsAsMatesSay)
+    with pytest.raises(AssertionError, match="context"):
+        check_other_sizes(RowWideAttention)
 
 
 @pytest.mark.parametrize("name", HERE)
