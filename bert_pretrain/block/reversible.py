@@ -53,6 +53,11 @@ def steps_of(layers: Any, placement: Post, dtype: torch.dtype) -> list[Step]:
 
     def step(branch: nn.Module, norm: nn.Module) -> Step:
         parameters = [*norm.parameters(), *branch.parameters()]
+        if hasattr(parameters[0], "device_mesh"):
+            raise ValueError(
+                "stream='reversible' runs parts of a layer by themselves, and FSDP has split each layer among ranks; "
+                "shard the model as a whole (without transformer_layer_cls_to_wrap), or take stream='checkpoint'"
+            )
         return Step(lambda x_TD, layout: branch(placement.enter((x_TD,), norm).to(dtype), layout), parameters)
 
     return [step(*each) for layer in layers for each in layer.branches]

@@ -1,11 +1,15 @@
 """Models with a reversible stream: whole blocks, beside the same two streams under ordinary autograd."""
 
+import copy
+
 import pytest
 import torch
 from block_models import HEAD_OPTIONS, hidden_of, layout_of, run_encoder
 from pretraining_models import make_config
+from process_group import process_group
 from slow_streams import two_streams
 from small_heads import HERE, SMALL_OPTIONS
+from torch.distributed.fsdp import fully_shard
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION
@@ -81,3 +85,28 @@ def test_gradients_in_16_bits_are_as_exact_as_of_a_stream_that_keeps_everything(
     assert found[0].dtype == plain[0].dtype
     assert distance(found, exact) <= 1.5 * distance(plain, exact)
     assert distance(found, plain) <= 0.5 * distance(plain, exact)
+
+
+def pretraining_loss(model):
+    words = torch.arange(96).reshape(2, 48) % 50 + 5
+    return model(words, sequence_ids=torch.tensor(IDS), labels=torch.where(words % 3 == 0, words, -100)).loss
+
+
+def check_fsdp():
+    alone, whole, by_layer = (copy.deepcopy(model_of().eval()) for _ in range(3))
+    pretraining_loss(alone).backward()
+    fully_shard(whole)
+    pretraining_loss(whole).backward()
+    for found, expected in zip(whole.parameters(), alone.parameters(), strict=True):
+        if expected.grad is not None:
+            assert torch.equal(found.grad.full_tensor(), expected.grad)
+    for layer in by_layer.bert.encoder.layer:
+        fully_shard(layer)
+    with pytest.raises(ValueError, match="shard the model as a whole"):
+        pretraining_loss(fully_shard(by_layer))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # nobody writes into the result
+def test_fsdp_shards_the_model_as_a_whole(tmp_path):
+    with process_group(tmp_path):
+        check_fsdp()
