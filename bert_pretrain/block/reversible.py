@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from bert_pretrain.attention.parts.choices import recording, replaying
 from bert_pretrain.block.branches import added_up
@@ -106,12 +107,16 @@ class _Again(NamedTuple):
     is_first: bool
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor] | None, list[Tensor]]:
-        """Output and sums, the random states that it drew from (None: it drew nothing), and what it chose."""
+        """Output and sums, the random states that it drew from (None: it drew nothing), and what it chose.
+
+        It runs with a graph, as the second time, and drops what the graph would keep. Without a graph torch may take
+        another kernel, as for attention with learned biases, and in 16 bits that is another result.
+        """
         random = random_states(x.device)
-        with self.autocast.again(), recording() as choices:
-            out, sums = self.step.run(x, self.layout)
+        with torch.enable_grad(), saved_tensors_hooks(_drop, _drop), self.autocast.again(), recording() as choices:
+            out, sums = self.step.run(x.detach().requires_grad_(), self.layout)
         drew = any(not torch.equal(a, b) for a, b in zip(random, random_states(x.device), strict=True))
-        return out, sums, random if drew else None, choices
+        return out.detach(), sums.detach(), random if drew else None, choices
 
     def again(self, x: Tensor, random: list[Tensor] | None, choices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The same output and sums, now with a graph."""
@@ -158,6 +163,10 @@ class _Last(torch.autograd.Function):
             )
         ctx.pair.streams = ctx.saved_tensors
         return None, *grads
+
+
+def _drop(_: Any) -> None:
+    """What autograd keeps of a run whose graph nobody follows."""
 
 
 def gradients(results: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor | None]:
