@@ -165,7 +165,7 @@ class _Last(torch.autograd.Function):
         return None, *grads
 
 
-def _drop(_: Any) -> None:
+def _drop(_: Tensor) -> Any:
     """What autograd keeps of a run whose graph nobody follows."""
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from block_models import HEAD_OPTIONS, hidden_of, layout_of, run_encoder
+from block_models import HEAD_OPTIONS, hidden_of, layout_of
 from pretraining_models import make_config
 from process_group import process_group
 from slow_streams import two_streams
@@ -12,7 +12,8 @@ from small_heads import HERE, SMALL_OPTIONS
 from torch.distributed.fsdp import fully_shard
 
 from bert_pretrain import PackedBertForPreTraining
-from bert_pretrain.attention import ATTENTION
+from bert_pretrain.attention import ATTENTION, AttentionHead
+from bert_pretrain.attention.head import prepare_heads
 from bert_pretrain.block import FEED_FORWARDS
 from bert_pretrain.block.branches import added_up
 from bert_pretrain.block.reversible import reversed_layers, steps_of
@@ -42,11 +43,17 @@ def kept_stream(layers, placement, hidden_TD, layout):
 
 
 def run(model, stream, layout, dtype=torch.float64):
-    """The result and all gradients, in one tensor each."""
-    model.bert.encoder.stream = stream
+    """The result, and the gradients of it and of what the layers add to the loss: of the input, and of all weights."""
+    encoder = model.bert.encoder
+    encoder.stream = stream
+    encoder.zero_grad()
+    prepare_heads([module for module in encoder.modules() if isinstance(module, AttentionHead)], layout)
+    hidden_TD, weights_TD = (hidden_of(layout, seed=seed).to(dtype) for seed in (0, 1))
     torch.manual_seed(3)
-    out_TD, gradient_TD, gradients = run_encoder(model, hidden_of(layout).to(dtype), layout)
-    return out_TD, gradient_TD, torch.cat([g.flatten() for g in gradients.values()])
+    found = encoder(hidden_TD.requires_grad_()[None], layout=layout)
+    out_TD = found.last_hidden_state[0]
+    ((out_TD * weights_TD).sum() + sum(found.loss_sums.values())).backward()
+    return out_TD.detach(), hidden_TD.grad, torch.cat([p.grad.flatten() for p in encoder.parameters()])
 
 
 def assert_same(model):
