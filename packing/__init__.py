@@ -12,6 +12,7 @@ plan           PackPlan: strategies, how often each repeats, and how good that i
 bounds         packs that no packing can go under
 assignment     plan -> which sequences lie together, by a seed
 balance        the order of packs in which steps cost attention nearly the same
+cohorts        packs in which a document's pieces come one after the other
 store/         a packed folder, here or at a URL: written, resumed, opened
 epochs         EpochPacks: another assignment in every epoch
 stream         pack_stream: packs of an endless source

@@ -66,7 +66,7 @@ def balance_packs(assignment: Assignment, lengths: ArrayLike, packs_per_step: in
     shuffle(order_of_steps, np.empty_like(order_of_steps), np.uint64(make_key(key, STEPS)))
     complete[:] = steps[order_of_steps].ravel()
     _shuffle_in_steps(complete, packs_per_step, np.uint64(make_key(key, IN_STEP)))
-    return _reordered(assignment, order)
+    return reordered(assignment, order)
 
 
 def attention_cost(assignment: Assignment, lengths: ArrayLike) -> np.ndarray:
@@ -111,7 +111,8 @@ def _deal_strata(strata: np.ndarray, costs: np.ndarray) -> np.ndarray:
     return steps
 
 
-def _reordered(assignment: Assignment, order: np.ndarray) -> Assignment:
+def reordered(assignment: Assignment, order: np.ndarray) -> Assignment:
+    """Pack p of the result is pack order[p] of the assignment."""
     pack_offsets = np.zeros_like(assignment.pack_offsets)
     np.cumsum(np.diff(assignment.pack_offsets)[order], out=pack_offsets[1:])
     sequence_indices = np.empty_like(assignment.sequence_indices)

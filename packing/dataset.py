@@ -31,6 +31,8 @@ class _Keywords(TypedDict, total=False):
     token_columns: Sequence[str] | None
     pad_token_id: int | None
     balance: int | None
+    cohort: int | None
+    cohort_lanes: int
     num_proc: int
     engine: str
     format: str
@@ -76,6 +78,8 @@ def pack_dataset(
     token_columns: Sequence[str] | None = None,
     pad_token_id: int | None = None,
     balance: int | None = None,
+    cohort: int | None = None,
+    cohort_lanes: int = 8,
     num_proc: int = 1,
     engine: str = "processes",
     format: str = "arrow",
@@ -103,6 +107,10 @@ def pack_dataset(
     pad_token_id: the token to trim at the ends of rows, for a source without attention_mask.
     balance: packs per global batch. Orders the packs so that each batch of so many has nearly equal attention cost, the
         Σ n² of its sequences; packed_info says how nearly. None: every order is equally likely.
+    cohort: documents that are packed side by side, for models with memory along a document: needs overlong="split".
+        Round 0 packs the first piece of each, round 1 the second of those that have one, and so on; see cohorts.py.
+        Adds the columns sequence_cohorts, sequence_rounds and sequence_lanes. None: pieces lie anywhere.
+    cohort_lanes: parts of a cohort that are packed apart, a document in one; as many ranks, or a divisor, may train.
     num_proc: processes that write `output`. Any number writes the same bytes.
     engine: who reads the source and writes `output`: "processes" of this machine, or a "ray" cluster.
     format: "arrow", which load_from_disk maps into memory, or "parquet", which is compressed.

@@ -63,6 +63,13 @@ class PackOptions:
     )
     pad_token_id: int | None = option(None, "token to trim at row ends, if there is no attention_mask", "ID")
     balance: int | None = option(None, "order packs so that every N of them cost attention nearly the same", "N")
+    cohort: int | None = option(
+        None,
+        "keep pieces of documents in order, N documents at a time, for memory along a document (--overlong split)",
+        "N",
+        added=True,
+    )
+    cohort_lanes: int = option(8, "lanes of a cohort; ranks that train on it must divide them", "N", added=True)
     num_proc: int = option(
         1,
         "processes that tokenize and write, the same bytes for any number; left out with --engine ray",
@@ -98,6 +105,7 @@ class PackOptions:
             raise OptionError(f"{Option('num_proc', self.num_proc)} would be ignored: {why}; leave it out")
         if self.balance is not None:
             self._set("balance", whole_number("balance", self.balance))
+        self._check_cohort()
         if self.pad_token_id is not None:
             self._set("pad_token_id", checked_pad_token_id(self.pad_token_id))
         if isinstance(self.token_columns, str):
@@ -105,6 +113,28 @@ class PackOptions:
             raise ValueError(f"token_columns={names!r} must be a list of column names: [{names!r}]")
         if self.token_columns is not None:
             self._set("token_columns", tuple(self.token_columns))
+
+    def _check_cohort(self) -> None:
+        """Raise for cohorts of rows that are not split, or whose order something else would choose."""
+        lanes = whole_number("cohort_lanes", self.cohort_lanes, cure=": the parts of a cohort that ranks share out")
+        self._set("cohort_lanes", lanes)
+        if self.cohort is None:
+            default = next(each.default for each in fields(self) if each.name == "cohort_lanes")
+            if lanes != default:
+                given = Option("cohort_lanes", lanes)
+                raise OptionError(f"{given} would be ignored: there is no {Option('cohort')}; give it, too")
+            return
+        self._set("cohort", whole_number("cohort", self.cohort, cure=": the documents that are packed side by side"))
+        given = Option("cohort", self.cohort)
+        if self.overlong != "split":
+            what = f"{given} keeps pieces of documents in order, which only {Option('overlong', 'split')} makes"
+            raise OptionError(f"{what}; give it in place of {Option('overlong', self.overlong)}")
+        if self.balance is not None:
+            what = f"{Option('balance', self.balance)} would choose an order of packs beside that of {given}"
+            raise OptionError(f"{what}; leave out either")
+        if lanes > self.cohort:
+            what = f"{Option('cohort_lanes', lanes)} is more than the {self.cohort} documents of a cohort"
+            raise OptionError(f"{what}, so lanes would be empty; give at most {self.cohort}, or a larger cohort")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen from here on

@@ -17,6 +17,9 @@ from packing.bounds import lower_bound
 from packing.files.metadata import read_json
 
 FILE_FORMAT = "dataset-packing plan 1"
+INT64_SUMS = 2.0**62  # sums that are lower cannot overflow on their way
+
+Row = tuple[str, str, str]  # of a table: name, value, note
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,11 +131,12 @@ class PackPlan:
         names = [field.name for field in fields(self)]
         return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
-    def __str__(self) -> str:
+    def rows(self) -> list[Row]:
+        """What the plan's table says."""
         limit = "no limit" if self.max_sequences_per_pack is None else f"{self.max_sequences_per_pack:,}"
         gap = self.num_packs - self.lower_bound
         verdict = f"{gap:,} {'pack' if gap == 1 else 'packs'} above it" if gap else "met: no packing has fewer packs"
-        rows = [
+        return [
             ("packer", self.packer, ""),
             ("max_sequence_length", f"{self.max_sequence_length:,}", "token slots in a pack"),
             ("max_sequences_per_pack", limit, f"the deepest pack has {self.max_depth:,}"),
@@ -143,8 +147,9 @@ class PackPlan:
             ("packing efficiency", f"{self.packing_efficiency:.5f}", "real tokens / token slots"),
             ("packing factor", f"{self.packing_factor:.4f}", "sequences per pack"),
         ]
-        width = max(len(value) for _, value, _ in rows)
-        return "\n".join(f"{name:<23} {value:>{width}}  {note}".rstrip() for name, value, note in rows)
+
+    def __str__(self) -> str:
+        return table(self.rows())
 
     def save(self, path: str | PathLike) -> None:
         """Write the plan as JSON."""
@@ -249,5 +254,14 @@ def _tokens(plan: PackPlan) -> np.ndarray:
     return np.add.reduceat(plan.strategy_lengths, plan.strategy_offsets[:-1], dtype=np.int64)
 
 
+def table(rows: Iterable[Row]) -> str:
+    """Names and notes flush left, values flush right."""
+    rows = list(rows)
+    width = max(len(value) for _, value, _ in rows)
+    return "\n".join(f"{name:<23} {value:>{width}}  {note}".rstrip() for name, value, note in rows)
+
+
 def _dot(left: np.ndarray, right: np.ndarray) -> int:
+    if float(np.dot(left.astype(np.float64), right)) < INT64_SUMS:
+        return int(np.dot(left.astype(np.int64), right))
     return sum(a * b for a, b in zip(left.tolist(), right.tolist(), strict=True))

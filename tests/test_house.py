@@ -33,6 +33,7 @@ FLOORS = {
         "plan",
         "packers",
         "assignment balance",
+        "cohorts",
         "options",
         "source",
         "store",

@@ -26,6 +26,7 @@ EXAMPLES = f"""\
 examples:
   pack-dataset pack tokenized packed                          packs of 512 tokens
   pack-dataset pack tokenized packed --max-sequence-length 128 --overlong truncate
+  pack-dataset pack books packed --overlong split --cohort 256     pieces in order, for memory along a document
   pack-dataset pack tokenized packed --pad-token-id 0         rows with padding and without attention_mask
   pack-dataset pack tokenized packed --format parquet         for load_dataset, instead of load_from_disk
   pack-dataset pack s3://bucket/tokenized s3://bucket/packed
@@ -36,7 +37,7 @@ examples:
 TARGET at a URL has no lock: start one run at a time. Credentials come from the environment (AWS_ACCESS_KEY_ID,
 FSSPEC_S3_ENDPOINT_URL, ~/.config/fsspec). To resume an interrupted run, give the same command again.
 """
-PLANNING = ("max_sequence_length", "max_sequences_per_pack", "packer", "seed", "balance")
+PLANNING = ("max_sequence_length", "max_sequences_per_pack", "packer", "seed", "balance", "cohort", "cohort_lanes")
 
 
 def _add_options(parser: Parser) -> None:
@@ -86,7 +87,7 @@ def prepare_splits(
         other_machines = None if source.are_tokenized else opener(name, arguments)  # they must see the cache of tokens
         with in_split(name):
             packings[name] = prepare_packing(dataset, options, to_write=to_write, opener=other_machines, progress=True)
-        print(f"{sources.title(name)}{len(dataset):,} rows\n{packings[name].plan}", flush=True)
+        print(f"{sources.title(name)}{len(dataset):,} rows\n{packings[name].table}", flush=True)
         facts = packings[name].facts
         if facts.step_costs_after is not None:
             print(f"attention cost of {facts.step_costs_after.num_steps:,} batches of {facts.balance:,} packs")

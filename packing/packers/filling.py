@@ -59,7 +59,10 @@ def fill_longest_first(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Best fit, longest lengths first, into packs that have room and into new ones: lengths, offsets, repeats."""
     nodes, groups, heads, bits, num_nodes = _open_packs(*_as_arrays(packs), depth_limit, len(histogram) - 1)
-    nodes, groups = _fill_longest_first(histogram, depth_limit, nodes, groups, heads, bits, num_nodes, len(packs))
+    lengths = np.flatnonzero(histogram)[::-1].copy()
+    nodes, groups = add_longest_first(
+        lengths, histogram[lengths], depth_limit, nodes, groups, heads, bits, num_nodes, len(packs)
+    )
     groups = groups[groups[:, COUNT] > 0]  # all packs of the others moved on
     return *unroll(nodes, groups), groups[:, COUNT].copy()
 
@@ -160,11 +163,13 @@ def _open_packs(lengths, offsets, repeats, depth, limit):
 
 
 @njit(cache=True)
-def _fill_longest_first(histogram, depth_limit, nodes, groups, heads, bits, num_nodes, num_groups):
-    """The steps of lpfhp, into packs that may be open already. Returns nodes (…, 3) and groups (…, 5) of all packs."""
+def add_longest_first(lengths, counts, depth_limit, nodes, groups, heads, bits, num_nodes, num_groups):
+    """The steps of lpfhp, into packs that may be open already. Returns nodes (…, 3) and groups (…, 5) of all packs.
+
+    lengths: different ones, the longest first. counts: sequences of each."""
     max_sequence_length = len(heads) - 1
-    for length in range(max_sequence_length, 0, -1):
-        left = histogram[length]
+    for kind in range(len(lengths)):  # not all lengths up to the longest: a turn of this loop costs 20 ns
+        length, left = lengths[kind], counts[kind]
         while left > 0:
             nodes, groups = with_room(nodes, num_nodes + 2), with_room(groups, num_groups + 3)
             space = least_space(bits, length)

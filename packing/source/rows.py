@@ -31,7 +31,11 @@ INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"  # says where padding is; never stored
 
 # Columns that packing adds, and those that the collator makes for each batch.
-RESERVED = ("sequence_lengths", "sequence_indices", "sequence_starts", "sequence_ids", "position_ids", "cls_positions")
+RESERVED = (
+    *("sequence_lengths", "sequence_indices", "sequence_starts"),
+    *("sequence_cohorts", "sequence_rounds", "sequence_lanes"),
+    *("sequence_ids", "position_ids", "cls_positions"),
+)
 
 NONE = -1  # no row
 WITHOUT = f"give {Option('token_columns')} without it"

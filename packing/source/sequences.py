@@ -46,6 +46,7 @@ class PackSlice:
     ends: (sequences,) one after the row's token that comes last; None: begins + lengths. Only a truncated sequence that
         keeps its row's last token has another.
     pack_offsets: (packs + 1,) where each pack begins among the sequences.
+    places: (packs, 3) cohort, round and lane of each; None: there are no cohorts.
     """
 
     rows: np.ndarray
@@ -53,6 +54,7 @@ class PackSlice:
     begins: np.ndarray | None
     ends: np.ndarray | None
     pack_offsets: np.ndarray
+    places: np.ndarray | None = None
 
     @property
     def num_packs(self) -> int:
@@ -63,7 +65,8 @@ class PackSlice:
         bounds = self.pack_offsets[first : end + 1].astype(np.int64)
         chosen = slice(bounds[0], bounds[-1])
         begins, ends = (None if array is None else array[chosen] for array in (self.begins, self.ends))
-        return PackSlice(self.rows[chosen], self.lengths[chosen], begins, ends, bounds - bounds[0])
+        places = None if self.places is None else self.places[first:end]
+        return PackSlice(self.rows[chosen], self.lengths[chosen], begins, ends, bounds - bounds[0], places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +90,15 @@ class Sequences:
     overlong_rows: np.ndarray
     overlong_tokens: int = 0
 
-    def take(self, chosen: np.ndarray, pack_offsets: np.ndarray) -> PackSlice:
-        """These sequences, and which of them share a pack."""
+    def take(self, chosen: np.ndarray, pack_offsets: np.ndarray, places: np.ndarray | None = None) -> PackSlice:
+        """These sequences, and which of them share a pack; places: of the packs."""
         rows, begins, ends = (a if a is None else a[chosen] for a in (self.rows, self.begins, self.ends))
-        return PackSlice(chosen if rows is None else rows, self.lengths[chosen], begins, ends, pack_offsets)
+        return PackSlice(chosen if rows is None else rows, self.lengths[chosen], begins, ends, pack_offsets, places)
+
+    @property
+    def pieces(self) -> np.ndarray:
+        """(rows,) the sequences of each row, for overlong="split" """
+        return np.ones(len(self.lengths), np.int64) if self.rows is None else np.bincount(self.rows)
 
 
 def cut_sequences(source: Source, max_sequence_length: int, overlong: str) -> Sequences:

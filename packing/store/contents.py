@@ -12,22 +12,24 @@ from functools import cached_property
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from packing.assignment import Assignment, assign
 from packing.balance import balance_packs, step_costs
+from packing.cohorts import CohortPlan, cut_cohorts, plan_cohorts
 from packing.files.errors import Option, OptionError
 from packing.files.progress import progress_bar
 from packing.histogram import length_histogram
 from packing.options import PackOptions
 from packing.packers.table import plan_packs
-from packing.plan import PackPlan
+from packing.plan import PackPlan, table
 from packing.source.fingerprint import ColumnPrint, column_prints
 from packing.source.rows import INPUT_IDS, Source
 from packing.source.sequences import PackSlice, Sequences, cut_sequences, refuse_moved_answers
 from packing.store.cluster import Opener
 from packing.store.dataset_files import ENDINGS, SHARD_BYTES, shard_names
-from packing.store.info import PackedInfo, packed_facts
+from packing.store.info import CELL, PackedInfo, packed_facts
 from packing.store.shards import check_parquet, gather_packs
 
 BATCH_TOKENS = 1 << 19  # token slots gathered at a time: memory follows this and not the dataset
@@ -44,6 +46,7 @@ class Packing:
     """One packing, decided.
 
     balanced: the assignment, where the order of packs is balanced; else it is made when it is asked for.
+    cohorts: the plan of their cells, all of which `plan` holds; None: there are no cohorts.
     hashing: waits for the fingerprint of the source; None: nobody has started to make it.
     opener: opens the dataset on another machine; None: its pickle does, where files are seen.
     """
@@ -55,19 +58,34 @@ class Packing:
     balanced: Assignment | None
     facts: PackedInfo
     options: PackOptions
+    cohorts: CohortPlan | None = None
     hashing: Callable[[], tuple[ColumnPrint, ...]] | None = None
     opener: Opener = None
 
-    @cached_property
+    @property
     def assignment(self) -> Assignment:
         """Which sequences lie in which pack."""
-        return self.balanced or assign(self.plan, self.sequences.lengths, self.facts.seed)
+        return self._assigned[0]
+
+    @cached_property
+    def _assigned(self) -> tuple[Assignment, np.ndarray | None]:
+        """The assignment; (packs, 3) cohort, round and lane of each pack, or None."""
+        lengths, seed = self.sequences.lengths, self.facts.seed
+        if self.cohorts is not None:
+            return self.cohorts.assign(lengths, seed)
+        return self.balanced or assign(self.plan, lengths, seed), None
 
     def packs(self, first: int, end: int) -> PackSlice:
         """Packs first..end of the assignment."""
-        bounds = self.assignment.pack_offsets[first : end + 1]
-        chosen = self.assignment.sequence_indices[bounds[0] : bounds[-1]]
-        return self.sequences.take(chosen, bounds - bounds[0])
+        assignment, places = self._assigned
+        bounds = assignment.pack_offsets[first : end + 1]
+        chosen = assignment.sequence_indices[bounds[0] : bounds[-1]]
+        return self.sequences.take(chosen, bounds - bounds[0], None if places is None else places[first:end])
+
+    @property
+    def table(self) -> str:
+        """The plan as people read it."""
+        return table([*self.plan.rows(), *(() if self.cohorts is None else self.cohorts.rows())])
 
     @property
     def features(self) -> datasets.Features:
@@ -85,6 +103,8 @@ class Packing:
         features["sequence_indices"] = datasets.List(datasets.Value("int64"))
         if self.facts.overlong == "split":
             features["sequence_starts"] = datasets.List(datasets.Value("int32"))
+        if self.cohorts is not None:
+            features |= {name: datasets.List(datasets.Value("int32")) for name in CELL}
         return datasets.Features(features)
 
     @property
@@ -109,7 +129,8 @@ class Packing:
         others = [p for p in self.source_prints if p.name in self.features and p.name not in names]
         num_bytes = sum(column.value_type.bit_width // 8 for column in numbers) * self.plan.num_tokens
         num_bytes += sum(column.bytes for column in others)
-        num_bytes += self.plan.num_sequences * (4 + 8 + 4 * (self.facts.overlong == "split"))
+        numbers_of_4_bytes = 1 + (self.facts.overlong == "split") + (self.cohorts is not None) * len(CELL)
+        num_bytes += self.plan.num_sequences * (8 + 4 * numbers_of_4_bytes)
         return num_bytes + 4 * self.plan.num_packs * len(self.features)
 
     @cached_property
@@ -143,9 +164,16 @@ def plan_packing(
     longest, deepest = options.max_sequence_length, options.max_sequences_per_pack
     sequences = cut_sequences(source, longest, options.overlong)
     refuse_moved_answers(source, sequences, options.overlong)
-    histogram = length_histogram(sequences.lengths, longest)
-    plan = plan_packs(histogram, longest, deepest, options.packer, progress=progress)
-    balanced, costs = None, {}
+    balanced, cohorts = None, None
+    costs: dict[str, Any] = {}
+    if options.cohort is not None:
+        cut = cut_cohorts(sequences.pieces, options.cohort, options.cohort_lanes, options.seed)
+        cohorts = plan_cohorts(cut, sequences.lengths, longest, deepest, options.packer, progress)
+        plan = cohorts.plan
+        costs |= {"cohort_lanes": options.cohort_lanes, "plain_packs": cohorts.plain.num_packs}
+    else:
+        histogram = length_histogram(sequences.lengths, longest)
+        plan = plan_packs(histogram, longest, deepest, options.packer, progress=progress)
     if options.balance is not None:
         unbalanced = assign(plan, sequences.lengths, options.seed)
         balanced = balance_packs(unbalanced, sequences.lengths, options.balance, options.seed)
@@ -166,7 +194,7 @@ def plan_packing(
         trimmed_tokens=source.trimmed_tokens,
         **costs,
     )
-    packing = Packing(dataset, source, sequences, plan, balanced, facts, options, **more)
+    packing = Packing(dataset, source, sequences, plan, balanced, facts, options, cohorts, **more)
     if options.format == "parquet":
         _check_parquet(packing)
     return packing

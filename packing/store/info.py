@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from packing.options import PackOptions
 
 LENGTHS, INDICES, STARTS = "sequence_lengths", "sequence_indices", "sequence_starts"
+CELL = "sequence_cohorts", "sequence_rounds", "sequence_lanes"  # the same for all sequences of a pack
 PREFIX = "Packed by dataset-packing, format 1: "
+
+
+ADDED = {"added": True}  # after 0.1.0: left out where it is None, so that packings of earlier versions resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,9 @@ class PackedInfo:
     balance: packs per global batch for which the order of packs balances attention cost; None = any order.
     step_costs_before: how the cost of the global batches would spread in any order; None without balance.
     step_costs_after: how it spreads in the order of the packs.
+    cohort: documents that were packed side by side, so that their pieces are in order; None: they are in any order.
+    cohort_lanes: parts of each cohort that were packed apart; None without cohorts.
+    plain_packs: packs that the plan without cohorts takes; None without cohorts.
     buffer_size: rows of a stream that were packed at a time; None: all, this is no stream.
     """
 
@@ -70,9 +77,13 @@ class PackedInfo:
     step_costs_before: StepCosts | None = None
     step_costs_after: StepCosts | None = None
     buffer_size: int | None = None
+    cohort: int | None = field(default=None, metadata=ADDED)
+    cohort_lanes: int | None = field(default=None, metadata=ADDED)
+    plain_packs: int | None = field(default=None, metadata=ADDED)
 
     def to_description(self) -> str:
-        return PREFIX + json.dumps(asdict(self))
+        new = {each.name for each in fields(self) if each.metadata == ADDED}
+        return PREFIX + json.dumps({name: x for name, x in asdict(self).items() if x is not None or name not in new})
 
 
 def packed_facts(options: PackOptions, **facts: Any) -> PackedInfo:
@@ -130,6 +141,10 @@ def _conditions(facts: PackedInfo) -> dict[str, bool]:
         "token_columns": facts.token_columns[:1] == ("input_ids",),
         "overlong": facts.overlong in OVERLONG,
         "balance": facts.balance is None or 1 <= facts.balance < 2**63,
+        "cohort": facts.cohort is None or (facts.overlong == "split" and 1 <= facts.cohort < 2**63),
+        "cohort_lanes": 1 <= facts.cohort_lanes <= facts.cohort
+        if facts.cohort is not None and facts.cohort_lanes is not None
+        else facts.cohort is facts.cohort_lanes,
     }
     if facts.buffer_size is not None:
         return conditions

@@ -30,6 +30,7 @@ from packing.source.rows import SourceColumns
 from packing.source.sequences import PackSlice
 from packing.source.token_column import list_array
 from packing.store.dataset_files import write_batches
+from packing.store.info import CELL
 
 BATCHES_AHEAD = 2  # gathered while another is written
 
@@ -99,6 +100,9 @@ def gather_packs(
     if "sequence_starts" in schema.names:
         starts = np.zeros(len(rows), np.int32) if packs.begins is None else packs.begins.astype(np.int32)
         packed["sequence_starts"] = per_pack, pa.array(starts)
+    if packs.places is not None:
+        of_sequences = np.repeat(packs.places.T, np.diff(packs.pack_offsets), axis=1)
+        packed |= {name: (per_pack, pa.array(values)) for name, values in zip(CELL, of_sequences, strict=True)}
     for column in columns.token_columns:
         starts, found = column.find(rows)
         if (short := found <= lasts).any():
