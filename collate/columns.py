@@ -27,7 +27,9 @@ NO_WORD_ID = -1
 """The word id of [CLS] and its like, where a tokenizer has None."""
 MADE_HERE = ("sequence_ids", "position_ids", "cls_positions")
 """A column with one of these names would replace what the collator makes, and sequences would read each other."""
-BOOKKEEPING = ("sequence_indices", "sequence_starts", "special_tokens_mask", WORD_IDS)
+COHORTS = ("sequence_cohorts", "sequence_rounds", "sequence_lanes")
+"""Where a pack belongs that was packed with cohorts."""
+BOOKKEEPING = ("sequence_indices", "sequence_starts", *COHORTS, "special_tokens_mask", WORD_IDS)
 """Columns that the collator reads for itself; a model gets them only when `columns` names them."""
 LABELS = ("labels", "label", "label_ids")
 ANSWERS = ("start_positions", "end_positions")

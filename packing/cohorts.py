@@ -179,7 +179,7 @@ def deal(packs: PacksOfCells, lengths: np.ndarray, cells: np.ndarray, key: np.ui
     slots = _sorted(slots, packs.slot_lengths, longest, packs.slot_cells, num_cells)
     is_same = len(slots) == len(sequences) and np.array_equal(packs.slot_lengths[slots], lengths[sequences])
     if not is_same or not np.array_equal(packs.slot_cells[slots], cells[sequences]):
-        raise ValueError("the packs of a cohort's cells were planned for other lengths; plan the lengths that they have")
+        raise ValueError("the packs of some cell have slots for other lengths than its sequences have; plan it again")
     filled = np.empty_like(sequences)
     filled[slots] = sequences
     order = _shuffled(len(packs.cells), make_key(key, PACKS))
@@ -192,6 +192,18 @@ def in_other_order(cohorts: np.ndarray, key: np.uint64) -> np.ndarray:
     """The cohorts' numbers, each replaced by its place in a random order: [3 3 5 8] -> [1 1 2 0], say."""
     found, number = np.unique(cohorts, return_inverse=True)
     return _shuffled(len(found), make_key(key, COHORTS))[number].astype(np.int64)
+
+
+def cell_numbers(places: np.ndarray) -> np.ndarray:
+    """(n,) the cells of these cohorts, rounds and lanes (n, 3), numbered in their order: 0, 1, 2…
+
+    [[0 0 1] [3 0 0] [0 0 1] [0 2 0]] -> [0 2 0 1]
+    """
+    order = np.lexsort(places.T[::-1])
+    is_new = (np.diff(places[order], axis=0) != 0).any(1)
+    numbers = np.empty(len(places), np.int64)
+    numbers[order] = np.concatenate([[0], np.cumsum(is_new)])
+    return numbers
 
 
 def _shuffled(count: int, key: int) -> np.ndarray:

@@ -13,11 +13,12 @@ import pyarrow as pa
 
 from packing.assignment import Assignment, assign, checked_seed
 from packing.balance import balance_packs
+from packing.cohorts import PacksOfCells, cell_numbers, deal, in_other_order
 from packing.draws import make_key
 from packing.histogram import index_type, offsets_of
 from packing.plan import PackPlan
 from packing.source.token_column import TokenColumn, chosen_rows, list_array, list_lengths, read_lists, refuse_broken
-from packing.store.info import LENGTHS, packed_info
+from packing.store.info import CELL, LENGTHS, packed_info
 
 REASSIGN = np.uint64(2**64 - 4)  # a stream of draws beside those of assign (lengths) and balance (2**64 - 1 to - 3)
 
@@ -30,7 +31,8 @@ class EpochPacks:
 
     packed: a dataset of pack_dataset, or some of its rows (select, shuffle); whole packs in any case.
     seed: of the assignments. Epoch e is drawn by assign() under a key of (seed, e): the same on every machine, process
-        and resume. A dataset with `balance` is balanced again in every epoch.
+        and resume. A dataset with `balance` is balanced again in every epoch. With cohorts, each cell is drawn by itself, and
+        the cohorts come in another order: pieces of a document stay in order.
 
     A map-style dataset for DataLoader, with the columns of `packed`: epochs[3] is a pack as a dict, and
     `__getitems__([3, 1])` an Arrow table, which DataCollatorWithPacking reads. packed_info(epochs) is that of `packed`.
@@ -77,7 +79,26 @@ class EpochPacks:
             column = read_lists(name, table.column(name), rows, nulls=not is_token_level)
             _check_counts(name, column.lengths, tokens if is_token_level else depths, is_token_level)
             self._columns[name] = column, table.column(name).type
-        self._drawn: tuple[int, Assignment] | None = None
+        self._stored_places = None if self._info.cohort is None else self._read_places()
+        self._drawn: tuple[int, Assignment, np.ndarray | None] | None = None
+
+    def _read_places(self) -> np.ndarray:
+        """(packs, 3) cohort, round and lane of each, as stored."""
+        found = []
+        for name in CELL:
+            if name not in self._columns:
+                what = f"the packed dataset has cohorts, and column {name!r} is missing, which says where packs belong"
+                raise ValueError(f"{what}; keep it, or pack without cohorts")
+            column = self._columns[name][0]
+            starts, depths = column.find(np.arange(column.num_rows))
+            values = column.gather(starts, depths, starts + depths - 1).to_numpy()
+            of_packs = values[self._pack_offsets[:-1]]
+            if (other := values != np.repeat(of_packs, depths)).any():
+                row = int(np.searchsorted(self._pack_offsets, np.argmax(other), side="right")) - 1
+                what = f"column {name!r} has several values in row {row} of the packed dataset"
+                raise ValueError(f"{what}, and a pack lies in one cohort, round and lane; pack the source again")
+            found.append(of_packs)
+        return np.stack(found, 1).astype(np.int64)
 
     # Views of the dataset's memory must not be pickled, as they would be copied.
 
@@ -110,21 +131,39 @@ class EpochPacks:
     @property
     def assignment(self) -> Assignment:
         """This epoch's; sequences are numbered as they lie in `packed`."""
+        return self._of_epoch()[0]
+
+    @property
+    def places(self) -> np.ndarray | None:
+        """(packs, 3) cohort, round and lane of this epoch's packs; None: the dataset has no cohorts."""
+        return self._of_epoch()[1]
+
+    def _of_epoch(self) -> tuple[Assignment, np.ndarray | None]:
         epoch = self.epoch
         if self._drawn is None or self._drawn[0] != epoch:
             self._drawn = None  # the old one's memory is free before the new one is made
-            self._drawn = epoch, self._draw(epoch)
-        return self._drawn[1]
+            self._drawn = epoch, *self._draw(epoch)
+        return self._drawn[1:]
 
-    def _draw(self, epoch: int) -> Assignment:
+    def _draw(self, epoch: int) -> tuple[Assignment, np.ndarray | None]:
         if epoch == 0:
             stored: np.ndarray = np.arange(self.num_sequences, dtype=index_type(self.num_sequences))
-            return Assignment(stored, self._pack_offsets)
+            return Assignment(stored, self._pack_offsets), self._stored_places
         key = make_key(np.uint64(make_key(np.uint64(self.seed), REASSIGN)), np.uint64(epoch))
+        if self._stored_places is not None:
+            return self._draw_cells(self._stored_places, np.uint64(key))
         assignment = assign(self.plan, self.lengths, int(key))
         if self._info.balance is not None and self._info.balance <= len(self):
             assignment = balance_packs(assignment, self.lengths, self._info.balance, int(key))
-        return assignment
+        return assignment, None
+
+    def _draw_cells(self, places: np.ndarray, key: np.uint64) -> tuple[Assignment, np.ndarray]:
+        """Every cell anew, the cohorts in another order."""
+        in_order = places.copy()
+        in_order[:, 0] = in_other_order(places[:, 0], key)
+        packs = PacksOfCells(self.lengths, self._pack_offsets, cell_numbers(in_order))
+        assignment, order = deal(packs, self.lengths, packs.slot_cells, key)
+        return assignment, places[order]
 
     @cached_property
     def plan(self) -> PackPlan:

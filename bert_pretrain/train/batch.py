@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 
 from bert_pretrain.train.config import PretrainConfig
 from collate.training.dataloaders import packs_per_pass, said_packs_per_pass
-from collate.training.order import pack_depths, pack_lengths, plan_steps
+from collate.training.order import StepPlan, pack_depths, pack_lengths, plan_steps
+from collate.training.rounds import RoundPlan, plan_rounds
 from packing import PackedInfo, packed_info
 from packing.files.errors import Option, OptionError, whole_number
 
@@ -60,7 +61,11 @@ def set_batch(config: PretrainConfig, training: TrainingArguments, train: Datase
     if config.sequences_per_step > (sequences := int(depths.sum())):
         what = f"{given} is more than the {sequences:,} sequences of the training split"
         raise OptionError(f"{what}; set it to {sequences} or less")
-    plan = plan_steps(depths, config.sequences_per_step)
+    plan: StepPlan | RoundPlan
+    if packed_info(train).cohort is None:
+        plan = plan_steps(depths, config.sequences_per_step)
+    else:
+        plan = plan_rounds(train, config.sequences_per_step, training.world_size)
     if plan.most_packs < training.world_size:
         raise OptionError(
             f"{given} are {plan.most_packs} packs at the most, less than one for each of {training.world_size} "

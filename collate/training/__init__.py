@@ -8,6 +8,7 @@ resume           it saves whole checkpoints; a resumed run ends as the uninterru
 checkpoints      folders of checkpoints that are complete or not there
 hooks            what we override of Trainer: one list, checked against the installed transformers
 order            which packs meet in an optimizer step
+rounds           the same for packs with cohorts: a document's pieces in order, on one rank
 progress         what training has seen
 plain_trainer    the callback for a plain Trainer
 refused          TrainingArguments that packs cannot honour

@@ -19,6 +19,7 @@ from collate.training.hooks import overrides_trainer
 from collate.training.order import EMPTY_PACK, ArrowRows, EvenedPacks, SequencesPerStep, StepSampler
 from collate.training.refused import refuse_torn_batches
 from collate.training.resume import ResumesExactly
+from collate.training.rounds import RoundSteps
 from packing import EpochPacks, PackedInfo, packed_info
 from packing.files.errors import Option, OptionError, whole_number
 
@@ -82,8 +83,16 @@ class LoadsPacks(ResumesExactly):
             raise ValueError(
                 f"{name} knows nothing of packs; give PackedTrainer data_collator=DataCollatorWithPacking(tokenizer, …)"
             )
+        has_cohorts = is_training and _has_cohorts(_packed_info(dataset))
+        if has_cohorts:
+            refuse_torn_rounds(self.args)
         if _has_length(dataset):
             return
+        if has_cohorts:
+            raise ValueError(
+                "the training dataset has cohorts and is iterable: its steps would span rounds; give a dataset with a "
+                "length, or pack without cohorts"
+            )
         if is_training and self.sequences_per_step is not None:
             raise OptionError(
                 f"{Option('sequences_per_step', self.sequences_per_step)} chooses among all packs, which an iterable "
@@ -117,11 +126,20 @@ class LoadsPacks(ResumesExactly):
         is_dropped = not is_training and self.args.dataloader_drop_last  # empty packs leave nothing to drop
         if self.args.world_size > 1 or is_dropped:
             return EvenedPacks(packs, taken_at_once)
-        if has_epochs or (is_training and self.sequences_per_step is not None):
+        chooses_packs = self.sequences_per_step is not None or _has_cohorts(self._packed_info)
+        if has_epochs or (is_training and chooses_packs):
             return EvenedPacks(packs, 1)  # it has no set_epoch, by which accelerate would restart evaluations
         return packs
 
     def _get_train_sampler(self, train_dataset=None):
+        if _has_cohorts(self._packed_info):
+            self._train_order = RoundSteps(
+                self._source,
+                self.sequences_per_step,
+                **self._slots_of_step(),
+                shuffle=self.args.train_sampling_strategy == "random",
+            )
+            return self._train_order
         if self.sequences_per_step is not None:
             self._train_order = self._order_by_sequences()
             return self._train_order
@@ -152,15 +170,17 @@ class LoadsPacks(ResumesExactly):
                 f"{given} needs a train_dataset of pack_dataset, or EpochPacks, whose packs' depths are known; got "
                 f"{type(self._source).__name__}"
             )
-        return SequencesPerStep(
-            self._source,
-            self.sequences_per_step,
-            packs_per_pass=self._train_batch_size,
-            passes=self.args.gradient_accumulation_steps,
-            ranks=self.args.world_size,
-            seed=self._order_seed,
-            width=getattr(getattr(self.model, "config", None), "hidden_size", None) or USUAL_WIDTH,
-        )
+        return SequencesPerStep(self._source, self.sequences_per_step, **self._slots_of_step())
+
+    def _slots_of_step(self) -> dict[str, int]:
+        """The slots that a step has, and what decides the packs in them."""
+        return {
+            "packs_per_pass": self._train_batch_size,
+            "passes": self.args.gradient_accumulation_steps,
+            "ranks": self.args.world_size,
+            "seed": self._order_seed,
+            "width": getattr(getattr(self.model, "config", None), "hidden_size", None) or USUAL_WIDTH,
+        }
 
     @property
     def _order_seed(self) -> int:
@@ -214,6 +234,25 @@ def refuse_torn_steps(args: TrainingArguments, sequences_per_step: int) -> None:
             )
 
 
+def refuse_torn_rounds(args: TrainingArguments) -> None:
+    """Raise ValueError for arguments that would tear the rounds of cohorts."""
+    strategy = args.train_sampling_strategy
+    if strategy not in ("random", "sequential"):
+        raise OptionError(
+            f"{Option('train_sampling_strategy', strategy)} would tear the rounds of the packs' cohorts; take 'random', "
+            "which draws the order of cohorts and of packs in a round, or 'sequential', or pack without cohorts"
+        )
+    for name, value in (
+        ("auto_find_batch_size", args.auto_find_batch_size),
+        ("split_batches", getattr(args.accelerator_config, "split_batches", False)),
+    ):
+        if value:
+            raise OptionError(
+                f"{Option(name, value)} would tear the rounds of the packs' cohorts; set {Option(name, False)}, or "
+                "pack without cohorts"
+            )
+
+
 def slots_per_pack(collator: Any, dataset: Any) -> int:
     """Token slots of a pack in a batch. Raises ValueError where neither collator nor dataset says how many."""
     info = _packed_info(dataset)
@@ -258,6 +297,10 @@ def said_packs_per_pass(args: TrainingArguments) -> int | None:
 
 def _has_length(dataset: Any) -> bool:
     return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+
+
+def _has_cohorts(info: PackedInfo | None) -> bool:
+    return info is not None and info.cohort is not None
 
 
 def _packed_info(dataset: Any) -> PackedInfo | None:

@@ -3,6 +3,7 @@
 verify      verify_packed
 findings    what is wrong, counted and listed
 files       the files against the manifest
+cohorts     the order of packs with cohorts
 packs       the packs by themselves, and every source row once
 source      every value against the source
 """

@@ -5,7 +5,8 @@
     1      [5]                [2]                4 tokens        1 value         one token is missing
     2      [3]                [1]                3 tokens        1 value         row 1 is there a second time
 
-Memory: a bit for each row of the source that has been seen, and 40 bytes for each piece of a row that was split.
+Memory: a bit for each row of the source that has been seen, and 40 bytes for each piece of a row that was split (64 with
+cohorts).
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from packing.histogram import offsets_of
 from packing.numba_tools import njit
 from packing.source.rows import INPUT_IDS, Source
 from packing.source.token_column import NULLABLE, TokenColumn, is_list, open_lists
-from packing.store.info import INDICES, LENGTHS, STARTS, PackedInfo
+from packing.store.info import CELL, INDICES, LENGTHS, STARTS, PackedInfo
+from packing.verify.cohorts import CohortCheck, check_order
 from packing.verify.files import Block
 from packing.verify.findings import Findings
 
-PER_SEQUENCE = ("local_packs", "packs", "slots", "positions", "lengths", "rows", "begins")
+PER_SEQUENCE = ("local_packs", "packs", "slots", "positions", "lengths", "rows", "begins", "cells")
 PIECE = ("rows", "begins", "lengths", "packs", "slots")  # kept for each piece of a split row
 SEEN_BYTES = 1 << 17  # bytes of the rows that have been seen, looked at together
-ADDED = {LENGTHS: pa.int32(), INDICES: pa.int64(), STARTS: pa.int32()}
+ADDED = {LENGTHS: pa.int32(), INDICES: pa.int64(), STARTS: pa.int32()} | dict.fromkeys(CELL, pa.int32())
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,7 @@ class PackedSequences:
 
     packs: number of the pack. slots: the sequence's place in it. positions: the place of its first token in it.
     rows: source row. begins: the row's token that it begins with, by sequence_starts; None without such a column.
+    cells: (n, 3) cohort, round and lane; None without cohorts.
     local_packs: number of the pack in the block. pack_starts: for each column, where each pack of the block begins.
     """
 
@@ -53,6 +56,7 @@ class PackedSequences:
     lengths: np.ndarray
     rows: np.ndarray
     begins: np.ndarray | None
+    cells: np.ndarray | None
 
     def take(self, chosen: np.ndarray) -> PackedSequences:
         arrays = {name: getattr(self, name) for name in PER_SEQUENCE}
@@ -77,7 +81,8 @@ class PackCheck:
         self.packs = self.sequences = self.tokens = self.deepest = 0
         self.overlong_rows = np.array(facts.overlong_rows, np.int64)
         self._seen = np.zeros(-(-self.source_rows // 8), np.uint8)  # a bit for each row
-        self._pieces: list[np.ndarray] = []  # (5, n), as in PIECE
+        self._pieces: list[np.ndarray] = []  # (5, n), as in PIECE; with cohorts (8, n): the places, too
+        self._cohorts = None if facts.cohort is None else CohortCheck(facts, findings)
         self._schemas: set = set()
         self._check_columns()
 
@@ -87,7 +92,9 @@ class PackCheck:
         for name, value in values.items():
             if value is None:
                 self.findings.add("columns", f"holds {self._types[name]}, not a list for each pack", column=name)
-        added = {name: type_ for name, type_ in ADDED.items() if name != STARTS or self.facts.overlong == "split"}
+        absent = [STARTS] if self.facts.overlong != "split" else []
+        absent += CELL if self.facts.cohort is None else ()
+        added = {name: type_ for name, type_ in ADDED.items() if name not in absent}
         for name, type_ in added.items():
             if name not in values:
                 self.findings.add("columns", "is missing", column=name)
@@ -143,9 +150,9 @@ class PackCheck:
             return columns[name].numbers()[starts[name][local_packs] + slots].astype(np.int64)
 
         rows, begins, packs = values(INDICES), values(STARTS) if STARTS in columns else None, local_packs + block.first
-        return self._check_rows(
-            PackedSequences(columns, starts, local_packs, packs, slots, positions, lengths[chosen], rows, begins)
-        )
+        places = None if self._cohorts is None else np.stack([values(name) for name in CELL], 1)
+        of_sequences = local_packs, packs, slots, positions, lengths[chosen], rows, begins, places
+        return self._check_rows(PackedSequences(columns, starts, *of_sequences))
 
     def _check_schema(self, block: Block) -> bool:
         """Whether the columns are those of dataset_info.json; adds problems once for each file."""
@@ -209,6 +216,8 @@ class PackCheck:
         self.findings.add_all("sequences", what, outside, sequences.where, column=INDICES, found=rows, row=None)
         if outside.any():
             sequences = sequences.take(~outside)
+        if self._cohorts is not None:
+            self._cohorts.check(sequences)
         once = self._check_overlong(sequences) if len(self.overlong_rows) else sequences
         again = np.empty(len(once.rows), np.bool_)
         _mark(self._seen, once.rows, again)
@@ -217,6 +226,9 @@ class PackCheck:
         if begins is not None and not self.facts.trimmed_rows:
             what, values = "a row that was not split begins with its first token", {"column": STARTS, "expected": 0}
             self.findings.add_all("sequences", what, begins != 0, once.where, found=begins, **values)
+        if once.cells is not None:
+            what, rounds = "a row that was not split lies in a later round", once.cells[:, 1]
+            self.findings.add_all("sequences", what, rounds != 0, once.where, column=CELL[1], found=rounds, expected=0)
         return sequences
 
     def _check_overlong(self, sequences: PackedSequences) -> PackedSequences:
@@ -225,7 +237,8 @@ class PackCheck:
         cut = np.isin(sequences.rows, self.overlong_rows)
         if self.facts.overlong == "split":
             pieces = sequences.take(cut)
-            self._pieces.append(np.stack([getattr(pieces, name) for name in PIECE]))
+            places = () if pieces.cells is None else pieces.cells.T
+            self._pieces.append(np.stack([*(getattr(pieces, name) for name in PIECE), *places]))
             return sequences.take(~cut)
         if self.facts.overlong == "drop":
             what = "this row is listed as dropped and is there"
@@ -242,6 +255,8 @@ class PackCheck:
             expected = getattr(self.facts, f"num_{name}")
             if found != expected:
                 self.findings.add("packs", f"number of {name}, in all", found=found, expected=expected)
+        if self._cohorts is not None:
+            self._cohorts.finish()
         if self.deepest != self.facts.max_depth:
             what = "sequences in the deepest pack"
             self.findings.add("packs", what, found=self.deepest, expected=self.facts.max_depth)
@@ -258,8 +273,9 @@ class PackCheck:
 
     def _check_pieces(self, source: Source | None) -> None:
         """The pieces of each row lie end to end; all but a row's last one are full."""
-        pieces = np.concatenate([np.empty((len(PIECE), 0), np.int64), *self._pieces], axis=1)
-        rows, begins, lengths, packs, slots = pieces[:, np.lexsort((pieces[1], pieces[0]))]
+        numbers = len(PIECE) + (self._cohorts is not None) * len(CELL)
+        pieces = np.concatenate([np.empty((numbers, 0), np.int64), *self._pieces], axis=1)
+        rows, begins, lengths, packs, slots, *places = pieces[:, np.lexsort((pieces[1], pieces[0]))]
         self._mark_known(rows)
         longest = self.facts.max_sequence_length
         is_first, is_last = np.diff(rows, prepend=-1) != 0, np.diff(rows, append=-1) != 0
@@ -274,8 +290,10 @@ class PackCheck:
 
         def add(what: str, wrong: np.ndarray, **values: Any) -> None:
             place = {"pack": packs, "sequence": slots, "row": rows, "column": STARTS}
-            self.findings.add_all("sequences", what, wrong, **place, **values)
+            self.findings.add_all("sequences", what, wrong, **place | values)
 
+        if places:
+            check_order(np.stack(places, 1), is_first, add)
         add("this piece of the row is there a second time", twice)
         add("the row's pieces do not lie end to end", wrong & ~twice, found=begins, expected=expected)
         add("a piece that is not the row's last one is not full", short)

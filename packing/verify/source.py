@@ -21,7 +21,7 @@ from packing.source.fingerprint import array_print
 from packing.source.rows import Source, read_source
 from packing.source.sequences import Sequences, cut_sequences
 from packing.source.token_column import TEXTS, TokenColumn, Values, is_list, open_lists
-from packing.store.info import INDICES, LENGTHS, STARTS, PackedInfo
+from packing.store.info import CELL, INDICES, LENGTHS, STARTS, PackedInfo
 from packing.verify.findings import Findings
 from packing.verify.packs import PackedSequences
 
@@ -79,7 +79,7 @@ class SourceCheck:
                 if name in columns.row_columns:
                     self._row_columns[name] = as_runs(columns.row_columns[name], columns.rows)
         for name in packed:
-            if name not in (*token_names, *columns.row_columns, LENGTHS, INDICES, STARTS):
+            if name not in (*token_names, *columns.row_columns, LENGTHS, INDICES, STARTS, *CELL):
                 self.findings.add("source", "the source has no such column", column=name)
 
     @property
