@@ -14,7 +14,7 @@ packs lie in random order. Cells follow one another by cohort, round, lane.
 1. cut_cohorts: which cell each piece is in. Documents are dealt to lanes by their number of pieces, so that in every
    round all lanes have the same number of pieces, give or take one.
 2. plan_cohorts: a plan for every cell, and the plan without cohorts beside it.
-3. deal: which sequences lie in which pack, at random under the seed. EpochPacks deals anew in each epoch.
+3. fill_cells: which sequences lie in which pack, at random under the seed. EpochPacks deals anew in each epoch.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class CohortPlan:
         slots = np.repeat(plan.strategy_offsets[strategies] - pack_offsets[:-1], plan.depths[strategies])
         slots += np.arange(pack_offsets[-1])
         packs = PacksOfCells(plan.strategy_lengths[slots], pack_offsets, self.strategy_cells[strategies])
-        assignment, order = deal(packs, lengths, self.cohorts.cells, checked_seed(seed))
+        assignment, order = fill_cells(packs, lengths, self.cohorts.cells, checked_seed(seed))
         return assignment, self.cohorts.places(packs.cells[order])
 
     def rows(self) -> list[Row]:
@@ -162,7 +162,9 @@ def plan_cohorts(
     return CohortPlan(cohorts, plan, strategy_cells, plain)
 
 
-def deal(packs: PacksOfCells, lengths: np.ndarray, cells: np.ndarray, key: np.uint64) -> tuple[Assignment, np.ndarray]:
+def fill_cells(
+    packs: PacksOfCells, lengths: np.ndarray, cells: np.ndarray, key: np.uint64
+) -> tuple[Assignment, np.ndarray]:
     """Fill the packs of each cell with its sequences, and order them by cell: both at random otherwise.
 
     lengths, cells: (sequences,) of each. Every choice of equally long sequences of a cell is equally likely, and every

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from packing.assignment import Assignment, assign, checked_seed
 from packing.balance import balance_packs
-from packing.cohorts import PacksOfCells, cell_numbers, deal, in_other_order
+from packing.cohorts import PacksOfCells, cell_numbers, fill_cells, in_other_order
 from packing.draws import make_key
 from packing.histogram import index_type, offsets_of
 from packing.plan import PackPlan
@@ -162,7 +162,7 @@ class EpochPacks:
         in_order = places.copy()
         in_order[:, 0] = in_other_order(places[:, 0], key)
         packs = PacksOfCells(self.lengths, self._pack_offsets, cell_numbers(in_order))
-        assignment, order = deal(packs, self.lengths, packs.slot_cells, key)
+        assignment, order = fill_cells(packs, self.lengths, packs.slot_cells, key)
         return assignment, places[order]
 
     @cached_property

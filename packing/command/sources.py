@@ -96,7 +96,14 @@ def load_histograms(arguments: Namespace) -> Iterator[tuple[str, np.ndarray]]:
 
     longest, overlong = checked_length(arguments.max_sequence_length), arguments.overlong
     if is_lengths(arguments):
-        unused = (*(name for name in READING if name != "overlong"), *TEXT_OPTIONS, "seed", "balance", "cohort", "cohort_lanes")
+        unused = (
+            *(name for name in READING if name != "overlong"),
+            *TEXT_OPTIONS,
+            "seed",
+            "balance",
+            "cohort",
+            "cohort_lanes",
+        )
         refuse_ignored(arguments, unused, "a file of lengths holds no rows")
         histogram = read_histogram(arguments.source)
         if count := int(histogram[longest + 1 :].sum()):

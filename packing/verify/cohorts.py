@@ -1,10 +1,10 @@
 """Packs with cohorts: each in one cohort, round and lane, in their order; and a document's pieces, one a round.
 
-    pack   cohort  round  lane   sequences of documents
-    0      0       0      0      a0 c0                     sound
-    1      0       0      1      b0
-    2      0       1      1      a1                        a0 lies in another lane
-    3      0       3      0      c1                        round 3 holds piece 1
+pack   cohort  round  lane   sequences of documents
+0      0       0      0      a0 c0                     sound
+1      0       0      1      b0
+2      0       1      1      a1                        a0 lies in another lane
+3      0       3      0      c1                        round 3 holds piece 1
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ ONE_PROCESS = {
 # name: (rows in every pass, passes); each step has 24 sequences, in 2 epochs, the second of which has other packs
 BY_SEQUENCES = {"1 x 16": (16, 1), "8 x 2": (2, 8)}
 BY_SEQUENCES_IN_TWO = {"2 ranks x 3 x 3": (3, 3)}
+# name: (rows in every pass, passes); each step has 8 packs at most, in 2 epochs, the second of which has other packs
+COHORTS = {"1 x 8": (8, 1), "4 x 2": (2, 4)}
 IN_TWO = {
     "2 ranks x 2 x 4": (22, 4, 2, "sequence"),
     "2 ranks x 2 x 4, token loss": (22, 4, 2, "token"),
@@ -92,6 +94,19 @@ def train_by_sequences(packs_per_pass, passes, dataset=None, **options):
     }
 
 
+def make_cohorts():
+    """30 documents of up to four pieces, in EpochPacks."""
+    rng = np.random.default_rng(9)
+    rows = [make_pair(rng, int(length)) for length in rng.integers(5, 120, 30)]
+    options = {"overlong": "split", "packer": "lpfhp", "cohort": 12, "cohort_lanes": 4}
+    return EpochPacks(pack_dataset(Dataset.from_list(rows), MAX_LENGTH, max_sequences_per_pack=8, **options), 3)
+
+
+def train_cohorts(packs_per_pass, passes):
+    """Two epochs of packs with cohorts: parameters, and what each step logs."""
+    return train_by_sequences(packs_per_pass, passes, make_cohorts(), sequences_per_step=None)
+
+
 def evaluate(dataset, packs_per_pass):
     """Metrics of the untrained model."""
     with make_trainer(eval_dataset=dataset, per_device_eval_batch_size=packs_per_pass) as trainer:
@@ -153,4 +168,5 @@ EXPERTS = {balance: functools.partial(with_experts, balance) for balance in ("se
 TWO_PROCESSES = {name: functools.partial(train, *run) for name, run in IN_TWO.items()}
 TWO_PROCESSES["terms of modules"] = functools.partial(train, 17, 4, 2, "sequence", with_terms)
 TWO_PROCESSES |= {f"experts, {name}": functools.partial(train, 17, 4, 2, "sequence", x) for name, x in EXPERTS.items()}
+TWO_PROCESSES["2 ranks, cohorts"] = functools.partial(train_cohorts, 2, 2)
 TWO_PROCESSES |= {name: functools.partial(train_by_sequences, *run) for name, run in BY_SEQUENCES_IN_TWO.items()}

@@ -141,6 +141,14 @@ def test_the_same_bytes_as_one_process(cluster_here, source, whole, tmp_path, mo
 
 
 @needs_ray
+def test_packs_with_cohorts(cluster_here, source, tmp_path):
+    cohorts = PACK | {"packer": "lpfhp", "cohort": 512}
+    pack_dataset(source, **cohorts, output=tmp_path / "one")
+    pack_dataset(source, **cohorts, output=tmp_path / "packed", engine="ray")
+    assert contents(tmp_path / "packed") == contents(tmp_path / "one")
+
+
+@needs_ray
 def test_a_source_in_memory_and_chosen_rows(cluster_here, tmp_path):
     chosen = datasets.Dataset(make_table()).shuffle(seed=1).select(range(9000))
     pack_dataset(chosen, **PACK, output=tmp_path / "one")
