@@ -37,7 +37,7 @@ from pack_dataset import Clock, machine, wikipedia_lengths, write_source
 from text import bert
 from tokenizers import Tokenizer
 
-from packing import pack_dataset
+from packing import pack_dataset, packed_info
 from packing.cohorts import cut_cohorts, plan_cohorts
 
 COHORTS = (64, 256, 1024)
@@ -110,18 +110,17 @@ def speeches() -> list[str]:
 
 
 def articles() -> list[str]:
-    texts = []
+    texts: list[str] = []
     for file in files_of("gensim", "test/test_data/enwiki-latest-pages-articles1*.bz2"):
-        for _, element in ET.iterparse(bz2.open(file)):
-            is_article = element.tag.endswith("}text") and element.text
-            if is_article and not element.text.lower().startswith("#redirect"):
-                texts.append(element.text)
-    return texts
+        with bz2.open(file) as pages:
+            texts += [element.text or "" for _, element in ET.iterparse(pages) if element.tag.endswith("}text")]
+    return [text for text in texts if text and not text.lower().startswith("#redirect")]
 
 
 def mails() -> list[str]:
     files = files_of("orangecontrib.text", "datasets/20newsgroups-*.tab")
-    return [line.split("\t")[1] for file in files for line in file.read_text("utf-8").splitlines()[3:]]
+    lines = [line for file in files for line in file.read_text("utf-8").split("\n")[3:]]
+    return [text for line in lines if (text := line.partition("\t")[2])]
 
 
 def files_of(package: str, pattern: str) -> list[Path]:
@@ -159,12 +158,13 @@ def measure(name: str, lengths: np.ndarray, folder: Path, rounds: int) -> None:
     ours = partial(pack_dataset, source, 512, packer="lpfhp", overlong="split", output=folder / "out")
     ways: dict[str, Callable] = {"plain": ours, "cohorts": partial(ours, cohort=1024)}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    pieces = 0
     for turn in range(rounds + 1):
         for way in list(ways) if turn % 2 else reversed(ways):
             clock = Clock(ways[way])
             if turn:  # the first one compiles, and fills the page cache
                 seconds[way].append(clock.cpu)
-            pieces = sum(map(len, clock.result["sequence_lengths"])) if not turn else pieces
+            pieces = packed_info(clock.result).num_sequences or 0
             del clock
             shutil.rmtree(folder / "out")
     ratios = sorted(b / a for a, b in zip(seconds["plain"], seconds["cohorts"], strict=True))

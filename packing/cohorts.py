@@ -152,7 +152,7 @@ def plan_cohorts(
     """Plan every cell by itself, and all sequences together for comparison. Raises what plan_packs raises."""
     limits = max_sequence_length, max_sequences_per_pack
     plain = plan_packs(length_histogram(lengths, max_sequence_length), *limits, packer, progress=progress)
-    order = np.arange(len(lengths), dtype=index_type(len(lengths)))
+    order: np.ndarray = np.arange(len(lengths), dtype=index_type(len(lengths)))
     order = _sorted(order, lengths, max_sequence_length, cohorts.cells, cohorts.num_cells)
     cell_offsets = offsets_of(np.bincount(cohorts.cells, minlength=cohorts.num_cells))
     each = plan_each(lengths[order], cell_offsets, *limits, packer, progress)
@@ -186,7 +186,7 @@ def fill_cells(
     filled[slots] = sequences
     order = _shuffled(len(packs.cells), make_key(key, PACKS))
     order = _sorted_by(packs.cells, num_cells, order)
-    pack_offsets = packs.pack_offsets.astype(index_type(len(lengths)))
+    pack_offsets: np.ndarray = packs.pack_offsets.astype(index_type(len(lengths)))
     return reordered(Assignment(filled, pack_offsets), order), order
 
 

@@ -31,8 +31,8 @@ class EpochPacks:
 
     packed: a dataset of pack_dataset, or some of its rows (select, shuffle); whole packs in any case.
     seed: of the assignments. Epoch e is drawn by assign() under a key of (seed, e): the same on every machine, process
-        and resume. A dataset with `balance` is balanced again in every epoch. With cohorts, each cell is drawn by itself, and
-        the cohorts come in another order: pieces of a document stay in order.
+        and resume. A dataset with `balance` is balanced again in every epoch. With cohorts, each cell is drawn by
+        itself, and the cohorts come in another order: pieces of a document stay in order.
 
     A map-style dataset for DataLoader, with the columns of `packed`: epochs[3] is a pack as a dict, and
     `__getitems__([3, 1])` an Arrow table, which DataCollatorWithPacking reads. packed_info(epochs) is that of `packed`.

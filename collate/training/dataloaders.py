@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import TrainingArguments, default_data_collator
 
 from collate.collator import DataCollatorWithPacking
-from collate.columns import LABELS
+from collate.columns import COHORTS, LABELS
 from collate.heads.check import CheckedCollator, check_inputs, embedding_sizes, refuse_text
 from collate.training.checkpoints import what_is_saved
 from collate.training.hooks import overrides_trainer
@@ -83,7 +83,8 @@ class LoadsPacks(ResumesExactly):
             raise ValueError(
                 f"{name} knows nothing of packs; give PackedTrainer data_collator=DataCollatorWithPacking(tokenizer, …)"
             )
-        has_cohorts = is_training and _has_cohorts(_packed_info(dataset))
+        # an iterable dataset has lost its packing facts
+        has_cohorts = is_training and COHORTS[1] in (getattr(_stored(dataset), "column_names", None) or ())
         if has_cohorts:
             refuse_torn_rounds(self.args)
         if _has_length(dataset):
@@ -236,12 +237,6 @@ def refuse_torn_steps(args: TrainingArguments, sequences_per_step: int) -> None:
 
 def refuse_torn_rounds(args: TrainingArguments) -> None:
     """Raise ValueError for arguments that would tear the rounds of cohorts."""
-    strategy = args.train_sampling_strategy
-    if strategy not in ("random", "sequential"):
-        raise OptionError(
-            f"{Option('train_sampling_strategy', strategy)} would tear the rounds of the packs' cohorts; take 'random', "
-            "which draws the order of cohorts and of packs in a round, or 'sequential', or pack without cohorts"
-        )
     for name, value in (
         ("auto_find_batch_size", args.auto_find_batch_size),
         ("split_batches", getattr(args.accelerator_config, "split_batches", False)),
@@ -297,6 +292,10 @@ def said_packs_per_pass(args: TrainingArguments) -> int | None:
 
 def _has_length(dataset: Any) -> bool:
     return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+
+
+def _stored(dataset: Any) -> Any:
+    return dataset.packed if isinstance(dataset, EpochPacks) else dataset
 
 
 def _has_cohorts(info: PackedInfo | None) -> bool:

@@ -66,7 +66,9 @@ def plan_rounds(dataset: Any, sequences_per_step: int, ranks: int) -> RoundPlan:
         what = f"{given} is {sequences_per_step // lanes} for each of {lanes} lanes, and a pack has {deepest} sequences"
         cure = f"set it to {deepest * lanes} or more, or pack with fewer {Option('cohort_lanes')}"
         raise OptionError(f"{what}; {cure}")
-    plans, of_rank, steps = {}, {}, {}
+    plans: dict[Cell, StepPlan] = {}
+    of_rank: dict[Cell, int] = {}
+    steps: dict[tuple[int, int], int] = {}
     for cell, packs in _cells(places):
         plan = plans[cell] = plan_steps(depths[packs], sequences_per_step // lanes)
         cohort, number, lane = cell

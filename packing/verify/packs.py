@@ -5,8 +5,8 @@
     1      [5]                [2]                4 tokens        1 value         one token is missing
     2      [3]                [1]                3 tokens        1 value         row 1 is there a second time
 
-Memory: a bit for each row of the source that has been seen, and 40 bytes for each piece of a row that was split (64 with
-cohorts).
+Memory: a bit for each row of the source that has been seen, and 40 bytes for each piece of a row that was split, or 64
+with cohorts.
 """
 
 from __future__ import annotations
