@@ -206,6 +206,28 @@ def test_padding_slots_change_nothing(name):
         assert counted.sum() == 2 * moe.options.top_k * exact.num_tokens
 
 
+def kept_numbers(chunk_size):
+    """How many numbers the graph of one pass holds, beside its parameters."""
+    moe, layout, held = make_moe(chunk_size=chunk_size), layout_of([[1] * 200]), {}
+    parameters = {parameter.data_ptr() for parameter in moe.parameters()}
+
+    def hold(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = x, storage.nbytes() // 8
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
+        out_TD, _ = moe(hidden_of(layout).requires_grad_(), layout)
+    out_TD.sum().backward()
+    return sum(size for _, size in held.values())
+
+
+def test_chunks_keep_nothing_of_the_inner_width():
+    assert kept_numbers(None) > 2 * 2 * 200 * INNER  # before and after the activation, twice a token
+    assert kept_numbers(50) < 2 * 200 * INNER
+
+
 # -- published implementations ----------------------------------------------------------------------------------------
 
 
