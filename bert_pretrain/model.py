@@ -23,7 +23,7 @@ from bert_pretrain.block.use import DEFAULT_ATTENTION, initialize_block
 from collate.columns import IGNORED, PAIR_LABELS
 from collate.device.host import tensors_in
 from collate.heads.loss_rows import added_sums, rows_of
-from collate.layout import PackLayout, SlotLayout
+from collate.layout import PackLayout, SlotLayout, one_slot
 from collate.losses import MLM_TERMS, Batch, Loss, Predicted, mlm_sums, pair_sums, pretraining_loss
 from collate.views import at_least_float32
 from packing.files.errors import check_known
@@ -192,9 +192,8 @@ class PackedBertForPreTraining(BertForPreTraining):
         """(T, D), and the sums for terms that its layers add to the loss; see collate.heads.loss_rows."""
         if layout.num_tokens == 0:
             # A rank that ran out of packs must still take part in the step, with a gradient of 0 for every parameter.
-            # BERT's layers cannot run on no token: run on one, and keep nothing of it.
-            one = torch.zeros_like(input_ids[:1, :1])
-            hidden_TD, given = self._encode(PackLayout.of(one + 1), one, None, None)
+            # BERT's layers cannot run on no token: run on a slot of padding, and keep nothing of it.
+            hidden_TD, given = self._encode(one_slot(layout), torch.zeros_like(input_ids[:1, :1]), None, None)
             return hidden_TD[:0], {total: value[None][:0].sum() for total, value in given.items()}
         heads = [module for module in self.modules() if isinstance(module, AttentionHead)]
         prepare_heads(heads, layout)

@@ -377,6 +377,17 @@ class SlotLayout(PackLayout):
         return x_T.unflatten(0, self.sequence_ids_BL.shape)
 
 
+def one_slot(layout: PackLayout) -> SlotLayout:
+    """A batch of one slot of padding, where the layout is: for modules that cannot run on no token.
+
+    They run on it, and count nothing: no statistics of a buffer, no term of a loss.
+    """
+    ids = torch.zeros_like(layout.sequence_ids_BL[:1, :1])
+    if layout.host is None:
+        return SlotLayout(ids)
+    return SlotLayout(ids, SlotLayout(torch.zeros_like(layout.host.sequence_ids_BL[:1, :1])))
+
+
 def _boundaries(layout: PackLayout) -> Tensor:
     starts = layout.is_start_BL.flatten()[layout.token_index].nonzero().squeeze(1)
     return torch.nn.functional.pad(starts, (0, 1), value=len(layout.token_index)).int()

@@ -28,7 +28,7 @@ class BlockBertConfig(BertConfig):
 def set_block(config: PreTrainedConfig, options: BlockOptions) -> None:
     """Write the entry, and let the config be of the type that belongs to it."""
     config.block = options.changed or None
-    if isinstance(config, BertConfig):
+    if type(config) in (BertConfig, BlockBertConfig):
         config.__class__ = BertConfig if options.computes_stock else BlockBertConfig
     if config.block is None:
         del config.block

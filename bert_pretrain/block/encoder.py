@@ -15,7 +15,7 @@ from bert_pretrain.block.norms import norm_like
 from bert_pretrain.block.options import BlockOptions
 from bert_pretrain.block.placements import PLACEMENTS
 from bert_pretrain.block.streams import NOT_ONE_GRAPH, STREAMS
-from collate.layout import PackLayout
+from collate.layout import PackLayout, one_slot
 
 NOT_RECORDED = ("output_hidden_states", "output_attentions")
 
@@ -82,9 +82,8 @@ class BlockEncoder(nn.Module):
                 "within each row and 0 on padding"
             )
         layout = PackLayout.of(sequence_ids)
-        if layout.num_tokens == 0:  # BERT's layers cannot run on no token: run on one, and keep nothing of it
-            one = PackLayout.of(torch.ones_like(sequence_ids[:1, :1]))
-            hidden_TD, sums = self._run(hidden_states[:1, 0], one)
+        if layout.num_tokens == 0:  # layers cannot run on no token: run on a slot of padding, and keep nothing of it
+            hidden_TD, sums = self._run(hidden_states[:1, 0], one_slot(layout))
             hidden_TD, sums = hidden_TD[:0], {name: value * 0 for name, value in sums.items()}
         else:
             prepare_heads([module for module in self.modules() if isinstance(module, AttentionHead)], layout)

@@ -8,6 +8,7 @@ from block_models import IDS, block_model, hidden_of, layout_of, run_encoder
 from count_waits import batch_of
 
 from bert_pretrain.block import FEED_FORWARDS, NORMS, PLACEMENTS, STREAMS, BlockOptions
+from bert_pretrain.moving import MovesAfterStep
 from collate import to_device
 
 HEADS = ["sdpa", "local", "lsh", "routing", "linear"]
@@ -100,3 +101,12 @@ def test_a_rank_without_packs_takes_part(options):
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert all(name.startswith(("bert.pooler", "cls.seq_relationship")) for name in missing)
     assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize(("head", "options"), [("routing", {}), ("sdpa", {"feed_forward": "moe", "balance": "bias"})])
+def test_a_rank_without_packs_moves_no_buffer(head, options):
+    model = block_model(head, placement="pre", **options)
+    words = torch.ones((1, 4), dtype=torch.long)
+    model(words, torch.zeros_like(words), labels=torch.full_like(words, -100)).loss.backward()
+    moving = [module for module in model.modules() if isinstance(module, MovesAfterStep)]
+    assert moving and all(not any(x.any() for x in module._statistics or ()) for module in moving)
