@@ -140,10 +140,10 @@ def compare(output: Path, seconds: float) -> dict:
     class PaddedBert(PackedBertForPreTraining):
         """The same weights and losses; the encoder runs on padded rows, as stock transformers runs it."""
 
-        def encode(self, layout, input_ids, position_ids=None, token_type_ids=None):
+        def _encode(self, layout, input_ids, position_ids=None, token_type_ids=None):
             mask = layout.is_real_BL.long()
             hidden_BLD = self.bert(input_ids, attention_mask=mask, token_type_ids=token_type_ids).last_hidden_state
-            return layout.unpad(hidden_BLD)
+            return layout.unpad(hidden_BLD), {}
 
     print("\nthe same training, padded, bucketed and packed in turn …", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(output / "prepared/tokenizer")

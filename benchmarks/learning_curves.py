@@ -50,10 +50,10 @@ COLORS = {"padded": "#999999", "packed": "#0072b2", "packed, 16 packs": "#e69f00
 class PaddedBert(PackedBertForPreTraining):
     """The same weights and losses; the encoder runs on padded rows, as stock transformers runs it."""
 
-    def encode(self, layout, input_ids, position_ids=None, token_type_ids=None):
+    def _encode(self, layout, input_ids, position_ids=None, token_type_ids=None):
         mask = layout.is_real_BL.long()
         hidden_BLD = self.bert(input_ids, attention_mask=mask, token_type_ids=token_type_ids).last_hidden_state
-        return layout.unpad(hidden_BLD)
+        return layout.unpad(hidden_BLD), {}
 
 
 def main() -> None:

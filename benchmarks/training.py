@@ -219,10 +219,10 @@ class Way:
 class PaddedBert(PackedBertForPreTraining):
     """The same weights and losses; the encoder runs on padded rows, as stock transformers runs it."""
 
-    def encode(self, layout: PackLayout, input_ids, position_ids=None, token_type_ids=None) -> Tensor:
+    def _encode(self, layout: PackLayout, input_ids, position_ids=None, token_type_ids=None) -> tuple[Tensor, dict]:
         mask = layout.is_real_BL.long()
         hidden_BLD = self.bert(input_ids, attention_mask=mask, token_type_ids=token_type_ids).last_hidden_state
-        return layout.unpad(hidden_BLD)
+        return layout.unpad(hidden_BLD), {}
 
 
 def make_way(name: str, corpus: Corpus, options) -> Way:
