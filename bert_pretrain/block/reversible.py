@@ -131,12 +131,18 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, again: _Again, pair: _Pair, a: Tensor, b: Tensor, *parameters: Tensor) -> Any:
         out, sums, ctx.random, choices = again.forward(b)
         ctx.again, ctx.pair, ctx.parameters = again, pair, parameters
+        ctx.versions = [x._version for x in parameters]
         ctx.save_for_backward(*choices)
         return a + out, sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_sums: Tensor) -> Any:
+        if ctx.versions != [x._version for x in ctx.parameters]:
+            raise RuntimeError(
+                "parameters changed between the forward and the backward pass, so stream='reversible' cannot run "
+                "layers again; call backward() before the optimizer's step"
+            )
         b, summed = ctx.pair.streams
         x = b.detach().requires_grad_()
         out, sums = ctx.again.again(x, ctx.random, ctx.saved_tensors)

@@ -268,6 +268,15 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(result.sum(), hidden, create_graph=True)
 
 
+def test_weights_that_changed_before_the_second_run_are_refused():
+    branches, layout = small_layers(build("sdpa"), 1), layout_of(IDS)
+    result, _ = reversible(small_steps(branches), hidden_of(layout), layout)
+    with torch.no_grad():
+        branches[0].query.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="before the optimizer's step"):
+        result.sum().backward()
+
+
 def test_a_graph_that_is_kept_gives_the_same_gradients_again():
     branches, layout = small_layers(build("lsh"), 2, 0.1), layout_of(IDS)
     hidden = hidden_of(layout).requires_grad_()
