@@ -142,9 +142,10 @@ class ClusteredAttention(AttentionHead):
 
     def _make_groups(self, layout: PackLayout, doubled: bool) -> "Groups":
         starts, lengths = layout.cu_seqlens[:-1].long(), layout.lengths
-        groups = layout.length_groups
-        if doubled:
+        if doubled:  # and not layout.length_groups, which would be sent to the device, too
             groups = length_groups(starts, lengths, layout.sequence_of_token, layout.positions_T, doubled)
+        else:
+            groups = layout.length_groups
         made = []
         for (_, width), own, mask in zip(groups.shapes, groups.members, groups.key_masks, strict=True):
             # The width decides, not the members: nothing may depend on which sequences are in the group.

@@ -131,9 +131,10 @@ class RoutingAttention(AttentionHead, MovesAfterStep):
 
     def _make_clusters(self, layout: PackLayout, doubled: bool) -> "ClusterGroups":
         starts, lengths = layout.cu_seqlens[:-1].long(), layout.lengths
-        groups = layout.length_groups
-        if doubled:
+        if doubled:  # and not layout.length_groups, which would be sent to the device, too
             groups = length_groups(starts, lengths, layout.sequence_of_token, layout.positions_T, doubled)
+        else:
+            groups = layout.length_groups
         clusters = []
         for (_, width), members, mask in zip(groups.shapes, groups.members, groups.key_masks, strict=True):
             is_real = layout.is_real_sequence[members]

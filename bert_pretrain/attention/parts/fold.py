@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from collate.chunks import Chunks
+from collate.chunks import Chunks, cut_into_chunks
 from collate.layout import PackLayout
 from collate.length_groups import Gather, Scatter
 from collate.views import starts_of
@@ -111,7 +111,9 @@ def fold_sequences(layout: PackLayout, columns: int) -> Tables:
 
 def fold_packs(layout: PackLayout, columns: int) -> Tables:
     """One group, a table for each pack. A row of nobody shows a token of its pack."""
-    chunks, (packs, slots) = layout.chunks(columns), layout.sequence_ids_BL.shape
+    packs, slots = layout.sequence_ids_BL.shape
+    # and not layout.chunks, which would be sent to the device, too
+    chunks = cut_into_chunks(columns, layout.lengths, layout.sequence_of_token, layout.positions_T)
     pack = layout.token_index[chunks.index[:, 0]] // slots
     rows_of_pack = torch.bincount(pack, minlength=packs)
     first, rows = starts_of(rows_of_pack), int(rows_of_pack.max())

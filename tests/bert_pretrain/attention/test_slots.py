@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from small_heads import HERE, SMALL_OPTIONS
 
 from bert_pretrain.attention import ATTENTION
+from collate.device.host import tensors_in
 from collate.layout import PackLayout, SlotLayout
 
 IDS = {
@@ -63,6 +64,19 @@ def test_slots_of_padding_change_nothing(name):
     for build in builds(name):
         for ids in IDS.values():
             assert_equal(*both(build, ids, slots=5), ROUNDING)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_what_the_host_sends_is_small(name):
+    """Of 32 packs of 512 slots, with sequences of 40 to 474 tokens, at most 400 KB."""
+    ids = torch.zeros(32, 512, dtype=torch.int32)
+    for pack in range(32):
+        ends = torch.arange(40 + 14 * pack, 512, 40 + 14 * pack)
+        ids[pack, : ends[-1]] = torch.bucketize(torch.arange(ends[-1]), ends, right=True).int() + 1
+    host = SlotLayout(ids, sequence_slots=int(ids.max()))
+    host.__dict__["runs_on"] = torch.device("cuda")  # as the host's layout of a batch that was sent there
+    make(ATTENTION[name], num_heads=12, head_width=64, max_sequence_length=512).prepare(host)
+    assert sum(x.numel() * x.itemsize for x in tensors_in(host.tables)) <= 400_000
 
 
 @pytest.mark.parametrize("name", HERE)
