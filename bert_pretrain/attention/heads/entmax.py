@@ -4,8 +4,8 @@
     tau_i so that they add up to 1;    alpha_h = 1.01 + 0.99 sigmoid(a_h), a_h a parameter of each head
 
 alpha = 1 is the softmax, which gives every token a weight; 2 is the sparsemax, the sparsest. A head between them learns
-whether to look at few tokens or at many. The source has 1 + sigmoid(a), down to the softmax itself, where the gradient
-is 0 / 0; its code stops at 1.01, as here.
+whether to look at few tokens or at many. The source has 1 + sigmoid(a), down to the softmax itself. There the gradient
+of alpha is 0 / 0 as the package computes it, so alpha stops at 1.01 here.
 
 The package `entmax` computes the weights, by bisection, and their gradients: pip install 'dataset-packing[entmax]'.
 
