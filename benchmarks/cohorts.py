@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import importlib.util
+import logging
 import shutil
 import statistics
 import sysconfig
@@ -50,9 +51,10 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="+", default=[128, 512], help="token slots in a pack")
     parser.add_argument("--packer", nargs="+", default=["lpfhp"], help="of the cells, and of the plain plan")
     parser.add_argument("--tokens", type=int, default=97_600_000, help="of random documents, about")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each")
+    parser.add_argument("--rounds", type=int, default=11, help="turns of each")
     options = parser.parse_args()
     datasets.disable_progress_bars()
+    logging.getLogger("packing.dataset").setLevel(logging.ERROR)  # it says which documents are split, each time
     print(f"{machine()}\n", flush=True)
     if options.speed:
         compare_speed(options)
@@ -94,7 +96,9 @@ def print_plans(name: str, tokens: np.ndarray, slots: int, packer: str) -> None:
 
 def corpora() -> dict[str, np.ndarray]:
     """{name: tokens of each document}"""
-    encoder = Tokenizer.from_str(bert())  # without the truncation that is baked into its file
+    encoder = Tokenizer.from_str(bert())
+    encoder.no_truncation()  # its file has both, to 128 tokens
+    encoder.no_padding()
     read = {"sotu": speeches, "Wikipedia extract": articles, "Python library": sources, "20 Newsgroups": mails}
     found = {}
     for name, documents in read.items():

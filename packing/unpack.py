@@ -65,9 +65,9 @@ def _source_order(
     packed: datasets.Dataset, lengths: np.ndarray, facts: PackedInfo, source_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sequences by their stored number in the order of the source; (rows + 1,) where each row begins among them."""
-    rows = _stored(packed, INDICES)
+    rows = stored_numbers(packed, INDICES)
     is_split = STARTS in packed.column_names
-    begins = _stored(packed, STARTS) if is_split else np.zeros(len(rows), np.int32)
+    begins = stored_numbers(packed, STARTS) if is_split else np.zeros(len(rows), np.int32)
     order = np.lexsort((begins, rows)) if is_split else np.argsort(rows, kind="stable")
     rows, begins, lengths = rows[order], begins[order].astype(np.int64), lengths[order]
     is_first = np.append(True, rows[1:] != rows[:-1])
@@ -97,7 +97,7 @@ def _refuse_other_rows(found: np.ndarray, dropped: np.ndarray, source_rows: int)
 WHOLE = "the whole packed dataset as pack_dataset made it (verify_packed names what is wrong)"
 
 
-def _stored(packed: datasets.Dataset, name: str) -> np.ndarray:
+def stored_numbers(packed: datasets.Dataset, name: str) -> np.ndarray:
     """(sequences,) values of a column with one number per sequence, pack after pack."""
     column = read_lists(name, packed.data.column(name), chosen_rows(packed))
     starts, lengths = column.find(np.arange(column.num_rows))

@@ -140,3 +140,15 @@ def test_the_page_of_blocks_shows_every_picture(monkeypatch, tmp_path):
     for name in pictures.PICTURES:
         assert f"pictures/blocks_{name}.png" in page
         assert (tmp_path / f"blocks_{name}.png").stat().st_size > 5_000
+
+
+def test_cohorts_and_what_they_cost(benchmark, tmp_path, capsys):
+    """Each row of the table follows from the one without cohorts; both ways of the clock write packs."""
+    cohorts = benchmark("cohorts")
+    cohorts.print_plans("small", np.arange(1, 200) % 50 + 1, 16, "lpfhp")
+    plain, *rows = ([cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines())
+    assert len(rows) == len(cohorts.LANES) * len(cohorts.COHORTS) and plain[6] == "none"
+    for row in rows:
+        assert row[11] == f"{int(row[9]) / int(plain[9]) - 1:.2%}" and int(row[9]) >= int(plain[9])
+    cohorts.measure("small", np.arange(1, 1200), tmp_path, rounds=1)
+    assert capsys.readouterr().out.startswith("| small, 1,199 | ")

@@ -33,7 +33,7 @@ from collate.training.order import (
 from packing import EpochPacks, packed_info
 from packing.files.errors import Option, OptionError
 from packing.histogram import offsets_of
-from packing.source.token_column import chosen_rows, read_lists
+from packing.unpack import stored_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,11 @@ class RoundSteps(Sampler):
         shuffle: bool = True,
     ):
         self.dataset, self.seed, self.width, self.shuffle, self.epoch = dataset, seed, width, shuffle, 0
+        self._packs = dataset if isinstance(dataset, EpochPacks) else EpochPacks(dataset)
         self.packs_per_pass, self.passes, self.ranks = packs_per_pass, passes, ranks
         self.slots = packs_per_pass * passes * ranks
         self.groups = math.gcd(_lanes(dataset, ranks), self.slots)
-        refuse_missing_pieces(dataset)
+        refuse_missing_pieces(self._packs)
         self.plan = None if sequences_per_step is None else plan_rounds(dataset, sequences_per_step, ranks)
         if self.plan is not None and self.plan.most_packs > self.slots:
             needed = -(-self.plan.most_packs // (packs_per_pass * ranks))
@@ -116,9 +117,9 @@ class RoundSteps(Sampler):
         self._say_short_steps(sequences_per_step)
 
     def _say_short_steps(self, sequences_per_step: int | None) -> None:
-        _, steps = self._steps_of_packs()
+        packs, steps = self._steps_of_packs()
         self.num_steps = int(steps.max()) + 1
-        depths = None if sequences_per_step is None else pack_depths(self.dataset)
+        depths = None if sequences_per_step is None else pack_depths(self._packs)[packs]
         held = np.bincount(steps, depths, self.num_steps)
         full = self.slots if sequences_per_step is None else sequences_per_step
         self.num_short_steps = int((held < full).sum())
@@ -138,10 +139,10 @@ class RoundSteps(Sampler):
         return self.num_steps * self.slots
 
     def __iter__(self) -> Iterator[int]:
-        lengths, offsets = pack_lengths(self.dataset)
+        lengths, offsets = pack_lengths(self._packs)
         costs = pack_costs(lengths, offsets, self.width)
         packs, steps = self._steps_of_packs()
-        rank = _places(self.dataset)[packs, LANE] % self.ranks
+        rank = _places(self._packs)[packs, LANE] % self.ranks
         by_rank = steps * self.ranks + rank
         number = _numbered(by_rank)
         table = np.full((self.num_steps * self.ranks, self.passes * self.packs_per_pass), len(costs))
@@ -153,11 +154,11 @@ class RoundSteps(Sampler):
 
     def _steps_of_packs(self) -> tuple[np.ndarray, np.ndarray]:
         """All packs in the order of the epoch, and the step of each."""
-        places = _places(self.dataset)
+        places = _places(self._packs)
         packs = order_of_rounds(places, self.seed, self.epoch, self.shuffle)
         if self.plan is None:
             return packs, steps_by_packs(places[packs], self.groups, self.slots // self.groups)
-        depths = pack_depths(self.dataset)[packs]
+        depths = pack_depths(self._packs)[packs]
         return packs, steps_by_sequences(places[packs], depths, self.plan.plans, self.seed, self.epoch)
 
 
@@ -201,7 +202,7 @@ def steps_by_sequences(
 def refuse_missing_pieces(dataset: Any) -> None:
     """Raise ValueError where a document's piece is there and the one before is not: memory would have a hole."""
     packed = dataset.packed if isinstance(dataset, EpochPacks) else dataset
-    rows, rounds = (_stored(packed, name) for name in ("sequence_indices", "sequence_rounds"))
+    rows, rounds = (stored_numbers(packed, name) for name in ("sequence_indices", "sequence_rounds"))
     order = np.lexsort((rounds, rows))
     rows, rounds = rows[order], rounds[order]
     expected = _numbered(rows)
@@ -231,13 +232,6 @@ def _places(dataset: Any) -> np.ndarray:
     places = (dataset if isinstance(dataset, EpochPacks) else EpochPacks(dataset)).places
     assert places is not None
     return places
-
-
-def _stored(packed: Any, name: str) -> np.ndarray:
-    """(sequences,) values of a column with one number per sequence, pack after pack."""
-    column = read_lists(name, packed.data.column(name), chosen_rows(packed))
-    starts, lengths = column.find(np.arange(column.num_rows))
-    return column.gather(starts, lengths, starts + lengths - 1).to_numpy()
 
 
 def _cells(places: np.ndarray) -> Iterator[tuple[Cell, np.ndarray]]:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 LENGTHS, INDICES, STARTS = "sequence_lengths", "sequence_indices", "sequence_starts"
 CELL = "sequence_cohorts", "sequence_rounds", "sequence_lanes"  # the same for all sequences of a pack
 PREFIX = "Packed by dataset-packing, format 1: "
-
-
 ADDED = {"added": True}  # after 0.1.0: left out where it is None, so that packings of earlier versions resume
 
 
@@ -133,7 +131,7 @@ def read_facts(text: str) -> PackedInfo:
 def _conditions(facts: PackedInfo) -> dict[str, bool]:
     """{fact: whether it can be so, beside the others}"""
     rows, packs, sequences, tokens = facts.source_rows, facts.num_packs, facts.num_sequences, facts.num_tokens
-    cut = facts.overlong_rows
+    cut, cohort, lanes = facts.overlong_rows, facts.cohort, facts.cohort_lanes
     conditions = {
         "max_sequence_length": 1 <= facts.max_sequence_length < 2**31,
         "max_sequences_per_pack": facts.max_sequences_per_pack is None or 1 <= facts.max_sequences_per_pack < 2**31,
@@ -141,10 +139,8 @@ def _conditions(facts: PackedInfo) -> dict[str, bool]:
         "token_columns": facts.token_columns[:1] == ("input_ids",),
         "overlong": facts.overlong in OVERLONG,
         "balance": facts.balance is None or 1 <= facts.balance < 2**63,
-        "cohort": facts.cohort is None or (facts.overlong == "split" and 1 <= facts.cohort < 2**63),
-        "cohort_lanes": 1 <= facts.cohort_lanes <= facts.cohort
-        if facts.cohort is not None and facts.cohort_lanes is not None
-        else facts.cohort is facts.cohort_lanes,
+        "cohort": cohort is None or (facts.overlong == "split" and 1 <= cohort < 2**63),
+        "cohort_lanes": cohort is lanes if cohort is None or lanes is None else 1 <= lanes <= cohort,
     }
     if facts.buffer_size is not None:
         return conditions

@@ -14,6 +14,7 @@ from bert_pretrain.train.batch import counted_info, set_batch, split_step
 from bert_pretrain.train.config import PretrainConfig
 from bert_pretrain.train.pretrain import pretrain
 from collate.training.order import pack_depths, plan_steps
+from collate.training.rounds import plan_rounds
 from packing import packed_info
 from packing.cli import main as pack_dataset
 
@@ -131,6 +132,25 @@ def test_sequences_per_step_decide_packs_per_pass(folders, tmp_path, caplog):
     with caplog.at_level("INFO"):
         set_batch(config, long, packs)
     assert f"an epoch is {steps} steps, the run 100" in caplog.text and "learns little" not in caplog.text
+
+
+def test_packs_with_cohorts_are_trained_on_in_rounds(folders, tmp_path, caplog):
+    """A step stays in a round, and each of 8 lanes gives its share of the sequences."""
+    text, prepared, packed = str(folders["folder"] / "text.txt"), str(tmp_path / "prepared"), str(tmp_path / "packed")
+    prepare = ["prepare", "--text", text, "--output", prepared, "--objective", "none", "--max_sequence_length", "64"]
+    assert bert_pretrain([*prepare, "--tokenizer", folders["tokenizer"]]) == 0
+    cohorts = ["--overlong", "split", "--cohort", "64", "--packer", "lpfhp", "--max-sequences-per-pack", "4"]
+    assert pack_dataset([prepared, packed, "--max-sequence-length", "32", *cohorts]) == 0
+    packs = load_from_disk(packed)["train"]
+    plan = plan_rounds(packs, 64, ranks=1)
+    training = TrainingArguments(str(tmp_path), per_device_train_batch_size=16, use_cpu=True)
+    assert set_batch(PretrainConfig(dataset="", tokenizer="", sequences_per_step=64), training, packs) == 64
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps >= plan.most_packs
+    assert train(folders | {"packed": packed}, tmp_path / "bert", "--sequences_per_step", "64") == 0
+    assert f"of {plan.num_steps} steps in an epoch" in caplog.text
+    config = PretrainConfig(dataset="", tokenizer="", sequences_per_step=20)
+    with pytest.raises(ValueError, match="sequences_per_step=20 cannot be shared out to the 8 lanes of the cohorts"):
+        set_batch(config, TrainingArguments(str(tmp_path), use_cpu=True), packs)
 
 
 @pytest.mark.parametrize("policy", ["sequences", "packs"])

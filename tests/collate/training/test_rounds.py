@@ -96,8 +96,9 @@ def test_a_model_with_memory_can_train_on_it(lanes, share, packs_per_pass, passe
     held = [sum(len(packs[i]["sequence_lengths"]) if sequences else 1 for rank in step for i in rank) for step in steps]
     full = per_step or packs_per_pass * passes * ranks
     assert order.num_steps == len(steps)
-    if not sequences:
-        assert order.num_short_steps == sum(n < full for n in held) and max(held) <= full
+    if not sequences or epoch == 0:  # which shares of lanes meet is drawn, too
+        assert order.num_short_steps == sum(n < full for n in held)
+    assert sequences or max(held) <= full
 
 
 def test_other_orders_have_faults():
