@@ -69,9 +69,8 @@ def main() -> None:
 
 
 def compare_packs(options) -> None:
-    print(
-        "| corpus | documents | slots | pieces | packer | cohort | lanes | rounds | packs | efficiency | more packs | planning, s |"
-    )
+    heads = "corpus", "documents", "slots", "pieces", "packer", "cohort", "lanes", "rounds", "packs", "efficiency"
+    print(f"| {' | '.join(heads)} | more packs | planning, s |")
     print("|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|")
     for name, lengths in corpora(options.corpora).items():
         for slots in options.slots:
