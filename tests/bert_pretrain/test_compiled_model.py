@@ -11,6 +11,8 @@ from transformers import BertConfig
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION
+from bert_pretrain.attention.heads import longformer
+from bert_pretrain.attention.parts import global_tokens
 from collate import to_device
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -122,6 +124,22 @@ def test_patterns_by_flex_are_in_the_graph(head):
     with flex_in_graph():
         twin = make_model(head, execution="chunks")
         assert assert_equal_and_count(head, "aot_eager", True, twin=twin, execution="flex") == 2
+
+
+@pytest.mark.long
+def test_own_global_projections_are_in_the_graph(monkeypatch):
+    """Global tokens attend in chunks, as on a GPU."""
+    monkeypatch.setattr(global_tokens, "attend_in_groups", global_tokens.attend_by_chunks)
+    monkeypatch.setattr(longformer, "prepare_global", prepare_chunks)
+    with flex_in_graph():
+        twin = make_model("longformer", execution="chunks", projections="own")
+        own = {"execution": "flex", "projections": "own"}
+        assert assert_equal_and_count("longformer", "aot_eager", True, twin=twin, **own) == 2
+
+
+def prepare_chunks(layout, first, last=0):
+    global_tokens.written(layout, first, last)
+    global_tokens.in_chunks(layout, global_tokens.CHUNK)
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,6 @@ class EtcStreamAttention(AttentionHead):
         self.of_global.start_from(layer, "query", "key", "value", "key", "value")
         self.of_long.start_from(layer, "key", "value")
 
-    def is_one_graph(self, layout: PackLayout) -> bool:
-        return True
-
     def prepare(self, layout: PackLayout) -> None:
         size, _ = chunk_and_reach(self.options.window)
         layout.chunks(size)
