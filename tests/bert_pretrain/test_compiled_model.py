@@ -13,6 +13,7 @@ from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION
 from bert_pretrain.attention.heads import longformer
 from bert_pretrain.attention.parts import global_tokens
+from bert_pretrain.attention.parts.pieces import in_chunks
 from collate import to_device
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -139,7 +140,7 @@ def test_own_global_projections_are_in_the_graph(monkeypatch):
 
 def prepare_chunks(layout, first, last=0):
     global_tokens.written(layout, first, last)
-    global_tokens.in_chunks(layout, global_tokens.CHUNK)
+    in_chunks(layout, global_tokens.CHUNK)
 
 
 @pytest.mark.parametrize(
