@@ -49,7 +49,7 @@ class ClusteredOptions(HeadOptions):
     """Clusters of a sequence's queries, never more than it has tokens. None: about sqrt(n)."""
     top_keys: int = whole(32, 0, "0 is the paper's plain clustered attention")
     """Keys of each cluster that its queries see exactly: its mean's best. Up to this length the head is exact."""
-    bits: int = whole(32, 1, "give the number of bits of a query's code")
+    bits: int = whole(63, 1, "give the number of bits of a query's code")
     """Bits of the code by which queries are compared. More tell more queries apart, and cost in proportion."""
     iterations: int = whole(10, 0, "0 keeps the first centroids")
     """Steps of k-means."""
