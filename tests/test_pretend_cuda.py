@@ -254,7 +254,7 @@ STORED: dict[str, Row | None] = {
     "etc": Row((0, 0), (1477, 1477)),
     "etc_stream": Row((0, 0), (4542, 4542)),
     "bigbird": Row((0, 0), (1637, 1637)),
-    "adaptive_span": Row((0, 0), (1721, 1721)),
+    "adaptive_span": Row((0, 0), (1804, 1804)),
     "entmax": Row((0, 0), (5441, 5441)),
     "lsh": Row((0, 0), (3459, 3459)),
     "routing": Row((0, 0), (4277, 4277)),

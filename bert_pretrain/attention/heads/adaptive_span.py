@@ -73,10 +73,7 @@ class AdaptiveSpanAttention(AllScoresHead):
     @property
     def spans_H(self) -> Tensor:
         """(H,) z: the tokens that each head sees in full on each side."""
-        share_H = at_least_float32(self.span_bias_H)
-        # Between a step and `after_step`, or without it, a share may lie outside. The gradient passes nevertheless:
-        # with none it would stay there for good.
-        return self.longest_span * (share_H + (share_H.clamp(0, 1) - share_H).detach())
+        return self.longest_span * Within.apply(at_least_float32(self.span_bias_H))
 
     @property
     def loss_rows(self) -> tuple[Mean, ...]:
@@ -92,17 +89,17 @@ class AdaptiveSpanAttention(AllScoresHead):
         num_queries, num_keys = scores_GHCM.shape[2:]
         scores = scores_GHCM + self.log_window(num_queries, num_keys, scores_GHCM.dtype)
         if mask is not None:
-            scores = scores.masked_fill(~mask, least(scores.dtype))  # not -inf: a query of padding may see nothing
+            scores = torch.where(mask, scores, least(scores.dtype))  # not -inf: a query of padding may see nothing
         return scores.softmax(3)
 
     def log_window(self, num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor:
         """(H, C, M): log m, which added to scores is m as a factor; the queries stand in the middle of the keys."""
-        device = self.span_bias_H.device
-        query = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries) // 2
-        distance = (query - torch.arange(num_keys, device=device)).abs()
+        first = (num_keys - num_queries) // 2 + 1 - num_keys  # the first query, seen from the last key
+        distances = torch.arange(first, first + num_queries + num_keys - 1, device=self.span_bias_H.device).abs()
+        distance = distances.unfold(0, num_keys, 1).flip(1)
         share = (self.options.ramp + self.spans_H.to(dtype)[:, None, None] - distance) / self.options.ramp
-        is_hidden = share <= 0  # log has no gradient there
-        return share.clamp(max=1).masked_fill(is_hidden, 1).log().masked_fill(is_hidden, least(dtype))
+        # below the smallest number, where log has no gradient, it is hidden
+        return share.clamp(torch.finfo(dtype).tiny, 1).log().masked_fill(share <= 0, least(dtype))
 
     # Chunks, where S makes them cheaper than whole sequences
 
@@ -151,6 +148,19 @@ class AdaptiveSpanAttention(AllScoresHead):
         mask = view.key_valid[:, None, None]
         context = self.attend_keys(view.queries(q_THK), view.keys(k_THK), view.keys(v_THK), mask, dropout)
         return view.to_tokens(context)
+
+
+class Within(torch.autograd.Function):
+    """A share, made one from 0 to 1. Between a step and `after_step`, or without it, it may lie outside. The gradient
+    passes nevertheless: with none it would stay there for good."""
+
+    @staticmethod
+    def forward(ctx, share):
+        return share.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
 
 
 def least(dtype: torch.dtype) -> float:
