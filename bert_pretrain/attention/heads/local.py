@@ -42,6 +42,14 @@ class LocalOptions(WindowOptions):
     block: int | None = whole(None, 1, "give the number of tokens of a block, or None for a window")
     """Tokens of a block, counted from the sequence's start: a query sees its own block instead of a window."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block is not None and self.window != WindowOptions.window:
+            raise ValueError(
+                f"{type(self).__name__}: window={self.window} has no effect beside block={self.block}, which replaces "
+                "the window; give one of the two"
+            )
+
 
 class WindowPattern(PatternAttention):
     """The window, for patterns that have one."""
@@ -85,6 +93,9 @@ class LocalAttention(WindowPattern):
             return super().seen_blocks(layout)
         ids = layout.sequence_ids_BL
         return within(self.options.block - 1, ids.shape[1], ids.shape[1], ids.device)
+
+    def longest_whole(self) -> int:
+        return super().longest_whole() if self.options.block is None else self.options.block * 3 // 2
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: PackLayout, dropout: float = 0.0) -> Tensor:
         size, is_auto = self.options.block, self.options.execution == "auto"

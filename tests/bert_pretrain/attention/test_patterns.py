@@ -40,7 +40,7 @@ from bert_pretrain.attention.heads.strided import StridedAttention
 HEADS: dict[str, Callable] = {
     "local 3": partial(LocalAttention, window=3),
     "local 20": partial(LocalAttention, window=20),
-    "local blocks": partial(LocalAttention, window=3, block=6),
+    "local blocks": partial(LocalAttention, block=6),
     "strided split": partial(StridedAttention, stride=5),
     "strided merged": partial(StridedAttention, heads="merged"),
     "fixed split": partial(FixedAttention, stride=7, summary=2),
@@ -584,6 +584,7 @@ def test_refusals():
     for build, message in [
         (partial(LocalAttention, window=-1), "window=-1 must be a whole number, at least 0; 0 lets a token see itself"),
         (partial(LocalAttention, window=2.5), r"window=2\.5 must be a whole number"),
+        (partial(LocalAttention, window=4, block=8), "window=4 has no effect beside block=8, .*; give one of the two"),
         (partial(LocalAttention, width=3), "LocalAttention has no option width=3; its options are execution, window"),
         (
             partial(LocalAttention, execution="fast"),
