@@ -25,6 +25,17 @@ class BlockBertConfig(BertConfig):
         return values | {"architectures": [OWN + name.removeprefix(OWN).removeprefix("Packed") for name in names]}
 
 
+def check_type(config: PreTrainedConfig, options: BlockOptions) -> None:
+    """Raise ValueError for a config whose type would let stock BERT load a model with this block."""
+    if options.computes_stock or type(config) is BertConfig or isinstance(config, BlockBertConfig):
+        return
+    kind = type(config).__name__
+    raise ValueError(
+        f"a {kind} (model type {config.model_type}) with block={options.changed!r} would be saved as a checkpoint that "
+        f"stock BERT loads and misreads; make the model of a BertConfig, or let {kind} inherit from BlockBertConfig"
+    )
+
+
 def set_block(config: PreTrainedConfig, options: BlockOptions) -> None:
     """Write the entry, and let the config be of the type that belongs to it."""
     config.block = options.changed or None

@@ -9,7 +9,7 @@ from transformers.models.bert.modeling_bert import BertEncoder
 
 from bert_pretrain.attention import AttentionHead, use_attention
 from bert_pretrain.attention.head import initialize_head
-from bert_pretrain.block.config import set_block
+from bert_pretrain.block.config import check_type, set_block
 from bert_pretrain.block.encoder import BlockEncoder
 from bert_pretrain.block.layer import BlockLayer
 from bert_pretrain.block.norms import BlockLayerNorm, BlockRMSNorm
@@ -37,7 +37,8 @@ def use_block(model: Model, **options: Any) -> Model:
     The config keeps the options in one entry, `block`. What is saved is then no stock checkpoint: load it by AutoModel
     and its like, once `bert_pretrain.block` is imported.
 
-    Raises ValueError for an unknown name or option, and for a model of another kind. The model then stays as it is.
+    Raises ValueError for an unknown name or option, for a model of another kind, and for a config of a class of your
+    own, which stock BERT would load. The model then stays as it is.
     """
     place_block(model, BlockOptions.of(_entry(model)).with_changes(options))
     encoder = _bert(model).encoder
@@ -59,6 +60,7 @@ def place_block(model: PreTrainedModel, options: BlockOptions, is_new: bool = Fa
         return
     if is_placed and before.options.share_layers and not options.share_layers:
         raise ValueError("share_layers=False cannot part layers that are one; make the model anew")
+    check_type(model.config, options)
     takes_ids = "sequence_ids" in inspect.signature(model.forward).parameters
     if not is_placed and not takes_ids and not is_isolated(model):
         attach_hook(encoder_of(model, ASKS))  # positions that begin again in each sequence

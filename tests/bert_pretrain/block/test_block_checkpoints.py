@@ -9,7 +9,8 @@ import torch
 import transformers
 from block_models import IDS, block_model
 from pretraining_models import make_config
-from transformers import AutoConfig, BertForPreTraining
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, BertForPreTraining
+from transformers.models.bert.modeling_bert import BertEncoder
 
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.block import BlockBertConfig, models, use_block
@@ -117,6 +118,32 @@ def test_a_stock_checkpoint_gets_another_block(tmp_path):
     model = use_block(PackedBertForPreTraining.from_pretrained(tmp_path), **OPTIONS)
     assert torch.equal(model.bert.encoder.LayerNorm.weight, torch.ones(32))
     assert type(model.config) is BlockBertConfig
+
+
+class OwnConfig(BertConfig):
+    """Its model type is stock BERT's."""
+
+
+class OwnBlockConfig(BlockBertConfig):
+    """Its model type is ours."""
+
+
+def test_a_config_that_stock_would_load_is_refused():
+    model = BertForMaskedLM(OwnConfig(**make_config().to_dict()))
+    with pytest.raises(ValueError, match=r"a OwnConfig \(model type bert\).*'placement': 'pre'.*of a BertConfig"):
+        use_block(model, placement="pre")
+    assert type(model.bert.encoder) is BertEncoder and not hasattr(model.config, "block")
+    with pytest.raises(ValueError, match="OwnConfig"):
+        PackedBertForPreTraining(OwnConfig(**make_config(block=OPTIONS).to_dict()))
+
+
+def test_a_config_of_ones_own_may_have_what_stock_reads_too(tmp_path):
+    """What computes as stock does, and what inherits our model type."""
+    kept = use_block(BertForMaskedLM(OwnConfig(**make_config().to_dict())), stream="checkpoint")
+    assert type(kept.config) is OwnConfig and kept.config.block == {"stream": "checkpoint"}
+    config = OwnBlockConfig(**make_config().to_dict() | {"model_type": "block_bert"})
+    use_block(BertForMaskedLM(config), placement="pre").save_pretrained(tmp_path)
+    assert stored(tmp_path)["model_type"] == "block_bert"
 
 
 def test_unknown_options_in_a_config_are_refused():
