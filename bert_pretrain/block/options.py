@@ -1,7 +1,7 @@
 """BlockOptions: the choices of a block, checked where they are made."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -88,7 +88,10 @@ class BlockOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a number from 0 on; 0 turns it off")
-        given = [name for name in OF_EXPERTS if getattr(self, name) != getattr(type(self), name)]
+        self._check_given([name for name in OF_EXPERTS if getattr(self, name) != getattr(type(self), name)])
+
+    def _check_given(self, given: Sequence[str]) -> None:
+        """given: options of experts that somebody chose."""
         if given and self.feed_forward != "moe":
             raise ValueError(
                 f"{given[0]}={getattr(self, given[0])!r} is for experts, which feed_forward={self.feed_forward!r} does "
@@ -101,7 +104,10 @@ class BlockOptions:
             )
 
     def with_changes(self, changes: Mapping[str, Any]) -> "BlockOptions":
-        """The same options but for some. Raises ValueError for a name that is no option."""
+        """The same options but for some. Raises ValueError for a name that is no option.
+
+        Options of experts are refused by name where there are none, so a value that is the default is refused, too.
+        """
         known = [field.name for field in fields(self)]
         for name, value in changes.items():
             if name not in known:
@@ -109,7 +115,9 @@ class BlockOptions:
                     f"a block has no option {name}={value!r}{suggestion(name, known)}; its options are "
                     f"{', '.join(known)}"
                 )
-        return replace(self, **changes)
+        changed = replace(self, **changes)
+        changed._check_given([name for name in OF_EXPERTS if name in changes])
+        return changed
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> "BlockOptions":

@@ -149,6 +149,9 @@ def test_a_run_with_experts_logs_their_terms_and_resumes(folders, tmp_path):
     ("options", "message"),
     [
         ({"experts": 4}, "experts=4 is for experts, which feed_forward='dense' does not have"),
+        ({"experts": 8}, "experts=8 is for experts"),  # the default, which nobody who has none should give
+        ({"gated": True, "balance": "sequence"}, "balance='sequence' is for experts"),
+        ({"feed_forward": "moe", "balance": "bias", "balance_weight": 0.01}, "balance_weight=0.01 has no meaning with"),
         ({"feed_forward": "moe", "experts": 1}, r"top_k=2 must be a whole number, 1 to 1; a token goes to some"),
         ({"feed_forward": "moe", "experts": 0}, "experts=0 must be a whole number, at least 1"),
         ({"feed_forward": "moe", "balance": "sequences"}, "unknown balance 'sequences'; did you mean 'sequence'"),
