@@ -26,7 +26,8 @@ reversible     layers that keep nothing for the backward pass
 placements, norms, streams, initial    the tables
 feed_forwards/ the branch G: dense, with a gate, in chunks; a mixture of experts
 
-Others import what is named below.
+Others import what is named below. AutoModelForPreTraining finds its model once `bert_pretrain.model` is imported: that
+module imports this one.
 """
 
 import bert_pretrain.block.models  # noqa: F401  (transformers' Auto classes find blocks from now on)

@@ -35,7 +35,7 @@ def use_block(model: Model, **options: Any) -> Model:
     Parameters stay, with their names and values. New ones are the weights of a norm at the end, and whatever another
     feed-forward needs. initial="deep" shrinks the output projections: choose it for new models only.
     The config keeps the options in one entry, `block`. What is saved is then no stock checkpoint: load it by AutoModel
-    and its like, once `bert_pretrain.block` is imported.
+    and its like, once `bert_pretrain.block` is imported; AutoModelForPreTraining wants `bert_pretrain.model`.
 
     Raises ValueError for an unknown name or option, for a model of another kind, and for a config of a class of your
     own, which stock BERT would load. The model then stays as it is.

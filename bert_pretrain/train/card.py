@@ -41,6 +41,7 @@ load it with{OURS}"""
 LOADING_OTHER_BLOCK = f"""\
 Its layers have another block than BERT's, so stock transformers refuses it. Load it with{OURS}
 Once `bert_pretrain.block` is imported, `AutoModel`, `AutoModelForSequenceClassification` and their like load it, too.
+For `AutoModelForPreTraining` import `bert_pretrain.model`.
 Call these with `sequence_ids=`: 1 for the tokens of a sequence, 0 for padding.
 """
 

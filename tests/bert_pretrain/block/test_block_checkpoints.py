@@ -15,6 +15,7 @@ from transformers.models.bert.modeling_bert import BertEncoder
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.block import BlockBertConfig, models, use_block
 from bert_pretrain.model import BlockBertForPreTraining
+from bert_pretrain.train.card import LOADING_OTHER_BLOCK
 
 WORDS = torch.tensor([[2, 17, 23, 8, 3, 40, 3, 9, 0], [5, 4, 33, 8, 7, 40, 3, 9, 0]])
 SEQUENCE_IDS = torch.tensor(IDS)
@@ -46,6 +47,20 @@ def test_stock_transformers_refuses_by_type(tmp_path):
     )
     ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert ran.stdout == "refused\n", ran.stderr[-2000:]
+
+
+def test_each_import_lets_auto_classes_find_a_block(tmp_path):
+    """In another process, which imports nothing else; and as the documents say it."""
+    block_model(**OPTIONS).save_pretrained(tmp_path)
+    autos = {"bert_pretrain.block": "AutoModel", "bert_pretrain.model": "AutoModelForPreTraining"}
+    code = "import sys, transformers\n" + "".join(
+        f"import {module}\nprint(type(transformers.{auto}.from_pretrained(sys.argv[1])).__name__)\n"
+        for module, auto in autos.items()
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert ran.stdout == "BlockBertModel\nBlockBertForPreTraining\n", ran.stderr[-2000:]
+    for text in (LOADING_OTHER_BLOCK, use_block.__doc__):
+        assert all(auto in text and f"`{module}`" in text for module, auto in autos.items())
 
 
 def test_the_config_has_one_entry_more(tmp_path):
