@@ -14,6 +14,7 @@ from bert_pretrain.block.encoder import BlockEncoder
 from bert_pretrain.block.layer import BlockLayer
 from bert_pretrain.block.norms import BlockLayerNorm, BlockRMSNorm
 from bert_pretrain.block.options import BlockOptions
+from bert_pretrain.block.placements import PLACEMENTS
 from collate.isolation.handover import base_of, encoder_of, pretrained_model
 from collate.isolation.hook import attach_hook, is_isolated
 
@@ -34,11 +35,14 @@ def use_block(model: Model, **options: Any) -> Model:
 
     Parameters stay, with their names and values. New ones are the weights of a norm at the end, and whatever another
     feed-forward needs. initial="deep" shrinks the output projections: choose it for new models only.
+    Two choices drop what they have no place for. norm="rms" drops the biases of norms, which start at 0 if norm="layer"
+    comes back. share_layers drops every layer but the first.
     The config keeps the options in one entry, `block`. What is saved is then no stock checkpoint: load it by AutoModel
     and its like, once `bert_pretrain.block` is imported; AutoModelForPreTraining wants `bert_pretrain.model`.
 
-    Raises ValueError for an unknown name or option, for a model of another kind, and for a config of a class of your
-    own, which stock BERT would load. The model then stays as it is.
+    Raises ValueError for an unknown name or option, for a model of another kind, for a placement without a norm at
+    the end where that norm is trained, and for a config of a class of your own, which stock BERT would load. The model
+    then stays as it is.
     """
     place_block(model, BlockOptions.of(_entry(model)).with_changes(options))
     encoder = _bert(model).encoder
@@ -58,8 +62,8 @@ def place_block(model: PreTrainedModel, options: BlockOptions, is_new: bool = Fa
     is_placed = isinstance(before, BlockEncoder)
     if options == (before.options if is_placed else BlockOptions()):
         return
-    if is_placed and before.options.share_layers and not options.share_layers:
-        raise ValueError("share_layers=False cannot part layers that are one; make the model anew")
+    if is_placed:
+        _check_what_goes(before, options)
     check_type(model.config, options)
     takes_ids = "sequence_ids" in inspect.signature(model.forward).parameters
     if not is_placed and not takes_ids and not is_isolated(model):
@@ -75,6 +79,21 @@ def place_block(model: PreTrainedModel, options: BlockOptions, is_new: bool = Fa
         names = set(part._no_split_modules or ()) - {"BertLayer"}
         part._no_split_modules = names | {BlockLayer.__name__}
     set_block(model.config, options)
+
+
+def _check_what_goes(before: BlockEncoder, options: BlockOptions) -> None:
+    """Raise ValueError for options that part shared layers, or have no place for a trained norm at the end."""
+    if before.options.share_layers and not options.share_layers:
+        raise ValueError("share_layers=False cannot part layers that are one; make the model anew")
+    if PLACEMENTS[options.placement].has_final_norm or not before.placement.has_final_norm:
+        return
+    start = {"weight": 1, "bias": 0}
+    trained = [name for name, x in before.LayerNorm.named_parameters() if not x.is_meta and (x != start[name]).any()]
+    if trained:
+        raise ValueError(
+            f"placement={options.placement!r} has no norm at the end, and would drop the trained {trained[0]} of that "
+            f"of placement={before.options.placement!r}; keep the placement, or make the model anew"
+        )
 
 
 def initialize_block(model: PreTrainedModel) -> None:

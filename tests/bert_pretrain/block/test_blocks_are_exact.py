@@ -331,6 +331,34 @@ def test_models_of_another_kind_are_refused_by_name():
         place_block(block_model(share_layers=True), BlockOptions())
 
 
+@pytest.mark.parametrize("placement", ["pre", "residual"])
+@pytest.mark.parametrize(("norm", "trained"), [("layer", "weight"), ("layer", "bias"), ("rms", "weight")])
+def test_a_trained_norm_at_the_end_is_not_dropped(placement, norm, trained):
+    model = use_block(make_models()[1], placement=placement, norm=norm)
+    use_block(use_block(model, placement="post"), placement=placement)  # untrained, it starts anew
+    encoder, other = model.bert.encoder, {"pre": "residual", "residual": "pre"}[placement]
+    with torch.no_grad():
+        getattr(encoder.LayerNorm, trained)[3] = 0.5
+    message = f"placement='post' has no norm at the end.*the trained {trained} of that of placement='{placement}'"
+    with pytest.raises(ValueError, match=message):
+        use_block(model, placement="post")
+    assert model.bert.encoder is encoder and model.config.block["placement"] == placement
+    assert getattr(use_block(model, placement=other).bert.encoder.LayerNorm, trained)[3] == 0.5
+
+
+def test_what_has_no_place_is_dropped_as_documented():
+    model = block_model(layers=3)
+    norm, first = model.bert.encoder.layer[0].output.LayerNorm, model.bert.encoder.layer[0]
+    weight = norm.weight.detach().clone()
+    assert norm.bias.any()
+    use_block(use_block(model, norm="rms"), norm="layer")
+    norm = model.bert.encoder.layer[0].output.LayerNorm
+    assert torch.equal(norm.weight, weight) and not norm.bias.any()
+    use_block(model, share_layers=True)
+    assert len(model.bert.encoder.layer) == 1
+    assert model.bert.encoder.layer[0].intermediate.dense.weight is first.intermediate.dense.weight
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
