@@ -56,6 +56,20 @@ class BlockEncoder(nn.Module):
         """The layers in the order of their passes."""
         return [*self.layer] * (self.config.num_hidden_layers if self.options.share_layers else 1)
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """The switch that transformers sets on every module that has it; layers have their own, too."""
+        return any(layer.gradient_checkpointing for layer in self.layer)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, is_on: bool) -> None:
+        """Raises ValueError for a stream that keeps less already; transformers comes here before it sets a layer."""
+        if is_on and self.options.stream == "reversible":
+            raise ValueError(
+                "gradient checkpointing keeps what enters each layer, and stream='reversible' keeps nothing of them; "
+                "leave either out"
+            )
+
     def not_one_graph(self, layout: PackLayout) -> set[str]:
         """The names of what no graph of torch.compile holds for all batches: the stream, or feed-forwards."""
         branches = {type(layer.feed_forward).__name__: layer.feed_forward for layer in self.passes}

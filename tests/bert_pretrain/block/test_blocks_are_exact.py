@@ -190,6 +190,20 @@ def test_gradient_checkpointing_is_that_stream(reentrant):
         assert saved_bytes(model) < kept / 2
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # renamed in transformers 5.23
+@pytest.mark.parametrize("make", [block_model, lambda **block: use_block(BertForMaskedLM(make_config()), **block)])
+def test_a_reversible_stream_takes_no_gradient_checkpointing(make):
+    model = make(placement="pre", stream="reversible")
+    with pytest.raises(ValueError, match="stream='reversible' keeps nothing of them; leave either out"):
+        model.gradient_checkpointing_enable()
+    assert not model.bert.encoder.gradient_checkpointing  # no layer has it
+    model.gradient_checkpointing_disable()
+    use_block(model, stream="plain").gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing and model.bert.encoder.gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+
+
 def saved_bytes(model):
     """What the graph of one pass keeps, without parameters."""
     kept = {}
