@@ -11,8 +11,8 @@ from collate import PackLayout
 
 
 def two_streams(steps: Sequence[Step], hidden_TD: Tensor, layout: PackLayout) -> tuple[Tensor, list[Tensor]]:
-    """y1 = x1 + F(x2), y2 = x2 + G(y1), in each layer; the mean of both, and the sums of each step."""
-    first = second = hidden_TD if hidden_TD.dtype == torch.float64 else hidden_TD.float()
+    """y1 = x1 + F(x2), y2 = x2 + G(y1), in each layer; the mean of both, in float64, and the sums of each step."""
+    first = second = hidden_TD.double()
     all_sums = []
     for f, g in zip(steps[::2], steps[1::2], strict=True):
         out, sums_of_f = f.run(second, layout)
@@ -68,4 +68,8 @@ def small_layers(
 
 
 def small_steps(branches: nn.ModuleList) -> list[Step]:
-    return [Step(branch, list(branch.parameters())) for branch in branches]
+    return [small_step(branch) for branch in branches]
+
+
+def small_step(branch: Any) -> Step:
+    return Step(lambda x_TD, layout: branch(x_TD.to(branch.norm.weight.dtype), layout), list(branch.parameters()))

@@ -163,7 +163,7 @@ def test_streams_of_16_bits_would_give_other_gradients(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         plain = run(two_streams, branches, layout, hidden)
         assert error(run(reversible, branches, layout, hidden), plain) < 1e-3
-        monkeypatch.setattr(stream, "at_least_float32", lambda x: x.bfloat16())
+        monkeypatch.setattr(stream, "wide", lambda x: x.bfloat16())
         assert error(run(reversible, branches, layout, hidden), plain) > 0.01
 
 
@@ -193,13 +193,16 @@ def test_choices_made_again_would_give_the_gradients_of_another_function(name, m
 
 
 def test_48_layers_in_float32_drift_by_rounding():
-    """Gradients against float64: at most twice as far off as those of a stream that keeps everything."""
+    """Gradients against float64: as far off as those of a stream that keeps everything; branches add much."""
     branches, layout = small_layers(build("sdpa"), 48), layout_of(IDS)
+    with torch.no_grad():
+        for weight in branches.parameters():
+            if weight.dim() == 2:
+                weight *= 1.1 / (weight.shape[1] ** 0.5 * weight.std())
     exact = run(two_streams, branches, layout, hidden_of(layout))
     branches.float()
     plain, found = (run(s, branches, layout, hidden_of(layout).float()) for s in (two_streams, reversible))
-    assert error(found, exact) <= max(2 * error(plain, exact), 1e-5)
-    assert error(found, exact) < 1e-4
+    assert error(found, exact) <= 1.5 * error(plain, exact)
 
 
 def test_casts_of_weights_under_autocast_serve_no_other_pass():
@@ -207,13 +210,13 @@ def test_casts_of_weights_under_autocast_serve_no_other_pass():
     branches, layout = small_layers(build("sdpa"), 1).float(), layout_of(IDS)
     with torch.autocast("cpu", torch.bfloat16):
         result, _ = reversible(small_steps(branches), hidden_of(layout).float(), layout)
-        again = branches[1](result, layout)[0]
+        again = branches[1](result.float(), layout)[0]
         again.float().sum().backward()  # within autocast, too
         assert branches[1].up.weight.grad is not None
         first = branches[1].up.weight.grad.clone()
         branches.zero_grad()
         result, _ = two_streams(small_steps(branches), hidden_of(layout).float(), layout)
-        branches[1](result, layout)[0].float().sum().backward()
+        branches[1](result.float(), layout)[0].float().sum().backward()
     torch.testing.assert_close(first, branches[1].up.weight.grad, rtol=0.05, atol=0.05 * float(first.abs().max()))
 
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from bert_pretrain import PackedBertForPreTraining
 from bert_pretrain.attention import ATTENTION, AttentionHead
 from bert_pretrain.attention.head import prepare_heads
-from bert_pretrain.block import FEED_FORWARDS
+from bert_pretrain.block import FEED_FORWARDS, reversible
 from bert_pretrain.block.branches import added_up
 from bert_pretrain.block.reversible import reversed_layers, steps_of
 
@@ -92,6 +92,22 @@ def test_gradients_in_16_bits_are_as_exact_as_of_a_stream_that_keeps_everything(
     assert found[0].dtype == plain[0].dtype
     assert distance(found, exact) <= 1.5 * distance(plain, exact)
     assert distance(found, plain) <= 0.5 * distance(plain, exact)
+
+
+@pytest.mark.parametrize("head", ["sdpa", "lsh"])
+def test_24_layers_whose_weights_are_large_lose_nothing_in_16_bits(head, monkeypatch):
+    """Branches add as much as they read, as in a trained model. With streams of float32 it would show."""
+    model, layout = model_of(head, layers=24).float(), layout_of(IDS)
+    with torch.no_grad():
+        for weight in model.bert.encoder.parameters():
+            if weight.dim() == 2:
+                weight *= 1.1 / (weight.shape[1] ** 0.5 * weight.std())
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, found = (run(model, stream, layout, torch.float32) for stream in (kept_stream, reversed_layers))
+        monkeypatch.setattr(reversible, "wide", torch.Tensor.float)
+        narrow = run(model, reversed_layers, layout, torch.float32)
+    assert distance(found, plain) <= 1e-4
+    assert distance(narrow, plain) >= max(1e-3, 10 * distance(found, plain))
 
 
 def pretraining_loss(model):
