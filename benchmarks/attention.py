@@ -418,7 +418,8 @@ def show_lsh() -> Iterator[str]:
         "\nlsh: Reformer's duplication task, sequences of 1,024 tokens, buckets of 32: symbols of the second half that "
         f"are read (of {SYMBOLS}), and in parentheses the distance to exact attention, relative\n"
     )
-    yield f"| cosine of the two copies | {' | '.join(f'{number} rounds' for number in rounds)} | exact |"
+    heads = ("1 round" if number == 1 else f"{number} rounds" for number in rounds)
+    yield f"| cosine of the two copies | {' | '.join(heads)} | exact |"
     yield f"|---|{'--:|' * (len(rounds) + 1)}"
     for likeness in tqdm((0.95, 0.85, 0.7), desc="lsh"):
         found = lsh_accuracy([*rounds, None], likeness)

@@ -61,7 +61,7 @@ class BlockLayer(GradientCheckpointingLayer):
         out_TD, second_sums = feed_forward(self.placement.enter(state, second_norm)[0], layout)
         state = self.placement.leave(state, second_norm, out_TD[None])
         found = sums, second_sums
-        some = [sums for sums in found if len(sums)]
+        some = [of_branch for of_branch in found if len(of_branch)]
         return *state, torch.cat(some) if len(some) > 1 else (some or found)[0]
 
     def train(self, mode: bool = True) -> "BlockLayer":

@@ -18,10 +18,10 @@ from collate.views import at_least_float32
 class BlockLayerNorm(nn.LayerNorm):
     """nn.LayerNorm, which also takes a float32 sum where its weights are in 16 bits."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        wide = torch.promote_types(input.dtype, self.weight.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
         weight_D, bias_D = self.weight.to(wide), self.bias.to(wide)
-        return F.layer_norm(input.to(wide), self.normalized_shape, weight_D, bias_D, self.eps)
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight_D, bias_D, self.eps)
 
 
 class BlockRMSNorm(nn.RMSNorm):
