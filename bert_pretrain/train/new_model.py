@@ -107,7 +107,7 @@ def _loaded_model(config: PretrainConfig, name: str, vocab_size: int, longest: i
             f"{Option('block', config.block)} has initial, which draws the weights of a new model, and "
             f"{Option('model', name)} has its own; leave either out"
         )
-    return use_block(model, **options.changed)
+    return use_block(model, **config.json_object("block"))
 
 
 def _block(config: PretrainConfig, before: dict[str, Any] | None) -> BlockOptions:

@@ -76,6 +76,15 @@ def test_a_checkpoint_keeps_its_block_and_takes_changes(folders, run, tmp_path):
     assert losses(tmp_path / "same") == losses(tmp_path / "more")
 
 
+def test_a_checkpoint_takes_changes_back_to_stocks_block(folders, run, tmp_path, capsys):
+    """A value that is stock BERT's is a change, too; what it cannot be changed to is said."""
+    assert train(folders, tmp_path / "layer", model=str(run), block='{"norm": "layer"}', max_steps=1) == 0
+    model = PackedBertForPreTraining.from_pretrained(tmp_path / "layer")
+    assert model.config.block == {"placement": "pre"} and model.bert.encoder.options.norm == "layer"
+    assert train(folders, tmp_path / "post", model=str(run), block='{"placement": "post"}', max_steps=1) == 2
+    assert "would drop the trained weight" in capsys.readouterr().err
+
+
 def test_a_stock_checkpoint_gets_a_block(folders, tmp_path):
     assert train(folders, tmp_path / "stock") == 0
     assert BertForPreTraining.from_pretrained(tmp_path / "stock").config.model_type == "bert"
