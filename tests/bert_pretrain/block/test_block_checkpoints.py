@@ -135,6 +135,16 @@ def test_a_stock_checkpoint_gets_another_block(tmp_path):
     assert type(model.config) is BlockBertConfig
 
 
+@pytest.mark.parametrize("options", [{"placement": "pre"}, {"norm": "rms"}])
+def test_a_stock_class_by_its_name_loads_a_block_and_warns(tmp_path, options, caplog):
+    """The one way around the type that transformers leaves open; docs/blocks.md names it."""
+    use_block(BertForMaskedLM(make_config()), **options).save_pretrained(tmp_path)
+    stock, found = BertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(stock) is BertForMaskedLM and type(stock.bert.encoder) is BertEncoder
+    assert found["missing_keys"] or found["unexpected_keys"]
+    assert "a model of type `block_bert`" in caplog.text
+
+
 class OwnConfig(BertConfig):
     """Its model type is stock BERT's."""
 

@@ -2,13 +2,14 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
 from block_models import block_model
 from pretraining_models import MAX_LENGTH, make_config, make_models
 from slow_training import packed_rows, unpacked_rows
-from stock_runs import make_model, train
+from stock_runs import make_model, train, train_plain
 from tiny_runs import history, make_folders
 from tiny_runs import train as command
 from training_runs import EXPERTS
@@ -164,3 +165,11 @@ def test_a_run_with_experts_logs_their_terms_and_resumes(folders, tmp_path):
 def test_what_options_are_wrong_is_said(options, message):
     with pytest.raises(ValueError, match=message):
         use_block(make_models()[1], **options)
+
+
+def test_a_plain_trainer_is_refused_where_experts_add_to_the_loss():
+    """With a bias that moves and no z-loss they add nothing."""
+    for options, names in (({}, "balance_loss, router_z_loss"), ({"balance": "bias"}, "router_z_loss")):
+        with pytest.raises(ValueError, match=f"add {names} to its loss, which its own forward leaves out"):
+            train_plain(change=partial(use_block, **EXPERT_OPTIONS, **options))
+    train_plain(change=partial(use_block, **EXPERT_OPTIONS, balance="bias", z_loss=0), max_steps=1)
