@@ -27,13 +27,23 @@ CONTRACT = [
     "bert_pretrain/attention/test_learned.py::test_the_rest_of_the_contract",
     "bert_pretrain/attention/test_summaries.py::test_packing_changes_nothing",
     "bert_pretrain/attention/test_summaries.py::test_nystrom_with_a_landmark_for_each_token_is_softmax",
+    "bert_pretrain/block/test_blocks_isolate.py::test_packed_is_alone",
+    "bert_pretrain/block/test_reversible_models.py",
 ]
-"""What runs every day: the contract of every head, and packed = unpacked."""
+"""What runs every day: the contract of every head and block, and packed = unpacked."""
 
 LONG = {
     "attention": [
         f"bert_pretrain/attention/test_{name}.py"
         for name in ("attention", "patterns", "summaries", "learned", "use", "modes")
+    ],
+    "blocks": [
+        "bert_pretrain/block",
+        *(
+            f"bert_pretrain/attention/test_{name}.py"
+            for name in ("clustered", "hidden", "learned_weights", "persistent")
+        ),
+        "collate/heads/test_loss_rows.py",
     ],
     "encoders": [
         "bert_pretrain/test_equivalence.py",

@@ -64,11 +64,8 @@ class BlockEncoder(nn.Module):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, is_on: bool) -> None:
         """Raises ValueError for a stream that keeps less already; transformers comes here before it sets a layer."""
-        if is_on and self.options.stream == "reversible":
-            raise ValueError(
-                "gradient checkpointing keeps what enters each layer, and stream='reversible' keeps nothing of them; "
-                "leave either out"
-            )
+        if is_on:
+            refuse_checkpointing(self.options)
 
     def not_one_graph(self, layout: PackLayout) -> set[str]:
         """The names of what no graph of torch.compile holds for all batches: the stream, or feed-forwards."""
@@ -122,3 +119,12 @@ class BlockEncoder(nn.Module):
                 for weight in branch.output_weights():
                     if factor != 1 and not getattr(weight, "_is_hf_initialized", False):
                         weight.mul_(factor)
+
+
+def refuse_checkpointing(options: BlockOptions) -> None:
+    """Raise ValueError for a reversible stream: transformers' gradient checkpointing adds nothing to it."""
+    if options.stream == "reversible":
+        raise ValueError(
+            "gradient checkpointing keeps what enters each layer, and stream='reversible' keeps nothing of them; "
+            "leave either out"
+        )

@@ -33,6 +33,9 @@ class BlockLayer(GradientCheckpointingLayer):
     def __init__(self, config: Any, options: BlockOptions, layer: Any, index: int):
         super().__init__()
         self.placement = PLACEMENTS[options.placement]
+        if layer.gradient_checkpointing:
+            self.gradient_checkpointing = True
+            self._gradient_checkpointing_func = layer._gradient_checkpointing_func
         norms = [norm_like(options.norm, output.LayerNorm) for output in (layer.attention.output, layer.output)]
         self.attention = AttentionBranch(layer.attention)
         feed_forward = _feed_forward(config, options, layer, index)

@@ -10,7 +10,7 @@ from transformers.models.bert.modeling_bert import BertEncoder
 from bert_pretrain.attention import AttentionHead, use_attention
 from bert_pretrain.attention.head import initialize_head
 from bert_pretrain.block.config import check_type, set_block
-from bert_pretrain.block.encoder import BlockEncoder
+from bert_pretrain.block.encoder import BlockEncoder, refuse_checkpointing
 from bert_pretrain.block.layer import BlockLayer
 from bert_pretrain.block.norms import BlockLayerNorm, BlockRMSNorm
 from bert_pretrain.block.options import BlockOptions
@@ -65,6 +65,8 @@ def place_block(model: PreTrainedModel, options: BlockOptions, is_new: bool = Fa
     if is_placed:
         _check_what_goes(before, options)
     check_type(model.config, options)
+    if any(layer.gradient_checkpointing for layer in before.layer):
+        refuse_checkpointing(options)
     takes_ids = "sequence_ids" in inspect.signature(model.forward).parameters
     if not is_placed and not takes_ids and not is_isolated(model):
         attach_hook(encoder_of(model, ASKS))  # positions that begin again in each sequence

@@ -204,6 +204,21 @@ def test_a_reversible_stream_takes_no_gradient_checkpointing(make):
     assert not model.is_gradient_checkpointing
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # renamed in transformers 5.23
+def test_gradient_checkpointing_stays_on_in_another_block():
+    model = BertForMaskedLM(make_config())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    before = model.bert.encoder.layer[0]._gradient_checkpointing_func
+    use_block(model, placement="pre")
+    assert all(layer.gradient_checkpointing for layer in model.bert.encoder.layer)
+    assert all(layer._gradient_checkpointing_func is before for layer in model.bert.encoder.layer)
+    norms = [layer.output.LayerNorm for layer in model.bert.encoder.layer]
+    with pytest.raises(ValueError, match="leave either out"):
+        use_block(model, stream="reversible")
+    assert model.bert.encoder.options.stream == "plain"  # as it was
+    assert norms == [layer.output.LayerNorm for layer in model.bert.encoder.layer]
+
+
 def saved_bytes(model):
     """What the graph of one pass keeps, without parameters."""
     kept = {}
